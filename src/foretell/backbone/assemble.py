@@ -1,0 +1,127 @@
+"""From a model folder to a running backbone: device, type, threads and kernels chosen once, here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from foretell.backbone import kernels
+from foretell.backbone.base import Backbone
+from foretell.backbone.compiled import CompiledBackbone
+from foretell.backbone.eager import EagerBackbone
+from foretell.backbone.families import read_config
+from foretell.backbone.probe import probe
+from foretell.backbone.weights import fingerprint, read_weights
+from foretell.errors import UsageError
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def assemble(
+    folder: Path,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    kernel: str | None = None,
+) -> Backbone:
+    """Loads the model in `folder`.
+
+    Args:
+        dtype: "bf16" or "fp32"; by default bf16 where the processor (or the compiled kernels) multiply it well.
+        device: a torch device; by default the first GPU, else the CPU.
+        threads: CPU threads; by default the cores this process may use.
+        kernel: "eager", or one of `kernels.BUILDS`; by default the best compiled build, eager on a GPU.
+
+    Raises:
+        ForetellError, UsageError: what cannot be loaded, and the remedy.
+    """
+    where = _device(device)
+    count = _threads(threads)
+    torch.set_num_threads(count)
+    config = read_config(folder)
+    weights = read_weights(folder, config)
+    compiled = _use_kernels(kernel, where) and CompiledBackbone.supports(config)
+    kind = _dtype(dtype, where, compiled)
+    backbone: Backbone
+    if compiled:
+        backbone = CompiledBackbone(config, weights.__getitem__, kind, count)
+    else:
+        backbone = EagerBackbone(config, weights.__getitem__, kind, where, count)
+    backbone.fingerprint = fingerprint(weights, config)
+    backbone.inexact = probe(backbone)
+    return backbone
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, cut down by a cgroup quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup_quota(Path("/sys/fs/cgroup"))
+    return max(1, min(cores, quota) if quota else cores)
+
+
+def _cgroup_quota(root: Path) -> int | None:
+    """Whole cores granted by cgroup v2 or v1, rounded down but at least one; None without a quota."""
+    try:
+        if (root / "cpu.max").exists():
+            quota, period = (root / "cpu.max").read_text().split()
+        else:
+            quota = (root / "cpu/cpu.cfs_quota_us").read_text().strip()
+            period = (root / "cpu/cpu.cfs_period_us").read_text().strip()
+        return max(1, int(quota) // int(period)) if quota not in ("max", "-1") else None
+    except (OSError, ValueError):
+        return None
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"Unknown device {name!r}; use cpu, or cuda (cuda:1, ...) where there is a GPU.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"Device {name!r} is not supported; use cpu or cuda.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"Device {name!r} was asked for, but PyTorch sees no GPU here; use --device cpu.")
+    return device
+
+
+def _threads(count: int | None) -> int:
+    if count is not None and not 1 <= count <= 128:
+        raise UsageError(f"threads is {count}; it must lie between 1 and 128.")
+    return count or usable_cores()
+
+
+def _use_kernels(name: str | None, device: torch.device) -> bool:
+    """Selects the named build; False for the eager modules."""
+    if name is not None and name not in ("eager", *kernels.BUILDS):
+        raise UsageError(f"Unknown kernels {name!r}; use eager, {', '.join(kernels.BUILDS)}.")
+    if name == "eager" or (name is None and device.type != "cpu"):
+        return False
+    chosen = kernels.select(name or os.environ.get("FORETELL_KERNELS", ""))
+    if name is not None and chosen is None:
+        reason = "this processor lacks them" if kernels.library() else "they were not compiled with the package"
+        raise UsageError(f"Kernels {name!r} cannot run here: {reason}; leave the choice out to take the best.")
+    return chosen is not None
+
+
+def _dtype(name: str | None, device: torch.device, compiled: bool) -> torch.dtype:
+    if name is not None:
+        if name not in DTYPES:
+            raise UsageError(f"Unknown dtype {name!r}; use bf16 or fp32.")
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    native = "avx512_bf16" in _cpu_flags() or "bf16" in _cpu_flags()
+    return torch.bfloat16 if compiled or native else torch.float32
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}

@@ -1,0 +1,101 @@
+"""The frozen model, opened at its layers: what every backbone offers, however it computes.
+
+A pass is embed -> run_layers -> norm -> logits (or argmax). `run_layers` takes any range of layers, a plan of
+sublayers to skip and a set of states to tap, so that a method may draft with the lower layers, start verification
+half-way up, or insert rows there. The residual stream is float32 whatever the weights are.
+
+Legend: M nodes of the pass, d hidden width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from foretell.backbone.cache import KVCache
+from foretell.backbone.config import ModelConfig
+from foretell.backbone.nodes import Nodes
+
+SKIP_ATTENTION, SKIP_MLP = 1, 2
+"""Bits of a skip plan: `bytes` with one entry per layer."""
+
+
+class Backbone(ABC):
+    """A loaded model.
+
+    Attributes:
+        config: its numbers.
+        dtype: of weights, keys and values: torch.float32 or torch.bfloat16.
+        kernels: how it computes, for reports ("amx", "eager", ...).
+        inexact: None when a probe found the arithmetic canonical, else one sentence on what differs.
+        fingerprint: identifies the weights; trained drafters are bound to it.
+    """
+
+    kernels: str = "eager"
+    inexact: str | None = None
+    fingerprint: str = ""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, threads: int):
+        self.config, self.dtype, self.device, self.threads = config, dtype, device, threads
+        self._cosine = self._sine = torch.empty(0, config.head_dim // 2, device=device)
+
+    def new_cache(self, rows: int, slots: int) -> KVCache:
+        c = self.config
+        return KVCache(c.layers, rows, c.kv_heads, slots, c.head_dim, self.dtype, self.device)
+
+    def rotation(self, positions_M: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [M, D/2] float32, read from a table so that a position always gets the same bits."""
+        last = int(positions_M.max()) + 1 if positions_M.device.type == "cpu" else self.config.max_positions
+        if last > len(self._cosine):
+            positions = torch.arange(max(last, 2 * len(self._cosine), 1024), dtype=torch.float32, device=self.device)
+            frequencies = torch.tensor(self.config.inv_freq, dtype=torch.float32, device=self.device)
+            angles = positions[:, None] * frequencies
+            self._cosine, self._sine = angles.cos() * self.config.rope_scale, angles.sin() * self.config.rope_scale
+        at = positions_M.to(self.device)
+        return self._cosine[at], self._sine[at]
+
+    @abstractmethod
+    def embed(self, tokens_M: Tensor) -> Tensor:
+        """Token ids [M] int64 -> residual stream [M, d] float32."""
+
+    @abstractmethod
+    def run_layers(
+        self,
+        hidden_Md: Tensor,
+        nodes: Nodes,
+        cache: KVCache,
+        begin: int = 0,
+        end: int | None = None,
+        *,
+        skip: bytes | None = None,
+        taps: Collection[int] = (),
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Runs layers [begin, end) and writes the nodes' keys and values to their slots.
+
+        Args:
+            hidden_Md: residual stream after `begin` layers; left as it is.
+            skip: sublayers to leave out, one byte of SKIP_ bits per layer; a skipped attention writes no keys.
+            taps: layers l in begin..end: the stream after l layers is returned too.
+
+        Returns:
+            The stream after `end` layers [M, d] float32, and the tapped ones.
+        """
+
+    @abstractmethod
+    def norm(self, hidden_Md: Tensor) -> Tensor:
+        """The final norm: what the output head reads."""
+
+    @abstractmethod
+    def logits(self, states_Md: Tensor) -> Tensor:
+        """Normed states -> [M, V] float32."""
+
+    def argmax(self, states_Md: Tensor) -> Tensor:
+        """Normed states -> the first most probable token [M] int64."""
+        return self.logits(states_Md).argmax(-1)
+
+    def forward(self, tokens_M: Tensor, nodes: Nodes, cache: KVCache) -> Tensor:
+        """Normed states [M, d] of a whole pass."""
+        return self.norm(self.run_layers(self.embed(tokens_M), nodes, cache)[0])

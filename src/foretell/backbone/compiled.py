@@ -1,0 +1,161 @@
+"""The fast backbone: packed weights, and one call into the compiled kernels for any range of layers.
+
+Every weight matrix is packed once into panels (and its original dropped), query, key and value projections fused,
+gate and up interleaved. A tied embedding is read back from the packed head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from ctypes import addressof, byref, c_uint64
+
+import torch
+from torch import Tensor
+
+from foretell.backbone import kernels
+from foretell.backbone.base import Backbone
+from foretell.backbone.cache import KVCache
+from foretell.backbone.config import ModelConfig
+from foretell.backbone.kernels import PackedLinear, address
+from foretell.backbone.nodes import Nodes
+
+Reader = Callable[[str], Tensor]
+"""Gives a weight by its Hugging Face name."""
+
+
+class CompiledBackbone(Backbone):
+    """See `Backbone`. `read` is called once per weight."""
+
+    def __init__(self, config: ModelConfig, read: Reader, dtype: torch.dtype, threads: int):
+        super().__init__(config, dtype, torch.device("cpu"), threads)
+        self._lib = kernels.library()
+        self.kernels = kernels.select() or "none"
+        self._bf16 = int(dtype == torch.bfloat16)
+        self._kept: list[Tensor | PackedLinear] = []  # what the structures below point to
+        self._layers = (kernels.Layer * config.layers)()
+        for index, layer in enumerate(self._layers):
+            self._fill(layer, f"model.layers.{index}.", read)
+            layer.window = config.windows[index]
+        self._norm = self._vector(read("model.norm.weight"))
+        self._head = PackedLinear(read("model.embed_tokens.weight" if config.tied else "lm_head.weight").to(dtype))
+        self._embedding = None if config.tied else read("model.embed_tokens.weight").to(dtype)
+        self._model = kernels.Model(
+            config.hidden, config.heads, config.kv_heads, config.head_dim, config.mlp, threads, config.eps, self._layers
+        )
+
+    @staticmethod
+    def supports(config: ModelConfig) -> bool:
+        """The kernels put the query heads of one key head into one tile of sixteen rows."""
+        return config.heads // config.kv_heads <= 16
+
+    def _vector(self, weight: Tensor, padded: int = 0) -> Tensor:
+        vector = torch.zeros(max(padded, weight.numel()))
+        vector[: weight.numel()] = weight
+        self._kept.append(vector)
+        return vector
+
+    def _fill(self, layer: kernels.Layer, prefix: str, read: Reader) -> None:
+        c = self.config
+
+        def linear(field: str, weight: Tensor, bias: Tensor | None) -> None:
+            packed = PackedLinear(weight.to(self.dtype), bias)
+            self._kept.append(packed)
+            setattr(layer, field, address(packed.packed))
+            setattr(layer, f"{field}_bias", address(packed.bias))
+
+        def read_all(names: list[str], biased: bool) -> tuple[list[Tensor], list[Tensor] | None]:
+            weights = [read(f"{prefix}{name}.weight") for name in names]
+            return weights, [read(f"{prefix}{name}.bias").float() for name in names] if biased else None
+
+        weights, biases = read_all([f"self_attn.{x}_proj" for x in "qkv"], c.attention_bias)
+        linear("qkv", torch.cat(weights), None if biases is None else torch.cat(biases))
+        weights, biases = read_all(["self_attn.o_proj"], c.out_bias)
+        linear("out", weights[0], None if biases is None else biases[0])
+        weights, biases = read_all(["mlp.gate_proj", "mlp.up_proj"], c.mlp_bias)
+        linear("gate_up", _interleave(*weights), None if biases is None else _interleave(*biases))
+        weights, biases = read_all(["mlp.down_proj"], c.mlp_bias)
+        linear("down", weights[0], None if biases is None else biases[0])
+        layer.attention_norm = address(self._vector(read(f"{prefix}input_layernorm.weight")))
+        layer.mlp_norm = address(self._vector(read(f"{prefix}post_attention_layernorm.weight")))
+        if c.qk_norm:
+            layer.query_norm = address(self._vector(read(f"{prefix}self_attn.q_norm.weight")))
+            layer.key_norm = address(self._vector(read(f"{prefix}self_attn.k_norm.weight")))
+
+    def embed(self, tokens_M: Tensor) -> Tensor:
+        if self._embedding is None:
+            return self._head.rows(tokens_M)
+        return self._embedding[tokens_M].float()
+
+    def run_layers(
+        self,
+        hidden_Md: Tensor,
+        nodes: Nodes,
+        cache: KVCache,
+        begin: int = 0,
+        end: int | None = None,
+        *,
+        skip: bytes | None = None,
+        taps: Collection[int] = (),
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        end = self.config.layers if end is None else end
+        assert max(nodes.ends) <= cache.slots, "the engine reserves slots before a pass"
+        hidden_Md = hidden_Md.clone()
+        tapped = {tap: torch.empty_like(hidden_Md) for tap in taps}
+        if begin in tapped:
+            tapped[begin].copy_(hidden_Md)
+        pointers = (c_uint64 * (self.config.layers + 1))()
+        for tap, tensor in tapped.items():
+            pointers[tap] = address(tensor)
+        skipping = torch.frombuffer(bytearray(skip), dtype=torch.uint8) if skip else None
+        span = kernels.Span(begin, end, address(skipping), addressof(pointers))
+        rows, _alive = self._rows(nodes)
+        self._lib.foretell_layers(
+            byref(self._model), byref(self._cache(cache)), byref(rows), byref(span),
+            address(hidden_Md), self._bf16,
+        )  # fmt: skip
+        return hidden_Md, tapped
+
+    def attention(self, queries_MHD: Tensor, nodes: Nodes, cache: KVCache) -> Tensor:
+        """The attention of layer 0 alone, [M, H, D]: for measurements, and for tests against the slow twin."""
+        queries_MHD = queries_MHD.contiguous()
+        out_MHD = torch.empty_like(queries_MHD)
+        rows, _alive = self._rows(nodes)
+        self._lib.foretell_attention(
+            byref(self._model), byref(self._cache(cache)), byref(rows), address(queries_MHD),
+            address(out_MHD), self._bf16,
+        )  # fmt: skip
+        return out_MHD
+
+    def norm(self, hidden_Md: Tensor) -> Tensor:
+        hidden_Md = hidden_Md.contiguous()
+        states_Md = torch.empty_like(hidden_Md)
+        self._lib.foretell_norm(
+            address(hidden_Md), address(self._norm), self.config.eps, *hidden_Md.shape, address(states_Md)
+        )
+        return states_Md
+
+    def logits(self, states_Md: Tensor) -> Tensor:
+        return self._head(states_Md, self.threads)
+
+    def argmax(self, states_Md: Tensor) -> Tensor:
+        return self._head.argmax(states_Md, self.threads)
+
+    def _rows(self, nodes: Nodes) -> tuple[kernels.Rows, tuple[Tensor, Tensor]]:
+        cosine, sine = self.rotation(nodes.positions)
+        arrays = (nodes.sequence, nodes.node, nodes.cache_rows, nodes.lengths, nodes.offsets, nodes.parents)
+        pointers = [array.ctypes.data for array in arrays]
+        rows = kernels.Rows(len(nodes), len(nodes.trees), *pointers, address(cosine), address(sine))
+        return rows, (cosine, sine)  # the structure does not keep them alive
+
+    @staticmethod
+    def _cache(cache: KVCache) -> kernels.Cache:
+        return kernels.Cache(address(cache.keys), address(cache.values), *cache.keys.stride()[:3])
+
+
+def _interleave(gate: Tensor, up: Tensor) -> Tensor:
+    """32 rows of gate, their 32 rows of up, and so on: both halves of SiLU(gate)·up end on the same thread."""
+    padding = -gate.shape[0] % 32
+    if padding:
+        gate, up = (torch.cat([x, x.new_zeros(padding, *x.shape[1:])]) for x in (gate, up))
+    pairs = torch.stack([gate.view(-1, 32, *gate.shape[1:]), up.view(-1, 32, *up.shape[1:])], dim=1)
+    return pairs.flatten(0, 2)

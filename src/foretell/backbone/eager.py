@@ -1,0 +1,198 @@
+"""The readable backbone: the same step as the compiled kernels in plain PyTorch.
+
+It is the slow twin that the kernels are tested against, the fallback where they were not compiled, and the path on
+a GPU. Its attention is canonical by construction: every query row gathers its own keys in path order, products are
+summed over the head width, and sums over keys run in blocks of 64 and then block by block, so that neither the
+number of rows nor the length of another row's path can change a bit.
+
+Legend: M nodes, H query heads, G key/value heads, D head width, T keys of the longest path, d hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from foretell.backbone.base import SKIP_ATTENTION, SKIP_MLP, Backbone
+from foretell.backbone.cache import KVCache
+from foretell.backbone.config import ModelConfig
+from foretell.backbone.linear import Linear
+from foretell.backbone.nodes import Nodes
+
+BLOCK = 64
+MOST_PRODUCTS = 1 << 24
+"""Rows are processed in chunks whose gathered products stay below this many numbers."""
+
+
+@dataclass
+class EagerLayer:
+    attention_norm: Tensor
+    qkv: Linear
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    out: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+    window: int
+
+
+class EagerBackbone(Backbone):
+    """See `Backbone`. `read` is called once per weight."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        read: Callable[[str], Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        threads: int,
+        *,
+        packed: bool = True,
+    ):
+        super().__init__(config, dtype, device, threads)
+        self.kernels = "eager"
+        self._read, self._packed = read, packed
+        self.layers = [self._layer(i) for i in range(config.layers)]
+        self._final_norm = self._vector("model.norm")
+        self._embedding = self._matrix("model.embed_tokens")
+        self._head = Linear(self._embedding if config.tied else self._matrix("lm_head"), packed=packed)
+        del self._read
+
+    def _matrix(self, name: str) -> Tensor:
+        return self._read(f"{name}.weight").to(self.device, self.dtype)
+
+    def _vector(self, name: str) -> Tensor:
+        return self._read(f"{name}.weight").to(self.device, torch.float32)
+
+    def _fused(self, names: list[str], biased: bool) -> Linear:
+        bias = torch.cat([self._read(f"{n}.bias").to(self.device) for n in names]) if biased else None
+        return Linear(torch.cat([self._matrix(name) for name in names]), bias, packed=self._packed)
+
+    def _layer(self, index: int) -> EagerLayer:
+        c, prefix = self.config, f"model.layers.{index}."
+        return EagerLayer(
+            attention_norm=self._vector(f"{prefix}input_layernorm"),
+            qkv=self._fused([f"{prefix}self_attn.{x}_proj" for x in "qkv"], c.attention_bias),
+            query_norm=self._vector(f"{prefix}self_attn.q_norm") if c.qk_norm else None,
+            key_norm=self._vector(f"{prefix}self_attn.k_norm") if c.qk_norm else None,
+            out=self._fused([f"{prefix}self_attn.o_proj"], c.out_bias),
+            mlp_norm=self._vector(f"{prefix}post_attention_layernorm"),
+            gate_up=self._fused([f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj"], c.mlp_bias),
+            down=self._fused([f"{prefix}mlp.down_proj"], c.mlp_bias),
+            window=c.windows[index],
+        )
+
+    def embed(self, tokens_M: Tensor) -> Tensor:
+        return self._embedding[tokens_M.to(self.device)].float()
+
+    def run_layers(
+        self,
+        hidden_Md: Tensor,
+        nodes: Nodes,
+        cache: KVCache,
+        begin: int = 0,
+        end: int | None = None,
+        *,
+        skip: bytes | None = None,
+        taps: Collection[int] = (),
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        end = self.config.layers if end is None else end
+        assert max(nodes.ends) <= cache.slots, "the engine reserves slots before a pass"
+        rotation = self.rotation(nodes.positions)
+        tapped = {begin: hidden_Md} if begin in taps else {}
+        for index in range(begin, end):
+            layer, plan = self.layers[index], skip[index] if skip else 0
+            if not plan & SKIP_ATTENTION:
+                hidden_Md = hidden_Md + self._attention(layer, index, hidden_Md, nodes, cache, rotation)
+            if not plan & SKIP_MLP:
+                normed_Md = rms_norm(hidden_Md, layer.mlp_norm, self.config.eps)
+                gate_MF, up_MF = layer.gate_up(normed_Md).chunk(2, dim=-1)
+                hidden_Md = hidden_Md + layer.down(F.silu(gate_MF) * up_MF)
+            if index + 1 in taps:
+                tapped[index + 1] = hidden_Md
+        return hidden_Md, tapped
+
+    def _attention(
+        self,
+        layer: EagerLayer,
+        index: int,
+        hidden_Md: Tensor,
+        nodes: Nodes,
+        cache: KVCache,
+        rotation: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        c = self.config
+        normed_Md = rms_norm(hidden_Md, layer.attention_norm, c.eps)
+        queries, keys, values = layer.qkv(normed_Md).split([c.q_width, c.kv_width, c.kv_width], dim=-1)
+        queries_MHD = queries.unflatten(-1, (c.heads, c.head_dim))
+        keys_MGD = keys.unflatten(-1, (c.kv_heads, c.head_dim))
+        if layer.query_norm is not None and layer.key_norm is not None:
+            queries_MHD = rms_norm(queries_MHD, layer.query_norm, c.eps)
+            keys_MGD = rms_norm(keys_MGD, layer.key_norm, c.eps)
+        queries_MHD, keys_MGD = rotate(queries_MHD, *rotation), rotate(keys_MGD, *rotation)
+        rows, slots = nodes.cache_rows_M.to(self.device), nodes.slots_M.to(self.device)
+        cache.keys[index][rows, :, slots] = keys_MGD.to(self.dtype)
+        cache.values[index][rows, :, slots] = values.unflatten(-1, (c.kv_heads, c.head_dim)).to(self.dtype)
+        mixed_MHD = attend(queries_MHD.to(self.dtype), cache.keys[index], cache.values[index], nodes, layer.window)
+        return layer.out(mixed_MHD.flatten(1))
+
+    def norm(self, hidden_Md: Tensor) -> Tensor:
+        return rms_norm(hidden_Md, self._final_norm, self.config.eps)
+
+    def logits(self, states_Md: Tensor) -> Tensor:
+        return self._head(states_Md)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension, in float32."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def rotate(x_MHD: Tensor, cosine_M: Tensor, sine_M: Tensor) -> Tensor:
+    """Rotary embedding: turns feature i with feature i + D/2 by the position's angle."""
+    a, b = x_MHD.chunk(2, dim=-1)
+    cosine, sine = cosine_M[:, None], sine_M[:, None]
+    return torch.cat([a * cosine - b * sine, b * cosine + a * sine], dim=-1)
+
+
+def attend(queries_MHD: Tensor, keys_RGSD: Tensor, values_RGSD: Tensor, nodes: Nodes, window: int) -> Tensor:
+    """Each row attends to its own path: softmax(q·k/√D)·v over the last `window` keys (0: all), [M, H, D] float32."""
+    rows = nodes.cache_rows_M.to(queries_MHD.device)
+    paths_MT = F.pad(nodes.paths_MT, (0, -nodes.paths_MT.shape[1] % BLOCK), value=-1).to(queries_MHD.device)
+    chunk = max(1, MOST_PRODUCTS // (paths_MT.shape[1] * queries_MHD[0].numel()))
+    pieces = [
+        _attend(queries_MHD[i : i + chunk], keys_RGSD, values_RGSD, rows[i : i + chunk], paths_MT[i : i + chunk], window)
+        for i in range(0, len(rows), chunk)
+    ]
+    return torch.cat(pieces)
+
+
+def _attend(
+    queries_MHD: Tensor, keys_RGSD: Tensor, values_RGSD: Tensor, rows_M: Tensor, paths_MT: Tensor, window: int
+) -> Tensor:
+    M, H, D = queries_MHD.shape
+    share = H // keys_RGSD.shape[1]
+    slots_MT, valid_MT = paths_MT.clamp(min=0), paths_MT >= 0
+    if window:
+        distance_MT = valid_MT.sum(1, keepdim=True) - 1 - torch.arange(paths_MT.shape[1], device=paths_MT.device)
+        valid_MT = valid_MT & (distance_MT < window)
+    keys_MTHD = keys_RGSD[rows_M[:, None], :, slots_MT].float().repeat_interleave(share, dim=2)
+    scores_MTH = (queries_MHD.float()[:, None] * keys_MTHD).sum(-1) * D**-0.5
+    scores_MTH = scores_MTH.masked_fill(~valid_MT[..., None], float("-inf"))
+    weights_MTH = (scores_MTH - scores_MTH.amax(1, keepdim=True)).exp()
+    total_MH = _sum_keys(weights_MTH.double()[..., None])[..., 0].float()
+    values_MTHD = values_RGSD[rows_M[:, None], :, slots_MT].float().repeat_interleave(share, dim=2)
+    values_MTHD = values_MTHD.masked_fill(~valid_MT[..., None, None], 0)
+    weights_MTH = weights_MTH.to(keys_RGSD.dtype).float()
+    return _sum_keys(weights_MTH[..., None] * values_MTHD) / total_MH[..., None]
+
+
+def _sum_keys(x_MTHD: Tensor) -> Tensor:
+    """Sum over T in an order that does not depend on how long T is: inside blocks, then one block after another."""
+    blocks_MBHD = x_MTHD.unflatten(1, (-1, BLOCK)).sum(2)
+    return blocks_MBHD.cumsum(1)[:, -1]

@@ -1,0 +1,93 @@
+"""Files read and written so that nothing is ever half there.
+
+What is written appears under its final name only when it is complete: it is made in a hidden folder beside
+and renamed. What is read and turns out broken is named in one sentence, with the remedy.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from foretell.errors import ForetellError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ForetellError(
+            f"{path.parent} has no {path.name}, so it is not a complete model folder."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ForetellError(
+            f"{path} cannot be read ({one_line(error)}); delete it and fetch it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise ForetellError(f"{path} must hold a JSON object, but it holds a {type(content).__name__}.")
+    return content
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """What an exception of someone else's says, fit to stand inside a sentence of ours."""
+    text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+@contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """Yields an empty folder that becomes `target` when the block ends, and vanishes when it fails.
+
+    The caller holds the lock of `target`, so any older staging folder was left by a process that was killed.
+    """
+    staging = target.with_name(f".{target.name}.partial")
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        yield staging
+        os.replace(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def write_errors(folder: Path, needed_bytes: int = 0) -> Iterator[None]:
+    """Turns a full disk or a forbidden folder into one sentence that says what to do."""
+    if needed_bytes and _free_bytes(folder) < needed_bytes:
+        raise disk_full(folder, f"about {needed_bytes / 1e6:.0f} MB are needed")
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error):
+            raise disk_full(folder, "it ran out while writing") from error
+        if isinstance(error, OSError):
+            raise ForetellError(
+                f"cannot write to {folder} ({one_line(error)}); choose another cache folder with --cache-dir."
+            ) from error
+        raise
+
+
+def disk_full(folder: Path, reason: str) -> ForetellError:
+    """The sentence for a disk without room."""
+    return ForetellError(
+        f"not enough disk space in {folder} ({reason}); free some, or choose another cache folder with "
+        "--cache-dir."
+    )
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error is the system's "no space left", however the library in between dressed it up."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(
+        error
+    )
+
+
+def _free_bytes(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -1,0 +1,134 @@
+"""The compiled kernels, reached with ctypes: one call runs any range of layers over any set of rows.
+
+The shared library is built with the package (`native/`); where no compiler was at hand it is absent and the eager
+modules serve instead. The structures below mirror `native/common.h` word for word.
+
+Shapes: M rows, d hidden width, K inputs and N outputs of a linear.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import POINTER, Structure, c_double, c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("_kernels.so")
+BUILDS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
+
+
+def _words(names: str) -> list[tuple[str, type]]:
+    return [(name, c_int64) for name in names.split()]
+
+
+class Layer(Structure):
+    _fields_ = _words(
+        "attention_norm qkv qkv_bias query_norm key_norm out out_bias mlp_norm gate_up gate_up_bias down down_bias window"
+    )
+
+
+class Model(Structure):
+    _fields_ = [*_words("hidden heads kv_heads head_dim mlp threads"), ("eps", c_double), ("layers", POINTER(Layer))]
+
+
+class Cache(Structure):
+    _fields_ = _words("keys values layer_stride row_stride head_stride")
+
+
+class Rows(Structure):
+    _fields_ = _words("count sequences sequence node cache_row length offset parents cosine sine")
+
+
+class Span(Structure):
+    _fields_ = _words("begin end skip taps")
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library with its best build chosen (or `FORETELL_KERNELS`), or None where it was not built."""
+    if not LIBRARY.exists():
+        return None
+    lib = ctypes.CDLL(str(LIBRARY))
+    lib.foretell_select.restype = lib.foretell_team.restype = ctypes.c_char_p
+    pointers, flag, size = c_void_p, c_int, c_int64
+    lib.foretell_pack.argtypes = [pointers, size, size, pointers, flag]
+    lib.foretell_unpack_rows.argtypes = [pointers, size, pointers, size, pointers, flag]
+    lib.foretell_layers.argtypes = [pointers] * 5 + [flag]
+    lib.foretell_norm.argtypes = [pointers, pointers, c_double, size, size, pointers]
+    lib.foretell_linear.argtypes = [pointers, size, size, pointers, size, pointers, pointers, pointers, size, flag]
+    lib.foretell_attention.argtypes = [pointers] * 5 + [flag]
+    if select(os.environ.get("FORETELL_KERNELS", ""), lib) is None:
+        return None
+    return lib
+
+
+def select(build: str = "", lib: ctypes.CDLL | None = None) -> str | None:
+    """Switch every later call to a named build (see BUILDS), or to the best; None if this processor lacks it.
+
+    Builds share one packed layout, so weights packed under one run under another.
+    """
+    lib = lib or library()
+    name = lib.foretell_select(build.encode()) if lib is not None else None
+    return name.decode() if name else None
+
+
+def address(tensor: Tensor | None) -> int:
+    if tensor is None:
+        return 0
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    return tensor.data_ptr()
+
+
+def _up(count: int) -> int:
+    return -(-count // 32) * 32
+
+
+class PackedLinear:
+    """y = x Wᵀ + b with W [N, K] packed once into panels of 32 outputs; x and y are float32, W decides the rounding.
+
+    Every output depends on its own row of x alone: one row or sixty-four, the bits are the same.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        if weight.dtype not in (torch.bfloat16, torch.float32):
+            raise TypeError(f"packed weights are bfloat16 or float32, not {weight.dtype}")
+        self.outputs, self.inputs = weight.shape
+        self.bf16 = int(weight.dtype == torch.bfloat16)
+        self.packed = torch.empty(_up(self.outputs) * _up(self.inputs), dtype=weight.dtype)
+        self.bias = None
+        if bias is not None:
+            self.bias = torch.zeros(_up(self.outputs))
+            self.bias[: self.outputs] = bias
+        library().foretell_pack(address(weight.contiguous()), self.outputs, self.inputs, address(self.packed), self.bf16)
+
+    def __call__(self, x_MK: Tensor, threads: int) -> Tensor:
+        """Returns y [M, N] float32."""
+        y_MN = torch.empty(x_MK.shape[0], self.outputs)
+        self._run(x_MK, y_MN, None, threads)
+        return y_MN
+
+    def argmax(self, x_MK: Tensor, threads: int) -> Tensor:
+        """First index of the greatest output of each row [M] int64, without writing the outputs to memory."""
+        best_M = torch.empty(x_MK.shape[0], dtype=torch.int64)
+        self._run(x_MK, None, best_M, threads)
+        return best_M
+
+    def rows(self, ids_M: Tensor) -> Tensor:
+        """Rows of W [M, K] as float32: a tied embedding read back from the packed head."""
+        out_MK = torch.empty(ids_M.shape[0], self.inputs)
+        library().foretell_unpack_rows(
+            address(self.packed), self.inputs, address(ids_M), ids_M.shape[0], address(out_MK), self.bf16
+        )
+        return out_MK
+
+    def _run(self, x_MK: Tensor, y_MN: Tensor | None, best_M: Tensor | None, threads: int) -> None:
+        x_MK = x_MK.contiguous()
+        assert x_MK.dtype == torch.float32 and x_MK.shape[1] == self.inputs
+        library().foretell_linear(
+            address(x_MK), x_MK.shape[0], self.inputs, address(self.packed), self.outputs, address(self.bias),
+            address(y_MN), address(best_M), threads, self.bf16,
+        )  # fmt: skip

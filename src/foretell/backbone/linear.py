@@ -1,0 +1,50 @@
+"""The kernel seam of the eager backbone: which library multiplies, and how it is kept row-independent.
+
+Libraries pick another algorithm for one row than for many, and the bits differ. So a call is cut into pieces of at
+most 64 rows and a short piece is padded; `probe.py` checks that this is enough, and asks for more padding where not.
+oneDNN's packed weights run at memory speed on CPUs but are private to PyTorch and drop gradients without a word:
+they are probed for, never used for training, and `F.linear` stands behind them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MOST_ROWS = 64
+
+
+class Linear:
+    """y [M, N] = x [M, K] Wᵀ + b, row by row independent of M; x is cast to the weight's type, y is float32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, packed: bool = True):
+        self.bias = None if bias is None else bias.to(weight.dtype)
+        self.dtype, self.least_rows = weight.dtype, 4
+        self.packed = _onednn_pack(weight) if packed and weight.device.type == "cpu" else None
+        self.weight = weight if self.packed is None else None
+
+    def __call__(self, x_MK: Tensor) -> Tensor:
+        x_MK = x_MK.to(self.dtype)
+        pieces = [self._piece(piece).float() for piece in x_MK.split(MOST_ROWS)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _piece(self, x_MK: Tensor) -> Tensor:
+        rows = len(x_MK)
+        if rows < self.least_rows:
+            x_MK = F.pad(x_MK, (0, 0, 0, self.least_rows - rows))
+        if self.packed is not None:
+            y_MN = torch.ops.mkldnn._linear_pointwise(x_MK, self.packed, self.bias, "none", [], "")
+        else:
+            y_MN = F.linear(x_MK, self.weight, self.bias)
+        return y_MN[:rows]
+
+
+def _onednn_pack(weight: Tensor) -> Tensor | None:
+    """The weight in oneDNN's own layout, or None where this build or processor has none for its type."""
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, MOST_ROWS)
+        torch.ops.mkldnn._linear_pointwise(weight.new_zeros(4, weight.shape[1]), packed, None, "none", [], "")
+    except (AttributeError, RuntimeError):
+        return None
+    return packed

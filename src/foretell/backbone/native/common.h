@@ -1,0 +1,87 @@
+// What every instruction-set build of the step shares: the description of a model, of a cache and of a call.
+//
+// Legend: M rows of the call, d hidden width, H query heads, G key/value heads, D head width, F MLP width,
+// S slots of a cache row. All pointers come from PyTorch tensors that the caller keeps alive.
+#pragma once
+#include <cstdint>
+
+namespace foretell {
+
+// One decoder layer. Linear weights are packed (see `pack` in kernels.inc); norms and biases are float32.
+// A null pointer means "this model has none". Every field is one 64-bit word: Python fills it as an int64 row.
+struct Layer {
+    const float* attention_norm;  // [d]
+    const void* qkv;              // (H + 2G)·D outputs from d: queries, keys, values
+    const float* qkv_bias;
+    const float* query_norm;  // [D] Qwen3 normalises each head
+    const float* key_norm;
+    const void* out;  // d outputs from H·D
+    const float* out_bias;
+    const float* mlp_norm;
+    const void* gate_up;         // 2F outputs from d: 32 gate columns, then their 32 up columns, and so on
+    const float* gate_up_bias;   // the same order
+    const void* down;            // d outputs from F
+    const float* down_bias;
+    int64_t window;  // keys a query sees at most, its own included; 0 means all
+};
+
+struct Model {
+    int64_t hidden, heads, kv_heads, head_dim, mlp, threads;
+    double eps;
+    const Layer* layers;
+};
+
+// keys and values are [layers, cache rows, G, S, D]; strides count elements.
+struct Cache {
+    void* keys;
+    void* values;
+    int64_t layer_stride, row_stride, head_stride;
+};
+
+// The rows of one call. Sequence b owns nodes [offset[b], offset[b+1]) of `parents`; node i of its tree lies at
+// slot length[b] + i, and parents count within the tree (the root's is -1). Rows name (sequence, node), sorted.
+struct Rows {
+    int64_t count, sequences;
+    const int32_t* sequence;  // [M]
+    const int32_t* node;      // [M]
+    const int32_t* cache_row;  // [sequences]
+    const int32_t* length;     // [sequences] committed slots
+    const int32_t* offset;     // [sequences + 1]
+    const int32_t* parents;
+    const float* cosine;  // [M, D/2]
+    const float* sine;
+};
+
+// What to run: layers [begin, end); bit 0 of skip[l] skips attention, bit 1 the MLP; taps[l] (may be null)
+// receives the residual stream [M, d] after l layers.
+struct Span {
+    int64_t begin, end;
+    const uint8_t* skip;
+    float* const* taps;
+};
+
+struct Kernels {
+    const char* name;
+    void (*pack)(const void* weight, int64_t outputs, int64_t inputs, void* packed, int bf16);
+    void (*unpack_rows)(const void* packed, int64_t inputs, const int64_t* ids, int64_t count, float* out, int bf16);
+    void (*layers)(const Model&, const Cache&, const Rows&, const Span&, float* hidden, int bf16);
+    void (*norm)(const float* x, const float* weight, double eps, int64_t rows, int64_t width, float* out);
+    void (*linear)(const float* x, int64_t rows, int64_t inputs, const void* packed, int64_t outputs,
+                   const float* bias, float* out, int64_t* best, int64_t threads, int bf16);
+    void (*attention)(const Model&, const Cache&, const Rows&, const void* queries, void* out, int bf16);
+};
+
+const Kernels* kernels_amx();
+const Kernels* kernels_avx512bf16();
+const Kernels* kernels_avx512();
+const Kernels* kernels_avx2();
+const Kernels* kernels_generic();
+
+// Runs body(context, thread) on `threads` threads and waits; `wait` inside a body is a barrier of all of them.
+void parallel(int64_t threads, void (*body)(void*, int64_t), void* context);
+void wait(int64_t threads);
+// Memory that lives until the process ends and only grows; one block per (thread, purpose).
+void* scratch(int64_t thread, int purpose, int64_t bytes);
+constexpr int kMaxThreads = 256, kPurposes = 12;
+
+}  // namespace foretell

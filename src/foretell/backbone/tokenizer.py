@@ -1,0 +1,221 @@
+"""Text to token ids and back, and a conversation to the prompt the model was trained on.
+
+The ids are those of transformers, but importing it costs most of a second at every start, so the two things
+it does here are done directly: tokenizer.json is run by the `tokenizers` library, and the chat template, a
+Jinja program that came with the weights and is not to be trusted, is rendered in the same kind of sandbox.
+transformers itself is called only for folders without a tokenizer.json.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foretell.backbone.files import one_line, read_json
+from foretell.errors import ForetellError
+
+if TYPE_CHECKING:
+    import jinja2
+    import tokenizers
+
+Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
+
+
+class Tokenizer:
+    """The tokenizer of a model folder.
+
+    Attributes:
+        vocab_size: the number of tokens, added ones included; the model's logits may be padded beyond it.
+        special_ids: tokens that are marks, such as the end of a turn, rather than text.
+        eos_id: the token that ends a text; the model config's `eos_ids` are what ends a generation.
+    """
+
+    def __init__(
+        self, backend: "tokenizers.Tokenizer", settings: Mapping[str, Any], template: str | None, name: str
+    ) -> None:
+        self._backend = backend
+        self._template = template
+        self._name = name  # for errors
+        # a file may keep the truncation and padding of its training run
+        backend.no_truncation()
+        backend.no_padding()
+        self._marks = {key: _content(value) for key, value in settings.items() if _is_mark(key, value)}
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self.special_ids: frozenset[int] = frozenset(
+            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        eos = self._marks.get("eos_token")
+        self.eos_id: int | None = None if eos is None else backend.token_to_id(eos)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Tokenizer":
+        """Loads the tokenizer that lies beside the weights."""
+        folder = Path(folder)
+        settings_file = folder / "tokenizer_config.json"
+        settings = read_json(settings_file) if settings_file.is_file() else {}
+        marks_file = folder / "special_tokens_map.json"  # where older checkpoints keep them
+        if marks_file.is_file():
+            settings = {**read_json(marks_file), **settings}
+        return cls(_load_backend(folder), settings, _read_template(folder, settings), str(folder))
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of a text; `special` adds the marks the model expects around a bare text, such as BOS."""
+        return self._backend.encode(text, add_special_tokens=special).ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """The text of token ids, exactly as spelled: no clean-up of spaces."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation, ready for the model to answer."""
+        return self.encode(self.render_chat(messages, add_generation_prompt))
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `chat` can work."""
+        return self._template is not None
+
+    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """The conversation as one text, with its marks spelled out."""
+        import jinja2
+
+        if not messages:
+            raise ForetellError("the conversation is empty; give at least one message.")
+        # None stands for "not given" in the OpenAI format, and templates would print it
+        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        plain = json.loads(json.dumps(given))  # a copy of plain types is all a template may touch
+        try:
+            return self._compiled.render(
+                messages=plain,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._marks,
+            )
+        except (jinja2.TemplateError, TypeError, KeyError) as error:
+            raise ForetellError(
+                f"the chat template of {self._name} refuses these messages: {one_line(error)}."
+            ) from error
+
+    @cached_property
+    def _compiled(self) -> "jinja2.Template":
+        import jinja2
+
+        if self._template is None:
+            raise ForetellError(
+                f"{self._name} has no chat template, so it cannot read messages; pass the whole prompt as "
+                "text (--raw)."
+            )
+        try:
+            return _sandbox().from_string(self._template)
+        except jinja2.TemplateError as error:
+            raise ForetellError(
+                f"the chat template of {self._name} is not valid Jinja ({one_line(error)}); "
+                "pass the whole prompt as text (--raw)."
+            ) from error
+
+
+def _load_backend(folder: Path) -> "tokenizers.Tokenizer":
+    import tokenizers
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return _rebuild_backend(folder)
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exceptions
+        raise ForetellError(
+            f"{path} is damaged ({one_line(error)}); delete it and fetch the model again."
+        ) from error
+
+
+def _rebuild_backend(folder: Path) -> "tokenizers.Tokenizer":
+    """Folders with only vocab.json and merges.txt, or a sentencepiece model: transformers knows how."""
+    if not any(
+        (folder / name).is_file() for name in ("tokenizer.model", "vocab.json", "tokenizer_config.json")
+    ):
+        raise ForetellError(
+            f"{folder} has no tokenizer.json, so text cannot become tokens; fetch the model again."
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+    except Exception as error:  # missing sentencepiece, unknown class, slow-only tokenizers: all end the same
+        raise ForetellError(
+            f"{folder} has no tokenizer.json and transformers cannot rebuild one ({one_line(error)}); "
+            "save one beside the weights with AutoTokenizer.save_pretrained."
+        ) from error
+
+
+def _read_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """The default chat template: a file of its own in new checkpoints, a setting in older ones."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several named ones
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _is_mark(key: str, value: Any) -> bool:
+    return key.endswith("_token") and (
+        isinstance(value, str) or (isinstance(value, Mapping) and "content" in value)
+    )
+
+
+def _content(value: Any) -> str:
+    return value if isinstance(value, str) else value["content"]
+
+
+def _sandbox() -> "jinja2.Environment":
+    """The environment templates are written for: transformers' one."""
+    import jinja2
+    import jinja2.ext
+    import jinja2.nodes
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}` marks what to train on; here it only passes its content on."""
+
+        tags = {"generation"}  # noqa: RUF012 (Jinja declares it so)
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            return jinja2.nodes.Scope(
+                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
+            )
+
+    class Namespace(jinja2.utils.Namespace):
+        """Like Jinja's, but without a way to the internals of Python objects."""
+
+        def __init__(*args: Any, **kwargs: Any) -> None:
+            self, given = args[0], dict(*args[1:], **kwargs)
+            jinja2.utils.Namespace.__init__(self)
+            for name, value in given.items():
+                self[name] = value
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            if isinstance(name, str) and name.startswith("_"):
+                raise jinja2.exceptions.SecurityError(f"a template may not set {name!r}")
+            super().__setitem__(name, value)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's own one escapes HTML
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.exceptions.TemplateError(message)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda pattern: datetime.now().strftime(pattern),
+        "namespace": Namespace,
+    }
+    return environment

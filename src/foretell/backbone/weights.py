@@ -1,0 +1,183 @@
+"""The tensors of a model folder, checked by name and shape before the first one is read.
+
+Only safetensors are opened: a pickle runs code when it is loaded. Files are memory-mapped, so opening a model
+costs its headers, a tensor is read when it is asked for, and `fingerprint` reads a few hundred kilobytes
+however large the model is.
+"""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foretell.backbone.config import ModelConfig
+from foretell.backbone.families import weight_shapes
+from foretell.backbone.files import one_line, read_json
+from foretell.errors import ForetellError
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# old Llama checkpoints store the rotary frequencies; they follow from the config
+_DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+class Weights:
+    """A read-only mapping from Hugging Face tensor names to tensors, read when asked for.
+
+    A tied model answers `lm_head.weight` with its embedding.
+    """
+
+    def __init__(self, handles: dict[str, Any], shapes: dict[str, tuple[int, ...]], tied: bool) -> None:
+        self._handles = handles  # tensor name -> the open file that holds it
+        self.shapes = shapes
+        self.tied = tied
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._handles[self._stored(name)].get_tensor(self._stored(name))
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._stored(name) in self.shapes
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Some rows of a tensor, without reading the others."""
+        part: torch.Tensor = self._slice(name)[start:stop]
+        return part
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The float type a tensor is stored in."""
+        return _FLOATS[self._slice(name).get_dtype()]
+
+    def _slice(self, name: str) -> Any:
+        return self._handles[self._stored(name)].get_slice(self._stored(name))
+
+    def _stored(self, name: str) -> str:
+        return EMBEDDING if self.tied and name == HEAD else name
+
+
+def read_weights(folder: Path, config: ModelConfig) -> Weights:
+    """Opens a folder's safetensors and checks that they are exactly the tensors the config describes."""
+    folder = Path(folder)
+    handles: dict[str, Any] = {}
+    paths: dict[str, Path] = {}
+    for path, promised in _files(folder).items():
+        handle = _open(path)
+        held = set(handle.keys())
+        if missing := (promised or held) - held:
+            raise ForetellError(
+                f"{path} lacks {min(missing)}, which the index says it holds; delete the folder and fetch it "
+                "again."
+            )
+        for name in promised or held:
+            handles[name], paths[name] = handle, path
+
+    shapes = weight_shapes(config)
+    for name, shape in shapes.items():
+        _check(name, shape, handles, paths, folder)
+    _refuse_unused(handles, paths, shapes, config)
+    return Weights(handles, shapes, config.tied)
+
+
+def fingerprint(weights: Weights, config: ModelConfig) -> str:
+    """Sixteen hex digits that say which backbone this is, to bind trained heads to it.
+
+    They cover the dimensions and a sample of the values, taken as bfloat16: the same weights in other shards or
+    in a wider float type are the same backbone; a fine-tune or another quantization is not.
+    """
+    dimensions = (
+        config.family, config.hidden, config.layers, config.heads, config.kv_heads, config.head_dim,
+        config.mlp, config.vocab, config.tied,
+    )  # fmt: skip
+    digest = hashlib.sha256(repr(dimensions).encode())
+    sampled = [EMBEDDING, "model.norm.weight"]
+    for layer in sorted({0, config.layers // 2, config.layers - 1}):
+        for part in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"):
+            sampled.append(f"model.layers.{layer}.{part}.weight")
+    for name in sampled:
+        count = weights.shapes[name][0]
+        for row in range(0, count, -(-count // 16)):
+            values = weights.rows(name, row, row + 1).to(torch.bfloat16).contiguous()
+            digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _files(folder: Path) -> dict[Path, set[str] | None]:
+    """The safetensors files, each with the tensors its index promises; None where there is no index."""
+    single, index_path = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if index_path.is_file():
+        weight_map = read_json(index_path).get("weight_map")
+        # a shard outside the folder would be a path made up by whoever wrote the index
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) and name == Path(name).name for name in weight_map.values()
+        ):
+            raise ForetellError(
+                f"{index_path} must hold a weight_map from tensor names to file names; delete it and fetch "
+                "it again."
+            )
+        files: dict[Path, set[str] | None] = {folder / name: set() for name in weight_map.values()}
+        for tensor_name, file_name in weight_map.items():
+            files[folder / file_name].add(tensor_name)  # type: ignore[union-attr]
+        return files
+    if single.is_file():
+        return {single: None}
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        raise ForetellError(
+            f"{folder} holds only pickled weights, which can run code when loaded; convert it once with "
+            "transformers (from_pretrained, then save_pretrained), or use a revision with safetensors."
+        )
+    raise ForetellError(f"{folder} has no model.safetensors, so there are no weights to load.")
+
+
+def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise ForetellError(f"{path} is missing; delete the folder and fetch the model again.") from None
+    except (SafetensorError, OSError) as error:
+        raise ForetellError(
+            f"{path} is damaged or incomplete ({one_line(error)}); delete it and fetch the model again."
+        ) from error
+
+
+def _check(
+    name: str, shape: tuple[int, ...], handles: dict[str, Any], paths: dict[str, Path], folder: Path
+) -> None:
+    if name not in handles:
+        raise ForetellError(
+            f"{folder} lacks the tensor {name} of shape {shape}; its config.json and its weights do not "
+            "belong together, or the download is incomplete: fetch it again."
+        )
+    view = handles[name].get_slice(name)
+    if tuple(view.get_shape()) != shape:
+        raise ForetellError(
+            f"{name} has shape {tuple(view.get_shape())} in {paths[name]}, but config.json asks for {shape}."
+        )
+    if view.get_dtype() not in _FLOATS:
+        raise ForetellError(
+            f"{name} in {paths[name]} is stored as {view.get_dtype()}; the float types are "
+            f"{', '.join(_FLOATS)}, so use the original unquantized checkpoint."
+        )
+
+
+def _refuse_unused(
+    handles: dict[str, Any], paths: dict[str, Path], shapes: dict[str, tuple[int, ...]], config: ModelConfig
+) -> None:
+    """A part of the model we would leave out changes what it says; extra heads under other names do not."""
+    for name in handles.keys() - shapes.keys():
+        if name == HEAD and config.tied:
+            # transformers unties the two when they differ, whatever the config says
+            if not torch.equal(handles[HEAD].get_tensor(HEAD), handles[EMBEDDING].get_tensor(EMBEDDING)):
+                raise ForetellError(
+                    f"{paths[HEAD]} has an lm_head.weight of its own although config.json ties it to the "
+                    "embedding; set tie_word_embeddings to false there."
+                )
+        elif name.startswith("model.") and not _DERIVED.fullmatch(name):
+            raise ForetellError(
+                f"{paths[name]} holds {name}, which a {config.family} model with this config.json has no "
+                "place for."
+            )

@@ -1,0 +1,302 @@
+"""The seam: draft -> verify -> commit -> observe.
+
+A drafter guesses a tree of future tokens for each row; the engine verifies the trees in one forward pass, commits
+the path that the target model agrees with, and lets the drafter observe what was committed. The engine, the server
+and the benchmark know drafters only through this page.
+
+Between steps, the cache of a row holds every committed token but the newest: the newest is the root of the next
+tree and enters the model together with the guesses.
+
+Legend: B rows, N nodes of one tree, M nodes of all trees, V vocabulary, d hidden width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from foretell.errors import UsageError
+from foretell.trees import TokenTree
+
+if TYPE_CHECKING:
+    from foretell.backbone import Backbone
+
+FINAL = -1
+"""Tap of the final norm's output: what the output head reads. Tap l >= 0 is the residual stream after l layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How a request is decoded; checked at construction.
+
+    Attributes:
+        max_new_tokens: token budget, never exceeded.
+        temperature: 0 chooses the most probable token; above 0 samples from softmax(logits / temperature).
+        top_p, top_k, min_p: truncations of that distribution (1, 0 and 0 switch them off), applied in the order
+            top-k, top-p, min-p; ties at a threshold are all kept.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output.
+        presence_penalty, frequency_penalty: subtracted once, and once per occurrence, from tokens in the output.
+        logit_bias: token id -> number added to its logit.
+        seed: with the request's index and the position it fixes every draw.
+        stop: strings that end the output (not part of the text); stop_ids: token ids that do.
+        ignore_eos: go on past the model's end-of-sequence tokens.
+        logprobs: None, or how many of the most probable tokens to report beside each chosen one.
+
+    Raises:
+        UsageError: naming the value, its range and the remedy.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("max_new_tokens", 1, 2**31), ("temperature", 0, 100), ("top_p", 1e-9, 1), ("top_k", 0, 2**31),
+            ("min_p", 0, 1), ("repetition_penalty", 1e-3, 1e3), ("presence_penalty", -100, 100),
+            ("frequency_penalty", -100, 100),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not low <= value <= high:  # catches NaN too
+                raise UsageError(f"{name} is {value}; it must lie between {low:g} and {high:g}.")
+        if isinstance(self.stop, str) or any(not text for text in self.stop):
+            raise UsageError(f"stop is {self.stop!r}; it must be a tuple of non-empty strings.")
+        if self.logprobs is not None and not 0 <= self.logprobs <= 100:
+            raise UsageError(f"logprobs is {self.logprobs}; it must lie between 0 and 100.")
+
+    @property
+    def plain_greedy(self) -> bool:
+        """Whether a step needs nothing of the logits but where their greatest lies."""
+        return self.temperature == 0 and not self.edits_logits
+
+    @property
+    def edits_logits(self) -> bool:
+        return bool(
+            self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias
+        )
+
+
+class Row(Protocol):
+    """What a drafter sees of one sequence in the batch."""
+
+    slot: int
+    """Index of the row's cache; stable while the row lives, reused afterwards."""
+    tokens: list[int]
+    """Prompt and output so far; the last one is the root of the next tree."""
+    prompt_length: int
+    reused: int
+    """Leading tokens whose cache, and whose features, this slot already had from an earlier request."""
+    params: SamplingParams
+
+    @property
+    def budget(self) -> int:
+        """Tokens that may still be emitted."""
+        ...
+
+
+@dataclass
+class Draft:
+    """Guesses for B rows.
+
+    Attributes:
+        trees: one per row.
+        tokens: ids node by node, one list per row; the root holds the row's newest token.
+        probabilities: per row the drafter's probability of each node given its parent, or None when guesses are
+            deterministic. Verification in this library never needs them; adaptive trees may.
+        resume: (layer, hidden [M, d]) when the drafter has already run the lower layers over all nodes and written
+            their keys and values; verification starts at that layer.
+    """
+
+    trees: list[TokenTree]
+    tokens: list[list[int]]
+    probabilities: list[list[float]] | None = None
+    resume: tuple[int, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        for tree, ids in zip(self.trees, self.tokens, strict=True):
+            if len(tree) != len(ids):
+                raise UsageError(f"A draft has {len(ids)} tokens for a tree of {len(tree)} nodes; they must be equal.")
+
+
+@dataclass
+class Verdict:
+    """What survived verification, per row: the accepted path (the root first) and the token that follows it.
+
+    The accepted tokens are the path's without the root; `bonus` is the target's own choice after them and becomes
+    the next root. A step therefore emits len(path) tokens: the acceptance length.
+    """
+
+    paths: list[list[int]]
+    bonus: list[int]
+
+
+@dataclass
+class Features:
+    """What the pass computed for the nodes that were committed; B rows one after another.
+
+    Attributes:
+        counts: committed nodes of each row, the old root first; their tokens are known to the rows.
+        taps: tap -> hidden states [sum of counts, d] float32, in committed order.
+        extra: what the drafter's `at_cut` inserted, as it left the final norm: float32 [rows inserted, d], or None.
+        paths: the accepted path of each row (empty while a prompt is prefilled).
+    """
+
+    counts: list[int]
+    taps: dict[int, Tensor]
+    extra: Tensor | None = None
+    paths: list[list[int]] = field(default_factory=list)
+
+
+class Drafter(ABC):
+    """One method. Subclasses live in one file under `drafters/` and have one row in its table.
+
+    Attributes:
+        taps: hidden states to hand to `observe` (see `FINAL`).
+        cuts: layers after which `at_cut` may add rows to the verification pass.
+        lossless: whether the output equals plain decoding's under exact verification.
+    """
+
+    taps: ClassVar[tuple[int, ...]] = ()
+    cuts: ClassVar[tuple[int, ...]] = ()
+    lossless: ClassVar[bool] = True
+
+    @classmethod
+    def build(cls, backbone: Backbone, **options: Any) -> Drafter:
+        """Makes the drafter for a backbone; options come from the command line or from `foretell.load`."""
+        return cls(**options)
+
+    @property
+    def most_nodes(self) -> int:
+        """The largest tree it will draft, root included: the engine reserves that many cache slots."""
+        return 64
+
+    @property
+    def extra_nodes(self) -> int:
+        """The most rows that `at_cut` adds per drafted node."""
+        return 0
+
+    def reset(self, rows: Sequence[Row]) -> None:  # noqa: B027
+        """New sequences have taken these slots: forget what was there."""
+
+    @abstractmethod
+    def draft(self, rows: Sequence[Row]) -> Draft:
+        """Guesses for every row. A root-only tree is always allowed."""
+
+    def observe(self, rows: Sequence[Row], features: Features) -> None:  # noqa: B027
+        """What was committed, after every chunk of a prompt and after every step."""
+
+    def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Any) -> tuple[Tensor, Any]:
+        """After `layer` layers of verification: returns hidden states and nodes with rows inserted.
+
+        `Nodes.extended` appends guesses to each row's tree and says where the old nodes went; an inserted row
+        attends to its ancestors and itself, and no drafted node attends to it.
+        """
+        return hidden_Md, nodes
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass
+class Statistics:
+    """Of one request. `seconds` runs from admission to the end, prefill included.
+
+    Attributes:
+        steps: verification passes that emitted tokens for it; plain_steps: those that carried no guess.
+        drafted: guesses verified; accepted: guesses kept, budget and stops applied.
+        by_depth: how many steps offered, and how many accepted, a guess at depth 1, 2, ...
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    reused_tokens: int = 0
+    steps: int = 0
+    plain_steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    prefill_seconds: float = 0.0
+    seconds: float = 0.0
+    by_depth: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per step, bonus included."""
+        return self.new_tokens / self.steps if self.steps else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds if self.seconds else 0.0
+
+    def count(self, height: int, nodes: int, emitted: int, accepted: int) -> None:
+        """Adds one step that drafted a tree of `nodes` guesses and emitted `emitted` tokens."""
+        self.steps += 1
+        self.plain_steps += nodes == 0
+        self.drafted += nodes
+        self.new_tokens += emitted
+        self.accepted += accepted
+        self.by_depth += [(0, 0)] * (height - len(self.by_depth))
+        for depth in range(height):
+            offered, kept = self.by_depth[depth]
+            self.by_depth[depth] = (offered + 1, kept + (depth < accepted))
+
+
+@dataclass
+class Event:
+    """What one step emitted for one request.
+
+    Attributes:
+        tokens: new token ids; drafted: for each, whether a drafter had guessed it.
+        text: the text that became certain (a character or stop string in the making is held back).
+        pieces: the same text token by token, with the drafted mark, for display.
+        finish_reason: "stop" or "length" on a request's last event, which carries its statistics too.
+    """
+
+    request: int
+    tokens: list[int]
+    drafted: list[bool]
+    text: str
+    pieces: list[tuple[str, bool]] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    statistics: Statistics | None = None
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """What the API, the server and the benchmark drive; the speculative engine is one, HAMburger will be another."""
+
+    lossless: bool
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is unfinished."""
+        ...
+
+    def submit(self, prompt: list[int], params: SamplingParams) -> int:
+        """Queues a request and returns its number, from 0 in order of submission."""
+        ...
+
+    def step(self) -> list[Event]:
+        """Advances every admitted row once: a chunk of its prompt or one draft -> verify -> commit -> observe."""
+        ...
+
+    def cancel(self, request: int) -> None: ...

@@ -1,0 +1,61 @@
+"""The methods: one file each, one row each in this table.
+
+A row is "module:Class" and a line of help; the module is imported when the drafter is first used. `register` adds
+a row from outside, with nothing else to edit: command line, benchmark and server read this table.
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from foretell.errors import UsageError
+
+if TYPE_CHECKING:
+    from foretell.backbone import Backbone
+    from foretell.contracts import Drafter
+
+DRAFTERS: dict[str, tuple[str | type[Drafter], str]] = {
+    "plain": ("foretell.drafters.plain:Plain", "one token per step: the baseline"),
+    "prompt_lookup": ("foretell.drafters.prompt_lookup:PromptLookup", "repeats what followed the same words before"),
+}
+
+
+def register(name: str, drafter: type[Drafter] | str, help: str) -> None:
+    """Adds a drafter under a name: a class, or "module:Class" to be imported when it is used."""
+    if name in DRAFTERS:
+        raise UsageError(f"A drafter named {name!r} exists already; choose another name.")
+    DRAFTERS[name] = (drafter, help)
+
+
+def drafter_class(name: str) -> type[Drafter]:
+    """The class behind a name.
+
+    Raises:
+        UsageError: for an unknown name, with near ones.
+    """
+    if name not in DRAFTERS:
+        near = get_close_matches(name, DRAFTERS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UsageError(f"Unknown drafter {name!r}: {hint}the drafters are {', '.join(sorted(DRAFTERS))}.")
+    target = DRAFTERS[name][0]
+    if not isinstance(target, str):
+        return target
+    module, _, attribute = target.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def build(name: str, backbone: Backbone, **options: Any) -> Drafter:
+    """Makes the drafter `name` for a backbone.
+
+    Raises:
+        UsageError: for an unknown name or an option that it does not have.
+    """
+    cls = drafter_class(name)
+    try:
+        return cls.build(backbone, **options)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise UsageError(f"Drafter {name!r} has no such option: {error}.") from error

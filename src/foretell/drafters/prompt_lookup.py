@@ -1,0 +1,102 @@
+"""Text repeats itself: guess what followed the last words the last times they occurred.
+
+The newest n tokens are looked up in prompt and output, the longest n first; what followed each earlier occurrence
+is a candidate, and candidates that begin alike share nodes of one tree. Costs no parameters and no training; it
+wins where the answer quotes the question (summaries, edits, code). Prompt lookup: Saxena 2023; n-gram chains as in
+transformers' `prompt_lookup_num_tokens`, here several of them verified at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from foretell.contracts import Draft, Drafter, Row
+from foretell.errors import UsageError
+from foretell.trees import TokenTree
+from foretell.trees.tree import ROOT
+
+
+@dataclass
+class _Index:
+    """Where each n-gram of a row ended, for every n looked up; grows with the row."""
+
+    longest: int
+    shortest: int
+    seen: int = 0
+    ends: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
+
+    def extend(self, tokens: list[int]) -> None:
+        """Indexes the n-grams that end before the last token: the last one has no continuation yet."""
+        for end in range(self.seen + 1, len(tokens)):
+            for n in range(self.shortest, min(self.longest, end) + 1):
+                self.ends.setdefault(tuple(tokens[end - n : end]), []).append(end)
+        self.seen = max(self.seen, len(tokens) - 1)
+
+    def continuations(self, tokens: list[int], count: int) -> list[int]:
+        """Up to `count` places from which to copy: longer matches first, then later ones."""
+        places: list[int] = []
+        for n in range(min(self.longest, len(tokens)), self.shortest - 1, -1):
+            for end in reversed(self.ends.get(tuple(tokens[-n:]), ())):
+                if end not in places:
+                    places.append(end)
+                if len(places) == count:
+                    return places
+        return places
+
+
+class PromptLookup(Drafter):
+    """N-gram chains merged into a tree.
+
+    Args:
+        longest, shortest: lengths of the n-grams looked up.
+        length: guesses copied from each occurrence.
+        candidates: occurrences copied from.
+        nodes: the largest tree, root included.
+    """
+
+    def __init__(self, longest: int = 4, shortest: int = 2, length: int = 10, candidates: int = 4, nodes: int = 24):
+        if not 1 <= shortest <= longest <= 16:
+            raise UsageError(f"Prompt lookup needs 1 <= shortest <= longest <= 16, not {shortest} and {longest}.")
+        if not (1 <= length <= 64 and 1 <= candidates <= 64 and 2 <= nodes <= 256):
+            raise UsageError(
+                f"Prompt lookup takes length and candidates in 1..64 and nodes in 2..256, not {length}, {candidates}, "
+                f"{nodes}."
+            )
+        self.longest, self.shortest, self.length = longest, shortest, length
+        self.candidates, self.nodes = candidates, nodes
+        self._indexes: dict[int, _Index] = {}
+
+    @property
+    def most_nodes(self) -> int:
+        return self.nodes
+
+    def reset(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._indexes[row.slot] = _Index(self.longest, self.shortest)
+
+    def draft(self, rows: Sequence[Row]) -> Draft:
+        trees, tokens = [], []
+        for row in rows:
+            tree, ids = self._tree(row)
+            trees.append(tree)
+            tokens.append(ids)
+        return Draft(trees, tokens)
+
+    def _tree(self, row: Row) -> tuple[TokenTree, list[int]]:
+        """The trie of the continuations, earlier candidates first when the tree is full."""
+        index, root = self._indexes[row.slot], row.tokens[-1]
+        index.extend(row.tokens)
+        parents, ids, place = [-1], [root], {}
+        for start in index.continuations(row.tokens, self.candidates):
+            node = 0
+            for token in row.tokens[start : start + self.length]:
+                child = place.get((node, token))
+                if child is None:
+                    if len(parents) == self.nodes:
+                        break
+                    child = place[node, token] = len(parents)
+                    parents.append(node)
+                    ids.append(token)
+                node = child
+        return (TokenTree(tuple(parents)) if len(parents) > 1 else ROOT), ids

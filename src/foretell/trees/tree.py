@@ -1,0 +1,170 @@
+"""A token tree is a list of parents; everything else about it follows.
+
+Node 0 is the root: the newest committed token, which no layer has seen. Every other node guesses the token after
+its parent's, parents come before children, and a path from the root is one possible future. Verifying a tree runs
+all its nodes in one forward pass; each node attends to the committed prefix and to its own ancestors only.
+
+Legend: N nodes, D depth of the deepest node (the root has depth 0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from foretell.errors import UsageError
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """A tree given by `parents`: parents[0] is -1 and 0 <= parents[i] < i.
+
+    Raises:
+        UsageError: if a parent does not come before its child.
+    """
+
+    parents: tuple[int, ...] = (-1,)
+
+    def __post_init__(self) -> None:
+        if not self.parents or self.parents[0] != -1:
+            raise UsageError(f"A token tree starts at its root, whose parent is -1, but parents are {self.parents!r}.")
+        for node, parent in enumerate(self.parents[1:], start=1):
+            if not 0 <= parent < node:
+                raise UsageError(f"Node {node} of a token tree names parent {parent}; it must be one of 0..{node - 1}.")
+
+    def __len__(self) -> int:
+        return len(self.parents)
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+        return tuple(depths)
+
+    @cached_property
+    def height(self) -> int:
+        """D: the most tokens one step can accept, bonus not counted."""
+        return max(self.depths)
+
+    @cached_property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        children: list[list[int]] = [[] for _ in self.parents]
+        for node, parent in enumerate(self.parents[1:], start=1):
+            children[parent].append(node)
+        return tuple(map(tuple, children))
+
+    @cached_property
+    def leaves(self) -> tuple[int, ...]:
+        return tuple(node for node, children in enumerate(self.children) if not children)
+
+    @cached_property
+    def is_chain(self) -> bool:
+        return all(parent == node - 1 for node, parent in enumerate(self.parents))
+
+    def path(self, node: int) -> list[int]:
+        """Nodes from the root to `node`, both included."""
+        path = []
+        while node >= 0:
+            path.append(node)
+            node = self.parents[node]
+        return path[::-1]
+
+    @cached_property
+    def ancestors_NN(self) -> Tensor:
+        """Bool [N, N]: row n is true at n itself and at each of its ancestors."""
+        mask_NN = torch.zeros(len(self), len(self), dtype=torch.bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                mask_NN[node] = mask_NN[parent]
+            mask_NN[node, node] = True
+        return mask_NN
+
+    @cached_property
+    def retrieve_LD(self) -> Tensor:
+        """Int64 [leaves, D + 1]: each leaf's nodes from the root, padded with -1."""
+        rows_LD = torch.full((len(self.leaves), self.height + 1), -1)
+        for row, leaf in enumerate(self.leaves):
+            path = self.path(leaf)
+            rows_LD[row, : len(path)] = torch.tensor(path)
+        return rows_LD
+
+    def pruned(self, height: int) -> TokenTree:
+        """The tree without nodes deeper than `height`; see `keep` for which nodes those are."""
+        kept = self.keep(height)
+        place = {node: i for i, node in enumerate(kept)}
+        return TokenTree(tuple(-1 if self.parents[n] < 0 else place[self.parents[n]] for n in kept))
+
+    def keep(self, height: int) -> list[int]:
+        """Nodes no deeper than `height`, in order."""
+        return [node for node, depth in enumerate(self.depths) if depth <= height]
+
+
+ROOT = TokenTree()
+
+
+@lru_cache(maxsize=256)
+def chain(length: int) -> TokenTree:
+    """The root and `length` guesses in a row."""
+    return TokenTree(tuple(range(-1, length)))
+
+
+def from_paths(paths: Iterable[Sequence[int]]) -> tuple[TokenTree, list[tuple[int, ...]]]:
+    """Builds the tree of Medusa's rank paths, sorted by (length, lexicographic).
+
+    A path (i1, ..., ij) names the guess of rank ij under the guess (i1, ..., ij-1); ranks count from 0.
+
+    Returns:
+        The tree and, node by node, its rank path (the root's is empty).
+
+    Raises:
+        UsageError: if a path's own prefix is missing or a rank is negative.
+    """
+    ordered = sorted({tuple(path) for path in paths} | {()}, key=lambda path: (len(path), path))
+    place = {path: node for node, path in enumerate(ordered)}
+    parents = [-1]
+    for path in ordered[1:]:
+        if min(path) < 0:
+            raise UsageError(f"The tree path {list(path)} holds a negative rank; ranks count from 0.")
+        if path[:-1] not in place:
+            raise UsageError(f"The tree path {list(path)} lacks its prefix {list(path[:-1])}; add it to the paths.")
+        parents.append(place[path[:-1]])
+    return TokenTree(tuple(parents)), ordered
+
+
+def cartesian(widths: Sequence[int]) -> tuple[TokenTree, list[tuple[int, ...]]]:
+    """The dense tree: every node of depth d has widths[d] children. Returns what `from_paths` returns."""
+    if any(width < 1 for width in widths):
+        raise UsageError(f"Tree widths must be at least 1, not {list(widths)}.")
+    return from_paths(path for depth in range(1, len(widths) + 1) for path in product(*map(range, widths[:depth])))
+
+
+def merge(
+    tree: TokenTree, tokens: Sequence[int], other: TokenTree, other_tokens: Sequence[int]
+) -> tuple[TokenTree, list[int]]:
+    """Union of two trees over one root token: paths that guess the same tokens share their nodes.
+
+    The nodes of `tree` keep their places when its siblings are distinct, so ranks that refer to them stay valid.
+
+    Args:
+        tokens, other_tokens: token ids node by node; both roots must hold the same token.
+    """
+    if tokens[0] != other_tokens[0]:
+        raise UsageError(f"Trees with different roots cannot merge: token {tokens[0]} against {other_tokens[0]}.")
+    parents, merged = [-1], [int(tokens[0])]
+    place: dict[tuple[int, int], int] = {}  # (node, token) -> its child that holds the token
+    for source, ids in ((tree, tokens), (other, other_tokens)):
+        moved = [0] * len(source)
+        for node, parent in enumerate(source.parents[1:], start=1):
+            key = (moved[parent], int(ids[node]))
+            if key not in place:
+                place[key] = len(parents)
+                parents.append(moved[parent])
+                merged.append(key[1])
+            moved[node] = place[key]
+    return TokenTree(tuple(parents)), merged
