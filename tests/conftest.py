@@ -19,3 +19,13 @@ def demo_folder() -> Path:
     from foretell.backbone.loading import resolve
 
     return resolve("smollm2-135m").path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, an empty hub cache, and no environment that says otherwise."""
+    monkeypatch.setenv("FORETELL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.delenv("FORETELL_OFFLINE", raising=False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    return tmp_path / "cache"

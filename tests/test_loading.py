@@ -1,8 +1,7 @@
-"""From a typed name to checked tensors, and every way in which that can go wrong."""
+"""From a typed name to a folder, and every way in which that can go wrong."""
 
 import errno
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -12,185 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 from tiny_gguf import write_gguf
-from tiny_models import VARIANTS, save_tiny, tiny_model
+from tiny_models import opened, raising, save_tiny, tiny_model
 
 from foretell.backbone import catalog, gguf_convert, store
-from foretell.backbone.families import model_config, read_config
+from foretell.backbone.families import read_config
 from foretell.backbone.files import staged_folder
 from foretell.backbone.loading import resolve
 from foretell.backbone.store import cached_models
-from foretell.backbone.tokenizer import Tokenizer
-from foretell.backbone.weights import Weights, fingerprint, read_weights
+from foretell.backbone.weights import fingerprint, read_weights
 from foretell.errors import ForetellError, UsageError
-
-F32, F16, Q8 = (gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "Q8_0"))
-
-
-def opened(folder: Path) -> Weights:
-    return read_weights(folder, read_config(folder))
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, an empty hub cache, and no environment that says otherwise."""
-    monkeypatch.setenv("FORETELL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.delenv("FORETELL_OFFLINE", raising=False)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    return tmp_path / "cache"
-
-
-# --- weights ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
-def test_weights_are_those_transformers_saved(variant: str, shard_size: str, tmp_path: Path) -> None:
-    model = save_tiny(tmp_path, shard_size=shard_size, **VARIANTS[variant])
-    weights = opened(tmp_path)
-    assert (tmp_path / "model.safetensors.index.json").exists() == (shard_size == "20KB")
-    for name, tensor in model.state_dict().items():
-        assert name in weights
-        assert torch.equal(weights[name], tensor), name
-        assert weights.dtype(name) == torch.float32
-
-
-def test_writing_into_a_loaded_tensor_leaves_the_file_alone(tmp_path: Path) -> None:
-    save_tiny(tmp_path)
-    before = (tmp_path / "model.safetensors").read_bytes()
-    opened(tmp_path)["model.norm.weight"].zero_()
-    assert (tmp_path / "model.safetensors").read_bytes() == before
-
-
-def test_fingerprint_knows_the_model_and_nothing_of_its_files(tmp_path: Path) -> None:
-    def of(name: str, **changes: Any) -> str:
-        folder = tmp_path / name
-        folder.mkdir()
-        save_tiny(folder, **changes)
-        return fingerprint(opened(folder), read_config(folder))
-
-    one = of("one")
-    assert one == of("sharded", shard_size="20KB")
-    assert one != of("other", seed=1)
-    assert one != of("tied", tie_word_embeddings=True)
-
-    # the same bfloat16 values, once stored as bfloat16 and once as float32
-    for name, dtype in (("narrow", torch.bfloat16), ("wide", torch.float32)):
-        (tmp_path / name).mkdir()
-        tiny_model("llama").to(torch.bfloat16).to(dtype).save_pretrained(tmp_path / name)
-    narrow, wide = (fingerprint(opened(tmp_path / n), read_config(tmp_path / n)) for n in ("narrow", "wide"))
-    assert narrow == wide
-
-
-def edit(folder: Path, change: Any) -> None:
-    """Rewrites model.safetensors after `change(tensors)`."""
-    path = folder / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    change(tensors)
-    save_file(tensors, path)
-
-
-NORM = "model.layers.1.input_layernorm.weight"
-BROKEN_TENSORS = {
-    f"lacks the tensor {NORM} of shape .32,.*fetch it again": lambda t: t.pop(NORM),
-    rf"{NORM} has shape .31,. in .*model\.safetensors.*asks for .32,": lambda t: t.update(
-        {NORM: torch.ones(31)}
-    ),
-    f"{NORM} in .* stored as I8; the float types": lambda t: t.update(
-        {NORM: torch.ones(32, dtype=torch.int8)}
-    ),
-    "holds model.layers.0.extra.weight, which a llama model": lambda t: t.update(
-        {"model.layers.0.extra.weight": torch.ones(1)}
-    ),
-}
-
-
-@pytest.mark.parametrize("sentence", BROKEN_TENSORS)
-def test_tensors_that_do_not_fit_the_config(sentence: str, tmp_path: Path) -> None:
-    save_tiny(tmp_path)
-    edit(tmp_path, BROKEN_TENSORS[sentence])
-    with pytest.raises(ForetellError, match=sentence):
-        opened(tmp_path)
-
-
-def test_harmless_extra_tensors_are_allowed(tmp_path: Path) -> None:
-    save_tiny(tmp_path)
-    extra = ("medusa_head.0.weight", "model.layers.0.self_attn.rotary_emb.inv_freq")
-    edit(tmp_path, lambda tensors: tensors.update({name: torch.ones(1) for name in extra}))
-    opened(tmp_path)
-
-
-def test_a_tied_model_with_another_head_is_refused(tmp_path: Path) -> None:
-    save_tiny(tmp_path, tie_word_embeddings=True)
-    edit(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
-    opened(tmp_path)
-    edit(tmp_path, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] + 1}))
-    with pytest.raises(ForetellError, match="tie_word_embeddings to false"):
-        opened(tmp_path)
-
-
-@pytest.mark.parametrize("keep", [0, 5, 100, -1])
-def test_a_truncated_file_is_named(keep: int, tmp_path: Path) -> None:
-    save_tiny(tmp_path)
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ForetellError, match=r"model\.safetensors is damaged or incomplete.*delete it"):
-        opened(tmp_path)
-
-
-def test_a_corrupt_header_is_named(tmp_path: Path) -> None:
-    save_tiny(tmp_path)
-    path = tmp_path / "model.safetensors"
-    content = bytearray(path.read_bytes())
-    content[8:40] = b"\xff" * 32
-    path.write_bytes(content)
-    with pytest.raises(ForetellError, match="damaged"):
-        opened(tmp_path)
-
-
-def test_a_missing_shard_is_named(tmp_path: Path) -> None:
-    save_tiny(tmp_path, shard_size="20KB")
-    next(iter(tmp_path.glob("model-00002*"))).unlink()
-    with pytest.raises(ForetellError, match=r"model-00002.* is missing"):
-        opened(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "index",
-    ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../b"}}'],
-)
-def test_a_malformed_index_is_named(index: str, tmp_path: Path) -> None:
-    save_tiny(tmp_path, shard_size="20KB")
-    (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(ForetellError, match=r"index\.json"):
-        opened(tmp_path)
-
-
-def test_an_index_that_promises_too_much(tmp_path: Path) -> None:
-    save_tiny(tmp_path, shard_size="20KB")
-    path = tmp_path / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    index["weight_map"]["model.ghost.weight"] = next(iter(index["weight_map"].values()))
-    path.write_text(json.dumps(index))
-    with pytest.raises(ForetellError, match="lacks model.ghost.weight, which the index says"):
-        opened(tmp_path)
-
-
-def test_pickles_are_never_opened(tmp_path: Path) -> None:
-    save_tiny(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(ForetellError, match="only pickled weights.*save_pretrained"):
-        opened(tmp_path)
-    (tmp_path / "pytorch_model.bin").unlink()
-    with pytest.raises(ForetellError, match=r"no model\.safetensors"):
-        opened(tmp_path)
-
 
 # --- names --------------------------------------------------------------------------------------------------
 
@@ -278,13 +109,6 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
 
 
-def raising(error: BaseException) -> Any:
-    def answer(*args: Any, **options: Any) -> None:
-        raise error
-
-    return answer
-
-
 def test_what_the_network_can_say(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import errors
 
@@ -321,113 +145,6 @@ def test_offline_by_environment(variable: str, cache: Path, monkeypatch: pytest.
     with pytest.raises(ForetellError, match="smollm2-135m is not in the cache .*offline"):
         resolve("smollm2-135m")
     assert not cache.exists()
-
-
-# --- GGUF ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "variant", ["llama", "llama-tied", "llama-biases", "llama-wide-heads", "qwen2", "qwen3", "qwen3-biases"]
-)
-def test_a_gguf_file_gives_back_the_model_it_was_made_from(variant: str, cache: Path, tmp_path: Path) -> None:
-    model = tiny_model(**VARIANTS[variant])
-    path = write_gguf(tmp_path / "tiny.gguf", model)
-    stages: list[str] = []
-    found = resolve(str(path), progress=lambda stage, fraction: stages.append(stage))
-    assert found.source == "gguf"
-    assert "converting" in stages
-    config, original = read_config(found.path), model_config(model.config)
-    # GGUF keeps eps as float32 and brings end tokens of its own
-    assert replace(config, eps=original.eps, eos_ids=original.eos_ids, bos_id=original.bos_id) == replace(
-        original, dtype="float32"
-    )
-    weights = read_weights(found.path, config)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(weights[name], tensor), name
-    assert (found.path / "chat_template.jinja").is_file()
-    assert [m.name for m in cached_models()] == [str(path)]
-
-    # the second time nothing is converted, and a changed file is another model
-    assert resolve(str(path), progress=raising(AssertionError())).path == found.path
-    os.utime(path, ns=(1, 1))
-    assert resolve(str(path)).path != found.path
-
-
-@pytest.mark.parametrize(
-    ("kind", "dtype"), [(F32, torch.float32), (F16, torch.float16), (Q8, torch.bfloat16)]
-)
-def test_a_gguf_model_keeps_the_precision_it_has(
-    kind: Any, dtype: torch.dtype, cache: Path, tmp_path: Path
-) -> None:
-    changes: dict[str, Any] = {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
-    model = tiny_model("llama", **changes)
-    weights = opened(resolve(str(write_gguf(tmp_path / "tiny.gguf", model, kind))).path)
-    name = "model.layers.2.mlp.down_proj.weight"
-    values = model.state_dict()[name].numpy()
-    stored = torch.from_numpy(gguf.dequantize(gguf.quantize(values, kind), kind).astype(np.float32))
-    assert weights.dtype(name) == dtype
-    assert torch.equal(weights[name], stored.to(dtype))
-
-
-def test_digits_are_cut_apart_as_smollm_was_trained(cache: Path, tmp_path: Path) -> None:
-    """Two spaces before a digit are one run of spaces, not a space and a spaced digit."""
-    folder = resolve(str(write_gguf(tmp_path / "tiny.gguf", tiny_model("llama")))).path
-    backend = Tokenizer.from_folder(folder)._backend
-    pieces = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str("ab  12")]
-    assert pieces == ["ab", "ĠĠ", "1", "2"]
-
-
-def test_large_models_are_written_in_shards(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gguf_convert, "SHARD_BYTES", 20_000)
-    model = tiny_model("llama")
-    folder = resolve(str(write_gguf(tmp_path / "tiny.gguf", model))).path
-    assert len(list(folder.glob("model-*.safetensors"))) > 2
-    weights = opened(folder)
-    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
-
-    from transformers import AutoModelForCausalLM
-
-    again = AutoModelForCausalLM.from_pretrained(folder)
-    ids = torch.arange(12)[None]
-    assert torch.allclose(again(ids).logits, model(ids).logits, atol=1e-5)
-
-
-def test_gguf_files_we_cannot_be_exact_with(cache: Path, tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    cases: list[tuple[dict[str, Any], str]] = [
-        ({"extra": {"llama.rope.scaling.type": "yarn"}}, "rope.scaling.type = 'yarn'.*original"),
-        ({"extra_tensors": {"rope_freqs.weight": np.ones(4, np.float32)}}, "rope_freqs.weight .*no place"),
-        ({"extra": {"llama.rope.dimension_count": 4}}, "partial_rotary_factor 0.5"),
-        ({"skip": "blk.1.attn_norm.weight"}, r"lacks model.layers.1.input_layernorm.weight"),
-        ({"skip": "token_embd.weight"}, "no tensor token_embd.weight"),
-    ]
-    for number, (options, sentence) in enumerate(cases):
-        path = write_gguf(tmp_path / f"{number}.gguf", model, **options)
-        with pytest.raises(ForetellError, match=sentence):
-            resolve(str(path))
-    assert list((cache / "models").iterdir()) == []
-
-
-def test_a_quantization_that_cannot_be_unpacked(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gguf, "dequantize", raising(NotImplementedError("no")))
-    with pytest.raises(ForetellError, match="stored as F32, which the gguf library cannot unpack"):
-        resolve(str(write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))))
-
-
-@pytest.mark.parametrize("keep", [0, 3, 30, 500, 3000, -64])
-def test_a_truncated_gguf_is_named_and_leaves_nothing(keep: int, cache: Path, tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(
-        ForetellError, match=r"tiny\.gguf is not a readable GGUF file.*fetch it again"
-    ) as caught:
-        resolve(str(path))
-    assert "\n" not in str(caught.value)
-    assert list((cache / "models").iterdir()) == []
 
 
 # --- the cache ----------------------------------------------------------------------------------------------

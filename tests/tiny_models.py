@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 
+from foretell.backbone.families import read_config
+from foretell.backbone.weights import Weights, read_weights
+
 DIMENSIONS = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -73,3 +76,17 @@ def save_tiny(folder: Path, model_type: str = "llama", shard_size: str = "1GB", 
     model = tiny_model(model_type, **changes)
     model.save_pretrained(folder, max_shard_size=shard_size)
     return model
+
+
+def opened(folder: Path) -> Weights:
+    """The checked tensors of a model folder."""
+    return read_weights(folder, read_config(folder))
+
+
+def raising(error: BaseException) -> Any:
+    """A stand-in for a function: whatever it is called with, it raises this."""
+
+    def answer(*args: Any, **options: Any) -> None:
+        raise error
+
+    return answer

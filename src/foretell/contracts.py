@@ -291,8 +291,12 @@ class Decoder(Protocol):
         """Whether any request is unfinished."""
         ...
 
-    def submit(self, prompt: list[int], params: SamplingParams) -> int:
-        """Queues a request and returns its number, from 0 in order of submission."""
+    def submit(self, prompt: Sequence[int], params: SamplingParams, key: int | None = None) -> int:
+        """Queues a request and returns its number, from 0 in order of submission.
+
+        With the seed and the position, `key` (by default that number) fixes the noise of sampling: give one where
+        the order of submission may vary.
+        """
         ...
 
     def step(self) -> list[Event]:

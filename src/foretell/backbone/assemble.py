@@ -12,6 +12,7 @@ from foretell.backbone.base import Backbone
 from foretell.backbone.compiled import CompiledBackbone
 from foretell.backbone.eager import EagerBackbone
 from foretell.backbone.families import read_config
+from foretell.backbone.linear import MOST_ROWS
 from foretell.backbone.probe import probe
 from foretell.backbone.weights import fingerprint, read_weights
 from foretell.errors import UsageError
@@ -52,6 +53,9 @@ def assemble(
         backbone = EagerBackbone(config, weights.__getitem__, kind, where, count)
     backbone.fingerprint = fingerprint(weights, config)
     backbone.inexact = probe(backbone)
+    for rows in (16, MOST_ROWS):  # where one row runs another algorithm than many, pad it until it does not
+        if backbone.inexact and backbone.pad_rows(rows):
+            backbone.inexact = probe(backbone)
     return backbone
 
 

@@ -57,6 +57,10 @@ class Backbone(ABC):
         at = positions_M.to(self.device)
         return self._cosine[at], self._sine[at]
 
+    def pad_rows(self, rows: int) -> bool:
+        """Pads every linear call to at least `rows` rows; False if that is not how this backbone stays exact."""
+        return False
+
     @abstractmethod
     def embed(self, tokens_M: Tensor) -> Tensor:
         """Token ids [M] int64 -> residual stream [M, d] float32."""

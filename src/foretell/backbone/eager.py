@@ -24,7 +24,7 @@ from foretell.backbone.linear import Linear
 from foretell.backbone.nodes import Nodes
 
 BLOCK = 64
-MOST_PRODUCTS = 1 << 24
+MOST_PRODUCTS = 1 << 20
 """Rows are processed in chunks whose gathered products stay below this many numbers."""
 
 
@@ -86,6 +86,13 @@ class EagerBackbone(Backbone):
             down=self._fused([f"{prefix}mlp.down_proj"], c.mlp_bias),
             window=c.windows[index],
         )
+
+    def pad_rows(self, rows: int) -> bool:
+        for layer in self.layers:
+            for linear in (layer.qkv, layer.out, layer.gate_up, layer.down):
+                linear.least_rows = rows
+        self._head.least_rows = rows
+        return True
 
     def embed(self, tokens_M: Tensor) -> Tensor:
         return self._embedding[tokens_M.to(self.device)].float()
@@ -175,24 +182,24 @@ def attend(queries_MHD: Tensor, keys_RGSD: Tensor, values_RGSD: Tensor, nodes: N
 def _attend(
     queries_MHD: Tensor, keys_RGSD: Tensor, values_RGSD: Tensor, rows_M: Tensor, paths_MT: Tensor, window: int
 ) -> Tensor:
-    M, H, D = queries_MHD.shape
-    share = H // keys_RGSD.shape[1]
+    D, G = queries_MHD.shape[-1], keys_RGSD.shape[1]
+    queries_MGCD = queries_MHD.float().unflatten(1, (G, -1))  # C query heads share a key head
     slots_MT, valid_MT = paths_MT.clamp(min=0), paths_MT >= 0
     if window:
         distance_MT = valid_MT.sum(1, keepdim=True) - 1 - torch.arange(paths_MT.shape[1], device=paths_MT.device)
         valid_MT = valid_MT & (distance_MT < window)
-    keys_MTHD = keys_RGSD[rows_M[:, None], :, slots_MT].float().repeat_interleave(share, dim=2)
-    scores_MTH = (queries_MHD.float()[:, None] * keys_MTHD).sum(-1) * D**-0.5
-    scores_MTH = scores_MTH.masked_fill(~valid_MT[..., None], float("-inf"))
-    weights_MTH = (scores_MTH - scores_MTH.amax(1, keepdim=True)).exp()
-    total_MH = _sum_keys(weights_MTH.double()[..., None])[..., 0].float()
-    values_MTHD = values_RGSD[rows_M[:, None], :, slots_MT].float().repeat_interleave(share, dim=2)
-    values_MTHD = values_MTHD.masked_fill(~valid_MT[..., None, None], 0)
-    weights_MTH = weights_MTH.to(keys_RGSD.dtype).float()
-    return _sum_keys(weights_MTH[..., None] * values_MTHD) / total_MH[..., None]
+    rows_M1 = rows_M[:, None]
+    keys_MTGD = keys_RGSD[rows_M1, :, slots_MT].float()
+    scores_MTGC = (queries_MGCD[:, None] * keys_MTGD[:, :, :, None]).sum(-1) * D**-0.5
+    scores_MTGC = scores_MTGC.masked_fill(~valid_MT[..., None, None], float("-inf"))
+    weights_MTGC = (scores_MTGC - scores_MTGC.amax(1, keepdim=True)).exp()
+    total_MGC = _sum_keys(weights_MTGC.double()).float()
+    values_MTGD = values_RGSD[rows_M1, :, slots_MT].float().masked_fill(~valid_MT[..., None, None], 0)
+    weights_MTGC = weights_MTGC.to(keys_RGSD.dtype).float()
+    mixed_MGCD = _sum_keys(weights_MTGC[..., None] * values_MTGD[:, :, :, None])
+    return (mixed_MGCD / total_MGC[..., None]).flatten(1, 2)
 
 
-def _sum_keys(x_MTHD: Tensor) -> Tensor:
-    """Sum over T in an order that does not depend on how long T is: inside blocks, then one block after another."""
-    blocks_MBHD = x_MTHD.unflatten(1, (-1, BLOCK)).sum(2)
-    return blocks_MBHD.cumsum(1)[:, -1]
+def _sum_keys(x: Tensor) -> Tensor:
+    """Sum over keys (dimension 1) in an order that does not depend on how many there are: inside blocks, then on."""
+    return x.unflatten(1, (-1, BLOCK)).sum(2).cumsum(1)[:, -1]

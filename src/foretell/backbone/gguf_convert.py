@@ -1,9 +1,9 @@
 """A GGUF file, unpacked once into the folder every other tool reads: config.json, safetensors, tokenizer.
 
 GGUF is llama.cpp's format: weights in quantized blocks under names of its own, and the tokenizer as metadata.
-Each tensor is unpacked to float32 and rounded once to bfloat16, a smaller step than its quantization was, so
-the stored folder is the model in every float type; unquantized files keep theirs. Tensors stream through shard
-by shard, so memory is bounded by a shard, not by the model.
+Each tensor is unpacked to float32 and rounded once to bfloat16, a smaller step than its quantization was;
+unquantized files keep their float type. From then on the stored folder is the model, for a float32 run too.
+Tensors stream through shard by shard, so memory is bounded by a shard, not by the model.
 
 Two things are not plain renaming. llama.cpp rotates neighbouring pairs of head dimensions where Hugging Face
 rotates halves, so Llama's q and k rows are stored interleaved and are put back. And transformers rebuilds the
@@ -113,10 +113,8 @@ def _config(reader: "GGUFReader", gguf_path: Path) -> dict[str, Any]:
         if _metadata(reader, f"{architecture}.{key}") is not None
     }
     rotated = _metadata(reader, f"{architecture}.rope.dimension_count")
-    if rotated is not None:
-        head_dim = (
-            dimensions.get("head_dim") or dimensions["hidden_size"] // dimensions["num_attention_heads"]
-        )
+    head_dim = dimensions.get("head_dim") or dimensions["hidden_size"] // dimensions["num_attention_heads"]
+    if rotated not in (None, head_dim):
         dimensions["partial_rotary_factor"] = rotated / head_dim
     # a chat model may end its turn with a token of its own beside the end of the text
     ends = [_metadata(reader, f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
@@ -210,7 +208,7 @@ def _unpack(tensor: "ReaderTensor", raw: dict[str, Any]) -> torch.Tensor:
     if raw["model_type"] == "llama" and part in ("attn_q", "attn_k"):
         heads = raw["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
         # llama.cpp pairs (0, 1), (2, 3), ..; Hugging Face pairs (0, half), (1, half + 1), ..
-        values = values.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        values = values.reshape(heads, -1, 2, *values.shape[1:]).transpose(1, 2).flatten(0, 2)
     return values.contiguous()
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
+_current: str | None = None
 BUILDS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
 
 
@@ -71,9 +72,16 @@ def select(build: str = "", lib: ctypes.CDLL | None = None) -> str | None:
 
     Builds share one packed layout, so weights packed under one run under another.
     """
+    global _current
     lib = lib or library()
     name = lib.foretell_select(build.encode()) if lib is not None else None
+    _current = name.decode() if name else _current
     return name.decode() if name else None
+
+
+def current() -> str | None:
+    """The build that calls run with."""
+    return _current
 
 
 def address(tensor: Tensor | None) -> int:

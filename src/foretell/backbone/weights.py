@@ -84,8 +84,8 @@ def read_weights(folder: Path, config: ModelConfig) -> Weights:
 def fingerprint(weights: Weights, config: ModelConfig) -> str:
     """Sixteen hex digits that say which backbone this is, to bind trained heads to it.
 
-    They cover the dimensions and a sample of the values, taken as bfloat16: the same weights in other shards or
-    in a wider float type are the same backbone; a fine-tune or another quantization is not.
+    They cover the dimensions and a sample of the values, taken as bfloat16: the same weights in other shards
+    or in a wider float type are the same backbone; a fine-tune or another quantization is not.
     """
     dimensions = (
         config.family, config.hidden, config.layers, config.heads, config.kv_heads, config.head_dim,

@@ -65,7 +65,7 @@ class SpeculativeDecoder:
     def busy(self) -> bool:
         return bool(self._waiting or self._rows)
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams) -> int:
+    def submit(self, prompt: Sequence[int], params: SamplingParams, key: int | None = None) -> int:
         c, room = self.backbone.config, self.backbone.config.max_positions
         if not prompt:
             raise UsageError("The prompt is empty; give at least one token.")
@@ -80,7 +80,8 @@ class SpeculativeDecoder:
             )
         ends = frozenset(params.stop_ids) | frozenset(() if params.ignore_eos else c.eos_ids)
         stream = TextStream(self.tokenizer, params.stop)
-        self._waiting.append(state.Sequence(self._requests, list(prompt), params, stream, ends))
+        key = self._requests if key is None else key
+        self._waiting.append(state.Sequence(self._requests, key, list(prompt), params, stream, ends))
         self._requests += 1
         return self._requests - 1
 
@@ -178,7 +179,7 @@ class SpeculativeDecoder:
         if self.rule is not None:
             verdict = typical(draft, self._path_logits(rows, draft, logits_MV), self.rule)
         elif not all(row.params.plain_greedy for row in rows):
-            verdict = walk(draft, draws(draft, rows, [row.request for row in rows], logits_MV, starts))
+            verdict = walk(draft, draws(draft, rows, [row.key for row in rows], logits_MV, starts))
         return verdict, [
             _logprobs(logits_MV, start, path, [*(draft.tokens[i][n] for n in path[1:]), bonus], row.params.logprobs)
             for i, (row, start, path, bonus) in enumerate(

@@ -12,9 +12,15 @@ class Sequence:
     """One row of the batch; what drafters see of it is `contracts.Row`."""
 
     def __init__(
-        self, request: int, prompt: list[int], params: SamplingParams, stream: TextStream, ends: frozenset[int]
+        self,
+        request: int,
+        key: int,
+        prompt: list[int],
+        params: SamplingParams,
+        stream: TextStream,
+        ends: frozenset[int],
     ):
-        self.request, self.params = request, params
+        self.request, self.key, self.params = request, key, params
         self.tokens, self.prompt_length = list(prompt), len(prompt)
         self.slot = -1
         self.reused = 0

@@ -39,11 +39,13 @@ def walk(draft: Draft, choose: Choose) -> Verdict:
     return Verdict(paths, bonus)
 
 
-def draws(draft: Draft, rows: Sequence[Row], requests: Sequence[int], logits_MV: Tensor, starts: Sequence[int]) -> Choose:
+def draws(
+    draft: Draft, rows: Sequence[Row], keys: Sequence[int], logits_MV: Tensor, starts: Sequence[int]
+) -> Choose:
     """The target's token at a node under each row's own sampling parameters.
 
     Args:
-        requests: number of each row's request: part of what fixes its noise.
+        keys: with the seed and the position they fix each row's noise.
         logits_MV: logits of all nodes, rows one after another; row b's root is at starts[b].
     """
 
@@ -54,6 +56,6 @@ def draws(draft: Draft, rows: Sequence[Row], requests: Sequence[int], logits_MV:
         if state.params.temperature == 0:
             return int(logits_V.argmax())
         position = len(state.tokens) + len(path) - 1
-        return sample(logits_V, state.params, uniform(state.params.seed, requests[row], position))
+        return sample(logits_V, state.params, uniform(state.params.seed, keys[row], position))
 
     return choose

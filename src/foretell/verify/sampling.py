@@ -1,6 +1,6 @@
 """Exact sampling with noise that belongs to a position.
 
-A draw is a function of (seed, request, position) and of the target's distribution there, nothing else: plain
+A draw is a function of (seed, key, position) and of the target's distribution there, nothing else: plain
 decoding and every speculative path that reaches the position with the same tokens draw the same token. One draw per
 visited node is all that verification needs (arXiv 2401.10774 issue 56: sample and match); no ratio of two models.
 
@@ -19,10 +19,10 @@ _FEW = 1024
 """Most nucleus truncations keep fewer tokens than this: a partial sort is tried first."""
 
 
-def uniform(seed: int, request: int, position: int) -> float:
+def uniform(seed: int, key: int, position: int) -> float:
     """A number in [0, 1) fixed by its three arguments (three rounds of SplitMix64)."""
     state = 0
-    for word in (seed, request, position):
+    for word in (seed, key, position):
         state = (state ^ (word & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
         state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
         state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK

@@ -34,7 +34,7 @@ void wait(int64_t threads) {
         return;
     }
     for (int64_t spins = 0; barrier_round.load(std::memory_order_acquire) == round; spins++) {
-        if (spins > 20000) sched_yield();  // somebody else needs this core
+        if (spins > 2000) sched_yield();  // somebody else needs this core
 #if defined(__x86_64__)
         __builtin_ia32_pause();
 #endif
@@ -179,6 +179,7 @@ static std::mutex one_call;  // scratch and barriers belong to one call at a tim
 
 using namespace foretell;
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // Chooses a build by name, or the best one for an empty name; null if this processor cannot run it.
@@ -224,3 +225,4 @@ void foretell_attention(const Model* model, const Cache* cache, const Rows* rows
 }
 
 }  // extern "C"
+#pragma GCC visibility pop

@@ -1,0 +1,42 @@
+# make demo: everything from nothing to the demo. make test: the tests. Needs Python 3.11 or newer and make.
+PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(wildcard src/foretell/backbone/native/*)
+
+.PHONY: help venv demo test fast check docs clean
+
+help:
+	@echo "make demo   set up, fetch the demo model, answer a question plain and with speculation"
+	@echo "make test   every test, the real model included      make fast   without the real model"
+	@echo "make check  ruff and types, generated docs up to date  make docs   regenerate them"
+
+$(VENV)/done: pyproject.toml setup.py constraints.txt $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "foretell needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+venv: $(VENV)/done
+
+demo: venv
+	$(BIN)/foretell demo
+
+test: venv
+	$(BIN)/python -m pytest
+
+fast: venv
+	$(BIN)/python -m pytest -m "not real"
+
+check: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python tools/cli_help.py --check
+
+docs: venv
+	$(BIN)/python tools/cli_help.py
+
+clean:
+	rm -rf $(VENV) build src/foretell/backbone/_kernels.so

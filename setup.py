@@ -1,0 +1,77 @@
+"""Compiles the kernels into one shared library that Python loads with ctypes.
+
+No header of PyTorch or Python is involved: each instruction set is one translation unit with its own flags, and
+the best one is chosen at run time. Where there is no C++ compiler, `tools/build_backend.py` brings one as a package
+(ziglang); where compiling fails all the same, the package installs without kernels and says so.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+NATIVE = Path("src/foretell/backbone/native")
+COMMON = "-O3 -std=c++17 -fPIC -ffp-contract=fast -fno-math-errno -fvisibility=hidden -Wno-psabi".split()
+AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
+UNITS = {"native": "", "kernels_generic": ""}
+if platform.machine() in ("x86_64", "AMD64"):
+    UNITS |= {
+        "kernels_avx2": AVX2,
+        "kernels_avx512": AVX512,
+        "kernels_avx512bf16": f"{AVX512} -mavx512bf16",
+        "kernels_amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
+    }
+
+
+def compiler() -> list[str] | None:
+    """$CXX, a compiler on the path, or the one that the ziglang package brings."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name.split()[0]):
+            return name.split()
+    return [sys.executable, "-m", "ziglang", "c++"] if find_spec("ziglang") else None
+
+
+class BuildKernels(build_ext):
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            self._compile(Path(self.get_ext_fullpath(ext.name)))
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"foretell: kernels were not compiled ({error}); the slower eager modules will run", file=sys.stderr)
+
+    def _compile(self, library: Path) -> None:
+        tool = compiler()
+        if tool is None or sys.platform == "win32":
+            raise OSError("no C++ compiler was found")
+        objects, folder = [], Path(self.build_temp)
+        folder.mkdir(parents=True, exist_ok=True)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        running = []
+        for unit, flags in UNITS.items():
+            objects.append(str(folder / f"{unit}.o"))
+            command = [*tool, *COMMON, *flags.split(), "-c", str(NATIVE / f"{unit}.cpp"), "-o", objects[-1]]
+            running.append((command, subprocess.Popen(command)))
+        for command, process in running:
+            if process.wait():
+                raise subprocess.CalledProcessError(process.returncode, command[0] + " " + command[-3])
+        subprocess.run([*tool, "-shared", "-s", "-o", f"{library}.new", *objects, "-lpthread", "-ldl"], check=True)
+        os.replace(f"{library}.new", library)
+
+    def copy_extensions_to_source(self) -> None:
+        for ext in self.extensions:
+            built = Path(self.build_lib, self.get_ext_filename(ext.name))
+            if built.exists():
+                shutil.copy(built, Path("src", self.get_ext_filename(ext.name)))
+
+
+sources = [str(path) for path in sorted(NATIVE.iterdir())]
+setup(ext_modules=[Extension("foretell.backbone._kernels", sources)], cmdclass={"build_ext": BuildKernels})

@@ -1,0 +1,39 @@
+"""foretell: a language model decodes several tokens per forward pass with no second model.
+
+    import foretell
+    llm = foretell.load("smollm2-135m", drafter="prompt_lookup")
+    print(llm.generate("Why is the sky blue?").text)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from foretell.api import LLM, Result, load
+    from foretell.contracts import Decoder, Draft, Drafter, Event, Features, Row, SamplingParams
+    from foretell.drafters import register
+    from foretell.errors import ForetellError, UsageError
+    from foretell.trees import TokenTree
+
+_HOME = {
+    "LLM": "api", "Result": "api", "load": "api",
+    "Decoder": "contracts", "Draft": "contracts", "Drafter": "contracts", "Event": "contracts",
+    "Features": "contracts", "Row": "contracts", "SamplingParams": "contracts",
+    "register": "drafters", "ForetellError": "errors", "UsageError": "errors", "TokenTree": "trees",
+}  # fmt: skip
+"""Public name -> module; imported when first used, so that `import foretell` costs nothing."""
+
+__all__ = [
+    "LLM", "Decoder", "Draft", "Drafter", "Event", "Features", "ForetellError", "Result", "Row", "SamplingParams",
+    "TokenTree", "UsageError", "__version__", "load", "register",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'foretell' has no attribute {name!r}")
+    return getattr(import_module(f"foretell.{_HOME[name]}"), name)

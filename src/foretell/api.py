@@ -1,0 +1,184 @@
+"""The one place where backbone, drafter and acceptance rule meet.
+
+    import foretell
+    llm = foretell.load("smollm2-135m", drafter="prompt_lookup")
+    print(llm.generate("Why is the sky blue?").text)
+    for event in llm.stream("And at sunset?"):
+        print(event.text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast, overload
+
+from foretell import drafters
+from foretell.backbone import Backbone, ModelFolder, Tokenizer, assemble, resolve
+from foretell.contracts import Drafter, Event, SamplingParams, Statistics, TokenLogprob
+from foretell.engine import SpeculativeDecoder
+from foretell.errors import UsageError
+from foretell.verify import Typical
+
+Message = dict[str, str]
+"""{"role": "system" | "user" | "assistant", "content": text}"""
+Prompt = str | list[Message] | list[int]
+"""A user turn (or raw text), a conversation, or token ids."""
+
+
+@dataclass
+class Result:
+    """One finished request.
+
+    Attributes:
+        ids: generated token ids, an end-of-sequence token included.
+        text: their text, without special tokens and without the stop string.
+        finish_reason: "stop" or "length".
+    """
+
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = ""
+    statistics: Statistics = field(default_factory=Statistics)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def add(self, event: Event) -> None:
+        self.ids += event.tokens
+        self.text += event.text
+        self.logprobs += event.logprobs
+        if event.finish_reason:
+            self.finish_reason = event.finish_reason
+            self.statistics = event.statistics or self.statistics
+
+
+class LLM:
+    """A loaded model with a drafter. Make one with `load`."""
+
+    def __init__(self, backbone: Backbone, tokenizer: Tokenizer, drafter: Drafter, folder: ModelFolder | None = None):
+        self.backbone, self.tokenizer, self.drafter, self.folder = backbone, tokenizer, drafter, folder
+        self._decoder: SpeculativeDecoder | None = None
+
+    def encode(self, prompt: Prompt, raw: bool = False) -> list[int]:
+        """Token ids of a prompt: text becomes a user turn under the chat template unless `raw`."""
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise UsageError("The prompt is empty; write something to answer.")
+            if raw:
+                return self.tokenizer.encode(prompt, special=True)
+            return self.tokenizer.chat([{"role": "user", "content": prompt}])
+        if not prompt:
+            raise UsageError("The prompt is empty; write something to answer.")
+        if isinstance(prompt[0], dict):
+            return self.tokenizer.chat(cast("list[Message]", prompt))
+        return list(cast("list[int]", prompt))
+
+    def decoder(self, max_rows: int = 1, rule: Typical | None = None, adapt: bool = True) -> SpeculativeDecoder:
+        """The engine behind `generate`; kept between calls, so that a conversation keeps its cache."""
+        old = self._decoder
+        same = old is not None and (old.max_rows, old.rule, old.governor.enabled) == (max_rows, rule, adapt)
+        if old is None or not same:
+            self._decoder = None  # frees the old cache first
+            self._decoder = SpeculativeDecoder(
+                self.backbone, self.drafter, self.tokenizer, max_rows=max_rows, rule=rule, adapt=adapt
+            )
+        return cast(SpeculativeDecoder, self._decoder)
+
+    @overload
+    def generate(self, prompts: str, **options: Any) -> Result: ...
+    @overload
+    def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Result]: ...
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        raw: bool = False,
+        batch_size: int = 8,
+        rule: Typical | None = None,
+        adapt: bool = True,
+        **sampling: Any,
+    ) -> Result | list[Result]:
+        """Answers one prompt, or a list of them `batch_size` rows at a time.
+
+        Args:
+            prompts: text (a user turn under the chat template, or as it is with `raw`), a conversation, token ids,
+                or a list of these.
+            rule: typical acceptance instead of exact verification (lossy).
+            adapt: go back to plain steps where speculation measurably loses.
+            sampling: fields of `SamplingParams`.
+
+        Returns:
+            One `Result` for one prompt, else a list in order.
+
+        Raises:
+            UsageError: naming the bad value.
+        """
+        single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], (dict, int)))
+        batch = cast("list[Prompt]", [prompts] if single else list(prompts))
+        params = SamplingParams(**sampling)
+        decoder = self.decoder(max(1, min(batch_size, len(batch))), rule, adapt)
+        encoded = [self.encode(prompt, raw) for prompt in batch]
+        results = [Result() for _ in batch]
+        for index, event in self.run(decoder, [(ids, params, key) for key, ids in enumerate(encoded)]):
+            results[index].add(event)
+        return results[0] if single else results
+
+    def stream(
+        self, prompt: Prompt, *, raw: bool = False, rule: Typical | None = None, adapt: bool = True, **sampling: Any
+    ) -> Iterator[Event]:
+        """Answers one prompt, yielding what each step emitted; close the iterator to stop early."""
+        params = SamplingParams(**sampling)
+        decoder = self.decoder(1, rule, adapt)
+        for _, event in self.run(decoder, [(self.encode(prompt, raw), params, 0)]):
+            yield event
+
+    @staticmethod
+    def run(
+        decoder: SpeculativeDecoder, requests: Sequence[tuple[list[int], SamplingParams, int]]
+    ) -> Iterator[tuple[int, Event]]:
+        """Submits (ids, params, key) triples and yields (index, event) until all are done.
+
+        An interruption cancels what is left, and the decoder stays usable.
+        """
+        numbers: dict[int, int] = {}
+        try:
+            for index, (ids, params, key) in enumerate(requests):
+                numbers[decoder.submit(ids, params, key)] = index
+            while decoder.busy:
+                for event in decoder.step():
+                    yield numbers[event.request], event
+        finally:
+            for number in numbers:
+                decoder.cancel(number)
+
+
+def load(
+    model: str | Path = "smollm2-135m",
+    drafter: str = "plain",
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    kernel: str | None = None,
+    cache_dir: str | Path | None = None,
+    offline: bool | None = None,
+    progress: Callable[[str, float], None] | None = None,
+    **options: Any,
+) -> LLM:
+    """Loads a model and a drafter.
+
+    Args:
+        model: a catalogue name, a Hugging Face hub id, a local folder or a .gguf file.
+        drafter: a name from `foretell.drafters.DRAFTERS`; `options` are its own.
+        dtype, device, threads, kernel: see `foretell.backbone.assemble`.
+        cache_dir, offline: see `foretell.backbone.resolve`.
+        progress: called with (stage, fraction) while files are fetched or converted.
+
+    Raises:
+        ForetellError, UsageError: one sentence with the remedy.
+    """
+    drafters.drafter_class(drafter)  # a typing mistake must not cost a download
+    folder = resolve(str(model), cache_dir=cache_dir, offline=offline, progress=progress)
+    backbone = assemble(folder.path, dtype=dtype, device=device, threads=threads, kernel=kernel)
+    return LLM(backbone, Tokenizer.from_folder(folder.path), drafters.build(drafter, backbone, **options), folder)

@@ -1,0 +1,99 @@
+"""The command line: one verb, one file, one row in this table.
+
+A verb's module is imported when the verb is typed, so that `foretell --help` and `--version` answer before torch
+could be loaded. What a user did wrong is one line on stderr and an exit code (1: could not be done, 2: could never
+work as typed, 130: interrupted, 141: whoever read our output has left); anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from foretell import __version__
+from foretell.errors import ForetellError
+
+VERBS: dict[str, tuple[str, str]] = {
+    "generate": ("foretell.cli.generate:generate", "Answer a prompt, or a file of prompts."),
+    "chat": ("foretell.cli.chat:chat", "Talk with a model."),
+    "demo": ("foretell.cli.demo:demo", "See and measure what drafting changes, on this machine."),
+    "models": ("foretell.cli.models:models", "List the models that can be loaded by name."),
+}
+"""Verb -> ("module:function", one line of help)."""
+
+
+def load_verb(verb: str) -> Any:
+    """The command behind a verb, its option groups spread out and today's drafters in its help."""
+    from foretell.cli.options import drafter_table, flat
+
+    module, _, name = VERBS[verb][0].partition(":")
+    function = flat(getattr(import_module(module), name))
+    one = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    one.command(verb, epilog=drafter_table() if "drafter" in function.__annotations__ else None)(function)
+    return typer.main.get_command(one)
+
+
+class Verbs(TyperGroup):
+    """Holds a stub per verb for the list in `--help`; a verb that was typed is loaded and takes its stub's place."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, name and load_verb(name), rest
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ForetellError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as interrupt:
+            print("\ninterrupted", file=sys.stderr)
+            raise typer.Exit(130) from interrupt
+
+
+def app() -> Any:
+    """The whole command line."""
+
+    def foretell(
+        version: Annotated[
+            bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        ] = False,
+    ) -> None:
+        """A language model decodes several tokens per forward pass, with no second model.
+
+        Try: foretell demo
+        """
+
+    outer = typer.Typer(cls=Verbs, add_completion=False, no_args_is_help=True, rich_markup_mode="rich")
+    outer.callback()(foretell)
+    group = typer.main.get_command(outer)
+    for verb, (_, help) in VERBS.items():
+        group.add_command(TyperCommand(name=verb, help=help))  # type: ignore[attr-defined]
+    return group
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and leaves the process; `arguments` default to those it was started with."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # an answer may hold what this terminal cannot show
+    try:
+        try:
+            app().main(arguments, prog_name="foretell")
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe can still be answered
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush complains
+        sys.exit(141)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"foretell {__version__}")
+        raise typer.Exit()

@@ -1,0 +1,151 @@
+"""`foretell chat`: a conversation in the terminal.
+
+Every turn sends the whole conversation; the engine finds the part its cache already holds, so a long talk costs no
+more per turn than a short one. Ctrl-C asks an answer to stop between two steps, where the cache is in order.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from foretell.cli.options import Loading, Sampling
+from foretell.cli.terminal import error, note
+from foretell.errors import ForetellError, UsageError
+
+if TYPE_CHECKING:
+    from foretell.api import LLM, Message, Result
+    from foretell.engine import SpeculativeDecoder
+
+HELP = "/clear  start a new conversation\n/stats  how fast the answers were\n/help   this list\n/exit   leave (Ctrl-D)"
+
+
+def chat(
+    loading: Loading,
+    sampling: Sampling,
+    system: Annotated[str | None, typer.Option("--system", help="Instructions that come before all turns.")] = None,
+) -> None:
+    """Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands."""
+    if sampling.logprobs is not None:
+        raise UsageError("--logprobs is for `foretell generate --json`; chat shows text only.")
+    sampling.params()  # refused before a model is loaded
+    rule = sampling.rule()
+    llm = loading.load()
+    if not llm.tokenizer.has_chat_template:
+        raise UsageError(f"{loading.model} has no chat template, so it cannot chat; use `foretell generate --raw`.")
+    talk = Talk(llm, llm.decoder(1, rule, not sampling.no_adapt), sampling, system)
+    if sys.stdin.isatty():
+        note(f"{loading.model} with {loading.drafter}. /help lists the commands, Ctrl-D leaves.")
+    for line in _lines():
+        if line == "/exit":
+            break
+        if line.startswith("/"):
+            talk.command(line)
+        elif line:
+            try:
+                talk.answer(line)
+            except ForetellError as mistake:
+                error(mistake)
+
+
+class Talk:
+    """What was said so far, and the answers' statistics."""
+
+    def __init__(self, llm: LLM, decoder: SpeculativeDecoder, sampling: Sampling, system: str | None):
+        self.llm, self.decoder, self.params = llm, decoder, sampling.params()
+        self.opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self.messages: list[Message] = list(self.opening)
+        self.results: list[Result] = []
+
+    def answer(self, text: str) -> None:
+        """Streams the answer to a turn and remembers both; a turn that is refused is forgotten."""
+        from foretell.api import Result
+        from foretell.conversations import check_text
+
+        check_text(text, "this turn")
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids, room = self.llm.encode(messages), self.llm.backbone.config.max_positions
+        if len(ids) + self.params.max_new_tokens > room:
+            raise UsageError(
+                f"The conversation is now {len(ids)} tokens, and with {self.params.max_new_tokens} for the answer it "
+                f"exceeds this model's context of {room}; /clear starts a new one."
+            )
+        result = Result()
+        request = self.decoder.submit(ids, self.params, len(self.results))
+        with _interruptible() as interrupted:
+            while self.decoder.busy and not interrupted:
+                for event in self.decoder.step():
+                    result.add(event)
+                    print(event.text, end="", flush=True)
+        self.decoder.cancel(request)
+        print(flush=True)
+        if interrupted:
+            note("(stopped)")
+        elif result.finish_reason == "length":
+            note(f"(cut at {self.params.max_new_tokens} tokens; --max-new-tokens allows more)")
+        self.messages = [*messages, {"role": "assistant", "content": result.text}]
+        self.results.append(result)
+
+    def command(self, line: str) -> None:
+        from foretell.conversations import total
+
+        match line:
+            case "/clear":
+                self.messages, self.results = list(self.opening), []
+            case "/help":
+                note(HELP)
+            case "/stats":
+                finished = [result for result in self.results if result.finish_reason]
+                sums = total(finished)
+                note(
+                    f"{len(finished)} answers, {sums.new_tokens} tokens at {sums.tokens_per_second:.1f} tokens/s, "
+                    f"acceptance length {sums.acceptance_length:.2f}; {sums.reused_tokens} of {sums.prompt_tokens} "
+                    "prompt tokens were in the cache"
+                )
+            case _:
+                note(f"There is no command {line.split()[0]}; /help lists them.")
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, or what is piped in, until it ends."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        try:
+            import readline  # noqa: F401  gives input() its line editing
+        except ImportError:
+            pass
+    while True:
+        try:
+            yield input("> " if terminal else "").strip()
+        except EOFError:
+            if terminal:
+                print()
+            return
+        except UnicodeDecodeError as mistake:
+            raise ForetellError("The input is not UTF-8 text; check the terminal's encoding.") from mistake
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            note("\n(Ctrl-D or /exit leaves)")
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """A list that Ctrl-C fills, instead of an exception anywhere in a step; a second Ctrl-C insists."""
+    caught: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,115 @@
+"""`foretell generate`: one prompt streamed, or a file of prompts answered side by side.
+
+A file is read and checked whole before the model is loaded, and answers come out in its order, each as soon as
+those before it are out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from foretell.cli.options import Loading, Sampling
+from foretell.cli.terminal import answer_progress, note
+from foretell.errors import ForetellError, UsageError
+
+if TYPE_CHECKING:
+    from foretell.api import Result
+    from foretell.contracts import Event
+    from foretell.conversations import Conversation
+
+
+def generate(
+    loading: Loading,
+    sampling: Sampling,
+    prompt: Annotated[str | None, typer.Argument(help="What to answer; - reads it from stdin.")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option("--prompts", help="JSON lines with `prompt`, or `turns` (a conversation); - reads stdin."),
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself: no chat template.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt, in their order.")] = False,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Prompts decoded side by side.")] = 1,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Answer at most so many lines.")] = None,
+    every: Annotated[int, typer.Option("--every", min=1, help="Answer every K-th line only.")] = 1,
+    stats: Annotated[bool, typer.Option("--stats", help="Say on stderr how fast it was.")] = False,
+) -> None:
+    """Answer a prompt, or a file of prompts."""
+    if (prompt is None) == (prompts is None):
+        raise UsageError("Give either a prompt or a file of prompts (--prompts FILE.jsonl).")
+    if sampling.logprobs is not None and not as_json:
+        raise UsageError("--logprobs needs --json, which prints them.")
+    params, rule = sampling.params(), sampling.rule()
+    asked = _asked(prompt, prompts, raw, every, limit)
+    llm = loading.load()
+    from foretell.conversations import as_json as fields
+    from foretell.conversations import converse, total
+
+    rows = min(batch_size, len(asked))
+    decoder = llm.decoder(rows, rule, not sampling.no_adapt)
+    streamed = prompt is not None and not as_json
+    done: list[Result] = []
+    with answer_progress(len(asked)) as progress:
+
+        def hear(index: int, event: Event) -> None:
+            if streamed:
+                print(event.text, end="", flush=True)
+            progress(len(event.tokens), False)
+
+        answers = converse(llm, decoder, asked, params, rows=rows, raw=raw, on_event=hear)
+        for index, replies in in_order(answers):
+            progress(0, True)
+            done += replies
+            if as_json:
+                line = fields(replies, logprobs=params.logprobs is not None)
+                if "turns" in asked[index].record:
+                    line["turns"] = [fields([reply], logprobs=params.logprobs is not None) for reply in replies]
+                print(json.dumps(line), flush=True)
+            else:
+                print("" if streamed else "\n\n".join(reply.text for reply in replies) + "\n", flush=True)
+    if stats:
+        sums = total(done)
+        note(
+            f"{sums.new_tokens} tokens in {sums.seconds:.2f} s of row time ({sums.prefill_seconds:.2f} s prefill), "
+            f"{sums.tokens_per_second:.1f} tokens/s a row, acceptance length {sums.acceptance_length:.2f}"
+        )
+
+
+def in_order(answers: Iterator[tuple[int, list[Result]]]) -> Iterator[tuple[int, list[Result]]]:
+    """The same pairs by rising index: what is early waits for those before it."""
+    early: dict[int, list[Result]] = {}
+    following = 0
+    for index, replies in answers:
+        early[index] = replies
+        while following in early:
+            yield following, early.pop(following)
+            following += 1
+
+
+def _asked(
+    prompt: str | None, prompts: str | None, raw: bool, every: int, limit: int | None
+) -> list[Conversation]:
+    from foretell.conversations import Conversation, check_text, read_conversations
+
+    if prompt is not None:
+        text = _read("-") if prompt == "-" else prompt
+        check_text(text, "the prompt")
+        return [Conversation((text,))]
+    assert prompts is not None
+    return read_conversations(_read(prompts), "stdin" if prompts == "-" else prompts, raw=raw, every=every, limit=limit)
+
+
+def _read(name: str) -> str:
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).expanduser().read_bytes()
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise ForetellError(f"Cannot read {name}: {error.strerror}; check the path.") from error
+    except UnicodeDecodeError as error:
+        where = "stdin" if name == "-" else name
+        raise ForetellError(f"{where} is not UTF-8 (byte {error.start}); save it as UTF-8 text.") from error

@@ -1,0 +1,82 @@
+"""What goes to stderr: notes, errors and progress. stdout holds answers and nothing else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def error(text: object) -> None:
+    note(f"error: {text}")
+
+
+@contextmanager
+def load_progress() -> Iterator[Callable[[str, float], None]]:
+    """A bar per stage of fetching and converting a model; plain lines where stderr is no terminal.
+
+    Nothing appears, and rich is not imported, when there is nothing to fetch.
+    """
+    bar: Progress | None = None
+    tasks: dict[str, int] = {}
+
+    def report(stage: str, fraction: float) -> None:
+        nonlocal bar
+        if not sys.stderr.isatty():
+            if stage not in tasks:
+                note(f"{stage} ...")
+            tasks[stage] = 0
+            return
+        if bar is None:
+            bar = _bar("[progress.percentage]{task.percentage:>3.0f}%")
+            bar.start()
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(stage, total=1.0)
+        bar.update(tasks[stage], completed=fraction)  # type: ignore[arg-type]
+
+    try:
+        yield report
+    finally:
+        if bar is not None:
+            bar.stop()
+
+
+@contextmanager
+def answer_progress(count: int) -> Iterator[Callable[[int, bool], None]]:
+    """Prompts done, tokens per second and time left, for a file of prompts; called with (tokens, whether one ended).
+
+    Only where it disturbs nothing: stderr is a terminal, and answers go elsewhere.
+    """
+    if count < 2 or not sys.stderr.isatty() or sys.stdout.isatty():
+        yield lambda tokens, ended: None
+        return
+    began, tokens_so_far = time.perf_counter(), 0
+    with _bar("{task.completed:.0f}/{task.total:.0f} prompts", "{task.fields[rate]}") as bar:
+        task = bar.add_task("answering", total=count, rate="")
+
+        def report(tokens: int, ended: bool) -> None:
+            nonlocal tokens_so_far
+            tokens_so_far += tokens
+            rate = tokens_so_far / (time.perf_counter() - began)
+            bar.update(task, advance=int(ended), rate=f"{rate:.0f} tokens/s")
+
+        yield report
+
+
+def _bar(*columns: str) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn(),
+        console=Console(stderr=True), redirect_stdout=False, redirect_stderr=False,  # rich would move answers to stderr
+    )  # fmt: skip

@@ -1,0 +1,248 @@
+"""Random models of any family and size, and ragged batches of random trees to run through them.
+
+What the exactness tests share. A model is a `ModelConfig` and random weights, made without a checkpoint; `build`
+turns it into a backbone for any kernel. `Batch` runs the same tokens in two ways: `together`, as the engine would,
+and `alone`, one token at a time with nobody else in the call.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from tiny_models import DIMENSIONS, ROPES
+from torch import Tensor
+
+from foretell.backbone import Backbone, KVCache, ModelConfig, Nodes, kernels
+from foretell.backbone.compiled import CompiledBackbone
+from foretell.backbone.eager import EagerBackbone
+from foretell.backbone.families import FAMILIES, model_config, weight_shapes
+from foretell.backbone.linear import MOST_ROWS
+from foretell.trees import TokenTree, chain
+
+FP32, BF16 = torch.float32, torch.bfloat16
+SOAK = int(os.environ.get("FORETELL_SOAK", "1"))
+"""Multiplies the examples of every property: FORETELL_SOAK=50 pytest for a long search."""
+
+
+def examples(count: int) -> settings:
+    return settings(max_examples=count * SOAK, deadline=None)
+
+
+def _best_build() -> str:
+    return os.environ.get("FORETELL_KERNELS", "")
+
+
+COMPILED = [build for build in kernels.BUILDS if kernels.select(build)]
+kernels.select(_best_build())
+KERNELS = [*COMPILED, "eager"]
+"""Every way this processor can compute."""
+
+
+@contextmanager
+def using(kernel: str) -> Iterator[None]:
+    """The named compiled build inside, the usual one after."""
+    if kernel != "eager":
+        assert kernels.select(kernel) == kernel
+    try:
+        yield
+    finally:
+        kernels.select(_best_build())
+
+
+@cache
+def rotation(rope: str, head_dim: int) -> tuple[tuple[float, ...], float]:
+    """Frequencies and scale of a rope; taken from a config of plain sizes, the only ones transformers accepts."""
+    sizes = DIMENSIONS | {"head_dim": head_dim, "rope_parameters": dict(ROPES[rope])}
+    config = model_config({"model_type": "llama", **sizes})
+    return config.inv_freq, config.rope_scale
+
+
+@dataclass(frozen=True)
+class Model:
+    """A config as config.json would hold it, a rope of `ROPES`, and the seed of its weights."""
+
+    raw: dict[str, Any]
+    rope: str = "theta"
+    seed: int = 0
+
+    @property
+    def config(self) -> ModelConfig:
+        config = model_config(self.raw)
+        inv_freq, scale = rotation(self.rope, config.head_dim)
+        return replace(config, inv_freq=inv_freq, rope_scale=scale)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Matrices that keep a vector's length, so that no layer drowns another; biases and norms are random too."""
+        generator = torch.Generator().manual_seed(self.seed)
+        weights = {}
+        for name, shape in weight_shapes(self.config).items():
+            weight = torch.randn(shape, generator=generator)
+            if name.endswith("norm.weight"):
+                weights[name] = 1 + 0.2 * weight
+            elif "embed" in name or name.endswith("bias"):
+                weights[name] = 0.5 * weight
+            else:
+                weights[name] = weight * shape[-1] ** -0.5
+        return weights
+
+    def build(self, kernel: str = "", dtype: torch.dtype = FP32, threads: int = 1) -> Backbone:
+        """A backbone; call it inside `using(kernel)`."""
+        return build(self.config, self.weights(), kernel, dtype, threads)
+
+
+def build(
+    config: ModelConfig, weights: dict[str, Tensor], kernel: str = "", dtype: torch.dtype = FP32, threads: int = 1
+) -> Backbone:
+    if kernel != "eager" and COMPILED:
+        return CompiledBackbone(config, weights.__getitem__, dtype, threads)
+    eager = EagerBackbone(config, weights.__getitem__, dtype, torch.device("cpu"), threads)
+    eager.pad_rows(MOST_ROWS)  # what `assemble` does where the probe asks for it, as tiny shapes in float32 make it
+    return eager
+
+
+@st.composite
+def models(draw: st.DrawFn, layers: int = 3) -> Model:
+    """Any family with every switch, odd widths, shared and unshared key heads, all ropes, tied or not."""
+    family = draw(st.sampled_from(sorted(FAMILIES)))
+    kv_heads, share = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3, 4, 5, 7, 8]))
+    raw: dict[str, Any] = {
+        "model_type": family,
+        "hidden_size": draw(st.integers(1, 70) | st.sampled_from([32, 64, 96])),
+        "intermediate_size": draw(st.integers(1, 100) | st.sampled_from([32, 64, 128])),
+        "num_hidden_layers": draw(st.integers(1, layers)),
+        "num_attention_heads": kv_heads * share,
+        "num_key_value_heads": kv_heads,
+        "head_dim": draw(st.sampled_from([8, 16, 24, 32, 40, 64])),
+        "vocab_size": draw(st.integers(2, 150) | st.sampled_from([32, 64])),
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+    window = draw(st.sampled_from([1, 2, 5, 16, 31, 32, 33, 50]))
+    if family == "llama":
+        raw |= {"attention_bias": draw(st.booleans()), "mlp_bias": draw(st.booleans())}
+    elif family == "mistral":
+        raw["sliding_window"] = draw(st.sampled_from([None, window]))
+    else:
+        raw |= {
+            "use_sliding_window": draw(st.booleans()), "sliding_window": window,
+            "max_window_layers": draw(st.integers(0, 2)),
+        }  # fmt: skip
+    return Model(raw, draw(st.sampled_from(sorted(ROPES))), draw(st.integers(0, 99)))
+
+
+DTYPES = st.sampled_from([FP32, BF16])
+LENGTHS = st.integers(0, 40) | st.sampled_from([1, 15, 16, 31, 32, 33, 63, 64, 65, 95, 96, 97])
+"""Committed tokens; the edges of key blocks come up often."""
+
+
+@st.composite
+def trees(draw: st.DrawFn, most: int = 64) -> TokenTree:
+    """Bushes, chains, combs: each node's parent is drawn near or far."""
+    count = draw(st.integers(1, most) | st.sampled_from([1, 2, 17, 33, most]))
+    reach = draw(st.sampled_from([1, 2, 4, most]))
+    back = draw(st.lists(st.integers(1, reach), min_size=count - 1, max_size=count - 1))
+    return TokenTree((-1, *(max(0, node - step) for node, step in enumerate(back, start=1))))
+
+
+@st.composite
+def batches(draw: st.DrawFn, rows: int = 3, most: int = 24) -> "Batch":
+    count = draw(st.integers(1, rows))
+    lengths = draw(st.lists(LENGTHS, min_size=count, max_size=count))
+    shapes = [draw(trees(most)) for _ in range(count)]
+    slots = draw(st.permutations(range(count + 1)))[:count]
+    return Batch(shapes, lengths, list(slots), draw(st.integers(0, 2**20)))
+
+
+@dataclass
+class Batch:
+    """Rows of committed tokens, each extended by a tree; which tokens, the seed says.
+
+    Attributes:
+        slots: the cache row of each row.
+    """
+
+    trees: list[TokenTree]
+    lengths: list[int]
+    slots: list[int]
+    seed: int = 0
+
+    def tokens(self, vocab: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Ids of every row's committed tokens, and of every row's tree."""
+        generator = torch.Generator().manual_seed(self.seed)
+        prefixes = [torch.randint(vocab, (length,), generator=generator) for length in self.lengths]
+        return prefixes, [torch.randint(vocab, (len(tree),), generator=generator) for tree in self.trees]
+
+    def prefill(self, backbone: Backbone, chunk: int = 10**6) -> KVCache:
+        """A cache that holds the committed tokens, read by all rows at once in chunks."""
+        cache = backbone.new_cache(len(self.trees) + 1, max(map(sum, zip(self.lengths, map(len, self.trees)))))
+        prefixes, _ = self.tokens(backbone.config.vocab)
+        while rows := [b for b, slot in enumerate(self.slots) if cache.lengths[slot] < self.lengths[b]]:
+            starts = [cache.lengths[self.slots[b]] for b in rows]
+            parts = [prefixes[b][start : start + chunk] for b, start in zip(rows, starts)]
+            slots, counts = [self.slots[b] for b in rows], [len(part) for part in parts]
+            run(backbone, torch.cat(parts), Nodes.chains(slots, starts, counts), cache)
+            cache.commit(slots, [range(count) for count in counts])
+        return cache
+
+    def nodes(self) -> Nodes:
+        return Nodes(self.trees, self.slots, self.lengths)
+
+    def together(self, backbone: Backbone, chunk: int = 10**6) -> tuple[KVCache, list[Tensor]]:
+        """All trees in one pass. Returns the cache and, row by row, the nodes' residual streams [N, d]."""
+        cache = self.prefill(backbone, chunk)
+        _, guesses = self.tokens(backbone.config.vocab)
+        hidden = run(backbone, torch.cat(guesses), self.nodes(), cache)
+        return cache, list(hidden.split([len(tree) for tree in self.trees]))
+
+    def alone(self, backbone: Backbone, row: int) -> Iterator[tuple[list[int], KVCache, Tensor]]:
+        """One row by itself, token by token: some paths of its tree, each with its cache and streams [path, d]."""
+        prefixes, guesses = self.tokens(backbone.config.vocab)
+        cache, _ = one_by_one(backbone, prefixes[row], len(self.trees[row]))
+        for leaf in self.leaves(row):
+            path = self.trees[row].path(leaf)
+            cache.rollback(0, self.lengths[row])
+            yield path, cache, extend_one_by_one(backbone, guesses[row][path], cache)
+
+    def leaves(self, row: int, most: int = 3) -> list[int]:
+        """A few leaves of a row's tree, the last ones among them."""
+        leaves = self.trees[row].leaves
+        return list(leaves[:: max(1, len(leaves) // most)])[: most - 1] + [leaves[-1]]
+
+
+def run(backbone: Backbone, tokens: Tensor, nodes: Nodes, cache: KVCache, **options: Any) -> Tensor:
+    return backbone.run_layers(backbone.embed(tokens), nodes, cache, **options)[0]
+
+
+def one_by_one(backbone: Backbone, tokens: Tensor, room: int = 0) -> tuple[KVCache, Tensor]:
+    """The slow obvious way: every token alone. Returns its cache and all residual streams [T, d]."""
+    cache = backbone.new_cache(1, len(tokens) + room)
+    return cache, extend_one_by_one(backbone, tokens, cache)
+
+
+def extend_one_by_one(backbone: Backbone, tokens: Tensor, cache: KVCache) -> Tensor:
+    """Commits the tokens after those that row 0 holds; returns their streams [T, d]."""
+    streams = [torch.empty(0, backbone.config.hidden)]
+    for token in tokens.split(1) if len(tokens) else ():
+        streams.append(run(backbone, token, Nodes([chain(0)], [0], [cache.lengths[0]]), cache))
+        cache.commit([0], [[0]])
+    return torch.cat(streams)
+
+
+def prefilled(backbone: Backbone, tokens: Tensor | list[int]) -> tuple[KVCache, Tensor]:
+    """All tokens in one call."""
+    tokens = torch.as_tensor(tokens)
+    cache = backbone.new_cache(1, len(tokens))
+    hidden = run(backbone, tokens, Nodes.chains([0], [0], [len(tokens)]), cache)
+    cache.commit([0], [range(len(tokens))])
+    return cache, hidden
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal bits; NaN equals nothing."""
+    return a.shape == b.shape and bool((a == b).all())

@@ -1,0 +1,407 @@
+"""Canonical arithmetic: what a token computes depends on its position and its path, never on its company.
+
+Everything the engine promises rests on this file. Each property holds bit for bit, for every compiled build that
+this processor has and for the eager modules, in float32 and bfloat16, over random models, trees and batches. The
+numbers themselves are held against the eager twin and against transformers.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from random_backbones import (
+    BF16, COMPILED, DTYPES, FP32, KERNELS, LENGTHS, Batch, Model, batches, build, examples, models, one_by_one,
+    prefilled, run, same, trees, using,
+)  # fmt: skip
+from tiny_models import DIMENSIONS, ROPES, VARIANTS, tiny_model
+
+from foretell.backbone import SKIP_ATTENTION, SKIP_MLP, Backbone, Nodes, kernels
+from foretell.backbone.eager import attend
+from foretell.backbone.families import model_config
+from foretell.backbone.kernels import PackedLinear
+from foretell.backbone.linear import Linear
+from foretell.backbone.probe import probe
+from foretell.trees import TokenTree, chain
+
+every_kernel = pytest.mark.parametrize("kernel", KERNELS)
+compiled_only = pytest.mark.parametrize("kernel", COMPILED)
+LLAMA = Model({"model_type": "llama", **DIMENSIONS})
+
+
+def scaled(kernel: str, count: int) -> Any:
+    """Fewer examples for the slow twin."""
+    return examples(max(3, count // 4) if kernel == "eager" else count)
+
+
+def check(kernel: str, count: int, property_: Any, *strategies: Any) -> None:
+    """Runs a property over examples, as many as the kernel's speed allows."""
+    with using(kernel):
+        scaled(kernel, count)(given(*strategies)(property_))()
+
+
+# -- exactness ------------------------------------------------------------------------------------------------------
+
+
+@every_kernel
+def test_a_node_in_a_batch_of_trees_computes_what_it_does_alone(kernel: str) -> None:
+    def holds(model: Model, dtype: torch.dtype, batch: Batch, chunk: int, threads: int) -> None:
+        backbone, single = model.build(kernel, dtype, threads), model.build(kernel, dtype, 1)
+        cache, hidden = batch.together(backbone, chunk)
+        logits = [backbone.logits(backbone.norm(states)) for states in hidden]
+        for row, slot in enumerate(batch.slots):
+            length = batch.lengths[row]
+            for path, alone, streams in batch.alone(single, row):
+                assert same(hidden[row][path], streams)
+                assert same(logits[row][path[-1]], single.logits(single.norm(streams[-1:]))[0])
+                seats = [*range(length), *(length + node for node in path)]
+                assert same(cache.keys[:, slot][:, :, seats], alone.read(0)[0])
+                assert same(cache.values[:, slot][:, :, seats], alone.read(0)[1])
+
+    chunks = st.sampled_from([1, 3, 16, 33, 1000])
+    check(kernel, 60, holds, models(), DTYPES, batches(), chunks, st.sampled_from([1, 2]))
+
+
+@every_kernel
+def test_a_prompt_reads_the_same_in_any_chunks(kernel: str) -> None:
+    def holds(model: Model, dtype: torch.dtype, length: int, chunk: int) -> None:
+        backbone = model.build(kernel, dtype, 2)
+        tokens = torch.randint(backbone.config.vocab, (length + 1,), generator=torch.Generator().manual_seed(1))
+        whole, hidden = prefilled(backbone, tokens)
+        slow, streams = one_by_one(backbone, tokens)
+        chunked, parts = backbone.new_cache(1, length + 1), []
+        for start in range(0, length + 1, chunk):
+            part = tokens[start : start + chunk]
+            parts.append(run(backbone, part, Nodes.chains([0], [start], [len(part)]), chunked))
+            chunked.commit([0], [range(len(part))])
+        assert same(hidden, streams)
+        assert same(torch.cat(parts), streams)
+        for keys_or_values in (0, 1):
+            assert same(whole.read(0)[keys_or_values], slow.read(0)[keys_or_values])
+            assert same(chunked.read(0)[keys_or_values], slow.read(0)[keys_or_values])
+
+    check(kernel, 20, holds, models(), DTYPES, LENGTHS, st.integers(1, 70))
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("share", [9, 16])
+def test_many_query_heads_share_one_key_head(kernel: str, dtype: torch.dtype, share: int) -> None:
+    model = Model(LLAMA.raw | {"num_attention_heads": share, "num_key_value_heads": 1, "head_dim": 8})
+    tree = TokenTree((-1, 0, 0, 1, 2, 2, 4))
+    batch = Batch([tree, tree], [40, 3], [1, 0])
+    with using(kernel):
+        backbone = model.build(kernel, dtype, 2)
+        _, hidden = batch.together(backbone)
+        for row in (0, 1):
+            for path, _, streams in batch.alone(backbone, row):
+                assert same(hidden[row][path], streams)
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_the_number_of_threads_changes_no_bit(kernel: str, dtype: torch.dtype) -> None:
+    batch = Batch([TokenTree((-1, 0, 0, 1, 2, 2, 4)), chain(20)], [70, 33], [0, 2])
+    with using(kernel):
+        results = []
+        for threads in (1, 2, 3, 5):
+            backbone = LLAMA.build(kernel, dtype, threads)
+            cache, hidden = batch.together(backbone)
+            states = backbone.norm(torch.cat(hidden))
+            results.append((states, backbone.logits(states), backbone.argmax(states), cache.read(0)[0]))
+        for other in results[1:]:
+            assert all(same(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@compiled_only
+def test_a_pool_of_our_own_computes_what_openmp_does(kernel: str) -> None:
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from test_backbone import digest, kernels\n"
+        "print(kernels.library().foretell_team().decode(), digest(sys.argv[2]))"
+    )
+    here = str(Path(__file__).parent)
+    environment = os.environ | {"FORETELL_OWN_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, here, kernel], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["own", digest(kernel)]
+
+
+def digest(kernel: str) -> str:
+    """What three threads compute over a small batch, as one number."""
+    with using(kernel):
+        words = []
+        for dtype in (FP32, BF16):
+            backbone = LLAMA.build(kernel, dtype, 3)
+            _, hidden = Batch([TokenTree((-1, 0, 0, 1)), chain(9)], [40, 3], [0, 1]).together(backbone)
+            words.append(backbone.logits(backbone.norm(torch.cat(hidden))).flatten().view(torch.int32))
+        return str(hash(tuple(torch.cat(words).tolist())))
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_the_probe_finds_every_build_canonical(kernel: str, dtype: torch.dtype) -> None:
+    with using(kernel):
+        assert probe(LLAMA.build(kernel, dtype, 2)) is None
+
+
+def test_the_probe_notices_arithmetic_that_depends_on_company() -> None:
+    class Crowded(type(LLAMA.build())):  # type: ignore[misc]
+        def run_layers(self, hidden_Md: Any, *args: Any, **options: Any) -> Any:
+            hidden_Md, taps = super().run_layers(hidden_Md, *args, **options)
+            return hidden_Md * (1 + 1e-6 * (len(hidden_Md) > 1)), taps
+
+    backbone = LLAMA.build()
+    backbone.__class__ = Crowded
+    assert "how many tokens share the pass" in str(probe(backbone))
+
+
+# -- opened layers --------------------------------------------------------------------------------------------------
+
+
+@every_kernel
+def test_layers_run_in_parts_are_layers_run_at_once(kernel: str) -> None:
+    """Split anywhere, taps on the way, and a second start from the stored stream half-way up."""
+
+    def holds(model: Model, dtype: torch.dtype, batch: Batch) -> None:
+        backbone = model.build(kernel, dtype, 2)
+        layers = backbone.config.layers
+        cache, nodes = batch.prefill(backbone), batch.nodes()
+        hidden = backbone.embed(torch.cat(batch.tokens(backbone.config.vocab)[1]))
+        before = hidden.clone()
+        top, taps = backbone.run_layers(hidden, nodes, cache, taps=range(layers + 1))
+        assert same(hidden, before)  # the input is left as it is
+        assert same(taps[0], hidden)
+        assert same(taps[layers], top)
+        whole = cache.keys.clone(), cache.values.clone()
+        for layer in range(layers + 1):
+            cache = batch.prefill(backbone)
+            lower, _ = backbone.run_layers(hidden, nodes, cache, 0, layer)
+            assert same(lower, taps[layer])
+            upper, more = backbone.run_layers(lower, nodes, cache, layer, taps=[layer, layers])
+            assert same(upper, top)
+            assert same(more[layer], lower)
+            assert same(more[layers], top)
+            for tensor, expected in zip((cache.keys, cache.values), whole, strict=True):
+                for slot, end in zip(batch.slots, nodes.ends, strict=True):
+                    assert same(tensor[:, slot, :, :end], expected[:, slot, :, :end])
+
+    check(kernel, 20, holds, models(), DTYPES, batches())
+
+
+@every_kernel
+def test_a_tree_grown_level_by_level_is_the_tree_run_at_once(kernel: str) -> None:
+    """`first`: earlier nodes have left their keys and values in the cache."""
+
+    def holds(model: Model, dtype: torch.dtype, batch: Batch, data: st.DataObject) -> None:
+        backbone = model.build(kernel, dtype, 2)
+        _, whole = batch.together(backbone)
+        cache, guesses = batch.prefill(backbone), batch.tokens(backbone.config.vocab)[1]
+        grown: list[list[torch.Tensor]] = [[] for _ in batch.trees]
+        first = [0] * len(batch.trees)
+        while any(done < len(tree) for done, tree in zip(first, batch.trees)):
+            rows = [b for b, tree in enumerate(batch.trees) if first[b] < len(tree)]
+            ends = {b: data.draw(st.integers(first[b] + 1, len(batch.trees[b])), "nodes") for b in rows}
+            part = [TokenTree(batch.trees[b].parents[: ends[b]]) for b in rows]
+            nodes = Nodes(
+                part, [batch.slots[b] for b in rows], [batch.lengths[b] for b in rows], [first[b] for b in rows]
+            )
+            tokens = torch.cat([guesses[b][first[b] : ends[b]] for b in rows])
+            for b, states in zip(rows, run(backbone, tokens, nodes, cache).split(nodes.counts), strict=True):
+                grown[b].append(states)
+                first[b] = ends[b]
+        for b, states in enumerate(whole):
+            assert same(torch.cat(grown[b]), states)
+
+    check(kernel, 20, holds, models(), DTYPES, batches(), st.data())
+
+
+@every_kernel
+def test_positions_may_be_given(kernel: str) -> None:
+    with using(kernel):
+        for dtype in (FP32, BF16):
+            backbone = LLAMA.build(kernel, dtype)
+            tokens = torch.arange(30)
+            _, usual = prefilled(backbone, tokens)
+
+            def at(positions: torch.Tensor, backbone: Backbone = backbone, tokens: Any = tokens) -> torch.Tensor:
+                nodes = Nodes([chain(29)], [0], [0], positions=positions)
+                return run(backbone, tokens, nodes, backbone.new_cache(1, 30))
+
+            assert same(at(torch.arange(30)), usual)
+            assert not same(at(torch.arange(30) * 2), usual)
+            if dtype == FP32:  # a rotary embedding sees differences of positions only
+                torch.testing.assert_close(at(torch.arange(30) + 17), usual, atol=1e-4, rtol=1e-4)
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_skipping_every_sublayer_is_the_identity_and_writes_nothing(kernel: str, dtype: torch.dtype) -> None:
+    with using(kernel):
+        backbone = LLAMA.build(kernel, dtype)
+        hidden = torch.randn(5, backbone.config.hidden)
+        cache, nodes = backbone.new_cache(1, 5), Nodes([chain(4)], [0], [0])
+        cache.keys.fill_(7)
+        cache.values.fill_(7)
+        both = bytes([SKIP_ATTENTION | SKIP_MLP] * 3)
+        assert same(backbone.run_layers(hidden, nodes, cache, skip=both)[0], hidden)
+        attention = bytes([SKIP_ATTENTION] * 3)
+        assert not same(backbone.run_layers(hidden, nodes, cache, skip=attention)[0], hidden)
+        assert (cache.keys == 7).all()
+        assert (cache.values == 7).all()
+        nothing, _ = backbone.run_layers(hidden, nodes, cache, skip=bytes(3))
+        assert same(nothing, backbone.run_layers(hidden, nodes, cache)[0])
+
+
+# -- against slower and other computations --------------------------------------------------------------------------
+
+
+@compiled_only
+def test_the_compiled_step_is_close_to_the_eager_one(kernel: str) -> None:
+    def holds(model: Model, dtype: torch.dtype, batch: Batch, plan: list[int]) -> None:
+        fast, slow = model.build(kernel, dtype, 2), model.build("eager", dtype)
+        guesses = torch.cat(batch.tokens(fast.config.vocab)[1])
+        skip = bytes(plan[: fast.config.layers])
+        results = []
+        for backbone in (fast, slow):
+            cache = batch.prefill(backbone)
+            hidden = run(backbone, guesses, batch.nodes(), cache, skip=skip)
+            results.append((hidden, backbone.norm(hidden), backbone.logits(backbone.norm(hidden))))
+        for ours, theirs in zip(*results, strict=True):
+            error = (ours - theirs).abs().max() / theirs.abs().max()
+            assert error < (1e-4 if dtype == FP32 else 0.1)
+
+    plans = st.lists(st.integers(0, 3), min_size=3, max_size=3) | st.just([0, 0, 0])
+    check(kernel, 25, holds, models(), DTYPES, batches(), plans)
+
+
+@compiled_only
+def test_attention_alone_is_close_to_its_twin(kernel: str) -> None:
+    def holds(model: Model, dtype: torch.dtype, batch: Batch) -> None:
+        fast = model.build(kernel, dtype, 2)
+        c, nodes = fast.config, batch.nodes()
+        cache = fast.new_cache(len(batch.trees) + 1, max(nodes.ends))
+        generator = torch.Generator().manual_seed(batch.seed)
+        for tensor in (cache.keys, cache.values):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        queries = torch.randn(len(nodes), c.heads, c.head_dim, generator=generator).to(dtype)
+        ours = fast.attention(queries, nodes, cache).float()  # type: ignore[attr-defined]
+        theirs = attend(queries, cache.keys[0], cache.values[0], nodes, c.windows[0])
+        torch.testing.assert_close(ours, theirs, atol=1e-5 if dtype == FP32 else 2e-2, rtol=1e-5 if dtype == FP32 else 2e-2)
+
+    check(kernel, 40, holds, models(layers=1), DTYPES, batches(most=64))
+
+
+def test_the_twin_of_attention_is_a_plain_softmax() -> None:
+    """One row, written out: scores over its own path, the last `window` of it."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(2, 2, 20, 8, generator=generator) for _ in range(2))
+    queries, tree = torch.randn(5, 4, 8, generator=generator), TokenTree((-1, 0, 0, 1, 2))
+    mixed = attend(queries, keys, values, Nodes([tree], [1], [10]), 4)
+    for node in range(5):
+        slots = [*range(10), *(10 + i for i in tree.path(node))][-4:]
+        for head in range(4):
+            weights = (keys[1, head // 2, slots] @ queries[node, head] / 8**0.5).softmax(0)
+            torch.testing.assert_close(mixed[node, head], weights @ values[1, head // 2, slots])
+
+
+@every_kernel
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_are_those_of_transformers(kernel: str, variant: str) -> None:
+    assert_like_transformers(kernel, VARIANTS[variant])
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_logits_under_scaled_ropes_are_those_of_transformers(rope: str) -> None:
+    assert_like_transformers(KERNELS[0], {"model_type": "llama", "rope_parameters": dict(ROPES[rope])})
+
+
+def assert_like_transformers(kernel: str, changes: dict[str, Any]) -> None:
+    """Over 40 tokens: several times the window of the models that have one."""
+    model = tiny_model(**changes)
+    tokens = torch.randint(64, (40,), generator=torch.Generator().manual_seed(3))
+    with using(kernel), torch.no_grad():
+        ours = build(model_config(model.config), dict(model.state_dict()), kernel, FP32, 2)
+        logits = ours.logits(ours.norm(prefilled(ours, tokens)[1]))
+        theirs = model(tokens[None]).logits[0]
+    torch.testing.assert_close(logits, theirs, atol=1e-4, rtol=1e-4)
+
+
+# -- embedding, head, linears ---------------------------------------------------------------------------------------
+
+
+@every_kernel
+def test_embedding_rows_are_the_weights(kernel: str) -> None:
+    def holds(model: Model, dtype: torch.dtype, ids: list[int]) -> None:
+        backbone, vocab = model.build(kernel, dtype), model.config.vocab
+        tokens = torch.tensor([i % vocab for i in ids])
+        assert same(backbone.embed(tokens), model.weights()["model.embed_tokens.weight"].to(dtype).float()[tokens])
+
+    check(kernel, 10, holds, models(), DTYPES, st.lists(st.integers(0, 999), min_size=1, max_size=40))
+
+
+@every_kernel
+def test_argmax_is_the_first_greatest_logit(kernel: str) -> None:
+    """Columns of the head are repeated, so that most rows have a tie for the first place."""
+
+    def holds(model: Model, dtype: torch.dtype, rows: int, threads: int, copies: list[int]) -> None:
+        weights, vocab = model.weights(), model.config.vocab
+        config = replace(model.config, tied=False)
+        head = weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"].clone())
+        for place in copies:
+            head[place % vocab] = head[copies[0] % vocab]
+        backbone = build(config, weights, kernel, dtype, threads)
+        states = torch.randn(rows, config.hidden, generator=torch.Generator().manual_seed(rows))
+        states[0] = 0  # everything ties
+        logits = backbone.logits(states)
+        best = [row.tolist().index(max(row.tolist())) for row in logits]
+        assert backbone.argmax(states).tolist() == logits.argmax(-1).tolist() == best
+
+    places = st.lists(st.integers(0, 200), min_size=2, max_size=60)
+    check(kernel, 20, holds, models(layers=1), DTYPES, st.integers(1, 70), st.integers(1, 4), places)
+
+
+@compiled_only
+def test_a_packed_linear_multiplies_and_no_row_sees_another(kernel: str) -> None:
+    def holds(dtype: torch.dtype, rows: int, inputs: int, outputs: int, biased: bool, threads: int) -> None:
+        generator = torch.Generator().manual_seed(rows + inputs)
+        weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
+        bias = torch.randn(outputs, generator=generator) if biased else None
+        x = torch.randn(rows, inputs, generator=generator)
+        linear = PackedLinear(weight, bias)
+        y = linear(x, threads)
+        truth = x.to(dtype).double() @ weight.double().T + (0 if bias is None else bias.double())
+        torch.testing.assert_close(y.double(), truth, atol=1e-4, rtol=1e-4)
+        assert same(torch.cat([linear(x[i : i + 1], 1) for i in range(rows)]), y)
+        assert same(linear.rows(torch.arange(outputs)), weight.float())
+
+    sizes, rows = st.integers(1, 200), st.integers(1, 80)
+    check(kernel, 40, holds, DTYPES, rows, sizes, sizes, st.booleans(), st.integers(1, 3))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@examples(40)
+@given(DTYPES, st.integers(1, 150), st.integers(1, 200), st.integers(1, 200))
+@example(FP32, 1, 32, 48)
+def test_a_padded_library_linear_multiplies_and_no_row_sees_another(
+    packed: bool, dtype: torch.dtype, rows: int, inputs: int, outputs: int
+) -> None:
+    generator = torch.Generator().manual_seed(rows + inputs)
+    weight, x = (torch.randn(n, inputs, generator=generator) for n in (outputs, rows))
+    linear = Linear(weight.to(dtype), packed=packed)
+    linear.least_rows = 64
+    y = linear(x)
+    truth = x.to(dtype).double() @ weight.to(dtype).double().T
+    torch.testing.assert_close(y.double(), truth, **({"atol": 1e-3, "rtol": 1e-4} if dtype == FP32 else {"atol": 0.3, "rtol": 0.02}))
+    assert same(torch.cat([linear(x[i : i + 1]) for i in range(rows)]), y)
+
+
+def test_kernels_that_this_processor_lacks_are_not_chosen() -> None:
+    assert kernels.select("mmx") is None
+    assert kernels.select() == COMPILED[0] if COMPILED else True
