@@ -23,7 +23,7 @@ from foretell.errors import UsageError
 from foretell.trees import TokenTree
 
 if TYPE_CHECKING:
-    from foretell.backbone import Backbone
+    from foretell.backbone import Backbone, KVCache
 
 FINAL = -1
 """Tap of the final norm's output: what the output head reads. Tap l >= 0 is the residual stream after l layers."""
@@ -190,6 +190,9 @@ class Drafter(ABC):
         """The most rows that `at_cut` adds per drafted node."""
         return 0
 
+    def bind(self, cache: KVCache) -> None:  # noqa: B027
+        """The engine's cache, before the first step: for methods that run layers themselves while drafting."""
+
     def reset(self, rows: Sequence[Row]) -> None:  # noqa: B027
         """New sequences have taken these slots: forget what was there."""
 
@@ -221,7 +224,8 @@ class Statistics:
     """Of one request. `seconds` runs from admission to the end, prefill included.
 
     Attributes:
-        steps: verification passes that emitted tokens for it; plain_steps: those that carried no guess.
+        steps: verification passes that emitted tokens for it; plain_steps: those that carried no guess for it;
+            suspended_steps: those of them in which speculation was held back because it measurably loses here.
         drafted: guesses verified; accepted: guesses kept, budget and stops applied.
         by_depth: how many steps offered, and how many accepted, a guess at depth 1, 2, ...
     """
@@ -231,6 +235,7 @@ class Statistics:
     reused_tokens: int = 0
     steps: int = 0
     plain_steps: int = 0
+    suspended_steps: int = 0
     drafted: int = 0
     accepted: int = 0
     prefill_seconds: float = 0.0

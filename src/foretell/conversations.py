@@ -1,8 +1,9 @@
 """Conversations side by side: lists of user turns, answered by one decoder.
 
-A turn is asked with everything said before it, so the turns of one conversation wait for each other; conversations
-do not. The decoder holds as many of them as it has rows; a conversation's next turn goes in before any new
-conversation does, while its row's cache still holds what was said, and one that ends makes room for the next.
+A turn is asked with everything said before it, so the turns of one conversation wait for each other;
+conversations do not. The decoder holds as many of them as it has rows; a conversation's next turn goes in before
+any new conversation does, while its row's cache still holds what was said, and one that ends makes room for the
+next.
 
 The noise of sampling belongs to (seed, key, position), and a turn's key is line * 1024 + turn: neither the batch
 size nor the order in which rows finish changes a token.
@@ -61,7 +62,9 @@ def read_conversations(
             record = _record(line, where)
             found.append(Conversation(_turns(record, where, raw), number, where, record))
     if not found:
-        raise ForetellError(f"{name} holds no prompts; give one JSON object a line, with `prompt` or `turns`.")
+        raise ForetellError(
+            f"{name} holds no prompts; give one JSON object a line, with `prompt` or `turns`."
+        )
     return found[::every][:limit]
 
 
@@ -132,7 +135,8 @@ class _Talk:
     def __init__(
         self, llm: LLM, decoder: Decoder, conversation: Conversation, params: SamplingParams, raw: bool
     ) -> None:
-        self.llm, self.decoder, self.conversation, self.params, self.raw = llm, decoder, conversation, params, raw
+        self.llm, self.decoder, self.conversation = llm, decoder, conversation
+        self.params, self.raw = params, raw
         self.messages: list[Message] = []
         self.replies: list[Result] = []
         self.reply = Result()
@@ -167,7 +171,7 @@ class _Talk:
         return True
 
 
-# -- what was measured, as JSON ---------------------------------------------------------------------------------------
+# -- what was measured, as JSON ------------------------------------------------------------------------------
 
 _SUMS = ("prompt_tokens", "new_tokens", "reused_tokens", "steps", "plain_steps", "drafted", "accepted")
 _SECONDS = ("prefill_seconds", "seconds")
@@ -179,23 +183,23 @@ def total(replies: Sequence[Result]) -> Statistics:
     return Statistics(**sums)
 
 
-def as_json(replies: Sequence[Result], *, logprobs: bool = False) -> dict[str, Any]:
+def fields(replies: Sequence[Result]) -> dict[str, Any]:
     """One conversation's replies as a flat object: sums and concatenations, the last finish reason."""
     sums = total(replies)
-    fields: dict[str, Any] = {
+    found: dict[str, Any] = {
         "ids": [token for reply in replies for token in reply.ids],
         "text": "\n\n".join(reply.text for reply in replies),
         "finish_reason": replies[-1].finish_reason,
         "acceptance_length": round(sums.acceptance_length, 4),
     }
-    fields |= {name: getattr(sums, name) for name in _SUMS}
-    fields |= {name: round(getattr(sums, name), 6) for name in _SECONDS}
-    if logprobs:
-        fields["logprobs"] = [asdict(logprob) for reply in replies for logprob in reply.logprobs]
-    return fields
+    found |= {name: getattr(sums, name) for name in _SUMS}
+    found |= {name: round(getattr(sums, name), 6) for name in _SECONDS}
+    if any(reply.logprobs for reply in replies):
+        found["logprobs"] = [asdict(logprob) for reply in replies for logprob in reply.logprobs]
+    return found
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
+# -- reading -------------------------------------------------------------------------------------------------
 
 
 def _record(line: str, where: str) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The command line: one verb, one file, one row in this table.
 
-A verb's module is imported when the verb is typed, so that `foretell --help` and `--version` answer before torch
-could be loaded. What a user did wrong is one line on stderr and an exit code (1: could not be done, 2: could never
-work as typed, 130: interrupted, 141: whoever read our output has left); anything else is a bug and keeps its traceback.
+A verb's module is imported when the verb is typed, so that `foretell --help` and `--version` answer before
+torch could be loaded. What a user did wrong is one line on stderr and an exit code: 1 could not be done, 2 could
+never work as typed, 130 interrupted, 141 whoever read our output has left. Anything else is a bug and keeps its
+traceback.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from foretell import __version__
+from foretell.cli import terminal
 from foretell.errors import ForetellError
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -40,7 +42,7 @@ def load_verb(verb: str) -> Any:
 
 
 class Verbs(TyperGroup):
-    """Holds a stub per verb for the list in `--help`; a verb that was typed is loaded and takes its stub's place."""
+    """Holds a stub per verb, for the list in `--help`; the verb that was typed takes its stub's place."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
@@ -49,11 +51,11 @@ class Verbs(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except ForetellError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(error.exit_code) from error
+        except ForetellError as mistake:
+            terminal.note(f"error: {mistake}")
+            raise typer.Exit(mistake.exit_code) from mistake
         except KeyboardInterrupt as interrupt:
-            print("\ninterrupted", file=sys.stderr)
+            terminal.note("\ninterrupted")
             raise typer.Exit(130) from interrupt
 
 
@@ -62,7 +64,7 @@ def app() -> Any:
 
     def foretell(
         version: Annotated[
-            bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+            bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
         ] = False,
     ) -> None:
         """A language model decodes several tokens per forward pass, with no second model.
@@ -89,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         finally:
             sys.stdout.flush()  # here, where a closed pipe can still be answered
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush complains
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush complains
         sys.exit(141)
 
 

@@ -1,7 +1,7 @@
 """`foretell chat`: a conversation in the terminal.
 
-Every turn sends the whole conversation; the engine finds the part its cache already holds, so a long talk costs no
-more per turn than a short one. Ctrl-C asks an answer to stop between two steps, where the cache is in order.
+Every turn sends the whole conversation; the engine finds the part that its cache already holds, so that a long
+talk costs no more per turn than a short one. Ctrl-C stops an answer between two steps, where the cache is in order.
 """
 
 from __future__ import annotations
@@ -9,26 +9,32 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from foretell.cli.options import Loading, Sampling
-from foretell.cli.terminal import error, note
+from foretell.cli.terminal import note
 from foretell.errors import ForetellError, UsageError
 
 if TYPE_CHECKING:
     from foretell.api import LLM, Message, Result
     from foretell.engine import SpeculativeDecoder
 
-HELP = "/clear  start a new conversation\n/stats  how fast the answers were\n/help   this list\n/exit   leave (Ctrl-D)"
+HELP = """\
+/clear  start a new conversation
+/stats  how fast the answers were
+/help   this list
+/exit   leave (so does Ctrl-D)"""
 
 
 def chat(
     loading: Loading,
     sampling: Sampling,
-    system: Annotated[str | None, typer.Option("--system", help="Instructions that come before all turns.")] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", help="Instructions before the first turn.")
+    ] = None,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands."""
     if sampling.logprobs is not None:
@@ -37,7 +43,9 @@ def chat(
     rule = sampling.rule()
     llm = loading.load()
     if not llm.tokenizer.has_chat_template:
-        raise UsageError(f"{loading.model} has no chat template, so it cannot chat; use `foretell generate --raw`.")
+        raise UsageError(
+            f"{loading.model} has no chat template, so it cannot chat; use `foretell generate --raw`."
+        )
     talk = Talk(llm, llm.decoder(1, rule, not sampling.no_adapt), sampling, system)
     if sys.stdin.isatty():
         note(f"{loading.model} with {loading.drafter}. /help lists the commands, Ctrl-D leaves.")
@@ -50,7 +58,7 @@ def chat(
             try:
                 talk.answer(line)
             except ForetellError as mistake:
-                error(mistake)
+                note(f"error: {mistake}")
 
 
 class Talk:
@@ -72,8 +80,8 @@ class Talk:
         ids, room = self.llm.encode(messages), self.llm.backbone.config.max_positions
         if len(ids) + self.params.max_new_tokens > room:
             raise UsageError(
-                f"The conversation is now {len(ids)} tokens, and with {self.params.max_new_tokens} for the answer it "
-                f"exceeds this model's context of {room}; /clear starts a new one."
+                f"The conversation is now {len(ids)} tokens, and with {self.params.max_new_tokens} for the answer "
+                f"it exceeds this model's context of {room}; /clear starts a new one."
             )
         result = Result()
         request = self.decoder.submit(ids, self.params, len(self.results))
@@ -104,8 +112,8 @@ class Talk:
                 sums = total(finished)
                 note(
                     f"{len(finished)} answers, {sums.new_tokens} tokens at {sums.tokens_per_second:.1f} tokens/s, "
-                    f"acceptance length {sums.acceptance_length:.2f}; {sums.reused_tokens} of {sums.prompt_tokens} "
-                    "prompt tokens were in the cache"
+                    f"acceptance length {sums.acceptance_length:.2f}; {sums.reused_tokens} of "
+                    f"{sums.prompt_tokens} prompt tokens were in the cache"
                 )
             case _:
                 note(f"There is no command {line.split()[0]}; /help lists them.")
@@ -115,10 +123,8 @@ def _lines() -> Iterator[str]:
     """What the user types, or what is piped in, until it ends."""
     terminal = sys.stdin.isatty()
     if terminal:
-        try:
+        with suppress(ImportError):
             import readline  # noqa: F401  gives input() its line editing
-        except ImportError:
-            pass
     while True:
         try:
             yield input("> " if terminal else "").strip()

@@ -1,7 +1,7 @@
 """`foretell generate`: one prompt streamed, or a file of prompts answered side by side.
 
-A file is read and checked whole before the model is loaded, and answers come out in its order, each as soon as
-those before it are out.
+A file is read and checked whole before the model is loaded, and answers come out in its order, each as soon
+as those before it are out.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to answer; - reads it from stdin.")] = None,
     prompts: Annotated[
         str | None,
-        typer.Option("--prompts", help="JSON lines with `prompt`, or `turns` (a conversation); - reads stdin."),
+        typer.Option("--prompts", help="JSON lines with `prompt` or `turns` (a conversation); - is stdin."),
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself: no chat template.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt, in their order.")] = False,
-    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Prompts decoded side by side.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt.")] = False,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Prompts side by side.")] = 1,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Answer at most so many lines.")] = None,
     every: Annotated[int, typer.Option("--every", min=1, help="Answer every K-th line only.")] = 1,
     stats: Annotated[bool, typer.Option("--stats", help="Say on stderr how fast it was.")] = False,
@@ -47,8 +47,7 @@ def generate(
     params, rule = sampling.params(), sampling.rule()
     asked = _asked(prompt, prompts, raw, every, limit)
     llm = loading.load()
-    from foretell.conversations import as_json as fields
-    from foretell.conversations import converse, total
+    from foretell.conversations import converse, fields, total
 
     rows = min(batch_size, len(asked))
     decoder = llm.decoder(rows, rule, not sampling.no_adapt)
@@ -66,17 +65,17 @@ def generate(
             progress(0, True)
             done += replies
             if as_json:
-                line = fields(replies, logprobs=params.logprobs is not None)
+                line = fields(replies)
                 if "turns" in asked[index].record:
-                    line["turns"] = [fields([reply], logprobs=params.logprobs is not None) for reply in replies]
+                    line["turns"] = [fields([reply]) for reply in replies]
                 print(json.dumps(line), flush=True)
             else:
                 print("" if streamed else "\n\n".join(reply.text for reply in replies) + "\n", flush=True)
     if stats:
         sums = total(done)
         note(
-            f"{sums.new_tokens} tokens in {sums.seconds:.2f} s of row time ({sums.prefill_seconds:.2f} s prefill), "
-            f"{sums.tokens_per_second:.1f} tokens/s a row, acceptance length {sums.acceptance_length:.2f}"
+            f"{sums.new_tokens} tokens at {sums.tokens_per_second:.1f} tokens/s a row, prefill included; "
+            f"acceptance length {sums.acceptance_length:.2f}"
         )
 
 
@@ -101,7 +100,8 @@ def _asked(
         check_text(text, "the prompt")
         return [Conversation((text,))]
     assert prompts is not None
-    return read_conversations(_read(prompts), "stdin" if prompts == "-" else prompts, raw=raw, every=every, limit=limit)
+    name = "stdin" if prompts == "-" else prompts
+    return read_conversations(_read(prompts), name, raw=raw, every=every, limit=limit)
 
 
 def _read(name: str) -> str:

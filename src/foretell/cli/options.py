@@ -3,8 +3,8 @@
     def generate(prompt: str, loading: Loading, sampling: Sampling) -> None:
         llm = loading.load()
 
-`flat` spreads the groups into the single options that typer reads. torch is imported when a group is used, not here:
-`--help` must be quick.
+`flat` spreads the groups into the single options that typer reads. torch is imported when a group is used, not
+here: `--help` must be quick.
 """
 
 from __future__ import annotations
@@ -45,14 +45,17 @@ class Loading:
     model: Annotated[
         str, _model("--model", "-m", help="A catalogue name, a hub id (org/name), a folder or a .gguf file.")
     ] = "smollm2-135m"
-    drafter: Annotated[str, _model("--drafter", "-d", help="The method that guesses; see the list below.")] = "plain"
+    drafter: Annotated[str, _model("--drafter", "-d", help="What guesses; see the list below.")] = "plain"
     option: Annotated[
         list[str] | None, _model("--option", "-o", help="An option of the drafter, as key=value; repeatable.")
     ] = None
     dtype: Annotated[
-        Literal["bf16", "fp32"] | None, _model("--dtype", help="Number type; by default what this machine does best.")
+        Literal["bf16", "fp32"] | None,
+        _model("--dtype", help="Number type; by default what suits this machine."),
     ] = None
-    device: Annotated[str | None, _model("--device", help="cpu or cuda; by default the GPU if there is one.")] = None
+    device: Annotated[
+        str | None, _model("--device", help="cpu or cuda; by default the GPU if there is one.")
+    ] = None
     threads: Annotated[
         int | None, _model("--threads", help="CPU threads; by default the cores this process may use.")
     ] = None
@@ -64,14 +67,14 @@ class Loading:
     ] = None
     offline: Annotated[bool, _model("--offline", help="Fetch nothing.")] = False
 
-    def load(self, drafter: str | None = None) -> LLM:
-        """The model, with the drafter asked for or the one named here; what limits the promise is said."""
-        options = self.drafter_options() if drafter in (None, self.drafter) else {}
+    def load(self) -> LLM:
+        """The model with its drafter; says what limits the promise. Options are checked before the fetch."""
         import foretell
 
+        options = dict(_option(self.drafter, text) for text in self.option or ())
         with load_progress() as progress:
             llm = foretell.load(
-                self.model, drafter or self.drafter, dtype=self.dtype, device=self.device, threads=self.threads,
+                self.model, self.drafter, dtype=self.dtype, device=self.device, threads=self.threads,
                 kernel=self.kernel, cache_dir=self.cache_dir, offline=self.offline or None, progress=progress,
                 **options,
             )  # fmt: skip
@@ -81,24 +84,20 @@ class Loading:
             note(f"note: {self.drafter} is lossy: its output need not be the model's own.")
         return llm
 
-    def drafter_options(self) -> dict[str, Any]:
-        """The -o options, checked against the drafter's own before a model is fetched."""
-        given = dict(_pair(text) for text in self.option or ())
-        cls = drafters.drafter_class(self.drafter)
-        for name, value in given.items():
-            _check_option(self.drafter, cls, name, value)
-        return given
-
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How tokens are chosen; `SamplingParams` checks the values."""
 
-    max_new_tokens: Annotated[int, _sampling("--max-new-tokens", "-n", help="Most tokens of an answer.")] = 256
+    max_new_tokens: Annotated[int, _sampling("--max-new-tokens", "-n", help="Most tokens of an answer.")] = (
+        256
+    )
     temperature: Annotated[
         float, _sampling("--temperature", "-t", help="0 takes the most probable token; above 0 samples.")
     ] = 0.0
-    top_p: Annotated[float, _sampling("--top-p", help="Sample from the smallest set of this probability.")] = 1.0
+    top_p: Annotated[
+        float, _sampling("--top-p", help="Sample from the smallest set of this probability.")
+    ] = 1.0
     top_k: Annotated[int, _sampling("--top-k", help="Sample from so many tokens; 0 for all.")] = 0
     min_p: Annotated[float, _sampling("--min-p", help="Drop tokens below this share of the greatest.")] = 0.0
     repetition_penalty: Annotated[
@@ -113,16 +112,24 @@ class Sampling:
     logit_bias: Annotated[
         list[str] | None, _sampling("--logit-bias", help="ID=VALUE, added to that token's logit; repeatable.")
     ] = None
-    seed: Annotated[int, _sampling("--seed", help="The same seed draws the same tokens, whatever the drafter.")] = 0
-    stop: Annotated[list[str] | None, _sampling("--stop", help="A text that ends an answer; repeatable.")] = None
-    stop_id: Annotated[list[int] | None, _sampling("--stop-id", help="A token id that does; repeatable.")] = None
+    seed: Annotated[
+        int, _sampling("--seed", help="The same seed draws the same tokens with every drafter.")
+    ] = 0
+    stop: Annotated[list[str] | None, _sampling("--stop", help="A text that ends an answer; repeatable.")] = (
+        None
+    )
+    stop_id: Annotated[list[int] | None, _sampling("--stop-id", help="A token id that does; repeatable.")] = (
+        None
+    )
     ignore_eos: Annotated[bool, _sampling("--ignore-eos", help="Go on past the model's end of text.")] = False
     logprobs: Annotated[
-        int | None, _sampling("--logprobs", help="With --json: log-probabilities, and this many rivals of each.")
+        int | None, _sampling("--logprobs", help="With --json: log-probabilities, with so many rivals.")
     ] = None
     typical: Annotated[
         str | None,
-        _sampling("--typical", help="EPS,DELTA (or 'default'): typical acceptance. Lossy: other tokens than plain."),
+        _sampling(
+            "--typical", help="EPS,DELTA or 'default': typical acceptance. Lossy: not the model's own tokens."
+        ),
     ] = None
     no_adapt: Annotated[
         bool, _sampling("--no-adapt", help="Always speculate, even where plain steps measure faster.")
@@ -150,7 +157,9 @@ class Sampling:
             try:
                 epsilon, delta = (float(part) for part in self.typical.split(","))
             except ValueError:
-                raise UsageError(f"--typical {self.typical!r} is not EPS,DELTA; write 0.09,0.3 or default.") from None
+                raise UsageError(
+                    f"--typical {self.typical!r} is not EPS,DELTA; write 0.09,0.3 or default."
+                ) from None
             given |= {"epsilon": epsilon, "delta": delta}
         rule = Typical(**given)
         note("note: typical acceptance is lossy: its output need not be the model's own.")
@@ -160,24 +169,28 @@ class Sampling:
 def drafter_table() -> str:
     """The drafters by name, read when help is printed: one registered from outside is in it."""
     width = max(map(len, drafters.DRAFTERS))
-    rows = [f"  {name:{width}}  {help}" for name, (_, help) in drafters.DRAFTERS.items()]
+    rows = [f"  {name:{width}}  {help}".replace("[", "\\[") for name, (_, help) in drafters.DRAFTERS.items()]
     return "\n".join(["Drafters:", *rows])
 
 
 def flat(function: Callable[..., None]) -> Callable[..., None]:
     """The function with each parameter that is a dataclass of options replaced by the options themselves."""
     hints = get_type_hints(function, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     spread: list[inspect.Parameter] = []
     for parameter in inspect.signature(function).parameters.values():
         if parameter.name not in groups:
-            spread.append(parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY))
+            spread.append(
+                parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY)
+            )
             continue
         group = groups[parameter.name]
         inner = get_type_hints(group, include_extras=True)
         for each in fields(group):
             keyword = inspect.Parameter.KEYWORD_ONLY
-            spread.append(inspect.Parameter(each.name, keyword, default=each.default, annotation=inner[each.name]))
+            spread.append(
+                inspect.Parameter(each.name, keyword, default=each.default, annotation=inner[each.name])
+            )
 
     @wraps(function)
     def call(**given: Any) -> None:
@@ -190,44 +203,47 @@ def flat(function: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-# -- one value --------------------------------------------------------------------------------------------------------
+# -- one value -----------------------------------------------------------------------------------------------
 
 
-def _pair(text: str) -> tuple[str, Any]:
-    """key=value, the value read as an int, a float, a boolean or a string."""
-    key, equals, value = text.partition("=")
-    if not (equals and key):
-        raise UsageError(f"--option {text!r} is not key=value; write, say, -o nodes=16.")
-    key = key.replace("-", "_")
+def _typed(text: str, default: object) -> Any:
+    """An option's text in the type of its default; where that says nothing, as what it looks like."""
+    if isinstance(default, str):
+        return text
     for kind in (int, float):
         try:
-            return key, kind(value)
+            return kind(text)
         except ValueError:
             pass
-    return key, {"true": True, "false": False}.get(value.lower(), value)
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
-def _check_option(drafter: str, cls: type, name: str, value: Any) -> None:
-    """Refuses an option the drafter does not have, or one of another type than its default."""
-    build = inspect.signature(cls.build if "build" in vars(cls) else cls)
-    known = {n: p for n, p in build.parameters.items() if n != "backbone" and p.kind != p.VAR_KEYWORD}
-    if name not in known:
-        if any(p.kind == p.VAR_KEYWORD for p in build.parameters.values()) and name not in _RESERVED:
-            return
+def _option(drafter: str, text: str) -> tuple[str, Any]:
+    """key=value as an option of the drafter; refuses one it does not have, or a value of another type."""
+    from foretell.contracts import Drafter
+
+    name, equals, value_text = text.partition("=")
+    name = name.replace("-", "_")
+    if not (equals and name):
+        raise UsageError(f"--option {text!r} is not key=value; write, say, -o nodes=16.")
+    cls = drafters.drafter_class(drafter)
+    builds_itself = cls.build.__func__ is not Drafter.build.__func__  # type: ignore[attr-defined]
+    parameters = dict(inspect.signature(cls.build if builds_itself else cls).parameters)
+    parameters.pop("backbone", None)
+    takes_any = [n for n, p in parameters.items() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    known = {n: p.default for n, p in parameters.items() if n not in takes_any}
+    if name not in known and (not takes_any or name in _RESERVED):
         has = f"it has {', '.join(known)}" if known else "it has none"
         raise UsageError(f"Drafter {drafter!r} has no option {name!r}; {has}.")
-    default = known[name].default
-    wanted = type(default)
-    if default in (None, inspect.Parameter.empty) or isinstance(value, wanted) and isinstance(value, bool) <= (
-        wanted is bool
-    ):
-        return
-    if not (wanted is float and type(value) is int):
-        raise UsageError(f"Option {name!r} of drafter {drafter!r} is {value!r}; it must be {_AN[wanted]}.")
+    default = known.get(name)
+    value, wanted = _typed(value_text, default), _KINDS.get(type(default))
+    if wanted and not (type(value) is type(default) or (type(default) is float and type(value) is int)):
+        raise UsageError(f"Option {name!r} of drafter {drafter!r} is {value!r}; it must be {wanted}.")
+    return name, value
 
 
 _RESERVED = {each.name for each in fields(Loading)} | {"progress"}
-_AN = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_KINDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
 def _bias(text: str) -> tuple[int, float]:

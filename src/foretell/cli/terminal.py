@@ -16,10 +16,6 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def error(text: object) -> None:
-    note(f"error: {text}")
-
-
 @contextmanager
 def load_progress() -> Iterator[Callable[[str, float], None]]:
     """A bar per stage of fetching and converting a model; plain lines where stderr is no terminal.
@@ -52,7 +48,7 @@ def load_progress() -> Iterator[Callable[[str, float], None]]:
 
 @contextmanager
 def answer_progress(count: int) -> Iterator[Callable[[int, bool], None]]:
-    """Prompts done, tokens per second and time left, for a file of prompts; called with (tokens, whether one ended).
+    """Prompts done, tokens per second and time left; called with (new tokens, whether a prompt is done).
 
     Only where it disturbs nothing: stderr is a terminal, and answers go elsewhere.
     """
@@ -78,5 +74,6 @@ def _bar(*columns: str) -> Progress:
 
     return Progress(
         TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn(),
-        console=Console(stderr=True), redirect_stdout=False, redirect_stderr=False,  # rich would move answers to stderr
+        # redirected by rich, answers on stdout would end on stderr
+        console=Console(stderr=True), redirect_stdout=False, redirect_stderr=False,
     )  # fmt: skip

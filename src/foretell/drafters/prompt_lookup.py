@@ -1,7 +1,7 @@
 """Text repeats itself: guess what followed the last words the last times they occurred.
 
 The newest n tokens are looked up in prompt and output, the longest n first; what followed each earlier occurrence
-is a candidate, and candidates that begin alike share nodes of one tree. Costs no parameters and no training; it
+is a candidate, the longer the match the further, and candidates that begin alike share nodes of one tree. Costs no parameters and no training; it
 wins where the answer quotes the question (summaries, edits, code). Prompt lookup: Saxena 2023; n-gram chains as in
 transformers' `prompt_lookup_num_tokens`, here several of them verified at once.
 """
@@ -33,13 +33,12 @@ class _Index:
                 self.ends.setdefault(tuple(tokens[end - n : end]), []).append(end)
         self.seen = max(self.seen, len(tokens) - 1)
 
-    def continuations(self, tokens: list[int], count: int) -> list[int]:
-        """Up to `count` places from which to copy: longer matches first, then later ones."""
-        places: list[int] = []
+    def continuations(self, tokens: list[int], count: int) -> dict[int, int]:
+        """Up to `count` places to copy from -> length of the match there: longer matches first, then later ones."""
+        places: dict[int, int] = {}
         for n in range(min(self.longest, len(tokens)), self.shortest - 1, -1):
             for end in reversed(self.ends.get(tuple(tokens[-n:]), ())):
-                if end not in places:
-                    places.append(end)
+                places.setdefault(end, n)
                 if len(places) == count:
                     return places
         return places
@@ -50,12 +49,13 @@ class PromptLookup(Drafter):
 
     Args:
         longest, shortest: lengths of the n-grams looked up.
-        length: guesses copied from each occurrence.
+        length: guesses copied from an occurrence, per token of its match. On 96 training prompts of the demo model,
+            4 per token beat any fixed number.
         candidates: occurrences copied from.
         nodes: the largest tree, root included.
     """
 
-    def __init__(self, longest: int = 4, shortest: int = 2, length: int = 10, candidates: int = 4, nodes: int = 24):
+    def __init__(self, longest: int = 4, shortest: int = 1, length: int = 4, candidates: int = 8, nodes: int = 16):
         if not 1 <= shortest <= longest <= 16:
             raise UsageError(f"Prompt lookup needs 1 <= shortest <= longest <= 16, not {shortest} and {longest}.")
         if not (1 <= length <= 64 and 1 <= candidates <= 64 and 2 <= nodes <= 256):
@@ -88,9 +88,9 @@ class PromptLookup(Drafter):
         index, root = self._indexes[row.slot], row.tokens[-1]
         index.extend(row.tokens)
         parents, ids, place = [-1], [root], {}
-        for start in index.continuations(row.tokens, self.candidates):
+        for start, match in index.continuations(row.tokens, self.candidates).items():
             node = 0
-            for token in row.tokens[start : start + self.length]:
+            for token in row.tokens[start : start + self.length * match]:
                 child = place.get((node, token))
                 if child is None:
                     if len(parents) == self.nodes:

@@ -55,6 +55,7 @@ class SpeculativeDecoder:
         self.lossless = drafter.lossless and rule is None
         self.max_rows = max_rows
         self.cache = backbone.new_cache(max_rows, 0)
+        drafter.bind(self.cache)
         self.governor = Governor(adapt)
         self._waiting: deque[state.Sequence] = deque()
         self._rows: list[state.Sequence] = []
@@ -126,6 +127,8 @@ class SpeculativeDecoder:
     def _draft(self, rows: list[state.Sequence], context: int) -> Draft:
         """The drafter's guesses, no deeper than a row's budget lets it emit."""
         if not self.governor.speculate(len(rows), context):
+            for row in rows:
+                row.statistics.suspended_steps += 1
             return Draft([ROOT] * len(rows), [[row.tokens[-1]] for row in rows])
         draft = self.drafter.draft(rows)
         for i, row in enumerate(rows):
@@ -149,7 +152,7 @@ class SpeculativeDecoder:
             layer, hidden_Md = draft.resume
         whole, real = nodes, None
         taps: dict[int, Tensor] = {}
-        for cut in [*drafter.cuts, backbone.config.layers]:
+        for cut in dict.fromkeys((*drafter.cuts, backbone.config.layers)):
             wanted = [tap for tap in drafter.taps if tap not in taps and layer <= tap <= cut]
             hidden_Md, tapped = backbone.run_layers(hidden_Md, whole, self.cache, layer, cut, taps=wanted)
             taps |= {tap: states if real is None else states[real] for tap, states in tapped.items()}

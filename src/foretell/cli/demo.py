@@ -1,0 +1,147 @@
+"""`foretell demo`: one question answered twice, without and with a drafter, and what the difference is worth.
+
+The reader watches one answer of each; those runs pay for the terminal, so they are not measured. The measured
+ones follow in silence, taking turns so that a busy machine is unfair to both, and the medians are shown.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from foretell.cli.options import Loading
+from foretell.cli.terminal import note
+
+if TYPE_CHECKING:
+    from foretell.api import LLM, Result
+
+QUESTION = """Review this Python code, then show it with your corrections:
+
+```python
+class Account:
+    def __init__(self, owner, balance=0):
+        self.owner = owner
+        self.balance = balance
+
+    def deposit(self, amount):
+        if amount <= 0:
+            raise ValueError("amount must be positive")
+        self.balance += amount
+
+    def withdraw(self, amount):
+        if amount > self.balance:
+            raise ValueError("insufficient funds")
+        self.balance -= amount
+
+    def transfer(self, other, amount):
+        self.withdraw(amount)
+        other.deposit(amount)
+```"""
+"""An edit: the answer repeats much of the question, as summaries do too. Elsewhere drafting gains less."""
+REPEATS, PATIENCE = 3, 15.0
+"""Measured runs of each, fewer when they have taken so many seconds."""
+
+
+@dataclass
+class _Side:
+    """One way of decoding, and its runs."""
+
+    name: str
+    llm: LLM
+    runs: list[Result] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Median tokens per second of decoding: the prompt is read equally fast either way."""
+        return median(
+            s.new_tokens / (s.seconds - s.prefill_seconds) for s in (run.statistics for run in self.runs)
+        )
+
+
+def demo(
+    loading: Loading,
+    question: Annotated[str | None, typer.Argument(help="By default: edit a short program.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=2, help="Most tokens.")] = 200,
+) -> None:
+    """See and measure what drafting changes, on this machine.
+
+    Answers one question plainly, then with the drafter (prompt_lookup unless you name another), and compares.
+    Exits with 1 if the two answers differ though the drafter promises that they do not.
+    """
+    text = QUESTION if question is None else question
+    sides = _sides(loading)
+    ids = sides[0].llm.encode(text)
+    for side in sides:  # first calls are slow: caches grow, pages are touched
+        side.llm.generate([ids], max_new_tokens=min(16, max_new_tokens))
+    print(f"\n{text}\n" if question is None else "")
+    for side in sides:
+        _show(side, ids, max_new_tokens)
+    _measure(sides, ids, max_new_tokens)
+    same = _report(sides)
+    if not same and sides[1].llm.drafter.lossless:
+        raise typer.Exit(1)
+
+
+def _sides(loading: Loading) -> list[_Side]:
+    """Plain and drafted decoding by one backbone, so that nothing else differs."""
+    from foretell import drafters
+    from foretell.api import LLM
+
+    name = "prompt_lookup" if loading.drafter == "plain" else loading.drafter
+    drafted = replace(loading, drafter=name).load()
+    plain = LLM(
+        drafted.backbone, drafted.tokenizer, drafters.build("plain", drafted.backbone), drafted.folder
+    )
+    return [_Side("plain", plain), _Side(name, drafted)]
+
+
+def _show(side: _Side, ids: list[int], max_new_tokens: int) -> None:
+    """Streams an answer; what the drafter had guessed is green and underlined if the terminal can show it."""
+    marks = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    guessed = "  (what it guessed is underlined)" if marks and side.name != "plain" else ""
+    print(f"--- {side.name}{guessed}")
+    for event in side.llm.stream(ids, max_new_tokens=max_new_tokens):
+        for text, drafted in event.pieces:
+            print(f"\x1b[4;32m{text}\x1b[0m" if marks and drafted else text, end="", flush=True)
+    print("\n")
+
+
+def _measure(sides: list[_Side], ids: list[int], max_new_tokens: int) -> None:
+    note("measuring ...")
+    began = time.perf_counter()
+    while len(sides[0].runs) < REPEATS and (not sides[0].runs or time.perf_counter() - began < PATIENCE):
+        for side in sides:
+            side.runs += side.llm.generate([ids], max_new_tokens=max_new_tokens)
+
+
+def _report(sides: list[_Side]) -> bool:
+    """Prints the comparison; whether every run gave the same ids."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    plain = sides[0]
+    table = Table("", "tokens/s", "tokens per step", "steps", "speed-up", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for side in sides:
+        last = side.runs[-1].statistics
+        table.add_row(
+            side.name, f"{side.rate:.1f}", f"{last.acceptance_length:.2f}", str(last.steps),
+            f"{side.rate / plain.rate:.2f}x",
+        )  # fmt: skip
+    same = all(run.ids == plain.runs[0].ids for side in sides for run in side.runs)
+    Console().print(table)
+    b, count = plain.llm.backbone, len(plain.runs)
+    print(f"{len(plain.runs[0].ids)} tokens: " + ("the same ids both ways." if same else "the ids DIFFER."))
+    print(
+        f"Decoding only, median of {count}, measured now on {b.device} with {b.threads} threads, {b.kernels} "
+        f"kernels, {str(b.dtype).removeprefix('torch.')}."
+    )
+    return same

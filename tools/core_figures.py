@@ -1,0 +1,465 @@
+"""Measures the figures of the core and writes them to docs/results/core.json, section by section.
+
+    python tools/core_figures.py SECTION [--questions FILE] [--every 5] [--limit N]
+
+Sections: machine, step, attention, speed, batch, startup, reference, exactness. Everything that is compared runs in
+one process and interleaved, prompt by prompt, because machines drift. Until `foretell bench` exists, this is the
+benchmark; it needs a JSONL of questions in Spec-Bench's layout (`turns` is a list; the first turn is asked).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import foretell
+from foretell import drafters
+from foretell.backbone import Backbone, Nodes, assemble, kernels, resolve
+from foretell.backbone.assemble import usable_cores
+from foretell.contracts import Draft, Drafter, Row, SamplingParams
+from foretell.engine import SpeculativeDecoder
+from foretell.trees import TokenTree, chain
+
+RESULTS = Path(__file__).parent.parent / "docs/results/core.json"
+MODEL = "smollm2-135m"
+
+
+def save(section: str, result: Any) -> None:
+    """Adds one section, with the command, commit and machine that made it."""
+    whole = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    command = "python " + " ".join(["tools/core_figures.py", *(Path(a).name for a in sys.argv[1:])])
+    whole[section] = {"command": command, "commit": commit, "machine": machine(), "result": result}
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(whole, indent=1) + "\n")
+    print(json.dumps(result, indent=1)[:3000])
+
+
+def machine() -> str:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    kind = "AVX512-BF16 and AMX " if "amx_bf16" in flags else "AVX512-BF16 " if "avx512_bf16" in flags else ""
+    return f"{usable_cores()} cores of an {kind}{platform.machine()} server CPU, torch {torch.__version__}"
+
+
+def timed(function: Callable[[], Any], repeats: int) -> float:
+    """Median seconds of a call."""
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - began)
+    return median(seconds)
+
+
+def load_questions(path: Path, every: int, limit: int | None) -> list[str]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line["turns"][0] for line in lines[::every]][:limit]
+
+
+# -- the machine and one step ------------------------------------------------------------------------------------------
+
+
+def read_bandwidth() -> float:
+    """Bytes per second at which the linear kernel streams weights it uses once: 226 MB, one row."""
+    weight = torch.randn(4 * 49152, 576).bfloat16()
+    linear, x = kernels.PackedLinear(weight), torch.randn(1, 576)
+    return weight.numel() * 2 / timed(lambda: linear.argmax(x, usable_cores()), 15)
+
+
+def section_machine(_: argparse.Namespace) -> Any:
+    backbone = assemble(resolve(MODEL).path, dtype="bf16")
+    weights = 2 * sum(p for p in (134_515_008,))
+    bandwidth = max(read_bandwidth() for _ in range(3))
+    cache = backbone.new_cache(1, 512)
+    seconds = step_seconds(backbone, cache, chain(0), 100, 60)
+    return {
+        "weights_bytes": weights,
+        "read_gb_per_s": round(bandwidth / 1e9, 1),
+        "bound_ms_per_step": round(weights / bandwidth * 1e3, 2),
+        "plain_ms_per_step_at_100_keys": round(seconds * 1e3, 2),
+        "plain_share_of_bound": round(weights / bandwidth / seconds, 3),
+        "kernels": backbone.kernels,
+    }
+
+
+def step_seconds(backbone: Backbone, cache: Any, tree: TokenTree, keys: int, repeats: int) -> float:
+    tokens, nodes = torch.arange(len(tree)) + 100, Nodes([tree], [0], [keys])
+    return timed(lambda: backbone.argmax(backbone.forward(tokens, nodes, cache)), repeats)
+
+
+def branching(size: int) -> TokenTree:
+    """A tree of the shape that heads draft: four children a node."""
+    return TokenTree(tuple((i - 1) // 4 if i else -1 for i in range(size)))
+
+
+def section_step(_: argparse.Namespace) -> Any:
+    """Cost of a step by nodes and keys, relative to one node; sizes interleaved, medians of rounds."""
+    out: dict[str, Any] = {}
+    for dtype in ("bf16", "fp32"):
+        backbone = assemble(resolve(MODEL).path, dtype=dtype)
+        cache = backbone.new_cache(1, 1024)
+        backbone.forward(torch.arange(700), Nodes.chains([0], [0], [700]), cache)
+        for keys in (100, 200, 300, 600):
+            rounds: dict[int, list[float]] = {size: [] for size in (1, 2, 4, 8, 16, 32, 64)}
+            for _round in range(9):
+                for size, seconds in rounds.items():
+                    seconds.append(step_seconds(backbone, cache, branching(size), keys, 9))
+            ms = {size: median(seconds) * 1e3 for size, seconds in rounds.items()}
+            out.setdefault(dtype, {})[keys] = {
+                "ms": {size: round(value, 2) for size, value in ms.items()},
+                "relative": {size: round(value / ms[1], 2) for size, value in ms.items()},
+            }
+    return out
+
+
+def section_attention(_: argparse.Namespace) -> Any:
+    """Canonical attention against PyTorch's fused, inexact one: microseconds a layer, interleaved."""
+    backbone: Any = assemble(resolve(MODEL).path, dtype="bf16")
+    cache = backbone.new_cache(1, 1024)
+    backbone.forward(torch.arange(700), Nodes.chains([0], [0], [700]), cache)
+    out: dict[str, Any] = {}
+    for keys in (100, 300, 600):
+        for size in (1, 8, 16, 32, 64):
+            tree = branching(size)
+            queries, nodes = torch.randn(size, 9, 64).bfloat16(), Nodes([tree], [0], [keys])
+            mask = torch.cat([torch.ones(size, keys, dtype=torch.bool), tree.ancestors_NN], 1)
+            q, k, v = queries.transpose(0, 1)[None], cache.keys[0, :1], cache.values[0, :1]
+
+            def canonical(queries: Any = queries, nodes: Any = nodes) -> Any:
+                return backbone.attention(queries, nodes, cache)
+
+            def fused(q: Any = q, k: Any = k, v: Any = v, mask: Any = mask) -> Any:
+                end = mask.shape[1]
+                return torch.nn.functional.scaled_dot_product_attention(
+                    q, k[:, :, :end], v[:, :, :end], attn_mask=mask, enable_gqa=True
+                )
+
+            pairs = [(timed(canonical, 15), timed(fused, 15)) for _ in range(7)]
+            ours, theirs = (median(p[i] for p in pairs) * 1e6 for i in (0, 1))
+            out[f"{keys} keys, {size} nodes"] = {
+                "canonical_us": round(ours, 1), "sdpa_us": round(theirs, 1), "ratio": round(ours / theirs, 2)
+            }  # fmt: skip
+    return out
+
+
+# -- whole generations -------------------------------------------------------------------------------------------------
+
+
+class Ours:
+    def __init__(self, llm: Any, name: str):
+        self.llm, self.drafter = llm, drafters.build(name, llm.backbone)
+
+    def __call__(self, ids: list[int], new: int) -> tuple[list[int], float, float, int]:
+        decoder = SpeculativeDecoder(self.llm.backbone, self.drafter, self.llm.tokenizer)
+        began = time.perf_counter()
+        decoder.submit(ids, SamplingParams(max_new_tokens=new))
+        out: list[int] = []
+        while decoder.busy:
+            for event in decoder.step():
+                out += event.tokens
+                statistics = event.statistics
+        assert statistics is not None
+        return out, time.perf_counter() - began, statistics.prefill_seconds, statistics.steps
+
+
+class Transformers:
+    def __init__(self, dtype: torch.dtype, **options: Any):
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(resolve(MODEL).path, dtype=dtype).eval()
+        self.options = options
+
+    def __call__(self, ids: list[int], new: int) -> tuple[list[int], float, float, int]:
+        prompt = torch.tensor([ids])
+        began = time.perf_counter()
+        with torch.inference_mode():
+            out = self.model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False, **self.options
+            )
+        return out[0, len(ids) :].tolist(), time.perf_counter() - began, 0.0, 0
+
+
+def section_speed(args: argparse.Namespace) -> Any:
+    """Prompt by prompt: ours three times in turn, transformers once; medians over prompts and totals."""
+    llm = foretell.load(MODEL, dtype="bf16")
+    runs: dict[str, tuple[Any, int]] = {
+        "plain": (Ours(llm, "plain"), 3),
+        "prompt_lookup": (Ours(llm, "prompt_lookup"), 3),
+        "transformers": (Transformers(torch.bfloat16), 1),
+        "transformers prompt lookup": (Transformers(torch.bfloat16, prompt_lookup_num_tokens=10), 1),
+    }
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
+    warm = llm.encode("Hello there.")
+    for run, _ in runs.values():
+        run(warm, 16)
+    different = []
+    for number, question in enumerate(args.prompts):
+        ids = llm.encode(question)
+        outputs: dict[str, list[int]] = {}
+        samples: dict[str, list[tuple[float, float, int]]] = {name: [] for name in runs}
+        for repeat in range(3):
+            for name, (run, repeats) in runs.items():
+                if repeat < repeats:
+                    outputs[name], seconds, prefill, steps = run(ids, args.new_tokens)
+                    samples[name].append((seconds, prefill, steps))
+        if outputs["plain"] != outputs["prompt_lookup"]:
+            different.append(number)
+        for name, values in samples.items():
+            seconds, prefill, steps = (median(v[i] for v in values) for i in range(3))
+            rows[name].append(
+                {"new_tokens": len(outputs[name]), "seconds": seconds, "prefill": prefill, "steps": steps}
+            )
+        print(number, {n: round(r[-1]["new_tokens"] / r[-1]["seconds"], 1) for n, r in rows.items()}, flush=True)
+    out: dict[str, Any] = {"prompts": len(args.prompts), "new_tokens": args.new_tokens, "plain != lookup": different}
+    base = rows["transformers"]
+    for name, values in rows.items():
+        tokens, seconds = sum(v["new_tokens"] for v in values), sum(v["seconds"] for v in values)
+        rates = [v["new_tokens"] / v["seconds"] for v in values]
+        against = [r / (b["new_tokens"] / b["seconds"]) for r, b in zip(rates, base, strict=True)]
+        out[name] = {
+            "tokens_per_s": round(tokens / seconds, 1),
+            "median_tokens_per_s": round(median(rates), 1),
+            "median_ratio_to_transformers": round(median(against), 2),
+        }
+        if values[0]["steps"]:
+            decode = seconds - sum(v["prefill"] for v in values)
+            out[name]["decode_tokens_per_s"] = round(tokens / decode, 1)
+            out[name]["tokens_per_step"] = round(tokens / sum(v["steps"] for v in values), 3)
+    lookup, plain = rows["prompt_lookup"], rows["plain"]
+    ratios = [
+        (a["new_tokens"] / a["seconds"]) / (b["new_tokens"] / b["seconds"])
+        for a, b in zip(lookup, plain, strict=True)
+    ]
+    out["prompt_lookup / plain, median and quartiles of prompts"] = [
+        round(x, 2) for x in (median(ratios), sorted(ratios)[len(ratios) // 4], sorted(ratios)[-len(ratios) // 4])
+    ]
+    return out
+
+
+def section_batch(args: argparse.Namespace) -> Any:
+    """32 prompts at once, 256 tokens each (end of sequence ignored), three interleaved repeats."""
+    llm = foretell.load(MODEL, dtype="bf16")
+    prompts = [llm.encode(q) for q in (args.prompts * 32)[:32]]
+    peer = Transformers(torch.bfloat16).model
+    longest = max(map(len, prompts))
+    padded = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    decoders = {
+        name: SpeculativeDecoder(llm.backbone, drafters.build(name, llm.backbone), llm.tokenizer, max_rows=32)
+        for name in ("plain", "prompt_lookup")
+    }
+    params = SamplingParams(max_new_tokens=args.new_tokens, ignore_eos=True)
+    rates: dict[str, list[float]] = {}
+    for _ in range(3):
+        for name, decoder in decoders.items():
+            began, tokens = time.perf_counter(), 0
+            for ids in prompts:
+                decoder.submit(ids, params)
+            while decoder.busy:
+                tokens += sum(len(event.tokens) for event in decoder.step())
+            rates.setdefault(name, []).append(tokens / (time.perf_counter() - began))
+        began = time.perf_counter()
+        with torch.inference_mode():
+            out = peer.generate(
+                padded, attention_mask=mask, max_new_tokens=args.new_tokens, min_new_tokens=args.new_tokens,
+                do_sample=False,
+            )  # fmt: skip
+        new = out[:, longest:].numel()
+        rates.setdefault("transformers", []).append(new / (time.perf_counter() - began))
+        print(rates, flush=True)
+    return {name: {"tokens_per_s": round(median(r), 1), "all": [round(x, 1) for x in r]} for name, r in rates.items()}
+
+
+def section_startup(_: argparse.Namespace) -> Any:
+    """Fresh processes: import time beyond torch, warm start to the first token, peak memory of a generation."""
+
+    def run(code: str) -> Any:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    beyond = """import time, torch; t = time.perf_counter(); import foretell; foretell.load; foretell.SamplingParams
+print(time.perf_counter() - t)"""
+    first = """import time; t = time.perf_counter(); import foretell, resource, json; llm = foretell.load("smollm2-135m")
+next(llm.stream("Why is the sky blue?")); first = time.perf_counter() - t
+llm.generate("Tell me a long story.", max_new_tokens=256)
+print(json.dumps([first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))"""
+    imports = [run(beyond) for _ in range(5)]
+    starts = [run(first) for _ in range(5)]
+    return {
+        "import_seconds_beyond_torch": round(median(imports), 3),
+        "first_token_seconds_from_process_start": round(median(s for s, _ in starts), 2),
+        "peak_memory_gb": round(median(m for _, m in starts) / 1e9, 3),
+    }
+
+
+def section_reference(args: argparse.Namespace) -> Any:
+    """Plain in float32 against transformers' greedy search in float32."""
+    llm, peer = foretell.load(MODEL, dtype="fp32"), Transformers(torch.float32)
+    ours, differences, tokens = Ours(llm, "plain"), [], 0
+    for number, question in enumerate(args.prompts):
+        ids = llm.encode(question)
+        mine, theirs = ours(ids, args.new_tokens)[0], peer(ids, args.new_tokens)[0]
+        tokens += len(theirs)
+        if mine != theirs:
+            at = next(i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b)
+            with torch.inference_mode():
+                top = peer.model(torch.tensor([ids + theirs[:at]])).logits[0, -1].topk(2).values
+            differences.append({"prompt": number, "at": at, "top2_margin": float(top[0] - top[1])})
+        print(number, len(theirs), "same" if mine == theirs else differences[-1], flush=True)
+    return {"prompts": len(args.prompts), "tokens": tokens, "differences": differences}
+
+
+# -- exactness ---------------------------------------------------------------------------------------------------------
+
+
+class RandomTrees(Drafter):
+    """Trees of random shape with random tokens, up to `nodes`."""
+
+    def __init__(self, nodes: int = 64, vocab: int = 49152):
+        self.nodes, self.vocab, self.random = nodes, vocab, random.Random(0)
+
+    @property
+    def most_nodes(self) -> int:
+        return self.nodes
+
+    def draft(self, rows: Sequence[Row]) -> Draft:
+        trees, tokens = [], []
+        for row in rows:
+            size = min(self.nodes, int(self.random.expovariate(1 / 16)) + 2)
+            reach = self.random.choice((1, 3, 64))  # chains, bushes, stars
+            tree = TokenTree((-1, *(self.random.randrange(max(0, i - reach), i) for i in range(1, size))))
+            trees.append(tree)
+            tokens.append([row.tokens[-1], *(self.random.randrange(self.vocab) for _ in range(size - 1))])
+        return Draft(trees, tokens)
+
+
+class ForcedTrees(RandomTrees):
+    """Random trees into which the right path, known from a plain run, is woven."""
+
+    answers: dict[tuple[int, ...], list[int]]  # prompt -> its tokens
+
+    def draft(self, rows: Sequence[Row]) -> Draft:
+        draft = super().draft(rows)
+        for i, row in enumerate(rows):
+            prompt, done = tuple(row.tokens[: row.prompt_length]), len(row.tokens) - row.prompt_length
+            tree, ids = draft.trees[i], draft.tokens[i]
+            right = self.answers[prompt][done : done + self.random.randint(0, 6)]
+            node = 0
+            parents = list(tree.parents)
+            for token in right:
+                kids = [n for n, p in enumerate(parents) if p == node]
+                if kids and self.random.random() < 0.5:
+                    node = self.random.choice(kids)  # in the midst of the tree
+                    ids[node] = token
+                else:
+                    parents.append(node)
+                    ids.append(token)
+                    node = len(parents) - 1
+                for other in [n for n, p in enumerate(parents) if p == parents[node] and n != node]:
+                    if ids[other] == token:
+                        ids[other] = (token + 1) % self.vocab
+            draft.trees[i] = TokenTree(tuple(parents))
+        return draft
+
+    @property
+    def most_nodes(self) -> int:
+        return self.nodes + 6
+
+
+def transcript(llm: Any, drafter: Drafter, prompts: list[list[int]], rows: int, params: SamplingParams) -> list[Any]:
+    """Of each prompt: ids, the log-probability of each, and a digest of the cache's bytes."""
+    decoder = SpeculativeDecoder(llm.backbone, drafter, max_rows=rows, adapt=False)
+    out: list[Any] = [None] * len(prompts)
+    collected: dict[int, tuple[list[int], list[float]]] = {}
+    for key, ids in enumerate(prompts):
+        collected[decoder.submit(ids, params, key)] = ([], [])
+    slots: dict[int, int] = {}
+    while decoder.busy:
+        events = decoder.step()
+        slots |= {row.request: row.slot for row in decoder._rows}
+        for event in events:
+            ids, logprobs = collected[event.request]
+            ids += event.tokens
+            logprobs += [item.logprob for item in event.logprobs]
+            if event.finish_reason:
+                keys, values = decoder.cache.read(slots.get(event.request, _slot(decoder, prompts, event.request)))
+                digest = hashlib.sha256()
+                for tensor in (keys, values):
+                    digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+                out[event.request] = (ids, logprobs, digest.hexdigest())
+    return out
+
+
+def _slot(decoder: SpeculativeDecoder, prompts: list[list[int]], request: int) -> int:
+    """The slot of a request that finished in its first step."""
+    start = prompts[request][:-1]
+    return next(slot for slot, held in decoder._parked.items() if held[: len(start)] == start)
+
+
+def section_exactness(args: argparse.Namespace) -> Any:
+    """Ids, log-probabilities and cache bytes of three drafters against plain, in every setting asked for."""
+    before = json.loads(RESULTS.read_text()).get("exactness", {}).get("result", {}) if RESULTS.exists() else {}
+    out = dict(before)
+    for dtype in args.dtypes:
+        llm = foretell.load(MODEL, dtype=dtype)
+        prompts = [llm.encode(q) for q in args.prompts]
+        for temperature in (0.0, 1.0):
+            params = SamplingParams(max_new_tokens=args.new_tokens, temperature=temperature, seed=7, logprobs=0)
+            truth = transcript(llm, drafters.build("plain", llm.backbone), prompts, 1, params)
+            for name in ("prompt_lookup", "random", "forced", "plain"):
+                for rows in (1, 4):
+                    setting = f"{name} {dtype} T={temperature:g} batch {rows}"
+                    if setting in out or (name == "plain" and rows == 1):
+                        continue
+                    drafter: Drafter
+                    if name == "random":
+                        drafter = RandomTrees()
+                    elif name == "forced":
+                        drafter = ForcedTrees()
+                        drafter.answers = {tuple(p): t[0] for p, t in zip(prompts, truth, strict=True)}
+                    else:
+                        drafter = drafters.build(name, llm.backbone)
+                    began = time.perf_counter()
+                    got = transcript(llm, drafter, prompts, rows, params)
+                    parts = zip(*[[a[i] == b[i] for i in range(3)] for a, b in zip(truth, got, strict=True)], strict=True)
+                    same = [sum(part) for part in parts]
+                    out[setting] = {
+                        "prompts": len(prompts), "tokens": sum(len(t[0]) for t in truth),
+                        "same_ids": same[0], "same_logprobs": same[1], "same_cache": same[2],
+                    }  # fmt: skip
+                    print(setting, out[setting], f"{time.perf_counter() - began:.0f} s", flush=True)
+                    save("exactness", out)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    sections = {name[8:]: f for name, f in globals().items() if name.startswith("section_")}
+    parser.add_argument("section", choices=sections)
+    parser.add_argument("--questions", type=Path)
+    parser.add_argument("--every", type=int, default=5)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"])
+    args = parser.parse_args()
+    args.prompts = load_questions(args.questions, args.every, args.limit) if args.questions else []
+    save(args.section, sections[args.section](args))
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB, {os.cpu_count()} CPUs")
+
+
+if __name__ == "__main__":
+    main()
