@@ -17,7 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("src/foretell/backbone/native")
-COMMON = "-O3 -std=c++17 -fPIC -ffp-contract=fast -fno-math-errno -fvisibility=hidden -Wno-psabi".split()
+COMMON = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 UNITS = {"native": "", "kernels_generic": ""}
@@ -40,7 +40,7 @@ def compiler() -> list[str] | None:
 
 class BuildKernels(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
-        return os.path.join(*fullname.split(".")) + ".so"
+        return fullname.replace(".", os.sep) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
         try:

@@ -46,12 +46,15 @@ KERNELS = [*COMPILED, "eager"]
 
 @contextmanager
 def using(kernel: str) -> Iterator[None]:
-    """The named compiled build inside, the usual one after."""
+    """The named compiled build inside, the usual one after; one thread for PyTorch, whose idle ones would spin."""
     if kernel != "eager":
         assert kernels.select(kernel) == kernel
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         yield
     finally:
+        torch.set_num_threads(threads)
         kernels.select(_best_build())
 
 

@@ -241,8 +241,7 @@ def section_speed(args: argparse.Namespace) -> Any:
             out[name]["tokens_per_step"] = round(tokens / sum(v["steps"] for v in values), 3)
     lookup, plain = rows["prompt_lookup"], rows["plain"]
     ratios = [
-        (a["new_tokens"] / a["seconds"]) / (b["new_tokens"] / b["seconds"])
-        for a, b in zip(lookup, plain, strict=True)
+        (a["new_tokens"] / a["seconds"]) / (b["new_tokens"] / b["seconds"]) for a, b in zip(lookup, plain, strict=True)
     ]
     out["prompt_lookup / plain, median and quartiles of prompts"] = [
         round(x, 2) for x in (median(ratios), sorted(ratios)[len(ratios) // 4], sorted(ratios)[-len(ratios) // 4])
@@ -293,7 +292,8 @@ def section_startup(_: argparse.Namespace) -> Any:
 
     beyond = """import time, torch; t = time.perf_counter(); import foretell; foretell.load; foretell.SamplingParams
 print(time.perf_counter() - t)"""
-    first = """import time; t = time.perf_counter(); import foretell, resource, json; llm = foretell.load("smollm2-135m")
+    first = """import time; t = time.perf_counter(); import foretell, resource, json
+llm = foretell.load("smollm2-135m")
 next(llm.stream("Why is the sky blue?")); first = time.perf_counter() - t
 llm.generate("Tell me a long story.", max_new_tokens=256)
 print(json.dumps([first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))"""
@@ -435,7 +435,9 @@ def section_exactness(args: argparse.Namespace) -> Any:
                         drafter = drafters.build(name, llm.backbone)
                     began = time.perf_counter()
                     got = transcript(llm, drafter, prompts, rows, params)
-                    parts = zip(*[[a[i] == b[i] for i in range(3)] for a, b in zip(truth, got, strict=True)], strict=True)
+                    parts = zip(
+                        *[[a[i] == b[i] for i in range(3)] for a, b in zip(truth, got, strict=True)], strict=True
+                    )
                     same = [sum(part) for part in parts]
                     out[setting] = {
                         "prompts": len(prompts), "tokens": sum(len(t[0]) for t in truth),

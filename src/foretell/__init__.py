@@ -1,8 +1,8 @@
 """foretell: a language model decodes several tokens per forward pass with no second model.
 
-    import foretell
-    llm = foretell.load("smollm2-135m", drafter="prompt_lookup")
-    print(llm.generate("Why is the sky blue?").text)
+import foretell
+llm = foretell.load("smollm2-135m", drafter="prompt_lookup")
+print(llm.generate("Why is the sky blue?").text)
 """
 
 from __future__ import annotations

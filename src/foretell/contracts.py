@@ -86,9 +86,7 @@ class SamplingParams:
 
     @property
     def edits_logits(self) -> bool:
-        return bool(
-            self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias
-        )
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
 
 class Row(Protocol):

@@ -1,12 +1,12 @@
 """Conversations side by side: lists of user turns, answered by one decoder.
 
 A turn is asked with everything said before it, so the turns of one conversation wait for each other;
-conversations do not. The decoder holds as many of them as it has rows; a conversation's next turn goes in before
-any new conversation does, while its row's cache still holds what was said, and one that ends makes room for the
-next.
+conversations do not. The decoder holds as many of them as it has rows; a conversation's next turn goes in
+before any new conversation does, while its row's cache still holds what was said, and one that ends makes
+room for the next.
 
-The noise of sampling belongs to (seed, key, position), and a turn's key is line * 1024 + turn: neither the batch
-size nor the order in which rows finish changes a token.
+The noise of sampling belongs to (seed, key, position), and a turn's key is line * 1024 + turn: neither the
+batch size nor the order in which rows finish changes a token.
 """
 
 from __future__ import annotations

@@ -85,9 +85,9 @@ class KVCache:
             self.lengths[row] = length + len(path)
         if not moved:
             return
-        row, source, target = torch.tensor(moved, device=self.keys.device).unbind(1)
+        at, source, target = torch.tensor(moved, device=self.keys.device).unbind(1)
         for tensor in (self.keys, self.values):
-            tensor[:, row, :, target] = tensor[:, row, :, source]
+            tensor[:, at, :, target] = tensor[:, at, :, source]
 
     def rollback(self, row: int, length: int) -> None:
         """Forgets all but the first `length` committed slots."""

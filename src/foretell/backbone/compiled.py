@@ -28,7 +28,7 @@ class CompiledBackbone(Backbone):
 
     def __init__(self, config: ModelConfig, read: Reader, dtype: torch.dtype, threads: int):
         super().__init__(config, dtype, torch.device("cpu"), threads)
-        self._lib = kernels.library()
+        self._lib = kernels.require()
         self.kernels = kernels.current() or "none"
         self._bf16 = int(dtype == torch.bfloat16)
         self._kept: list[Tensor | PackedLinear] = []  # what the structures below point to

@@ -173,7 +173,9 @@ def attend(queries_MHD: Tensor, keys_RGSD: Tensor, values_RGSD: Tensor, nodes: N
     paths_MT = F.pad(nodes.paths_MT, (0, -nodes.paths_MT.shape[1] % BLOCK), value=-1).to(queries_MHD.device)
     chunk = max(1, MOST_PRODUCTS // (paths_MT.shape[1] * queries_MHD[0].numel()))
     pieces = [
-        _attend(queries_MHD[i : i + chunk], keys_RGSD, values_RGSD, rows[i : i + chunk], paths_MT[i : i + chunk], window)
+        _attend(
+            queries_MHD[i : i + chunk], keys_RGSD, values_RGSD, rows[i : i + chunk], paths_MT[i : i + chunk], window
+        )
         for i in range(0, len(rows), chunk)
     ]
     return torch.cat(pieces)

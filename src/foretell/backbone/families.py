@@ -107,9 +107,7 @@ def read_config(folder: Path) -> ModelConfig:
     except ForetellError as error:
         raise ForetellError(f"{folder}: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise ForetellError(
-            f"{folder / 'config.json'} holds a value of the wrong kind: {one_line(error)}."
-        ) from error
+        raise ForetellError(f"{folder / 'config.json'} holds a value of the wrong kind: {one_line(error)}.") from error
 
 
 def model_config(source: Any, generation: Raw | None = None) -> ModelConfig:
@@ -127,9 +125,7 @@ def model_config(source: Any, generation: Raw | None = None) -> ModelConfig:
     raw = {**family.defaults, **given}
     _refuse_what_we_do_not_compute(raw)
 
-    hidden, heads, layers = (
-        _size(raw, key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers")
-    )
+    hidden, heads, layers = (_size(raw, key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     kv_heads = _size(raw, "num_key_value_heads", heads)
     head_dim = _size(raw, "head_dim", hidden // heads)
     if heads % kv_heads or head_dim % 2:
@@ -204,9 +200,7 @@ def _rope(raw: Raw, head_dim: int) -> tuple[float, tuple[float, ...], float]:
     theta = float(settings.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
     part = settings.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
     if part != 1.0:
-        raise ForetellError(
-            f"partial_rotary_factor {part} is not supported: every head dimension must rotate."
-        )
+        raise ForetellError(f"partial_rotary_factor {part} is not supported: every head dimension must rotate.")
     if kind in ("dynamic", "longrope"):
         raise ForetellError(
             f"rope scaling {kind!r} changes every frequency with the length of the text, so cached keys "
@@ -217,9 +211,7 @@ def _rope(raw: Raw, head_dim: int) -> tuple[float, tuple[float, ...], float]:
         inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim))
         return theta, tuple(inv_freq.tolist()), 1.0
     if kind not in ("linear", "llama3", "yarn"):
-        raise ForetellError(
-            f"rope scaling {kind!r} is not supported; the kinds are default, linear, llama3 and yarn."
-        )
+        raise ForetellError(f"rope scaling {kind!r} is not supported; the kinds are default, linear, llama3 and yarn.")
     return theta, *_scaled_rope(raw, kind)
 
 
@@ -229,16 +221,12 @@ def _scaled_rope(raw: Raw, kind: str) -> tuple[tuple[float, ...], float]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     # the settings are edited in place by transformers, so it gets its own copy
-    settings = json.loads(
-        json.dumps({key: value for key, value in raw.items() if key != "model_type"}, default=str)
-    )
+    settings = json.loads(json.dumps({key: value for key, value in raw.items() if key != "model_type"}, default=str))
     try:
         config = AutoConfig.for_model(raw["model_type"], **settings)
         inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     except Exception as error:  # its validators raise many kinds; all of them mean the settings are wrong
-        raise ForetellError(
-            f"the {kind} rope settings of config.json are invalid: {one_line(error)}."
-        ) from error
+        raise ForetellError(f"the {kind} rope settings of config.json are invalid: {one_line(error)}.") from error
     return tuple(inv_freq.float().tolist()), float(scale)
 
 
@@ -247,12 +235,9 @@ def _refuse_what_we_do_not_compute(raw: Raw) -> None:
         raise ForetellError(f"hidden_act {raw['hidden_act']!r} is not supported; it must be 'silu'.")
     quantization = raw.get("quantization_config")
     if quantization:
-        method = (
-            quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else "unknown"
-        )
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else "unknown"
         raise ForetellError(
-            f"the weights are quantized ({method}), which is not supported; use the original float "
-            "checkpoint."
+            f"the weights are quantized ({method}), which is not supported; use the original float checkpoint."
         )
 
 

@@ -21,13 +21,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ForetellError(
-            f"{path.parent} has no {path.name}, so it is not a complete model folder."
-        ) from None
+        raise ForetellError(f"{path.parent} has no {path.name}, so it is not a complete model folder.") from None
     except (OSError, ValueError) as error:
-        raise ForetellError(
-            f"{path} cannot be read ({one_line(error)}); delete it and fetch it again."
-        ) from error
+        raise ForetellError(f"{path} cannot be read ({one_line(error)}); delete it and fetch it again.") from error
     if not isinstance(content, dict):
         raise ForetellError(f"{path} must hold a JSON object, but it holds a {type(content).__name__}.")
     return content
@@ -75,16 +71,13 @@ def write_errors(folder: Path, needed_bytes: int = 0) -> Iterator[None]:
 def disk_full(folder: Path, reason: str) -> ForetellError:
     """The sentence for a disk without room."""
     return ForetellError(
-        f"not enough disk space in {folder} ({reason}); free some, or choose another cache folder with "
-        "--cache-dir."
+        f"not enough disk space in {folder} ({reason}); free some, or choose another cache folder with --cache-dir."
     )
 
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error is the system's "no space left", however the library in between dressed it up."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(
-        error
-    )
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 
 
 def _free_bytes(folder: Path) -> int:

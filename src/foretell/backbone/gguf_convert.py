@@ -104,9 +104,7 @@ def _config(reader: "GGUFReader", gguf_path: Path) -> dict[str, Any]:
             )
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in tensors:
-        raise ForetellError(
-            f"{gguf_path} has no tensor token_embd.weight, so it is not a whole language model."
-        )
+        raise ForetellError(f"{gguf_path} has no tensor token_embd.weight, so it is not a whole language model.")
     dimensions = {
         hf_key: _metadata(reader, f"{architecture}.{key}")
         for hf_key, key in _CONFIG_KEYS.items()
@@ -165,9 +163,7 @@ def _write_weights(
     shards = list(_shards(reader.tensors, dtype.itemsize))
     done, index = 0, {}
     for number, shard in enumerate(shards, start=1):
-        file_name = (
-            f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        )
+        file_name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         tensors: dict[str, torch.Tensor] = {}
         for tensor in shard:
             tensors[names[tensor.name]] = _unpack(tensor, raw).to(dtype)

@@ -28,7 +28,8 @@ def _words(names: str) -> list[tuple[str, type]]:
 
 class Layer(Structure):
     _fields_ = _words(
-        "attention_norm qkv qkv_bias query_norm key_norm out out_bias mlp_norm gate_up gate_up_bias down down_bias window"
+        "attention_norm qkv qkv_bias query_norm key_norm out out_bias "
+        "mlp_norm gate_up gate_up_bias down down_bias window"
     )
 
 
@@ -64,6 +65,13 @@ def library() -> ctypes.CDLL | None:
     lib.foretell_attention.argtypes = [pointers] * 5 + [flag]
     if select(os.environ.get("FORETELL_KERNELS", ""), lib) is None:
         return None
+    return lib
+
+
+def require() -> ctypes.CDLL:
+    """The library, where the caller knows that it was built."""
+    lib = library()
+    assert lib is not None, "the kernels were not compiled"
     return lib
 
 
@@ -111,7 +119,9 @@ class PackedLinear:
         if bias is not None:
             self.bias = torch.zeros(_up(self.outputs))
             self.bias[: self.outputs] = bias
-        library().foretell_pack(address(weight.contiguous()), self.outputs, self.inputs, address(self.packed), self.bf16)
+        require().foretell_pack(
+            address(weight.contiguous()), self.outputs, self.inputs, address(self.packed), self.bf16
+        )
 
     def __call__(self, x_MK: Tensor, threads: int) -> Tensor:
         """Returns y [M, N] float32."""
@@ -128,7 +138,7 @@ class PackedLinear:
     def rows(self, ids_M: Tensor) -> Tensor:
         """Rows of W [M, K] as float32: a tied embedding read back from the packed head."""
         out_MK = torch.empty(ids_M.shape[0], self.inputs)
-        library().foretell_unpack_rows(
+        require().foretell_unpack_rows(
             address(self.packed), self.inputs, address(ids_M), ids_M.shape[0], address(out_MK), self.bf16
         )
         return out_MK
@@ -136,7 +146,7 @@ class PackedLinear:
     def _run(self, x_MK: Tensor, y_MN: Tensor | None, best_M: Tensor | None, threads: int) -> None:
         x_MK = x_MK.contiguous()
         assert x_MK.dtype == torch.float32 and x_MK.shape[1] == self.inputs
-        library().foretell_linear(
+        require().foretell_linear(
             address(x_MK), x_MK.shape[0], self.inputs, address(self.packed), self.outputs, address(self.bias),
             address(y_MN), address(best_M), threads, self.bf16,
         )  # fmt: skip

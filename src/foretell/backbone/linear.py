@@ -22,7 +22,7 @@ class Linear:
         self.bias = None if bias is None else bias.to(weight.dtype)
         self.dtype, self.least_rows = weight.dtype, 4
         self.packed = _onednn_pack(weight) if packed and weight.device.type == "cpu" else None
-        self.weight = weight if self.packed is None else None
+        self.weight = weight if self.packed is None else weight[:0]
 
     def __call__(self, x_MK: Tensor) -> Tensor:
         x_MK = x_MK.to(self.dtype)

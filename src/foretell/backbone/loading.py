@@ -140,17 +140,14 @@ def _from_hub(repo: str, revision: str | None, offline: bool) -> Path:
             "run once without --offline, or name a local model folder or .gguf file."
         )
     try:
-        folder = Path(
-            snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIP)
-        )
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIP))
     except GatedRepoError as error:
         raise ForetellError(
             f"{repo} is gated: accept its terms on the hub and log in with `hf auth login`, then try again."
         ) from error
     except RepositoryNotFoundError as error:
         raise ForetellError(
-            f"the hub has no model {repo}, or it is private; "
-            "check the spelling, or log in with `hf auth login`."
+            f"the hub has no model {repo}, or it is private; check the spelling, or log in with `hf auth login`."
         ) from error
     except Exception as error:  # every transport has its own; the remedy is the same
         if is_disk_full(error):

@@ -83,10 +83,7 @@ def cached_models(cache_dir: str | Path | None = None) -> list[CachedModel]:
 
 def hub_folder() -> Path:
     """Where huggingface_hub keeps its snapshots, by its own rules, without importing it."""
-    home = (
-        os.environ.get("HF_HOME")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    )
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
 
 

@@ -105,8 +105,7 @@ class Tokenizer:
 
         if self._template is None:
             raise ForetellError(
-                f"{self._name} has no chat template, so it cannot read messages; pass the whole prompt as "
-                "text (--raw)."
+                f"{self._name} has no chat template, so it cannot read messages; pass the whole prompt as text (--raw)."
             )
         try:
             return _sandbox().from_string(self._template)
@@ -126,19 +125,13 @@ def _load_backend(folder: Path) -> "tokenizers.Tokenizer":
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exceptions
-        raise ForetellError(
-            f"{path} is damaged ({one_line(error)}); delete it and fetch the model again."
-        ) from error
+        raise ForetellError(f"{path} is damaged ({one_line(error)}); delete it and fetch the model again.") from error
 
 
 def _rebuild_backend(folder: Path) -> "tokenizers.Tokenizer":
     """Folders with only vocab.json and merges.txt, or a sentencepiece model: transformers knows how."""
-    if not any(
-        (folder / name).is_file() for name in ("tokenizer.model", "vocab.json", "tokenizer_config.json")
-    ):
-        raise ForetellError(
-            f"{folder} has no tokenizer.json, so text cannot become tokens; fetch the model again."
-        )
+    if not any((folder / name).is_file() for name in ("tokenizer.model", "vocab.json", "tokenizer_config.json")):
+        raise ForetellError(f"{folder} has no tokenizer.json, so text cannot become tokens; fetch the model again.")
     from transformers import AutoTokenizer
 
     try:
@@ -162,9 +155,7 @@ def _read_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
 
 
 def _is_mark(key: str, value: Any) -> bool:
-    return key.endswith("_token") and (
-        isinstance(value, str) or (isinstance(value, Mapping) and "content" in value)
-    )
+    return key.endswith("_token") and (isinstance(value, str) or (isinstance(value, Mapping) and "content" in value))
 
 
 def _content(value: Any) -> str:
@@ -185,9 +176,7 @@ def _sandbox() -> "jinja2.Environment":
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
-            return jinja2.nodes.Scope(
-                parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
-            )
+            return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
     class Namespace(jinja2.utils.Namespace):
         """Like Jinja's, but without a way to the internals of Python objects."""

@@ -68,8 +68,7 @@ def read_weights(folder: Path, config: ModelConfig) -> Weights:
         held = set(handle.keys())
         if missing := (promised or held) - held:
             raise ForetellError(
-                f"{path} lacks {min(missing)}, which the index says it holds; delete the folder and fetch it "
-                "again."
+                f"{path} lacks {min(missing)}, which the index says it holds; delete the folder and fetch it again."
             )
         for name in promised or held:
             handles[name], paths[name] = handle, path
@@ -114,8 +113,7 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
             isinstance(name, str) and name == Path(name).name for name in weight_map.values()
         ):
             raise ForetellError(
-                f"{index_path} must hold a weight_map from tensor names to file names; delete it and fetch "
-                "it again."
+                f"{index_path} must hold a weight_map from tensor names to file names; delete it and fetch it again."
             )
         files: dict[Path, set[str] | None] = {folder / name: set() for name in weight_map.values()}
         for tensor_name, file_name in weight_map.items():
@@ -144,9 +142,7 @@ def _open(path: Path) -> Any:
         ) from error
 
 
-def _check(
-    name: str, shape: tuple[int, ...], handles: dict[str, Any], paths: dict[str, Path], folder: Path
-) -> None:
+def _check(name: str, shape: tuple[int, ...], handles: dict[str, Any], paths: dict[str, Path], folder: Path) -> None:
     if name not in handles:
         raise ForetellError(
             f"{folder} lacks the tensor {name} of shape {shape}; its config.json and its weights do not "
@@ -178,6 +174,5 @@ def _refuse_unused(
                 )
         elif name.startswith("model.") and not _DERIVED.fullmatch(name):
             raise ForetellError(
-                f"{paths[name]} holds {name}, which a {config.family} model with this config.json has no "
-                "place for."
+                f"{paths[name]} holds {name}, which a {config.family} model with this config.json has no place for."
             )

@@ -1,9 +1,9 @@
 """The command line: one verb, one file, one row in this table.
 
 A verb's module is imported when the verb is typed, so that `foretell --help` and `--version` answer before
-torch could be loaded. What a user did wrong is one line on stderr and an exit code: 1 could not be done, 2 could
-never work as typed, 130 interrupted, 141 whoever read our output has left. Anything else is a bug and keeps its
-traceback.
+torch could be loaded. What a user did wrong is one line on stderr and an exit code: 1 could not be done, 2
+could never work as typed, 130 interrupted, 141 whoever read our output has left. Anything else is a bug and
+keeps its traceback.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ class Verbs(TyperGroup):
         except ForetellError as mistake:
             terminal.note(f"error: {mistake}")
             raise typer.Exit(mistake.exit_code) from mistake
+        except BrokenPipeError as leaving:
+            raise typer.Exit(_reader_left()) from leaving
         except KeyboardInterrupt as interrupt:
             terminal.note("\ninterrupted")
             raise typer.Exit(130) from interrupt
@@ -91,8 +93,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         finally:
             sys.stdout.flush()  # here, where a closed pipe can still be answered
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush complains
-        sys.exit(141)
+        sys.exit(_reader_left())
+
+
+def _reader_left() -> int:
+    """The exit code of a program whose output nobody reads (`| head`), which then dies without a word."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush complains
+    return 141
 
 
 def _version(wanted: bool) -> None:

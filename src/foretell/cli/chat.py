@@ -1,7 +1,8 @@
 """`foretell chat`: a conversation in the terminal.
 
-Every turn sends the whole conversation; the engine finds the part that its cache already holds, so that a long
-talk costs no more per turn than a short one. Ctrl-C stops an answer between two steps, where the cache is in order.
+Every turn sends the whole conversation; the engine finds the part that its cache already holds, so that a
+long talk costs no more per turn than a short one. Ctrl-C stops an answer between two steps, where the cache
+is in order.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ class Talk:
         ids, room = self.llm.encode(messages), self.llm.backbone.config.max_positions
         if len(ids) + self.params.max_new_tokens > room:
             raise UsageError(
-                f"The conversation is now {len(ids)} tokens, and with {self.params.max_new_tokens} for the answer "
-                f"it exceeds this model's context of {room}; /clear starts a new one."
+                f"The conversation is now {len(ids)} tokens and leaves no room for an answer of "
+                f"{self.params.max_new_tokens} in this model's context of {room}; /clear starts a new one."
             )
         result = Result()
         request = self.decoder.submit(ids, self.params, len(self.results))
@@ -111,9 +112,9 @@ class Talk:
                 finished = [result for result in self.results if result.finish_reason]
                 sums = total(finished)
                 note(
-                    f"{len(finished)} answers, {sums.new_tokens} tokens at {sums.tokens_per_second:.1f} tokens/s, "
-                    f"acceptance length {sums.acceptance_length:.2f}; {sums.reused_tokens} of "
-                    f"{sums.prompt_tokens} prompt tokens were in the cache"
+                    f"answers: {len(finished)}, tokens: {sums.new_tokens} at {sums.tokens_per_second:.1f}/s, "
+                    f"acceptance length {sums.acceptance_length:.2f}; in the cache already: "
+                    f"{sums.reused_tokens} of {sums.prompt_tokens} prompt tokens"
                 )
             case _:
                 note(f"There is no command {line.split()[0]}; /help lists them.")

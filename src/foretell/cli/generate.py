@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -53,6 +54,7 @@ def generate(
     decoder = llm.decoder(rows, rule, not sampling.no_adapt)
     streamed = prompt is not None and not as_json
     done: list[Result] = []
+    began = time.perf_counter()
     with answer_progress(len(asked)) as progress:
 
         def hear(index: int, event: Event) -> None:
@@ -72,10 +74,10 @@ def generate(
             else:
                 print("" if streamed else "\n\n".join(reply.text for reply in replies) + "\n", flush=True)
     if stats:
-        sums = total(done)
+        sums, seconds = total(done), time.perf_counter() - began
         note(
-            f"{sums.new_tokens} tokens at {sums.tokens_per_second:.1f} tokens/s a row, prefill included; "
-            f"acceptance length {sums.acceptance_length:.2f}"
+            f"{sums.new_tokens} tokens in {seconds:.2f} s, prompts included: {sums.new_tokens / seconds:.1f} "
+            f"tokens/s, acceptance length {sums.acceptance_length:.2f}"
         )
 
 

@@ -28,8 +28,8 @@ def models(
 ) -> None:
     """List the models that can be loaded by name.
 
-    Catalogue models are fetched and converted when first used; a hub id (org/name), a local folder or a .gguf file
-    works as well, by its own name.
+    Catalogue models are fetched and converted when first used; a hub id (org/name), a local folder or a .gguf
+    file works as well, by its own name.
     """
     rows = _rows(cache_dir)
     if as_json:

@@ -3,18 +3,19 @@
     def generate(prompt: str, loading: Loading, sampling: Sampling) -> None:
         llm = loading.load()
 
-`flat` spreads the groups into the single options that typer reads. torch is imported when a group is used, not
-here: `--help` must be quick.
+`flat` spreads the groups into the single options that typer reads. torch is imported when a group is used,
+not here: `--help` must be quick.
 """
 
+# ruff: noqa: RUF009  (_flag is dataclasses.field)
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hints
 
 import typer
 
@@ -27,45 +28,28 @@ if TYPE_CHECKING:
     from foretell.contracts import SamplingParams
     from foretell.verify import Typical
 
-_MODEL, _SAMPLING = "Model", "Sampling"
 
-
-def _model(*names: str, help: str) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=_MODEL)
-
-
-def _sampling(*names: str, help: str) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=_SAMPLING)
+def _flag(default: Any, help: str, *short: str) -> Any:
+    """A field that becomes an option of the same name."""
+    return field(default=default, metadata={"help": help, "short": short})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
     """Which model, which drafter, and how they compute."""
 
-    model: Annotated[
-        str, _model("--model", "-m", help="A catalogue name, a hub id (org/name), a folder or a .gguf file.")
-    ] = "smollm2-135m"
-    drafter: Annotated[str, _model("--drafter", "-d", help="What guesses; see the list below.")] = "plain"
-    option: Annotated[
-        list[str] | None, _model("--option", "-o", help="An option of the drafter, as key=value; repeatable.")
-    ] = None
-    dtype: Annotated[
-        Literal["bf16", "fp32"] | None,
-        _model("--dtype", help="Number type; by default what suits this machine."),
-    ] = None
-    device: Annotated[
-        str | None, _model("--device", help="cpu or cuda; by default the GPU if there is one.")
-    ] = None
-    threads: Annotated[
-        int | None, _model("--threads", help="CPU threads; by default the cores this process may use.")
-    ] = None
-    kernel: Annotated[
-        str | None, _model("--kernel", help="eager, or a compiled build by name; by default the best one.")
-    ] = None
-    cache_dir: Annotated[
-        Path | None, _model("--cache-dir", help="Where fetched models are kept; else FORETELL_CACHE.")
-    ] = None
-    offline: Annotated[bool, _model("--offline", help="Fetch nothing.")] = False
+    PANEL: ClassVar[str] = "Model"
+    model: str = _flag(
+        "smollm2-135m", "A catalogue name, a hub id (org/name), a folder or a .gguf file.", "-m"
+    )
+    drafter: str = _flag("plain", "What guesses; see the list below.", "-d")
+    option: list[str] | None = _flag(None, "An option of the drafter, as key=value; repeatable.", "-o")
+    dtype: Literal["bf16", "fp32"] | None = _flag(None, "Number type; by default what suits this machine.")
+    device: str | None = _flag(None, "cpu or cuda; by default the GPU if there is one.")
+    threads: int | None = _flag(None, "CPU threads; by default the cores this process may use.")
+    kernel: str | None = _flag(None, "eager, or a compiled build by name; by default the best one.")
+    cache_dir: Path | None = _flag(None, "Where fetched models are kept; else FORETELL_CACHE.")
+    offline: bool = _flag(False, "Fetch nothing.")
 
     def load(self) -> LLM:
         """The model with its drafter; says what limits the promise. Options are checked before the fetch."""
@@ -89,62 +73,36 @@ class Loading:
 class Sampling:
     """How tokens are chosen; `SamplingParams` checks the values."""
 
-    max_new_tokens: Annotated[int, _sampling("--max-new-tokens", "-n", help="Most tokens of an answer.")] = (
-        256
+    PANEL: ClassVar[str] = "Sampling"
+    max_new_tokens: int = _flag(256, "Most tokens of an answer.", "-n")
+    temperature: float = _flag(0.0, "0 takes the most probable token; above 0 samples.", "-t")
+    top_p: float = _flag(1.0, "Sample from the smallest set of this probability.")
+    top_k: int = _flag(0, "Sample from so many tokens; 0 for all.")
+    min_p: float = _flag(0.0, "Drop tokens below this share of the most probable.")
+    repetition_penalty: float = _flag(1.0, "Above 1 makes tokens seen before less probable.")
+    presence_penalty: float = _flag(0.0, "Taken once from tokens of the answer.")
+    frequency_penalty: float = _flag(0.0, "Taken from tokens of the answer for each time they occur.")
+    logit_bias: list[str] | None = _flag(None, "ID=VALUE, added to that token's logit; repeatable.")
+    seed: int = _flag(0, "The same seed draws the same tokens with every drafter.")
+    stop: list[str] | None = _flag(None, "A text that ends an answer; repeatable.")
+    stop_id: list[int] | None = _flag(None, "A token id that does; repeatable.")
+    ignore_eos: bool = _flag(False, "Go on past the model's end of text.")
+    logprobs: int | None = _flag(None, "With --json: log-probabilities, with so many rivals.")
+    typical: str | None = _flag(
+        None, "EPS,DELTA or 'default': typical acceptance. Lossy: not the model's own tokens."
     )
-    temperature: Annotated[
-        float, _sampling("--temperature", "-t", help="0 takes the most probable token; above 0 samples.")
-    ] = 0.0
-    top_p: Annotated[
-        float, _sampling("--top-p", help="Sample from the smallest set of this probability.")
-    ] = 1.0
-    top_k: Annotated[int, _sampling("--top-k", help="Sample from so many tokens; 0 for all.")] = 0
-    min_p: Annotated[float, _sampling("--min-p", help="Drop tokens below this share of the greatest.")] = 0.0
-    repetition_penalty: Annotated[
-        float, _sampling("--repetition-penalty", help="Above 1 makes tokens seen before less probable.")
-    ] = 1.0
-    presence_penalty: Annotated[
-        float, _sampling("--presence-penalty", help="Taken once from tokens of the answer.")
-    ] = 0.0
-    frequency_penalty: Annotated[
-        float, _sampling("--frequency-penalty", help="Taken from tokens of the answer each time they occur.")
-    ] = 0.0
-    logit_bias: Annotated[
-        list[str] | None, _sampling("--logit-bias", help="ID=VALUE, added to that token's logit; repeatable.")
-    ] = None
-    seed: Annotated[
-        int, _sampling("--seed", help="The same seed draws the same tokens with every drafter.")
-    ] = 0
-    stop: Annotated[list[str] | None, _sampling("--stop", help="A text that ends an answer; repeatable.")] = (
-        None
-    )
-    stop_id: Annotated[list[int] | None, _sampling("--stop-id", help="A token id that does; repeatable.")] = (
-        None
-    )
-    ignore_eos: Annotated[bool, _sampling("--ignore-eos", help="Go on past the model's end of text.")] = False
-    logprobs: Annotated[
-        int | None, _sampling("--logprobs", help="With --json: log-probabilities, with so many rivals.")
-    ] = None
-    typical: Annotated[
-        str | None,
-        _sampling(
-            "--typical", help="EPS,DELTA or 'default': typical acceptance. Lossy: not the model's own tokens."
-        ),
-    ] = None
-    no_adapt: Annotated[
-        bool, _sampling("--no-adapt", help="Always speculate, even where plain steps measure faster.")
-    ] = False
+    no_adapt: bool = _flag(False, "Always speculate, even where plain steps measure faster.")
 
     def params(self) -> SamplingParams:
         from foretell.contracts import SamplingParams
 
+        same = set(vars(self)) & {each.name for each in fields(SamplingParams)} - {"stop", "logit_bias"}
         return SamplingParams(
-            max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k,
-            min_p=self.min_p, repetition_penalty=self.repetition_penalty, presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty, logit_bias=dict(_bias(text) for text in self.logit_bias or ()),
-            seed=self.seed, stop=tuple(self.stop or ()), stop_ids=tuple(self.stop_id or ()),
-            ignore_eos=self.ignore_eos, logprobs=self.logprobs,
-        )  # fmt: skip
+            **{name: getattr(self, name) for name in same},
+            logit_bias=dict(_bias(text) for text in self.logit_bias or ()),
+            stop=tuple(self.stop or ()),
+            stop_ids=tuple(self.stop_id or ()),
+        )
 
     def rule(self) -> Typical | None:
         """Typical acceptance if it was asked for, said aloud because it is lossy."""
@@ -177,20 +135,17 @@ def flat(function: Callable[..., None]) -> Callable[..., None]:
     """The function with each parameter that is a dataclass of options replaced by the options themselves."""
     hints = get_type_hints(function, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
-    spread: list[inspect.Parameter] = []
+    spread: dict[str, tuple[Any, Any]] = {}  # name -> (annotation, default)
     for parameter in inspect.signature(function).parameters.values():
-        if parameter.name not in groups:
-            spread.append(
-                parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY)
-            )
+        group = groups.get(parameter.name)
+        if group is None:
+            spread[parameter.name] = hints[parameter.name], parameter.default
             continue
-        group = groups[parameter.name]
-        inner = get_type_hints(group, include_extras=True)
+        kinds = get_type_hints(group)
         for each in fields(group):
-            keyword = inspect.Parameter.KEYWORD_ONLY
-            spread.append(
-                inspect.Parameter(each.name, keyword, default=each.default, annotation=inner[each.name])
-            )
+            names = (f"--{each.name.replace('_', '-')}", *each.metadata["short"])
+            option = typer.Option(*names, help=each.metadata["help"], rich_help_panel=group.PANEL)
+            spread[each.name] = Annotated[kinds[each.name], option], each.default
 
     @wraps(function)
     def call(**given: Any) -> None:
@@ -198,8 +153,13 @@ def flat(function: Callable[..., None]) -> Callable[..., None]:
             given[name] = group(**{each.name: given.pop(each.name) for each in fields(group)})
         function(**given)
 
-    call.__signature__ = inspect.Signature(spread)  # type: ignore[attr-defined]
-    call.__annotations__ = {parameter.name: parameter.annotation for parameter in spread}
+    call.__annotations__ = {name: annotation for name, (annotation, _) in spread.items()}
+    call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+            for name, (annotation, default) in spread.items()
+        ]
+    )
     return call
 
 

@@ -1,9 +1,9 @@
 """Text repeats itself: guess what followed the last words the last times they occurred.
 
 The newest n tokens are looked up in prompt and output, the longest n first; what followed each earlier occurrence
-is a candidate, the longer the match the further, and candidates that begin alike share nodes of one tree. Costs no parameters and no training; it
-wins where the answer quotes the question (summaries, edits, code). Prompt lookup: Saxena 2023; n-gram chains as in
-transformers' `prompt_lookup_num_tokens`, here several of them verified at once.
+is a candidate, the longer the match the further, and candidates that begin alike share nodes of one tree. Costs no
+parameters and no training; it wins where the answer quotes the question (summaries, edits, code). Prompt lookup:
+Saxena 2023; n-gram chains as in transformers' `prompt_lookup_num_tokens`, here several of them verified at once.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ class PromptLookup(Drafter):
         """The trie of the continuations, earlier candidates first when the tree is full."""
         index, root = self._indexes[row.slot], row.tokens[-1]
         index.extend(row.tokens)
-        parents, ids, place = [-1], [root], {}
+        parents, ids = [-1], [root]
+        place: dict[tuple[int, int], int] = {}  # (node, token) -> its child
         for start, match in index.continuations(row.tokens, self.candidates).items():
             node = 0
             for token in row.tokens[start : start + self.length * match]:

@@ -70,8 +70,9 @@ class SpeculativeDecoder:
         c, room = self.backbone.config, self.backbone.config.max_positions
         if not prompt:
             raise UsageError("The prompt is empty; give at least one token.")
-        if not 0 <= min(prompt) <= max(prompt) < c.vocab:
-            raise UsageError(f"The prompt holds token {max(prompt)}; this model's ids lie between 0 and {c.vocab - 1}.")
+        unknown = next((token for token in prompt if not 0 <= token < c.vocab), None)
+        if unknown is not None:
+            raise UsageError(f"The prompt holds token {unknown}; this model's ids lie between 0 and {c.vocab - 1}.")
         if any(not 0 <= token < c.vocab for token in chain(params.logit_bias, params.stop_ids)):
             raise UsageError(f"logit_bias or stop_ids name a token outside 0..{c.vocab - 1}.")
         if len(prompt) + params.max_new_tokens > room:
@@ -107,7 +108,7 @@ class SpeculativeDecoder:
         began = time.perf_counter()
         context = max(len(row.tokens) for row in rows)
         draft = self._draft(rows, context)
-        nodes, states_Md, taps, extra = self._forward(rows, draft)
+        states_Md, taps, extra = self._forward(rows, draft)
         verdict, logprobs = self._verify(rows, draft, states_Md)
         self.cache.commit([row.slot for row in rows], verdict.paths)
         events = self._emit(rows, draft, verdict, logprobs)
@@ -138,9 +139,7 @@ class SpeculativeDecoder:
                 draft.tokens[i] = [draft.tokens[i][node] for node in kept]
         return draft
 
-    def _forward(
-        self, rows: list[state.Sequence], draft: Draft
-    ) -> tuple[Nodes, Tensor, dict[int, Tensor], Tensor | None]:
+    def _forward(self, rows: list[state.Sequence], draft: Draft) -> tuple[Tensor, dict[int, Tensor], Tensor | None]:
         """One pass over all nodes: their final states [M, d], tapped states, and what a drafter's cuts inserted."""
         backbone, drafter = self.backbone, self.drafter
         nodes = Nodes(draft.trees, [row.slot for row in rows], [self.cache.lengths[row.slot] for row in rows])
@@ -167,7 +166,7 @@ class SpeculativeDecoder:
             states_Md, extra = states_Md[real], states_Md[inserted]
         if FINAL in drafter.taps:
             taps[FINAL] = states_Md
-        return nodes, states_Md, taps, extra
+        return states_Md, taps, extra
 
     def _verify(
         self, rows: list[state.Sequence], draft: Draft, states_Md: Tensor
@@ -185,9 +184,7 @@ class SpeculativeDecoder:
             verdict = walk(draft, draws(draft, rows, [row.key for row in rows], logits_MV, starts))
         return verdict, [
             _logprobs(logits_MV, start, path, [*(draft.tokens[i][n] for n in path[1:]), bonus], row.params.logprobs)
-            for i, (row, start, path, bonus) in enumerate(
-                zip(rows, starts, verdict.paths, verdict.bonus, strict=True)
-            )
+            for i, (row, start, path, bonus) in enumerate(zip(rows, starts, verdict.paths, verdict.bonus, strict=True))
         ]
 
     def _path_logits(self, rows: list[state.Sequence], draft: Draft, logits_MV: Tensor) -> Callable[[int], Tensor]:

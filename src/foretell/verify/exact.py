@@ -39,9 +39,7 @@ def walk(draft: Draft, choose: Choose) -> Verdict:
     return Verdict(paths, bonus)
 
 
-def draws(
-    draft: Draft, rows: Sequence[Row], keys: Sequence[int], logits_MV: Tensor, starts: Sequence[int]
-) -> Choose:
+def draws(draft: Draft, rows: Sequence[Row], keys: Sequence[int], logits_MV: Tensor, starts: Sequence[int]) -> Choose:
     """The target's token at a node under each row's own sampling parameters.
 
     Args:
