@@ -110,13 +110,13 @@ def build(
 
 
 @st.composite
-def models(draw: st.DrawFn, layers: int = 3) -> Model:
-    """Any family with every switch, odd widths, shared and unshared key heads, all ropes, tied or not."""
+def models(draw: st.DrawFn, layers: int = 3, least: int = 1) -> Model:
+    """Any family with every switch, odd widths from `least` on, shared key heads or not, all ropes, tied or not."""
     family = draw(st.sampled_from(sorted(FAMILIES)))
     kv_heads, share = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3, 4, 5, 7, 8]))
     raw: dict[str, Any] = {
         "model_type": family,
-        "hidden_size": draw(st.integers(1, 70) | st.sampled_from([32, 64, 96])),
+        "hidden_size": draw(st.integers(least, 70) | st.sampled_from([32, 64, 96])),
         "intermediate_size": draw(st.integers(1, 100) | st.sampled_from([32, 64, 128])),
         "num_hidden_layers": draw(st.integers(1, layers)),
         "num_attention_heads": kv_heads * share,

@@ -9,12 +9,13 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from random_backbones import (
     BF16, COMPILED, DTYPES, FP32, KERNELS, LENGTHS, Batch, Model, batches, build, examples, models, one_by_one,
@@ -60,13 +61,13 @@ def test_a_node_in_a_batch_of_trees_computes_what_it_does_alone(kernel: str) -> 
                 assert same(cache.values[:, slot][:, :, seats], alone.read(0)[1])
 
     chunks = st.sampled_from([1, 3, 16, 33, 1000])
-    check(kernel, 60, holds, models(), DTYPES, batches(), chunks, st.sampled_from([1, 2]))
+    check(kernel, 40, holds, models(), DTYPES, batches(), chunks, st.sampled_from([1, 2]))
 
 
 @every_kernel
 def test_a_prompt_reads_the_same_in_any_chunks(kernel: str) -> None:
     def holds(model: Model, dtype: torch.dtype, length: int, chunk: int) -> None:
-        backbone = model.build(kernel, dtype, 2)
+        backbone = model.build(kernel, dtype)
         tokens = torch.randint(backbone.config.vocab, (length + 1,), generator=torch.Generator().manual_seed(1))
         whole, hidden = prefilled(backbone, tokens)
         slow, streams = one_by_one(backbone, tokens)
@@ -92,7 +93,7 @@ def test_many_query_heads_share_one_key_head(kernel: str, dtype: torch.dtype, sh
     tree = TokenTree((-1, 0, 0, 1, 2, 2, 4))
     batch = Batch([tree, tree], [40, 3], [1, 0])
     with using(kernel):
-        backbone = model.build(kernel, dtype, 2)
+        backbone = model.build(kernel, dtype)
         _, hidden = batch.together(backbone)
         for row in (0, 1):
             for path, _, streams in batch.alone(backbone, row):
@@ -115,36 +116,34 @@ def test_the_number_of_threads_changes_no_bit(kernel: str, dtype: torch.dtype) -
             assert all(same(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@compiled_only
-def test_a_pool_of_our_own_computes_what_openmp_does(kernel: str) -> None:
+@pytest.mark.skipif(not COMPILED, reason="no kernels were compiled")
+def test_a_pool_of_our_own_computes_what_openmp_does() -> None:
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); from test_backbone import digest, kernels\n"
-        "print(kernels.library().foretell_team().decode(), digest(sys.argv[2]))"
+        "print(kernels.library().foretell_team().decode(), digest())"
     )
-    here = str(Path(__file__).parent)
     environment = os.environ | {"FORETELL_OWN_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, here, kernel], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["own", digest(kernel)]
+    command = [sys.executable, "-c", script, str(Path(__file__).parent)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["own", digest()]
 
 
-def digest(kernel: str) -> str:
-    """What three threads compute over a small batch, as one number."""
-    with using(kernel):
-        words = []
-        for dtype in (FP32, BF16):
+def digest() -> str:
+    """What three threads compute over a small batch with every build, as one number."""
+    words = []
+    for kernel, dtype in product(COMPILED, (FP32, BF16)):
+        with using(kernel):
             backbone = LLAMA.build(kernel, dtype, 3)
             _, hidden = Batch([TokenTree((-1, 0, 0, 1)), chain(9)], [40, 3], [0, 1]).together(backbone)
             words.append(backbone.logits(backbone.norm(torch.cat(hidden))).flatten().view(torch.int32))
-        return str(hash(tuple(torch.cat(words).tolist())))
+    return str(hash(tuple(torch.cat(words).tolist())))
 
 
 @every_kernel
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_the_probe_finds_every_build_canonical(kernel: str, dtype: torch.dtype) -> None:
     with using(kernel):
-        assert probe(LLAMA.build(kernel, dtype, 2)) is None
+        assert probe(LLAMA.build(kernel, dtype)) is None
 
 
 def test_the_probe_notices_arithmetic_that_depends_on_company() -> None:
@@ -166,7 +165,7 @@ def test_layers_run_in_parts_are_layers_run_at_once(kernel: str) -> None:
     """Split anywhere, taps on the way, and a second start from the stored stream half-way up."""
 
     def holds(model: Model, dtype: torch.dtype, batch: Batch) -> None:
-        backbone = model.build(kernel, dtype, 2)
+        backbone = model.build(kernel, dtype)
         layers = backbone.config.layers
         cache, nodes = batch.prefill(backbone), batch.nodes()
         hidden = backbone.embed(torch.cat(batch.tokens(backbone.config.vocab)[1]))
@@ -196,7 +195,7 @@ def test_a_tree_grown_level_by_level_is_the_tree_run_at_once(kernel: str) -> Non
     """`first`: earlier nodes have left their keys and values in the cache."""
 
     def holds(model: Model, dtype: torch.dtype, batch: Batch, data: st.DataObject) -> None:
-        backbone = model.build(kernel, dtype, 2)
+        backbone = model.build(kernel, dtype)
         _, whole = batch.together(backbone)
         cache, guesses = batch.prefill(backbone), batch.tokens(backbone.config.vocab)[1]
         grown: list[list[torch.Tensor]] = [[] for _ in batch.trees]
@@ -261,7 +260,7 @@ def test_skipping_every_sublayer_is_the_identity_and_writes_nothing(kernel: str,
 @compiled_only
 def test_the_compiled_step_is_close_to_the_eager_one(kernel: str) -> None:
     def holds(model: Model, dtype: torch.dtype, batch: Batch, plan: list[int]) -> None:
-        fast, slow = model.build(kernel, dtype, 2), model.build("eager", dtype)
+        fast, slow = model.build(kernel, dtype), model.build("eager", dtype)
         guesses = torch.cat(batch.tokens(fast.config.vocab)[1])
         skip = bytes(plan[: fast.config.layers])
         results = []
@@ -274,13 +273,14 @@ def test_the_compiled_step_is_close_to_the_eager_one(kernel: str) -> None:
             assert error < (1e-4 if dtype == FP32 else 0.1)
 
     plans = st.lists(st.integers(0, 3), min_size=3, max_size=3) | st.just([0, 0, 0])
-    check(kernel, 25, holds, models(), DTYPES, batches(), plans)
+    # the norm of a few numbers that nearly cancel would magnify any difference
+    check(kernel, 25, holds, models(least=24), DTYPES, batches(), plans)
 
 
 @compiled_only
 def test_attention_alone_is_close_to_its_twin(kernel: str) -> None:
     def holds(model: Model, dtype: torch.dtype, batch: Batch) -> None:
-        fast = model.build(kernel, dtype, 2)
+        fast = model.build(kernel, dtype)
         c, nodes = fast.config, batch.nodes()
         cache = fast.new_cache(len(batch.trees) + 1, max(nodes.ends))
         generator = torch.Generator().manual_seed(batch.seed)
@@ -382,20 +382,36 @@ def test_a_packed_linear_multiplies_and_no_row_sees_another(kernel: str) -> None
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@examples(40)
-@given(DTYPES, st.integers(1, 150), st.integers(1, 200), st.integers(1, 200))
-@example(FP32, 1, 32, 48)
-def test_a_padded_library_linear_multiplies_and_no_row_sees_another(
-    packed: bool, dtype: torch.dtype, rows: int, inputs: int, outputs: int
-) -> None:
-    generator = torch.Generator().manual_seed(rows + inputs)
-    weight, x = (torch.randn(n, inputs, generator=generator) for n in (outputs, rows))
-    linear = Linear(weight.to(dtype), packed=packed)
-    linear.least_rows = 64
-    y = linear(x)
-    truth = x.to(dtype).double() @ weight.to(dtype).double().T
-    torch.testing.assert_close(y.double(), truth, **({"atol": 1e-3, "rtol": 1e-4} if dtype == FP32 else {"atol": 0.3, "rtol": 0.02}))
-    assert same(torch.cat([linear(x[i : i + 1]) for i in range(rows)]), y)
+def test_a_padded_library_linear_multiplies_and_no_row_sees_another(packed: bool) -> None:
+    def holds(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> None:
+        generator = torch.Generator().manual_seed(rows + inputs)
+        weight, x = (torch.randn(n, inputs, generator=generator) for n in (outputs, rows))
+        linear = Linear(weight.to(dtype), packed=packed)
+        linear.least_rows = 64
+        y = linear(x)
+        truth = x.to(dtype).double() @ weight.to(dtype).double().T
+        scale = 1e-5 if dtype == FP32 else 1e-2
+        assert ((y - truth).abs() <= scale * truth.abs() + scale * inputs**0.5).all()
+        assert same(torch.cat([linear(x[i : i + 1]) for i in range(rows)]), y)
+
+    sizes = st.integers(1, 200)
+    with using("eager"):
+        examples(25)(given(DTYPES, st.integers(1, 150), sizes, sizes)(holds))()
+
+
+@pytest.mark.skipif(len(COMPILED) < 2, reason="needs two builds")
+def test_a_backbone_keeps_its_build_when_another_is_loaded() -> None:
+    """Builds differ in their bits: switching one under a half-filled cache would break the promise."""
+    batch = Batch([chain(5)], [40], [0])
+    with using(COMPILED[-1]):
+        first = LLAMA.build(COMPILED[-1], BF16)
+        before = first.logits(first.norm(batch.together(first)[1][0]))
+    with using(COMPILED[0]):
+        second = LLAMA.build(COMPILED[0], BF16)
+        between = second.logits(second.norm(batch.together(second)[1][0]))
+        after = first.logits(first.norm(batch.together(first)[1][0]))
+    assert same(before, after)
+    assert not same(before, between)
 
 
 def test_kernels_that_this_processor_lacks_are_not_chosen() -> None:

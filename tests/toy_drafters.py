@@ -6,10 +6,9 @@ states tapped at any layer, lower layers run by the drafter itself, rows inserte
 
 import random
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from random_backbones import prefilled, same
+from random_backbones import same
 from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache, Nodes
@@ -147,10 +146,14 @@ class Inserter(Drafter):
 
 
 class Checker(Drafter):
-    """Wraps a drafter and holds every tapped state against a fresh prefill of the same tokens, bit for bit."""
+    """Wraps a drafter and holds every tapped state against a fresh prefill of the same tokens, bit for bit.
 
-    def __init__(self, inner: Drafter, backbone: Backbone):
-        self.inner, self.backbone, self.checked = inner, backbone, 0
+    After every step, or, where prefills are slow, only when `check` is called.
+    """
+
+    def __init__(self, inner: Drafter, backbone: Backbone, always: bool = True):
+        self.inner, self.backbone, self.always, self.checked = inner, backbone, always, 0
+        self.rows: dict[int, Row] = {}
         self.taps = (0, 1, backbone.config.layers, FINAL)  # type: ignore[misc]
         self.seen: dict[int, dict[int, list[Tensor]]] = {}
 
@@ -172,12 +175,17 @@ class Checker(Drafter):
         for tap in self.taps:
             for row, states in zip(rows, features.taps[tap].split(features.counts), strict=True):
                 self.seen[row.slot][tap].append(states)
-        for row in rows:
-            ours = {tap: torch.cat(states) for tap, states in self.seen[row.slot].items()}
-            known = min(len(ours[FINAL]), len(row.tokens))  # a stop may have cut an accepted path short
-            for tap, states in fresh_states(self.backbone, row.tokens[:known], self.taps).items():
-                assert same(ours[tap][:known], states)
-            self.checked += known
+        if self.always:
+            for row in rows:
+                self.check(row)
+        self.rows |= {row.slot: row for row in rows}
+
+    def check(self, row: Row) -> None:
+        ours = {tap: torch.cat(states) for tap, states in self.seen[row.slot].items()}
+        known = min(len(ours[FINAL]), len(row.tokens))  # a stop may have cut an accepted path short
+        for tap, states in fresh_states(self.backbone, row.tokens[:known], self.taps).items():
+            assert same(ours[tap][:known], states)
+        self.checked += known
 
 
 def fresh_states(backbone: Backbone, tokens: list[int], taps: Sequence[int]) -> dict[int, Tensor]:
@@ -185,14 +193,3 @@ def fresh_states(backbone: Backbone, tokens: list[int], taps: Sequence[int]) -> 
     layers = [tap for tap in taps if tap != FINAL]
     hidden, states = backbone.run_layers(backbone.embed(torch.tensor(tokens)), nodes, cache, taps=layers)
     return states | {FINAL: backbone.norm(hidden)}
-
-
-def held_like_a_fresh_prefill(decoder: Any) -> int:
-    """Holds every parked cache against a prefill of its tokens, bit for bit; returns how many tokens that were."""
-    for slot, tokens in decoder._parked.items():
-        assert decoder.cache.lengths[slot] == len(tokens)
-        if tokens:
-            fresh, _ = prefilled(decoder.backbone, tokens)
-            for ours, theirs in zip(decoder.cache.read(slot), fresh.read(0), strict=True):
-                assert same(ours, theirs)
-    return sum(map(len, decoder._parked.values()))

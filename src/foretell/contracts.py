@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -67,13 +68,15 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, low, high in (
-            ("max_new_tokens", 1, 2**31), ("temperature", 0, 100), ("top_p", 1e-9, 1), ("top_k", 0, 2**31),
-            ("min_p", 0, 1), ("repetition_penalty", 1e-3, 1e3), ("presence_penalty", -100, 100),
+            ("max_new_tokens", 1, 2**31 - 1), ("temperature", 0, 100), ("top_p", 1e-9, 1), ("top_k", 0, 2**31 - 1),
+            ("min_p", 0, 1), ("seed", -(2**63), 2**63 - 1), ("repetition_penalty", 1e-3, 1e3), ("presence_penalty", -100, 100),
             ("frequency_penalty", -100, 100),
         ):  # fmt: skip
             value = getattr(self, name)
             if not low <= value <= high:  # catches NaN too
-                raise UsageError(f"{name} is {value}; it must lie between {low:g} and {high:g}.")
+                raise UsageError(f"{name} is {value}; it must lie between {low} and {high}.")
+        if not all(map(isfinite, self.logit_bias.values())):
+            raise UsageError(f"logit_bias is {self.logit_bias}; its values must be finite (-100 forbids a token).")
         if isinstance(self.stop, str) or any(not text for text in self.stop):
             raise UsageError(f"stop is {self.stop!r}; it must be a tuple of non-empty strings.")
         if self.logprobs is not None and not 0 <= self.logprobs <= 100:

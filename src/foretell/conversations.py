@@ -37,7 +37,7 @@ class Conversation:
 
     turns: tuple[str, ...]
     line: int = 0
-    where: str = "the prompt"
+    where: str = ""
     record: dict[str, Any] = field(default_factory=dict)
 
 
@@ -62,22 +62,20 @@ def read_conversations(
             record = _record(line, where)
             found.append(Conversation(_turns(record, where, raw), number, where, record))
     if not found:
-        raise ForetellError(
-            f"{name} holds no prompts; give one JSON object a line, with `prompt` or `turns`."
-        )
+        raise ForetellError(f"{name} holds no prompts; give one JSON object a line, with `prompt` or `turns`.")
     return found[::every][:limit]
 
 
-def check_text(text: str, where: str) -> None:
-    """Refuses what no tokenizer could read."""
+def check_text(text: str, what: str) -> None:
+    """Refuses what no tokenizer could read; `what` names it in the error."""
     if not text.strip():
-        raise ForetellError(f"{where}: the prompt is empty; write something to answer.")
+        raise ForetellError(f"{what} is empty; write something to answer.")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ForetellError(
-            f"{where}: {text[error.start]!r} is no character (broken UTF-8, or half a surrogate pair); "
-            "save the text as UTF-8."
+            f"{what} holds {text[error.start]!r}, which is no character (broken UTF-8, or half a surrogate "
+            "pair); save the text as UTF-8."
         ) from error
 
 
@@ -154,8 +152,8 @@ class _Talk:
         try:
             return self.decoder.submit(ids, self.params, self.conversation.line * MAX_TURNS + turn)
         except UsageError as error:
-            turn_name = f", turn {turn + 1}" if turn else ""
-            raise UsageError(f"{self.conversation.where}{turn_name}: {error}") from error
+            where = self.conversation.where + (f", turn {turn + 1}" if turn else "")
+            raise UsageError(f"{where}: {error}" if where else str(error)) from error
 
     def hear(self, event: Event) -> bool:
         """Takes in what was emitted; whether the turn is answered."""
@@ -173,7 +171,16 @@ class _Talk:
 
 # -- what was measured, as JSON ------------------------------------------------------------------------------
 
-_SUMS = ("prompt_tokens", "new_tokens", "reused_tokens", "steps", "plain_steps", "drafted", "accepted")
+_SUMS = (
+    "prompt_tokens",
+    "new_tokens",
+    "reused_tokens",
+    "steps",
+    "plain_steps",
+    "suspended_steps",
+    "drafted",
+    "accepted",
+)
 _SECONDS = ("prefill_seconds", "seconds")
 
 
@@ -228,7 +235,7 @@ def _turns(record: dict[str, Any], where: str, raw: bool) -> tuple[str, ...]:
         if not isinstance(turn, str):
             must = "a string" if key == "prompt" else "a list of strings"
             raise ForetellError(f"{where}: `{key}` holds {_kind(turn)}; it must be {must}.")
-        check_text(turn, where)
+        check_text(turn, f"{where}: the prompt")
     if raw and len(turns) > 1:
         raise ForetellError(f"{where}: raw text has no turns; leave out --raw, or give one `prompt` a line.")
     return tuple(turns)

@@ -7,7 +7,8 @@ gate and up interleaved. A tied embedding is read back from the packed head.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from ctypes import addressof, byref, c_uint64
+from ctypes import CDLL, addressof, byref, c_uint64
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -81,8 +82,15 @@ class CompiledBackbone(Backbone):
             layer.query_norm = address(self._vector(read(f"{prefix}self_attn.q_norm.weight")))
             layer.key_norm = address(self._vector(read(f"{prefix}self_attn.k_norm.weight")))
 
+    def _library(self) -> CDLL:
+        """The kernels, switched back to this backbone's build if another was chosen since."""
+        if kernels.current() != self.kernels:
+            kernels.select(self.kernels)
+        return cast(CDLL, kernels.library())
+
     def embed(self, tokens_M: Tensor) -> Tensor:
         if self._embedding is None:
+            self._library()
             return self._head.rows(tokens_M)
         return self._embedding[tokens_M].float()
 
@@ -109,7 +117,7 @@ class CompiledBackbone(Backbone):
         skipping = torch.frombuffer(bytearray(skip), dtype=torch.uint8) if skip else None
         span = kernels.Span(begin, end, address(skipping), addressof(pointers))
         rows, _alive = self._rows(nodes)
-        self._lib.foretell_layers(
+        self._library().foretell_layers(
             byref(self._model), byref(self._cache(cache)), byref(rows), byref(span),
             address(hidden_Md), self._bf16,
         )  # fmt: skip
@@ -120,7 +128,7 @@ class CompiledBackbone(Backbone):
         queries_MHD = queries_MHD.contiguous()
         out_MHD = torch.empty_like(queries_MHD)
         rows, _alive = self._rows(nodes)
-        self._lib.foretell_attention(
+        self._library().foretell_attention(
             byref(self._model), byref(self._cache(cache)), byref(rows), address(queries_MHD),
             address(out_MHD), self._bf16,
         )  # fmt: skip
@@ -129,15 +137,17 @@ class CompiledBackbone(Backbone):
     def norm(self, hidden_Md: Tensor) -> Tensor:
         hidden_Md = hidden_Md.contiguous()
         states_Md = torch.empty_like(hidden_Md)
-        self._lib.foretell_norm(
+        self._library().foretell_norm(
             address(hidden_Md), address(self._norm), self.config.eps, *hidden_Md.shape, address(states_Md)
         )
         return states_Md
 
     def logits(self, states_Md: Tensor) -> Tensor:
+        self._library()
         return self._head(states_Md, self.threads)
 
     def argmax(self, states_Md: Tensor) -> Tensor:
+        self._library()
         return self._head.argmax(states_Md, self.threads)
 
     def _rows(self, nodes: Nodes) -> tuple[kernels.Rows, tuple[Tensor, Tensor]]:

@@ -36,8 +36,13 @@ def load_verb(verb: str) -> Any:
 
     module, _, name = VERBS[verb][0].partition(":")
     function = flat(getattr(import_module(module), name))
+    paragraphs = (function.__doc__ or "").split("\n\n")
     one = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    one.command(verb, epilog=drafter_table() if "drafter" in function.__annotations__ else None)(function)
+    one.command(
+        verb,
+        help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs),  # typer keeps line breaks
+        epilog=drafter_table() if "drafter" in function.__annotations__ else None,
+    )(function)
     return typer.main.get_command(one)
 
 

@@ -7,16 +7,15 @@ is in order.
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Annotated, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from foretell.cli.options import Loading, Sampling
-from foretell.cli.terminal import note
+from foretell.cli.terminal import interruptible, note
 from foretell.errors import ForetellError, UsageError
 
 if TYPE_CHECKING:
@@ -33,20 +32,20 @@ HELP = """\
 def chat(
     loading: Loading,
     sampling: Sampling,
-    system: Annotated[
-        str | None, typer.Option("--system", help="Instructions before the first turn.")
-    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="Instructions before the first turn.")] = None,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands."""
     if sampling.logprobs is not None:
         raise UsageError("--logprobs is for `foretell generate --json`; chat shows text only.")
-    sampling.params()  # refused before a model is loaded
+    from foretell.conversations import check_text
+
+    sampling.params()  # what can be refused is, before a model is loaded
+    if system is not None:
+        check_text(system, "--system")
     rule = sampling.rule()
     llm = loading.load()
     if not llm.tokenizer.has_chat_template:
-        raise UsageError(
-            f"{loading.model} has no chat template, so it cannot chat; use `foretell generate --raw`."
-        )
+        raise UsageError(f"{loading.model} has no chat template, so it cannot chat; use `foretell generate --raw`.")
     talk = Talk(llm, llm.decoder(1, rule, not sampling.no_adapt), sampling, system)
     if sys.stdin.isatty():
         note(f"{loading.model} with {loading.drafter}. /help lists the commands, Ctrl-D leaves.")
@@ -86,7 +85,7 @@ class Talk:
             )
         result = Result()
         request = self.decoder.submit(ids, self.params, len(self.results))
-        with _interruptible() as interrupted:
+        with interruptible() as interrupted:
             while self.decoder.busy and not interrupted:
                 for event in self.decoder.step():
                     result.add(event)
@@ -139,20 +138,3 @@ def _lines() -> Iterator[str]:
             if not terminal:
                 raise
             note("\n(Ctrl-D or /exit leaves)")
-
-
-@contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """A list that Ctrl-C fills, instead of an exception anywhere in a step; a second Ctrl-C insists."""
-    caught: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield caught
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -92,9 +92,7 @@ def in_order(answers: Iterator[tuple[int, list[Result]]]) -> Iterator[tuple[int,
             following += 1
 
 
-def _asked(
-    prompt: str | None, prompts: str | None, raw: bool, every: int, limit: int | None
-) -> list[Conversation]:
+def _asked(prompt: str | None, prompts: str | None, raw: bool, every: int, limit: int | None) -> list[Conversation]:
     from foretell.conversations import Conversation, check_text, read_conversations
 
     if prompt is not None:

@@ -66,7 +66,5 @@ def _print(rows: list[_Row]) -> None:
         column.overflow = "fold"  # a name cut short could not be typed
     for row in rows:
         size = f"{row.bytes / 1e6:,.0f} MB"
-        table.add_row(
-            row.name, size, row.licence or "see its card", row.source, "yes" if row.cached else "no"
-        )
+        table.add_row(row.name, size, row.licence or "see its card", row.source, "yes" if row.cached else "no")
     Console().print(table)

@@ -7,7 +7,7 @@
 not here: `--help` must be quick.
 """
 
-# ruff: noqa: RUF009  (_flag is dataclasses.field)
+# ruff: noqa: RUF009  (flag is dataclasses.field)
 from __future__ import annotations
 
 import inspect
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from foretell.verify import Typical
 
 
-def _flag(default: Any, help: str, *short: str) -> Any:
+def flag(default: Any, help: str, *short: str) -> Any:
     """A field that becomes an option of the same name."""
     return field(default=default, metadata={"help": help, "short": short})
 
@@ -39,17 +39,15 @@ class Loading:
     """Which model, which drafter, and how they compute."""
 
     PANEL: ClassVar[str] = "Model"
-    model: str = _flag(
-        "smollm2-135m", "A catalogue name, a hub id (org/name), a folder or a .gguf file.", "-m"
-    )
-    drafter: str = _flag("plain", "What guesses; see the list below.", "-d")
-    option: list[str] | None = _flag(None, "An option of the drafter, as key=value; repeatable.", "-o")
-    dtype: Literal["bf16", "fp32"] | None = _flag(None, "Number type; by default what suits this machine.")
-    device: str | None = _flag(None, "cpu or cuda; by default the GPU if there is one.")
-    threads: int | None = _flag(None, "CPU threads; by default the cores this process may use.")
-    kernel: str | None = _flag(None, "eager, or a compiled build by name; by default the best one.")
-    cache_dir: Path | None = _flag(None, "Where fetched models are kept; else FORETELL_CACHE.")
-    offline: bool = _flag(False, "Fetch nothing.")
+    model: str = flag("smollm2-135m", "A name from `foretell models`, a hub id, a folder or a .gguf file.", "-m")
+    drafter: str = flag("plain", "What guesses; see the list below.", "-d")
+    option: list[str] | None = flag(None, "An option of the drafter, as key=value; repeatable.", "-o")
+    dtype: Literal["bf16", "fp32"] | None = flag(None, "Number type; by default what suits this machine.")
+    device: str | None = flag(None, "Where to compute: cpu or cuda; by default the GPU if there is one.")
+    threads: int | None = flag(None, "CPU threads; by default the cores this process may use.")
+    kernel: str | None = flag(None, "How to compute: eager, or a compiled build by name; by default the best.")
+    cache_dir: Path | None = flag(None, "Where fetched models are kept; else FORETELL_CACHE.")
+    offline: bool = flag(False, "Fetch nothing.")
 
     def load(self) -> LLM:
         """The model with its drafter; says what limits the promise. Options are checked before the fetch."""
@@ -74,24 +72,22 @@ class Sampling:
     """How tokens are chosen; `SamplingParams` checks the values."""
 
     PANEL: ClassVar[str] = "Sampling"
-    max_new_tokens: int = _flag(256, "Most tokens of an answer.", "-n")
-    temperature: float = _flag(0.0, "0 takes the most probable token; above 0 samples.", "-t")
-    top_p: float = _flag(1.0, "Sample from the smallest set of this probability.")
-    top_k: int = _flag(0, "Sample from so many tokens; 0 for all.")
-    min_p: float = _flag(0.0, "Drop tokens below this share of the most probable.")
-    repetition_penalty: float = _flag(1.0, "Above 1 makes tokens seen before less probable.")
-    presence_penalty: float = _flag(0.0, "Taken once from tokens of the answer.")
-    frequency_penalty: float = _flag(0.0, "Taken from tokens of the answer for each time they occur.")
-    logit_bias: list[str] | None = _flag(None, "ID=VALUE, added to that token's logit; repeatable.")
-    seed: int = _flag(0, "The same seed draws the same tokens with every drafter.")
-    stop: list[str] | None = _flag(None, "A text that ends an answer; repeatable.")
-    stop_id: list[int] | None = _flag(None, "A token id that does; repeatable.")
-    ignore_eos: bool = _flag(False, "Go on past the model's end of text.")
-    logprobs: int | None = _flag(None, "With --json: log-probabilities, with so many rivals.")
-    typical: str | None = _flag(
-        None, "EPS,DELTA or 'default': typical acceptance. Lossy: not the model's own tokens."
-    )
-    no_adapt: bool = _flag(False, "Always speculate, even where plain steps measure faster.")
+    max_new_tokens: int = flag(256, "Most tokens of an answer.", "-n")
+    temperature: float = flag(0.0, "0 takes the most probable token; above 0 samples.", "-t")
+    top_p: float = flag(1.0, "Sample from the smallest set of this probability.")
+    top_k: int = flag(0, "Sample from so many tokens; 0 for all.")
+    min_p: float = flag(0.0, "Drop tokens below this share of the most probable.")
+    repetition_penalty: float = flag(1.0, "Above 1 makes tokens seen before less probable.")
+    presence_penalty: float = flag(0.0, "Taken once from tokens of the answer.")
+    frequency_penalty: float = flag(0.0, "Taken from tokens of the answer for each time they occur.")
+    logit_bias: list[str] | None = flag(None, "ID=VALUE, added to that token's logit; repeatable.")
+    seed: int = flag(0, "The same seed draws the same tokens with every drafter.")
+    stop: list[str] | None = flag(None, "A text that ends an answer; repeatable.")
+    stop_id: list[int] | None = flag(None, "A token id that does; repeatable.")
+    ignore_eos: bool = flag(False, "Go on past the model's end of text.")
+    logprobs: int | None = flag(None, "With --json: log-probabilities, with so many rivals.")
+    typical: str | None = flag(None, "Typical acceptance (lossy), as EPS,DELTA or 'default' (0.09,0.3).")
+    no_adapt: bool = flag(False, "Always speculate, even where plain steps measure faster.")
 
     def params(self) -> SamplingParams:
         from foretell.contracts import SamplingParams
@@ -115,9 +111,7 @@ class Sampling:
             try:
                 epsilon, delta = (float(part) for part in self.typical.split(","))
             except ValueError:
-                raise UsageError(
-                    f"--typical {self.typical!r} is not EPS,DELTA; write 0.09,0.3 or default."
-                ) from None
+                raise UsageError(f"--typical {self.typical!r} is not EPS,DELTA; write 0.09,0.3 or default.") from None
             given |= {"epsilon": epsilon, "delta": delta}
         rule = Typical(**given)
         note("note: typical acceptance is lossy: its output need not be the model's own.")

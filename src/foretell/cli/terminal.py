@@ -1,12 +1,13 @@
-"""What goes to stderr: notes, errors and progress. stdout holds answers and nothing else."""
+"""The terminal besides the answers: notes and progress on stderr, and Ctrl-C. stdout holds answers only."""
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -36,6 +37,8 @@ def load_progress() -> Iterator[Callable[[str, float], None]]:
             bar = _bar("[progress.percentage]{task.percentage:>3.0f}%")
             bar.start()
         if stage not in tasks:
+            for earlier in tasks.values():  # not every stage reports its own end
+                bar.update(earlier, completed=1.0)  # type: ignore[arg-type]
             tasks[stage] = bar.add_task(stage, total=1.0)
         bar.update(tasks[stage], completed=fraction)  # type: ignore[arg-type]
 
@@ -66,6 +69,23 @@ def answer_progress(count: int) -> Iterator[Callable[[int, bool], None]]:
             bar.update(task, advance=int(ended), rate=f"{rate:.0f} tokens/s")
 
         yield report
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """A list that Ctrl-C fills, instead of an exception anywhere in a step; a second Ctrl-C insists."""
+    caught: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _bar(*columns: str) -> Progress:

@@ -52,10 +52,10 @@ class TextStream:
 
     def _release(self, text: str) -> str:
         text = self._held + text
-        found = [text.index(stop) for stop in self._stops if stop in text]
-        if found:
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:  # the one that was complete first ends the text, however it was cut into tokens
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -1,0 +1,99 @@
+"""Running an engine to the end, and what plain decoding of each request alone would have said.
+
+The truth is one request at a time, one token at a time, each with a cache of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from random_backbones import prefilled, same
+from toy_drafters import Answers, EarlyExit
+
+from foretell.backbone import Backbone
+from foretell.contracts import Drafter, Event, SamplingParams, Statistics, TokenLogprob
+from foretell.drafters.plain import Plain
+from foretell.engine import SpeculativeDecoder
+
+Request = tuple[list[int], SamplingParams]
+
+
+@dataclass
+class Output:
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    text: str = ""
+    drafted: list[bool] = field(default_factory=list)
+    finish_reason: str | None = None
+    statistics: Statistics = field(default_factory=Statistics)
+
+    def add(self, event: Event) -> None:
+        assert self.finish_reason is None, "an event after the last"
+        self.ids += event.tokens
+        self.logprobs += event.logprobs
+        self.text += event.text
+        self.drafted += event.drafted
+        assert "".join(text for text, _ in event.pieces) == event.text
+        self.finish_reason, self.statistics = event.finish_reason, event.statistics or self.statistics
+
+
+def finish(decoder: SpeculativeDecoder, requests: Sequence[Request], keys: Sequence[int] = ()) -> list[Output]:
+    """Submits all, steps until all are done; `keys` fix the noise (by default the order of the requests)."""
+    keys = keys or range(len(requests))
+    numbers = [decoder.submit(ids, params, key) for (ids, params), key in zip(requests, keys, strict=True)]
+    outputs = {number: Output() for number in numbers}
+    while decoder.busy:
+        for event in decoder.step():
+            outputs[event.request].add(event)
+    return list(outputs.values())
+
+
+def plainly(backbone: Backbone, requests: Sequence[Request], tokenizer: Any = None) -> list[Output]:
+    """The truth: one request at a time, one token at a time, each in a cache of its own."""
+    return [
+        finish(SpeculativeDecoder(backbone, Plain(), tokenizer), [request], [key])[0]
+        for key, request in enumerate(requests)
+    ]
+
+
+def answers(requests: Sequence[Request], truth: Sequence[Output]) -> Answers:
+    return {tuple(ids): output.ids for (ids, _), output in zip(requests, truth, strict=True)}
+
+
+def assert_same(ours: Sequence[Output], truth: Sequence[Output], name: str = "") -> None:
+    for mine, right in zip(ours, truth, strict=True):
+        assert mine.ids == right.ids, name
+        assert mine.logprobs == right.logprobs  # floats, bit for bit
+        assert (mine.text, mine.finish_reason) == (right.text, right.finish_reason)
+        assert_adds_up(mine)
+
+
+def assert_adds_up(output: Output) -> None:
+    s = output.statistics
+    assert s.new_tokens == len(output.ids) == len(output.drafted)
+    assert s.accepted == sum(output.drafted) == sum(kept for _, kept in s.by_depth)
+    assert s.accepted <= s.drafted
+    assert s.new_tokens - s.accepted in (s.steps, s.steps - 1)  # the last bonus token may lie past the end
+    assert s.plain_steps <= s.steps
+    offered = [steps for steps, _ in s.by_depth]
+    assert offered == sorted(offered, reverse=True)
+    assert all(kept <= steps for steps, kept in s.by_depth)
+
+
+def decoder_of(backbone: Backbone, drafter: Drafter, tokenizer: Any = None, **options: Any) -> SpeculativeDecoder:
+    """Always speculating: what the governor decides depends on the clock."""
+    decoder = SpeculativeDecoder(backbone, drafter, tokenizer, **({"adapt": False} | options))
+    if isinstance(drafter, EarlyExit):
+        drafter.cache = decoder.cache
+    return decoder
+
+
+def held_like_a_fresh_prefill(decoder: SpeculativeDecoder) -> int:
+    """Holds every parked cache against a prefill of its tokens, bit for bit; returns how many tokens that were."""
+    for slot, tokens in decoder._parked.items():
+        assert decoder.cache.lengths[slot] == len(tokens)
+        if tokens:
+            fresh, _ = prefilled(decoder.backbone, tokens)
+            for ours, theirs in zip(decoder.cache.read(slot), fresh.read(0), strict=True):
+                assert same(ours, theirs)
+    return sum(map(len, decoder._parked.values()))

@@ -1,0 +1,359 @@
+"""The command line as a user meets it: what it prints, what it refuses, how it leaves."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Foretell, runner, save_tiny_chat
+
+from foretell import drafters
+from foretell.cli import VERBS, load_verb
+from foretell.cli.options import Loading, Sampling
+from foretell.contracts import Draft, Drafter, Row, SamplingParams
+from foretell.trees import TokenTree
+
+
+@pytest.fixture
+def foretell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Foretell:
+    """Runs the command line in this process."""
+    return runner(capsys, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a random model that reads bytes and has a chat template."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny_chat(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        '{"prompt": "one"}\n\n{"turns": ["two", "and then?", "and?"], "id": 7}\n'
+        '{"prompt": "three three three"}\n'
+        '{"turns": ["four"]}\n{"prompt": "five\u2028still five"}\n',
+        encoding="utf-8",
+    )
+    return path
+
+
+def in_a_process(*arguments: str, **options: Any) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "foretell.cli", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent / "src")}
+    return subprocess.Popen(
+        command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, **options,
+    )  # fmt: skip
+
+
+# --- help ---------------------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_verb(foretell: Foretell) -> None:
+    ran = foretell("--help")
+    assert ran.code == 0
+    for verb, (_, help) in VERBS.items():
+        assert re.search(rf"{verb} +{re.escape(help[:30])}", ran.out)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verb_says_what_its_row_says(verb: str) -> None:
+    assert load_verb(verb).help.startswith(VERBS[verb][1].rstrip("."))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)])
+def test_help_does_not_load_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom foretell.cli import main\n"
+        f"try: main({arguments!r})\nexcept SystemExit as left: assert not left.code\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent / "src")}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+
+
+def test_options_have_the_defaults_of_the_library() -> None:
+    assert Sampling().params() == SamplingParams()
+
+
+class Parrot(Drafter):
+    """A toy: guesses that the newest token comes again."""
+
+    def __init__(self, times: int = 1) -> None:
+        self.times = times
+
+    def draft(self, rows: Sequence[Row]) -> Draft:
+        tree = TokenTree(tuple(range(-1, self.times)))
+        return Draft([tree] * len(rows), [[row.tokens[-1]] * (self.times + 1) for row in rows])
+
+
+@pytest.fixture
+def parrot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafters, "DRAFTERS", dict(drafters.DRAFTERS))
+    drafters.register("parrot", Parrot, "says it [again]")
+
+
+@pytest.mark.usefixtures("parrot")
+def test_a_registered_drafter_is_in_the_help_and_decodes(foretell: Foretell, tiny: str) -> None:
+    assert re.search(r"parrot +says it \[again\]", foretell("generate", "--help").out)
+    options = ("-m", tiny, "--json", "-n", "24", "--dtype", "fp32", "--ignore-eos")
+    plain = foretell("generate", "hello", *options)
+    toy = foretell("generate", "hello", *options, "-d", "parrot", "-o", "times=3", "--no-adapt")
+    assert toy.lines[0]["ids"] == plain.lines[0]["ids"]
+    assert toy.lines[0]["drafted"] > 0 == plain.lines[0]["drafted"]
+    refused = foretell("generate", "hello", *options, "-d", "parrot", "-o", "times=often")
+    assert (refused.code, refused.err) == (
+        2, "error: Option 'times' of drafter 'parrot' is 'often'; it must be a whole number.\n",
+    )  # fmt: skip
+
+
+def test_the_page_of_help_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "tools"))
+    import cli_help
+
+    monkeypatch.setattr(cli_help, "PAGE", tmp_path / "docs" / "cli.md")
+    monkeypatch.setattr(sys, "argv", ["cli_help.py", "--check"])
+    with pytest.raises(SystemExit, match="stale"):
+        cli_help.main()
+    monkeypatch.setattr(sys, "argv", ["cli_help.py"])
+    cli_help.main()
+    text = cli_help.PAGE.read_text(encoding="utf-8")
+    assert "\x1b" not in text
+    assert all(f"## foretell {verb}\n" in text for verb in VERBS)
+    monkeypatch.setattr(sys, "argv", ["cli_help.py", "--check"])
+    cli_help.main()
+
+
+# --- generate -----------------------------------------------------------------------------------------------
+
+FIELDS = {
+    "ids", "text", "finish_reason", "acceptance_length", "prompt_tokens", "new_tokens", "reused_tokens",
+    "steps", "plain_steps", "drafted", "accepted", "prefill_seconds", "seconds",
+}  # fmt: skip
+
+
+def answers(foretell: Foretell, tiny: str, path: Path, *arguments: str) -> list[dict[str, Any]]:
+    options = ("-m", tiny, "--dtype", "fp32", "-n", "12", "--json")
+    ran = foretell("generate", "--prompts", str(path), *options, *arguments)
+    assert (ran.code, ran.err) == (0, "")
+    return ran.lines
+
+
+def test_json_fields(foretell: Foretell, tiny: str, prompts: Path) -> None:
+    lines = answers(foretell, tiny, prompts, "-d", "prompt_lookup")
+    assert len(lines) == 5
+    for line in lines:
+        assert set(line) - {"turns"} == FIELDS
+        assert line["new_tokens"] == len(line["ids"]) <= 12 * len(line.get("turns", [0]))
+        assert line["finish_reason"] in ("stop", "length")
+        assert line["seconds"] >= line["prefill_seconds"] >= 0
+        assert line["acceptance_length"] == pytest.approx(line["new_tokens"] / line["steps"], abs=1e-4)
+
+
+def test_turns_are_summed_and_listed(foretell: Foretell, tiny: str, prompts: Path) -> None:
+    lines = answers(foretell, tiny, prompts)
+    assert ["turns" in line for line in lines] == [False, True, False, True, False]
+    whole, turns = lines[1], lines[1]["turns"]
+    assert len(turns) == 3
+    assert all(set(turn) == FIELDS for turn in turns)
+    assert whole["ids"] == [token for turn in turns for token in turn["ids"]]
+    assert whole["text"] == "\n\n".join(turn["text"] for turn in turns)
+    assert whole["finish_reason"] == turns[-1]["finish_reason"]
+    for name in ("prompt_tokens", "new_tokens", "steps", "reused_tokens"):
+        assert whole[name] == sum(turn[name] for turn in turns)
+    said = "u:and then?a:" + turns[0]["text"]  # one token a byte, and two ends of turns
+    assert turns[1]["prompt_tokens"] == turns[0]["prompt_tokens"] + len(said.encode()) + 2
+    assert turns[1]["reused_tokens"] > 0  # the cache holds what was said
+
+
+@pytest.mark.parametrize("arguments", [(), ("-t", "1", "--seed", "3")])
+def test_neither_batch_nor_drafter_changes_a_token(
+    foretell: Foretell, tiny: str, prompts: Path, arguments: tuple[str, ...]
+) -> None:
+    alone = answers(foretell, tiny, prompts, *arguments)
+    ids = [line["ids"] for line in alone]
+    for more in (["-b", "2"], ["-b", "8", "-d", "prompt_lookup", "--no-adapt"]):
+        assert [line["ids"] for line in answers(foretell, tiny, prompts, *arguments, *more)] == ids
+    some = answers(foretell, tiny, prompts, *arguments, "--every", "2", "--limit", "2")
+    assert [line["ids"] for line in some] == [ids[0], ids[2]]  # a line's noise is its own
+
+
+def test_logprobs_come_when_asked_for(foretell: Foretell, tiny: str, prompts: Path) -> None:
+    for line in answers(foretell, tiny, prompts, "--logprobs", "2", "--limit", "2"):
+        assert [each["id"] for each in line["logprobs"]] == line["ids"]
+        assert all(each["logprob"] <= 0 and len(each["top"]) == 2 for each in line["logprobs"])
+
+
+def test_text_is_streamed_and_statistics_go_to_stderr(foretell: Foretell, tiny: str) -> None:
+    options = ("-m", tiny, "-n", "16", "--dtype", "fp32", "--ignore-eos")
+    as_json = foretell("generate", "hello", *options, "--json").lines[0]
+    ran = foretell("generate", "hello", *options, "--stats")
+    assert ran.out == as_json["text"] + "\n"
+    assert re.search(r"16 tokens in .* tokens/s, acceptance length 1.00", ran.err)
+    assert foretell("generate", "-", *options, stdin=b"hello").out == ran.out
+    assert foretell("generate", "hello", *options, "--raw", "--json").lines[0]["prompt_tokens"] == 5
+
+
+def test_prompts_from_stdin_as_text(foretell: Foretell, tiny: str, prompts: Path) -> None:
+    options = ("-m", tiny, "-n", "8", "--dtype", "fp32")
+    lines = foretell("generate", "--prompts", str(prompts), *options, "--json").lines
+    ran = foretell("generate", "--prompts", "-", *options, stdin=prompts.read_bytes())
+    assert ran.out == "".join(line["text"] + "\n\n" for line in lines)
+
+
+def test_lossy_decoding_says_so(foretell: Foretell, tiny: str) -> None:
+    ran = foretell("generate", "hi", "-m", tiny, "-n", "8", "-d", "prompt_lookup", "--typical", "0.1,0.3")
+    assert ran.code == 0
+    assert "lossy" in ran.err
+
+
+# --- leaving early ------------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_leaves_ends_it_quietly(tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "many.jsonl"
+    path.write_text('{"prompt": "hello"}\n' * 400)
+    process = in_a_process("generate", "--prompts", str(path), "--json", "-m", tiny, "-n", "8")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    json.loads(process.stdout.readline())
+    process.stdout.close()
+    assert process.wait(60) == 141
+    assert process.stderr.read() == ""
+
+
+def test_an_interruption_is_one_line(tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "many.jsonl"
+    path.write_text('{"prompt": "hello"}\n' * 4000)
+    process = in_a_process("generate", "--prompts", str(path), "--json", "-m", tiny, "-n", "100", "--ignore-eos")
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err.strip()) == (130, "interrupted")
+    assert not out or out.endswith("}\n")  # no line is cut in two
+
+
+# --- chat ---------------------------------------------------------------------------------------------------
+
+
+def test_chat_from_a_pipe(foretell: Foretell, tiny: str) -> None:
+    options = ("-m", tiny, "-n", "8", "--dtype", "fp32", "--ignore-eos", "--system", "be brief")
+    said = b"hello\n\nand?\n/stats\n/nonsense\n/clear\nhello\n/help\n/exit\nnever read\n"
+    ran = foretell("chat", *options, stdin=said)
+    assert ran.code == 0
+    assert re.search(r"answers: 2, tokens: 16 .*cache already: [1-9]\d* of", ran.err)
+    assert "no command /nonsense" in ran.err
+    assert "/clear  start a new conversation" in ran.err
+    once = foretell("chat", *options, stdin=b"hello\n")
+    assert ran.out.startswith(once.out)
+    assert ran.out.endswith(once.out)  # after /clear everything is as it was
+
+
+def test_a_conversation_that_outgrows_the_context(foretell: Foretell, tiny: str) -> None:
+    said = b"hello\n" + b"long " * 200 + b"\n/clear\nhello\n"
+    ran = foretell("chat", "-m", tiny, "-n", "8", "--dtype", "fp32", "--ignore-eos", stdin=said)
+    assert ran.code == 0
+    assert re.search("error: The conversation is now .* context of 512; /clear starts a new one", ran.err)
+    once = foretell("chat", "-m", tiny, "-n", "8", "--dtype", "fp32", "--ignore-eos", stdin=b"hello\n")
+    assert ran.out == once.out * 2
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(tiny: str) -> None:
+    process = in_a_process("chat", "-m", tiny, "-n", "400", "--ignore-eos", bufsize=1)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("hello\n")
+    process.stdout.read(1)  # it has begun to answer
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    out, err = process.communicate("/stats\n", timeout=60)
+    assert process.returncode == 0
+    assert "(stopped)" in err
+    assert "answers: 0" in err
+    assert len(out.encode()) < 400
+
+
+# --- demo and models ----------------------------------------------------------------------------------------
+
+
+def test_demo_compares(foretell: Foretell, tiny: str) -> None:
+    ran = foretell("demo", "hello", "-m", tiny, "-n", "12", "--dtype", "fp32")
+    assert ran.code == 0
+    assert ran.out.count("--- ") == 2
+    assert re.search(r"plain .* 1\.00 ", ran.out)
+    assert "the same ids both ways" in ran.out
+    assert re.search(r"\d threads, \w+ kernels, float32", ran.out)
+
+
+class Liar(Parrot):
+    """Pretends to be lossless and spoils the cache of what it is shown."""
+
+    def observe(self, rows: Sequence[Row], features: Any) -> None:
+        for row in rows:
+            row.tokens[-1] = (row.tokens[-1] + 1) % 256
+
+
+def test_demo_fails_when_the_ids_differ(foretell: Foretell, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafters, "DRAFTERS", dict(drafters.DRAFTERS))
+    drafters.register("liar", Liar, "breaks the promise")
+    ran = foretell("demo", "hello", "-m", tiny, "-n", "12", "--dtype", "fp32", "-d", "liar")
+    assert ran.code == 1
+    assert "the ids DIFFER" in ran.out
+
+
+def test_models_lists_what_is_here_and_what_could_be(foretell: Foretell, cache: Path) -> None:
+    ran = foretell("models")
+    assert ran.code == 0
+    assert re.search(r"smollm2-135m +\d+ MB +Apache-2.0 +catalog +no", ran.out)
+    assert foretell("models", "--json").lines == [
+        {
+            "name": "smollm2-135m", "bytes": 273_000_000, "licence": "Apache-2.0", "source": "catalog",
+            "cached": False, "path": None,
+        }
+    ]  # fmt: skip
+
+
+# --- the demo model -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+def test_the_demo_model_answers(foretell: Foretell, demo_folder: Path) -> None:
+    ran = foretell("generate", "What is the capital of France?", "-n", "24")
+    assert ran.code == 0
+    assert "Paris" in ran.out
+
+
+@pytest.mark.real
+def test_the_demo_model_keeps_the_promise(foretell: Foretell, demo_folder: Path, prompts: Path) -> None:
+    ids = [
+        [line["ids"] for line in foretell("generate", "--prompts", str(prompts), "--json", "-n", "24", *more).lines]
+        for more in ([], ["-d", "prompt_lookup", "--no-adapt"], ["-d", "prompt_lookup", "-b", "4"])
+    ]
+    assert ids[0] == ids[1] == ids[2]
+
+
+@pytest.mark.real
+def test_the_demo_runs(foretell: Foretell, demo_folder: Path) -> None:
+    ran = foretell("demo", "-n", "32")
+    assert ran.code == 0
+    assert "the same ids both ways" in ran.out
+
+
+def test_loading_knows_every_option_of_load() -> None:
+    import inspect
+
+    import foretell
+
+    known = set(inspect.signature(foretell.load).parameters) - {"progress", "options"}
+    assert set(vars(Loading())) - {"option"} == known

@@ -1,0 +1,118 @@
+"""The promise on a real model: SmolLM2-135M-Instruct, its own words, its own rounding.
+
+Random weights forgive much; here attention is peaked, logits are close and one wrong bit grows through thirty
+layers. Ids, log-probabilities, tapped states and caches of every drafter must be those of plain decoding, bit for
+bit; and plain decoding in float32 must choose what transformers would.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from decoding import Output, Request, answers, assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly
+from random_backbones import KERNELS
+from toy_drafters import Checker, EarlyExit, Inserter, Oracle, RandomTrees
+
+from foretell.backbone import Backbone, Tokenizer, assemble
+from foretell.contracts import Drafter, SamplingParams
+from foretell.drafters.prompt_lookup import PromptLookup
+
+pytestmark = pytest.mark.real
+
+QUESTIONS = [
+    "Why is the sky blue?",
+    "Repeat this list three times: apples, pears, plums, cherries, apples, pears.",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "Translate to French: The cat sleeps on the warm windowsill while it rains outside, and nobody minds.",
+]
+
+
+@cache
+def backbone_of(folder: Path, dtype: str, kernel: str | None = None) -> Backbone:
+    return assemble(folder, dtype=dtype, kernel=kernel)
+
+
+def prompts(folder: Path) -> list[list[int]]:
+    tokenizer = Tokenizer.from_folder(folder)
+    return [tokenizer.chat([{"role": "user", "content": question}]) for question in QUESTIONS]
+
+
+def requests(folder: Path, temperature: float, new: int = 64) -> list[Request]:
+    """Budgets differ, so that rows leave a batch at different times."""
+    return [
+        (ids, SamplingParams(max_new_tokens=new - 7 * i, temperature=temperature, top_p=0.95, seed=i, logprobs=2))
+        for i, ids in enumerate(prompts(folder))
+    ]
+
+
+@cache
+def truth(folder: Path, dtype: str, temperature: float) -> list[Output]:
+    return plainly(backbone_of(folder, dtype), requests(folder, temperature))
+
+
+TOYS: dict[str, Callable[[Backbone, dict[tuple[int, ...], list[int]]], Drafter]] = {
+    "prompt lookup": lambda backbone, right: PromptLookup(),
+    "random": lambda backbone, right: Checker(RandomTrees(backbone.config.vocab, 52), backbone, always=False),
+    "right paths": lambda backbone, right: Checker(RandomTrees(49152, 52, answers=right), backbone, always=False),
+    "early exit": lambda backbone, right: EarlyExit(backbone, 10),
+    "insertion": lambda backbone, right: Inserter(backbone, 20),
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("toy", TOYS)
+@pytest.mark.parametrize("max_rows", [1, 4])
+def test_every_bit_is_that_of_plain_decoding(
+    demo_folder: Path, toy: str, dtype: str, temperature: float, max_rows: int
+) -> None:
+    backbone, right = backbone_of(demo_folder, dtype), truth(demo_folder, dtype, temperature)
+    asked = requests(demo_folder, temperature)
+    drafter = TOYS[toy](backbone, answers(asked, right))
+    decoder = decoder_of(backbone, drafter, max_rows=max_rows)
+    assert_same(finish(decoder, asked), right)
+    assert held_like_a_fresh_prefill(decoder) > 50
+    if isinstance(drafter, Checker):
+        for row in drafter.rows.values():
+            drafter.check(row)
+        assert drafter.checked > 50
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("kernel", KERNELS[1:])  # the best is what the other tests run
+def test_every_kernel_keeps_the_promise(demo_folder: Path, dtype: str, kernel: str) -> None:
+    backbone = backbone_of(demo_folder, dtype, kernel)
+    assert backbone.kernels == kernel
+    assert backbone.inexact is None
+    ask = [(ids, SamplingParams(max_new_tokens=16, logprobs=1)) for ids in prompts(demo_folder)[:2]]
+    right = plainly(backbone, ask)
+    decoder = decoder_of(backbone, RandomTrees(49152, 24, answers=answers(ask, right)), max_rows=2)
+    assert_same(finish(decoder, ask), right)
+    assert held_like_a_fresh_prefill(decoder) > 50
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_an_oracle_is_accepted_whole(demo_folder: Path, dtype: str) -> None:
+    """A chain deeper than a key block: nothing is lost on the way."""
+    backbone, asked = backbone_of(demo_folder, dtype), requests(demo_folder, 0.0)[:1]
+    right = truth(demo_folder, dtype, 0.0)[:1]
+    (output,) = finish(decoder_of(backbone, Oracle(answers(asked, right), 49152, 50)), asked)
+    assert_same([output], right)
+    assert output.statistics.steps == 2
+
+
+def test_float32_chooses_what_transformers_chooses(demo_folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(demo_folder, dtype=torch.float32).eval()
+    right = truth(demo_folder, "fp32", 0.0)
+    for (prompt, _), output in list(zip(requests(demo_folder, 0.0), right, strict=True))[:3]:
+        with torch.no_grad():
+            logits = theirs(torch.tensor([prompt + output.ids])).logits[0, len(prompt) - 1 : -1]
+        log_p = logits.log_softmax(-1)
+        for step, (token, ours) in enumerate(zip(output.ids, output.logprobs, strict=True)):
+            best, second = logits[step].topk(2).values.tolist()
+            assert token == logits[step].argmax() or best - second < 1e-3
+            assert abs(ours.logprob - float(log_p[step, token])) < 1e-3

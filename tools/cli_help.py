@@ -1,0 +1,60 @@
+"""Writes docs/cli.md from the command line's own help, or with --check fails when it is stale.
+
+    python tools/cli_help.py            write
+    python tools/cli_help.py --check    compare, for CI
+
+Help is taken as a pipe of fixed width sees it, so that no terminal, colour setting or CI service changes it.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "cli.md"
+HEADER = """\
+# The command line
+
+<!-- Written by tools/cli_help.py from `foretell --help`: edit src/foretell/cli, not this page. -->
+
+Answers go to stdout, everything else to stderr. Exit codes: 0 done; 1 it could not be done (a missing file,
+no network); 2 it could never work as typed; 130 interrupted; 141 whoever read the output has left.
+"""
+# what typer and rich look at; whatever forces colours has to go
+_FIXED = {"TERMINAL_WIDTH": "100", "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb", "PYTHONUTF8": "1"}
+_FIXED |= {"_TYPER_FORCE_DISABLE_TERMINAL": "1"}
+_FORCING = {"FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "CLICOLOR_FORCE"}
+
+
+def help_text(*verb: str) -> str:
+    """What `foretell VERB --help` prints, without trailing spaces."""
+    environment = {name: value for name, value in os.environ.items() if name not in _FORCING} | _FIXED
+    environment["PYTHONPATH"] = str(ROOT / "src")
+    command = [sys.executable, "-m", "foretell.cli", *verb, "--help"]
+    out = subprocess.run(command, env=environment, capture_output=True, check=True, encoding="utf-8").stdout
+    return "\n".join(line.rstrip() for line in out.strip("\n").splitlines()).strip("\n")
+
+
+def page() -> str:
+    """The whole page."""
+    sys.path.insert(0, str(ROOT / "src"))
+    from foretell.cli import VERBS
+
+    parts = [HEADER, f"```text\n{help_text()}\n```\n"]
+    for verb in VERBS:
+        parts.append(f"## foretell {verb}\n\n```text\n{help_text(verb)}\n```\n")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    fresh = page()
+    if "--check" not in sys.argv[1:]:
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(fresh, encoding="utf-8")
+    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != fresh:
+        sys.exit("docs/cli.md is stale; run python tools/cli_help.py and commit the result.")
+
+
+if __name__ == "__main__":
+    main()
