@@ -18,8 +18,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from random_backbones import (
-    BF16, COMPILED, DTYPES, FP32, KERNELS, LENGTHS, Batch, Model, batches, build, examples, models, one_by_one,
-    prefilled, run, same, trees, using,
+    BF16,
+    COMPILED,
+    DTYPES,
+    FP32,
+    KERNELS,
+    LENGTHS,
+    Batch,
+    Model,
+    batches,
+    build,
+    examples,
+    models,
+    one_by_one,
+    prefilled,
+    run,
+    same,
+    using,
 )  # fmt: skip
 from tiny_models import DIMENSIONS, ROPES, VARIANTS, tiny_model
 
@@ -289,7 +304,9 @@ def test_attention_alone_is_close_to_its_twin(kernel: str) -> None:
         queries = torch.randn(len(nodes), c.heads, c.head_dim, generator=generator).to(dtype)
         ours = fast.attention(queries, nodes, cache).float()  # type: ignore[attr-defined]
         theirs = attend(queries, cache.keys[0], cache.values[0], nodes, c.windows[0])
-        torch.testing.assert_close(ours, theirs, atol=1e-5 if dtype == FP32 else 2e-2, rtol=1e-5 if dtype == FP32 else 2e-2)
+        torch.testing.assert_close(
+            ours, theirs, atol=1e-5 if dtype == FP32 else 2e-2, rtol=1e-5 if dtype == FP32 else 2e-2
+        )
 
     check(kernel, 40, holds, models(layers=1), DTYPES, batches(most=64))
 

@@ -6,7 +6,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from random_backbones import DTYPES, FP32, KERNELS, Batch, Model, batches, examples, models, one_by_one, run, same, using
+from random_backbones import (
+    DTYPES,
+    FP32,
+    KERNELS,
+    Batch,
+    Model,
+    batches,
+    examples,
+    models,
+    one_by_one,
+    run,
+    same,
+    using,
+)
 from tiny_models import DIMENSIONS
 
 from foretell.backbone import KVCache, Nodes
@@ -41,7 +54,9 @@ def holds(cache: KVCache, row: int, marks: list[int]) -> bool:
     return torch.equal(keys, expected) and torch.equal(values, -expected)
 
 
-paths = st.lists(st.integers(1, 4), max_size=6).map(lambda steps: [0, *torch.tensor(steps).cumsum(0).tolist()] if steps else [0])
+paths = st.lists(st.integers(1, 4), max_size=6).map(
+    lambda steps: [0, *torch.tensor(steps).cumsum(0).tolist()] if steps else [0]
+)
 verbs = st.one_of(
     st.tuples(st.just("commit"), st.dictionaries(st.integers(0, 2), paths, min_size=1)),
     st.tuples(st.just("rollback"), st.integers(0, 2), st.floats(0, 1)),

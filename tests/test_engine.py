@@ -109,9 +109,7 @@ def test_long_prompts_are_read_in_chunks_beside_decoding_rows(monkeypatch: pytes
     monkeypatch.setattr("foretell.engine.loop.PREFILL_NODES", 16)
     backbone, rng = tiny(BF16), random.Random(0)
     lengths = [1, 16, 17, 18, 100, 2, 33]
-    requests = [
-        ([rng.randrange(64) for _ in range(n)], SamplingParams(max_new_tokens=12, logprobs=1)) for n in lengths
-    ]
+    requests = [([rng.randrange(64) for _ in range(n)], SamplingParams(max_new_tokens=12, logprobs=1)) for n in lengths]
     truth = plainly(backbone, requests)
     drafter = Checker(RandomTrees(64, answers=answers(requests, truth)), backbone)
     assert_same(finish(decoder_of(backbone, drafter, max_rows=3), requests), truth)
@@ -119,7 +117,10 @@ def test_long_prompts_are_read_in_chunks_beside_decoding_rows(monkeypatch: pytes
 
 def test_a_cache_that_grows_while_decoding_keeps_what_it_holds() -> None:
     backbone = tiny(num_hidden_layers=2, max_position_embeddings=2048)
-    requests = [([1, 2, 3], SamplingParams(max_new_tokens=1300, temperature=2.0, ignore_eos=True)), ([4], SamplingParams())]
+    requests = [
+        ([1, 2, 3], SamplingParams(max_new_tokens=1300, temperature=2.0, ignore_eos=True)),
+        ([4], SamplingParams()),
+    ]
     truth = plainly(backbone, requests)
     for drafter in (EarlyExit(backbone, 1), Oracle(answers(requests, truth), 64, 60)):
         decoder = decoder_of(backbone, drafter, max_rows=2)
@@ -202,7 +203,12 @@ def test_an_end_inside_an_accepted_path_ends_there(place: int) -> None:
         requests = [(PROMPT, params)]
         truth = plainly(backbone, requests, Letters())
         whole = {tuple(PROMPT): ids}
-        for drafter in (Oracle(whole, 64), Oracle(whole, 64, 40), RandomTrees(64, answers=whole), EarlyExit(backbone, 1)):
+        for drafter in (
+            Oracle(whole, 64),
+            Oracle(whole, 64, 40),
+            RandomTrees(64, answers=whole),
+            EarlyExit(backbone, 1),
+        ):
             decoder = decoder_of(backbone, drafter, Letters())
             (output,) = finish(decoder, requests)
             assert_same([output], truth)
@@ -407,7 +413,9 @@ def test_one_slow_step_decides_nothing() -> None:
 
 def test_the_governor_never_changes_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("foretell.engine.loop.time.perf_counter", lambda: clock.__setitem__(0, clock[0] + 1) or clock[0])
+    monkeypatch.setattr(
+        "foretell.engine.loop.time.perf_counter", lambda: clock.__setitem__(0, clock[0] + 1) or clock[0]
+    )
     monkeypatch.setattr("foretell.engine.governor.TRIAL", 4)
     monkeypatch.setattr("foretell.engine.governor.PATIENCE", 6)
 

@@ -112,7 +112,9 @@ def test_files_and_functions_stay_short(path: Path) -> None:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
-            assert f"{where}:{node.name}" in LONGER or lines <= MOST_LINES_OF_A_FUNCTION, f"{node.name} has {lines} lines"
+            assert f"{where}:{node.name}" in LONGER or lines <= MOST_LINES_OF_A_FUNCTION, (
+                f"{node.name} has {lines} lines"
+            )
 
 
 def test_exceptions_are_still_needed() -> None:

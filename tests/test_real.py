@@ -64,14 +64,12 @@ TOYS: dict[str, Callable[[Backbone, dict[tuple[int, ...], list[int]]], Drafter]]
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("toy", TOYS)
-@pytest.mark.parametrize("max_rows", [1, 4])
-def test_every_bit_is_that_of_plain_decoding(
-    demo_folder: Path, toy: str, dtype: str, temperature: float, max_rows: int
-) -> None:
+def test_every_bit_is_that_of_plain_decoding(demo_folder: Path, toy: str, dtype: str, temperature: float) -> None:
     backbone, right = backbone_of(demo_folder, dtype), truth(demo_folder, dtype, temperature)
     asked = requests(demo_folder, temperature)
     drafter = TOYS[toy](backbone, answers(asked, right))
-    decoder = decoder_of(backbone, drafter, max_rows=max_rows)
+    alone = (list(TOYS).index(toy) + (dtype == "bf16") + (temperature == 0)) % 2  # each toy alone and in a batch
+    decoder = decoder_of(backbone, drafter, max_rows=1 if alone else 4)
     assert_same(finish(decoder, asked), right)
     assert held_like_a_fresh_prefill(decoder) > 50
     if isinstance(drafter, Checker):

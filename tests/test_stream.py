@@ -77,7 +77,9 @@ def certain(text: str, stops: Sequence[str]) -> str:
 
 @examples(150)
 @given(words, places, st.lists(st.text(alphabet="abé日👩", min_size=1, max_size=5), max_size=3))
-def test_text_is_shown_as_soon_as_it_is_certain_and_never_before(text: str, boundaries: list[int], stops: list[str]) -> None:
+def test_text_is_shown_as_soon_as_it_is_certain_and_never_before(
+    text: str, boundaries: list[int], stops: list[str]
+) -> None:
     tokens, shown = cut(text.encode(), boundaries), ""
     out = TextStream(Bytes(tokens), stops)
     for token in range(len(tokens)):

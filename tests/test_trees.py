@@ -29,7 +29,10 @@ def test_the_golden_tree_of_medusa() -> None:
 
 
 def test_named_shapes() -> None:
-    assert cartesian([7, 6])[0].parents == from_paths([(i,) for i in range(7)] + [(i, j) for i in range(7) for j in range(6)])[0].parents
+    assert (
+        cartesian([7, 6])[0].parents
+        == from_paths([(i,) for i in range(7)] + [(i, j) for i in range(7) for j in range(6)])[0].parents
+    )
     assert len(cartesian([7, 6])[0]) == 50
     assert cartesian([])[0] == chain(0) == TokenTree()
     assert chain(3).parents == (-1, 0, 1, 2)

@@ -139,7 +139,11 @@ def test_noise_is_uniform_and_independent_along_each_of_its_arguments(varied: in
 
 def test_noise_of_neighbouring_seeds_keys_and_positions_is_unrelated() -> None:
     base = [uniform(0, 0, p) for p in range(5000)]
-    for other in ([uniform(0, 1, p) for p in range(5000)], [uniform(1, 0, p) for p in range(5000)], base[1:] + base[:1]):
+    for other in (
+        [uniform(0, 1, p) for p in range(5000)],
+        [uniform(1, 0, p) for p in range(5000)],
+        base[1:] + base[:1],
+    ):
         assert abs(stats.pearsonr(base, other).statistic) < 0.06
     assert len({uniform(s, k, p) for s in range(12) for k in range(12) for p in range(12)}) == 12**3
     assert uniform(-1, 0, 0) != uniform(1, 0, 0)
@@ -275,7 +279,13 @@ def plain(state: State, count: int, key: int) -> list[int]:
 
 
 @examples(150)
-@given(drafts(16), truncations, st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6), st.integers(0, 3), st.booleans())
+@given(
+    drafts(16),
+    truncations,
+    st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6),
+    st.integers(0, 3),
+    st.booleans(),
+)
 def test_a_tree_draws_the_tokens_that_plain_decoding_draws(
     draft: Draft, params: SamplingParams, before: list[int], key: int, greedy: bool
 ) -> None:
@@ -344,7 +354,9 @@ def process_twin(logits: Sequence[float], params: SamplingParams, history: list[
 @examples(200)
 @given(few_logits, truncations, st.data())
 def test_processors_are_their_definition(logits: list[int], params: SamplingParams, data: st.DataObject) -> None:
-    params = SamplingParams(**{**vars(params), "logit_bias": {t: b for t, b in params.logit_bias.items() if t < len(logits)}})
+    params = SamplingParams(
+        **{**vars(params), "logit_bias": {t: b for t, b in params.logit_bias.items() if t < len(logits)}}
+    )
     history = data.draw(st.lists(st.integers(0, len(logits) - 1), max_size=8))
     prompt = data.draw(st.integers(0, len(history)))
     given_logits = torch.tensor(logits, dtype=torch.float32)
@@ -372,7 +384,9 @@ def typical_twin(tree: TokenTree, tokens: list[int], logits: Tensor, rule: Typic
     return tree.path(-best[2]), int(logits[-best[2]].argmax())
 
 
-rules = st.builds(Typical, st.sampled_from([0.0, 0.09, 0.3, 2.0]), st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([0.3, 0.7, 1.0]))
+rules = st.builds(
+    Typical, st.sampled_from([0.0, 0.09, 0.3, 2.0]), st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([0.3, 0.7, 1.0])
+)
 
 
 @examples(150)

@@ -95,9 +95,7 @@ class EarlyExit(Drafter):
                 start, first[b] = first[b], len(trees[b])
                 if level < self.levels:
                     best = logits[b].topk(1 + (level == 0)).indices  # two guesses after the root, then one each
-                    trees[b] = TokenTree(
-                        (*trees[b].parents, *(start + i for i, row in enumerate(best) for _ in row))
-                    )
+                    trees[b] = TokenTree((*trees[b].parents, *(start + i for i, row in enumerate(best) for _ in row)))
                     tokens[b] = [*tokens[b], *best.flatten().tolist()]
         return Draft(trees, tokens, resume=(self.layer, torch.cat([torch.cat(states) for states in grown])))
 

@@ -69,8 +69,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, low, high in (
             ("max_new_tokens", 1, 2**31 - 1), ("temperature", 0, 100), ("top_p", 1e-9, 1), ("top_k", 0, 2**31 - 1),
-            ("min_p", 0, 1), ("seed", -(2**63), 2**63 - 1), ("repetition_penalty", 1e-3, 1e3), ("presence_penalty", -100, 100),
-            ("frequency_penalty", -100, 100),
+            ("min_p", 0, 1), ("seed", -(2**63), 2**63 - 1), ("repetition_penalty", 1e-3, 1e3),
+            ("presence_penalty", -100, 100), ("frequency_penalty", -100, 100),
         ):  # fmt: skip
             value = getattr(self, name)
             if not low <= value <= high:  # catches NaN too

@@ -171,22 +171,14 @@ class _Talk:
 
 # -- what was measured, as JSON ------------------------------------------------------------------------------
 
-_SUMS = (
-    "prompt_tokens",
-    "new_tokens",
-    "reused_tokens",
-    "steps",
-    "plain_steps",
-    "suspended_steps",
-    "drafted",
-    "accepted",
-)
+_TOKENS = ("prompt_tokens", "new_tokens", "reused_tokens", "drafted", "accepted")
+_STEPS = ("steps", "plain_steps", "suspended_steps")
 _SECONDS = ("prefill_seconds", "seconds")
 
 
 def total(replies: Sequence[Result]) -> Statistics:
     """The statistics of several requests, added up (but for `by_depth`)."""
-    sums = {name: sum(getattr(reply.statistics, name) for reply in replies) for name in (*_SUMS, *_SECONDS)}
+    sums = {name: sum(getattr(reply.statistics, name) for reply in replies) for name in (*_TOKENS, *_STEPS, *_SECONDS)}
     return Statistics(**sums)
 
 
@@ -199,7 +191,7 @@ def fields(replies: Sequence[Result]) -> dict[str, Any]:
         "finish_reason": replies[-1].finish_reason,
         "acceptance_length": round(sums.acceptance_length, 4),
     }
-    found |= {name: getattr(sums, name) for name in _SUMS}
+    found |= {name: getattr(sums, name) for name in (*_TOKENS, *_STEPS)}
     found |= {name: round(getattr(sums, name), 6) for name in _SECONDS}
     if any(reply.logprobs for reply in replies):
         found["logprobs"] = [asdict(logprob) for reply in replies for logprob in reply.logprobs]

@@ -107,6 +107,7 @@ class CompiledBackbone(Backbone):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         end = self.config.layers if end is None else end
         assert max(nodes.ends) <= cache.slots, "the engine reserves slots before a pass"
+        assert hidden_Md.shape == (len(nodes), self.config.hidden), "one state per node"
         hidden_Md = hidden_Md.clone()
         tapped = {tap: torch.empty_like(hidden_Md) for tap in taps}
         if begin in tapped:
