@@ -17,7 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("src/foretell/backbone/native")
-COMMON = ["-O3", "-std=c++17", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
+COMMON = ["-O3", "-std=c++20", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 UNITS = {"native": "", "kernels_generic": ""}
@@ -63,7 +63,7 @@ class BuildKernels(build_ext):
         for command, process in running:
             if process.wait():
                 raise subprocess.CalledProcessError(process.returncode, command[0] + " " + command[-3])
-        subprocess.run([*tool, "-shared", "-s", "-o", f"{library}.new", *objects, "-lpthread", "-ldl"], check=True)
+        subprocess.run([*tool, "-shared", "-s", "-o", f"{library}.new", *objects, "-lpthread"], check=True)
         os.replace(f"{library}.new", library)
 
     def copy_extensions_to_source(self) -> None:

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import DIMENSIONS, ROPES
 from torch import Tensor
@@ -23,6 +23,7 @@ from foretell.backbone.compiled import CompiledBackbone
 from foretell.backbone.eager import EagerBackbone
 from foretell.backbone.families import FAMILIES, model_config, weight_shapes
 from foretell.backbone.linear import MOST_ROWS
+from foretell.contracts import Draft
 from foretell.trees import TokenTree, chain
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -46,8 +47,8 @@ KERNELS = [*COMPILED, "eager"]
 
 @contextmanager
 def using(kernel: str) -> Iterator[None]:
-    """The named compiled build inside, the usual one after; one thread for PyTorch, whose idle ones would spin."""
-    if kernel != "eager":
+    """The named compiled build inside ("": the best), the usual after; one thread for PyTorch: idle ones spin."""
+    if kernel in COMPILED:
         assert kernels.select(kernel) == kernel
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -64,6 +65,12 @@ def rotation(rope: str, head_dim: int) -> tuple[tuple[float, ...], float]:
     sizes = DIMENSIONS | {"head_dim": head_dim, "rope_parameters": dict(ROPES[rope])}
     config = model_config({"model_type": "llama", **sizes})
     return config.inv_freq, config.rope_scale
+
+
+def check(kernel: str, count: int, property_: Any, *strategies: Any) -> None:
+    """Runs a property over examples, as many as the kernel's speed allows."""
+    with using(kernel):
+        examples(max(3, count // {"eager": 5, "generic": 2}.get(kernel, 1)))(given(*strategies)(property_))()
 
 
 @dataclass(frozen=True)
@@ -153,6 +160,16 @@ def trees(draw: st.DrawFn, most: int = 64) -> TokenTree:
     return TokenTree((-1, *(max(0, node - step) for node, step in enumerate(back, start=1))))
 
 
+def drafts(most: int, vocab: int) -> st.SearchStrategy[Draft]:
+    """One to three random trees of few different tokens; siblings may be alike."""
+
+    def with_tokens(shapes: list[TokenTree]) -> st.SearchStrategy[Draft]:
+        lists = [st.lists(st.integers(0, vocab - 1), min_size=len(t), max_size=len(t)) for t in shapes]
+        return st.tuples(*lists).map(lambda tokens: Draft(shapes, list(tokens)))
+
+    return st.lists(trees(most), min_size=1, max_size=3).flatmap(with_tokens)
+
+
 @st.composite
 def batches(draw: st.DrawFn, rows: int = 3, most: int = 24) -> "Batch":
     count = draw(st.integers(1, rows))
@@ -183,11 +200,11 @@ class Batch:
 
     def prefill(self, backbone: Backbone, chunk: int = 10**6) -> KVCache:
         """A cache that holds the committed tokens, read by all rows at once in chunks."""
-        cache = backbone.new_cache(len(self.trees) + 1, max(map(sum, zip(self.lengths, map(len, self.trees)))))
+        cache = backbone.new_cache(len(self.trees) + 1, max(self.nodes().ends))
         prefixes, _ = self.tokens(backbone.config.vocab)
         while rows := [b for b, slot in enumerate(self.slots) if cache.lengths[slot] < self.lengths[b]]:
             starts = [cache.lengths[self.slots[b]] for b in rows]
-            parts = [prefixes[b][start : start + chunk] for b, start in zip(rows, starts)]
+            parts = [prefixes[b][start : start + chunk] for b, start in zip(rows, starts, strict=True)]
             slots, counts = [self.slots[b] for b in rows], [len(part) for part in parts]
             run(backbone, torch.cat(parts), Nodes.chains(slots, starts, counts), cache)
             cache.commit(slots, [range(count) for count in counts])
@@ -215,7 +232,7 @@ class Batch:
     def leaves(self, row: int, most: int = 3) -> list[int]:
         """A few leaves of a row's tree, the last ones among them."""
         leaves = self.trees[row].leaves
-        return list(leaves[:: max(1, len(leaves) // most)])[: most - 1] + [leaves[-1]]
+        return [*leaves[:: max(1, len(leaves) // most)][: most - 1], leaves[-1]]
 
 
 def run(backbone: Backbone, tokens: Tensor, nodes: Nodes, cache: KVCache, **options: Any) -> Tensor:

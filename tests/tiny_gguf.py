@@ -55,9 +55,7 @@ def write_gguf(
             continue
         values, gguf_name = tensor.numpy(), _gguf_name(name)
         if family == "llama" and ("q_proj" in name or "k_proj" in name):
-            values = _permute(
-                values, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            )
+            values = _permute(values, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
         if gguf_name == skip:
             continue
         stored = kind if values.ndim > 1 else gguf.GGMLQuantizationType.F32

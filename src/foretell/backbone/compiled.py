@@ -108,21 +108,20 @@ class CompiledBackbone(Backbone):
         end = self.config.layers if end is None else end
         assert max(nodes.ends) <= cache.slots, "the engine reserves slots before a pass"
         assert hidden_Md.shape == (len(nodes), self.config.hidden), "one state per node"
-        hidden_Md = hidden_Md.clone()
-        tapped = {tap: torch.empty_like(hidden_Md) for tap in taps}
-        if begin in tapped:
-            tapped[begin].copy_(hidden_Md)
+        # Copies and edits of whole streams happen in the kernels: PyTorch would wake a team of its own for them.
+        input_Md, out_Md = hidden_Md.contiguous(), torch.empty_like(hidden_Md)
+        tapped = {tap: input_Md if tap == begin else torch.empty_like(out_Md) for tap in taps}
         pointers = (c_uint64 * (self.config.layers + 1))()
         for tap, tensor in tapped.items():
-            pointers[tap] = address(tensor)
+            pointers[tap] = address(tensor) if tap > begin else 0
         skipping = torch.frombuffer(bytearray(skip), dtype=torch.uint8) if skip else None
         span = kernels.Span(begin, end, address(skipping), addressof(pointers))
         rows, _alive = self._rows(nodes)
-        self._library().foretell_layers(
+        self._lib.foretell_layers(
             byref(self._model), byref(self._cache(cache)), byref(rows), byref(span),
-            address(hidden_Md), self._bf16,
+            address(input_Md), address(out_Md), self._bf16,
         )  # fmt: skip
-        return hidden_Md, tapped
+        return out_Md, tapped
 
     def attention(self, queries_MHD: Tensor, nodes: Nodes, cache: KVCache) -> Tensor:
         """The attention of layer 0 alone, [M, H, D]: for measurements, and for tests against the slow twin."""

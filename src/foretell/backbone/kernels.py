@@ -55,11 +55,11 @@ def library() -> ctypes.CDLL | None:
     if not LIBRARY.exists():
         return None
     lib = ctypes.CDLL(str(LIBRARY))
-    lib.foretell_select.restype = lib.foretell_team.restype = ctypes.c_char_p
+    lib.foretell_select.restype = ctypes.c_char_p
     pointers, flag, size = c_void_p, c_int, c_int64
     lib.foretell_pack.argtypes = [pointers, size, size, pointers, flag]
     lib.foretell_unpack_rows.argtypes = [pointers, size, pointers, size, pointers, flag]
-    lib.foretell_layers.argtypes = [pointers] * 5 + [flag]
+    lib.foretell_layers.argtypes = [pointers] * 6 + [flag]
     lib.foretell_norm.argtypes = [pointers, pointers, c_double, size, size, pointers]
     lib.foretell_linear.argtypes = [pointers, size, size, pointers, size, pointers, pointers, pointers, size, flag]
     lib.foretell_attention.argtypes = [pointers] * 5 + [flag]

@@ -9,11 +9,14 @@ Legend: V vocabulary.
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from foretell.contracts import SamplingParams
 
+Array = npt.NDArray[np.float64]
 _MASK = (1 << 64) - 1
 _FEW = 1024
 """Most nucleus truncations keep fewer tokens than this: a partial sort is tried first."""
@@ -35,34 +38,40 @@ def distribution(logits_V: Tensor, params: SamplingParams) -> Tensor:
 
     Truncations keep every token tied with the last one kept, so that no sorting order matters.
     """
-    logits_V = logits_V.double() / params.temperature
-    weights_V = (logits_V - logits_V.max()).exp()
-    if 0 < params.top_k < len(weights_V):
-        weights_V = _keep_from(weights_V, weights_V.topk(params.top_k).values[-1])
-    if params.top_p < 1:
-        weights_V = _keep_from(weights_V, _nucleus_threshold(weights_V, params.top_p))
-    if params.min_p > 0:
-        weights_V = _keep_from(weights_V, params.min_p * weights_V.max())
-    return weights_V / weights_V.sum()
+    weights_V = _weights(logits_V, params)
+    return torch.from_numpy(weights_V / weights_V.sum())
 
 
 def sample(logits_V: Tensor, params: SamplingParams, noise: float) -> int:
     """The token that `noise` in [0, 1) selects: the first whose cumulative probability exceeds it."""
-    cumulative_V = distribution(logits_V, params).cumsum(0)
-    token = int(torch.searchsorted(cumulative_V, noise * float(cumulative_V[-1]), right=True))
+    cumulative_V = _weights(logits_V, params).cumsum()
+    token = int(np.searchsorted(cumulative_V, noise * cumulative_V[-1], side="right"))
     return min(token, len(cumulative_V) - 1)
 
 
-def _keep_from(weights_V: Tensor, least: Tensor) -> Tensor:
-    return weights_V.where(weights_V >= least, 0.0)
+def _weights(logits_V: Tensor, params: SamplingParams) -> Array:
+    """The distribution before its sum is divided out. NumPy, because it stays on this thread (see native.cpp)."""
+    logits = logits_V.detach().cpu().numpy().astype(np.float64) / params.temperature
+    weights_V = np.exp(logits - logits.max())
+    if 0 < params.top_k < len(weights_V):
+        weights_V = _keep_from(weights_V, np.partition(weights_V, -params.top_k)[-params.top_k])
+    if params.top_p < 1:
+        weights_V = _keep_from(weights_V, _nucleus_threshold(weights_V, params.top_p))
+    if params.min_p > 0:
+        weights_V = _keep_from(weights_V, params.min_p * weights_V.max())
+    return weights_V
 
 
-def _nucleus_threshold(weights_V: Tensor, top_p: float) -> Tensor:
+def _keep_from(weights_V: Array, least: float) -> Array:
+    return np.where(weights_V >= least, weights_V, 0.0)
+
+
+def _nucleus_threshold(weights_V: Array, top_p: float) -> float:
     """Weight of the last token in the smallest set that holds `top_p` of the whole."""
     goal = top_p * weights_V.sum()
-    for count in (_FEW, len(weights_V)):
-        top = weights_V.topk(min(count, len(weights_V))).values
-        reached = top.cumsum(0) >= goal
+    for count in (min(_FEW, len(weights_V)), len(weights_V)):
+        top = np.sort(np.partition(weights_V, -count)[-count:])[::-1]
+        reached = top.cumsum() >= goal
         if reached.any():
-            return top[reached.int().argmax()]
-    return top[-1]
+            return float(top[reached.argmax()])
+    return float(top[-1])

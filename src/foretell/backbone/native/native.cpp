@@ -1,10 +1,6 @@
 // The C face of the kernels: picks the best build for this processor, runs it on a team of threads, and takes
 // plain pointers, so that Python reaches it with ctypes and no header of PyTorch or Python is needed.
-#include <dlfcn.h>
-#include <sched.h>
-
 #include <atomic>
-#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -20,99 +16,66 @@
 
 namespace foretell {
 
-// ---- Threads. PyTorch's own OpenMP team is used when it can be found: two teams would fight for the cores, since
-// idle OpenMP threads spin. Otherwise a small pool of our own.
+// ---- Threads: a team of our own. A waiting thread spins for as long as the parts of a step are out of balance and
+// then sleeps: a thread that burnt its share of a busy core would be the one kept waiting when its turn comes.
+// PyTorch's OpenMP team has other manners, so nothing in a step may call on it.
 
-static std::atomic<int64_t> barrier_count{0}, barrier_round{0};
+constexpr int kSpins = 2000;  // tens of microseconds
 
-void wait(int64_t threads) {
-    if (threads == 1) return;
-    int64_t round = barrier_round.load(std::memory_order_acquire);
-    if (barrier_count.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
-        barrier_count.store(0, std::memory_order_relaxed);
-        barrier_round.store(round + 1, std::memory_order_release);
-        return;
-    }
-    for (int64_t spins = 0; barrier_round.load(std::memory_order_acquire) == round; spins++) {
-        if (spins > 2000) sched_yield();  // somebody else needs this core
+static void wait_while(const std::atomic<int>& value, int old) {
+    for (int spins = 0; spins < kSpins; spins++) {
+        if (value.load(std::memory_order_acquire) != old) return;
 #if defined(__x86_64__)
         __builtin_ia32_pause();
 #endif
     }
+    value.wait(old, std::memory_order_acquire);
 }
 
-struct Pool {
-    std::mutex mutex;
-    std::condition_variable wake, done;
-    std::vector<std::thread> threads;
+void wait(int64_t threads) {
+    static std::atomic<int> arrived{0}, round{0};
+    if (threads == 1) return;
+    int now = round.load(std::memory_order_acquire);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) < (int)threads - 1) return wait_while(round, now);
+    arrived.store(0, std::memory_order_relaxed);
+    round.store(now + 1, std::memory_order_release);
+    round.notify_all();
+}
+
+struct Team {
+    std::atomic<int> round{0}, running{0}, wanted{0};
     void (*body)(void*, int64_t) = nullptr;
     void* context = nullptr;
-    int64_t round = 0, running = 0, wanted = 0;
+    std::vector<std::thread> threads;
 
-    void worker(int64_t id) {
-        int64_t seen = 0;
-        std::unique_lock<std::mutex> lock(mutex);
+    void work(int id, int seen) {
         for (;;) {
-            wake.wait(lock, [&] { return round != seen; });
-            seen = round;
-            if (id >= wanted) continue;
-            lock.unlock();
+            wait_while(round, seen);
+            seen = round.load(std::memory_order_acquire);
+            if (id >= wanted.load(std::memory_order_relaxed)) continue;
             body(context, id);
-            lock.lock();
-            if (--running == 0) done.notify_one();
+            if (running.fetch_sub(1, std::memory_order_acq_rel) == 1) running.notify_one();
         }
     }
-    void run(int64_t count, void (*b)(void*, int64_t), void* c) {
-        {
-            std::lock_guard<std::mutex> lock(mutex);
-            while ((int64_t)threads.size() < count - 1) {
-                int64_t id = (int64_t)threads.size() + 1;
-                threads.emplace_back([this, id] { worker(id); });
-            }
-            body = b, context = c, wanted = count, running = count - 1, round++;
+    void run(int count, void (*b)(void*, int64_t), void* c) {
+        while ((int)threads.size() < count - 1) {
+            int id = (int)threads.size() + 1;
+            threads.emplace_back([this, id, now = round.load()] { work(id, now); });
         }
-        wake.notify_all();
+        body = b, context = c;
+        wanted.store(count, std::memory_order_relaxed);
+        running.store(count - 1, std::memory_order_relaxed);
+        round.fetch_add(1, std::memory_order_release);
+        round.notify_all();
         b(c, 0);
-        std::unique_lock<std::mutex> lock(mutex);
-        done.wait(lock, [&] { return running == 0; });
+        for (int left; (left = running.load(std::memory_order_acquire));) wait_while(running, left);
     }
 };
-
-static void pool_run(int64_t threads, void (*body)(void*, int64_t), void* context) {
-    static Pool* pool = new Pool;  // never destroyed: its threads may outlive static destructors
-    pool->run(threads, body, context);
-}
-
-using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-static GompParallel gomp_parallel;
-static int (*omp_thread)();
-static int (*omp_team)();
-
-struct Region {
-    void (*body)(void*, int64_t);
-    void* context;
-    int64_t threads;
-    std::atomic<bool> refused;
-};
-
-static void region_entry(void* data) {
-    Region& region = *(Region*)data;
-    if (omp_team() != region.threads) {  // OpenMP gave fewer threads than the barriers count on
-        region.refused = true;
-        return;
-    }
-    region.body(region.context, omp_thread());
-}
 
 void parallel(int64_t threads, void (*body)(void*, int64_t), void* context) {
+    static Team* team = new Team;  // never destroyed: its threads may outlive static destructors
     if (threads == 1) return body(context, 0);
-    if (gomp_parallel) {
-        Region region{body, context, threads, {false}};
-        gomp_parallel(region_entry, &region, (unsigned)threads, 0);
-        if (!region.refused) return;
-        gomp_parallel = nullptr;
-    }
-    pool_run(threads, body, context);
+    team->run((int)threads, body, context);
 }
 
 void* scratch(int64_t thread, int purpose, int64_t bytes) {
@@ -184,17 +147,11 @@ extern "C" {
 
 // Chooses a build by name, or the best one for an empty name; null if this processor cannot run it.
 const char* foretell_select(const char* name) {
-    gomp_parallel = (GompParallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
-    omp_thread = (int (*)())dlsym(RTLD_DEFAULT, "omp_get_thread_num");
-    omp_team = (int (*)())dlsym(RTLD_DEFAULT, "omp_get_num_threads");
-    if (!omp_thread || !omp_team || getenv("FORETELL_OWN_THREADS")) gomp_parallel = nullptr;
     const Kernels* found = find(name);
     if (!found) return nullptr;
     chosen = found;
     return found->name;
 }
-
-const char* foretell_team() { return gomp_parallel ? "openmp" : "own"; }
 
 void foretell_pack(const void* weight, int64_t outputs, int64_t inputs, void* packed, int bf16) {
     chosen->pack(weight, outputs, inputs, packed, bf16);
@@ -204,8 +161,11 @@ void foretell_unpack_rows(const void* packed, int64_t inputs, const int64_t* ids
     chosen->unpack_rows(packed, inputs, ids, count, out, bf16);
 }
 
-void foretell_layers(const Model* model, const Cache* cache, const Rows* rows, const Span* span, float* hidden, int bf16) {
+// input and hidden are [M, d]; input is left as it is.
+void foretell_layers(const Model* model, const Cache* cache, const Rows* rows, const Span* span, const float* input,
+                     float* hidden, int bf16) {
     std::lock_guard<std::mutex> lock(one_call);
+    memcpy(hidden, input, rows->count * model->hidden * 4);
     chosen->layers(*model, *cache, *rows, *span, hidden, bf16);
 }
 

@@ -1,0 +1,82 @@
+"""The products around the layers: embedding rows, the head and its argmax, packed and library linears."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from random_backbones import COMPILED, DTYPES, FP32, KERNELS, Model, build, check, examples, models, same, using
+
+from foretell.backbone.kernels import PackedLinear
+from foretell.backbone.linear import Linear
+
+every_kernel = pytest.mark.parametrize("kernel", KERNELS)
+compiled_only = pytest.mark.parametrize("kernel", COMPILED)
+
+
+@every_kernel
+def test_embedding_rows_are_the_weights(kernel: str) -> None:
+    def holds(model: Model, dtype: torch.dtype, ids: list[int]) -> None:
+        backbone, vocab = model.build(kernel, dtype), model.config.vocab
+        tokens = torch.tensor([i % vocab for i in ids])
+        assert same(backbone.embed(tokens), model.weights()["model.embed_tokens.weight"].to(dtype).float()[tokens])
+
+    check(kernel, 10, holds, models(), DTYPES, st.lists(st.integers(0, 999), min_size=1, max_size=40))
+
+
+@every_kernel
+def test_argmax_is_the_first_greatest_logit(kernel: str) -> None:
+    """Columns of the head are repeated, so that most rows have a tie for the first place."""
+
+    def holds(model: Model, dtype: torch.dtype, rows: int, threads: int, copies: list[int]) -> None:
+        weights, vocab = model.weights(), model.config.vocab
+        config = replace(model.config, tied=False)
+        head = weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"].clone())
+        for place in copies:
+            head[place % vocab] = head[copies[0] % vocab]
+        backbone = build(config, weights, kernel, dtype, threads)
+        states = torch.randn(rows, config.hidden, generator=torch.Generator().manual_seed(rows))
+        states[0] = 0  # everything ties
+        logits = backbone.logits(states)
+        best = [row.tolist().index(max(row.tolist())) for row in logits]
+        assert backbone.argmax(states).tolist() == logits.argmax(-1).tolist() == best
+
+    places = st.lists(st.integers(0, 200), min_size=2, max_size=60)
+    check(kernel, 20, holds, models(layers=1), DTYPES, st.integers(1, 70), st.integers(1, 4), places)
+
+
+@compiled_only
+def test_a_packed_linear_multiplies_and_no_row_sees_another(kernel: str) -> None:
+    def holds(dtype: torch.dtype, rows: int, inputs: int, outputs: int, biased: bool, threads: int) -> None:
+        generator = torch.Generator().manual_seed(rows + inputs)
+        weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
+        bias = torch.randn(outputs, generator=generator) if biased else None
+        x = torch.randn(rows, inputs, generator=generator)
+        linear = PackedLinear(weight, bias)
+        y = linear(x, threads)
+        truth = x.to(dtype).double() @ weight.double().T + (0 if bias is None else bias.double())
+        torch.testing.assert_close(y.double(), truth, atol=1e-4, rtol=1e-4)
+        assert same(torch.cat([linear(x[i : i + 1], 1) for i in range(rows)]), y)
+        assert same(linear.rows(torch.arange(outputs)), weight.float())
+
+    sizes, rows = st.integers(1, 200), st.integers(1, 80)
+    check(kernel, 40, holds, DTYPES, rows, sizes, sizes, st.booleans(), st.integers(1, 3))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_padded_library_linear_multiplies_and_no_row_sees_another(packed: bool) -> None:
+    def holds(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> None:
+        generator = torch.Generator().manual_seed(rows + inputs)
+        weight, x = (torch.randn(n, inputs, generator=generator) for n in (outputs, rows))
+        linear = Linear(weight.to(dtype), packed=packed)
+        linear.least_rows = 64
+        y = linear(x)
+        truth = x.to(dtype).double() @ weight.to(dtype).double().T
+        scale = 1e-5 if dtype == FP32 else 1e-2
+        assert ((y - truth).abs() <= scale * truth.abs() + scale * inputs**0.5).all()
+        assert same(torch.cat([linear(x[i : i + 1]) for i in range(rows)]), y)
+
+    sizes = st.integers(1, 200)
+    with using("eager"):
+        examples(25)(given(DTYPES, st.integers(1, 150), sizes, sizes)(holds))()
