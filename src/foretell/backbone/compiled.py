@@ -29,7 +29,6 @@ class CompiledBackbone(Backbone):
 
     def __init__(self, config: ModelConfig, read: Reader, dtype: torch.dtype, threads: int):
         super().__init__(config, dtype, torch.device("cpu"), threads)
-        self._lib = kernels.require()
         self.kernels = kernels.current() or "none"
         self._bf16 = int(dtype == torch.bfloat16)
         self._kept: list[Tensor | PackedLinear] = []  # what the structures below point to
@@ -117,20 +116,20 @@ class CompiledBackbone(Backbone):
         skipping = torch.frombuffer(bytearray(skip), dtype=torch.uint8) if skip else None
         span = kernels.Span(begin, end, address(skipping), addressof(pointers))
         rows, _alive = self._rows(nodes)
-        self._lib.foretell_layers(
+        self._library().foretell_layers(
             byref(self._model), byref(self._cache(cache)), byref(rows), byref(span),
             address(input_Md), address(out_Md), self._bf16,
         )  # fmt: skip
         return out_Md, tapped
 
-    def attention(self, queries_MHD: Tensor, nodes: Nodes, cache: KVCache) -> Tensor:
-        """The attention of layer 0 alone, [M, H, D]: for measurements, and for tests against the slow twin."""
+    def attention(self, queries_MHD: Tensor, nodes: Nodes, cache: KVCache, repeats: int = 1) -> Tensor:
+        """The attention of layer 0 alone, [M, H, D]: for tests against the slow twin, and for measurements."""
         queries_MHD = queries_MHD.contiguous()
         out_MHD = torch.empty_like(queries_MHD)
         rows, _alive = self._rows(nodes)
         self._library().foretell_attention(
             byref(self._model), byref(self._cache(cache)), byref(rows), address(queries_MHD),
-            address(out_MHD), self._bf16,
+            address(out_MHD), repeats, self._bf16,
         )  # fmt: skip
         return out_MHD
 

@@ -62,7 +62,7 @@ def library() -> ctypes.CDLL | None:
     lib.foretell_layers.argtypes = [pointers] * 6 + [flag]
     lib.foretell_norm.argtypes = [pointers, pointers, c_double, size, size, pointers]
     lib.foretell_linear.argtypes = [pointers, size, size, pointers, size, pointers, pointers, pointers, size, flag]
-    lib.foretell_attention.argtypes = [pointers] * 5 + [flag]
+    lib.foretell_attention.argtypes = [pointers] * 5 + [size, flag]
     if select(os.environ.get("FORETELL_KERNELS", ""), lib) is None:
         return None
     return lib

@@ -179,9 +179,10 @@ void foretell_linear(const float* x, int64_t rows, int64_t inputs, const void* p
     chosen->linear(x, rows, inputs, packed, outputs, bias, out, best, threads, bf16);
 }
 
-void foretell_attention(const Model* model, const Cache* cache, const Rows* rows, const void* queries, void* out, int bf16) {
+void foretell_attention(const Model* model, const Cache* cache, const Rows* rows, const void* queries, void* out,
+                        int64_t repeats, int bf16) {
     std::lock_guard<std::mutex> lock(one_call);
-    chosen->attention(*model, *cache, *rows, queries, out, bf16);
+    chosen->attention(*model, *cache, *rows, queries, out, repeats, bf16);
 }
 
 }  // extern "C"
