@@ -34,9 +34,11 @@ check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/cli_help.py --check
+	$(BIN)/python tools/readme.py --check
 
 docs: venv
 	$(BIN)/python tools/cli_help.py
+	$(BIN)/python tools/readme.py
 
 clean:
 	rm -rf $(VENV) build src/foretell/backbone/_kernels.so

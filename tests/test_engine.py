@@ -126,6 +126,31 @@ def test_any_model_keeps_the_promise() -> None:
     check("", 15, holds, models(), DTYPES, st.integers(0, 99), st.integers(1, 5))
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_memory_that_nobody_wrote_is_never_read(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches and results begin as whatever memory holds: here NaN, which any use would carry on to the logits."""
+    backbone_of = Model(LLAMA | {"sliding_window": 9, "model_type": "mistral"})
+    with using(kernel):
+        for dtype in (FP32, BF16):
+            backbone, requests = backbone_of.build(kernel, dtype), mixed_requests()[:: 3 if kernel == "eager" else 1]
+            truth = plainly(backbone, requests)
+            with monkeypatch.context() as patch:
+                for name in ("empty", "empty_like"):
+                    patch.setattr(torch, name, poisoned(getattr(torch, name)))
+                assert torch.empty(2).isnan().all()
+                for name in ("right paths", "early exit", "insertion"):
+                    drafter = toys(backbone, answers(requests, truth))[name]()
+                    assert_same(finish(decoder_of(backbone, drafter, max_rows=3), requests), truth, name)
+
+
+def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def made(*args: Any, **options: Any) -> torch.Tensor:
+        tensor = make(*args, **options)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    return made
+
+
 def test_long_prompts_are_read_in_chunks_beside_decoding_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("foretell.engine.loop.PREFILL_NODES", 16)
     backbone, rng = tiny(BF16), random.Random(0)

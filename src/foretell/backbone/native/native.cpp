@@ -43,7 +43,9 @@ void wait(int64_t threads) {
 }
 
 struct Team {
-    std::atomic<int> round{0}, running{0}, wanted{0};
+    // `round` counts in steps of kMaxThreads; the rest is how many threads the round wants. One number, so that a
+    // thread that wakes late for a round that went on without it cannot take the next round's threads for this one's.
+    std::atomic<int> round{0}, running{0};
     void (*body)(void*, int64_t) = nullptr;
     void* context = nullptr;
     std::vector<std::thread> threads;
@@ -52,7 +54,7 @@ struct Team {
         for (;;) {
             wait_while(round, seen);
             seen = round.load(std::memory_order_acquire);
-            if (id >= wanted.load(std::memory_order_relaxed)) continue;
+            if (id >= seen % kMaxThreads) continue;
             body(context, id);
             if (running.fetch_sub(1, std::memory_order_acq_rel) == 1) running.notify_one();
         }
@@ -63,9 +65,9 @@ struct Team {
             threads.emplace_back([this, id, now = round.load()] { work(id, now); });
         }
         body = b, context = c;
-        wanted.store(count, std::memory_order_relaxed);
         running.store(count - 1, std::memory_order_relaxed);
-        round.fetch_add(1, std::memory_order_release);
+        int now = round.load(std::memory_order_relaxed) / kMaxThreads;
+        round.store((now + 1) % (INT32_MAX / kMaxThreads) * kMaxThreads + count, std::memory_order_release);
         round.notify_all();
         b(c, 0);
         for (int left; (left = running.load(std::memory_order_acquire));) wait_while(running, left);
