@@ -1,8 +1,9 @@
 """Speculate only where it pays, measured while decoding.
 
 A step with guesses costs more than one without and emits more tokens; which wins depends on the machine, the batch
-and the context. The governor keeps both rates per (rows, context) bucket. Where speculation loses, it goes back to
-plain for a while and then tries again. Steps whose drafter had nothing to guess measure plain for free.
+and the context. The governor keeps both rates per (rows, context) bucket: a few plain steps first, then speculative
+ones until the case is clear. Where speculation loses, it stays plain for a while and then tries again. Steps whose
+drafter had nothing to guess measure plain for free.
 
 Tokens never depend on its decisions: both ways give the same ones.
 """
@@ -13,21 +14,23 @@ from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
-TRIAL = 16
-"""Speculative steps, and a quarter as many plain ones, before a bucket is judged."""
+BASELINE = 3
+"""Plain steps that a bucket begins with."""
+TRIAL = 12
+"""Speculative steps before a bucket is judged; a clear loser is judged after a third of them."""
 PATIENCE = 256
 """Steps that a verdict holds."""
-MARGIN = 0.95
-"""Speculation is dropped only when its rate is below this share of plain's."""
+MARGIN, CLEAR = 0.95, 0.75
+"""Speculation is dropped when its rate is below this share of plain's, at the end of a trial or in the midst of it."""
 
 
 @dataclass
 class _Bucket:
     seconds: dict[bool, deque[float]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=TRIAL)))
     tokens: dict[bool, deque[int]] = field(default_factory=lambda: defaultdict(lambda: deque(maxlen=TRIAL)))
-    plain_until: int = 0
-    judged_until: int = 0
     steps: int = 0
+    verdict_until: int = 0
+    plain: bool = False
 
     def rate(self, guessed: bool) -> float:
         """Tokens per second; the median step keeps a hiccup of the machine from deciding."""
@@ -47,12 +50,9 @@ class Governor:
         if not self.enabled:
             return True
         bucket = self._bucket(rows, context)
-        if bucket.steps < bucket.plain_until:
-            self.suspended_steps += 1
-            return False
-        if bucket.steps < bucket.judged_until or len(bucket.seconds[True]) < TRIAL:
-            return True
-        return len(bucket.seconds[False]) >= TRIAL // 4  # else measure plain now
+        held = bucket.plain and bucket.steps < bucket.verdict_until
+        self.suspended_steps += held
+        return not held and len(bucket.seconds[False]) >= BASELINE
 
     def record(self, rows: int, context: int, guesses: int, seconds: float, tokens: int) -> None:
         """One step's cost and what it emitted over all rows; `guesses` 0 means it was plain."""
@@ -60,15 +60,15 @@ class Governor:
         bucket.steps += 1
         bucket.seconds[guesses > 0].append(seconds)
         bucket.tokens[guesses > 0].append(tokens)
-        measured = len(bucket.seconds[True]) == TRIAL and len(bucket.seconds[False]) >= TRIAL // 4
-        if bucket.steps < max(bucket.judged_until, bucket.plain_until) or not measured:
+        tried = len(bucket.seconds[True])
+        if bucket.steps < bucket.verdict_until or len(bucket.seconds[False]) < BASELINE or tried < TRIAL // 3:
             return
-        if bucket.rate(True) < MARGIN * bucket.rate(False):
-            bucket.plain_until = bucket.judged_until = bucket.steps + PATIENCE
-            bucket.seconds[True].clear()  # the next trial starts afresh
-            bucket.tokens[True].clear()
-        else:
-            bucket.judged_until = bucket.steps + PATIENCE
+        share = bucket.rate(True) / bucket.rate(False)
+        if share >= CLEAR and tried < TRIAL:
+            return
+        bucket.plain, bucket.verdict_until = share < MARGIN, bucket.steps + PATIENCE
+        for samples in (bucket.seconds, bucket.tokens):
+            samples[True].clear()  # the next trial starts afresh
 
     def _bucket(self, rows: int, context: int) -> _Bucket:
         return self._buckets[rows.bit_length(), (context // 256).bit_length()]
