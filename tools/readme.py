@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ END = "<!-- end of figures -->"
 
 
 def render(results: dict[str, Any]) -> str:
-    speed, step, batch = (results[name]["result"] for name in ("speed", "step", "batch"))
-    machine, startup, exact = (results[name]["result"] for name in ("machine", "startup", "exactness"))
+    speed = results["speed"]["result"]
     lines = [
         "## Measured",
         "",
@@ -34,29 +34,52 @@ def render(results: dict[str, Any]) -> str:
         row = speed[name]
         ratio = row["median_ratio_to_transformers"]
         lines.append(f"| {label} | {row['tokens_per_s']} | {ratio}× | {row.get('tokens_per_step', '')} |")
-    relative = step["bf16"]["300"]["relative"]
-    cost = ", ".join(f"{size} nodes {relative[size]}" for size in ("8", "16", "32", "64"))
-    same = list(exact.values())
-    tokens = sum(v["tokens"] for v in same)
-    agreed = all(v["same_ids"] == v["same_cache"] == v["same_logprobs"] == v["prompts"] for v in same)
     lines += [
         "",
-        f"- Exactness: {len(same)} settings (drafters and random trees, two types, two batch sizes, two temperatures), "
-        f"{tokens:,} tokens: ids, log-probabilities and cache bytes "
-        + (
-            "equal plain decoding's in every one."
-            if agreed
-            else "differ from plain decoding's somewhere: see the file."
-        ),
-        f"- A plain step takes {machine['plain_ms_per_step_at_100_keys']} ms; reading the weights once at the measured "
-        f"{machine['read_gb_per_s']} GB/s takes {machine['bound_ms_per_step']} ms.",
-        f"- A step's cost relative to one node, at 300 keys: {cost}.",
-        f"- Batch of 32: {batch['plain']['tokens_per_s']} tokens/s (transformers: "
-        f"{batch['transformers']['tokens_per_s']}).",
-        f"- From process start to the first token {startup['first_token_seconds_from_process_start']} s; peak memory "
-        f"{startup['peak_memory_gb']} GB.",
+        *(f"- {sentence(results[name]['result'])}" for name, sentence in SENTENCES.items() if name in results),
     ]
     return "\n".join(lines)
+
+
+def exactness(settings: dict[str, Any]) -> str:
+    same = list(settings.values())
+    agreed = all(v["same_ids"] == v["same_cache"] == v["same_logprobs"] == v["prompts"] for v in same)
+    verdict = (
+        "equal plain decoding's in every one" if agreed else "differ from plain decoding's somewhere: see the file"
+    )
+    return (
+        f"Exactness: {len(same)} settings of drafter or random trees, number type, temperature and batch size, "
+        f"{sum(v['tokens'] for v in same):,} tokens: ids, log-probabilities and cache bytes {verdict}."
+    )
+
+
+def machine(r: dict[str, Any]) -> str:
+    return (
+        f"A plain step takes {r['plain_ms_per_step_at_100_keys']} ms; reading the weights once at the measured "
+        f"{r['read_gb_per_s']} GB/s takes {r['bound_ms_per_step']} ms."
+    )
+
+
+def step(r: dict[str, Any]) -> str:
+    relative = r["bf16"]["300"]["relative"]
+    cost = ", ".join(f"{size} nodes {relative[size]}" for size in ("8", "16", "32", "64"))
+    return f"A step's cost relative to one node, at 300 keys: {cost}."
+
+
+def batch(r: dict[str, Any]) -> str:
+    ours, theirs = r["plain"]["tokens_per_s"], r["transformers"]["tokens_per_s"]
+    return f"Batch of 32: {ours} tokens/s (transformers: {theirs})."
+
+
+def startup(r: dict[str, Any]) -> str:
+    first, peak = r["first_token_seconds_from_process_start"], r["peak_memory_gb"]
+    return f"From process start to the first token {first} s; peak memory {peak} GB."
+
+
+SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "exactness": exactness, "machine": machine, "step": step, "batch": batch, "startup": startup,
+}  # fmt: skip
+"""Section of the results -> its sentence; a section not measured yet has none."""
 
 
 def main() -> int:
