@@ -153,11 +153,16 @@ class Checker(Drafter):
         self.inner, self.backbone, self.always, self.checked = inner, backbone, always, 0
         self.rows: dict[int, Row] = {}
         self.taps = (0, 1, backbone.config.layers, FINAL)  # type: ignore[misc]
+        self.cuts, self.at_cut = inner.cuts, inner.at_cut  # type: ignore[misc, method-assign]
         self.seen: dict[int, dict[int, list[Tensor]]] = {}
 
     @property
     def most_nodes(self) -> int:
         return self.inner.most_nodes
+
+    @property
+    def extra_nodes(self) -> int:
+        return self.inner.extra_nodes
 
     def reset(self, rows: Sequence[Row]) -> None:
         self.inner.reset(rows)

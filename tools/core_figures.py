@@ -395,8 +395,8 @@ def transcript(llm: Any, drafter: Drafter, prompts: list[list[int]], rows: int, 
             logprobs += [item.logprob for item in event.logprobs]
             if event.finish_reason:
                 keys, values = decoder.cache.read(slots.get(event.request, _slot(decoder, prompts, event.request)))
-                digest = hashlib.sha256()
-                for tensor in (keys, values):
+                digest, entered = hashlib.sha256(), len(prompts[event.request]) + len(ids) - 1
+                for tensor in (keys[:, :, :entered], values[:, :, :entered]):  # an accepted stop token entered too
                     digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
                 out[event.request] = (ids, logprobs, digest.hexdigest())
     return out
