@@ -35,7 +35,8 @@ def compiler() -> list[str] | None:
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         if name and shutil.which(name.split()[0]):
             return name.split()
-    return [sys.executable, "-m", "ziglang", "c++"] if find_spec("ziglang") else None
+    # zig compiles for the building machine unless told otherwise, and then even the generic build needs that machine
+    return [sys.executable, "-m", "ziglang", "c++", "-mcpu=baseline"] if find_spec("ziglang") else None
 
 
 class BuildKernels(build_ext):

@@ -100,6 +100,26 @@ def test_many_query_heads_share_one_key_head(kernel: str, dtype: torch.dtype, sh
                 assert same(hidden[row][path], streams)
 
 
+@compiled_only
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_a_lone_query_attends_as_in_company(kernel: str, dtype: torch.dtype, head_dim: int) -> None:
+    """A few queries take their keys in place where many have them packed."""
+    model = Model(LLAMA.raw | {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": head_dim})
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(40, 6, head_dim, generator=generator).to(dtype)
+    with using(kernel):
+        backbone: Any = model.build(kernel, dtype)
+        cache = backbone.new_cache(2, 200)
+        for tensor in (cache.keys, cache.values):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        for length in (0, 1, 30, 31, 32, 63, 64, 100, 150):
+            together = backbone.attention(queries, Nodes.chains([1], [length], [40]), cache)
+            for node in (0, 1, 2, 33, 39):
+                alone = backbone.attention(queries[node : node + 1], Nodes.chains([1], [length + node], [1]), cache)
+                assert same(alone[0], together[node])
+
+
 @every_kernel
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_the_number_of_threads_changes_no_bit(kernel: str, dtype: torch.dtype) -> None:
