@@ -157,6 +157,7 @@ def load(
     model: str | Path = "smollm2-135m",
     drafter: str = "plain",
     *,
+    lookup: bool = False,
     dtype: str | None = None,
     device: str | None = None,
     threads: int | None = None,
@@ -171,6 +172,7 @@ def load(
     Args:
         model: a catalogue name, a Hugging Face hub id, a local folder or a .gguf file.
         drafter: a name from `foretell.drafters.DRAFTERS`; `options` are its own.
+        lookup: merge candidates of prompt lookup into its trees.
         dtype, device, threads, kernel: see `foretell.backbone.assemble`.
         cache_dir, offline: see `foretell.backbone.resolve`.
         progress: called with (stage, fraction) while files are fetched or converted.
@@ -181,4 +183,9 @@ def load(
     drafters.drafter_class(drafter)  # a typing mistake must not cost a download
     folder = resolve(str(model), cache_dir=cache_dir, offline=offline, progress=progress)
     backbone = assemble(folder.path, dtype=dtype, device=device, threads=threads, kernel=kernel)
-    return LLM(backbone, Tokenizer.from_folder(folder.path), drafters.build(drafter, backbone, **options), folder)
+    return LLM(
+        backbone,
+        Tokenizer.from_folder(folder.path),
+        drafters.build(drafter, backbone, lookup=lookup, **options),
+        folder,
+    )

@@ -10,7 +10,7 @@ Legend: M nodes of the pass, d hidden width, V vocabulary, L layers.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -95,6 +95,17 @@ class Backbone(ABC):
     @abstractmethod
     def logits(self, states_Md: Tensor) -> Tensor:
         """Normed states -> [M, V] float32."""
+
+    @abstractmethod
+    def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """A drafter's own linear layer through this backbone's kernels: x [M, K] -> float32 [M, N].
+
+        The weight is cast to the backbone's type and packed once.
+        """
+
+    @abstractmethod
+    def head_rows(self, ids_N: Tensor) -> Tensor:
+        """Rows of the output matrix [N, d] in the backbone's type: the start, or the whole, of a draft head."""
 
     def argmax(self, states_Md: Tensor) -> Tensor:
         """Normed states -> the first most probable token [M] int64."""

@@ -149,6 +149,19 @@ class CompiledBackbone(Backbone):
         self._library()
         return self._head.argmax(states_Md, self.threads)
 
+    def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> Callable[[Tensor], Tensor]:
+        packed = PackedLinear(weight_NK.to(self.dtype), bias_N)
+
+        def call(x_MK: Tensor) -> Tensor:
+            self._library()
+            return packed(x_MK, self.threads)
+
+        return call
+
+    def head_rows(self, ids_N: Tensor) -> Tensor:
+        self._library()
+        return self._head.rows(ids_N).to(self.dtype)
+
     def _rows(self, nodes: Nodes) -> tuple[kernels.Rows, tuple[Tensor, Tensor]]:
         cosine, sine = self.rotation(nodes.positions)
         arrays = (nodes.sequence, nodes.node, nodes.cache_rows, nodes.lengths, nodes.offsets, nodes.parents)

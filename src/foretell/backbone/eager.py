@@ -154,6 +154,16 @@ class EagerBackbone(Backbone):
     def logits(self, states_Md: Tensor) -> Tensor:
         return self._head(states_Md)
 
+    def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> Callable[[Tensor], Tensor]:
+        bias_N = None if bias_N is None else bias_N.to(self.device)
+        return Linear(weight_NK.to(self.device, self.dtype), bias_N, packed=self._packed)
+
+    def head_rows(self, ids_N: Tensor) -> Tensor:
+        if self.config.tied:
+            return self._embedding[ids_N.to(self.device)]
+        unit_dd = torch.eye(self.config.hidden, device=self.device)  # a packed matrix shows itself only in products
+        return self._head(unit_dd)[:, ids_N.to(self.device)].T.to(self.dtype)
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension, in float32."""

@@ -11,7 +11,7 @@ not here: `--help` must be quick.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
@@ -26,6 +26,7 @@ from foretell.errors import UsageError
 if TYPE_CHECKING:
     from foretell.api import LLM
     from foretell.contracts import SamplingParams
+    from foretell.train.trainer import Settings
     from foretell.verify import Typical
 
 
@@ -35,13 +36,11 @@ def flag(default: Any, help: str, *short: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loading:
-    """Which model, which drafter, and how they compute."""
+class Base:
+    """Which model, and how it computes."""
 
     PANEL: ClassVar[str] = "Model"
     model: str = flag("smollm2-135m", "A name from `foretell models`, a hub id, a folder or a .gguf file.", "-m")
-    drafter: str = flag("plain", "What guesses; see the list below.", "-d")
-    option: list[str] | None = flag(None, "An option of the drafter, as key=value; repeatable.", "-o")
     dtype: Literal["bf16", "fp32"] | None = flag(None, "Number type; by default what suits this machine.")
     device: str | None = flag(None, "Where to compute: cpu or cuda; by default the GPU if there is one.")
     threads: int | None = flag(None, "CPU threads; by default the cores this process may use.")
@@ -49,22 +48,58 @@ class Loading:
     cache_dir: Path | None = flag(None, "Where fetched models are kept; else FORETELL_CACHE.")
     offline: bool = flag(False, "Fetch nothing.")
 
-    def load(self) -> LLM:
-        """The model with its drafter; says what limits the promise. Options are checked before the fetch."""
+    def load(self, drafter: str = "plain", lookup: bool = False, **options: Any) -> LLM:
+        """The model with a drafter; says what limits the promise."""
         import foretell
 
-        options = dict(_option(self.drafter, text) for text in self.option or ())
         with load_progress() as progress:
             llm = foretell.load(
-                self.model, self.drafter, dtype=self.dtype, device=self.device, threads=self.threads,
+                self.model, drafter, lookup=lookup, dtype=self.dtype, device=self.device, threads=self.threads,
                 kernel=self.kernel, cache_dir=self.cache_dir, offline=self.offline or None, progress=progress,
                 **options,
             )  # fmt: skip
         if llm.backbone.inexact:
             note(f"note: {llm.backbone.inexact}")
+        return llm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading(Base):
+    """Which model, which drafter, and how they compute."""
+
+    drafter: str = flag("plain", "What guesses; see the list below.", "-d")
+    option: list[str] | None = flag(None, "An option of the drafter, as key=value; repeatable.", "-o")
+    lookup: bool = flag(False, "Merge candidates of prompt lookup into the drafter's trees.")
+
+    def load(self, drafter: str = "", lookup: bool = False, **options: Any) -> LLM:
+        """Options are checked before anything is fetched."""
+        llm = super().load(
+            drafter or self.drafter, lookup or self.lookup, **_drafter_options(self.drafter, self.option), **options
+        )
         if not llm.drafter.lossless:
             note(f"note: {self.drafter} is lossy: its output need not be the model's own.")
         return llm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How long and how fast a drafter learns; `train.trainer.Settings` checks the values."""
+
+    PANEL: ClassVar[str] = "Training"
+    epochs: float = flag(4.0, "Passes over the data.")
+    learning_rate: float = flag(1e-3, "At its peak.", "--lr")
+    batch_tokens: int = flag(8192, "Tokens of a batch.")
+    accumulate: int = flag(1, "Batches per step.")
+    warmup: float = flag(0.05, "Share of the steps that lead up to the peak.")
+    weight_decay: float = flag(0.0, "Of AdamW.")
+    held_out: float = flag(0.03, "Share of the conversations kept for measuring (400 at most).")
+    save_seconds: float = flag(300.0, "Seconds between saved states.")
+    seed: int = flag(0, "Of the order of the data.")
+
+    def settings(self) -> Settings:
+        from foretell.train.trainer import Settings
+
+        return Settings(**vars(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,28 +207,37 @@ def _typed(text: str, default: object) -> Any:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
-def _option(drafter: str, text: str) -> tuple[str, Any]:
-    """key=value as an option of the drafter; refuses one it does not have, or a value of another type."""
+def parse_options(whose: str, parameters: dict[str, inspect.Parameter], texts: list[str]) -> Iterator[tuple[str, Any]]:
+    """key=value texts as arguments of a function; refuses one it does not have, or a value of another type.
+
+    Args:
+        whose: how an error names what has the options.
+        parameters: of the function; those without a default are not options.
+    """
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    known = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+    for text in texts:
+        name, equals, value_text = text.partition("=")
+        name = name.replace("-", "_")
+        if not (equals and name):
+            raise UsageError(f"--option {text!r} is not key=value; write, say, -o nodes=16.")
+        if name not in known and (not takes_any or name in _RESERVED):
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise UsageError(f"{whose} has no option {name!r}; {has}.")
+        default = known.get(name)
+        value, wanted = _typed(value_text, default), _KINDS.get(type(default))
+        if wanted and not (type(value) is type(default) or (type(default) is float and type(value) is int)):
+            raise UsageError(f"Option {name!r} of {whose[0].lower()}{whose[1:]} is {value!r}; it must be {wanted}.")
+        yield name, value
+
+
+def _drafter_options(drafter: str, texts: list[str] | None) -> dict[str, Any]:
     from foretell.contracts import Drafter
 
-    name, equals, value_text = text.partition("=")
-    name = name.replace("-", "_")
-    if not (equals and name):
-        raise UsageError(f"--option {text!r} is not key=value; write, say, -o nodes=16.")
     cls = drafters.drafter_class(drafter)
     builds_itself = cls.build.__func__ is not Drafter.build.__func__  # type: ignore[attr-defined]
     parameters = dict(inspect.signature(cls.build if builds_itself else cls).parameters)
-    parameters.pop("backbone", None)
-    takes_any = [n for n, p in parameters.items() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    known = {n: p.default for n, p in parameters.items() if n not in takes_any}
-    if name not in known and (not takes_any or name in _RESERVED):
-        has = f"it has {', '.join(known)}" if known else "it has none"
-        raise UsageError(f"Drafter {drafter!r} has no option {name!r}; {has}.")
-    default = known.get(name)
-    value, wanted = _typed(value_text, default), _KINDS.get(type(default))
-    if wanted and not (type(value) is type(default) or (type(default) is float and type(value) is int)):
-        raise UsageError(f"Option {name!r} of drafter {drafter!r} is {value!r}; it must be {wanted}.")
-    return name, value
+    return dict(parse_options(f"Drafter {drafter!r}", parameters, texts or []))
 
 
 _RESERVED = {each.name for each in fields(Loading)} | {"progress"}

@@ -72,6 +72,33 @@ def answer_progress(count: int) -> Iterator[Callable[[int, bool], None]]:
 
 
 @contextmanager
+def job_progress(name: str, unit: str) -> Iterator[Callable[[int, int, int], None]]:
+    """A bar with the time left, and the rate of `unit` if there is one; called with (done, total, units so far).
+
+    Where stderr is no terminal, a line every half minute.
+    """
+    began = time.perf_counter()
+    said = began
+
+    def rate(units: int) -> str:
+        return f"{units / max(1e-9, time.perf_counter() - began):.0f} {unit}" if unit else ""
+
+    if not sys.stderr.isatty():
+
+        def say(done: int, total: int, units: int) -> None:
+            nonlocal said
+            if time.perf_counter() - said > 30 or done == total:
+                said = time.perf_counter()
+                note(f"{name}: {done}/{total} {rate(units)}, {said - began:.0f} s")
+
+        yield say
+        return
+    with _bar("{task.completed:.0f}/{task.total:.0f}", "{task.fields[rate]}") as bar:
+        task = bar.add_task(name, total=None, rate="")
+        yield lambda done, total, units: bar.update(task, completed=done, total=total, rate=rate(units))
+
+
+@contextmanager
 def interruptible() -> Iterator[list[int]]:
     """A list that Ctrl-C fills, instead of an exception anywhere in a step; a second Ctrl-C insists."""
     caught: list[int] = []

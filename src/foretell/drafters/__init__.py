@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 DRAFTERS: dict[str, tuple[str | type[Drafter], str]] = {
     "plain": ("foretell.drafters.plain:Plain", "one token per step: the baseline"),
     "prompt_lookup": ("foretell.drafters.prompt_lookup:PromptLookup", "repeats what followed the same words before"),
+    "medusa": ("foretell.drafters.medusa:Medusa", "trained heads that guess the tokens after the next"),
 }
 
 
@@ -46,16 +47,21 @@ def drafter_class(name: str) -> type[Drafter]:
     return getattr(import_module(module), attribute)
 
 
-def build(name: str, backbone: Backbone, **options: Any) -> Drafter:
-    """Makes the drafter `name` for a backbone.
+def build(name: str, backbone: Backbone, lookup: bool = False, **options: Any) -> Drafter:
+    """Makes the drafter `name` for a backbone; `lookup` merges candidates of prompt lookup into its trees.
 
     Raises:
         UsageError: for an unknown name or an option that it does not have.
     """
     cls = drafter_class(name)
     try:
-        return cls.build(backbone, **options)
+        drafter = cls.build(backbone, **options)
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
             raise
         raise UsageError(f"Drafter {name!r} has no such option: {error}.") from error
+    if not lookup:
+        return drafter
+    from foretell.drafters.prompt_lookup import WithLookup
+
+    return WithLookup(drafter)

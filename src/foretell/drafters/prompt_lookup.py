@@ -10,11 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from foretell.contracts import Draft, Drafter, Row
+from torch import Tensor
+
+from foretell.contracts import Draft, Drafter, Features, Row
 from foretell.errors import UsageError
-from foretell.trees import TokenTree
+from foretell.trees import TokenTree, merge
 from foretell.trees.tree import ROOT
+
+if TYPE_CHECKING:
+    from foretell.backbone import KVCache
 
 
 @dataclass
@@ -101,3 +107,55 @@ class PromptLookup(Drafter):
                     ids.append(token)
                 node = child
         return (TokenTree(tuple(parents)) if len(parents) > 1 else ROOT), ids
+
+
+class WithLookup(Drafter):
+    """Any drafter, its trees merged with candidates of prompt lookup: what the text repeats, no head foretells.
+
+    The tree keeps its size: the last guesses of the inner drafter, its least valuable ones where it orders them,
+    make room.
+
+    Args:
+        share: most of the tree that lookup may take.
+    """
+
+    def __init__(self, inner: Drafter, share: float = 0.5, **lookup: int):
+        self.inner, self.share, self.lookup = inner, share, PromptLookup(**lookup)
+        self.taps, self.cuts, self.lossless = inner.taps, inner.cuts, inner.lossless  # type: ignore[misc]
+
+    @property
+    def most_nodes(self) -> int:
+        return max(self.inner.most_nodes, self.lookup.nodes)
+
+    @property
+    def extra_nodes(self) -> int:
+        return self.inner.extra_nodes
+
+    def bind(self, cache: KVCache) -> None:
+        self.inner.bind(cache)
+
+    def reset(self, rows: Sequence[Row]) -> None:
+        self.inner.reset(rows)
+        self.lookup.reset(rows)
+
+    def observe(self, rows: Sequence[Row], features: Features) -> None:
+        self.inner.observe(rows, features)
+
+    def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Any) -> tuple[Tensor, Any]:
+        return self.inner.at_cut(layer, hidden_Md, nodes)
+
+    def draft(self, rows: Sequence[Row]) -> Draft:
+        draft, found = self.inner.draft(rows), self.lookup.draft(rows)
+        if draft.resume is not None:
+            raise UsageError("This drafter has run its trees through lower layers already; leave out --lookup.")
+        draft.probabilities = None  # lookup has none
+        for i in range(len(rows)):
+            tree, tokens = draft.trees[i], draft.tokens[i]
+            size = max(len(tree), self.lookup.nodes) if len(tree) == 1 else len(tree)
+            other = min(len(found.trees[i]) - 1, int(size * self.share) if len(tree) > 1 else size - 1)
+            kept = min(len(tree), size - other)
+            draft.trees[i], draft.tokens[i] = merge(
+                TokenTree(tree.parents[:kept]), tokens[:kept],
+                TokenTree(found.trees[i].parents[: other + 1]), found.tokens[i][: other + 1],
+            )  # fmt: skip
+        return draft

@@ -1,0 +1,127 @@
+"""What a step costs on this machine, by rows, context and nodes: the other half of choosing a tree.
+
+A larger tree accepts more and costs more; how much more depends on the processor, the batch and the context, and can
+only be measured. `foretell tune` measures it once per machine, model and number type; drafters read it back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from foretell.backbone.base import Backbone
+from foretell.backbone.files import read_json, write_errors
+from foretell.backbone.nodes import Nodes
+from foretell.backbone.store import cache_folder
+from foretell.errors import ForetellError
+from foretell.trees import TokenTree
+
+ROWS, CONTEXTS, NODES = (1, 2, 4, 8), (128, 512, 1024), (1, 4, 8, 16, 24, 32, 48, 64)
+
+
+@dataclass
+class StepCosts:
+    """Seconds of a step: rows -> context -> nodes a row -> seconds."""
+
+    seconds: dict[int, dict[int, dict[int, float]]]
+
+    def of(self, rows: int, context: int, nodes: int) -> float:
+        """Seconds of a step; between measured sizes by interpolation, rows and contexts from the nearest measured."""
+        at = self.seconds[min(self.seconds, key=lambda r: abs(r - rows))]
+        sizes = at[min(at, key=lambda c: abs(c - context))]
+        below = max((n for n in sizes if n <= nodes), default=min(sizes))
+        above = min((n for n in sizes if n >= nodes), default=max(sizes))
+        share = (nodes - below) / (above - below) if above > below else 0.0
+        return sizes[below] * (1 - share) + sizes[above] * share
+
+    def best_size(self, rows: int, context: int, tokens_per_step: dict[int, float]) -> int:
+        """The tree size of the most tokens per second, where `tokens_per_step` says what each size earns."""
+        return max(tokens_per_step, key=lambda n: tokens_per_step[n] / self.of(rows, context, n))
+
+    def save(self, path: Path) -> None:
+        with write_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.partial")
+            partial.write_text(json.dumps({"seconds": self.seconds}, indent=1) + "\n", encoding="utf-8")
+            partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> StepCosts | None:
+        """What was saved; None where nothing was.
+
+        Raises:
+            ForetellError: the file is damaged.
+        """
+        if not path.is_file():
+            return None
+        try:
+            raw = read_json(path)["seconds"]
+            return cls(
+                {
+                    int(r): {int(c): {int(n): float(s) for n, s in x.items()} for c, x in y.items()}
+                    for r, y in raw.items()
+                }
+            )
+        except (KeyError, ValueError, AttributeError) as error:
+            raise ForetellError(f"{path} is damaged; delete it and run foretell tune again.") from error
+
+
+def costs_file(backbone: Backbone, cache_dir: str | Path | None = None) -> Path:
+    """Where the costs of this backbone on this machine are kept."""
+    parts = (
+        platform.node(), _processor(), backbone.kernels, str(backbone.dtype), str(backbone.device),
+        str(backbone.threads), backbone.fingerprint,
+    )  # fmt: skip
+    return cache_folder(cache_dir) / "costs" / f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.json"
+
+
+def measure(
+    backbone: Backbone,
+    rows: Sequence[int] = ROWS,
+    contexts: Sequence[int] = CONTEXTS,
+    nodes: Sequence[int] = NODES,
+    repeats: int = 9,
+    progress: Callable[[float], None] = lambda fraction: None,
+) -> StepCosts:
+    """Times whole steps over random tokens; sizes take turns, and the median of the rounds counts."""
+    contexts = [c for c in contexts if c + max(nodes) <= backbone.config.max_positions] or [1]
+    cache = backbone.new_cache(max(rows), max(contexts) + max(nodes))
+    seconds: dict[int, dict[int, dict[int, float]]] = {}
+    done = 0
+    for count in rows:
+        for context in contexts:
+            times: dict[int, list[float]] = {size: [] for size in nodes}
+            for turn in range(repeats + 1):
+                for size, measured in times.items():
+                    took = _step_seconds(backbone, cache, size, count, context)
+                    if turn:  # the first warms up
+                        measured.append(took)
+                done += 1
+                progress(done / (len(rows) * len(contexts) * (repeats + 1)))
+            seconds.setdefault(count, {})[context] = {size: median(t) for size, t in times.items()}
+    return StepCosts(seconds)
+
+
+def _step_seconds(backbone: Backbone, cache: object, size: int, rows: int, context: int) -> float:
+    tree = TokenTree((-1, *((i - 1) // 4 for i in range(1, size))))
+    nodes = Nodes([tree] * rows, list(range(rows)), [context] * rows)
+    tokens = torch.arange(size * rows) % backbone.config.vocab
+    began = time.perf_counter()
+    backbone.argmax(backbone.forward(tokens, nodes, cache)).tolist()  # type: ignore[arg-type]
+    return time.perf_counter() - began
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    except OSError:
+        return platform.processor()

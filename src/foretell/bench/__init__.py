@@ -1,0 +1,1 @@
+"""Figures: how fast, how exact, and the plots that show it."""

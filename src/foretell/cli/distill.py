@@ -1,0 +1,72 @@
+"""`foretell distill`: the model answers prompts, its own or a file's, into a folder to train on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from foretell.cli.options import Base
+from foretell.cli.terminal import job_progress, note
+from foretell.errors import UsageError
+
+if TYPE_CHECKING:
+    from foretell.conversations import Conversation
+
+
+def distill(
+    base: Base,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the data; one that exists is gone on with.")],
+    prompts: Annotated[Path | None, typer.Option(help="JSON lines with `prompt` or `turns`.")] = None,
+    write: Annotated[
+        int, typer.Option(min=0, help="Prompts the model writes itself; 1000 where no file is given.")
+    ] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take at most so many lines of the file.")] = None,
+    temperature: Annotated[float, typer.Option("--temperature", "-t", help="Of the answers; 0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Of the answers.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens of an answer.")] = 256,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Answers side by side.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of the prompts and of sampled answers.")] = 0,
+) -> None:
+    """Let the model write training data: prompts, if none are given, and its answers.
+
+    An interrupted run goes on where it was when the same command is given again.
+    """
+    from foretell.contracts import SamplingParams
+    from foretell.train.data import Store
+    from foretell.train.distill import distill as answer
+    from foretell.train.distill import read_prompts, write_prompts
+
+    if prompts is None and not write:
+        write = 1000
+    if limit is not None and prompts is None:
+        raise UsageError("--limit is for the lines of a file; give --prompts FILE.jsonl, or --write N.")
+    params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    asked: list[Conversation] = read_prompts(prompts, limit) if prompts else []
+    llm = base.load()
+    settings = {
+        "prompts": prompts.name if prompts else None, "limit": limit, "write": write, "temperature": temperature,
+        "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed,
+    }  # fmt: skip
+    command = " ".join(["foretell", "distill", *sys.argv[2:]])
+    store = Store.create(
+        out,
+        {"model": base.model, "fingerprint": llm.backbone.fingerprint, "vocab": llm.backbone.config.vocab,
+         "settings": settings, "command": command},
+    )  # fmt: skip
+    if write:
+        own = out / "prompts.jsonl"
+        with job_progress("writing prompts", "tokens/s") as progress:
+            write_prompts(llm, write, own, seed=seed, rows=batch_size, progress=progress)
+        offset = 1 << 20  # far from the lines of any file: sampling noise belongs to the line
+        asked += [type(each)(each.turns, each.line + offset, each.where) for each in read_prompts(own)]
+    try:
+        with job_progress("answering", "tokens/s") as progress:
+            answer(llm, asked, store, params, rows=batch_size, progress=progress)
+    finally:
+        store.write_manifest()
+    counts = store.manifest["counts"]
+    dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items()) or "none"
+    note(f"{counts['conversations']} conversations, {counts['written']} tokens written; dropped: {dropped}. In {out}.")

@@ -1,0 +1,98 @@
+"""`foretell train METHOD`: heads for a frozen backbone, from distilled data."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from foretell import drafters
+from foretell.cli.options import Base, Training, parse_options
+from foretell.cli.terminal import job_progress, note
+from foretell.errors import UsageError
+
+if TYPE_CHECKING:
+    from foretell.train.trainer import Report
+
+
+def train(
+    base: Base,
+    training: Training,
+    method: Annotated[str, typer.Argument(help="A drafter that can be trained: medusa.")],
+    data: Annotated[Path, typer.Option(help="Folder that `foretell distill` wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for the drafter; a run that was interrupted goes on in it.")],
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="key=value of the method; repeatable.")
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute features batch by batch; keep none.")] = False,
+    other_model: Annotated[bool, typer.Option("--other-model", help="Allow data that another model wrote.")] = False,
+) -> None:
+    """Train a drafter for a model on what the model wrote."""
+    import torch
+
+    from foretell.bench.plots import training_curves
+    from foretell.drafters.checkpoint import Checkpoint
+    from foretell.train.data import Store
+    from foretell.train.features import Features
+    from foretell.train.trainer import Trainer
+
+    cls: Any = drafters.drafter_class(method)
+    if not hasattr(cls, "trainable"):
+        able = [name for name in drafters.DRAFTERS if hasattr(drafters.drafter_class(name), "trainable")]
+        raise UsageError(f"Drafter {method!r} has nothing to train; those that have are {', '.join(able)}.")
+    parameters = dict(inspect.signature(cls.trainable).parameters)
+    options = dict(parse_options(f"{method} training", parameters, option or []))
+    settings, store = training.settings(), Store.open(data)
+    if not store.conversations:
+        raise UsageError(f"{data} holds no conversations; distill some first.")
+    llm = base.load()
+    backbone = llm.backbone
+    if store.manifest["fingerprint"] != backbone.fingerprint and not other_model:
+        raise UsageError(
+            f"{data} was written by {store.manifest['model']} (fingerprint {store.manifest['fingerprint']}), not by "
+            f"this model ({backbone.fingerprint}); distill with this one, or allow it with --other-model."
+        )
+    counts_V = torch.zeros(backbone.config.vocab, dtype=torch.int64)
+    for each in store.conversations:
+        written = [token for start, end in each.answers for token in each.tokens[start:end]]
+        counts_V += torch.bincount(torch.tensor(written), minlength=len(counts_V))
+    module = cls.trainable(backbone, counts_V, **options)
+    shards = None if no_cache else data / f"features-{backbone.fingerprint}-{'-'.join(map(str, module.taps))}"
+    features = Features(backbone, store.conversations, module.taps, shards)
+    began = time.perf_counter()
+    with job_progress("features", "") as progress:
+        features.prepare(lambda fraction: progress(round(fraction * 1000), 1000, 0))
+    run = Trainer(module, features, settings, out / "run")
+    with job_progress(f"training {method}", "") as progress:
+        run.run(lambda step, steps, line: progress(step, steps, 0))
+    report = run.evaluate()
+    run.log({"held_out": {"epoch": settings.epochs, **asdict(report)}})
+    tensors, arch = module.checkpoint()
+    checkpoint = Checkpoint(
+        method=method, backbone=base.model, fingerprint=backbone.fingerprint, hidden=backbone.config.hidden,
+        vocab=backbone.config.vocab, arch=arch, paths=[list(path) for path in report.paths],
+        tokens_per_step={str(size): tokens for size, tokens in report.tokens_per_step.items()},
+        provenance={
+            "command": " ".join(["foretell", "train", *sys.argv[2:]]), "data": store.manifest,
+            "settings": asdict(settings), "options": options, "accuracy": report.accuracy, "loss": report.loss,
+            "seconds": round(time.perf_counter() - began), "skipped_batches": run.skipped,
+        },
+    )  # fmt: skip
+    checkpoint.save(out / "drafter", tensors)
+    training_curves(out / "run/log.jsonl", out / "curves.png")
+    _say(report, out)
+
+
+def _say(report: Report, out: Path) -> None:
+    for k, accuracy in enumerate(report.accuracy, start=1):
+        note(f"head {k}: {accuracy['top1']:.1%} first, {accuracy['top5']:.1%} among five")
+    note(
+        "tokens per step on held-out text: "
+        + ", ".join(f"{n} nodes {t:.2f}" for n, t in report.tokens_per_step.items())
+    )
+    note(f"The drafter is in {out / 'drafter'}: use it with -o checkpoint={out / 'drafter'}")

@@ -1,0 +1,52 @@
+"""`foretell tune`: what a step costs on this machine, and which tree that makes the best."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from foretell.cli.options import Loading
+from foretell.cli.terminal import job_progress, note
+
+if TYPE_CHECKING:
+    from foretell.backbone.costs import StepCosts
+
+
+def tune(
+    loading: Loading,
+    quick: Annotated[bool, typer.Option("--quick", help="Batch 1 only, fewer repeats.")] = False,
+) -> None:
+    """Measure what steps cost here, by nodes, batch and context; drafters choose their trees by it from then on."""
+    from foretell.backbone.costs import costs_file, measure
+
+    llm = loading.load()
+    with job_progress("measuring steps", "") as progress:
+        costs = measure(
+            llm.backbone, **({"rows": (1,), "repeats": 5} if quick else {}),  # type: ignore[arg-type]
+            progress=lambda fraction: progress(round(fraction * 1000), 1000, 0),
+        )  # fmt: skip
+    path = costs_file(llm.backbone, loading.cache_dir)
+    costs.save(path)
+    _table(costs, getattr(llm.drafter, "tokens_per_step", {}))
+    note(f"Kept in {path}; -o nodes=N overrides it.")
+
+
+def _table(costs: StepCosts, earned: dict[int, float]) -> None:
+    """Milliseconds of a step by nodes; with a drafter that has trees, its best size and what it should gain."""
+    from rich.console import Console
+    from rich.table import Table
+
+    sizes = list(next(iter(next(iter(costs.seconds.values())).values())))
+    table = Table("batch", "context", *(f"{n} nodes" if n > 1 else "1 node, ms" for n in sizes))
+    if earned:
+        table.add_column("best tree")
+        table.add_column("speed-up")
+    for rows, contexts in costs.seconds.items():
+        for context, seconds in contexts.items():
+            cells = [f"{seconds[1] * 1e3:.1f}", *(f"{seconds[n] / seconds[1]:.2f}" for n in sizes[1:])]
+            if earned:
+                best = costs.best_size(rows, context, earned)
+                cells += [str(best), f"{earned[best] * seconds[1] / costs.of(rows, context, best):.2f}"]
+            table.add_row(str(rows), str(context), *cells)
+    Console().print(table)

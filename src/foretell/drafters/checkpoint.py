@@ -1,0 +1,133 @@
+"""A trained drafter on disk: safetensors and a config that says whose drafter it is.
+
+    config.json          format and method; the backbone's fingerprint and sizes; the module's numbers; trees and what
+                         they earned on held-out text; the command and the data that made it
+    model.safetensors    the tensors
+
+A drafter trained for one model drafts nonsense for another: its fingerprint must match, unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from foretell.backbone.files import one_line, read_json, staged_folder, write_errors
+from foretell.errors import ForetellError, UsageError
+
+if TYPE_CHECKING:
+    from foretell.backbone import Backbone
+
+FORMAT = 1
+SHIPPED = Path(__file__).parent / "trained"
+"""Checkpoints that came with the package, in folders of any name."""
+
+
+@dataclass
+class Checkpoint:
+    """See the module's first lines.
+
+    Attributes:
+        method: the drafter's name in the table.
+        arch: numbers its module is made from.
+        paths: rank paths of the largest tree, the most valuable first; any beginning is a tree.
+        tokens_per_step: tree size -> tokens per step on held-out text.
+        provenance: command, data, figures; free form.
+    """
+
+    method: str
+    backbone: str
+    fingerprint: str
+    hidden: int
+    vocab: int
+    arch: dict[str, Any]
+    paths: list[list[int]] = field(default_factory=list)
+    tokens_per_step: dict[str, float] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def save(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        """Writes the folder whole or not at all; replaces a checkpoint that was there."""
+        from safetensors.torch import save_file
+
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        with write_errors(folder.parent, size + (1 << 16)):
+            old = folder.with_name(f".{folder.name}.old")
+            with staged_folder(folder) as staging:
+                save_file(
+                    {name: tensor.contiguous() for name, tensor in tensors.items()}, staging / "model.safetensors"
+                )
+                (staging / "config.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+                if folder.exists():
+                    _remove(old)
+                    folder.rename(old)
+            _remove(old)
+
+
+def load(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]]:
+    """Reads a checkpoint.
+
+    Raises:
+        ForetellError: it is missing, damaged, or of a newer format.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not (folder / "config.json").is_file():
+        raise ForetellError(f"{folder} holds no drafter (no config.json); give the folder that `foretell train` wrote.")
+    raw = read_json(folder / "config.json")
+    if raw.get("format") != FORMAT:
+        raise ForetellError(
+            f"{folder} has checkpoint format {raw.get('format')!r} where this version reads {FORMAT}; train it again, "
+            "or install the version that wrote it."
+        )
+    try:
+        checkpoint = Checkpoint(**raw)
+        tensors = load_file(folder / "model.safetensors")
+    except (TypeError, SafetensorError, OSError) as error:
+        raise ForetellError(f"{folder} is damaged ({one_line(error)}); copy or train it again.") from error
+    return checkpoint, tensors
+
+
+def find(method: str, backbone: Backbone, folder: str = "", any_backbone: bool = False) -> tuple[Checkpoint, Any]:
+    """The checkpoint in `folder`, or the shipped one for this backbone; refuses what does not fit.
+
+    Raises:
+        UsageError: none is shipped, or it belongs to another method or backbone.
+    """
+    if not folder:
+        for config in sorted(SHIPPED.glob("*/config.json")):
+            raw = read_json(config)
+            if (raw.get("method"), raw.get("fingerprint")) == (method, backbone.fingerprint):
+                return load(config.parent)
+        raise UsageError(
+            f"No {method} drafter comes with foretell for this model; train one (foretell distill, foretell train "
+            f"{method}) and name its folder with -o checkpoint=FOLDER."
+        )
+    checkpoint, tensors = load(Path(folder).expanduser())
+    if checkpoint.method != method:
+        raise UsageError(
+            f"{folder} holds a {checkpoint.method} drafter, not {method}; use --drafter {checkpoint.method}."
+        )
+    c = backbone.config
+    if (checkpoint.hidden, checkpoint.vocab) != (c.hidden, c.vocab):
+        raise UsageError(
+            f"{folder} was trained for a model of width {checkpoint.hidden} and {checkpoint.vocab} tokens, but this "
+            f"one has {c.hidden} and {c.vocab}; train a drafter for this model."
+        )
+    if checkpoint.fingerprint != backbone.fingerprint and not any_backbone:
+        raise UsageError(
+            f"{folder} was trained for {checkpoint.backbone} (fingerprint {checkpoint.fingerprint}), not for this "
+            f"model ({backbone.fingerprint}); train one for it, or allow it with -o any_backbone=true."
+        )
+    return checkpoint, tensors
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,298 @@
+"""Medusa: heads beside the output head guess the tokens after the next one, each on its own.
+
+Head k reads the state that the output head reads at position t and guesses token t + k + 1 (the output head itself
+says t + 1): one to a few residual blocks h + SiLU(W h + b), then an output matrix. A tree of their most probable
+guesses is verified at once. Medusa, arXiv 2401.10774, §3.1-3.3; heads learn while the backbone is frozen (Medusa-1),
+with the loss Σ 0.8^k · CE, here against the written token and the backbone's own distribution where it was written.
+
+Three choices of output matrix: `shared`, the backbone's own, frozen, nothing to store; `tied`, one copy that all
+heads train together; `own`, one copy each, as in the paper. Any of them may be cut down to a draft vocabulary: the
+drafts need not name every token, verification does.
+
+Legend: B rows, K heads, d hidden width, P positions, V draft vocabulary, m teacher tokens, R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foretell.backbone import Backbone
+from foretell.contracts import FINAL, Draft, Drafter, Features, Row
+from foretell.drafters.checkpoint import find
+from foretell.drafters.parts import (
+    Trainable,
+    TrainingBatch,
+    draft_vocabulary,
+    places,
+    soft_cross_entropy,
+    tree_size,
+)
+from foretell.errors import UsageError
+from foretell.trees.published import published
+from foretell.trees.search import MISSED, in_order
+from foretell.trees.tree import ROOT, TokenTree
+
+DECAY = 0.8
+"""Weight of a head's loss relative to the head before it (§3.1)."""
+RANKS = 32
+"""Guesses of a head that are looked at when trees are searched."""
+
+
+class MedusaHeads(Trainable):
+    """The heads while they learn; float32, multiplied in bfloat16.
+
+    Args:
+        head_Vd: the backbone's output rows of the draft vocabulary.
+        vocabulary_V: their token ids; `whole` is the size of the backbone's vocabulary.
+        soft: share of the loss that is against the backbone's distribution instead of the written token.
+    """
+
+    taps = (FINAL,)
+    head_Vd: Tensor
+    vocabulary_V: Tensor
+    place: Tensor
+
+    def __init__(
+        self, head_Vd: Tensor, vocabulary_V: Tensor, whole: int, *, heads: int, layers: int, output: str, soft: float
+    ):
+        super().__init__()
+        d = head_Vd.shape[1]
+        self.heads, self.layers, self.output, self.soft = heads, layers, output, soft
+        # zeros, the bias too: at the start every head says what the output head says
+        self.weight_LKdd = nn.Parameter(torch.zeros(layers, heads, d, d))
+        self.bias_LKd = nn.Parameter(torch.zeros(layers, heads, d))
+        if output == "shared":
+            self.register_buffer("head_Vd", head_Vd.float(), persistent=False)
+        else:
+            copies = heads if output == "own" else 1
+            self.head_KVd = nn.Parameter(head_Vd.float().repeat(copies, 1, 1))
+        self.register_buffer("vocabulary_V", vocabulary_V)
+        self.register_buffer("place", places(vocabulary_V, whole), persistent=False)
+
+    def head(self, k: int) -> Tensor:
+        """Output matrix [V, d] of head k (from 0)."""
+        if self.output == "shared":
+            return self.head_Vd
+        return self.head_KVd[k if self.output == "own" else 0]
+
+    def states(self, h_Pd: Tensor) -> Tensor:
+        """What the output matrices read: [K, P, d]."""
+        x_KPd = h_Pd.expand(self.heads, *h_Pd.shape)
+        for weight_Kdd, bias_Kd in zip(self.weight_LKdd, self.bias_LKd, strict=True):
+            product = torch.bmm(x_KPd.bfloat16(), weight_Kdd.mT.bfloat16()).float()
+            x_KPd = x_KPd + F.silu(product + bias_Kd[:, None])
+        return x_KPd
+
+    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        h_Pd, targets_PK, sources = _positions(batch, self.heads)
+        if not len(h_Pd):
+            return {}
+        x_KPd = self.states(h_Pd)
+        out = {}
+        for k in range(self.heads):
+            token_P = targets_PK[:, k]
+            live = token_P >= 0
+            if not live.any():
+                continue
+            teacher = [
+                each.flatten(0, 1)[sources[live] + k + 1] for each in (batch.teacher_ids_BTm, batch.teacher_p_BTm)
+            ]
+            ids_Pm = torch.cat([token_P[live][:, None], teacher[0]], 1)
+            p_Pm = torch.cat([torch.full((len(ids_Pm), 1), 1 - self.soft), self.soft * teacher[1]], 1)
+            place_Pm = self.place[ids_Pm]
+            p_Pm = p_Pm * (place_Pm >= 0)  # what the draft vocabulary cannot say is not taught
+            loss = soft_cross_entropy(x_KPd[k, live], self.head(k), place_Pm.clamp(min=0), p_Pm)
+            out[f"head {k + 1}"] = DECAY**k * loss / live.sum()
+        return out
+
+    @torch.no_grad()
+    def ranks(self, batch: TrainingBatch) -> list[Tensor]:
+        h_Pd, targets_PK, sources = _positions(batch, self.heads)
+        x_KPd, ranks_PK = self.states(h_Pd), torch.full_like(targets_PK, MISSED)
+        for k in range(self.heads):
+            for at in range(0, len(h_Pd), 512):
+                logits = x_KPd[k, at : at + 512].bfloat16() @ self.head(k).bfloat16().T
+                best = self.vocabulary_V[logits.topk(min(RANKS, logits.shape[1])).indices]
+                hit = best == targets_PK[at : at + 512, k, None]
+                rank = hit.int().argmax(1)
+                ranks_PK[at : at + 512, k] = torch.where(hit.any(1), rank, MISSED)
+        rows = sources // batch.tokens_BT.shape[1]
+        return [ranks_PK[rows == row] for row in range(len(batch.tokens_BT))]
+
+    def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors: dict[str, Tensor] = {"weight": self.weight_LKdd, "bias": self.bias_LKd}
+        if self.output != "shared":
+            tensors["head"] = self.head_KVd
+        tensors = {name: tensor.detach().bfloat16() for name, tensor in tensors.items()}
+        tensors["vocabulary"] = self.vocabulary_V.int()
+        return tensors, {"heads": self.heads, "layers": self.layers, "output": self.output}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            self.weight_LKdd.copy_(tensors["weight"])
+            self.bias_LKd.copy_(tensors["bias"])
+            if self.output != "shared":
+                self.head_KVd.copy_(tensors["head"])
+
+
+def _positions(batch: TrainingBatch, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the first head has something to learn.
+
+    Returns:
+        States [P, d]; targets [P, K], -1 where the token is missing or not supervised; places in the flattened
+        batch [P].
+    """
+    tokens_BT, supervised_BT = batch.tokens_BT, batch.supervised_BT
+    targets_BTK = torch.full((*tokens_BT.shape, heads), -1)
+    for k in range(heads):
+        shift = k + 2
+        if shift < tokens_BT.shape[1]:
+            targets_BTK[:, :-shift, k] = torch.where(supervised_BT[:, shift:], tokens_BT[:, shift:], -1)
+    sources = (targets_BTK[..., 0] >= 0).flatten().nonzero()[:, 0]
+    h_Pd = batch.states[FINAL].flatten(0, 1)[sources].float()
+    return h_Pd, targets_BTK.flatten(0, 1)[sources], sources
+
+
+class Medusa(Drafter):
+    """Drafts with trained heads.
+
+    Args:
+        arch, tensors: as `MedusaHeads.checkpoint` gave them.
+        paths: rank paths, prefixes first; the tree of n nodes is the first n - 1 of them.
+        size: (rows, context) -> nodes of the tree to draft, root included.
+    """
+
+    taps = (FINAL,)
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        arch: dict[str, Any],
+        tensors: dict[str, Tensor],
+        paths: Sequence[Sequence[int]],
+        size: Callable[[int, int], int],
+    ):
+        self.heads, self.size, self.paths = arch["heads"], size, [tuple(path) for path in paths]
+        self.tokens_per_step: dict[int, float] = {}
+        self._vocabulary_V = tensors["vocabulary"].numpy().astype(np.int64)
+        if any(len(path) > self.heads or max(path) >= len(self._vocabulary_V) for path in self.paths):
+            raise UsageError(
+                f"The tree is deeper than the {self.heads} heads, or names a rank beyond the {len(self._vocabulary_V)} "
+                "tokens they choose from; take another tree."
+            )
+        weight_LKdd, bias_LKd = tensors["weight"], tensors["bias"].float()
+        self._first = backbone.linear(weight_LKdd[0].flatten(0, 1), bias_LKd[0].flatten())  # all heads read one state
+        self._deeper = [
+            [backbone.linear(weight, bias) for weight, bias in zip(*layer, strict=True)]
+            for layer in zip(weight_LKdd[1:], bias_LKd[1:], strict=True)
+        ]
+        shared = arch["output"] == "shared"
+        heads_KVd = backbone.head_rows(tensors["vocabulary"].long())[None] if shared else tensors["head"]
+        self._outputs = [backbone.linear(head_Vd, None) for head_Vd in heads_KVd]
+        self._shapes: dict[int, _Shape] = {}
+        self._states: dict[int, Tensor] = {}  # slot -> state of the newest token but one
+
+    @classmethod
+    def build(  # type: ignore[override]
+        cls, backbone: Backbone, checkpoint: str = "", nodes: int = 0, tree: str = "", any_backbone: bool = False
+    ) -> Medusa:
+        """See `Drafter.build`.
+
+        Args:
+            checkpoint: folder of trained heads; by default those that came with foretell for this backbone.
+            nodes: tree size; by default what `foretell tune` found best here, else 16.
+            tree: a published tree by name; by default the one found for the heads.
+            any_backbone: accept heads of another model of the same sizes.
+        """
+        found, tensors = find("medusa", backbone, checkpoint, any_backbone)
+        paths = published(tree) if tree else found.paths
+        earned = {} if tree else {int(size): tokens for size, tokens in found.tokens_per_step.items()}
+        return cls(
+            backbone, found.arch, tensors, paths, tree_size(backbone, nodes or (len(paths) + 1 if tree else 0), earned)
+        )
+
+    @classmethod
+    def trainable(
+        cls, backbone: Backbone, counts_V: Tensor, *, heads: int = 4, layers: int = 1, output: str = "shared",
+        draft_vocab: int = 8192, soft: float = 0.5,
+    ) -> MedusaHeads:  # fmt: skip
+        """Fresh heads; see `parts.Method`.
+
+        Args:
+            heads: how many; head k guesses the token k + 1 ahead.
+            layers: residual blocks of each.
+            output: shared, tied or own (see the module).
+            draft_vocab: how many of the most frequent tokens heads choose from; 0 for all.
+            soft: share of the loss that is against the backbone's distribution instead of the written token.
+        """
+        if output not in ("shared", "tied", "own"):
+            raise UsageError(f"Medusa's output is {output!r}; it must be shared, tied or own.")
+        if not (1 <= heads <= 16 and 1 <= layers <= 8 and 0 <= soft <= 1 and draft_vocab >= 0):
+            raise UsageError(
+                f"Medusa takes 1..16 heads of 1..8 layers, soft in 0..1 and draft_vocab >= 0, not {heads}, {layers}, "
+                f"{soft}, {draft_vocab}."
+            )
+        vocabulary_V = draft_vocabulary(counts_V, draft_vocab)
+        return MedusaHeads(
+            backbone.head_rows(vocabulary_V), vocabulary_V, len(counts_V), heads=heads, layers=layers, output=output,
+            soft=soft,
+        )  # fmt: skip
+
+    @property
+    def most_nodes(self) -> int:
+        return len(self.paths) + 1
+
+    def reset(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._states.pop(row.slot, None)
+
+    def observe(self, rows: Sequence[Row], features: Features) -> None:
+        end = 0
+        for row, count in zip(rows, features.counts, strict=True):
+            end += count
+            self._states[row.slot] = features.taps[FINAL][end - 1]
+
+    def draft(self, rows: Sequence[Row]) -> Draft:
+        trees: list[TokenTree] = [ROOT] * len(rows)
+        tokens = [[row.tokens[-1]] for row in rows]
+        ready = [i for i, row in enumerate(rows) if row.slot in self._states]  # not after a prompt of one token
+        if ready:
+            shape = self._shape(self.size(len(rows), max(len(row.tokens) for row in rows)))
+            guesses_BKR = self._guesses(torch.stack([self._states[rows[i].slot] for i in ready]), shape.width)
+            for i, guesses_KR in zip(ready, guesses_BKR, strict=True):
+                trees[i] = shape.tree
+                tokens[i] += guesses_KR[shape.depth_N, shape.rank_N].tolist()
+        return Draft(trees, tokens)
+
+    def _shape(self, nodes: int) -> _Shape:
+        if nodes not in self._shapes:
+            self._shapes[nodes] = _Shape(self.paths[: nodes - 1])
+        return self._shapes[nodes]
+
+    def _guesses(self, h_Bd: Tensor, width: int) -> NDArray[np.int64]:
+        """[B, K, R]: each head's most probable tokens, best first."""
+        x_BKd = h_Bd[:, None] + F.silu(self._first(h_Bd).unflatten(1, (self.heads, -1)))
+        for layer in self._deeper:
+            x_BKd = x_BKd + F.silu(torch.stack([linear(x_BKd[:, k]) for k, linear in enumerate(layer)], 1))
+        if len(self._outputs) == 1:
+            logits_BKV = self._outputs[0](x_BKd.flatten(0, 1)).unflatten(0, (len(h_Bd), self.heads))
+        else:
+            logits_BKV = torch.stack([output(x_BKd[:, k]) for k, output in enumerate(self._outputs)], 1)
+        return self._vocabulary_V[logits_BKV.topk(max(width, 1)).indices.cpu().numpy()]
+
+
+class _Shape:
+    """A tree, and which head and rank fills each of its nodes (the root left out)."""
+
+    def __init__(self, paths: Sequence[tuple[int, ...]]):
+        self.tree = in_order(paths)
+        self.depth_N = np.array([len(path) - 1 for path in paths], dtype=np.int64)
+        self.rank_N = np.array([path[-1] for path in paths], dtype=np.int64)
+        self.width = max((path[-1] for path in paths), default=0) + 1

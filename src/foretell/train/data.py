@@ -1,0 +1,138 @@
+"""Distilled conversations on disk: one JSON line each, appended as they end.
+
+    distill.json          format, model, fingerprint, settings, command, counts
+    prompts.jsonl         prompts that the model wrote itself, if it did
+    conversations.jsonl   {"line": 7, "tokens": [...], "answers": [[31, 120], ...]}
+                          {"line": 8, "dropped": "repetitive"}
+
+`tokens` is a whole conversation with its marks; `answers` are the half-open spans that the model wrote, end-of-turn
+included: what a drafter learns from. `line` is the place among the prompts. A line is whole or it is not there, so
+that an interruption costs what was being answered and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from foretell.backbone.files import read_json, write_errors
+from foretell.errors import ForetellError, UsageError
+
+FORMAT = 1
+MANIFEST, CONVERSATIONS = "distill.json", "conversations.jsonl"
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """One conversation; `answers` are half-open spans of `tokens`."""
+
+    line: int
+    tokens: list[int]
+    answers: list[tuple[int, int]]
+
+    @property
+    def written(self) -> int:
+        """Tokens that the model wrote."""
+        return sum(end - start for start, end in self.answers)
+
+
+@dataclass
+class Store:
+    """A folder of distilled conversations, open for reading and appending."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    conversations: list[Distilled] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    lines: set[int] = field(default_factory=set)
+
+    @classmethod
+    def create(cls, folder: Path, manifest: dict[str, Any]) -> Store:
+        """Opens a folder to add to; one that exists must have been made with the same settings.
+
+        Raises:
+            UsageError: it was made by another model or with other settings.
+        """
+        manifest = {"format": FORMAT, **manifest}
+        path = folder / MANIFEST
+        if not path.exists():
+            with write_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            store = cls(folder, manifest)
+            store.write_manifest()
+            return store
+        store = cls.open(folder)
+        for key in ("fingerprint", "settings"):
+            if store.manifest.get(key) != manifest.get(key):
+                raise UsageError(
+                    f"{folder} was begun with {key} {store.manifest.get(key)}, not {manifest.get(key)}; go on with "
+                    "the same ones, or choose another folder."
+                )
+        return store
+
+    @classmethod
+    def open(cls, folder: Path) -> Store:
+        """Reads what is there; a last line cut short by an interruption is cut off.
+
+        Raises:
+            ForetellError: no distilled data, or a damaged line.
+        """
+        if not (folder / MANIFEST).is_file():
+            raise ForetellError(f"{folder} holds no distilled data (no {MANIFEST}); make some with foretell distill.")
+        store = cls(folder, read_json(folder / MANIFEST))
+        if store.manifest.get("format") != FORMAT:
+            raise ForetellError(
+                f"{folder} has data format {store.manifest.get('format')!r} where this version reads {FORMAT}."
+            )
+        path = folder / CONVERSATIONS
+        data = path.read_bytes() if path.exists() else b""
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            with path.open("r+b") as file:
+                file.truncate(whole)
+        for number, line in enumerate(data[:whole].splitlines()):
+            store._add(line, f"{path}, line {number + 1}")
+        return store
+
+    def _add(self, line: bytes, where: str) -> None:
+        try:
+            raw = json.loads(line)
+            self.lines.add(raw["line"])
+            if "dropped" in raw:
+                self.dropped[raw["dropped"]] += 1
+            else:
+                spans = [(int(start), int(end)) for start, end in raw["answers"]]
+                self.conversations.append(Distilled(raw["line"], raw["tokens"], spans))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ForetellError(f"{where} is damaged; delete the line, and distill will answer it again.") from error
+
+    def append(self, line: int, found: Iterable[Distilled | str]) -> None:
+        """Adds what became of one prompt: conversations, or reasons why not; all of it or nothing."""
+        text = ""
+        for each in found:
+            if isinstance(each, str):
+                self.dropped[each] += 1
+                text += json.dumps({"line": line, "dropped": each}) + "\n"
+            else:
+                self.conversations.append(each)
+                text += json.dumps({"line": line, "tokens": each.tokens, "answers": each.answers}) + "\n"
+        self.lines.add(line)
+        with write_errors(self.folder), (self.folder / CONVERSATIONS).open("a", encoding="utf-8") as file:
+            file.write(text)
+
+    def write_manifest(self) -> None:
+        """Brings counts up to date."""
+        self.manifest["counts"] = {
+            "conversations": len(self.conversations),
+            "tokens": sum(len(each.tokens) for each in self.conversations),
+            "written": sum(each.written for each in self.conversations),
+            "dropped": dict(self.dropped),
+        }
+        with write_errors(self.folder):
+            partial = self.folder / f".{MANIFEST}.partial"
+            partial.write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
+            partial.replace(self.folder / MANIFEST)

@@ -1,0 +1,153 @@
+"""Self-distillation: the model answers prompts, its own or yours, and the answers become training data.
+
+A drafter must foretell what *this* model writes, so that is what it learns from. With no prompts at hand the model
+writes them too: given its chat prefix up to where a user would begin, it goes on as the user (temperature 1,
+top-p 0.95). Answers are decoded in large batches, rows joining as others end; given conversations are replayed turn
+by turn, each answer replaced by the model's own (Medusa, arXiv 2401.10774, §3.3).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from foretell.api import LLM, Result
+from foretell.backbone.files import write_errors
+from foretell.contracts import SamplingParams
+from foretell.conversations import Conversation, converse, read_conversations
+from foretell.errors import ForetellError
+from foretell.train.data import Distilled, Store
+
+Progress = Callable[[int, int, int], None]
+"""Called with (done, total, tokens written so far)."""
+
+SHORTEST = 4
+"""Tokens of an answer worth learning from."""
+DISTINCT = 0.3
+"""Least share of different 4-grams among those of an answer's second half: below, the model runs in a circle."""
+
+
+# -- prompts from nothing --------------------------------------------------------------------------------------------
+
+
+def user_prefix(llm: LLM) -> list[int]:
+    """Token ids of the chat template up to where a user's first turn begins."""
+    marker = "\u241f here the user begins \u241f"
+    text = llm.tokenizer.render_chat([{"role": "user", "content": marker}])
+    return llm.tokenizer.encode(text[: text.index(marker)])
+
+
+def write_prompts(
+    llm: LLM, count: int, path: Path, *, seed: int, rows: int, progress: Progress = lambda *_: None
+) -> None:
+    """Lets the model write `count` different user turns into `path`, one JSON object a line; goes on where it was.
+
+    What is no whole turn (too long, empty, said before) is written again by the next seed.
+    """
+    seen: dict[str, None] = {}
+    if path.exists():
+        data = path.read_bytes()
+        lines = data[: data.rfind(b"\n") + 1].decode().splitlines()
+        seen = dict.fromkeys(json.loads(line)["prompt"] for line in lines)
+        path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in seen), encoding="utf-8")
+    prefix, params = user_prefix(llm), SamplingParams(max_new_tokens=384, temperature=1.0, top_p=0.95, seed=seed)
+    decoder = llm.decoder(rows)
+    attempt, written = len(seen), 0
+    while len(seen) < count:
+        tries = [(prefix, params, key) for key in range(attempt, attempt + 4 * rows)]
+        results = [Result() for _ in tries]
+        for index, event in llm.run(decoder, tries):
+            results[index].add(event)
+            written += len(event.tokens)
+            if event.finish_reason == "stop":
+                text = results[index].text.strip()
+                if len(text) >= 8 and text not in seen and len(seen) < count:
+                    seen[text] = None
+                    with write_errors(path.parent), path.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps({"prompt": text}) + "\n")
+                    progress(len(seen), count, written)
+        if not any(result.finish_reason == "stop" for result in results):
+            raise ForetellError(
+                "The model does not write user turns of its own (none of "
+                f"{len(tries)} attempts ended); give it prompts with --prompts FILE.jsonl."
+            )
+        attempt += len(tries)
+
+
+# -- answers ---------------------------------------------------------------------------------------------------------
+
+
+def distill(
+    llm: LLM,
+    conversations: Sequence[Conversation],
+    store: Store,
+    params: SamplingParams,
+    *,
+    rows: int,
+    progress: Progress = lambda *_: None,
+) -> None:
+    """Answers the conversations that `store` does not hold yet, appending each as it ends."""
+    room = llm.backbone.config.max_positions - params.max_new_tokens
+    todo, done = [], len(store.lines)
+    for each in conversations:
+        if each.line in store.lines:
+            continue
+        if len(llm.encode([{"role": "user", "content": each.turns[0]}])) > room:
+            store.append(each.line, ["too long"])
+            done += 1
+        else:
+            todo.append(each)
+    written = 0
+
+    def hear(index: int, event: object) -> None:
+        nonlocal written
+        written += len(event.tokens)  # type: ignore[attr-defined]
+        progress(done, len(conversations), written)
+
+    for index, replies in converse(llm, llm.decoder(rows), todo, params, rows=rows, on_event=hear):
+        store.append(todo[index].line, list(_kept(llm, todo[index], replies)))
+        done += 1
+        progress(done, len(conversations), written)
+
+
+def _kept(llm: LLM, conversation: Conversation, replies: Sequence[Result]) -> Iterator[Distilled | str]:
+    """One conversation as token sequences: turns go on in one sequence as long as the template only appends."""
+    messages: list[dict[str, str]] = []
+    tokens: list[int] = []
+    answers: list[tuple[int, int]] = []
+    for turn, reply in zip(conversation.turns, replies, strict=False):
+        messages.append({"role": "user", "content": turn})
+        prompt = llm.encode(messages)
+        if answers and prompt[: len(tokens)] != tokens:  # read back, an answer's text may become other tokens
+            yield Distilled(conversation.line, tokens, answers)
+            answers = []
+        tokens = [*prompt, *reply.ids]
+        messages.append({"role": "assistant", "content": reply.text})
+        reason = unfit(reply.ids)
+        if reason:
+            yield reason
+        else:
+            answers.append((len(prompt), len(tokens)))
+    if answers:
+        yield Distilled(conversation.line, tokens, answers)
+
+
+def unfit(ids: Sequence[int]) -> str | None:
+    """Why an answer is not worth learning from; None if it is."""
+    if len(ids) < SHORTEST:
+        return "empty"
+    half = ids[len(ids) // 2 :]
+    grams = [tuple(half[i : i + 4]) for i in range(len(half) - 3)]
+    if len(grams) >= 24 and len(set(grams)) < DISTINCT * len(grams):
+        return "repetitive"
+    return None
+
+
+def read_prompts(path: Path, limit: int | None = None) -> list[Conversation]:
+    """Prompts of a file in the layout of `conversations.read_conversations`."""
+    try:
+        text = path.expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ForetellError(f"Cannot read {path}: {error}; check the path, and that it is UTF-8.") from error
+    return read_conversations(text, str(path), limit=limit)

@@ -1,0 +1,148 @@
+"""What the frozen backbone computes at every token of the data: computed once and kept, or made batch by batch.
+
+Drafters learn from hidden states, not from text, and the backbone does not change: running it once saves most of
+every further epoch. A shard holds the conversations of a stretch of the data, in order:
+
+    features-00007.safetensors   states.<tap> [n, d] bf16, teacher_ids [n, m] int32, teacher_p [n, m] bf16
+
+The teacher's distribution after each token is kept as its m most probable tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foretell.backbone import Backbone, Nodes
+from foretell.backbone.files import write_errors
+from foretell.contracts import FINAL
+from foretell.drafters.parts import TrainingBatch
+from foretell.errors import UsageError
+from foretell.train.data import Distilled
+
+TEACHER = 12
+"""Most probable tokens kept per position."""
+SHARD, PASS = 1 << 16, 1024
+"""Tokens of a shard (at least), and of one pass of the backbone (at most, but for a longer conversation)."""
+
+
+class Features:
+    """Batches of conversations with what the backbone computed for them.
+
+    Args:
+        folder: where shards are kept; None computes each batch when it is asked for.
+        taps: states to keep besides the teacher's distribution.
+    """
+
+    def __init__(self, backbone: Backbone, data: Sequence[Distilled], taps: Sequence[int], folder: Path | None = None):
+        if not data:
+            raise UsageError("The data holds no conversations; distill some first.")
+        self.backbone, self.data, self.taps, self.folder = backbone, data, tuple(taps), folder
+        self._shards = list(_stretches([len(each.tokens) for each in data], SHARD))
+        self._place = {i: (s, i - begin) for s, (begin, end) in enumerate(self._shards) for i in range(begin, end)}
+        self._open: dict[int, dict[str, Tensor]] = {}
+
+    def prepare(self, progress: Callable[[float], None] = lambda fraction: None) -> None:
+        """Computes the shards that are missing."""
+        if self.folder is None:
+            return
+        from safetensors.torch import save_file
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for number, (begin, end) in enumerate(self._shards):
+            path = self._path(number)
+            if not path.exists():
+                tensors = _joined(list(self._compute(self.data[begin:end])))
+                with write_errors(self.folder, sum(t.nbytes for t in tensors.values())):
+                    partial = path.with_name(f".{path.name}.partial")
+                    save_file(tensors, partial)
+                    partial.replace(path)
+            progress((number + 1) / len(self._shards))
+
+    def batch(self, indices: Sequence[int]) -> TrainingBatch:
+        """Conversations side by side."""
+        data = [self.data[i] for i in indices]
+        found = list(self._compute(data)) if self.folder is None else [self._read(i) for i in indices]
+        longest = max(len(each.tokens) for each in data)
+        tokens_BT = torch.zeros(len(data), longest, dtype=torch.int64)
+        supervised_BT = torch.zeros(len(data), longest, dtype=torch.bool)
+        for row, each in enumerate(data):
+            tokens_BT[row, : len(each.tokens)] = torch.tensor(each.tokens)
+            for start, end in each.answers:
+                supervised_BT[row, start:end] = True
+        padded = {name: _pad([tensors[name] for tensors in found], longest) for name in found[0]}
+        states = {tap: padded[f"states.{tap}"] for tap in self.taps}
+        return TrainingBatch(
+            tokens_BT, supervised_BT, states, padded["teacher_ids"].long(), padded["teacher_p"].float()
+        )
+
+    def _path(self, number: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"features-{number:05d}.safetensors"
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        """A conversation's slice of its shard; shards are mapped, not loaded."""
+        from safetensors.torch import load_file
+
+        shard, place = self._place[index]
+        if shard not in self._open:
+            self._open[shard] = load_file(self._path(shard))
+        begin = self._shards[shard][0]
+        start = sum(len(each.tokens) for each in self.data[begin : begin + place])
+        end = start + len(self.data[index].tokens)
+        return {name: tensor[start:end] for name, tensor in self._open[shard].items()}
+
+    def _compute(self, data: Sequence[Distilled]) -> Iterator[dict[str, Tensor]]:
+        backbone = self.backbone
+        layers = [tap for tap in self.taps if tap != FINAL]
+        for begin, end in _stretches([len(each.tokens) for each in data], PASS):
+            part = data[begin:end]
+            counts = [len(each.tokens) for each in part]
+            cache = backbone.new_cache(len(part), max(counts))
+            nodes = Nodes.chains(list(range(len(part))), [0] * len(part), counts)
+            tokens = torch.tensor([token for each in part for token in each.tokens])
+            hidden, taps = backbone.run_layers(backbone.embed(tokens), nodes, cache, taps=layers)
+            taps[FINAL] = backbone.norm(hidden)
+            teacher = [_teacher(backbone, states) for states in taps[FINAL].split(256)]
+            whole = {f"states.{tap}": taps[tap].bfloat16().cpu() for tap in self.taps}
+            whole |= {
+                "teacher_ids": torch.cat([t[0] for t in teacher]),
+                "teacher_p": torch.cat([t[1] for t in teacher]),
+            }
+            for i, count in enumerate(counts):
+                start = sum(counts[:i])
+                yield {name: tensor[start : start + count] for name, tensor in whole.items()}
+
+
+def _teacher(backbone: Backbone, states_Pd: Tensor) -> tuple[Tensor, Tensor]:
+    """The most probable next tokens [P, m] int32 and their probabilities bf16."""
+    logits_PV = backbone.logits(states_Pd)
+    top = logits_PV.topk(min(TEACHER, logits_PV.shape[1]))
+    p_Pm = (top.values - logits_PV.logsumexp(-1, keepdim=True)).exp()
+    return top.indices.int().cpu(), p_Pm.bfloat16().cpu()
+
+
+def _stretches(lengths: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
+    """Consecutive [begin, end) whose lengths add up to `size` at most (but for one that is longer alone)."""
+    begin = total = 0
+    for i, length in enumerate(lengths):
+        if total and total + length > size:
+            yield begin, i
+            begin, total = i, 0
+        total += length
+    yield begin, len(lengths)
+
+
+def _joined(found: list[dict[str, Any]]) -> dict[str, Tensor]:
+    return {name: torch.cat([tensors[name] for tensors in found]) for name in found[0]}
+
+
+def _pad(tensors: list[Tensor], longest: int) -> Tensor:
+    out = tensors[0].new_zeros(len(tensors), longest, *tensors[0].shape[1:])
+    for row, tensor in enumerate(tensors):
+        out[row, : len(tensor)] = tensor
+    return out

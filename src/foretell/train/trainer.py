@@ -1,0 +1,266 @@
+"""The training loop. It knows no method: a `Trainable` turns a batch into loss terms, and this adds them up.
+
+AdamW, warm-up, cosine decay, gradient accumulation. What a step sees is a function of the seed and its number alone,
+so that a run taken up again from its last state ends with the very weights of one that was never interrupted.
+
+    state.pt       weights, optimizer, step: written beside and renamed, read with weights_only
+    log.jsonl      one line per report: loss by term, learning rate, tokens per second; held-out figures
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from foretell.backbone.files import write_errors
+from foretell.drafters.parts import Trainable
+from foretell.errors import ForetellError, UsageError
+from foretell.train.features import Features
+from foretell.trees.search import Ranks, nested, replay
+
+SIZES = (4, 8, 12, 16, 24, 32, 48, 64)
+"""Tree sizes whose tokens per step are reported."""
+POOL = 512
+"""Conversations that are shuffled, then sorted by length so that batches carry little padding."""
+REPORT = 20
+"""Steps per line of the log."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Numbers of a run.
+
+    Attributes:
+        epochs: passes over the data.
+        batch_tokens: tokens (prompts included) of a batch; accumulate: batches per step.
+        learning_rate: at its peak; warmup: share of all steps that lead up to it.
+        held_out: share of the conversations that is never trained on, at most 400 of them.
+        save_seconds: time between saved states.
+    """
+
+    epochs: float = 4.0
+    batch_tokens: int = 8192
+    accumulate: int = 1
+    learning_rate: float = 1e-3
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    held_out: float = 0.03
+    save_seconds: float = 300.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("epochs", 1e-3, 1e4), ("batch_tokens", 1, 1 << 24), ("accumulate", 1, 4096), ("learning_rate", 1e-9, 10),
+            ("warmup", 0, 1), ("weight_decay", 0, 10), ("clip", 1e-6, 1e6), ("held_out", 0, 0.5),
+            ("save_seconds", 0, 1e6), ("seed", 0, 2**31),
+        ):  # fmt: skip
+            if not low <= getattr(self, name) <= high:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must lie between {low} and {high}.")
+
+
+@dataclass
+class Report:
+    """Held-out figures of a module.
+
+    Attributes:
+        loss: mean of each term.
+        accuracy: per head, the share of positions whose token was among the head's best 1 and best 5.
+        paths: the largest tree found, the most valuable path first.
+        tokens_per_step: tree size -> tokens per step by replay.
+    """
+
+    loss: dict[str, float]
+    accuracy: list[dict[str, float]]
+    paths: list[tuple[int, ...]]
+    tokens_per_step: dict[int, float]
+
+
+class Trainer:
+    """Trains a module on features; `folder` keeps its state and its log."""
+
+    def __init__(self, module: Trainable, features: Features, settings: Settings, folder: Path):
+        self.module, self.features, self.settings, self.folder = module, features, settings, folder
+        order = np.random.default_rng(settings.seed).permutation(len(features.data)).tolist()
+        held = min(400, round(settings.held_out * len(order)))
+        self.held_out, self.training = sorted(order[:held]), sorted(order[held:])
+        self.steps_per_epoch = len(self._epoch(0)) // settings.accumulate or 1
+        self.steps = max(1, round(settings.epochs * self.steps_per_epoch))
+        self.optimizer = torch.optim.AdamW(
+            [p for p in module.parameters() if p.requires_grad], lr=settings.learning_rate, betas=(0.9, 0.98),
+            weight_decay=settings.weight_decay,
+        )  # fmt: skip
+        self.step = 0
+        self.skipped = 0
+
+    def run(self, progress: Callable[[int, int, dict[str, Any]], None] = lambda *_: None) -> None:
+        """Trains to the end. An interruption saves the state first."""
+        self.resume()
+        try:
+            self._run(progress)
+        finally:
+            self.save()
+
+    def _run(self, progress: Callable[[int, int, dict[str, Any]], None]) -> None:
+        sums: dict[str, float] = {}
+        tokens, began, saved = 0, time.perf_counter(), time.perf_counter()
+        for batches in self._remaining():
+            self.module.train()
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate(self.step)
+            terms = self._step(batches)
+            tokens += sum(len(self.features.data[i].tokens) for batch in batches for i in batch)
+            self.step += 1
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value / REPORT
+            if self.step % REPORT == 0 or self.step == self.steps:
+                rate = tokens / (time.perf_counter() - began)
+                line = {
+                    "step": self.step, "epoch": round(self.step / self.steps_per_epoch, 3),
+                    "loss": {name: round(value, 4) for name, value in sums.items()},
+                    "learning_rate": self.learning_rate(self.step), "tokens_per_s": round(rate),
+                }  # fmt: skip
+                self.log(line)
+                progress(self.step, self.steps, line)
+                sums, tokens, began = {}, 0, time.perf_counter()
+            if time.perf_counter() - saved > self.settings.save_seconds:
+                self.save()
+                saved = time.perf_counter()
+
+    def _step(self, batches: Sequence[Sequence[int]]) -> dict[str, float]:
+        """One update; the loss of each term, averaged over the accumulated batches."""
+        out: dict[str, float] = {}
+        self.optimizer.zero_grad(set_to_none=True)
+        for indices in batches:
+            terms = self.module.losses(self.features.batch(indices))
+            if not terms:  # nothing in it was written by the model
+                self.skipped += 1
+                continue
+            loss = torch.stack(list(terms.values())).sum() / len(batches)
+            if not torch.isfinite(loss):
+                raise ForetellError(f"The loss became {loss.item()} at step {self.step}; lower --learning-rate.")
+            loss.backward()
+            for name, term in terms.items():
+                out[name] = out.get(name, 0.0) + term.item() / len(batches)
+        if out:
+            torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip)
+            self.optimizer.step()
+        return out
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to a twentieth."""
+        peak, warm = self.settings.learning_rate, max(1, round(self.settings.warmup * self.steps))
+        if step < warm:
+            return peak * (step + 1) / warm
+        done = (step - warm) / max(1, self.steps - warm)
+        return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+    # -- batches --------------------------------------------------------------------------------------------------
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        """Batches of one pass over the training data, a function of seed and epoch."""
+        rng = np.random.default_rng((self.settings.seed, epoch))
+        order = [self.training[i] for i in rng.permutation(len(self.training))]
+        batches: list[list[int]] = []
+        for at in range(0, len(order), POOL):
+            pool = sorted(order[at : at + POOL], key=lambda i: len(self.features.data[i].tokens))
+            batch: list[int] = []
+            for i in pool:  # ascending: the newest is the longest, and all are padded to it
+                if batch and (len(batch) + 1) * len(self.features.data[i].tokens) > self.settings.batch_tokens:
+                    batches.append(batch)
+                    batch = []
+                batch.append(i)
+            batches.append(batch)
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def _remaining(self) -> Iterator[list[list[int]]]:
+        """Batches of each step from the current one to the last."""
+        accumulate = self.settings.accumulate
+        while self.step < self.steps:
+            epoch, at = divmod(self.step, self.steps_per_epoch)
+            batches = self._epoch(epoch)
+            for step in range(at, self.steps_per_epoch):
+                if self.step >= self.steps:
+                    return
+                yield batches[step * accumulate : (step + 1) * accumulate]
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Writes the state beside the old one, then takes its place."""
+        state = {
+            "module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
+            "settings": asdict(self.settings), "skipped": self.skipped,
+        }  # fmt: skip
+        with write_errors(self.folder):
+            partial = self.folder / ".state.pt.partial"
+            torch.save(state, partial)
+            partial.replace(self.folder / "state.pt")
+
+    def resume(self) -> bool:
+        """Takes up the saved state, if there is one.
+
+        Raises:
+            UsageError: it was made with other settings, by another module or from other data.
+        """
+        path = self.folder / "state.pt"
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return False
+        try:
+            state = torch.load(path, weights_only=True)
+        except Exception as error:
+            raise ForetellError(f"{path} is damaged; delete it to start anew.") from error
+        if state["settings"] != asdict(self.settings):
+            raise UsageError(
+                f"{self.folder} holds a run with other settings; go on with them, or choose another --out."
+            )
+        try:
+            self.module.load_state_dict(state["module"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise UsageError(f"{self.folder} holds a run of another drafter; choose another --out.") from error
+        self.step, self.skipped = state["step"], state["skipped"]
+        return True
+
+    def log(self, line: dict[str, Any]) -> None:
+        with write_errors(self.folder), (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    # -- held-out figures -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, sizes: Sequence[int] = SIZES) -> Report:
+        """Figures on the conversations that were held out (all of them where none was).
+
+        The tree is searched on one half of the held-out conversations and replayed on the other.
+        """
+        self.module.eval()
+        indices = self.held_out or self.training
+        sums: dict[str, float] = {}
+        ranks: list[Ranks] = []
+        for at in range(0, len(indices), 8):
+            batch = self.features.batch(indices[at : at + 8])
+            for name, term in self.module.losses(batch).items():
+                sums[name] = sums.get(name, 0.0) + term.item() * len(indices[at : at + 8]) / len(indices)
+            ranks += [each.numpy() for each in self.module.ranks(batch)]
+        searched, replayed = (ranks[::2], ranks[1::2]) if len(ranks) > 1 else (ranks, ranks)
+        paths = nested(searched, max(sizes))
+        earned = {n: round(replay(replayed, paths[: n - 1]), 4) for n in sizes if n <= len(paths) + 1}
+        return Report(sums, _accuracy(ranks), paths, earned)
+
+
+def _accuracy(ranks: Sequence[Ranks]) -> list[dict[str, float]]:
+    """Per head: share of tokens ranked first, and among the first five."""
+    every = np.concatenate(ranks)
+    return [
+        {"top1": round(float((head == 0).mean()), 4), "top5": round(float((head < 5).mean()), 4)} for head in every.T
+    ]

@@ -1,0 +1,94 @@
+"""Which tree to draft, found from how often each guess came true.
+
+Calibration text gives, position by position, the rank that each head gave to the token that really came. A path of
+ranks (i1, ..., ij) is accepted where head 1 ranked its token i1-th *and* ... head j its token ij-th, so its value is
+the joint frequency of those ranks; no independence is assumed. A path never occurs more often than its own prefix,
+hence taking the most frequent path again and again gives the best tree of every size at once, each nested in the
+next (Medusa §3.3 and its appendix multiply accuracies instead).
+
+What a tree earns is then replayed: a step starts where the last one ended, which no average over positions knows.
+
+Legend: P positions, K heads.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foretell.trees.tree import TokenTree
+
+Path = tuple[int, ...]
+Ranks = NDArray[np.integer]
+"""[P, K]: rank of the token at p + k + 2 among the guesses of head k (from 0) at p; MISSED where it had none."""
+
+MISSED = 1000
+
+
+def nested(ranks: Sequence[Ranks], nodes: int) -> list[Path]:
+    """The `nodes` - 1 most frequent rank paths, most frequent first; any beginning of the list is a tree.
+
+    Args:
+        ranks: one array per text. All must have the same number of heads.
+        nodes: size of the largest tree, root included.
+
+    Returns:
+        Fewer paths if no others ever came true.
+    """
+    all_PK = np.concatenate([np.asarray(each) for each in ranks])
+    heap: list[tuple[int, int, Path, NDArray[np.integer]]] = []
+
+    def push(path: Path, where: NDArray[np.integer]) -> None:
+        """Enters the children of a path that came true at the positions `where`."""
+        if len(path) == all_PK.shape[1]:
+            return
+        next_ranks = all_PK[where, len(path)]
+        for rank, count in enumerate(np.bincount(next_ranks[next_ranks < MISSED], minlength=1).tolist()):
+            if count:
+                # a tie goes to the shallower path, then to the smaller ranks
+                heapq.heappush(heap, (-count, len(path) + 1, (*path, rank), where[next_ranks == rank]))
+
+    push((), np.arange(len(all_PK)))
+    paths: list[Path] = []
+    while heap and len(paths) < nodes - 1:
+        _, _, path, where = heapq.heappop(heap)
+        paths.append(path)
+        push(path, where)
+    return paths
+
+
+def in_order(paths: Sequence[Path]) -> TokenTree:
+    """The tree of `paths` with node i + 1 for path i: prefixes must come first, as `nested` gives them."""
+    place: dict[Path, int] = {(): 0}
+    for path in paths:
+        place[path] = len(place)
+    return TokenTree((-1, *(place[path[:-1]] for path in paths)))
+
+
+def accepted_P(ranks: Ranks, paths: Sequence[Path]) -> NDArray[np.integer]:
+    """[P]: how many guesses of the tree would be accepted at each position."""
+    deepest = np.zeros(len(ranks), dtype=np.int64)
+    for path in paths:
+        true = np.all(ranks[:, : len(path)] == np.array(path), axis=1)
+        deepest = np.maximum(deepest, true * len(path))
+    return deepest
+
+
+def replay(ranks: Sequence[Ranks], paths: Sequence[Path]) -> float:
+    """Tokens per step (bonus included) of decoding the texts with the tree of `paths`.
+
+    A step whose features are those of position p emits p + 1 onward: a accepted guesses and the bonus, after which
+    the features are those of p + a + 1.
+    """
+    tokens = steps = 0
+    for each in ranks:
+        deepest = accepted_P(each, paths).tolist()
+        p = 0
+        while p < len(deepest):
+            steps += 1
+            tokens += deepest[p] + 1
+            p += deepest[p] + 1
+    return tokens / steps if steps else 0.0
