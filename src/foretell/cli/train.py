@@ -17,6 +17,9 @@ from foretell.cli.terminal import job_progress, note
 from foretell.errors import UsageError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from foretell.train.data import Store
     from foretell.train.trainer import Report
 
 
@@ -33,18 +36,13 @@ def train(
     other_model: Annotated[bool, typer.Option("--other-model", help="Allow data that another model wrote.")] = False,
 ) -> None:
     """Train a drafter for a model on what the model wrote."""
-    import torch
-
     from foretell.bench.plots import training_curves
     from foretell.drafters.checkpoint import Checkpoint
     from foretell.train.data import Store
     from foretell.train.features import Features
     from foretell.train.trainer import Trainer
 
-    cls: Any = drafters.drafter_class(method)
-    if not hasattr(cls, "trainable"):
-        able = [name for name in drafters.DRAFTERS if hasattr(drafters.drafter_class(name), "trainable")]
-        raise UsageError(f"Drafter {method!r} has nothing to train; those that have are {', '.join(able)}.")
+    cls = _trainable(method)
     parameters = dict(inspect.signature(cls.trainable).parameters)
     options = dict(parse_options(f"{method} training", parameters, option or []))
     settings, store = training.settings(), Store.open(data)
@@ -57,11 +55,7 @@ def train(
             f"{data} was written by {store.manifest['model']} (fingerprint {store.manifest['fingerprint']}), not by "
             f"this model ({backbone.fingerprint}); distill with this one, or allow it with --other-model."
         )
-    counts_V = torch.zeros(backbone.config.vocab, dtype=torch.int64)
-    for each in store.conversations:
-        written = [token for start, end in each.answers for token in each.tokens[start:end]]
-        counts_V += torch.bincount(torch.tensor(written), minlength=len(counts_V))
-    module = cls.trainable(backbone, counts_V, **options)
+    module = cls.trainable(backbone, _written(store, backbone.config.vocab), **options)
     shards = None if no_cache else data / f"features-{backbone.fingerprint}-{'-'.join(map(str, module.taps))}"
     features = Features(backbone, store.conversations, module.taps, shards)
     began = time.perf_counter()
@@ -86,6 +80,23 @@ def train(
     checkpoint.save(out / "drafter", tensors)
     training_curves(out / "run/log.jsonl", out / "curves.png")
     _say(report, out)
+
+
+def _trainable(method: str) -> Any:
+    """The drafter's class, if it has something to train."""
+    cls: Any = drafters.drafter_class(method)
+    if not hasattr(cls, "trainable"):
+        able = [name for name in drafters.DRAFTERS if hasattr(drafters.drafter_class(name), "trainable")]
+        raise UsageError(f"Drafter {method!r} has nothing to train; those that have are {', '.join(able)}.")
+    return cls
+
+
+def _written(store: Store, vocab: int) -> Tensor:
+    """[V]: how often the model wrote each token."""
+    import torch
+
+    spans = [each.tokens[start:end] for each in store.conversations for start, end in each.answers]
+    return torch.bincount(torch.tensor([token for span in spans for token in span]), minlength=vocab)
 
 
 def _say(report: Report, out: Path) -> None:

@@ -1,0 +1,382 @@
+"""Medusa: heads that start as the output head, learn the right token and nothing else, and never change an answer."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from decoding import assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_backbones import BF16, FP32, Model
+from tiny_models import DIMENSIONS
+from torch import Tensor
+from torch.nn import functional as F
+
+from foretell import drafters
+from foretell.backbone import Backbone
+from foretell.contracts import FINAL, SamplingParams
+from foretell.drafters import checkpoint
+from foretell.drafters.checkpoint import Checkpoint
+from foretell.drafters.medusa import DECAY, Medusa, MedusaHeads
+from foretell.drafters.parts import TrainingBatch, draft_vocabulary, places, soft_cross_entropy
+from foretell.drafters.prompt_lookup import WithLookup
+from foretell.errors import ForetellError, UsageError
+from foretell.trees.search import MISSED, nested, replay
+
+LLAMA = {"model_type": "llama", **DIMENSIONS}
+VOCAB, WIDTH = DIMENSIONS["vocab_size"], DIMENSIONS["hidden_size"]
+
+
+def backbone_of(dtype: torch.dtype = FP32, **changes: Any) -> Backbone:
+    backbone = Model(LLAMA | changes).build(dtype=dtype)
+    backbone.fingerprint = "tiny"
+    return backbone
+
+
+def random_heads(
+    backbone: Backbone, heads: int, layers: int, output: str, vocabulary: int, seed: int = 0
+) -> MedusaHeads:
+    counts = torch.arange(VOCAB).flip(0)
+    module = Medusa.trainable(backbone, counts, heads=heads, layers=layers, output=output, draft_vocab=vocabulary)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return module
+
+
+def drafter_of(backbone: Backbone, module: MedusaHeads, paths: list[tuple[int, ...]], nodes: int = 64) -> Medusa:
+    tensors, arch = module.checkpoint()
+    return Medusa(backbone, arch, tensors, paths, lambda rows, context: nodes)
+
+
+def some_paths(heads: int, width: int, seed: int, count: int = 40) -> list[tuple[int, ...]]:
+    """A random tree, prefixes first."""
+    generator = torch.Generator().manual_seed(seed)
+    paths: list[tuple[int, ...]] = []
+    while len(paths) < min(count, 5 * heads):
+        stems = [path for path in [(), *paths] if len(path) < heads]
+        stem = stems[int(torch.randint(len(stems), (), generator=generator))]
+        path = (*stem, int(torch.randint(width, (), generator=generator)))
+        if path not in paths:
+            paths.append(path)
+    return paths
+
+
+def requests(count: int = 5) -> list[tuple[list[int], SamplingParams]]:
+    generator = torch.Generator().manual_seed(1)
+    out = []
+    for i in range(count):
+        ids = torch.randint(VOCAB, (1 + 5 * i,), generator=generator).tolist()
+        out.append((ids, SamplingParams(max_new_tokens=30 + i, temperature=float(i % 2), seed=i, logprobs=1)))
+    return out
+
+
+# -- exactness ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("output", ["shared", "tied", "own"])
+@pytest.mark.parametrize(("heads", "layers"), [(1, 1), (3, 2), (5, 1)])
+def test_untrained_heads_change_no_token(heads: int, layers: int, output: str, dtype: torch.dtype, rows: int) -> None:
+    backbone = backbone_of(dtype, tie_word_embeddings=output == "own")
+    truth = plainly(backbone, requests())
+    module = random_heads(backbone, heads, layers, output, 40)
+    for seed in range(3):
+        drafter = drafter_of(backbone, module, some_paths(heads, 6, seed), 12 + 14 * seed)
+        for each in (drafter, WithLookup(drafter)):
+            decoder = decoder_of(backbone, each, max_rows=rows)
+            assert decoder.lossless
+            assert_same(finish(decoder, requests()), truth)
+            assert held_like_a_fresh_prefill(decoder) > 0
+
+
+def test_what_is_drafted_is_what_the_heads_say() -> None:
+    """The packed layers against the learning form, and each node against its path's head and rank."""
+    backbone = backbone_of()
+    for output, layers in (("shared", 1), ("tied", 2), ("own", 3)):
+        module = random_heads(backbone, 3, layers, output, 40)
+        paths = some_paths(3, 5, 4)
+        drafter = drafter_of(backbone, module, paths, 12)
+        decoder = decoder_of(backbone, drafter)
+        decoder.submit([1, 2, 3, 4, 5], SamplingParams(max_new_tokens=20))
+        decoder.step()
+        row = decoder._rows[0]
+        h_Pd = drafter._states[row.slot][None]
+        states_KPd = module.states(h_Pd)
+        best = [module.vocabulary_V[(states_KPd[k, 0] @ module.head(k).T).topk(5).indices].tolist() for k in range(3)]
+        draft = drafter.draft([row])
+        assert len(draft.trees[0]) == 12
+        assert draft.tokens[0] == [row.tokens[-1], *(best[len(path) - 1][path[-1]] for path in paths[:11])]
+
+
+def test_a_prompt_of_one_token_is_drafted_after_its_first_step() -> None:
+    backbone = backbone_of()
+    module = random_heads(backbone, 2, 1, "shared", 0)
+    decoder = decoder_of(backbone, drafter_of(backbone, module, [(0,), (0, 0)]))
+    ids = [([5], SamplingParams(max_new_tokens=12))]
+    output = finish(decoder, ids)[0]
+    assert output.ids == plainly(backbone, ids)[0].ids
+    assert output.statistics.plain_steps == 2  # the first, and the last, which may emit one token only
+
+
+# -- learning -------------------------------------------------------------------------------------------------------
+
+
+def batch_of(tokens: list[list[int]], supervised: list[list[bool]], seed: int = 0, teacher: int = 3) -> TrainingBatch:
+    """Random states and a random teacher."""
+    generator = torch.Generator().manual_seed(seed)
+    B, T = len(tokens), max(map(len, tokens))
+    pad: Callable[[list[Any], Any], list[Any]] = lambda row, value: row + [value] * (T - len(row))  # noqa: E731
+    p_BTm = torch.rand(B, T, teacher, generator=generator)
+    ids_BTm = torch.stack([torch.randperm(VOCAB, generator=generator)[:teacher] for _ in range(B * T)])
+    return TrainingBatch(
+        torch.tensor([pad(row, 0) for row in tokens]),
+        torch.tensor([pad(row, False) for row in supervised]),
+        {FINAL: torch.randn(B, T, WIDTH, generator=generator)},
+        ids_BTm.unflatten(0, (B, T)),
+        p_BTm / p_BTm.sum(-1, keepdim=True) * 0.9,
+    )
+
+
+def test_fresh_heads_say_what_the_output_head_says() -> None:
+    for output in ("shared", "tied", "own"):
+        for backbone in (backbone_of(), backbone_of(tie_word_embeddings=True)):
+            module = Medusa.trainable(backbone, torch.ones(VOCAB), layers=2, output=output, draft_vocab=0)
+            states = torch.randn(4, WIDTH)
+            assert all(torch.equal(each, states) for each in module.states(states))
+            for k in range(module.heads):
+                torch.testing.assert_close(states @ module.head(k).T, backbone.logits(states))
+
+
+def test_the_loss_is_the_one_of_the_paper_written_out() -> None:
+    """Weights 0.8^k, shifts, masks, the teacher, the draft vocabulary: position by position in float64."""
+    backbone = backbone_of()
+    module = random_heads(backbone, 3, 2, "own", 30)
+    generator = torch.Generator().manual_seed(3)
+    tokens = [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in (9, 5, 12)]
+    batch = batch_of(tokens, [[i > 2 for i in range(len(row))] for row in tokens])
+    ours = module.losses(batch)
+    for k in range(3):
+        terms = []
+        for b, row in enumerate(tokens):
+            for t in range(len(row) - 2):  # where the first head has a target
+                target = t + 2 + k
+                if target >= len(row) or not batch.supervised_BT[b, target] or not batch.supervised_BT[b, t + 2]:
+                    continue
+                x = batch.states[FINAL][b, t].double()
+                for layer in range(2):
+                    x = x + F.silu(x @ module.weight_LKdd[layer, k].double().T + module.bias_LKd[layer, k].double())
+                log_q = (x @ module.head(k).double().T).log_softmax(-1)
+                wanted = {row[target]: 1 - module.soft}
+                for token, p in zip(
+                    batch.teacher_ids_BTm[b, target - 1].tolist(),
+                    batch.teacher_p_BTm[b, target - 1].tolist(),
+                    strict=True,
+                ):
+                    wanted[token] = wanted.get(token, 0.0) + module.soft * p
+                place = {token: i for i, token in enumerate(module.vocabulary_V.tolist())}
+                terms.append(-sum(p * log_q[place[token]] for token, p in wanted.items() if token in place))
+        twin = DECAY**k * sum(terms) / len(terms)
+        assert ours[f"head {k + 1}"].item() == pytest.approx(twin.item(), rel=0.02)  # ours multiplies in bfloat16
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 1200), st.integers(1, 40), st.integers(1, 6), st.integers(0, 99))
+def test_the_chunked_cross_entropy_is_the_plain_one(rows: int, vocab: int, targets: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 8, generator=generator).bfloat16().float().requires_grad_()
+    weight = torch.randn(vocab, 8, generator=generator).bfloat16().float().requires_grad_()
+    ids = torch.randint(vocab, (rows, targets), generator=generator)  # a token may be named twice
+    p = torch.rand(rows, targets, generator=generator) * (torch.rand(rows, targets, generator=generator) > 0.3)
+    loss = soft_cross_entropy(x, weight, ids, p)
+    (loss * 0.5).backward()
+    got = (loss.detach(), x.grad, weight.grad)
+    x2, weight2 = (t.detach().double().requires_grad_() for t in (x, weight))
+    log_q = (x2 @ weight2.T).log_softmax(-1)
+    plain = -(p * log_q.gather(-1, ids)).sum()
+    (plain * 0.5).backward()
+    for ours, theirs in zip(got, (plain.detach(), x2.grad, weight2.grad), strict=True):
+        scale = theirs.abs().max() + 1e-3
+        assert (ours.double() - theirs).abs().max() <= 0.02 * scale
+
+
+def test_gradients_reach_the_heads_and_nothing_else() -> None:
+    backbone = backbone_of()
+    before = backbone.head_rows(torch.arange(VOCAB)).clone()
+    tokens = [[(7 * i) % VOCAB for i in range(20)]]
+    for output in ("shared", "tied", "own"):
+        module = Medusa.trainable(backbone, torch.ones(VOCAB), output=output, draft_vocab=0, layers=2)
+        torch.stack(list(module.losses(batch_of(tokens, [[True] * 20])).values())).sum().backward()
+        names = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
+        assert names == {"weight_LKdd", "bias_LKd"} | ({"head_KVd"} if output != "shared" else set())
+        assert all(parameter.grad.abs().sum() > 0 for parameter in module.parameters())  # type: ignore[union-attr]
+        assert not module.head(0).requires_grad or output != "shared"
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+        optimizer.step()
+        assert torch.equal(backbone.head_rows(torch.arange(VOCAB)), before)
+
+
+def test_a_cyclic_sequence_is_learnt_one_head_one_step_further() -> None:
+    """Head k must say t + k + 1: off by one anywhere and it learns another rotation."""
+    backbone, cycle = backbone_of(), [11, 3, 42, 7, 29, 60, 18]
+    tokens = [cycle[i % 7] for i in range(60)]
+    states = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(5))  # a state says which token it is of
+    batch = batch_of([tokens], [[True] * 60])
+    batch.states[FINAL] = states[torch.tensor(tokens)][None]
+    batch.teacher_ids_BTm = torch.tensor([*tokens[1:], 0])[None, :, None]
+    batch.teacher_p_BTm = torch.ones(1, 60, 1)
+    module = Medusa.trainable(backbone, torch.ones(VOCAB), heads=3, output="tied", draft_vocab=0)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.02, weight_decay=0)
+    for _ in range(60):
+        optimizer.zero_grad()
+        torch.stack(list(module.losses(batch).values())).sum().backward()
+        optimizer.step()
+    drafter = drafter_of(backbone, module, [(0,), (0, 0), (0, 0, 0)])
+    for i, token in enumerate(cycle):
+        said = drafter._guesses(states[token][None], 1)[0, :, 0].tolist()
+        assert said == [cycle[(i + k) % 7] for k in (2, 3, 4)]
+    ranks = [each.numpy() for each in module.ranks(batch)]
+    assert (ranks[0][:-2] == 0).all()
+    assert replay(ranks, nested(ranks, 4)) > 3.8  # four tokens a step, but at the end of the text
+
+
+def test_nothing_supervised_is_no_loss_and_no_rank() -> None:
+    module = Medusa.trainable(backbone_of(), torch.ones(VOCAB))
+    batch = batch_of([[1, 2, 3, 4]], [[False] * 4])
+    assert module.losses(batch) == {}
+    assert [len(each) for each in module.ranks(batch)] == [0]
+
+
+def test_a_short_conversation_teaches_only_the_heads_that_it_reaches() -> None:
+    module = Medusa.trainable(backbone_of(), torch.ones(VOCAB), heads=4, draft_vocab=0)
+    losses = module.losses(batch_of([[1, 2, 3, 4]], [[True] * 4]))
+    assert list(losses) == ["head 1", "head 2"]
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    ranks = module.ranks(batch_of([[1, 2, 3, 4]], [[True] * 4]))[0]
+    assert ranks.shape == (2, 4)
+    assert (ranks[:, 2:] == MISSED).all()
+
+
+def test_tokens_outside_the_draft_vocabulary_are_not_taught_and_never_drafted() -> None:
+    backbone, counts = backbone_of(), torch.zeros(VOCAB)
+    counts[10:20] = 5
+    module = Medusa.trainable(backbone, counts, draft_vocab=10, soft=0.0)
+    assert module.vocabulary_V.tolist() == list(range(10, 20))
+    assert float(sum(module.losses(batch_of([[1, 2, 3, 4, 5]], [[True] * 5])).values())) == 0.0
+    drafter = drafter_of(backbone, module, [(r,) for r in range(8)])
+    assert set(drafter._guesses(torch.randn(3, WIDTH), 8).flatten().tolist()) <= set(range(10, 20))
+
+
+def test_a_draft_vocabulary_holds_the_most_frequent_tokens() -> None:
+    counts = torch.tensor([3, 9, 3, 0, 7])
+    assert draft_vocabulary(counts, 3).tolist() == [0, 1, 4]  # of equals, the smaller id
+    assert draft_vocabulary(counts, 0).tolist() == draft_vocabulary(counts, 9).tolist() == [0, 1, 2, 3, 4]
+    assert places(torch.tensor([1, 4]), 5).tolist() == [-1, 0, -1, -1, 1]
+
+
+# -- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def saved(folder: Path, backbone: Backbone, module: MedusaHeads, **changes: Any) -> Path:
+    tensors, arch = module.checkpoint()
+    c = backbone.config
+    numbers = {
+        "method": "medusa", "backbone": "tiny", "fingerprint": backbone.fingerprint, "hidden": c.hidden,
+        "vocab": c.vocab, "arch": arch, "paths": [[0], [0, 0], [1]], "tokens_per_step": {"2": 1.5, "4": 1.9},
+    }  # fmt: skip
+    Checkpoint(**(numbers | changes)).save(folder, tensors)
+    return folder
+
+
+@pytest.mark.parametrize("output", ["shared", "tied", "own"])
+def test_a_checkpoint_comes_back_whole(tmp_path: Path, output: str) -> None:
+    backbone = backbone_of()
+    module = random_heads(backbone, 3, 2, output, 20)
+    folder = saved(tmp_path / "heads", backbone, module, provenance={"command": "foretell train"})
+    found, tensors = checkpoint.load(folder)
+    assert (found.backbone, found.paths, found.provenance) == (
+        "tiny",
+        [[0], [0, 0], [1]],
+        {"command": "foretell train"},
+    )
+    fresh = random_heads(backbone, 3, 2, output, 20, seed=9)
+    fresh.restore(tensors)
+    for name, tensor in fresh.checkpoint()[0].items():
+        assert torch.equal(tensor, module.checkpoint()[0][name])
+    built = drafters.build("medusa", backbone, checkpoint=str(folder))
+    direct = drafter_of(backbone, module, [(0,), (0, 0), (1,)])
+    states = torch.randn(5, WIDTH)
+    assert (built._guesses(states, 3) == direct._guesses(states, 3)).all()  # type: ignore[attr-defined]
+    saved(folder, backbone, fresh)  # a second one takes its place
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["heads"]
+
+
+def refusal(backbone: Backbone, **options: Any) -> str:
+    with pytest.raises(ForetellError) as refused:
+        drafters.build("medusa", backbone, **options)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_heads_of_another_model_are_refused_unless_told_otherwise(tmp_path: Path) -> None:
+    backbone = backbone_of()
+    folder = str(saved(tmp_path / "heads", backbone, random_heads(backbone, 2, 1, "tied", 20)))
+    other = backbone_of()
+    other.fingerprint = "other"
+    assert "trained for tiny (fingerprint tiny), not for this model (other)" in refusal(other, checkpoint=folder)
+    drafters.build("medusa", other, checkpoint=folder, any_backbone=True)
+    wide = backbone_of(hidden_size=64)
+    assert "model of width 32 and 64 tokens, but this one has 64 and 64" in refusal(
+        wide, checkpoint=folder, any_backbone=True
+    )
+
+
+def test_what_cannot_be_drafted_with_is_refused(tmp_path: Path) -> None:
+    backbone = backbone_of()
+    module = random_heads(backbone, 2, 1, "tied", 20)
+    good = saved(tmp_path / "good", backbone, module)
+    assert "No medusa drafter comes with foretell for this model" in refusal(backbone)
+    assert "holds no drafter" in refusal(backbone, checkpoint=str(tmp_path / "nothing"))
+    assert "deeper than the 2 heads" in refusal(backbone, checkpoint=str(good), tree="vicuna_7b_stage2")
+    deep = saved(tmp_path / "deep", backbone, module, paths=[[0], [0, 0], [0, 0, 0]])
+    assert "deeper than the 2 heads" in refusal(backbone, checkpoint=str(deep))
+    wide = saved(tmp_path / "wide", backbone, module, paths=[[20]])
+    assert "a rank beyond the 20 tokens" in refusal(backbone, checkpoint=str(wide))
+    assert "holds a hydra drafter, not medusa" in refusal(
+        backbone, checkpoint=str(saved(tmp_path / "hydra", backbone, module, method="hydra"))
+    )
+    assert "format 99" in refusal(backbone, checkpoint=str(saved(tmp_path / "new", backbone, module, format=99)))
+    assert "2 to 256 nodes, not 1" in refusal(backbone, checkpoint=str(good), nodes=1)
+    with pytest.raises(UsageError, match="must be shared, tied or own"):
+        Medusa.trainable(backbone, torch.ones(VOCAB), output="none")
+    weights = good / "model.safetensors"
+    whole = weights.read_bytes()
+    for cut in (0, 7, len(whole) // 2, len(whole) - 1):
+        weights.write_bytes(whole[:cut])
+        assert "is damaged" in refusal(backbone, checkpoint=str(good))
+    weights.unlink()
+    assert "is damaged" in refusal(backbone, checkpoint=str(good))
+    (good / "config.json").write_text('{"format": 1, "method": "medusa"}')
+    assert "is damaged" in refusal(backbone, checkpoint=str(good))
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    backbone = backbone_of()
+    folder = saved(tmp_path / "heads", backbone, random_heads(backbone, 2, 1, "tied", 20))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(tensors: dict[str, Tensor], path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(ForetellError, match="not enough disk space"):
+        saved(folder, backbone, random_heads(backbone, 3, 1, "tied", 20))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["heads"]
