@@ -35,12 +35,7 @@ def examples(count: int) -> settings:
     return settings(max_examples=count * SOAK, deadline=None)
 
 
-def _best_build() -> str:
-    return os.environ.get("FORETELL_KERNELS", "")
-
-
-COMPILED = [build for build in kernels.BUILDS if kernels.select(build)]
-kernels.select(_best_build())
+COMPILED = [build for build in kernels.BUILDS if kernels.find(build)]
 KERNELS = [*COMPILED, "eager"]
 """Every way this processor can compute."""
 
@@ -48,15 +43,18 @@ KERNELS = [*COMPILED, "eager"]
 @contextmanager
 def using(kernel: str) -> Iterator[None]:
     """The named compiled build inside ("": the best), the usual after; one thread for PyTorch: idle ones spin."""
+    before = os.environ.get("FORETELL_KERNELS")
     if kernel in COMPILED:
-        assert kernels.select(kernel) == kernel
+        os.environ["FORETELL_KERNELS"] = kernel
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        kernels.select(_best_build())
+        os.environ.pop("FORETELL_KERNELS", None)
+        if before is not None:
+            os.environ["FORETELL_KERNELS"] = before
 
 
 @cache

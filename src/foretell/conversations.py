@@ -87,6 +87,7 @@ def converse(
     *,
     rows: int = 1,
     raw: bool = False,
+    cut: bool = False,
     on_event: Callable[[int, Event], None] | None = None,
 ) -> Iterator[tuple[int, list[Result]]]:
     """Answers every conversation, `rows` at a time; yields (index, replies) as each one ends.
@@ -96,6 +97,7 @@ def converse(
 
     Args:
         raw: turns are plain text, with no chat template.
+        cut: a conversation ends before a turn that no longer fits the context, instead of raising.
         on_event: called with (index, event) for all that the decoder emits.
 
     Raises:
@@ -118,10 +120,14 @@ def converse(
                 if not talk.hear(event):
                     continue
                 del asked[event.request]
-                if talk.left:
-                    asked[talk.ask()] = index, talk
-                else:
-                    yield index, talk.replies
+                try:
+                    if talk.left:
+                        asked[talk.ask()] = index, talk
+                        continue
+                except UsageError:
+                    if not cut:
+                        raise
+                yield index, talk.replies
     finally:
         for request in asked:
             decoder.cancel(request)

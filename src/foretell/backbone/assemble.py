@@ -18,6 +18,8 @@ from foretell.backbone.weights import fingerprint, read_weights
 from foretell.errors import UsageError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}
+MOST_THREADS = 128
+"""A step of a model is too short to share among more; the kernels' team holds 255."""
 
 
 def assemble(
@@ -44,11 +46,11 @@ def assemble(
     torch.set_num_threads(count)
     config = read_config(folder)
     weights = read_weights(folder, config)
-    compiled = _use_kernels(kernel, where) and CompiledBackbone.supports(config)
-    kind = _dtype(dtype, where, compiled)
+    build = _build(kernel, where) if CompiledBackbone.supports(config) else None
+    kind = _dtype(dtype, where, build is not None)
     backbone: Backbone
-    if compiled:
-        backbone = CompiledBackbone(config, weights.__getitem__, kind, count)
+    if build:
+        backbone = CompiledBackbone(config, weights.__getitem__, kind, count, build)
     else:
         backbone = EagerBackbone(config, weights.__getitem__, kind, where, count)
     backbone.fingerprint = fingerprint(weights, config)
@@ -63,7 +65,7 @@ def usable_cores() -> int:
     """Cores this process may use: its affinity, cut down by a cgroup quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _cgroup_quota(Path("/sys/fs/cgroup"))
-    return max(1, min(cores, quota) if quota else cores)
+    return max(1, min(cores, quota or cores, MOST_THREADS))
 
 
 def _cgroup_quota(root: Path) -> int | None:
@@ -94,22 +96,23 @@ def _device(name: str | None) -> torch.device:
 
 
 def _threads(count: int | None) -> int:
-    if count is not None and not 1 <= count <= 128:
-        raise UsageError(f"threads is {count}; it must lie between 1 and 128.")
+    if count is not None and not 1 <= count <= MOST_THREADS:
+        raise UsageError(f"threads is {count}; it must lie between 1 and {MOST_THREADS}.")
     return count or usable_cores()
 
 
-def _use_kernels(name: str | None, device: torch.device) -> bool:
-    """Selects the named build; False for the eager modules."""
-    if name is not None and name not in ("eager", *kernels.BUILDS):
-        raise UsageError(f"Unknown kernels {name!r}; use eager, {', '.join(kernels.BUILDS)}.")
-    if name == "eager" or (name is None and device.type != "cpu"):
-        return False
-    chosen = kernels.select(name or os.environ.get("FORETELL_KERNELS", ""))
-    if name is not None and chosen is None:
+def _build(name: str | None, device: torch.device) -> kernels.Build | None:
+    """The compiled build to use; None for the eager modules."""
+    asked, whose = (name, "kernel") if name else (os.environ.get("FORETELL_KERNELS", ""), "FORETELL_KERNELS")
+    if asked and asked not in ("eager", *kernels.BUILDS):
+        raise UsageError(f"{whose} is {asked!r}; it must be eager, {', '.join(kernels.BUILDS)}.")
+    if asked == "eager" or (name is None and device.type != "cpu"):
+        return None
+    build = kernels.find(asked)
+    if asked and build is None:
         reason = "this processor lacks them" if kernels.library() else "they were not compiled with the package"
-        raise UsageError(f"Kernels {name!r} cannot run here: {reason}; leave the choice out to take the best.")
-    return chosen is not None
+        raise UsageError(f"Kernels {asked!r} cannot run here: {reason}; leave the choice out to take the best.")
+    return build
 
 
 def _dtype(name: str | None, device: torch.device, compiled: bool) -> torch.dtype:

@@ -26,8 +26,7 @@ class KVCache:
     ):
         # Unwritten slots are never read, so they need no zeros, and pages stay untouched until they are used.
         shape = (layers, rows, kv_heads, slots, head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.keys, self.values = _room(shape, dtype, device)
         self.lengths = [0] * rows
         self._free = list(range(rows))[::-1]
 
@@ -68,11 +67,10 @@ class KVCache:
         if slots > old_slots:
             slots = max(slots, min(2 * old_slots, slots + 1024))  # growing token by token must not copy every time
         shape = (layers, max(rows, old_rows), heads, max(slots, old_slots), width)
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = torch.empty(shape, dtype=old.dtype, device=old.device)
+        keys, values = _room(shape, self.keys.dtype, self.keys.device)
+        for old, new in ((self.keys, keys), (self.values, values)):
             new[:, :old_rows, :, :used] = old[:, :, :, :used]
-            setattr(self, name, new)
+        self.keys, self.values = keys, values  # both or, after an error, neither
         self.lengths += [0] * (shape[1] - old_rows)
         self._free = list(range(old_rows, shape[1]))[::-1] + self._free
 
@@ -100,3 +98,19 @@ class KVCache:
     def read(self, row: int) -> tuple[Tensor, Tensor]:
         """Committed keys and values of a row, each [L, G, length, D]."""
         return self.keys[:, row, :, : self.lengths[row]], self.values[:, row, :, : self.lengths[row]]
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Keys and values.
+
+    Raises:
+        ForetellError: there is not enough memory.
+    """
+    try:
+        return torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
+    except (RuntimeError, MemoryError) as error:
+        gigabytes = 2 * torch.Size(shape).numel() * dtype.itemsize / 1e9
+        raise ForetellError(
+            f"A cache of {shape[1]} rows of {shape[3]} tokens takes {gigabytes:.1f} GB, more than there is; "
+            "use a smaller batch or fewer tokens."
+        ) from error

@@ -7,8 +7,7 @@ gate and up interleaved. A tied embedding is read back from the packed head.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from ctypes import CDLL, addressof, byref, c_uint64
-from typing import cast
+from ctypes import addressof, byref, c_uint64
 
 import torch
 from torch import Tensor
@@ -27,9 +26,12 @@ Reader = Callable[[str], Tensor]
 class CompiledBackbone(Backbone):
     """See `Backbone`. `read` is called once per weight."""
 
-    def __init__(self, config: ModelConfig, read: Reader, dtype: torch.dtype, threads: int):
+    def __init__(
+        self, config: ModelConfig, read: Reader, dtype: torch.dtype, threads: int, build: kernels.Build | None = None
+    ):
         super().__init__(config, dtype, torch.device("cpu"), threads)
-        self.kernels = kernels.current() or "none"
+        self.build = build or kernels.default()
+        self.kernels = self.build.name
         self._bf16 = int(dtype == torch.bfloat16)
         self._kept: list[Tensor | PackedLinear] = []  # what the structures below point to
         self._layers = (kernels.Layer * config.layers)()
@@ -37,7 +39,7 @@ class CompiledBackbone(Backbone):
             self._fill(layer, f"model.layers.{index}.", read)
             layer.window = config.windows[index]
         self._norm = self._vector(read("model.norm.weight"))
-        self._head = PackedLinear(read("model.embed_tokens.weight" if config.tied else "lm_head.weight").to(dtype))
+        self._head = self._packed(read("model.embed_tokens.weight" if config.tied else "lm_head.weight"))
         self._embedding = None if config.tied else read("model.embed_tokens.weight").to(dtype)
         self._model = kernels.Model(
             config.hidden, config.heads, config.kv_heads, config.head_dim, config.mlp, threads, config.eps, self._layers
@@ -58,7 +60,7 @@ class CompiledBackbone(Backbone):
         c = self.config
 
         def linear(field: str, weight: Tensor, bias: Tensor | None) -> None:
-            packed = PackedLinear(weight.to(self.dtype), bias)
+            packed = self._packed(weight, bias)
             self._kept.append(packed)
             setattr(layer, field, address(packed.packed))
             setattr(layer, f"{field}_bias", address(packed.bias))
@@ -81,15 +83,11 @@ class CompiledBackbone(Backbone):
             layer.query_norm = address(self._vector(read(f"{prefix}self_attn.q_norm.weight")))
             layer.key_norm = address(self._vector(read(f"{prefix}self_attn.k_norm.weight")))
 
-    def _library(self) -> CDLL:
-        """The kernels, switched back to this backbone's build if another was chosen since."""
-        if kernels.current() != self.kernels:
-            kernels.select(self.kernels)
-        return cast(CDLL, kernels.library())
+    def _packed(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+        return PackedLinear(weight.to(self.dtype), bias, self.build)
 
     def embed(self, tokens_M: Tensor) -> Tensor:
         if self._embedding is None:
-            self._library()
             return self._head.rows(tokens_M)
         return self._embedding[tokens_M].float()
 
@@ -116,8 +114,8 @@ class CompiledBackbone(Backbone):
         skipping = torch.frombuffer(bytearray(skip), dtype=torch.uint8) if skip else None
         span = kernels.Span(begin, end, address(skipping), addressof(pointers))
         rows, _alive = self._rows(nodes)
-        self._library().foretell_layers(
-            byref(self._model), byref(self._cache(cache)), byref(rows), byref(span),
+        kernels.require().foretell_layers(
+            self.build.handle, byref(self._model), byref(self._cache(cache)), byref(rows), byref(span),
             address(input_Md), address(out_Md), self._bf16,
         )  # fmt: skip
         return out_Md, tapped
@@ -127,8 +125,8 @@ class CompiledBackbone(Backbone):
         queries_MHD = queries_MHD.contiguous()
         out_MHD = torch.empty_like(queries_MHD)
         rows, _alive = self._rows(nodes)
-        self._library().foretell_attention(
-            byref(self._model), byref(self._cache(cache)), byref(rows), address(queries_MHD),
+        kernels.require().foretell_attention(
+            self.build.handle, byref(self._model), byref(self._cache(cache)), byref(rows), address(queries_MHD),
             address(out_MHD), repeats, self._bf16,
         )  # fmt: skip
         return out_MHD
@@ -136,30 +134,23 @@ class CompiledBackbone(Backbone):
     def norm(self, hidden_Md: Tensor) -> Tensor:
         hidden_Md = hidden_Md.contiguous()
         states_Md = torch.empty_like(hidden_Md)
-        self._library().foretell_norm(
-            address(hidden_Md), address(self._norm), self.config.eps, *hidden_Md.shape, address(states_Md)
-        )
+        kernels.require().foretell_norm(
+            self.build.handle, address(hidden_Md), address(self._norm), self.config.eps, *hidden_Md.shape,
+            address(states_Md),
+        )  # fmt: skip
         return states_Md
 
     def logits(self, states_Md: Tensor) -> Tensor:
-        self._library()
         return self._head(states_Md, self.threads)
 
     def argmax(self, states_Md: Tensor) -> Tensor:
-        self._library()
         return self._head.argmax(states_Md, self.threads)
 
     def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> Callable[[Tensor], Tensor]:
-        packed = PackedLinear(weight_NK.to(self.dtype), bias_N)
-
-        def call(x_MK: Tensor) -> Tensor:
-            self._library()
-            return packed(x_MK, self.threads)
-
-        return call
+        packed = self._packed(weight_NK, bias_N)
+        return lambda x_MK: packed(x_MK, self.threads)
 
     def head_rows(self, ids_N: Tensor) -> Tensor:
-        self._library()
         return self._head.rows(ids_N).to(self.dtype)
 
     def _rows(self, nodes: Nodes) -> tuple[kernels.Rows, tuple[Tensor, Tensor]]:

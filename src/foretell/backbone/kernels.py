@@ -11,14 +11,18 @@ from __future__ import annotations
 import ctypes
 import os
 from ctypes import POINTER, Structure, c_double, c_int, c_int64, c_void_p
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from foretell.errors import ForetellError
+
 LIBRARY = Path(__file__).with_name("_kernels.so")
-_current: str | None = None
+LAYOUT = 2
+"""Of the structures below and of the calls; what `foretell_layout` in native.cpp must say too."""
 BUILDS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
 
 
@@ -51,20 +55,21 @@ class Span(Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The loaded library with its best build chosen (or `FORETELL_KERNELS`), or None where it was not built."""
+    """The loaded library, or None where it was not built."""
     if not LIBRARY.exists():
         return None
     lib = ctypes.CDLL(str(LIBRARY))
-    lib.foretell_select.restype = ctypes.c_char_p
-    pointers, flag, size = c_void_p, c_int, c_int64
-    lib.foretell_pack.argtypes = [pointers, size, size, pointers, flag]
-    lib.foretell_unpack_rows.argtypes = [pointers, size, pointers, size, pointers, flag]
-    lib.foretell_layers.argtypes = [pointers] * 6 + [flag]
-    lib.foretell_norm.argtypes = [pointers, pointers, c_double, size, size, pointers]
-    lib.foretell_linear.argtypes = [pointers, size, size, pointers, size, pointers, pointers, pointers, size, flag]
-    lib.foretell_attention.argtypes = [pointers] * 5 + [size, flag]
-    if select(os.environ.get("FORETELL_KERNELS", ""), lib) is None:
-        return None
+    if not hasattr(lib, "foretell_layout") or lib.foretell_layout() != LAYOUT:
+        raise ForetellError(f"{LIBRARY} was compiled from other sources; install foretell again (pip install -e .).")
+    pointer, flag, size = c_void_p, c_int, c_int64
+    lib.foretell_build.restype, lib.foretell_build.argtypes = pointer, [ctypes.c_char_p]
+    lib.foretell_name.restype, lib.foretell_name.argtypes = ctypes.c_char_p, [pointer]
+    lib.foretell_pack.argtypes = [pointer, pointer, size, size, pointer, flag]
+    lib.foretell_unpack_rows.argtypes = [pointer, pointer, size, pointer, size, pointer, flag]
+    lib.foretell_layers.argtypes = [pointer] * 7 + [flag]
+    lib.foretell_norm.argtypes = [pointer, pointer, pointer, c_double, size, size, pointer]
+    lib.foretell_linear.argtypes = [pointer, pointer, size, size, pointer, size, pointer, pointer, pointer, size, flag]
+    lib.foretell_attention.argtypes = [pointer] * 6 + [size, flag]
     return lib
 
 
@@ -75,21 +80,26 @@ def require() -> ctypes.CDLL:
     return lib
 
 
-def select(build: str = "", lib: ctypes.CDLL | None = None) -> str | None:
-    """Switch every later call to a named build (see BUILDS), or to the best; None if this processor lacks it.
+@dataclass(frozen=True)
+class Build:
+    """The kernels for one instruction set; all share one packed layout."""
 
-    Builds share one packed layout, so weights packed under one run under another.
-    """
-    global _current
-    lib = lib or library()
-    name = lib.foretell_select(build.encode()) if lib is not None else None
-    _current = name.decode() if name else _current
-    return name.decode() if name else None
+    name: str
+    handle: int
 
 
-def current() -> str | None:
-    """The build that calls run with."""
-    return _current
+def find(name: str = "") -> Build | None:
+    """A build by name (see BUILDS), or the best; None if this processor lacks it, or none was compiled."""
+    lib = library()
+    handle = lib.foretell_build(name.encode()) if lib is not None else None
+    return Build(lib.foretell_name(handle).decode(), handle) if lib is not None and handle else None
+
+
+def default() -> Build:
+    """What `FORETELL_KERNELS` names, or the best, where the caller knows that there is one."""
+    build = find(os.environ.get("FORETELL_KERNELS", ""))
+    assert build is not None, "no such kernels here"
+    return build
 
 
 def address(tensor: Tensor | None) -> int:
@@ -109,9 +119,10 @@ class PackedLinear:
     Every output depends on its own row of x alone: one row or sixty-four, the bits are the same.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, build: Build | None = None):
         if weight.dtype not in (torch.bfloat16, torch.float32):
             raise TypeError(f"packed weights are bfloat16 or float32, not {weight.dtype}")
+        self.build = build or default()
         self.outputs, self.inputs = weight.shape
         self.bf16 = int(weight.dtype == torch.bfloat16)
         self.packed = torch.empty(_up(self.outputs) * _up(self.inputs), dtype=weight.dtype)
@@ -120,7 +131,7 @@ class PackedLinear:
             self.bias = torch.zeros(_up(self.outputs))
             self.bias[: self.outputs] = bias
         require().foretell_pack(
-            address(weight.contiguous()), self.outputs, self.inputs, address(self.packed), self.bf16
+            self.build.handle, address(weight.contiguous()), self.outputs, self.inputs, address(self.packed), self.bf16
         )
 
     def __call__(self, x_MK: Tensor, threads: int) -> Tensor:
@@ -139,14 +150,15 @@ class PackedLinear:
         """Rows of W [M, K] as float32: a tied embedding read back from the packed head."""
         out_MK = torch.empty(ids_M.shape[0], self.inputs)
         require().foretell_unpack_rows(
-            address(self.packed), self.inputs, address(ids_M), ids_M.shape[0], address(out_MK), self.bf16
-        )
+            self.build.handle, address(self.packed), self.inputs, address(ids_M), ids_M.shape[0], address(out_MK),
+            self.bf16,
+        )  # fmt: skip
         return out_MK
 
     def _run(self, x_MK: Tensor, y_MN: Tensor | None, best_M: Tensor | None, threads: int) -> None:
         x_MK = x_MK.contiguous()
         assert x_MK.dtype == torch.float32 and x_MK.shape[1] == self.inputs
         require().foretell_linear(
-            address(x_MK), x_MK.shape[0], self.inputs, address(self.packed), self.outputs, address(self.bias),
-            address(y_MN), address(best_M), threads, self.bf16,
+            self.build.handle, address(x_MK), x_MK.shape[0], self.inputs, address(self.packed), self.outputs,
+            address(self.bias), address(y_MN), address(best_M), threads, self.bf16,
         )  # fmt: skip

@@ -11,12 +11,17 @@ from torch import Tensor
 
 from foretell.backbone.base import Backbone
 from foretell.backbone.cache import KVCache
+from foretell.backbone.linear import MOST_ROWS
 from foretell.backbone.nodes import Nodes
+from foretell.errors import ForetellError
 from foretell.trees import TokenTree, chain
 
 TREE = TokenTree((-1, 0, 0, 0, 1, 1, 2, 4, 4, 5, 6, 8, 8, 11, 12, 3, 0))
-PREFIX = 40
-"""Committed tokens before the tree: more than one block of keys."""
+PREFIX = MOST_ROWS
+"""Committed tokens before the tree: more than one block of keys, and the most rows that one call multiplies."""
+
+_SO = "depend on how many tokens share the pass, so that output may differ from plain decoding's"
+STATES, LOGITS = f"On this machine a token's hidden states {_SO}.", f"On this machine a token's logits {_SO}."
 
 
 def probe(backbone: Backbone, layers: int = 2) -> str | None:
@@ -31,17 +36,20 @@ def probe(backbone: Backbone, layers: int = 2) -> str | None:
         return hidden
 
     cache = backbone.new_cache(1, PREFIX + len(TREE))
-    run(cache, prompt, Nodes.chains([0], [0], [PREFIX]))
+    chunk = run(cache, prompt, Nodes.chains([0], [0], [PREFIX]))
     together = run(cache, guesses, Nodes([TREE], [0], [PREFIX]))
     logits = backbone.logits(backbone.norm(together))
+    if not logits.isfinite().all():
+        raise ForetellError("The model's logits are not finite numbers: its weights are damaged; fetch it again.")
     alone = backbone.new_cache(1, PREFIX + len(TREE))
     for i in range(PREFIX):
-        run(alone, prompt[i : i + 1], Nodes([chain(0)], [0], [i]))
+        if not torch.equal(run(alone, prompt[i : i + 1], Nodes([chain(0)], [0], [i]))[0], chunk[i]):
+            return STATES
     for leaf in TREE.leaves:
         for depth, node in enumerate(TREE.path(leaf)):
             hidden = run(alone, guesses[node : node + 1], Nodes([chain(0)], [0], [PREFIX + depth]))
             if not torch.equal(hidden[0], together[node]):
-                return "a token's hidden state depends on how many tokens share the pass"
+                return STATES
             if not torch.equal(backbone.logits(backbone.norm(hidden))[0], logits[node]):
-                return "a token's logits depend on how many tokens share the pass"
+                return LOGITS
     return None

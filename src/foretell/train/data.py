@@ -6,8 +6,9 @@
                           {"line": 8, "dropped": "repetitive"}
 
 `tokens` is a whole conversation with its marks; `answers` are the half-open spans that the model wrote, end-of-turn
-included: what a drafter learns from. `line` is the place among the prompts. A line is whole or it is not there, so
-that an interruption costs what was being answered and nothing else.
+included: what a drafter learns from. `line` is the place among the prompts; `"more": true` says that the next
+JSON line belongs to it too. What became of a prompt is there whole or not at all, so that an interruption costs what
+was being answered and nothing else.
 """
 
 from __future__ import annotations
@@ -89,12 +90,7 @@ class Store:
                 f"{folder} has data format {store.manifest.get('format')!r} where this version reads {FORMAT}."
             )
         path = folder / CONVERSATIONS
-        data = path.read_bytes() if path.exists() else b""
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            with path.open("r+b") as file:
-                file.truncate(whole)
-        for number, line in enumerate(data[:whole].splitlines()):
+        for number, line in enumerate(whole_lines(path, unfinished=b'"more": true')):
             store._add(line, f"{path}, line {number + 1}")
         return store
 
@@ -112,17 +108,16 @@ class Store:
 
     def append(self, line: int, found: Iterable[Distilled | str]) -> None:
         """Adds what became of one prompt: conversations, or reasons why not; all of it or nothing."""
-        text = ""
-        for each in found:
-            if isinstance(each, str):
-                self.dropped[each] += 1
-                text += json.dumps({"line": line, "dropped": each}) + "\n"
-            else:
-                self.conversations.append(each)
-                text += json.dumps({"line": line, "tokens": each.tokens, "answers": each.answers}) + "\n"
-        self.lines.add(line)
+        items, text = list(found), ""
+        for left, each in zip(range(len(items) - 1, -1, -1), items, strict=True):
+            record: dict[str, Any] = {"line": line, "more": True} if left else {"line": line}
+            record |= {"dropped": each} if isinstance(each, str) else {"tokens": each.tokens, "answers": each.answers}
+            text += json.dumps(record) + "\n"
         with write_errors(self.folder), (self.folder / CONVERSATIONS).open("a", encoding="utf-8") as file:
             file.write(text)
+        self.lines.add(line)
+        self.dropped.update(each for each in items if isinstance(each, str))
+        self.conversations += [each for each in items if isinstance(each, Distilled)]
 
     def write_manifest(self) -> None:
         """Brings counts up to date."""
@@ -136,3 +131,20 @@ class Store:
             partial = self.folder / f".{MANIFEST}.partial"
             partial.write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
             partial.replace(self.folder / MANIFEST)
+
+
+def whole_lines(path: Path, unfinished: bytes | None = None) -> list[bytes]:
+    """Lines of a file that is only appended to; what an interruption cut short at its end is cut off.
+
+    Args:
+        unfinished: what a last line holds that is nothing without the next.
+    """
+    data = path.read_bytes() if path.exists() else b""
+    lines = data.split(b"\n")[:-1]
+    while unfinished and lines and unfinished in lines[-1]:
+        lines.pop()
+    whole = sum(len(line) + 1 for line in lines)
+    if whole < len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    return lines

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from foretell.api import LLM, Result
@@ -17,7 +18,7 @@ from foretell.backbone.files import write_errors
 from foretell.contracts import SamplingParams
 from foretell.conversations import Conversation, converse, read_conversations
 from foretell.errors import ForetellError
-from foretell.train.data import Distilled, Store
+from foretell.train.data import Distilled, Store, whole_lines
 
 Progress = Callable[[int, int, int], None]
 """Called with (done, total, tokens written so far)."""
@@ -45,32 +46,34 @@ def write_prompts(
 
     What is no whole turn (too long, empty, said before) is written again by the next seed.
     """
-    seen: dict[str, None] = {}
-    if path.exists():
-        data = path.read_bytes()
-        lines = data[: data.rfind(b"\n") + 1].decode().splitlines()
-        seen = dict.fromkeys(json.loads(line)["prompt"] for line in lines)
-        path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in seen), encoding="utf-8")
+    seen = {each.turns[0] for each in read_prompts(path)} if whole_lines(path) else set()
     prefix, params = user_prefix(llm), SamplingParams(max_new_tokens=384, temperature=1.0, top_p=0.95, seed=seed)
     decoder = llm.decoder(rows)
-    attempt, written = len(seen), 0
+    attempt, written, repeats = len(seen), 0, 0
     while len(seen) < count:
         tries = [(prefix, params, key) for key in range(attempt, attempt + 4 * rows)]
-        results = [Result() for _ in tries]
-        for index, event in llm.run(decoder, tries):
-            results[index].add(event)
-            written += len(event.tokens)
-            if event.finish_reason == "stop":
+        results, turns = [Result() for _ in tries], 0
+        with closing(llm.run(decoder, tries)) as events:
+            for index, event in events:
+                results[index].add(event)
+                written += len(event.tokens)
                 text = results[index].text.strip()
-                if len(text) >= 8 and text not in seen and len(seen) < count:
-                    seen[text] = None
+                if event.finish_reason != "stop" or len(text) < 8:
+                    continue
+                turns += 1
+                repeats += 1
+                if text not in seen:
+                    repeats = 0
+                    seen.add(text)
                     with write_errors(path.parent), path.open("a", encoding="utf-8") as file:
                         file.write(json.dumps({"prompt": text}) + "\n")
                     progress(len(seen), count, written)
-        if not any(result.finish_reason == "stop" for result in results):
+                if len(seen) == count:
+                    return
+        if not turns or repeats > 2 * len(seen) + len(tries):  # gone on with, it may repeat all that is there once
             raise ForetellError(
-                "The model does not write user turns of its own (none of "
-                f"{len(tries)} attempts ended); give it prompts with --prompts FILE.jsonl."
+                f"The model does not write {'more ' if seen else ''}user turns of its own (in {len(tries)} attempts "
+                f"none was {'new' if turns else 'whole'}); give it prompts with --prompts FILE.jsonl."
             )
         attempt += len(tries)
 
@@ -105,7 +108,7 @@ def distill(
         written += len(event.tokens)  # type: ignore[attr-defined]
         progress(done, len(conversations), written)
 
-    for index, replies in converse(llm, llm.decoder(rows), todo, params, rows=rows, on_event=hear):
+    for index, replies in converse(llm, llm.decoder(rows), todo, params, rows=rows, cut=True, on_event=hear):
         store.append(todo[index].line, list(_kept(llm, todo[index], replies)))
         done += 1
         progress(done, len(conversations), written)
@@ -131,6 +134,8 @@ def _kept(llm: LLM, conversation: Conversation, replies: Sequence[Result]) -> It
             answers.append((len(prompt), len(tokens)))
     if answers:
         yield Distilled(conversation.line, tokens, answers)
+    if len(replies) < len(conversation.turns):
+        yield "too long"
 
 
 def unfit(ids: Sequence[int]) -> str | None:

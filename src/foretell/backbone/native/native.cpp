@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <pthread.h>
 #include <thread>
 #include <vector>
 
@@ -32,14 +33,15 @@ static void wait_while(const std::atomic<int>& value, int old) {
     value.wait(old, std::memory_order_acquire);
 }
 
+static std::atomic<int> arrived{0}, rounds{0};  // the barrier
+
 void wait(int64_t threads) {
-    static std::atomic<int> arrived{0}, round{0};
     if (threads == 1) return;
-    int now = round.load(std::memory_order_acquire);
-    if (arrived.fetch_add(1, std::memory_order_acq_rel) < (int)threads - 1) return wait_while(round, now);
+    int now = rounds.load(std::memory_order_acquire);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) < (int)threads - 1) return wait_while(rounds, now);
     arrived.store(0, std::memory_order_relaxed);
-    round.store(now + 1, std::memory_order_release);
-    round.notify_all();
+    rounds.store(now + 1, std::memory_order_release);
+    rounds.notify_all();
 }
 
 struct Team {
@@ -74,8 +76,19 @@ struct Team {
     }
 };
 
+static Team* team = new Team;  // never destroyed: its threads may outlive static destructors
+static std::mutex one_call;    // scratch, team and barrier belong to one call at a time
+
+// A forked child has none of the parent's threads: it begins with a team of its own. The parent forks between calls.
+[[maybe_unused]] static const int forking = pthread_atfork(
+    [] { one_call.lock(); }, [] { one_call.unlock(); },
+    [] {
+        team = new Team;
+        arrived.store(0), rounds.store(0);
+        one_call.unlock();
+    });
+
 void parallel(int64_t threads, void (*body)(void*, int64_t), void* context) {
-    static Team* team = new Team;  // never destroyed: its threads may outlive static destructors
     if (threads == 1) return body(context, 0);
     team->run((int)threads, body, context);
 }
@@ -137,9 +150,6 @@ static const Kernels* find(const char* wanted) {
 }
 #endif
 
-static const Kernels* chosen;
-static std::mutex one_call;  // scratch and barriers belong to one call at a time
-
 }  // namespace foretell
 
 using namespace foretell;
@@ -147,44 +157,45 @@ using namespace foretell;
 #pragma GCC visibility push(default)
 extern "C" {
 
-// Chooses a build by name, or the best one for an empty name; null if this processor cannot run it.
-const char* foretell_select(const char* name) {
-    const Kernels* found = find(name);
-    if (!found) return nullptr;
-    chosen = found;
-    return found->name;
+// Counts changes of the structures in common.h and of the calls below; Python refuses a library with another number.
+int foretell_layout() { return 2; }
+
+// A build by name, or the best one for an empty name; null if this processor cannot run it.
+const Kernels* foretell_build(const char* name) { return find(name); }
+const char* foretell_name(const Kernels* build) { return build->name; }
+
+void foretell_pack(const Kernels* build, const void* weight, int64_t outputs, int64_t inputs, void* packed, int bf16) {
+    build->pack(weight, outputs, inputs, packed, bf16);
 }
 
-void foretell_pack(const void* weight, int64_t outputs, int64_t inputs, void* packed, int bf16) {
-    chosen->pack(weight, outputs, inputs, packed, bf16);
-}
-
-void foretell_unpack_rows(const void* packed, int64_t inputs, const int64_t* ids, int64_t count, float* out, int bf16) {
-    chosen->unpack_rows(packed, inputs, ids, count, out, bf16);
+void foretell_unpack_rows(const Kernels* build, const void* packed, int64_t inputs, const int64_t* ids, int64_t count,
+                          float* out, int bf16) {
+    build->unpack_rows(packed, inputs, ids, count, out, bf16);
 }
 
 // input and hidden are [M, d]; input is left as it is.
-void foretell_layers(const Model* model, const Cache* cache, const Rows* rows, const Span* span, const float* input,
-                     float* hidden, int bf16) {
+void foretell_layers(const Kernels* build, const Model* model, const Cache* cache, const Rows* rows, const Span* span,
+                     const float* input, float* hidden, int bf16) {
     std::lock_guard<std::mutex> lock(one_call);
     memcpy(hidden, input, rows->count * model->hidden * 4);
-    chosen->layers(*model, *cache, *rows, *span, hidden, bf16);
+    build->layers(*model, *cache, *rows, *span, hidden, bf16);
 }
 
-void foretell_norm(const float* x, const float* weight, double eps, int64_t rows, int64_t width, float* out) {
-    chosen->norm(x, weight, eps, rows, width, out);
+void foretell_norm(const Kernels* build, const float* x, const float* weight, double eps, int64_t rows, int64_t width,
+                   float* out) {
+    build->norm(x, weight, eps, rows, width, out);
 }
 
-void foretell_linear(const float* x, int64_t rows, int64_t inputs, const void* packed, int64_t outputs, const float* bias,
-                     float* out, int64_t* best, int64_t threads, int bf16) {
+void foretell_linear(const Kernels* build, const float* x, int64_t rows, int64_t inputs, const void* packed,
+                     int64_t outputs, const float* bias, float* out, int64_t* best, int64_t threads, int bf16) {
     std::lock_guard<std::mutex> lock(one_call);
-    chosen->linear(x, rows, inputs, packed, outputs, bias, out, best, threads, bf16);
+    build->linear(x, rows, inputs, packed, outputs, bias, out, best, threads, bf16);
 }
 
-void foretell_attention(const Model* model, const Cache* cache, const Rows* rows, const void* queries, void* out,
-                        int64_t repeats, int bf16) {
+void foretell_attention(const Kernels* build, const Model* model, const Cache* cache, const Rows* rows,
+                        const void* queries, void* out, int64_t repeats, int bf16) {
     std::lock_guard<std::mutex> lock(one_call);
-    chosen->attention(*model, *cache, *rows, queries, out, repeats, bf16);
+    build->attention(*model, *cache, *rows, queries, out, repeats, bf16);
 }
 
 }  // extern "C"

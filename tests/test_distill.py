@@ -1,0 +1,635 @@
+"""Data that the model writes itself: a line is whole or not there, and no interruption changes what is written.
+
+The truth is plain decoding, one turn at a time; a store is held against what was appended to it.
+"""
+
+import errno
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Foretell, runner, save_tiny_chat
+from tiny_models import raising
+
+import foretell as package
+from foretell.api import LLM, Result
+from foretell.backbone.files import read_json
+from foretell.contracts import SamplingParams
+from foretell.conversations import MAX_TURNS, Conversation
+from foretell.engine import SpeculativeDecoder
+from foretell.errors import ForetellError, UsageError
+from foretell.train import distill as distilling
+from foretell.train.data import CONVERSATIONS, MANIFEST, Distilled, Store
+from foretell.train.distill import DISTINCT, SHORTEST, distill, read_prompts, unfit, user_prefix, write_prompts
+
+END = 256
+"""The tiny model's end of turn; its other tokens are bytes, the first 94 of them printable ASCII."""
+READABLE = dict.fromkeys(range(94, END), -100.0)
+"""Forbids what is not ASCII: text of such tokens is read back as the same tokens."""
+
+
+@pytest.fixture
+def foretell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Foretell:
+    """Runs the command line in this process."""
+    return runner(capsys, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a random model that reads bytes and has a chat template."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny_chat(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny: str) -> LLM:
+    return package.load(tiny, dtype="fp32", threads=1)
+
+
+# --- the store ----------------------------------------------------------------------------------------------
+
+ABOUT: dict[str, Any] = {"model": "tiny", "fingerprint": "f00d", "vocab": 257, "settings": {"seed": 0}}
+FOUND: dict[int, list[Distilled | str]] = {
+    3: [Distilled(3, [1, 2, 3, 4, 5], [(2, 5)])],
+    0: ["too long"],
+    7: ["empty", Distilled(7, [9, 8, 7, 6], [(1, 2), (3, 4)]), Distilled(7, [9, 8, 1], [(2, 3)])],
+    1: ["repetitive", "empty"],
+    2: [Distilled(2, [256, 0], [(0, 2)])],
+}
+
+
+def filled(folder: Path, found: dict[int, list[Distilled | str]]) -> Store:
+    store = Store.create(folder, dict(ABOUT))
+    for line, each in found.items():
+        store.append(line, iter(each))
+    return store
+
+
+def contents(store: Store) -> tuple[list[Distilled], Counter[str], set[int]]:
+    return list(store.conversations), Counter(store.dropped), set(store.lines)
+
+
+def one_sentence(error: pytest.ExceptionInfo[ForetellError]) -> None:
+    assert "\n" not in str(error.value)
+    assert str(error.value).endswith(".")
+
+
+def test_what_was_appended_is_read_back(tmp_path: Path) -> None:
+    store = filled(tmp_path / "data", FOUND)
+    expected = [each for found in FOUND.values() for each in found if isinstance(each, Distilled)]
+    dropped = {"too long": 1, "empty": 2, "repetitive": 1}
+    assert contents(store) == contents(Store.open(tmp_path / "data")) == (expected, dropped, set(FOUND))
+    assert [each.written for each in expected] == [3, 2, 1, 2]
+    again = Store.create(tmp_path / "data", dict(ABOUT))
+    again.append(11, [Distilled(11, [5, 6], [(1, 2)])])
+    assert contents(Store.open(tmp_path / "data")) == contents(again)
+
+
+@pytest.mark.parametrize("last", FOUND)
+def test_an_append_cut_anywhere_leaves_what_was_there_before(tmp_path: Path, last: int) -> None:
+    before = contents(filled(tmp_path, {line: each for line, each in FOUND.items() if line != last}))
+    path = tmp_path / CONVERSATIONS
+    earlier = path.read_bytes()
+    Store.open(tmp_path).append(last, FOUND[last])
+    whole = path.read_bytes()
+    for size in range(len(earlier), len(whole)):
+        path.write_bytes(whole[:size])
+        assert contents(Store.open(tmp_path)) == before
+        assert path.read_bytes() == earlier  # cut off, so that the next append begins a line
+    Store.create(tmp_path, dict(ABOUT)).append(last, FOUND[last])
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"line": 0, "drop', b"[]", b"null", b"17", b'{"dropped": "empty"}', b'{"line": 0}', b'{"line": [], "dropped": 1}',
+        b'{"line": 0, "tokens": [1]}', b'{"line": 0, "tokens": [1], "answers": [[0]]}',
+        b'{"line": 0, "tokens": [1], "answers": 5}', b"\x00\x00\xff\xfe", b"",
+    ],
+)  # fmt: skip
+def test_a_damaged_line_is_named(tmp_path: Path, damage: bytes) -> None:
+    whole = contents(filled(tmp_path, FOUND))
+    path = tmp_path / CONVERSATIONS
+    lines = path.read_bytes().splitlines()
+    assert lines[1] == b'{"line": 0, "dropped": "too long"}'
+    path.write_bytes(b"\n".join([lines[0], damage, *lines[2:], b""]))
+    with pytest.raises(ForetellError, match=rf"{CONVERSATIONS}, line 2 is damaged; delete the line") as error:
+        Store.open(tmp_path)
+    one_sentence(error)
+    path.write_bytes(b"\n".join([lines[0], *lines[2:], b""]))  # what the sentence advises
+    assert contents(Store.open(tmp_path)) == (whole[0], whole[1] - Counter({"too long": 1}), whole[2] - {0})
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"fingerprint": "beef"}, "was begun with fingerprint f00d, not beef; go on with"),
+        ({"settings": {"seed": 1}}, r"was begun with settings \{'seed': 0\}, not \{'seed': 1\}; go on with"),
+    ],
+)
+def test_a_folder_begun_otherwise_is_refused(tmp_path: Path, changed: dict[str, Any], sentence: str) -> None:
+    filled(tmp_path, FOUND).write_manifest()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UsageError, match=sentence) as error:
+        Store.create(tmp_path, ABOUT | changed)
+    one_sentence(error)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert Store.create(tmp_path, ABOUT | {"command": "another way to say it"}).manifest.get("command") is None
+
+
+def test_the_manifest_counts_what_is_there(tmp_path: Path) -> None:
+    store = Store.create(tmp_path, dict(ABOUT))
+    nothing = {"conversations": 0, "tokens": 0, "written": 0, "dropped": {}}
+    assert read_json(tmp_path / MANIFEST) == {"format": 1, **ABOUT, "counts": nothing}
+    for line, each in FOUND.items():
+        store.append(line, each)
+    store.write_manifest()
+    counts = {"conversations": 4, "tokens": 14, "written": 8, "dropped": {"too long": 1, "empty": 2, "repetitive": 1}}
+    assert read_json(tmp_path / MANIFEST) == {"format": 1, **ABOUT, "counts": counts}
+    assert {path.name for path in tmp_path.iterdir()} == {MANIFEST, CONVERSATIONS}
+
+
+@pytest.mark.parametrize(
+    ("manifest", "sentence"),
+    [
+        ('{"format": 2, "fingerprint": "f00d"}', "has data format 2 where this version reads 1"),
+        ("{}", "has data format None where"),
+        ('{"format": 1, "fing', f"{MANIFEST} cannot be read"),
+        ("[1]", f"{MANIFEST} must hold a JSON object"),
+        (None, f"holds no distilled data .no {MANIFEST}.; make some with foretell distill"),
+    ],
+)
+def test_a_folder_that_is_no_data_is_refused(tmp_path: Path, manifest: str | None, sentence: str) -> None:
+    filled(tmp_path, FOUND)
+    if manifest is None:
+        (tmp_path / MANIFEST).unlink()
+    else:
+        (tmp_path / MANIFEST).write_text(manifest)
+    with pytest.raises(ForetellError, match=sentence) as error:
+        Store.open(tmp_path)
+    one_sentence(error)
+
+
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Appending to a file stops after so many characters, as a full disk stops it."""
+    opens = Path.open
+
+    def opened(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        file = opens(path, mode, *args, **options)
+        if "a" in mode:
+            writes = file.write
+
+            def write(text: str) -> None:
+                writes(text[:after])
+                file.flush()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+            file.write = write
+        return file
+
+    monkeypatch.setattr(Path, "open", opened)
+
+
+@pytest.mark.parametrize("after", [0, 1, 30, 70])
+def test_a_full_disk_costs_the_append_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    store = filled(tmp_path, {line: FOUND[line] for line in (3, 0)})
+    before = contents(store)
+    with monkeypatch.context() as patched:
+        fill_the_disk(patched, after)
+        with pytest.raises(ForetellError, match=f"not enough disk space in {tmp_path}") as error:
+            store.append(7, FOUND[7])
+    one_sentence(error)
+    assert contents(store) == before  # it claims nothing that is not on the disk
+    assert contents(Store.open(tmp_path)) == before
+
+
+# --- answers ------------------------------------------------------------------------------------------------
+
+TALKS = [
+    Conversation(("one",), 0), Conversation(("two", "and then?", "and?"), 2), Conversation(("three three three",), 3),
+    Conversation(("four", "go on"), 4), Conversation(("x" * 490,), 5), Conversation(("five",), 9),
+]  # fmt: skip
+GREEDY = SamplingParams(max_new_tokens=14)
+WARM = SamplingParams(max_new_tokens=14, temperature=0.8, seed=5)
+ENDING = SamplingParams(max_new_tokens=14, temperature=0.8, logit_bias={**READABLE, END: 2.5})
+"""Text that is read back as it was, most of it with an end of turn."""
+
+
+def answered(
+    llm: LLM, folder: Path, params: SamplingParams, talks: Sequence[Conversation] = TALKS, rows: int = 3, **options: Any
+) -> Store:
+    store = Store.create(folder, ABOUT | {"fingerprint": llm.backbone.fingerprint})
+    distill(llm, talks, store, params, rows=rows, **options)
+    return store
+
+
+def as_set(store: Store) -> tuple[Any, ...]:
+    """What was written, in whatever order."""
+    written = {(each.line, tuple(each.tokens), tuple(each.answers)) for each in store.conversations}
+    assert len(written) == len(store.conversations)
+    return written, store.dropped, store.lines
+
+
+def interrupting(after: int) -> Callable[..., None]:
+    """A progress bar that is interrupted when it is called for the `after`-th time."""
+    calls = iter(range(after, 0, -1))
+
+    def progress(*_: int) -> None:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lines of all requests from now on."""
+    lines: list[int] = []
+    submit = SpeculativeDecoder.submit
+
+    def spy(self: SpeculativeDecoder, prompt: list[int], params: SamplingParams, key: int) -> int:
+        lines.append(key // MAX_TURNS)
+        return submit(self, prompt, params, key)
+
+    monkeypatch.setattr(SpeculativeDecoder, "submit", spy)
+    return lines
+
+
+@pytest.mark.parametrize("params", [GREEDY, WARM, ENDING], ids=["greedy", "warm", "ending"])
+@pytest.mark.parametrize("stops", [(1,), (2, 30), (43, 1, 1), (5, 50, 20, 45)], ids=str)
+def test_interruptions_change_nothing_that_is_written(
+    llm: LLM, tmp_path: Path, asked: list[int], params: SamplingParams, stops: tuple[int, ...]
+) -> None:
+    straight = answered(llm, tmp_path / "straight", params)
+    assert straight.lines == {talk.line for talk in TALKS}
+    found: set[int] = set()
+    for after in stops:
+        asked.clear()
+        with pytest.raises(KeyboardInterrupt):
+            answered(llm, tmp_path / "cut", params, progress=interrupting(after))
+        assert not found & set(asked)  # nothing is answered twice
+        assert found <= (found := Store.open(tmp_path / "cut").lines)
+    asked.clear()
+    final = answered(llm, tmp_path / "cut", params, rows=2)
+    assert set(asked) == straight.lines - found - {5}  # too long to ask
+    assert as_set(final) == as_set(Store.open(tmp_path / "cut")) == as_set(straight)
+    lines = [json.loads(line)["line"] for line in (tmp_path / "cut" / CONVERSATIONS).read_bytes().splitlines()]
+    assert Counter(lines) == Counter(
+        json.loads(line)["line"] for line in (tmp_path / "straight" / CONVERSATIONS).read_bytes().splitlines()
+    )
+
+
+def test_progress_counts_conversations_and_tokens(llm: LLM, tmp_path: Path) -> None:
+    seen: list[tuple[int, int, int]] = []
+    store = answered(llm, tmp_path, GREEDY, progress=lambda *counts: seen.append(counts))
+    assert seen == sorted(seen)
+    assert {total for _, total, _ in seen} == {len(TALKS)}
+    assert seen[-1] == (len(TALKS), len(TALKS), sum(each.written for each in store.conversations))
+
+
+def turn_by_turn(llm: LLM, talk: Conversation, params: SamplingParams) -> Iterator[tuple[list[int], list[int]]]:
+    """Prompt and answer of each turn, by plain decoding of one request at a time."""
+    messages: list[dict[str, str]] = []
+    for number, turn in enumerate(talk.turns):
+        messages.append({"role": "user", "content": turn})
+        prompt, reply = llm.encode(messages), Result()
+        if params.temperature == 0 and not params.logit_bias:
+            reply = llm.generate([messages], max_new_tokens=params.max_new_tokens)[0]
+        else:
+            key = talk.line * MAX_TURNS + number
+            for _, event in llm.run(llm.decoder(1), [(prompt, params, key)]):
+                reply.add(event)
+        yield prompt, reply.ids
+        messages.append({"role": "assistant", "content": reply.text})
+
+
+def in_answers(store: Store, line: int) -> list[tuple[list[int], list[int]]]:
+    """What stands before each answer, and the answer."""
+    found = [each for each in store.conversations if each.line == line]
+    return [(each.tokens[:start], each.tokens[start:end]) for each in found for start, end in each.answers]
+
+
+@pytest.mark.parametrize("params", [GREEDY, WARM, ENDING], ids=["greedy", "warm", "ending"])
+def test_answers_are_what_plain_decoding_writes_turn_by_turn(llm: LLM, tmp_path: Path, params: SamplingParams) -> None:
+    store = answered(llm, tmp_path, params)
+    sequences = Counter(each.line for each in store.conversations)
+    for talk in TALKS:
+        if talk.line != 5:
+            written = [each for each in turn_by_turn(llm, talk, params) if len(each[1]) >= SHORTEST]
+            assert in_answers(store, talk.line) == written
+            if params is ENDING:  # the template only appends: one sequence holds all turns
+                assert sequences[talk.line] == min(1, len(written))
+    if params is ENDING:
+        assert any(each.tokens[end - 1] == END for each in store.conversations for _, end in each.answers)
+        assert max(len(each.answers) for each in store.conversations) > 1
+    else:  # the random bytes are no UTF-8; read back, they are other tokens, and a new sequence must begin
+        assert sequences[2] == 3
+
+
+def test_an_answer_that_reads_back_otherwise_ends_its_sequence(llm: LLM, tmp_path: Path) -> None:
+    """The first answer survives being read back, the second does not."""
+    letter, byte = llm.tokenizer.encode("q")[0], llm.tokenizer.encode("é")[0]
+    talk = Conversation(("a", "b", "c", "d"), 1)
+    replies = [Result([letter] * 4, "qqqq"), Result([byte] * 4, "\ufffd" * 4), Result([letter] * 3, "qqq"),
+               Result([letter] * 4 + [END], "qqqq")]  # fmt: skip
+    found = list(distilling._kept(llm, talk, replies))
+    texts = ["u:a<|end|>a:", "qqqq<|end|>u:b<|end|>a:"]
+    first = sum((llm.tokenizer.encode(text) for text in texts), [])
+    start = len(first)
+    assert found[0] == Distilled(1, [*first, *[byte] * 4], [(start - 23 + 9, start - 19 + 9), (start, start + 4)]) or (
+        found[0].tokens == [*first, *[byte] * 4]  # type: ignore[union-attr]
+    )
+    assert found[1] == "empty"
+    last = found[2]
+    assert isinstance(last, Distilled)
+    assert len(found) == 3
+    assert [last.tokens[a:b] for a, b in last.answers] == [[letter] * 4 + [END]]
+
+
+def test_what_does_not_fit_is_dropped_and_counted(llm: LLM, tmp_path: Path) -> None:
+    room = llm.backbone.config.max_positions - GREEDY.max_new_tokens
+    frame = len(llm.encode("x")) - 1
+    talks = [
+        Conversation(("x" * (room - frame),), 0),
+        Conversation(("x" * (room - frame + 1),), 1),
+        Conversation(("hello", "y" * 600, "never asked"), 2),
+        Conversation(("hello",), 3),
+    ]
+    store = answered(llm, tmp_path, GREEDY, talks)
+    assert store.lines == {0, 1, 2, 3}
+    assert store.dropped == {"too long": 2}
+    assert [len(in_answers(store, line)) for line in range(4)] == [1, 0, 1, 1]
+    assert in_answers(store, 2)[0] == next(turn_by_turn(llm, talks[2], GREEDY))  # up to where it was too long
+
+
+@pytest.mark.parametrize(
+    ("bias", "length", "reason"),
+    [({END: 100.0}, 40, "empty"), ({7: 100.0}, 60, "repetitive"), ({7: 100.0}, SHORTEST - 1, "empty")],
+)
+def test_answers_not_worth_learning_from_are_dropped_and_counted(
+    llm: LLM, tmp_path: Path, bias: dict[int, float], length: int, reason: str
+) -> None:
+    talks = [Conversation(("one", "two"), 0), Conversation(("three",), 1)]
+    params = SamplingParams(max_new_tokens=length, logit_bias=bias)
+    store = answered(llm, tmp_path, params, talks)
+    assert as_set(store) == (set(), {reason: 3}, {0, 1})
+    assert as_set(Store.open(tmp_path)) == as_set(store)
+
+
+def circle(period: int, length: int) -> list[int]:
+    return [i % period for i in range(length)]
+
+
+@pytest.mark.parametrize(
+    ("ids", "reason"),
+    [
+        ([], "empty"), ([1, 2, 3], "empty"), ([1, 2, 3, 4], None), ([5] * SHORTEST, None),
+        ([5] * 52, None),  # 23 4-grams in its second half: too short to judge
+        ([5] * 53, "repetitive"),
+        (list(range(500)), None), ([*range(100), *[5] * 100], "repetitive"), ([*[5] * 100, *range(100)], None),
+        (circle(28, 200), "repetitive"), (circle(30, 200), None),  # 97 4-grams in 100 tokens, three in ten is 29.1
+    ],
+)  # fmt: skip
+def test_answers_in_circles_are_unfit(ids: list[int], reason: str | None) -> None:
+    assert unfit(ids) == reason
+    half = ids[len(ids) // 2 :]
+    grams = Counter(zip(half, half[1:], half[2:], half[3:], strict=False))
+    if reason == "repetitive":
+        assert len(grams) < DISTINCT * grams.total()
+
+
+# --- prompts from nothing -----------------------------------------------------------------------------------
+
+
+def test_the_prefix_begins_every_chat(llm: LLM) -> None:
+    prefix = user_prefix(llm)
+    assert llm.tokenizer.decode(prefix) == "u:"
+    for text in ("hello", " spaced ", "\nnew line", "::", "é", "a:b<|end|>"):
+        chat = llm.tokenizer.chat([{"role": "user", "content": text}])
+        assert chat[: len(prefix)] == prefix
+        assert llm.tokenizer.decode(chat[len(prefix) :]).startswith(text)
+
+
+@pytest.fixture
+def talkative(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], None]:
+    """Makes some tokens likelier where the model writes prompts."""
+
+    def favour(bias: dict[int, float]) -> None:
+        monkeypatch.setattr(distilling, "SamplingParams", partial(SamplingParams, logit_bias=bias))
+
+    return favour
+
+
+ENDS_SOON = {END: 3.0}
+
+
+def test_prompts_are_different_and_can_be_asked(
+    llm: LLM, tmp_path: Path, talkative: Callable[[dict[int, float]], None]
+) -> None:
+    talkative(ENDS_SOON)
+    seen: list[tuple[int, int, int]] = []
+    write_prompts(llm, 12, tmp_path / "p.jsonl", seed=1, rows=4, progress=lambda *counts: seen.append(counts))
+    prompts = [each.turns[0] for each in read_prompts(tmp_path / "p.jsonl")]
+    assert len(set(prompts)) == len(prompts) == 12
+    assert all(len(text) >= 8 and text == text.strip() for text in prompts)
+    assert [done for done, _, _ in seen] == list(range(1, 13))
+    assert {total for _, total, _ in seen} == {12}
+    for seed, same in ((1, True), (2, False)):
+        write_prompts(llm, 12, tmp_path / f"{seed}.jsonl", seed=seed, rows=4)
+        assert ((tmp_path / f"{seed}.jsonl").read_bytes() == (tmp_path / "p.jsonl").read_bytes()) == same
+
+
+@pytest.mark.parametrize("cut", [0, 1, 15])
+def test_writing_prompts_goes_on_where_it_was(
+    llm: LLM, tmp_path: Path, talkative: Callable[[dict[int, float]], None], cut: int
+) -> None:
+    talkative(ENDS_SOON)
+    path = tmp_path / "p.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        write_prompts(llm, 12, path, seed=1, rows=4, progress=interrupting(5))
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) - cut])  # a kill may have cut the last line
+    kept = data.splitlines()[: 5 if cut == 0 else 4]
+    write_prompts(llm, 12, path, seed=1, rows=4)
+    assert path.read_bytes().splitlines()[: len(kept)] == kept
+    prompts = [each.turns[0] for each in read_prompts(path)]
+    assert len(set(prompts)) == len(prompts) == 12
+    done = path.read_bytes()
+    write_prompts(llm, 12, path, seed=1, rows=4)
+    assert path.read_bytes() == done
+    assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "bias", [{END: -100.0}, {END: 100.0}], ids=["never ends a turn", "ends it at once"]
+)  # fmt: skip
+def test_a_model_that_writes_no_turns_is_refused(
+    llm: LLM, tmp_path: Path, talkative: Callable[[dict[int, float]], None], bias: dict[int, float]
+) -> None:
+    talkative(bias)
+    with pytest.raises(ForetellError, match="does not write user turns of its own.*give it prompts with --prompts") as e:
+        write_prompts(llm, 3, tmp_path / "p.jsonl", seed=0, rows=2)
+    one_sentence(e)
+
+
+def test_a_model_that_writes_one_turn_only_is_refused(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(decoder: Any, requests: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        for index, _ in enumerate(requests):
+            yield index, package.contracts.Event(index, [1], [False], "the same again", finish_reason="stop")
+
+    monkeypatch.setattr(llm, "run", run)
+    with pytest.raises(ForetellError, match="give it prompts with --prompts") as error:
+        write_prompts(llm, 3, tmp_path / "p.jsonl", seed=0, rows=2)
+    one_sentence(error)
+    assert [each.turns for each in read_prompts(tmp_path / "p.jsonl")] == [("the same again",)]
+
+
+# --- foretell distill ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one"}\n\n{"turns": ["two", "and?"]}\n{"prompt": "three"}\n{"prompt": "four"}\n')
+    return path
+
+
+def test_the_command_writes_a_folder_that_the_library_reads(
+    foretell: Foretell, tiny: str, llm: LLM, prompts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "data"
+    command = ("distill", "-m", tiny, "--dtype", "fp32", "--prompts", str(prompts), "--out", str(out), "-n", "14")
+    ran = foretell(*command, "-b", "2")
+    assert (ran.code, ran.out) == (0, "")
+    store = Store.open(out)
+    counts = store.manifest["counts"]
+    assert f"{counts['conversations']} conversations, {counts['written']} tokens written; dropped: none" in ran.err
+    assert counts["written"] == sum(each.written for each in store.conversations) > 0
+    assert store.manifest["model"] == tiny
+    assert store.manifest["vocab"] == 257
+    assert store.manifest["fingerprint"] == llm.backbone.fingerprint
+    assert store.manifest["command"].startswith("foretell distill ")
+    for talk in read_prompts(prompts):
+        assert in_answers(store, talk.line) == list(turn_by_turn(llm, talk, GREEDY))
+    before = (out / CONVERSATIONS).read_bytes()
+    assert foretell(*command).code == 0  # nothing is left to do
+    assert (out / CONVERSATIONS).read_bytes() == before
+    refused = foretell(*command, "-t", "0.8")
+    assert refused.code == 2
+    assert re.fullmatch(r"error: .*was begun with settings .*; go on with the same ones, or .*\.\n", refused.err)
+
+
+def test_an_interrupted_command_goes_on(
+    foretell: Foretell, tiny: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("distill", "-m", tiny, "--dtype", "fp32", "--prompts", str(prompts), "-n", "14", "-t", "0.7", "-b", "2")
+    assert foretell(*command, "--out", str(tmp_path / "straight")).code == 0
+    append = Store.append
+
+    def interrupted(store: Store, line: int, found: Any) -> None:
+        if len(store.lines) == 2:
+            raise KeyboardInterrupt
+        append(store, line, found)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "append", interrupted)
+        ran = foretell(*command, "--out", str(tmp_path / "cut"))
+    assert (ran.code, ran.err.strip()) == (130, "interrupted")
+    assert len(Store.open(tmp_path / "cut").lines) == 2
+    assert Store.open(tmp_path / "cut").manifest["counts"]["conversations"] > 0  # counted all the same
+    assert foretell(*command, "--out", str(tmp_path / "cut")).code == 0
+    cut, straight = Store.open(tmp_path / "cut"), Store.open(tmp_path / "straight")
+    assert as_set(cut) == as_set(straight)
+    assert cut.manifest["counts"] == straight.manifest["counts"]
+
+
+def test_without_prompts_the_model_writes_them(foretell: Foretell, tiny: str, prompts: Path, tmp_path: Path) -> None:
+    options = ("-m", tiny, "--dtype", "fp32", "--write", "2", "-n", "8", "-b", "4")
+    assert foretell("distill", *options, "--out", str(tmp_path / "alone")).code == 0
+    store = Store.open(tmp_path / "alone")
+    written = read_prompts(tmp_path / "alone" / "prompts.jsonl")
+    assert len(written) == len(store.lines) == 2
+    both = ("--prompts", str(prompts), "--limit", "1", "--out", str(tmp_path / "both"))
+    assert foretell("distill", *options, *both).code == 0
+    assert len(Store.open(tmp_path / "both").lines) == 3
+    assert read_prompts(tmp_path / "both" / "prompts.jsonl") == [
+        Conversation(each.turns, each.line, each.where.replace("alone", "both"), each.record) for each in written
+    ]
+    assert store.lines < Store.open(tmp_path / "both").lines  # its own prompts keep their noise beside a file's
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["--limit", "3"], 2, "--limit is for the lines of a file; give --prompts"),
+        (["--prompts", "nowhere.jsonl"], 1, "Cannot read nowhere.jsonl: .*; check the path"),
+        (["--prompts", "{empty}"], 1, "holds no prompts"),
+        (["--prompts", "{broken}"], 1, "line 2 is not valid JSON"),
+        (["--prompts", "{fine}", "-t", "-1"], 2, "temperature is -1.0; it must lie between"),
+        (["--prompts", "{fine}", "-n", "0"], 2, "max_new_tokens is 0"),
+        (["--prompts", "{fine}", "--top-p", "2"], 2, "top_p is 2.0"),
+        (["--prompts", "{fine}", "-m", "./nowhere"], 2, "there is no folder ./nowhere"),
+        (["--prompts", "{fine}", "--out", "{fine}"], 1, "cannot write to .*fine.jsonl"),
+    ],
+)
+def test_mistakes_are_one_line(
+    foretell: Foretell, tiny: str, cache: Path, tmp_path: Path, arguments: list[str], code: int, sentence: str
+) -> None:
+    for name, text in (("fine", '{"prompt": "a"}\n'), ("empty", "\n"), ("broken", '{"prompt": "a"}\n{"pro')):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("fine", "empty", "broken")}
+    given = [argument.format(**files) for argument in arguments]
+    ran = foretell("distill", "-m", tiny, "--out", str(tmp_path / "data"), *given)
+    assert (ran.code, ran.out) == (code, "")
+    assert re.fullmatch(rf"error: .*{sentence}.*\n", ran.err), ran.err
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--write", "-1"], ["--batch-size", "0"], ["-t", "warm"], []])
+def test_what_the_parser_refuses(foretell: Foretell, tmp_path: Path, arguments: list[str]) -> None:
+    given = ["--out", str(tmp_path / "data"), *arguments] if arguments else []
+    ran = foretell("distill", *given)
+    assert (ran.code, ran.out) == (2, "")
+    assert "Traceback" not in ran.err
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_full_disk_is_one_line(
+    foretell: Foretell, tiny: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("distill", "-m", tiny, "--prompts", str(prompts), "--out", str(tmp_path / "data"), "-n", "8")
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "write_manifest", raising(OSError(errno.ENOSPC, "no")) if False else Store.write_manifest)
+        fill_the_disk(patched, 40)
+        ran = foretell(*command)
+    assert (ran.code, ran.out) == (1, "")
+    assert re.fullmatch(r"error: not enough disk space in .*data .*\n", ran.err)
+    assert foretell(*command).code == 0
+    assert len(Store.open(tmp_path / "data").lines) == 4
+
+
+# --- the demo model -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+def test_the_demo_model_answers_itself(demo_folder: Path, tmp_path: Path) -> None:
+    llm = package.load(demo_folder)
+    prefix = user_prefix(llm)
+    for text in ("Why?", "  two\n\nlines", "1 + 1"):
+        assert llm.encode(text)[: len(prefix)] == prefix
+    params = SamplingParams(max_new_tokens=12)
+    talk = Conversation(("What is the capital of France?", "And of Italy?"), 4)
+    store = answered(llm, tmp_path, params, [talk, Conversation(("Hi",), 6)], rows=2)
+    assert in_answers(store, 4) == list(turn_by_turn(llm, talk, params))
