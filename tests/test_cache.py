@@ -173,3 +173,26 @@ def test_what_was_rolled_back_is_forgotten(kernel: str) -> None:
         fresh, _ = one_by_one(backbone, torch.tensor([*range(11), 60, 62, 63]))
         assert same(cache.read(0)[0], fresh.read(0)[0])
         assert same(cache.read(0)[1], fresh.read(0)[1])
+
+
+def test_a_growth_that_fails_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, written, usual, calls = new(2, 8), Written(), torch.empty, []
+    row = cache.allocate()
+    marks = written.write(cache, row, 4)
+    cache.commit([row], [range(4)])
+
+    def second_fails(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return usual(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", second_fails)
+    with pytest.raises(ForetellError, match=r"A cache of 2 rows of 5000 tokens takes .* GB"):
+        cache.reserve(5000)
+    assert cache.keys.shape == cache.values.shape
+    assert cache.slots == 8
+    assert holds(cache, row, marks)
+    cache.reserve(5000)
+    assert cache.slots == 5000
+    assert holds(cache, row, marks)

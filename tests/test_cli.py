@@ -138,7 +138,7 @@ def test_the_page_of_help_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 FIELDS = {
     "ids", "text", "finish_reason", "acceptance_length", "prompt_tokens", "new_tokens", "reused_tokens",
-    "steps", "plain_steps", "suspended_steps", "drafted", "accepted", "prefill_seconds", "seconds",
+    "steps", "plain_steps", "suspended_steps", "drafted", "accepted", "prefill_seconds", "seconds", "exact",
 }  # fmt: skip
 
 
@@ -186,6 +186,19 @@ def test_neither_batch_nor_drafter_changes_a_token(
         assert [line["ids"] for line in answers(foretell, tiny, prompts, *arguments, *more)] == ids
     some = answers(foretell, tiny, prompts, *arguments, "--every", "2", "--limit", "2")
     assert [line["ids"] for line in some] == [ids[0], ids[2]]  # a line's noise is its own
+
+
+def test_a_conversation_that_outgrows_the_context_ends_alone(foretell: Foretell, tiny: str, tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    long = {"turns": ["hello", "x" * 300, "y" * 300]}
+    path.write_text("\n".join(json.dumps(each) for each in (long, {"prompt": "hi"}, {"turns": ["a", "b"]})))
+    ran = foretell("generate", "--prompts", str(path), "-m", tiny, "--dtype", "fp32", "-n", "12", "-b", "3", "--json")
+    assert ran.code == 1
+    assert "long.jsonl, line 1, turn 3: A prompt of" in ran.err
+    assert "1 of 3 conversations could not be answered to their end" in ran.err
+    assert ["error" in line for line in ran.lines] == [True, False, False]
+    assert len(ran.lines[0]["turns"]) == 2
+    assert len(ran.lines[2]["turns"]) == 2
 
 
 def test_logprobs_come_when_asked_for(foretell: Foretell, tiny: str, prompts: Path) -> None:

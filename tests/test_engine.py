@@ -18,13 +18,14 @@ from random_backbones import BF16, DTYPES, FP32, KERNELS, Model, check, models, 
 from tiny_models import DIMENSIONS, VARIANTS
 from toy_drafters import Answers, Checker, EarlyExit, Inserter, Oracle, RandomTrees
 
+from foretell.api import LLM
 from foretell.backbone import Backbone
 from foretell.contracts import Decoder, Draft, Drafter, SamplingParams
 from foretell.drafters.plain import Plain
 from foretell.drafters.prompt_lookup import PromptLookup
 from foretell.engine import SpeculativeDecoder
 from foretell.errors import UsageError
-from foretell.trees import TokenTree
+from foretell.trees import TokenTree, chain
 from foretell.verify import Typical
 
 LLAMA = {"model_type": "llama", **DIMENSIONS, "max_position_embeddings": 512}
@@ -377,6 +378,110 @@ def test_requests_that_cannot_work_are_refused_at_the_door(prompt: Any, params: 
     with pytest.raises(UsageError, match=sentence):
         decoder.submit(prompt, SamplingParams(**params))
     assert not decoder.busy
+
+
+@pytest.mark.parametrize(
+    ("params", "sentence"),
+    [
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5; it must be a whole number"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"seed": None}, "seed is None"),
+        ({"temperature": "hot"}, "temperature is 'hot'; it must be a number"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"stop": None}, "stop is None"),
+        ({"stop": "text"}, "stop is 'text'"),
+        ({"stop_ids": ("a",)}, "stop_ids"),
+        ({"logit_bias": {"3": 1.0}}, "must map token ids"),
+        ({"logit_bias": {3: 1e39}}, "between -1000 and 1000"),
+        ({"logprobs": 2.5}, "logprobs is 2.5"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_named(params: Any, sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        SamplingParams(**params)
+
+
+def test_odd_but_lawful_values_work() -> None:
+    backbone = tiny()
+    for params in (
+        {"temperature": 1e-308},
+        {"logprobs": 100},
+        {"logit_bias": {3: 1000}},
+        {"min_p": 1.0, "temperature": 1},
+    ):
+        (output,) = plainly(backbone, [([1, 2, 3], SamplingParams(max_new_tokens=6, **params))])  # type: ignore[arg-type]
+        assert len(output.ids) == 6
+        assert all(len(each.top) == min(64, params.get("logprobs", 0)) for each in output.logprobs)
+    assert output.ids == plainly(backbone, [([1, 2, 3], SamplingParams(max_new_tokens=6))])[0].ids
+
+
+class Broken(RandomTrees):
+    """Drafts what it must not."""
+
+    def __init__(self, draft: Draft):
+        super().__init__(64)
+        self.broken = draft
+
+    def draft(self, rows: Any) -> Draft:
+        return self.broken
+
+
+@pytest.mark.parametrize(
+    ("draft", "sentence"),
+    [
+        (Draft([chain(1)], [[9, 3]]), "the first must be the row's newest, 3"),
+        (Draft([chain(1)], [[3, 64]]), "must lie in 0..63"),
+        (Draft([chain(1)], [[3, -1]]), "must lie in 0..63"),
+        (Draft([chain(99)], [[3] * 100]), "a tree of 100 nodes; its most_nodes allows 76"),
+        (Draft([], []), "0 trees for 1 rows"),
+    ],
+)
+def test_a_draft_that_breaks_the_contract_is_refused(draft: Draft, sentence: str) -> None:
+    decoder = decoder_of(tiny(), Broken(draft))
+    with pytest.raises(UsageError, match=sentence):
+        finish(decoder, [([1, 2, 3], SamplingParams(max_new_tokens=9))])
+
+
+def test_a_lossy_drafter_is_not_governed_by_the_clock() -> None:
+    class Lossy(RandomTrees):
+        lossless = False
+
+    assert not decoder_of(tiny(), Lossy(64), adapt=True).governor.enabled
+    assert not decoder_of(tiny(), RandomTrees(64), adapt=True, rule=Typical()).governor.enabled
+    assert decoder_of(tiny(), RandomTrees(64), adapt=True).governor.enabled
+
+
+def test_results_say_whether_they_are_exact() -> None:
+    backbone, request = tiny(), [([1, 2, 3], SamplingParams(max_new_tokens=5))]
+    assert finish(decoder_of(backbone, RandomTrees(64)), request)[0].statistics.exact
+    assert not finish(decoder_of(backbone, RandomTrees(64), rule=Typical()), request)[0].statistics.exact
+    backbone.inexact = "depends on the weather"
+    assert not finish(decoder_of(backbone, RandomTrees(64)), request)[0].statistics.exact
+
+
+def test_streams_of_one_model_may_take_turns_and_be_left_unfinished() -> None:
+    backbone = tiny()
+    llm = LLM(backbone, None, RandomTrees(64, 8))  # type: ignore[arg-type]
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    truth = [plainly(backbone, [(ids, SamplingParams(max_new_tokens=20, ignore_eos=True))])[0].ids for ids in prompts]
+
+    def run(ids: list[int]) -> Any:
+        return llm.run(llm.decoder(), [(ids, SamplingParams(max_new_tokens=20, ignore_eos=True), 0)])
+
+    first, second = run(prompts[0]), run(prompts[1])
+    got: list[list[int]] = [[], [], []]
+    got[0] += next(first)[1].tokens
+    got[1] += next(second)[1].tokens  # the first one's events wait for it
+    got[2] += [token for _, event in run(prompts[2]) for token in event.tokens]
+    for i, each in enumerate((first, second)):
+        got[i] += [token for _, event in each for token in event.tokens]
+    assert got == truth
+    left = run(prompts[0])
+    next(left)
+    assert [t for _, event in run(prompts[1]) for t in event.tokens] == truth[1]
+    left.close()
+    assert not llm.decoder().undelivered
+    assert not llm.decoder().busy
 
 
 def test_an_empty_batch_is_refused() -> None:

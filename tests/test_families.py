@@ -1,6 +1,7 @@
 """Our reading of a config against transformers': same frequencies, tensors and windows, or a refusal."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,6 @@ def test_rope_is_bit_equal_to_transformers(family: str, rope: str) -> None:
     ours = model_config(model.config)
     assert torch.equal(torch.tensor(ours.inv_freq), rotary.inv_freq)
     assert ours.rope_scale == rotary.attention_scaling
-    assert ours.rope_theta == ROPES[rope]["rope_theta"]
 
 
 @pytest.mark.parametrize("rope", ROPES)
@@ -94,6 +94,13 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'.*length of the text.*exact"),
     ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope'.*length of the text.*exact"),
     ({"rope_scaling": {"rope_type": "spiral"}}, "'spiral' is not supported.*yarn"),
+    ({"rope_scaling": "linear"}, "needs rope_scaling as an object.*'linear'"),
+    ({"rope_parameters": [1]}, r"needs rope_parameters as an object.*\[1\]"),
+    ({"rope_theta": -1.0}, "rope_theta of config.json is -1.0; it must be a positive"),
+    ({"rope_theta": 10**400}, "wrong kind"),
+    ({"rope_theta": {}, "rope_scaling": {"rope_theta": {"base": 1}}}, "wrong kind"),
+    ({"rope_scaling": {"rope_type": ["linear"]}}, "'linear'.* is not supported"),
+    ({"eos_token_id": [2, "end"]}, "wrong kind"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3 rope settings.*invalid"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantized .gptq.*original"),
@@ -115,10 +122,10 @@ def test_refusals_are_one_sentence(changes: dict[str, Any], sentence: str, tmp_p
     with pytest.raises(ForetellError, match=sentence) as caught:
         read_config(tmp_path)
     assert "\n" not in str(caught.value)
-    assert str(tmp_path) in str(caught.value)
+    assert re.match(rf"{tmp_path}: [A-Z].*\.$|{tmp_path}/config.json holds .*\.$", str(caught.value))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00", "[" * 100_000])
 def test_a_broken_config_file_is_named(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ForetellError, match=r"config\.json"):

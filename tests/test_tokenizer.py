@@ -1,6 +1,9 @@
 """Our tokenizer against transformers': the same ids for the same text and the same messages."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +123,17 @@ def test_encode_and_decode_are_those_of_transformers(tmp_path: Path) -> None:
         assert ours.decode(ours.encode(text)) == text
 
 
-def test_what_it_knows_of_its_tokens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["\ud800", "half a pair \udfff here"])
+def test_half_a_surrogate_pair_is_one_sentence(text: str, tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     ours = Tokenizer.from_folder(tmp_path)
-    assert ours.vocab_size == 256 + 4 + 4
-    assert ours.special_ids == {260, 261, 262}  # <think> is text
-    assert ours.eos_id == 262
-    assert ours.has_chat_template
+    with pytest.raises(ForetellError, match=r"The text holds '\\ud\w+', which is no character.*UTF-8\.") as caught:
+        ours.encode(text)
+    str(caught.value).encode()  # the sentence itself can be printed
+    with pytest.raises(ForetellError, match="no character"):
+        ours.chat([{"role": "user", "content": text}])
+    with pytest.raises(TypeError):  # a mistake in a program stays what it is
+        ours.encode(None)  # type: ignore[arg-type]
 
 
 def test_where_templates_are_kept(tmp_path: Path) -> None:
@@ -135,6 +142,7 @@ def test_where_templates_are_kept(tmp_path: Path) -> None:
 
     save_tokenizer(tmp_path, "one")
     assert said() == "one"
+    assert Tokenizer.from_folder(tmp_path).has_chat_template
     save_tokenizer(tmp_path, [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "two"}])
     assert said() == "two"
     (tmp_path / "chat_template.jinja").write_text("three")
@@ -152,7 +160,7 @@ def test_a_folder_without_template_says_raw(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "sentence"),
     [
-        ("{{ raise_exception('roles must\nalternate') }}", "refuses these messages: roles must alternate"),
+        ("{{ raise_exception('roles must\nalternate') }}", r"refuses these messages \(roles must alternate\); .*--raw"),
         ("{{ messages[0].content + 1 }}", "refuses these messages"),
         ("{{ messages[9].content.strip() }}", "refuses these messages"),
         ("{% if %}", "not valid Jinja.*--raw"),
@@ -161,18 +169,36 @@ def test_a_folder_without_template_says_raw(tmp_path: Path) -> None:
         ("{% set n = namespace(__class__=1) %}", "refuses these messages"),
         ("{% set n = namespace() %}{% set n._x = 1 %}", "refuses these messages"),
         ("{{ messages.append(1) }}", "refuses these messages.*unsafe"),
+        # and it may fail in any way that a program can
+        ("{{ 1 / (messages | length - 1) }}", "refuses these messages .division by zero"),
+        ("{{ 10.0 ** (400 * messages | length) }}", "refuses these messages .*out of range"),
+        ("{{ 'é'.encode().decode('ascii') }}", "refuses these messages .*ascii"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "refuses these messages .*recursion"),
+        ("{{ messages[0].nothing.at.all }}", "refuses these messages .*no attribute"),
+        ("{{ 'x' * 10 ** 18 }}", "refuses these messages .MemoryError"),
+        ("{{ " + "(" * 2000 + "1" + ")" * 2000 + " }}", "not valid Jinja.*--raw"),
+        ({"default": "text"}, "must hold chat_template as text, but it holds a dict"),
+        ([{"name": "default", "template": 3}], "must hold chat_template as text, but it holds a int"),
+        ([{"template": "x"}, "y"], "has no chat template"),
     ],
 )
-def test_templates_that_refuse_or_misbehave(template: str, sentence: str, tmp_path: Path) -> None:
+def test_templates_that_refuse_or_misbehave(template: Any, sentence: str, tmp_path: Path) -> None:
     save_tokenizer(tmp_path, template)
     with pytest.raises(ForetellError, match=sentence) as caught:
         Tokenizer.from_folder(tmp_path).chat(CONVERSATIONS[0])
     assert "\n" not in str(caught.value)
 
 
+def test_a_template_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff{{ messages }}")
+    with pytest.raises(ForetellError, match=r"chat_template\.jinja cannot be read .*fetch the model again"):
+        Tokenizer.from_folder(tmp_path)
+
+
 def test_an_empty_conversation_is_refused(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
-    with pytest.raises(ForetellError, match="conversation is empty"):
+    with pytest.raises(ForetellError, match="The conversation is empty"):
         Tokenizer.from_folder(tmp_path).chat([])
 
 
@@ -187,6 +213,34 @@ def test_without_tokenizer_json_transformers_rebuilds_it(tmp_path: Path) -> None
     text = "hello othello 12"
     assert ours.encode(text) == reference(text, add_special_tokens=False)["input_ids"]
     assert ours.decode(ours.encode(text)) == text
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "config.json"])
+def test_code_that_comes_with_a_folder_is_never_run(where: str, tmp_path: Path) -> None:
+    """transformers would ask on stdin whether to run it, and a pipe may well say yes."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    auto_map = {"AutoTokenizer": ["evil.Evil", None], "AutoConfig": "evil.Evil"}
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / where).write_text(json.dumps({"auto_map": auto_map, "model_type": "evil"}))
+    code = """
+import pathlib, sys
+from foretell.backbone.tokenizer import Tokenizer
+from foretell.errors import ForetellError
+try:
+    Tokenizer.from_folder(pathlib.Path(sys.argv[1]))
+except ForetellError as error:
+    print(error)
+"""
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf")}
+    command = [sys.executable, "-c", code, str(folder)]
+    ran = subprocess.run(command, input="y\n" * 9, check=True, capture_output=True, text=True, env=environment)
+    assert not (tmp_path / "ran").exists()
+    assert ran.stdout.count("\n") == 1  # one sentence and no question
+    assert "has no tokenizer.json" in ran.stdout
+    if where == "tokenizer_config.json":
+        assert "such code is never run; use a model that comes with a tokenizer.json." in ran.stdout
 
 
 @pytest.mark.parametrize(
@@ -229,4 +283,3 @@ def test_demo_text_round_trips(demo_folder: Path) -> None:
         ids = ours.encode(text)
         assert ids == reference(text)["input_ids"]
         assert ours.decode(ids) == text
-    assert (ours.eos_id, ours.vocab_size, ours.special_ids) == (2, 49152, set(range(17)))

@@ -81,7 +81,6 @@ class EarlyExit(Drafter):
     def draft(self, rows: Sequence[Row]) -> Draft:
         assert self.cache is not None
         slots, lengths = [row.slot for row in rows], [self.cache.lengths[row.slot] for row in rows]
-        self.cache.reserve(max(lengths) + self.most_nodes)
         trees, first = [TokenTree()] * len(rows), [0] * len(rows)
         tokens = [[row.tokens[-1]] for row in rows]
         grown: list[list[Tensor]] = [[] for _ in rows]

@@ -9,7 +9,7 @@ for event in llm.stream("And at sunset?"):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, overload
@@ -117,6 +117,8 @@ class LLM:
         single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], (dict, int)))
         batch = cast("list[Prompt]", [prompts] if single else list(prompts))
         params = SamplingParams(**sampling)
+        if batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}; it must be at least 1.")
         decoder = self.decoder(max(1, min(batch_size, len(batch))), rule, adapt)
         encoded = [self.encode(prompt, raw) for prompt in batch]
         results = [Result() for _ in batch]
@@ -136,21 +138,33 @@ class LLM:
     @staticmethod
     def run(
         decoder: SpeculativeDecoder, requests: Sequence[tuple[list[int], SamplingParams, int]]
-    ) -> Iterator[tuple[int, Event]]:
+    ) -> Generator[tuple[int, Event], None, None]:
         """Submits (ids, params, key) triples and yields (index, event) until all are done.
 
-        An interruption cancels what is left, and the decoder stays usable.
+        An interruption cancels what is left, and the decoder stays usable. Two of these may take turns on one
+        decoder: what a step emits for the other waits for it.
         """
         numbers: dict[int, int] = {}
         try:
             for index, (ids, params, key) in enumerate(requests):
                 numbers[decoder.submit(ids, params, key)] = index
-            while decoder.busy:
-                for event in decoder.step():
+            left = set(numbers)
+            while left:
+                mine = [event for number in left for event in decoder.undelivered.pop(number, ())]
+                if not (mine or decoder.busy):
+                    return  # somebody else cancelled the rest
+                for event in [] if mine else decoder.step():
+                    if event.request in numbers:
+                        mine.append(event)
+                    else:
+                        decoder.undelivered.setdefault(event.request, []).append(event)
+                left -= {event.request for event in mine if event.finish_reason}
+                for event in mine:
                     yield numbers[event.request], event
         finally:
             for number in numbers:
                 decoder.cancel(number)
+                decoder.undelivered.pop(number, None)
 
 
 def load(

@@ -15,7 +15,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -28,6 +27,9 @@ if TYPE_CHECKING:
 
 FINAL = -1
 """Tap of the final norm's output: what the output head reads. Tap l >= 0 is the residual stream after l layers."""
+
+MOST_BIAS = 1000
+"""Far beyond any logit, and far from where float32 loses the logit beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +74,22 @@ class SamplingParams:
             ("min_p", 0, 1), ("seed", -(2**63), 2**63 - 1), ("repetition_penalty", 1e-3, 1e3),
             ("presence_penalty", -100, 100), ("frequency_penalty", -100, 100),
         ):  # fmt: skip
-            value = getattr(self, name)
+            value, whole = getattr(self, name), name in ("max_new_tokens", "top_k", "seed")
+            if not _is_number(value, whole):
+                raise UsageError(f"{name} is {value!r}; it must be a {'whole ' if whole else ''}number.")
             if not low <= value <= high:  # catches NaN too
                 raise UsageError(f"{name} is {value}; it must lie between {low} and {high}.")
-        if not all(map(isfinite, self.logit_bias.values())):
-            raise UsageError(f"logit_bias is {self.logit_bias}; its values must be finite (-100 forbids a token).")
-        if isinstance(self.stop, str) or any(not text for text in self.stop):
+        bias = self.logit_bias
+        if not isinstance(bias, dict) or not all(_is_number(t, True) and _is_number(b) for t, b in bias.items()):
+            raise UsageError(f"logit_bias is {bias!r}; it must map token ids to numbers.")
+        if not all(abs(value) <= MOST_BIAS for value in bias.values()):
+            raise UsageError(f"logit_bias is {bias}; its values must lie between -{MOST_BIAS} and {MOST_BIAS}.")
+        if not isinstance(self.stop, tuple | list) or not all(isinstance(text, str) and text for text in self.stop):
             raise UsageError(f"stop is {self.stop!r}; it must be a tuple of non-empty strings.")
-        if self.logprobs is not None and not 0 <= self.logprobs <= 100:
-            raise UsageError(f"logprobs is {self.logprobs}; it must lie between 0 and 100.")
+        if not isinstance(self.stop_ids, tuple | list) or not all(_is_number(token, True) for token in self.stop_ids):
+            raise UsageError(f"stop_ids is {self.stop_ids!r}; it must be a tuple of token ids.")
+        if self.logprobs is not None and not (_is_number(self.logprobs, True) and 0 <= self.logprobs <= 100):
+            raise UsageError(f"logprobs is {self.logprobs!r}; it must be a whole number between 0 and 100.")
 
     @property
     def plain_greedy(self) -> bool:
@@ -90,6 +99,10 @@ class SamplingParams:
     @property
     def edits_logits(self) -> bool:
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias)
+
+
+def _is_number(value: object, whole: bool = False) -> bool:
+    return isinstance(value, int if whole else int | float) and not isinstance(value, bool)
 
 
 class Row(Protocol):
@@ -227,6 +240,8 @@ class Statistics:
     Attributes:
         steps: verification passes that emitted tokens for it; plain_steps: those that carried no guess for it;
             suspended_steps: those of them in which speculation was held back because it measurably loses here.
+        exact: whether the output is plain decoding's, token for token: drafter and rule are lossless, and a probe
+            found this machine's arithmetic canonical.
         drafted: guesses verified; accepted: guesses kept, budget and stops applied.
         by_depth: how many steps offered, and how many accepted, a guess at depth 1, 2, ...
     """
@@ -237,6 +252,7 @@ class Statistics:
     steps: int = 0
     plain_steps: int = 0
     suspended_steps: int = 0
+    exact: bool = True
     drafted: int = 0
     accepted: int = 0
     prefill_seconds: float = 0.0

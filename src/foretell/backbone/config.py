@@ -14,7 +14,6 @@ class ModelConfig:
 
     Attributes:
         family: the row of `families.FAMILIES` it was read with.
-        rope_theta: the base of the rotary frequencies; kept to be shown, `inv_freq` is what counts.
         inv_freq: one float32 frequency per pair of head dimensions, every static scaling already applied.
         rope_scale: the factor on cos and sin (YaRN's attention scaling; 1 for the others).
         attention_bias: whether the q, k and v projections have a bias.
@@ -37,7 +36,6 @@ class ModelConfig:
     eps: float
     tied: bool
     max_positions: int
-    rope_theta: float
     inv_freq: tuple[float, ...]
     rope_scale: float
     attention_bias: bool
@@ -46,7 +44,6 @@ class ModelConfig:
     qk_norm: bool
     windows: tuple[int, ...]
     eos_ids: tuple[int, ...]
-    bos_id: int | None
     dtype: str
 
     @property

@@ -10,6 +10,8 @@ config.json is read directly; only scaled ropes call its formulas.
 """
 
 import json
+import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,8 @@ from foretell.backbone.files import one_line, read_json
 from foretell.errors import ForetellError
 
 Raw = Mapping[str, Any]  # a parsed config.json
+# what arithmetic and look-ups raise when a value is not of the kind that was expected
+MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
 
 
 def _full_attention(raw: Raw, layers: int) -> tuple[int, ...]:
@@ -42,7 +46,7 @@ def _upper_windows(raw: Raw, layers: int) -> tuple[int, ...]:
         return tuple(window if layer >= raw["max_window_layers"] else 0 for layer in range(layers))
     if len(kinds) != layers or not {"full_attention", "sliding_attention"}.issuperset(kinds):
         raise ForetellError(
-            f"layer_types must name full_attention or sliding_attention for each of the {layers} layers, "
+            f"The layer_types must name full_attention or sliding_attention for each of the {layers} layers, "
             f"but config.json has {len(kinds)} entries of the kinds {', '.join(sorted(set(kinds)))}."
         )
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
@@ -63,7 +67,7 @@ class Family:
 
 _COMMON = {
     "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False,
-    "mlp_bias": False, "bos_token_id": None, "eos_token_id": None,
+    "mlp_bias": False, "eos_token_id": None,
 }  # fmt: skip
 _QWEN = _COMMON | {
     "max_position_embeddings": 32768, "num_key_value_heads": 32,
@@ -73,14 +77,13 @@ _QWEN = _COMMON | {
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         members="Llama, SmolLM2, TinyLlama, Vicuna",
-        defaults=_COMMON | {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+        defaults=_COMMON | {"max_position_embeddings": 2048, "eos_token_id": 2},
         qkv_bias=None, out_bias=None, mlp_bias=None,
     ),
     "mistral": Family(
         members="Mistral",
         defaults=_COMMON | {
-            "max_position_embeddings": 4096 * 32, "num_key_value_heads": 8, "sliding_window": 4096,
-            "bos_token_id": 1, "eos_token_id": 2,
+            "max_position_embeddings": 4096 * 32, "num_key_value_heads": 8, "sliding_window": 4096, "eos_token_id": 2,
         },
         windows=_one_window,
     ),
@@ -106,7 +109,7 @@ def read_config(folder: Path) -> ModelConfig:
         return model_config(raw, generation)
     except ForetellError as error:
         raise ForetellError(f"{folder}: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise ForetellError(f"{folder / 'config.json'} holds a value of the wrong kind: {one_line(error)}.") from error
 
 
@@ -120,7 +123,7 @@ def model_config(source: Any, generation: Raw | None = None) -> ModelConfig:
     given: Raw = source if isinstance(source, Mapping) else source.to_dict()
     family_name = given.get("model_type")
     if family_name not in FAMILIES:
-        raise ForetellError(f"model_type {family_name!r} is not supported; the families are: {supported()}.")
+        raise ForetellError(f"The model_type {family_name!r} is not supported; the families are: {supported()}.")
     family = FAMILIES[family_name]
     raw = {**family.defaults, **given}
     _refuse_what_we_do_not_compute(raw)
@@ -130,10 +133,10 @@ def model_config(source: Any, generation: Raw | None = None) -> ModelConfig:
     head_dim = _size(raw, "head_dim", hidden // heads)
     if heads % kv_heads or head_dim % 2:
         raise ForetellError(
-            f"config.json has {heads} attention heads, {kv_heads} key heads and head_dim {head_dim}, "
+            f"The config.json has {heads} attention heads, {kv_heads} key heads and head_dim {head_dim}, "
             "but heads must be a multiple of key heads and head_dim must be even."
         )
-    theta, inv_freq, rope_scale = _rope(raw, head_dim)
+    inv_freq, rope_scale = _rope(raw, head_dim)
     eos = generation["eos_token_id"] if generation and "eos_token_id" in generation else raw["eos_token_id"]
     return ModelConfig(
         family=family_name,
@@ -147,7 +150,6 @@ def model_config(source: Any, generation: Raw | None = None) -> ModelConfig:
         eps=float(raw["rms_norm_eps"]),
         tied=bool(raw["tie_word_embeddings"]),
         max_positions=_size(raw, "max_position_embeddings"),
-        rope_theta=theta,
         inv_freq=inv_freq,
         rope_scale=rope_scale,
         attention_bias=_switch(family.qkv_bias, raw["attention_bias"]),
@@ -155,8 +157,7 @@ def model_config(source: Any, generation: Raw | None = None) -> ModelConfig:
         mlp_bias=_switch(family.mlp_bias, raw["mlp_bias"]),
         qk_norm=family.qk_norm,
         windows=family.windows(raw, layers),
-        eos_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (int(eos),),
-        bos_id=raw["bos_token_id"],
+        eos_ids=tuple(int(end) for end in (eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos])),
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
     )
 
@@ -192,27 +193,35 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _rope(raw: Raw, head_dim: int) -> tuple[float, tuple[float, ...], float]:
-    """(theta, inverse frequencies, factor on cos and sin), scaling applied once and for all."""
+def _rope(raw: Raw, head_dim: int) -> tuple[tuple[float, ...], float]:
+    """(inverse frequencies, factor on cos and sin), scaling applied once and for all."""
     # transformers 5 writes rope_parameters, with theta inside; older configs have rope_scaling and rope_theta
+    for key in ("rope_scaling", "rope_parameters"):
+        if raw.get(key) and not isinstance(raw[key], Mapping):
+            raise ForetellError(
+                f"The config.json needs {key} as an object such as {{}}, but it is {reprlib.repr(raw[key])}; "
+                "take it from the original checkpoint."
+            )
     settings = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     kind = settings.get("rope_type") or settings.get("type") or "default"
     theta = float(settings.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
     part = settings.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
     if part != 1.0:
-        raise ForetellError(f"partial_rotary_factor {part} is not supported: every head dimension must rotate.")
+        raise ForetellError(f"A partial_rotary_factor {part} is not supported: every head dimension must rotate.")
+    if not 0 < theta < math.inf:
+        raise ForetellError(f"The rope_theta of config.json is {theta}; it must be a positive number.")
     if kind in ("dynamic", "longrope"):
         raise ForetellError(
-            f"rope scaling {kind!r} changes every frequency with the length of the text, so cached keys "
+            f"Rope scaling {kind!r} changes every frequency with the length of the text, so cached keys "
             "could not stay exact; remove it from config.json to use the model's original context length."
         )
     if kind == "default":
         # float32 tensor arithmetic, because that is how transformers rounds these
         inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim))
-        return theta, tuple(inv_freq.tolist()), 1.0
+        return tuple(inv_freq.tolist()), 1.0
     if kind not in ("linear", "llama3", "yarn"):
-        raise ForetellError(f"rope scaling {kind!r} is not supported; the kinds are default, linear, llama3 and yarn.")
-    return theta, *_scaled_rope(raw, kind)
+        raise ForetellError(f"Rope scaling {kind!r} is not supported; the kinds are default, linear, llama3 and yarn.")
+    return _scaled_rope(raw, kind)
 
 
 def _scaled_rope(raw: Raw, kind: str) -> tuple[tuple[float, ...], float]:
@@ -226,18 +235,18 @@ def _scaled_rope(raw: Raw, kind: str) -> tuple[tuple[float, ...], float]:
         config = AutoConfig.for_model(raw["model_type"], **settings)
         inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     except Exception as error:  # its validators raise many kinds; all of them mean the settings are wrong
-        raise ForetellError(f"the {kind} rope settings of config.json are invalid: {one_line(error)}.") from error
+        raise ForetellError(f"The {kind} rope settings of config.json are invalid: {one_line(error)}.") from error
     return tuple(inv_freq.float().tolist()), float(scale)
 
 
 def _refuse_what_we_do_not_compute(raw: Raw) -> None:
     if raw["hidden_act"] != "silu":
-        raise ForetellError(f"hidden_act {raw['hidden_act']!r} is not supported; it must be 'silu'.")
+        raise ForetellError(f"The hidden_act {raw['hidden_act']!r} is not supported; it must be 'silu'.")
     quantization = raw.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else "unknown"
         raise ForetellError(
-            f"the weights are quantized ({method}), which is not supported; use the original float checkpoint."
+            f"The weights are quantized ({method}), which is not supported; use the original float checkpoint."
         )
 
 
@@ -246,7 +255,7 @@ def _size(raw: Raw, key: str, default: int | None = None) -> int:
     value = raw.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ForetellError(f"config.json needs {key} as a positive whole number, but it is {value!r}.")
+        raise ForetellError(f"The config.json needs {key} as a positive whole number, but it is {reprlib.repr(value)}.")
     return value
 
 

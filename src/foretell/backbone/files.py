@@ -22,7 +22,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ForetellError(f"{path.parent} has no {path.name}, so it is not a complete model folder.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # a thousand open brackets recurse
         raise ForetellError(f"{path} cannot be read ({one_line(error)}); delete it and fetch it again.") from error
     if not isinstance(content, dict):
         raise ForetellError(f"{path} must hold a JSON object, but it holds a {type(content).__name__}.")
@@ -54,16 +54,16 @@ def staged_folder(target: Path) -> Iterator[Path]:
 @contextmanager
 def write_errors(folder: Path, needed_bytes: int = 0) -> Iterator[None]:
     """Turns a full disk or a forbidden folder into one sentence that says what to do."""
-    if needed_bytes and _free_bytes(folder) < needed_bytes:
-        raise disk_full(folder, f"about {needed_bytes / 1e6:.0f} MB are needed")
     try:
+        if needed_bytes:
+            _require_room(folder, needed_bytes)
         yield
     except Exception as error:
         if is_disk_full(error):
             raise disk_full(folder, "it ran out while writing") from error
         if isinstance(error, OSError):
             raise ForetellError(
-                f"cannot write to {folder} ({one_line(error)}); choose another cache folder with --cache-dir."
+                f"Cannot write to {folder} ({one_line(error)}); choose another cache folder with --cache-dir."
             ) from error
         raise
 
@@ -71,7 +71,8 @@ def write_errors(folder: Path, needed_bytes: int = 0) -> Iterator[None]:
 def disk_full(folder: Path, reason: str) -> ForetellError:
     """The sentence for a disk without room."""
     return ForetellError(
-        f"not enough disk space in {folder} ({reason}); free some, or choose another cache folder with --cache-dir."
+        f"There is not enough disk space in {folder} ({reason}); free some, or choose another cache folder with "
+        "--cache-dir."
     )
 
 
@@ -80,7 +81,14 @@ def is_disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 
 
+def _require_room(folder: Path, needed_bytes: int) -> None:
+    """Makes the folder first: a place that cannot be written, such as /proc, often reports a full disk as well."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    if (free := _free_bytes(folder)) < needed_bytes:
+        raise disk_full(folder, f"about {-(-needed_bytes // 10**6)} MB are needed, {free // 10**6} MB are free")
+
+
 def _free_bytes(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.parent
     return shutil.disk_usage(folder).free

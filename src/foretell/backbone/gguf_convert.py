@@ -11,13 +11,16 @@ tokenizer from the metadata, but knows no split rule for SmolLM, which cuts ever
 """
 
 import json
+import reprlib
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from foretell.backbone.families import model_config, weight_shapes
+from foretell.backbone.families import MALFORMED, model_config, weight_shapes
 from foretell.backbone.files import one_line
 from foretell.backbone.store import Progress
 from foretell.errors import ForetellError
@@ -40,6 +43,8 @@ _CONFIG_KEYS = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
 }
+_FRACTIONS = ("rms_norm_eps", "rope_theta")
+_OPTIONAL = ("num_key_value_heads", "head_dim", "rope_theta")  # llama.cpp insists on the others too
 _TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -64,11 +69,11 @@ def convert(gguf_path: Path, folder: Path, progress: Progress) -> None:
     """Writes the model and tokenizer of a GGUF file into an existing folder."""
     progress("reading", 0.0)
     reader = _open(gguf_path)
-    raw = _config(reader, gguf_path)
-    names = _hf_names(reader, raw, gguf_path)
+    raw, shapes = _describe(reader, gguf_path)
+    names = _hf_names(reader, raw["model_type"], shapes, gguf_path)
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     progress("reading the tokenizer", 0.0)
-    _write_tokenizer(gguf_path, _metadata(reader, "tokenizer.ggml.pre"), folder)
+    _write_tokenizer(reader, gguf_path, folder)
     _write_weights(reader, raw, names, folder, progress)
 
 
@@ -88,6 +93,38 @@ def _metadata(reader: "GGUFReader", key: str, default: Any = None) -> Any:
     return default if found is None else found.contents()
 
 
+def _describe(reader: "GGUFReader", gguf_path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """The config.json of the file and the tensors it must hold; whatever the metadata are, an error names the file."""
+    try:
+        raw = _config(reader, gguf_path)
+        try:
+            return raw, weight_shapes(model_config(raw))
+        except ForetellError as error:
+            raise ForetellError(f"{gguf_path}: {error}") from error
+    except MALFORMED as error:
+        raise ForetellError(
+            f"{gguf_path} has metadata of the wrong kind ({one_line(error)}); use the original safetensors checkpoint."
+        ) from error
+
+
+def _dimensions(reader: "GGUFReader", architecture: str, gguf_path: Path) -> dict[str, Any]:
+    """The numbers of the config, each a positive one; some models keep a list with an entry per layer."""
+    found: dict[str, Any] = {}
+    for hf_key, key in _CONFIG_KEYS.items():
+        value = _metadata(reader, f"{architecture}.{key}")
+        if value is None and hf_key in _OPTIONAL:
+            continue
+        kinds = (int, float) if hf_key in _FRACTIONS else (int,)
+        if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:
+            raise ForetellError(
+                f"{gguf_path} has {architecture}.{key} = {reprlib.repr(value)} where one positive number is needed; "
+                "use the original safetensors checkpoint."
+            )
+        found[hf_key] = value
+    found.setdefault("num_key_value_heads", found["num_attention_heads"])
+    return found
+
+
 def _config(reader: "GGUFReader", gguf_path: Path) -> dict[str, Any]:
     """The config.json that the metadata describe."""
     architecture = _metadata(reader, "general.architecture")
@@ -105,11 +142,7 @@ def _config(reader: "GGUFReader", gguf_path: Path) -> dict[str, Any]:
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in tensors:
         raise ForetellError(f"{gguf_path} has no tensor token_embd.weight, so it is not a whole language model.")
-    dimensions = {
-        hf_key: _metadata(reader, f"{architecture}.{key}")
-        for hf_key, key in _CONFIG_KEYS.items()
-        if _metadata(reader, f"{architecture}.{key}") is not None
-    }
+    dimensions = _dimensions(reader, architecture, gguf_path)
     rotated = _metadata(reader, f"{architecture}.rope.dimension_count")
     head_dim = dimensions.get("head_dim") or dimensions["hidden_size"] // dimensions["num_attention_heads"]
     if rotated not in (None, head_dim):
@@ -132,9 +165,10 @@ def _config(reader: "GGUFReader", gguf_path: Path) -> dict[str, Any]:
     }
 
 
-def _hf_names(reader: "GGUFReader", raw: dict[str, Any], gguf_path: Path) -> dict[str, str]:
+def _hf_names(
+    reader: "GGUFReader", model_type: str, expected: dict[str, tuple[int, ...]], gguf_path: Path
+) -> dict[str, str]:
     """GGUF name -> Hugging Face name; a tensor without a place is refused, not ignored."""
-    expected = weight_shapes(model_config(raw))
     names: dict[str, str] = {}
     for tensor in reader.tensors:
         name = _TOP_NAMES.get(tensor.name)
@@ -144,7 +178,7 @@ def _hf_names(reader: "GGUFReader", raw: dict[str, Any], gguf_path: Path) -> dic
         shape = tuple(int(size) for size in reversed(tensor.shape))
         if name not in expected or expected[name] != shape:
             raise ForetellError(
-                f"{gguf_path} has a tensor {tensor.name} of shape {shape} that a {raw['model_type']} model "
+                f"{gguf_path} has a tensor {tensor.name} of shape {shape} that a {model_type} model "
                 "of these dimensions has no place for; use the original safetensors checkpoint."
             )
         names[tensor.name] = name
@@ -208,16 +242,31 @@ def _unpack(tensor: "ReaderTensor", raw: dict[str, Any]) -> torch.Tensor:
     return values.contiguous()
 
 
-def _write_tokenizer(gguf_path: Path, split_rule: str | None, folder: Path) -> None:
+def _write_tokenizer(reader: "GGUFReader", gguf_path: Path, folder: Path) -> None:
+    """The tokenizer of the file itself: transformers prefers any tokenizer.json beside it, so it gets it alone."""
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf_path.absolute().parent, gguf_file=gguf_path.name)
-    except Exception as error:  # from a missing key to a kind of tokenizer transformers cannot rebuild
-        raise ForetellError(f"the tokenizer inside {gguf_path} cannot be read: {one_line(error)}.") from error
+    with tempfile.TemporaryDirectory(dir=folder) as alone:  # in the cache: a copy may be large
+        _link(gguf_path, Path(alone) / "model.gguf")
+        try:
+            split_rule = _metadata(reader, "tokenizer.ggml.pre")
+            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf", trust_remote_code=False)
+        except Exception as error:  # from a missing key to a kind of tokenizer transformers cannot rebuild
+            raise ForetellError(
+                f"The tokenizer inside {gguf_path} cannot be read ({one_line(error)}); "
+                "use the original safetensors checkpoint."
+            ) from error
     if split_rule == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
     tokenizer.save_pretrained(folder)
+
+
+def _link(source: Path, link: Path) -> None:
+    """Another name for a file, or a copy where the system knows no links."""
+    try:
+        link.symlink_to(source.resolve())
+    except OSError:
+        shutil.copyfile(source, link)

@@ -25,6 +25,7 @@ from foretell.backbone.store import (
     cache_folder,
     has_weights,
     hub_folder,
+    lacks,
     write_manifest,
 )
 from foretell.errors import ForetellError, UsageError
@@ -79,7 +80,7 @@ def resolve(
     if match := _HUB_ID.fullmatch(name):
         return ModelFolder(name, _from_hub(match[1], match[2], offline), "hub")
     if os.sep in name or name.startswith((".", "~")):
-        raise UsageError(f"there is no folder {name}; check the path, or give a hub id (org/name).")
+        raise UsageError(f"There is no folder {name}; check the path, or give a hub id (org/name).")
     raise catalog.unknown_name(name)
 
 
@@ -105,7 +106,7 @@ def _from_gguf(path: Path, cache: Path, progress: Progress) -> Path:
     try:
         about = path.stat()
     except OSError:
-        raise UsageError(f"there is no GGUF file {path}; check the path.") from None
+        raise UsageError(f"There is no GGUF file {path}; check the path.") from None
     # size and time instead of a digest: hashing tens of gigabytes would cost more than loading them
     target = _target(cache, path.stem, f"{path.resolve()} {about.st_size} {about.st_mtime_ns}")
 
@@ -128,7 +129,7 @@ def _from_hub(repo: str, revision: str | None, offline: bool) -> Path:
 
     try:
         cached = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-        if has_weights(cached):
+        if lacks(cached) is None:
             return cached
     except LocalEntryNotFoundError:
         pass
@@ -136,7 +137,7 @@ def _from_hub(repo: str, revision: str | None, offline: bool) -> Path:
         raise UsageError(f"{repo} is neither a local folder nor a hub id: {one_line(error)}.") from error
     if offline:
         raise ForetellError(
-            f"{repo} is not in the hub cache and offline mode forbids fetching it; "
+            f"{repo} is not complete in the hub cache and offline mode forbids fetching it; "
             "run once without --offline, or name a local model folder or .gguf file."
         )
     try:
@@ -147,19 +148,19 @@ def _from_hub(repo: str, revision: str | None, offline: bool) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise ForetellError(
-            f"the hub has no model {repo}, or it is private; check the spelling, or log in with `hf auth login`."
+            f"The hub has no model {repo}, or it is private; check the spelling, or log in with `hf auth login`."
         ) from error
     except Exception as error:  # every transport has its own; the remedy is the same
         if is_disk_full(error):
             raise disk_full(hub_folder(), "it ran out while downloading") from error
         raise ForetellError(
-            f"could not fetch {repo} from the hub ({one_line(error, 80)}); "
+            f"Could not fetch {repo} from the hub ({one_line(error, 80)}); "
             "connect to the network, or name a local model folder or .gguf file."
         ) from error
-    if not has_weights(folder):
+    if missing := lacks(folder):
         raise ForetellError(
-            f"{repo} has no safetensors weights on the hub; convert it once with transformers "
-            "(from_pretrained, then save_pretrained) and name that folder."
+            f"{repo} has no {missing} on the hub; convert it once with transformers "
+            "(from_pretrained, then save_pretrained, of model and tokenizer) and name that folder."
         )
     return folder
 

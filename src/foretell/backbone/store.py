@@ -19,6 +19,7 @@ from foretell.errors import ForetellError
 
 Progress = Callable[[str, float], None]  # (what is being done, how much of it: 0 to 1)
 MANIFEST = "foretell.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any one of them makes a tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,17 @@ def has_weights(folder: Path) -> bool:
     return (folder / "model.safetensors").is_file()
 
 
+def lacks(folder: Path) -> str | None:
+    """The first thing without which a folder is no model, if any; half a snapshot is a dead end, not a model."""
+    if not has_weights(folder):
+        return "safetensors weights"
+    if not (folder / "config.json").is_file():
+        return "config.json"
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return f"tokenizer ({', '.join(TOKENIZER_FILES[:-1])} or {TOKENIZER_FILES[-1]})"
+    return None
+
+
 def _converted(cache: Path) -> Iterator[CachedModel]:
     for manifest_file in (cache / "models").glob(f"[!.]*/{MANIFEST}"):
         try:
@@ -118,7 +130,7 @@ def _from_hub(hub: Path) -> Iterator[CachedModel]:
             family = read_json(folder / "config.json").get("model_type")
         except (ForetellError, OSError, ValueError):
             continue
-        if family in FAMILIES and has_weights(folder):
+        if family in FAMILIES and lacks(folder) is None:
             name = repo.name.removeprefix("models--").replace("--", "/")
             yield CachedModel(name, folder, _folder_bytes(folder), None, "hub")
 

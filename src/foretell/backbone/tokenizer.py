@@ -24,13 +24,7 @@ Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 
 
 class Tokenizer:
-    """The tokenizer of a model folder.
-
-    Attributes:
-        vocab_size: the number of tokens, added ones included; the model's logits may be padded beyond it.
-        special_ids: tokens that are marks, such as the end of a turn, rather than text.
-        eos_id: the token that ends a text; the model config's `eos_ids` are what ends a generation.
-    """
+    """The tokenizer of a model folder."""
 
     def __init__(
         self, backend: "tokenizers.Tokenizer", settings: Mapping[str, Any], template: str | None, name: str
@@ -42,12 +36,6 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._marks = {key: _content(value) for key, value in settings.items() if _is_mark(key, value)}
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        self.special_ids: frozenset[int] = frozenset(
-            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
-        )
-        eos = self._marks.get("eos_token")
-        self.eos_id: int | None = None if eos is None else backend.token_to_id(eos)
 
     @classmethod
     def from_folder(cls, folder: Path) -> "Tokenizer":
@@ -62,7 +50,16 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Token ids of a text; `special` adds the marks the model expects around a bare text, such as BOS."""
-        return self._backend.encode(text, add_special_tokens=special).ids
+        try:
+            return self._backend.encode(text, add_special_tokens=special).ids
+        except TypeError:  # the library's word for text that no UTF-8 can spell
+            half = next((character for character in text if "\ud800" <= character <= "\udfff"), None)
+            if half is None:
+                raise
+            raise ForetellError(
+                f"The text holds {half!r}, which is no character (broken UTF-8, or half a surrogate pair); "
+                "save the text as UTF-8."
+            ) from None
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """The text of token ids, exactly as spelled: no clean-up of spaces."""
@@ -79,39 +76,37 @@ class Tokenizer:
 
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as one text, with its marks spelled out."""
-        import jinja2
-
         if not messages:
-            raise ForetellError("the conversation is empty; give at least one message.")
+            raise ForetellError("The conversation is empty; give at least one message.")
         # None stands for "not given" in the OpenAI format, and templates would print it
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]
         plain = json.loads(json.dumps(given))  # a copy of plain types is all a template may touch
+        template = self._compiled
         try:
-            return self._compiled.render(
+            return template.render(
                 messages=plain,
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._marks,
             )
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
+        except Exception as error:  # a stranger's program: it may divide by zero or recurse without end
             raise ForetellError(
-                f"the chat template of {self._name} refuses these messages: {one_line(error)}."
+                f"The chat template of {self._name} refuses these messages ({one_line(error)}); "
+                "change them, or pass the whole prompt as text (--raw)."
             ) from error
 
     @cached_property
     def _compiled(self) -> "jinja2.Template":
-        import jinja2
-
         if self._template is None:
             raise ForetellError(
                 f"{self._name} has no chat template, so it cannot read messages; pass the whole prompt as text (--raw)."
             )
         try:
             return _sandbox().from_string(self._template)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # from a wrong tag to more brackets than Python's own compiler takes
             raise ForetellError(
-                f"the chat template of {self._name} is not valid Jinja ({one_line(error)}); "
+                f"The chat template of {self._name} is not valid Jinja ({one_line(error)}); "
                 "pass the whole prompt as text (--raw)."
             ) from error
 
@@ -135,8 +130,15 @@ def _rebuild_backend(folder: Path) -> "tokenizers.Tokenizer":
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+        # without the False it asks on stdin whether to run the folder's own code
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return tokenizer.backend_tokenizer
     except Exception as error:  # missing sentencepiece, unknown class, slow-only tokenizers: all end the same
+        if "trust_remote_code" in str(error):
+            raise ForetellError(
+                f"{folder} has no tokenizer.json but code of its own to make tokens, and such code is never run; "
+                "use a model that comes with a tokenizer.json."
+            ) from error
         raise ForetellError(
             f"{folder} has no tokenizer.json and transformers cannot rebuild one ({one_line(error)}); "
             "save one beside the weights with AutoTokenizer.save_pretrained."
@@ -147,10 +149,21 @@ def _read_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """The default chat template: a file of its own in new checkpoints, a setting in older ones."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ForetellError(
+                f"{path} cannot be read ({one_line(error)}); delete it and fetch the model again."
+            ) from error
     template = settings.get("chat_template")
     if isinstance(template, list):  # several named ones
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        named = [entry for entry in template if isinstance(entry, Mapping) and entry.get("name") == "default"]
+        template = named[-1].get("template") if named else None
+    if template is not None and not isinstance(template, str):
+        raise ForetellError(
+            f"{folder / 'tokenizer_config.json'} must hold chat_template as text, but it holds a "
+            f"{type(template).__name__}; fetch the model again."
+        )
     return template
 
 

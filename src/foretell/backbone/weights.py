@@ -126,7 +126,7 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
             f"{folder} holds only pickled weights, which can run code when loaded; convert it once with "
             "transformers (from_pretrained, then save_pretrained), or use a revision with safetensors."
         )
-    raise ForetellError(f"{folder} has no model.safetensors, so there are no weights to load.")
+    raise ForetellError(f"{folder} has no model.safetensors, so there are no weights to load; fetch the model again.")
 
 
 def _open(path: Path) -> Any:
@@ -151,7 +151,8 @@ def _check(name: str, shape: tuple[int, ...], handles: dict[str, Any], paths: di
     view = handles[name].get_slice(name)
     if tuple(view.get_shape()) != shape:
         raise ForetellError(
-            f"{name} has shape {tuple(view.get_shape())} in {paths[name]}, but config.json asks for {shape}."
+            f"{name} has shape {tuple(view.get_shape())} in {paths[name]}, but config.json asks for {shape}; "
+            "they do not belong together: fetch the model again."
         )
     if view.get_dtype() not in _FLOATS:
         raise ForetellError(
@@ -174,5 +175,6 @@ def _refuse_unused(
                 )
         elif name.startswith("model.") and not _DERIVED.fullmatch(name):
             raise ForetellError(
-                f"{paths[name]} holds {name}, which a {config.family} model with this config.json has no place for."
+                f"{paths[name]} holds {name}, which a {config.family} model with this config.json has no "
+                "place for; fetch the original checkpoint."
             )

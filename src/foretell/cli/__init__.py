@@ -25,9 +25,9 @@ VERBS: dict[str, tuple[str, str]] = {
     "generate": ("foretell.cli.generate:generate", "Answer a prompt, or a file of prompts."),
     "chat": ("foretell.cli.chat:chat", "Talk with a model."),
     "demo": ("foretell.cli.demo:demo", "See and measure what drafting changes, on this machine."),
-    "distill": ("foretell.cli.distill:distill", "Let the model write its own training data."),
-    "train": ("foretell.cli.train:train", "Train a drafter on what the model wrote."),
-    "tune": ("foretell.cli.tune:tune", "Measure what steps cost here; drafters choose their trees by it."),
+    "distill": ("foretell.cli.distill:distill", "Let the model write training data."),
+    "train": ("foretell.cli.train:train", "Train a drafter for a model."),
+    "tune": ("foretell.cli.tune:tune", "Measure what steps cost here."),
     "models": ("foretell.cli.models:models", "List the models that can be loaded by name."),
 }
 """Verb -> ("module:function", one line of help)."""

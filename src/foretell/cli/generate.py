@@ -48,13 +48,19 @@ def generate(
     params, rule = sampling.params(), sampling.rule()
     asked = _asked(prompt, prompts, raw, every, limit)
     llm = loading.load()
-    from foretell.conversations import converse, fields, total
+    from foretell.conversations import converse, total
 
     rows = min(batch_size, len(asked))
     decoder = llm.decoder(rows, rule, not sampling.no_adapt)
     streamed = prompt is not None and not as_json
     done: list[Result] = []
     began = time.perf_counter()
+    failed: dict[int, str] = {}
+
+    def fail(index: int, error: UsageError) -> None:
+        failed[index] = str(error)
+        note(f"error: {error}")
+
     with answer_progress(len(asked)) as progress:
 
         def hear(index: int, event: Event) -> None:
@@ -62,15 +68,12 @@ def generate(
                 print(event.text, end="", flush=True)
             progress(len(event.tokens), False)
 
-        answers = converse(llm, decoder, asked, params, rows=rows, raw=raw, on_event=hear)
+        answers = converse(llm, decoder, asked, params, rows=rows, raw=raw, on_event=hear, on_error=fail)
         for index, replies in in_order(answers):
             progress(0, True)
             done += replies
             if as_json:
-                line = fields(replies)
-                if "turns" in asked[index].record:
-                    line["turns"] = [fields([reply]) for reply in replies]
-                print(json.dumps(line), flush=True)
+                print(_line(asked[index], replies, failed.get(index)), flush=True)
             else:
                 print("" if streamed else "\n\n".join(reply.text for reply in replies) + "\n", flush=True)
     if stats:
@@ -79,6 +82,16 @@ def generate(
             f"{sums.new_tokens} tokens in {seconds:.2f} s, prompts included: {sums.new_tokens / seconds:.1f} "
             f"tokens/s, acceptance length {sums.acceptance_length:.2f}"
         )
+    if failed:
+        raise ForetellError(f"{len(failed)} of {len(asked)} conversations could not be answered to their end.")
+
+
+def _line(asked: Conversation, replies: list[Result], error: str | None) -> str:
+    """One conversation's JSON."""
+    from foretell.conversations import fields
+
+    turns = {"turns": [fields([reply]) for reply in replies]} if "turns" in asked.record else {}
+    return json.dumps(fields(replies) | turns | ({"error": error} if error else {}))
 
 
 def in_order(answers: Iterator[tuple[int, list[Result]]]) -> Iterator[tuple[int, list[Result]]]:

@@ -60,6 +60,10 @@ class Base:
             )  # fmt: skip
         if llm.backbone.inexact:
             note(f"note: {llm.backbone.inexact}")
+        if llm.backbone.kernels == "eager" and llm.backbone.device.type == "cpu" and self.kernel is None:
+            note(
+                "note: no compiled kernels here, so this is slow; install foretell again where there is a C++ compiler."
+            )
         return llm
 
 

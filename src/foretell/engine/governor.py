@@ -38,11 +38,15 @@ class _Bucket:
 
 
 class Governor:
-    """Decides per step; `enabled=False` always speculates."""
+    """Decides per step; `enabled=False` always speculates.
+
+    Attributes:
+        suspended: whether the last decision held speculation back because it loses, not merely to measure plain.
+    """
 
     def __init__(self, enabled: bool = True):
         self.enabled = enabled
-        self.suspended_steps = 0
+        self.suspended = False
         self._buckets: dict[tuple[int, int], _Bucket] = defaultdict(_Bucket)
 
     def speculate(self, rows: int, context: int) -> bool:
@@ -50,9 +54,8 @@ class Governor:
         if not self.enabled:
             return True
         bucket = self._bucket(rows, context)
-        held = bucket.plain and bucket.steps < bucket.verdict_until
-        self.suspended_steps += held
-        return not held and len(bucket.seconds[False]) >= BASELINE
+        self.suspended = bucket.plain and bucket.steps < bucket.verdict_until
+        return not self.suspended and len(bucket.seconds[False]) >= BASELINE
 
     def record(self, rows: int, context: int, guesses: int, seconds: float, tokens: int) -> None:
         """One step's cost and what it emitted over all rows; `guesses` 0 means it was plain."""

@@ -36,7 +36,8 @@ class SpeculativeDecoder:
     Args:
         tokenizer: for text and stop strings; without one, events carry ids only.
         rule: typical acceptance (lossy) instead of exact verification.
-        adapt: go back to plain steps where speculation measurably loses.
+        adapt: go back to plain steps where speculation measurably loses; not with a lossy drafter or rule, whose
+            output would then depend on the clock.
     """
 
     def __init__(
@@ -52,11 +53,12 @@ class SpeculativeDecoder:
         if max_rows < 1:
             raise UsageError(f"The batch needs at least one row, not {max_rows}.")
         self.backbone, self.drafter, self.tokenizer, self.rule = backbone, drafter, tokenizer, rule
-        self.lossless = drafter.lossless and rule is None
+        self.lossless = drafter.lossless and rule is None and backbone.inexact is None
         self.max_rows = max_rows
+        self.undelivered: dict[int, list[Event]] = {}  # of requests whose caller was not the one that stepped
         self.cache = backbone.new_cache(max_rows, 0)
         drafter.bind(self.cache)
-        self.governor = Governor(adapt)
+        self.governor = Governor(adapt and drafter.lossless and rule is None)
         self._waiting: deque[state.Sequence] = deque()
         self._rows: list[state.Sequence] = []
         self._parked: dict[int, list[int]] = {}  # slot -> tokens its cache holds
@@ -126,12 +128,15 @@ class SpeculativeDecoder:
         return events
 
     def _draft(self, rows: list[state.Sequence], context: int) -> Draft:
-        """The drafter's guesses, no deeper than a row's budget lets it emit."""
+        """The drafter's guesses, checked, and no deeper than a row's budget lets it emit."""
         if not self.governor.speculate(len(rows), context):
             for row in rows:
-                row.statistics.suspended_steps += 1
+                row.statistics.suspended_steps += self.governor.suspended
             return Draft([ROOT] * len(rows), [[row.tokens[-1]] for row in rows])
+        most = self.drafter.most_nodes * (1 + self.drafter.extra_nodes)
+        self.cache.reserve(max(self.cache.lengths[row.slot] for row in rows) + most)
         draft = self.drafter.draft(rows)
+        _check(draft, rows, self.drafter.most_nodes, self.backbone.config.vocab)
         for i, row in enumerate(rows):
             if draft.resume is None and draft.trees[i].height >= row.budget:
                 kept = draft.trees[i].keep(row.budget - 1)
@@ -143,8 +148,7 @@ class SpeculativeDecoder:
         """One pass over all nodes: their final states [M, d], tapped states, and what a drafter's cuts inserted."""
         backbone, drafter = self.backbone, self.drafter
         nodes = Nodes(draft.trees, [row.slot for row in rows], [self.cache.lengths[row.slot] for row in rows])
-        longest = max(len(tree) for tree in draft.trees)
-        self.cache.reserve(max(nodes.ends) + drafter.extra_nodes * longest)
+        self.cache.reserve(max(nodes.ends))  # of plain steps, the only ones that did not reserve to draft
         if draft.resume is None:
             layer, hidden_Md = 0, backbone.embed(torch.tensor([t for ids in draft.tokens for t in ids]))
         else:
@@ -223,6 +227,7 @@ class SpeculativeDecoder:
             row = self._waiting.popleft()
             slot, reused = self._slot_for(row.tokens)
             row.start(slot, reused)
+            row.statistics.exact = self.lossless
             self._rows.append(row)
             joined.append(row)
         if joined:
@@ -273,6 +278,20 @@ class SpeculativeDecoder:
         self._parked[row.slot] = row.tokens[:held]
 
 
+def _check(draft: Draft, rows: Sequence[state.Sequence], most: int, vocab: int) -> None:
+    """Refuses a draft that would break the promise instead of merely guessing badly."""
+    if len(draft.trees) != len(rows):
+        raise UsageError(f"The drafter gave {len(draft.trees)} trees for {len(rows)} rows.")
+    for tokens, row in zip(draft.tokens, rows, strict=True):
+        if len(tokens) > most:
+            raise UsageError(f"The drafter gave a tree of {len(tokens)} nodes; its most_nodes allows {most}.")
+        if tokens[0] != row.tokens[-1] or not 0 <= min(tokens) <= max(tokens) < vocab:
+            raise UsageError(
+                f"The drafter gave tokens {tokens}; the first must be the row's newest, {row.tokens[-1]}, and all must "
+                f"lie in 0..{vocab - 1}."
+            )
+
+
 def _starts(draft: Draft) -> list[int]:
     """Index of each row's root among the M nodes."""
     starts = [0]
@@ -304,7 +323,7 @@ def _logprobs(
     out = []
     for node, token in zip(path, tokens, strict=True):
         log_p_V = logits_MV[start + node].float().log_softmax(-1)
-        top = log_p_V.topk(count) if count else None
+        top = log_p_V.topk(min(count, len(log_p_V))) if count else None
         rivals = () if top is None else tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         out.append(TokenLogprob(token, float(log_p_V[token]), rivals))
     return out

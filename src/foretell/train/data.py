@@ -13,9 +13,10 @@ was being answered and nothing else.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,11 @@ class Store:
             partial = self.folder / f".{MANIFEST}.partial"
             partial.write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
             partial.replace(self.folder / MANIFEST)
+
+
+def digest(data: Sequence[Distilled]) -> str:
+    """Tells conversations from others: what was made from them must not be taken for theirs."""
+    return hashlib.sha256(json.dumps([[each.tokens, each.answers] for each in data]).encode()).hexdigest()[:16]
 
 
 def whole_lines(path: Path, unfinished: bytes | None = None) -> list[bytes]:

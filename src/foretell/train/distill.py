@@ -17,7 +17,7 @@ from foretell.api import LLM, Result
 from foretell.backbone.files import write_errors
 from foretell.contracts import SamplingParams
 from foretell.conversations import Conversation, converse, read_conversations
-from foretell.errors import ForetellError
+from foretell.errors import ForetellError, UsageError
 from foretell.train.data import Distilled, Store, whole_lines
 
 Progress = Callable[[int, int, int], None]
@@ -108,7 +108,10 @@ def distill(
         written += len(event.tokens)  # type: ignore[attr-defined]
         progress(done, len(conversations), written)
 
-    for index, replies in converse(llm, llm.decoder(rows), todo, params, rows=rows, cut=True, on_event=hear):
+    def full(index: int, error: UsageError) -> None:
+        """A later turn does not fit: the conversation ends there, and `_kept` says so."""
+
+    for index, replies in converse(llm, llm.decoder(rows), todo, params, rows=rows, on_event=hear, on_error=full):
         store.append(todo[index].line, list(_kept(llm, todo[index], replies)))
         done += 1
         progress(done, len(conversations), written)

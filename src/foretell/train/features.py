@@ -5,7 +5,8 @@ every further epoch. A shard holds the conversations of a stretch of the data, i
 
     features-00007.safetensors   states.<tap> [n, d] bf16, teacher_ids [n, m] int32, teacher_p [n, m] bf16
 
-The teacher's distribution after each token is kept as its m most probable tokens.
+A shard says of which conversations it is, and is computed again for others. The teacher's distribution after each
+token is kept as its m most probable tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from foretell.backbone.files import write_errors
 from foretell.contracts import FINAL
 from foretell.drafters.parts import TrainingBatch
 from foretell.errors import UsageError
-from foretell.train.data import Distilled
+from foretell.train.data import Distilled, digest
 
 TEACHER = 12
 """Most probable tokens kept per position."""
@@ -47,19 +48,21 @@ class Features:
         self._open: dict[int, dict[str, Tensor]] = {}
 
     def prepare(self, progress: Callable[[float], None] = lambda fraction: None) -> None:
-        """Computes the shards that are missing."""
+        """Computes the shards that are missing, or of other conversations."""
         if self.folder is None:
             return
         from safetensors.torch import save_file
 
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with write_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         for number, (begin, end) in enumerate(self._shards):
-            path = self._path(number)
-            if not path.exists():
-                tensors = _joined(list(self._compute(self.data[begin:end])))
+            path, part = self._path(number), self.data[begin:end]
+            about = {"data": digest(part), "dtype": str(self.backbone.dtype)}
+            if _about(path) != about:
+                tensors = _joined(list(self._compute(part)))
                 with write_errors(self.folder, sum(t.nbytes for t in tensors.values())):
                     partial = path.with_name(f".{path.name}.partial")
-                    save_file(tensors, partial)
+                    save_file(tensors, partial, about)
                     partial.replace(path)
             progress((number + 1) / len(self._shards))
 
@@ -124,6 +127,17 @@ def _teacher(backbone: Backbone, states_Pd: Tensor) -> tuple[Tensor, Tensor]:
     top = logits_PV.topk(min(TEACHER, logits_PV.shape[1]))
     p_Pm = (top.values - logits_PV.logsumexp(-1, keepdim=True)).exp()
     return top.indices.int().cpu(), p_Pm.bfloat16().cpu()
+
+
+def _about(path: Path) -> dict[str, str] | None:
+    """What a shard says of itself; None if it is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata()
+    except (SafetensorError, OSError):
+        return None
 
 
 def _stretches(lengths: Sequence[int], size: int) -> Iterator[tuple[int, int]]:

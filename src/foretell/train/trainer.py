@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from foretell.backbone.files import write_errors
 from foretell.drafters.parts import Trainable
 from foretell.errors import ForetellError, UsageError
+from foretell.train.data import digest
 from foretell.train.features import Features
 from foretell.trees.search import Ranks, nested, replay
 
@@ -92,7 +94,8 @@ class Trainer:
         order = np.random.default_rng(settings.seed).permutation(len(features.data)).tolist()
         held = min(400, round(settings.held_out * len(order)))
         self.held_out, self.training = sorted(order[:held]), sorted(order[held:])
-        self.steps_per_epoch = len(self._epoch(0)) // settings.accumulate or 1
+        self._data = digest(features.data)
+        self.steps_per_epoch = len(self._epoch(0)) / settings.accumulate
         self.steps = max(1, round(settings.epochs * self.steps_per_epoch))
         self.optimizer = torch.optim.AdamW(
             [p for p in module.parameters() if p.requires_grad], lr=settings.learning_rate, betas=(0.9, 0.98),
@@ -100,18 +103,22 @@ class Trainer:
         )  # fmt: skip
         self.step = 0
         self.skipped = 0
+        self._updating = False
 
     def run(self, progress: Callable[[int, int, dict[str, Any]], None] = lambda *_: None) -> None:
         """Trains to the end. An interruption saves the state first."""
-        self.resume()
+        if not self.resume():
+            self.save()  # a folder that cannot be written is found out now
+        self._updating = False
         try:
             self._run(progress)
         finally:
-            self.save()
+            if not self._updating:  # else the weights are those of no step, and the last saved state counts
+                self.save()
 
     def _run(self, progress: Callable[[int, int, dict[str, Any]], None]) -> None:
         sums: dict[str, float] = {}
-        tokens, began, saved = 0, time.perf_counter(), time.perf_counter()
+        tokens, learned, began, saved = 0, 0, time.perf_counter(), time.perf_counter()
         for batches in self._remaining():
             self.module.train()
             for group in self.optimizer.param_groups:
@@ -119,18 +126,20 @@ class Trainer:
             terms = self._step(batches)
             tokens += sum(len(self.features.data[i].tokens) for batch in batches for i in batch)
             self.step += 1
+            self._updating = False
+            learned += bool(terms)
             for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + value / REPORT
+                sums[name] = sums.get(name, 0.0) + value
             if self.step % REPORT == 0 or self.step == self.steps:
                 rate = tokens / (time.perf_counter() - began)
                 line = {
                     "step": self.step, "epoch": round(self.step / self.steps_per_epoch, 3),
-                    "loss": {name: round(value, 4) for name, value in sums.items()},
+                    "loss": {name: round(value / learned, 4) for name, value in sums.items()},
                     "learning_rate": self.learning_rate(self.step), "tokens_per_s": round(rate),
                 }  # fmt: skip
                 self.log(line)
                 progress(self.step, self.steps, line)
-                sums, tokens, began = {}, 0, time.perf_counter()
+                sums, tokens, learned, began = {}, 0, 0, time.perf_counter()
             if time.perf_counter() - saved > self.settings.save_seconds:
                 self.save()
                 saved = time.perf_counter()
@@ -152,6 +161,7 @@ class Trainer:
                 out[name] = out.get(name, 0.0) + term.item() / len(batches)
         if out:
             torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip)
+            self._updating = True
             self.optimizer.step()
         return out
 
@@ -182,15 +192,11 @@ class Trainer:
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def _remaining(self) -> Iterator[list[list[int]]]:
-        """Batches of each step from the current one to the last."""
+        """Batches of each step from the current one to the last: one epoch after the other, `accumulate` at a time."""
         accumulate = self.settings.accumulate
+        batches = islice(chain.from_iterable(map(self._epoch, count())), self.step * accumulate, None)
         while self.step < self.steps:
-            epoch, at = divmod(self.step, self.steps_per_epoch)
-            batches = self._epoch(epoch)
-            for step in range(at, self.steps_per_epoch):
-                if self.step >= self.steps:
-                    return
-                yield batches[step * accumulate : (step + 1) * accumulate]
+            yield list(islice(batches, accumulate))
 
     # -- state ----------------------------------------------------------------------------------------------------
 
@@ -198,11 +204,12 @@ class Trainer:
         """Writes the state beside the old one, then takes its place."""
         state = {
             "module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
-            "settings": asdict(self.settings), "skipped": self.skipped,
+            "settings": asdict(self.settings), "data": self._data, "skipped": self.skipped,
         }  # fmt: skip
         with write_errors(self.folder):
             partial = self.folder / ".state.pt.partial"
-            torch.save(state, partial)
+            with partial.open("wb") as file:  # torch itself does not say that a disk is full
+                torch.save(state, file)
             partial.replace(self.folder / "state.pt")
 
     def resume(self) -> bool:
@@ -213,22 +220,27 @@ class Trainer:
         """
         path = self.folder / "state.pt"
         if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with write_errors(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
             return False
         try:
             state = torch.load(path, weights_only=True)
+            step, skipped, settings, data = (state[key] for key in ("step", "skipped", "settings", "data"))
         except Exception as error:
             raise ForetellError(f"{path} is damaged; delete it to start anew.") from error
-        if state["settings"] != asdict(self.settings):
+        ours = asdict(self.settings)
+        differ = [name for name in ours if settings.get(name) != ours[name]]
+        other = ", ".join(f"{name} {settings.get(name)} (not {ours[name]})" for name in differ)
+        if other or data != self._data:
             raise UsageError(
-                f"{self.folder} holds a run with other settings; go on with them, or choose another --out."
+                f"{self.folder} holds a run with {other or 'other data'}; go on with the same, or choose another --out."
             )
         try:
             self.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise UsageError(f"{self.folder} holds a run of another drafter; choose another --out.") from error
-        self.step, self.skipped = state["step"], state["skipped"]
+        self.step, self.skipped = step, skipped
         return True
 
     def log(self, line: dict[str, Any]) -> None:

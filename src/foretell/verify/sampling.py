@@ -51,8 +51,9 @@ def sample(logits_V: Tensor, params: SamplingParams, noise: float) -> int:
 
 def _weights(logits_V: Tensor, params: SamplingParams) -> Array:
     """The distribution before its sum is divided out. NumPy, because it stays on this thread (see native.cpp)."""
-    logits = logits_V.detach().cpu().numpy().astype(np.float64) / params.temperature
-    weights_V = np.exp(logits - logits.max())
+    logits = logits_V.detach().cpu().numpy().astype(np.float64)
+    with np.errstate(over="ignore"):  # a tiny temperature sends all but the greatest to -inf
+        weights_V = np.exp((logits - logits.max()) / params.temperature)
     if 0 < params.top_k < len(weights_V):
         weights_V = _keep_from(weights_V, np.partition(weights_V, -params.top_k)[-params.top_k])
     if params.top_p < 1:
