@@ -70,9 +70,9 @@ def test_digits_are_cut_apart_as_smollm_was_trained(cache: Path, tmp_path: Path)
     assert pieces == ["ab", "ĠĠ", "1", "2"]
 
 
-@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize(("links", "code"), [(True, False), (False, False), (True, True)])
 def test_whatever_lies_beside_a_gguf_file_is_not_read(
-    links: bool, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    links: bool, code: bool, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """transformers prefers a folder's tokenizer.json to the one inside the GGUF file it is asked for."""
     if not links:
@@ -84,10 +84,13 @@ def test_whatever_lies_beside_a_gguf_file_is_not_read(
     foreign = tokenizers.Tokenizer(tokenizers.models.WordLevel({"foreign": 0, "?": 1}, unk_token="?"))
     foreign.save(str(folders[1] / "tokenizer.json"))
     (folders[1] / "chat_template.jinja").write_text("foreign")
-    (folders[1] / "config.json").write_text('{"model_type": "qwen2", "auto_map": {"AutoConfig": "evil.Config"}}')
-    settings = {"eos_token": "foreign", "auto_map": {"AutoTokenizer": [None, "evil.Tokenizer"]}}
-    (folders[1] / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folders[1] / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    settings: dict[str, Any] = {"model_type": "qwen2", "eos_token": "foreign"}
+    if code:
+        settings["auto_map"] = {"AutoConfig": "evil.Config", "AutoTokenizer": [None, "evil.Tokenizer"]}
+        (folders[1] / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+        monkeypatch.setattr("builtins.input", lambda question: "y")
+    for name in ("config.json", "tokenizer_config.json"):
+        (folders[1] / name).write_text(json.dumps(settings))
     alone, beside = (resolve(str(write_gguf(folder / "tiny.gguf", tiny_model("llama")))).path for folder in folders)
     assert alone != beside
     for name in names:

@@ -42,7 +42,7 @@ def save(section: str, result: Any) -> None:
     """Adds one section, with the command, commit and machine that made it."""
     whole = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    command = "python " + " ".join(["tools/core_figures.py", *(Path(a).name for a in sys.argv[1:])])
+    command = "python " + " ".join(["tools/" + Path(sys.argv[0]).name, *(Path(a).name for a in sys.argv[1:])])
     whole[section] = {"command": command, "commit": commit, "machine": machine(), "result": result}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(whole, indent=1) + "\n")
@@ -417,6 +417,15 @@ def _slot(decoder: SpeculativeDecoder, prompts: list[list[int]], request: int) -
     return next(slot for slot, held in decoder._parked.items() if held[: len(start)] == start)
 
 
+def compared(truth: list[Any], got: list[Any]) -> dict[str, int]:
+    """How many prompts agree in ids, in log-probabilities and in the bytes of the cache."""
+    same = [sum(a[i] == b[i] for a, b in zip(truth, got, strict=True)) for i in range(3)]
+    return {
+        "prompts": len(truth), "tokens": sum(len(t[0]) for t in truth),
+        "same_ids": same[0], "same_logprobs": same[1], "same_cache": same[2],
+    }  # fmt: skip
+
+
 def section_exactness(args: argparse.Namespace) -> Any:
     """Ids, log-probabilities and cache bytes of three drafters against plain, in every setting asked for."""
     before = json.loads(RESULTS.read_text()).get("exactness", {}).get("result", {}) if RESULTS.exists() else {}
@@ -442,14 +451,7 @@ def section_exactness(args: argparse.Namespace) -> Any:
                         drafter = drafters.build(name, llm.backbone)
                     began = time.perf_counter()
                     got = transcript(llm, drafter, prompts, rows, params)
-                    parts = zip(
-                        *[[a[i] == b[i] for i in range(3)] for a, b in zip(truth, got, strict=True)], strict=True
-                    )
-                    same = [sum(part) for part in parts]
-                    out[setting] = {
-                        "prompts": len(prompts), "tokens": sum(len(t[0]) for t in truth),
-                        "same_ids": same[0], "same_logprobs": same[1], "same_cache": same[2],
-                    }  # fmt: skip
+                    out[setting] = compared(truth, got)
                     print(setting, out[setting], f"{time.perf_counter() - began:.0f} s", flush=True)
                     save("exactness", out)
     return out
