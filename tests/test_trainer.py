@@ -1,32 +1,36 @@
 """Training: features are what the backbone computes, and an interrupted run ends with the weights of a straight one.
 
-The trainer knows no method, so that most of this is tested with modules of ten lines whose optimum, or whose ranks,
-are known.
+The trainer knows no method, so most of this is tested with modules of ten lines whose optimum, or whose ranks, are
+known.
 """
 
 import errno
+import io
 import json
 import math
 import os
 import re
 import shutil
+import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
-from command_line import Foretell, runner, save_tiny_chat
+from command_line import Foretell, Ran, runner, save_tiny_chat
 from hypothesis import given
 from hypothesis import strategies as st
-from random_backbones import BF16, FP32, KERNELS, Model, examples, run, same, using
-from tiny_models import DIMENSIONS, raising
+from random_backbones import BF16, FP32, KERNELS, Model, examples, same, using
+from tiny_models import DIMENSIONS, save_tiny
 from torch import Tensor, nn
 
 from foretell.backbone import Backbone, Nodes
+from foretell.cli import main
 from foretell.contracts import FINAL
 from foretell.drafters import checkpoint
 from foretell.drafters.parts import Trainable, TrainingBatch
@@ -35,5 +39,939 @@ from foretell.train import features as featuring
 from foretell.train import trainer as training
 from foretell.train.data import Distilled, Store
 from foretell.train.features import TEACHER, Features
-from foretell.train.trainer import POOL, Settings, Trainer
+from foretell.train.trainer import Settings, Trainer
 from foretell.trees import chain
+from foretell.trees.search import MISSED
+
+VOCAB, WIDTH = DIMENSIONS["vocab_size"], DIMENSIONS["hidden_size"]
+TAPS = (FINAL, 0, 2)
+NEVER = VOCAB - 1
+
+
+def some_data(count: int = 12, longest: int = 30, seed: int = 0) -> list[Distilled]:
+    """Conversations of random tokens, of which one or two spans are answers."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    found = []
+    for line in range(count):
+        length = number(4, longest)
+        tokens = torch.randint(0, VOCAB, (length,), generator=generator).tolist()
+        cuts = sorted({number(0, length - 1) for _ in range(4)} | {length})
+        cuts = cuts[len(cuts) % 2 :]
+        found.append(Distilled(line, tokens, [(cuts[i], cuts[i + 1]) for i in range(0, len(cuts), 2)]))
+    return found
+
+
+DATA = some_data()
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return Model({"model_type": "llama", **DIMENSIONS}).build()
+
+
+# --- features -----------------------------------------------------------------------------------------------
+
+
+def fields_of(batch: TrainingBatch) -> dict[str, Tensor]:
+    named = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return named | {f"states {tap}": states for tap, states in batch.states.items()}
+
+
+def assert_same_batches(ours: TrainingBatch, theirs: TrainingBatch) -> None:
+    a, b = fields_of(ours), fields_of(theirs)
+    assert len(a) == len(b) == 4 + len(ours.states)
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        assert same(a[name], b[name]), name
+
+
+def alone(backbone: Backbone, tokens: list[int]) -> tuple[dict[int, Tensor], Tensor]:
+    """The slow obvious way, token by token: tapped states [T, d] and logits [T, V]."""
+    cache = backbone.new_cache(1, len(tokens))
+    rows: dict[int, list[Tensor]] = {tap: [] for tap in TAPS}
+    for token in tokens:
+        nodes = Nodes([chain(0)], [0], [cache.lengths[0]])
+        embedded = backbone.embed(torch.tensor([token]))
+        hidden, taps = backbone.run_layers(embedded, nodes, cache, taps=[t for t in TAPS if t != FINAL])
+        cache.commit([0], [[0]])
+        for tap, states in (taps | {FINAL: backbone.norm(hidden)}).items():
+            rows[tap].append(states)
+    found = {tap: torch.cat(states) for tap, states in rows.items()}
+    return found, backbone.logits(found[FINAL])
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kernel", dict.fromkeys([KERNELS[0], "eager"]))
+def test_features_are_what_the_backbone_computes_for_each_conversation_alone(kernel: str, dtype: torch.dtype) -> None:
+    with using(kernel):
+        backbone = Model({"model_type": "llama", **DIMENSIONS}).build(kernel, dtype)
+        indices = [5, 0, 11, 3]
+        batch = Features(backbone, DATA, TAPS).batch(indices)
+        for row, index in enumerate(indices):
+            tokens = DATA[index].tokens
+            states, logits = alone(backbone, tokens)
+            for tap in TAPS:
+                assert same(batch.states[tap][row, : len(tokens)], states[tap].bfloat16())
+            ids, p = batch.teacher_ids_BTm[row, : len(tokens)], batch.teacher_p_BTm[row, : len(tokens)]
+            assert ids.tolist() == torch.sort(logits, -1, True).indices[:, :TEACHER].tolist()
+            truth = logits.double().softmax(-1)
+            assert torch.allclose(p.double(), truth.gather(-1, ids), rtol=2**-8, atol=0)  # bf16 has 8 bits
+            assert (p.diff() <= 0).all()
+
+
+@pytest.mark.parametrize(("shard", "at_once"), [(1, 1), (40, 16), (64, 1000), (1 << 16, 1024)])
+def test_cached_features_are_those_made_on_the_fly(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: int, at_once: int
+) -> None:
+    fresh = Features(backbone, DATA, TAPS)
+    truth = {indices: fresh.batch(indices) for indices in [(0,), (11, 3, 7), (4, 4), tuple(range(12))]}
+    monkeypatch.setattr(featuring, "SHARD", shard)
+    monkeypatch.setattr(featuring, "PASS", at_once)
+    for folder in (tmp_path / "cache", tmp_path / "cache", None):  # computed, read again, computed in other passes
+        features = Features(backbone, DATA, TAPS, folder)
+        features.prepare()
+        for indices, batch in truth.items():
+            assert_same_batches(features.batch(indices), batch)
+    names = [path.name for path in sorted((tmp_path / "cache").iterdir())]
+    assert names == [f"features-{number:05d}.safetensors" for number in range(len(names))]
+    total = sum(len(each.tokens) for each in DATA)
+    assert (len(names) == 1) == (shard > total)
+    assert len(names) <= min(len(DATA), 2 * total / shard + 1)
+
+
+def test_padding_holds_nothing_and_only_answers_are_supervised(backbone: Backbone) -> None:
+    batch = Features(backbone, DATA, TAPS).batch(range(12))
+    longest = max(len(each.tokens) for each in DATA)
+    assert batch.tokens_BT.shape == batch.supervised_BT.shape == (12, longest)
+    for row, each in enumerate(DATA):
+        written = {position for start, end in each.answers for position in range(start, end)}
+        assert batch.supervised_BT[row].nonzero()[:, 0].tolist() == sorted(written)
+        assert batch.tokens_BT[row, : len(each.tokens)].tolist() == each.tokens
+        for tensor in fields_of(batch).values():
+            assert not tensor[row, len(each.tokens) :].any()
+
+
+class Counting(Features):
+    """Says how often each conversation was run through the backbone."""
+
+    def _compute(self, data: Sequence[Distilled]) -> Any:
+        self.computed = getattr(self, "computed", Counter[int]()) + Counter(each.line for each in data)
+        return super()._compute(data)
+
+
+def stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_preparing_goes_on_where_it_was(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(featuring, "SHARD", 50)
+    first = Counting(backbone, DATA, TAPS, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        first.prepare(stop)
+    done = list(tmp_path.iterdir())
+    assert len(done) == 1
+    (tmp_path / ".features-00001.safetensors.partial").write_bytes(b"half")  # what a kill leaves
+    second, fractions = Counting(backbone, DATA, TAPS, tmp_path), list[float]()
+    second.prepare(fractions.append)
+    assert first.computed + second.computed == Counter(range(12))  # each once
+    assert len(fractions) > 2
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
+    third = Counting(backbone, DATA, TAPS, tmp_path)
+    third.prepare()
+    assert not hasattr(third, "computed")
+    assert_same_batches(third.batch(range(12)), Features(backbone, DATA, TAPS).batch(range(12)))
+
+
+@pytest.mark.parametrize("changed", [DATA[:-1], [*DATA, *some_data(5, seed=1)], DATA[::-1], some_data(seed=2)])
+def test_features_of_other_data_are_never_read(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: list[Distilled]
+) -> None:
+    """More was distilled since, a damaged line was answered again: the shards there are not of this data."""
+    monkeypatch.setattr(featuring, "SHARD", 100)
+    Features(backbone, DATA, TAPS, tmp_path).prepare()
+    features = Features(backbone, changed, TAPS, tmp_path)
+    features.prepare()
+    indices = range(len(changed))
+    assert_same_batches(features.batch(indices), Features(backbone, changed, TAPS).batch(indices))
+
+
+def test_features_of_another_number_type_are_never_read(tmp_path: Path) -> None:
+    for dtype in (BF16, FP32):
+        backbone = Model({"model_type": "llama", **DIMENSIONS}).build(dtype=dtype)
+        features = Features(backbone, DATA, TAPS, tmp_path)
+        features.prepare()
+        assert_same_batches(features.batch([1, 2]), Features(backbone, DATA, TAPS).batch([1, 2]))
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -1])
+def test_a_damaged_shard_is_made_again(backbone: Backbone, tmp_path: Path, size: int) -> None:
+    Features(backbone, DATA, TAPS, tmp_path).prepare()
+    [shard] = tmp_path.iterdir()
+    shard.write_bytes(shard.read_bytes()[:size])
+    features = Features(backbone, DATA, TAPS, tmp_path)
+    features.prepare()
+    assert_same_batches(features.batch([1, 2]), Features(backbone, DATA, TAPS).batch([1, 2]))
+
+
+def test_a_full_disk_leaves_no_shard(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    def full(tensors: Any, path: Path, *_: Any) -> None:
+        path.write_bytes(b"half")
+        raise safetensors.SafetensorError(f"Error while serializing: {os.strerror(errno.ENOSPC)} (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(safetensors.torch, "save_file", full)
+        with pytest.raises(ForetellError, match="enough disk space in .*free some"):
+            Features(backbone, DATA, TAPS, tmp_path).prepare()
+    assert not list(tmp_path.glob("features-*"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ForetellError, match="annot write to .*file"):
+        Features(backbone, DATA, TAPS, tmp_path / "file").prepare()
+
+
+def test_empty_data_is_refused(backbone: Backbone) -> None:
+    with pytest.raises(UsageError, match="holds no conversations; distill some first"):
+        Features(backbone, [], TAPS)
+
+
+# --- modules whose best is known ----------------------------------------------------------------------------
+
+
+class Line(Trainable):
+    """Linear regression on the states of what was written; `truth` is its only optimum."""
+
+    taps = (FINAL,)
+    truth: Tensor
+
+    def __init__(self, width: int = WIDTH):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.register_buffer("truth", torch.linspace(-1, 1, width))
+
+    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        x_Pd = batch.states[FINAL][batch.supervised_BT].float()
+        if not len(x_Pd):
+            return {}
+        wrong_P = x_Pd @ self.weight - x_Pd @ self.truth
+        return {"square": wrong_P.square().mean(), "nothing": self.weight.sum() * 0}
+
+
+class Words(Trainable):
+    """Guesses the token after the next from the state, and the one after it from the same, by two tables."""
+
+    taps = (FINAL,)
+
+    def __init__(self, vocab: int = VOCAB):
+        super().__init__()
+        self.table_KdV = nn.Parameter(torch.zeros(2, WIDTH, vocab))
+
+    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        out = {}
+        for k in range(2):
+            live = batch.supervised_BT[:, k + 2 :]
+            if live.any():
+                logits = batch.states[FINAL][:, : -(k + 2)][live].float() @ self.table_KdV[k]
+                out[f"head {k + 1}"] = nn.functional.cross_entropy(logits, batch.tokens_BT[:, k + 2 :][live])
+        return out
+
+
+class Told(Trainable):
+    """Its ranks are the tokens of the data, `NEVER` being none; nothing is learnt."""
+
+    taps = (FINAL,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        return {"tokens": self.weight.sum() * 0 + batch.tokens_BT[batch.supervised_BT].float().mean()}
+
+    def ranks(self, batch: TrainingBatch) -> list[Tensor]:
+        found = []
+        for tokens, supervised in zip(batch.tokens_BT, batch.supervised_BT, strict=True):
+            ranks = torch.where(tokens == NEVER, MISSED, tokens)[supervised]
+            ahead = torch.cat([ranks, torch.full((2,), MISSED)])
+            found.append(torch.stack([ahead[k : k + len(ranks)] for k in range(3)], 1))
+        return found
+
+
+Made = Callable[..., Trainer]
+
+
+@pytest.fixture
+def trainer(backbone: Backbone, tmp_path: Path) -> Made:
+    """Makes a trainer in a folder of this name."""
+
+    def make(
+        name: str = "run", module: Trainable | None = None, data: Sequence[Distilled] = DATA, **settings: Any
+    ) -> Trainer:
+        given = {"epochs": 4, "batch_tokens": 60, "learning_rate": 0.01, "held_out": 0.2} | settings
+        features = Features(backbone, data, (FINAL,))
+        return Trainer(module or Words(), features, Settings(**given), tmp_path / name)
+
+    return make
+
+
+def assert_same_ends(ours: Trainer, straight: Trainer) -> None:
+    assert ours.step == straight.step == straight.steps
+    assert ours.skipped == straight.skipped
+    a, b = ours.module.state_dict(), straight.module.state_dict()
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    a, b = ours.optimizer.state_dict()["state"], straight.optimizer.state_dict()["state"]
+    assert all(torch.equal(a[i][name], b[i][name]) for i in b for name in b[i])
+
+
+def test_the_optimum_is_reached(trainer: Made) -> None:
+    module = Line()
+    made = trainer(module=module, epochs=150, batch_tokens=120, learning_rate=0.1, data=some_data(24))
+    seen: list[dict[str, Any]] = []
+    made.run(lambda step, steps, line: seen.append(line))
+    assert torch.allclose(module.weight, module.truth, atol=0.03)
+    assert seen[0]["loss"]["square"] > 1000 * seen[-1]["loss"]["square"]
+    assert json.loads(json.dumps(seen)) == [json.loads(x) for x in (made.folder / "log.jsonl").read_text().splitlines()]
+
+
+# --- interrupted and taken up again -------------------------------------------------------------------------
+
+
+def stopping(*after: int) -> Callable[..., None]:
+    """A progress bar that is interrupted when it is called for the `after`-th time."""
+    calls = iter(range(after[0], 0, -1))
+
+    def progress(*_: Any) -> None:
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stops", [(1,), (3, 1, 1), (2, 4)], ids=str)
+def test_an_interrupted_run_ends_like_a_straight_one(
+    trainer: Made, monkeypatch: pytest.MonkeyPatch, accumulate: int, stops: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(training, "REPORT", 1)
+    straight = trainer("straight", accumulate=accumulate)
+    straight.run()
+    assert straight.steps > 8
+    for after in stops:
+        with pytest.raises(KeyboardInterrupt):
+            trainer("cut", accumulate=accumulate).run(stopping(after))
+    final = trainer("cut", accumulate=accumulate)
+    steps: list[int] = []
+    final.run(lambda step, *_: steps.append(step))
+    assert steps == list(range(sum(stops) + 1, straight.steps + 1))  # no step is done twice
+    assert_same_ends(final, straight)
+    assert final.module.table_KdV.abs().sum() > 1  # type: ignore[operator, union-attr]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_killed_run_goes_on_from_its_last_state(
+    trainer: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, accumulate: int
+) -> None:
+    save = Trainer.save
+
+    def keep(self: Trainer) -> None:
+        save(self)
+        shutil.copy(self.folder / "state.pt", tmp_path / f"{self.step}.pt")
+
+    options = {"accumulate": accumulate, "save_seconds": 0.0}
+    straight = trainer("straight", **options)
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "save", keep)
+        straight.run()
+    assert {path.name for path in straight.folder.iterdir()} == {"state.pt", "log.jsonl"}
+    for step in range(straight.steps + 1):
+        (tmp_path / f"from {step}").mkdir()
+        (tmp_path / f"{step}.pt").rename(tmp_path / f"from {step}" / "state.pt")
+        killed = trainer(f"from {step}", **options)
+        killed.run()
+        assert_same_ends(killed, straight)
+
+
+class Once:
+    """Wraps a function; raises at its n-th call, before or after doing what it should, and never again."""
+
+    def __init__(self, function: Any, at: int, after: bool = False):
+        self.function, self.left, self.after = function, at, after
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.left -= 1
+        if self.left == 0 and not self.after:
+            raise KeyboardInterrupt
+        found = self.function(*args, **options)
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return found
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("place", ["losses", "clip", "optimizer", "save", "batch"])
+@pytest.mark.parametrize("at", [1, 4])
+def test_an_interruption_in_the_midst_of_a_step_is_no_different(
+    trainer: Made, monkeypatch: pytest.MonkeyPatch, place: str, at: int, after: bool
+) -> None:
+    straight = trainer("straight", save_seconds=0.0)
+    straight.run()
+    made = trainer("cut", save_seconds=0.0)
+    where, name = {
+        "losses": (made.module, "losses"), "clip": (torch.nn.utils, "clip_grad_norm_"),
+        "optimizer": (made.optimizer, "step"), "save": (torch, "save"), "batch": (made.features, "batch"),
+    }[place]  # fmt: skip
+    with monkeypatch.context() as patched:
+        patched.setattr(where, name, Once(getattr(where, name), at, after))
+        with pytest.raises(KeyboardInterrupt):
+            made.run()
+    final = trainer("cut", save_seconds=0.0)
+    final.run()
+    assert_same_ends(final, straight)
+
+
+def test_a_run_without_a_saved_state_begins_anew(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted inside its first update; the same trainer tries again."""
+    straight, made = trainer("straight"), trainer("cut")
+    straight.run()
+    with monkeypatch.context() as patched:
+        patched.setattr(made.optimizer, "step", Once(made.optimizer.step, 1, after=True))
+        with pytest.raises(KeyboardInterrupt):
+            made.run()
+    made.run()
+    assert_same_ends(made, straight)
+
+
+def test_the_batches_of_a_step_follow_from_seed_and_number(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    batch = Features.batch
+
+    def spy(self: Features, indices: Sequence[int]) -> TrainingBatch:
+        seen.append(tuple(indices))
+        return batch(self, indices)
+
+    monkeypatch.setattr(Features, "batch", spy)
+    monkeypatch.setattr(training, "REPORT", 1)
+    trainer("a", seed=3).run()
+    straight = seen.copy()
+    seen.clear()
+    trainer("b", seed=3, learning_rate=0.5).run()
+    assert seen == straight
+    seen.clear()
+    for after in (2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            trainer("c", seed=3).run(stopping(after))
+    trainer("c", seed=3).run()
+    assert seen == straight
+    seen.clear()
+    trainer("d", seed=4).run()
+    assert seen != straight
+
+
+# --- batches and learning rate ------------------------------------------------------------------------------
+
+
+def planned(lengths: Sequence[int], **settings: Any) -> Trainer:
+    """A trainer that never computes anything."""
+    data = [Distilled(i, [0] * length, [(0, length)]) for i, length in enumerate(lengths)]
+    return Trainer(Told(), SimpleNamespace(data=data), Settings(**settings), Path("nowhere"))  # type: ignore[arg-type]
+
+
+def every_step(made: Trainer) -> list[list[list[int]]]:
+    found = []
+    for batches in made._remaining():
+        found.append(batches)
+        made.step += 1
+    return found
+
+
+@examples(60)
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 200), st.integers(1, 4), st.integers(0, 5),
+    st.sampled_from([0.0, 0.03, 0.3, 0.5]),
+)  # fmt: skip
+def test_an_epoch_holds_each_training_conversation_once(
+    lengths: list[int], batch_tokens: int, accumulate: int, seed: int, held_out: float
+) -> None:
+    options = {"batch_tokens": batch_tokens, "accumulate": accumulate, "seed": seed, "held_out": held_out, "epochs": 3}
+    made = planned(lengths, **options)
+    assert sorted(made.held_out + made.training) == list(range(len(lengths)))
+    assert len(made.held_out) == round(held_out * len(lengths))
+    steps = every_step(made)
+    assert len(steps) == made.steps
+    stream = [batch for batches in steps for batch in batches]
+    assert all(len(batches) == accumulate for batches in steps)
+    for batch in stream:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= batch_tokens
+    a_pass = len(stream) // 3 if accumulate == 1 else len(planned(lengths, **options | {"accumulate": 1})._epoch(0))
+    for begin in range(0, len(stream) - a_pass + 1, a_pass):
+        assert sorted(i for batch in stream[begin : begin + a_pass] for i in batch) == made.training
+    assert abs(len(stream) - 3 * a_pass) <= max(accumulate / 2, accumulate - 1)
+    for at in range(0, made.steps, 3):  # taken up at any step
+        later = planned(lengths, **options)
+        later.step = at
+        assert every_step(later) == steps[at:]
+
+
+def test_data_beyond_one_pool_is_seen_once_an_epoch_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "POOL", 16)
+    lengths = [1 + (7 * i) % 53 for i in range(100)]
+    made = planned(lengths, batch_tokens=120, epochs=5, held_out=0.1)
+    counts = [len(made._epoch(epoch)) for epoch in range(5)]
+    assert len(set(counts)) > 1  # pools fall differently in each epoch
+    stream = [batch for batches in every_step(made) for batch in batches]
+    for count in counts[:-1]:
+        assert sorted(i for batch in stream[:count] for i in batch) == made.training
+        del stream[:count]
+    assert abs(len(stream) - counts[0]) <= sum(abs(count - counts[0]) for count in counts)
+
+
+def test_batches_hold_alike_lengths_in_a_new_order_each_epoch() -> None:
+    lengths = [1 + (7 * i) % 53 for i in range(200)]
+    made = planned(lengths, batch_tokens=300)
+    first, second = made._epoch(0), made._epoch(1)
+    assert first != second
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in first)
+    assert padded < 1.1 * sum(lengths[i] for i in made.training)
+    assert [max(lengths[i] for i in batch) for batch in first] != sorted(max(lengths[i] for i in b) for b in first)
+
+
+def test_at_most_four_hundred_conversations_are_held_out() -> None:
+    made = planned([1] * 2000, held_out=0.5)
+    assert len(made.held_out) == 400
+    assert not set(made.held_out) & set(made.training)
+    assert planned([1] * 2000, held_out=0.5, seed=1).held_out != made.held_out
+
+
+@pytest.mark.parametrize(("epochs", "warmup"), [(100, 0.05), (100, 0.0), (3, 0.3), (1, 1.0), (40, 0.5), (0.01, 0.1)])
+def test_the_learning_rate_warms_up_and_follows_a_cosine(epochs: float, warmup: float) -> None:
+    made = planned([4] * 20, batch_tokens=16, epochs=epochs, warmup=warmup, learning_rate=0.4, held_out=0.0)
+    rates = [made.learning_rate(step) for step in range(made.steps)]
+    warm = max(1, round(warmup * made.steps))
+    assert made.steps == max(1, round(5 * epochs))
+    assert rates[:warm] == pytest.approx([0.4 * (i + 1) / warm for i in range(warm)])
+    assert max(rates) == pytest.approx(0.4)
+    falling = rates[warm - 1 :]
+    assert all(b <= a for a, b in pairwise(falling))
+    assert min(falling) >= 0.4 * 0.05
+    assert made.learning_rate(made.steps) == pytest.approx(0.4 * 0.05) or warm == made.steps
+    if warm < made.steps:  # half-way down it is the mean of both ends
+        middle = [made.learning_rate(warm + i) for i in range(made.steps - warm + 1)]
+        assert [a + b for a, b in zip(middle, middle[::-1], strict=True)] == pytest.approx([0.4 * 1.05] * len(middle))
+
+
+def test_steps_use_the_rate_of_their_number(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "REPORT", 1)
+    made = trainer(warmup=0.3)
+    used: list[float] = []
+    update = made.optimizer.step
+    monkeypatch.setattr(made.optimizer, "step", lambda: (used.append(made.optimizer.param_groups[0]["lr"]), update()))
+    made.run()
+    assert used == [made.learning_rate(step) for step in range(made.steps)]
+
+
+# --- what can go wrong --------------------------------------------------------------------------------------
+
+MUTE = [Distilled(each.line, each.tokens, []) for each in DATA]
+
+
+def test_data_with_nothing_to_learn_is_skipped_and_counted(trainer: Made) -> None:
+    made = trainer(data=MUTE, weight_decay=0.1)
+    with torch.no_grad():
+        made.module.table_KdV.fill_(0.5)  # type: ignore[operator, union-attr]
+    made.run()
+    assert made.skipped == made.steps > 8
+    assert (made.module.table_KdV == 0.5).all()  # type: ignore[union-attr]
+    assert [json.loads(line)["loss"] for line in (made.folder / "log.jsonl").read_text().splitlines()] == [{}]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_batches_with_nothing_to_learn_do_no_harm(trainer: Made, accumulate: int) -> None:
+    data = [*DATA[:6], *MUTE[6:]]
+    options: dict[str, Any] = {"batch_tokens": 1, "accumulate": accumulate, "held_out": 0.0, "epochs": 6}
+    made = trainer(data=data, **options)
+    made.run()
+    assert made.skipped == 6 * 6
+    assert made.module.table_KdV.isfinite().all()  # type: ignore[operator, union-attr]
+    assert made.module.table_KdV.any()  # type: ignore[operator, union-attr]
+    again = trainer("again", data=data, **options)
+    with pytest.raises(KeyboardInterrupt):
+        again.run(stopping(1))
+    assert trainer("again", data=data, **options).resume()
+
+
+def test_the_logged_loss_is_the_mean_of_its_steps(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "REPORT", 4)
+    seen: list[float] = []
+    step = Trainer._step
+
+    def spy(self: Trainer, batches: Any) -> dict[str, float]:
+        terms = step(self, batches)
+        seen.append(terms["head 1"])
+        return terms
+
+    monkeypatch.setattr(Trainer, "_step", spy)
+    made = trainer(epochs=3)
+    made.run()
+    lines = [json.loads(line) for line in (made.folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [*range(4, made.steps, 4), made.steps]
+    assert made.steps % 4
+    for line, begin in zip(lines, range(0, made.steps, 4), strict=True):
+        part = seen[begin : begin + 4]  # the last line holds fewer
+        assert line["loss"]["head 1"] == pytest.approx(sum(part) / len(part), abs=1e-4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_ends_the_run(trainer: Made, bad: float) -> None:
+    made = trainer()
+    losses, calls = made.module.losses, Counter[str]()
+
+    def broken(batch: TrainingBatch) -> dict[str, Tensor]:
+        calls["losses"] += 1
+        return {name: term * (bad if calls["losses"] == 4 else 1) for name, term in losses(batch).items()}
+
+    made.module.losses = broken  # type: ignore[method-assign]
+    with pytest.raises(ForetellError, match=f"^The loss became {bad} at step 3; lower --learning-rate.$"):
+        made.run()
+    assert made.module.table_KdV.isfinite().all()  # type: ignore[operator, union-attr]
+    saved = trainer()
+    assert saved.resume()
+    assert saved.step == 3
+
+
+def test_a_damaged_state_is_one_sentence_and_stays(trainer: Made) -> None:
+    made = trainer()
+    made.run()
+    path = made.folder / "state.pt"
+    whole = path.read_bytes()
+    torch.save({"step": 3}, path)
+    other = path.read_bytes()
+    torch.save([1, 2], path)
+    damages = [b"", b"nonsense", other, path.read_bytes(), b"\0" * len(whole)]
+    for damage in [*damages, *(whole[:cut] for cut in range(1, len(whole), len(whole) // 20))]:
+        path.write_bytes(damage)
+        with pytest.raises(ForetellError, match=r"state\.pt is damaged; delete it to start anew\.$") as error:
+            trainer().run()
+        assert "\n" not in str(error.value)
+        assert path.read_bytes() == damage
+    path.write_bytes(whole)
+    assert trainer().resume()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"learning_rate": 0.02}, r"holds a run with learning_rate 0\.01 \(not 0\.02\); go on with the same"),
+        ({"seed": 1, "epochs": 9}, r"with epochs 4 \(not 9\), seed 0 \(not 1\); go on with the same, or .*--out"),
+        ({"data": DATA[:-1]}, "holds a run with other data; go on with the same"),
+        ({"data": [*DATA[:-1], Distilled(11, DATA[11].tokens, [(0, 1)])]}, "holds a run with other data"),
+        ({"module": Line()}, "holds a run of another drafter; choose another --out"),
+        ({"module": Words(7)}, "holds a run of another drafter; choose another --out"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(trainer: Made, options: dict[str, Any], sentence: str) -> None:
+    made = trainer()
+    made.run()
+    before = {path.name: path.read_bytes() for path in made.folder.iterdir()}
+    with pytest.raises(UsageError, match=sentence) as error:
+        trainer(**options).run()
+    assert "\n" not in str(error.value)
+    assert {path.name: path.read_bytes() for path in made.folder.iterdir()} == before
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_last_state(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight, made = trainer("straight"), trainer("cut")
+    straight.run()
+    with pytest.raises(KeyboardInterrupt):
+        made.run(stopping(1) if made.steps < 20 else stop)
+    opens = Path.open
+
+    class Full(io.BytesIO):
+        def write(self, data: Any) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        return Full() if mode == "wb" else opens(path, mode, *args, **options)
+
+    before = (made.folder / "state.pt").read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", full)
+        with pytest.raises(ForetellError, match="enough disk space in .*cut"):
+            trainer("cut").run()
+    assert (made.folder / "state.pt").read_bytes() == before
+    final = trainer("cut")
+    final.run()
+    assert_same_ends(final, straight)
+
+
+def test_a_folder_that_cannot_be_is_found_out_at_once(trainer: Made, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    seen: list[int] = []
+    with pytest.raises(ForetellError, match="annot write to .*file/run"):
+        trainer("file/run").run(lambda step, *_: seen.append(step))
+    assert not seen
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("epochs", 0.0), ("batch_tokens", 0), ("accumulate", 0), ("learning_rate", 11.0), ("learning_rate", math.nan),
+     ("warmup", 1.5), ("held_out", 0.6), ("save_seconds", -1.0), ("seed", -1)],
+)  # fmt: skip
+def test_settings_are_checked(name: str, value: float) -> None:
+    with pytest.raises(UsageError, match=f"{name} is {value}; it must lie between"):
+        Settings(**{name: value})  # type: ignore[arg-type]
+
+
+# --- held-out figures ---------------------------------------------------------------------------------------
+
+
+def told(*ranks: Sequence[int]) -> list[Distilled]:
+    """Conversations whose written tokens are these ranks, after a prompt of one token."""
+    return [Distilled(i, [9, *each], [(1, 1 + len(each))]) for i, each in enumerate(ranks)]
+
+
+def test_the_figures_of_guesses_that_are_always_right(trainer: Made) -> None:
+    made = trainer(module=Told(), data=told(*[[0] * 12] * 6), held_out=0.0)
+    report = made.evaluate(sizes=(2, 3, 4, 5))
+    assert report.tokens_per_step == {2: 2.0, 3: 3.0, 4: 4.0}  # three heads: there is no fifth node
+    assert report.paths == [(0,), (0, 0), (0, 0, 0)]
+    assert report.accuracy == [{"top1": 1.0, "top5": 1.0}] + [
+        {"top1": round(share, 4), "top5": round(share, 4)} for share in (11 / 12, 10 / 12)
+    ]
+    assert report.loss == {"tokens": 0.0}
+
+
+def test_a_tree_is_not_measured_on_the_text_it_was_searched_in(trainer: Made) -> None:
+    texts = [[1] * 12 if i % 2 else [0] * 12 for i in range(8)]
+    report = trainer(module=Told(), data=told(*texts), held_out=0.0).evaluate(sizes=(2, 4))
+    assert report.tokens_per_step == {2: 1.0, 4: 1.0}
+    assert report.loss == {"tokens": pytest.approx(0.5)}
+    assert [head["top1"] for head in report.accuracy] == pytest.approx([6 / 12, 5.5 / 12, 5 / 12], abs=1e-4)
+
+
+def test_only_held_out_conversations_are_measured(trainer: Made) -> None:
+    made = trainer(module=Told(), data=told(*[[0] * 12] * 20), held_out=0.5)
+    assert made.evaluate((2,)).tokens_per_step == {2: 2.0}
+    wrong = [[30] * 12 if i in made.training else [0] * 12 for i in range(20)]
+    assert trainer(module=Told(), data=told(*wrong), held_out=0.5).evaluate((2,)).tokens_per_step == {2: 2.0}
+
+
+def test_larger_trees_earn_more_in_text_of_one_pattern(trainer: Made) -> None:
+    pattern = [0, 0, 1, 0, 2, 0, 0, 3, 1, 0, 0, 5]
+    report = trainer(module=Told(), data=told(*[pattern * 3] * 4), held_out=0.0).evaluate()
+    earned = list(report.tokens_per_step.values())
+    assert list(report.tokens_per_step) == [4, 8, 12, 16, 24]  # of the sizes, those that so few patterns fill
+    assert 1 < earned[0] < earned[-1] <= 4
+    assert earned == sorted(earned)
+
+
+def test_guesses_that_never_come_true_earn_nothing(trainer: Made) -> None:
+    report = trainer(module=Told(), data=told(*[[NEVER] * 9] * 3), held_out=0.0).evaluate((2, 4))
+    assert (report.paths, report.tokens_per_step) == ([], {})
+    assert report.accuracy == [{"top1": 0.0, "top5": 0.0}] * 3
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_figures_of_a_trained_module_are_sane(trainer: Made, count: int) -> None:
+    texts = [[0, 1] * 8] * count
+    report = trainer(module=Told(), data=told(*texts), held_out=0.5 if count > 2 else 0.0).evaluate((2, 3))
+    assert list(report.tokens_per_step) == [2, 3]
+    assert 1 <= report.tokens_per_step[2] <= report.tokens_per_step[3] <= 3
+
+
+# --- foretell train -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def foretell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Foretell:
+    """Runs the command line in this process."""
+    return runner(capsys, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a random model that reads bytes and has a chat template."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny_chat(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def other(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of the same sizes with other weights."""
+    folder = tmp_path_factory.mktemp("other")
+    shutil.copytree(tiny, folder, dirs_exist_ok=True)
+    save_tiny(folder, vocab_size=257, max_position_embeddings=512, eos_token_id=256, tie_word_embeddings=True, seed=1)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    words = "one two three four five six seven eight".split()
+    path.write_text("".join(json.dumps({"turns": [word, "and?"][: 1 + i % 2]}) + "\n" for i, word in enumerate(words)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def distilled(tiny: str, prompts: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of data that the tiny model wrote."""
+    folder = tmp_path_factory.mktemp("data") / "data"
+    with pytest.raises(SystemExit) as left:
+        main(["distill", "-m", tiny, "--dtype", "fp32", "--prompts", prompts, "--out", str(folder), "-n", "40"])
+    assert not left.value.code
+    return str(folder)
+
+
+@pytest.fixture
+def data(distilled: str, tmp_path: Path) -> str:
+    """A copy to write features into, or to spoil."""
+    shutil.copytree(distilled, tmp_path / "data")
+    return str(tmp_path / "data")
+
+
+FEW = ("--epochs", "8", "--batch-tokens", "300", "--lr", "0.01", "-o", "heads=3", "-o", "draft_vocab=100")
+
+
+def command(model: str, data: str, out: Path, *more: str) -> list[str]:
+    return ["train", "medusa", "-m", model, "--dtype", "fp32", "--data", data, "--out", str(out), *FEW, *more]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_from_a_model_alone_to_a_trained_drafter(
+    foretell: Foretell, tiny: str, prompts: str, data: str, tmp_path: Path
+) -> None:
+    ran = foretell(*command(tiny, data, tmp_path / "out"))
+    assert (ran.code, ran.out) == (0, "")
+    drafter = tmp_path / "out" / "drafter"
+    assert re.search(r"head 3: \d+\.\d% first, \d+\.\d% among five\n", ran.err)
+    assert "tokens per step on held-out text: 4 nodes 1." in ran.err
+    assert ran.err.endswith(f"use it with -o checkpoint={drafter}\n")
+    saved, tensors = checkpoint.load(drafter)
+    assert saved.arch == {"heads": 3, "layers": 1, "output": "shared"}
+    assert len(tensors["vocabulary"]) == 100
+    assert saved.provenance["data"] == Store.open(Path(data)).manifest
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in sorted(Path(data).glob("features-*/*"))] == ["features-00000.safetensors"]
+    options = ["-m", tiny, "--dtype", "fp32", "--prompts", prompts, "-n", "40", "--json"]
+    for sampling in ([], ["-t", "0.9", "--seed", "3"]):
+        plain = foretell("generate", *options, *sampling).lines
+        for rows in ("1", "3"):
+            ours = foretell(
+                "generate", *options, *sampling, "-b", rows, "-d", "medusa", "-o", f"checkpoint={drafter}", "--no-adapt"
+            ).lines
+            assert [line["ids"] for line in ours] == [line["ids"] for line in plain]
+            assert all(line["drafted"] for line in ours)
+            if not sampling:
+                assert sum(line["steps"] for line in ours) < 0.9 * sum(line["steps"] for line in plain)
+
+
+def test_an_interrupted_command_ends_with_the_same_drafter(
+    foretell: Foretell, tiny: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert foretell(*command(tiny, data, tmp_path / "straight")).code == 0
+    monkeypatch.setattr(training, "REPORT", 1)
+    for after in (3, 5):
+        with monkeypatch.context() as patched:
+            patched.setattr(Trainer, "_step", Once(Trainer._step, after))
+            patched.setattr(Once, "__get__", lambda self, made, cls: partial(self, made), raising=False)
+            ran = foretell(*command(tiny, data, tmp_path / "cut", "--no-cache"))
+        assert ran.code == 130
+        assert ran.err.endswith("interrupted\n")
+        assert "Traceback" not in ran.err
+        assert not (tmp_path / "cut" / "drafter").exists()
+    assert foretell(*command(tiny, data, tmp_path / "cut")).code == 0
+    ours, straight = files(tmp_path / "cut" / "drafter"), files(tmp_path / "straight" / "drafter")
+    assert ours["model.safetensors"] == straight["model.safetensors"]
+    assert (
+        checkpoint.load(tmp_path / "cut" / "drafter")[0].paths
+        == checkpoint.load(tmp_path / "straight/drafter")[0].paths
+    )
+    assert foretell(*command(tiny, data, tmp_path / "cut")).code == 0  # nothing is left to do
+    assert files(tmp_path / "cut" / "drafter")["model.safetensors"] == straight["model.safetensors"]
+    ran = foretell(*command(tiny, data, tmp_path / "cut", "--seed", "1"))
+    refused(ran, 2, r"holds a run with seed 0 \(not 1\); go on with the same")
+
+
+def test_data_of_another_model(foretell: Foretell, tiny: str, other: str, data: str, tmp_path: Path) -> None:
+    ran = foretell(*command(other, data, tmp_path / "out"))
+    refused(ran, 2, f"was written by {tiny} .fingerprint .*, not by this model .*; distill with this one, or allow it")
+    assert not (tmp_path / "out").exists()
+    assert foretell(*command(other, data, tmp_path / "out", "--other-model")).code == 0
+    ran = foretell("generate", "hi", "-m", tiny, "-d", "medusa", "-o", f"checkpoint={tmp_path / 'out' / 'drafter'}")
+    refused(ran, 2, f"was trained for {other} .*not for this model")
+
+
+def test_data_with_tokens_the_model_has_not(foretell: Foretell, tiny: str, data: str, tmp_path: Path) -> None:
+    Store.open(Path(data)).append(99, [Distilled(99, [1, 2, 300, 4, 5], [(2, 5)])])
+    ran = foretell(*command(tiny, data, tmp_path / "out", "--other-model"))
+    refused(ran, 2, "token 300.* 256")
+    assert not (tmp_path / "out").exists()
+
+
+def refused(ran: Ran, code: int, sentence: str) -> None:
+    """One sentence on stderr, nothing on stdout, no traceback."""
+    assert ran.out == ""
+    assert re.fullmatch(rf"error: .*{sentence}.*\n", ran.err), ran.err
+    assert ran.code == code
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "code", "sentence"),
+    [
+        ("plain", [], 2, "Drafter 'plain' has nothing to train; those that have are medusa"),
+        ("medsua", [], 2, "Unknown drafter 'medsua': did you mean 'medusa'"),
+        ("medusa", ["--data", "./nowhere"], 1, "nowhere holds no distilled data"),
+        ("medusa", ["--data", "{empty}"], 2, "holds no conversations; distill some first"),
+        ("medusa", ["-m", "./nowhere"], 2, "here is no folder ./nowhere"),
+        ("medusa", ["-o", "heads"], 2, "--option 'heads' is not key=value"),
+        ("medusa", ["-o", "heads=many"], 2, "Option 'heads' of medusa training is 'many'; it must be a whole number"),
+        ("medusa", ["-o", "head=2"], 2, "edusa training has no option 'head'; it has heads, layers, output"),
+        ("medusa", ["-o", "backbone=x"], 2, "edusa training has no option 'backbone'"),
+        ("medusa", ["-o", "output=mine"], 2, "Medusa's output is 'mine'; it must be shared, tied or own"),
+        ("medusa", ["-o", "heads=0"], 2, "Medusa takes 1..16 heads"),
+        ("medusa", ["-o", "soft=1.5"], 2, "soft in 0..1"),
+        ("medusa", ["--epochs", "0"], 2, "epochs is 0.0; it must lie between"),
+        ("medusa", ["--lr", "100"], 2, "learning_rate is 100.0"),
+        ("medusa", ["--lr", "nan"], 2, "learning_rate is nan"),
+        ("medusa", ["--batch-tokens", "0"], 2, "batch_tokens is 0"),
+        ("medusa", ["--held-out", "0.9"], 2, "held_out is 0.9"),
+        ("medusa", ["--out", "{file}"], 1, "annot write to .*file"),
+    ],
+)
+def test_mistakes_are_one_line(
+    foretell: Foretell, tiny: str, data: str, tmp_path: Path, cache: Path, method: str, arguments: list[str], code: int,
+    sentence: str,
+) -> None:  # fmt: skip
+    empty = Store.create(tmp_path / "empty", {"model": "m", "fingerprint": "f", "settings": {}})
+    empty.append(0, ["too long"])
+    (tmp_path / "file").touch()
+    names = {"empty": str(tmp_path / "empty"), "file": str(tmp_path / "file")}
+    before = files(Path(data))
+    given = [argument.format(**names) for argument in arguments]
+    ran = foretell("train", method, "-m", tiny, "--data", data, "--out", str(tmp_path / "out"), *given)
+    assert ran.code == code
+    last = ran.err.splitlines(keepends=True)[-1]  # what was done before may have been reported
+    refused(Ran(ran.code, ran.out, last), code, sentence)
+    assert "Traceback" not in ran.err
+    assert not (tmp_path / "out").exists()
+    assert {name: each for name, each in files(Path(data)).items() if "features" not in name} == before
+
+
+def test_training_does_without_plots(
+    foretell: Foretell, tiny: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    ran = foretell(*command(tiny, data, tmp_path / "out"))
+    assert ran.code == 0
+    assert "Plots need matplotlib; pip install 'foretell[train]'" in ran.err
+    assert ran.err.endswith(f"use it with -o checkpoint={tmp_path / 'out' / 'drafter'}\n")
+    assert not (tmp_path / "out" / "curves.png").exists()

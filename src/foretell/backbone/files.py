@@ -63,7 +63,7 @@ def write_errors(folder: Path, needed_bytes: int = 0) -> Iterator[None]:
             raise disk_full(folder, "it ran out while writing") from error
         if isinstance(error, OSError):
             raise ForetellError(
-                f"Cannot write to {folder} ({one_line(error)}); choose another cache folder with --cache-dir."
+                f"Cannot write to {folder} ({one_line(error)}); choose another folder (--cache-dir for the cache)."
             ) from error
         raise
 
@@ -71,8 +71,8 @@ def write_errors(folder: Path, needed_bytes: int = 0) -> Iterator[None]:
 def disk_full(folder: Path, reason: str) -> ForetellError:
     """The sentence for a disk without room."""
     return ForetellError(
-        f"There is not enough disk space in {folder} ({reason}); free some, or choose another cache folder with "
-        "--cache-dir."
+        f"There is not enough disk space in {folder} ({reason}); free some, or choose another folder "
+        "(--cache-dir for the cache)."
     )
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from foretell.cli.options import Base
-from foretell.cli.terminal import job_progress, note
+from foretell.cli.terminal import command_line, job_progress, note
 from foretell.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ def distill(
         int, typer.Option(min=0, help="Prompts the model writes itself; 1000 where no file is given.")
     ] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Take at most so many lines of the file.")] = None,
+    every: Annotated[int, typer.Option(min=1, help="Take every K-th line of the file only.")] = 1,
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="Of the answers; 0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Of the answers.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens of an answer.")] = 256,
@@ -41,20 +41,19 @@ def distill(
 
     if prompts is None and not write:
         write = 1000
-    if limit is not None and prompts is None:
-        raise UsageError("--limit is for the lines of a file; give --prompts FILE.jsonl, or --write N.")
+    if (limit is not None or every > 1) and prompts is None:
+        raise UsageError("--limit and --every are for the lines of a file; give --prompts FILE.jsonl, or --write N.")
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    asked: list[Conversation] = read_prompts(prompts, limit) if prompts else []
+    asked: list[Conversation] = read_prompts(prompts, every, limit) if prompts else []
     llm = base.load()
     settings = {
-        "prompts": prompts.name if prompts else None, "limit": limit, "write": write, "temperature": temperature,
-        "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed,
+        "prompts": prompts.name if prompts else None, "limit": limit, "every": every, "write": write,
+        "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed,
     }  # fmt: skip
-    command = " ".join(["foretell", "distill", *sys.argv[2:]])
     store = Store.create(
         out,
         {"model": base.model, "fingerprint": llm.backbone.fingerprint, "vocab": llm.backbone.config.vocab,
-         "settings": settings, "command": command},
+         "settings": settings, "command": command_line()},
     )  # fmt: skip
     if write:
         own = out / "prompts.jsonl"

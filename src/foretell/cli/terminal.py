@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,6 +17,16 @@ if TYPE_CHECKING:
 
 def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def command_line() -> str:
+    """The command as it was typed, to be kept with what it made; of paths their last part only."""
+
+    def bare(argument: str) -> str:
+        head, equals, value = argument.rpartition("=")
+        return head + equals + (Path(value).name if os.sep in value and Path(value).exists() else value)
+
+    return " ".join(["foretell", *map(bare, sys.argv[1:])])
 
 
 @contextmanager

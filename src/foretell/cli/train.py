@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ import typer
 
 from foretell import drafters
 from foretell.cli.options import Base, Training, parse_options
-from foretell.cli.terminal import job_progress, note
+from foretell.cli.terminal import command_line, job_progress, note
 from foretell.errors import UsageError
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def train(
         vocab=backbone.config.vocab, arch=arch, paths=[list(path) for path in report.paths],
         tokens_per_step={str(size): tokens for size, tokens in report.tokens_per_step.items()},
         provenance={
-            "command": " ".join(["foretell", "train", *sys.argv[2:]]), "data": store.manifest,
+            "command": command_line(), "data": store.manifest,
             "settings": asdict(settings), "options": options, "accuracy": report.accuracy, "loss": report.loss,
             "seconds": round(time.perf_counter() - began), "skipped_batches": run.skipped,
         },

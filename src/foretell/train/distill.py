@@ -152,10 +152,10 @@ def unfit(ids: Sequence[int]) -> str | None:
     return None
 
 
-def read_prompts(path: Path, limit: int | None = None) -> list[Conversation]:
+def read_prompts(path: Path, every: int = 1, limit: int | None = None) -> list[Conversation]:
     """Prompts of a file in the layout of `conversations.read_conversations`."""
     try:
         text = path.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ForetellError(f"Cannot read {path}: {error}; check the path, and that it is UTF-8.") from error
-    return read_conversations(text, str(path), limit=limit)
+    return read_conversations(text, str(path), every=every, limit=limit)

@@ -75,7 +75,7 @@ class Report:
 
     Attributes:
         loss: mean of each term.
-        accuracy: per head, the share of positions whose token was among the head's best 1 and best 5.
+        accuracy: per head, the share of positions whose token was among the head's best 1, 2, 3, 5, 10.
         paths: the largest tree found, the most valuable path first.
         tokens_per_step: tree size -> tokens per step by replay.
     """
@@ -271,8 +271,6 @@ class Trainer:
 
 
 def _accuracy(ranks: Sequence[Ranks]) -> list[dict[str, float]]:
-    """Per head: share of tokens ranked first, and among the first five."""
+    """Per head: share of tokens among its first 1, 2, 3, 5 and 10."""
     every = np.concatenate(ranks)
-    return [
-        {"top1": round(float((head == 0).mean()), 4), "top5": round(float((head < 5).mean()), 4)} for head in every.T
-    ]
+    return [{f"top{n}": round(float((head < n).mean()), 4) for n in (1, 2, 3, 5, 10)} for head in every.T]
