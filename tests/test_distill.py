@@ -130,8 +130,11 @@ def test_a_damaged_line_is_named(tmp_path: Path, damage: bytes) -> None:
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"fingerprint": "beef"}, "was begun with fingerprint f00d, not beef; go on with"),
-        ({"settings": {"seed": 1}}, r"was begun with settings \{'seed': 0\}, not \{'seed': 1\}; go on with"),
+        ({"fingerprint": "beef"}, r"was begun with fingerprint f00d \(not beef\); go on with the same"),
+        (
+            {"settings": {"seed": 1, "write": 9}},
+            r"begun with seed 0 \(not 1\), write None \(not 9\); go on with the same",
+        ),
     ],
 )
 def test_a_folder_begun_otherwise_is_refused(tmp_path: Path, changed: dict[str, Any], sentence: str) -> None:
@@ -191,7 +194,7 @@ def fill_the_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
                 file.flush()
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-            file.write = write
+            monkeypatch.setattr(file, "write", write, raising=False)
         return file
 
     monkeypatch.setattr(Path, "open", opened)
@@ -497,6 +500,9 @@ def test_a_model_that_writes_one_turn_only_is_refused(
 
 # --- foretell distill ---------------------------------------------------------------------------------------
 
+TINY = ("--dtype", "fp32", "--threads", "1")
+"""One thread: idle ones spin."""
+
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
@@ -509,7 +515,7 @@ def test_the_command_writes_a_folder_that_the_library_reads(
     foretell: Foretell, tiny: str, llm: LLM, prompts: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "data"
-    command = ("distill", "-m", tiny, "--dtype", "fp32", "--prompts", str(prompts), "--out", str(out), "-n", "14")
+    command = ("distill", "-m", tiny, *TINY, "--prompts", str(prompts), "--out", str(out), "-n", "14")
     ran = foretell(*command, "-b", "2")
     assert (ran.code, ran.out) == (0, "")
     store = Store.open(out)
@@ -519,21 +525,27 @@ def test_the_command_writes_a_folder_that_the_library_reads(
     assert store.manifest["model"] == tiny
     assert store.manifest["vocab"] == 257
     assert store.manifest["fingerprint"] == llm.backbone.fingerprint
-    assert store.manifest["command"].startswith("foretell distill ")
     for talk in read_prompts(prompts):
         assert in_answers(store, talk.line) == list(turn_by_turn(llm, talk, GREEDY))
     before = (out / CONVERSATIONS).read_bytes()
     assert foretell(*command).code == 0  # nothing is left to do
     assert (out / CONVERSATIONS).read_bytes() == before
+    some = ("--every", "2", "--limit", "2", "--out", str(tmp_path / "some"))
+    assert foretell(*command, *some).code == 0
+    asked = [talk.line for talk in read_prompts(prompts)][::2]
+    expected = {each.line: each for each in store.conversations if each.line in asked}
+    assert {each.line: each for each in Store.open(tmp_path / "some").conversations} == expected  # a line's own noise
     refused = foretell(*command, "-t", "0.8")
     assert refused.code == 2
-    assert re.fullmatch(r"error: .*was begun with settings .*; go on with the same ones, or .*\.\n", refused.err)
+    assert re.fullmatch(
+        r"error: .*was begun with temperature 0\.0 \(not 0\.8\); go on with the same, or .*\.\n", refused.err
+    )
 
 
 def test_an_interrupted_command_goes_on(
     foretell: Foretell, tiny: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ("distill", "-m", tiny, "--dtype", "fp32", "--prompts", str(prompts), "-n", "14", "-t", "0.7", "-b", "2")
+    command = ("distill", "-m", tiny, *TINY, "--prompts", str(prompts), "-n", "14", "-t", "0.7", "-b", "2")
     assert foretell(*command, "--out", str(tmp_path / "straight")).code == 0
     append = Store.append
 
@@ -555,7 +567,7 @@ def test_an_interrupted_command_goes_on(
 
 
 def test_without_prompts_the_model_writes_them(foretell: Foretell, tiny: str, prompts: Path, tmp_path: Path) -> None:
-    options = ("-m", tiny, "--dtype", "fp32", "--write", "2", "-n", "8", "-b", "4")
+    options = ("-m", tiny, *TINY, "--write", "2", "-n", "8", "-b", "4")
     assert foretell("distill", *options, "--out", str(tmp_path / "alone")).code == 0
     store = Store.open(tmp_path / "alone")
     written = read_prompts(tmp_path / "alone" / "prompts.jsonl")
@@ -572,7 +584,8 @@ def test_without_prompts_the_model_writes_them(foretell: Foretell, tiny: str, pr
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
-        (["--limit", "3"], 2, "--limit is for the lines of a file; give --prompts"),
+        (["--limit", "3"], 2, "--limit .* for the lines of a file; give --prompts"),
+        (["--every", "2", "--write", "3"], 2, "--every .* for the lines of a file; give --prompts"),
         (["--prompts", "nowhere.jsonl"], 1, "Cannot read nowhere.jsonl: .*; check the path"),
         (["--prompts", "{empty}"], 1, "holds no prompts"),
         (["--prompts", "{broken}"], 1, "line 2 is not valid JSON"),
@@ -590,7 +603,7 @@ def test_mistakes_are_one_line(
         (tmp_path / f"{name}.jsonl").write_text(text)
     files = {name: str(tmp_path / f"{name}.jsonl") for name in ("fine", "empty", "broken")}
     given = [argument.format(**files) for argument in arguments]
-    ran = foretell("distill", "-m", tiny, "--out", str(tmp_path / "data"), *given)
+    ran = foretell("distill", "-m", tiny, *TINY, "--out", str(tmp_path / "data"), *given)
     assert (ran.code, ran.out) == (code, "")
     assert re.fullmatch(rf"error: .*{sentence}.*\n", ran.err), ran.err
     assert not (tmp_path / "data").exists()
@@ -608,7 +621,7 @@ def test_what_the_parser_refuses(foretell: Foretell, tmp_path: Path, arguments: 
 def test_a_full_disk_is_one_line(
     foretell: Foretell, tiny: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ("distill", "-m", tiny, "--prompts", str(prompts), "--out", str(tmp_path / "data"), "-n", "8")
+    command = ("distill", "-m", tiny, *TINY, "--prompts", str(prompts), "--out", str(tmp_path / "data"), "-n", "8")
     with monkeypatch.context() as patched:
         fill_the_disk(patched, 40)
         ran = foretell(*command)
@@ -623,7 +636,7 @@ def test_a_full_disk_is_one_line(
 
 @pytest.mark.real
 def test_the_demo_model_answers_itself(demo_folder: Path, tmp_path: Path) -> None:
-    llm = package.load(demo_folder)
+    llm = package.load(demo_folder, threads=1)
     prefix = user_prefix(llm)
     for text in ("Why?", "two\n\nlines", "1 + 1"):
         assert llm.encode(text)[: len(prefix)] == prefix

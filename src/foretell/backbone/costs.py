@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -64,14 +65,16 @@ class StepCosts:
             return None
         try:
             raw = read_json(path)["seconds"]
-            return cls(
-                {
-                    int(r): {int(c): {int(n): float(s) for n, s in x.items()} for c, x in y.items()}
-                    for r, y in raw.items()
-                }
-            )
-        except (KeyError, ValueError, AttributeError) as error:
+            seconds = {
+                int(r): {int(c): {int(n): float(s) for n, s in x.items()} for c, x in y.items()} for r, y in raw.items()
+            }
+            if not seconds or not all(y and all(y.values()) for y in seconds.values()):
+                raise ValueError("nothing was measured")
+            if not all(0 < s < math.inf for y in seconds.values() for x in y.values() for s in x.values()):
+                raise ValueError("no time")
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ForetellError(f"{path} is damaged; delete it and run foretell tune again.") from error
+        return cls(seconds)
 
 
 def costs_file(backbone: Backbone, cache_dir: str | Path | None = None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -61,6 +62,7 @@ def distill(
             write_prompts(llm, write, own, seed=seed, rows=batch_size, progress=progress)
         offset = 1 << 20  # far from the lines of any file: sampling noise belongs to the line
         asked += [type(each)(each.turns, each.line + offset, each.where) for each in read_prompts(own)]
+    Random(seed).shuffle(asked)  # what an interrupted run leaves is a fair sample
     try:
         with job_progress("answering", "tokens/s") as progress:
             answer(llm, asked, store, params, rows=batch_size, progress=progress)

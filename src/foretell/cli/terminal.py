@@ -101,7 +101,7 @@ def job_progress(name: str, unit: str) -> Iterator[Callable[[int, int, int], Non
             nonlocal said
             if time.perf_counter() - said > 30 or done == total:
                 said = time.perf_counter()
-                note(f"{name}: {done}/{total} {rate(units)}, {said - began:.0f} s")
+                note(", ".join(filter(None, (f"{name}: {done}/{total}", rate(units), f"{said - began:.0f} s"))))
 
         yield say
         return

@@ -13,7 +13,7 @@ import typer
 from foretell import drafters
 from foretell.cli.options import Base, Training, parse_options
 from foretell.cli.terminal import command_line, job_progress, note
-from foretell.errors import UsageError
+from foretell.errors import ForetellError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,6 @@ def train(
     other_model: Annotated[bool, typer.Option("--other-model", help="Allow data that another model wrote.")] = False,
 ) -> None:
     """Train a drafter for a model on what the model wrote."""
-    from foretell.bench.plots import training_curves
     from foretell.drafters.checkpoint import Checkpoint
     from foretell.train.data import Store
     from foretell.train.features import Features
@@ -57,10 +56,11 @@ def train(
     module = cls.trainable(backbone, _written(store, backbone.config.vocab), **options)
     shards = None if no_cache else data / f"features-{backbone.fingerprint}-{'-'.join(map(str, module.taps))}"
     features = Features(backbone, store.conversations, module.taps, shards)
+    run = Trainer(module, features, settings, out / "run")
+    run.resume()  # a run that cannot be gone on with is refused before any work
     began = time.perf_counter()
     with job_progress("features", "") as progress:
         features.prepare(lambda fraction: progress(round(fraction * 1000), 1000, 0))
-    run = Trainer(module, features, settings, out / "run")
     with job_progress(f"training {method}", "") as progress:
         run.run(lambda step, steps, line: progress(step, steps, 0))
     report = run.evaluate()
@@ -77,7 +77,7 @@ def train(
         },
     )  # fmt: skip
     checkpoint.save(out / "drafter", tensors)
-    training_curves(out / "run/log.jsonl", out / "curves.png")
+    _draw(out)
     _say(report, out)
 
 
@@ -91,11 +91,27 @@ def _trainable(method: str) -> Any:
 
 
 def _written(store: Store, vocab: int) -> Tensor:
-    """[V]: how often the model wrote each token."""
+    """[V]: how often the model wrote each token; refuses tokens that this model does not have."""
     import torch
 
+    largest = max(max(each.tokens) for each in store.conversations)
+    if largest >= vocab:
+        raise UsageError(
+            f"{store.folder} holds token {largest}, but this model's ids lie between 0 and {vocab - 1}; distill with "
+            "this model."
+        )
     spans = [each.tokens[start:end] for each in store.conversations for start, end in each.answers]
     return torch.bincount(torch.tensor([token for span in spans for token in span]), minlength=vocab)
+
+
+def _draw(out: Path) -> None:
+    """Curves of the training; the drafter is there without them too."""
+    from foretell.bench.plots import training_curves
+
+    try:
+        training_curves(out / "run/log.jsonl", out / "curves.png")
+    except ForetellError as error:
+        note(f"note: {error}")
 
 
 def _say(report: Report, out: Path) -> None:

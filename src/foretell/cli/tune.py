@@ -38,10 +38,8 @@ def _table(costs: StepCosts, earned: dict[int, float]) -> None:
     from rich.table import Table
 
     sizes = list(next(iter(next(iter(costs.seconds.values())).values())))
-    table = Table("batch", "context", *(f"{n} nodes" if n > 1 else "1 node, ms" for n in sizes))
-    if earned:
-        table.add_column("best tree")
-        table.add_column("speed-up")
+    names = ["batch", "context", "ms", *map(str, sizes[1:]), *(["tree", "gain"] if earned else [])]
+    table = Table(*names, box=None, padding=(0, 1, 0, 0))  # narrow enough that nothing is cut in a pipe
     for rows, contexts in costs.seconds.items():
         for context, seconds in contexts.items():
             cells = [f"{seconds[1] * 1e3:.1f}", *(f"{seconds[n] / seconds[1]:.2f}" for n in sizes[1:])]
@@ -50,3 +48,6 @@ def _table(costs: StepCosts, earned: dict[int, float]) -> None:
                 cells += [str(best), f"{earned[best] * seconds[1] / costs.of(rows, context, best):.2f}"]
             table.add_row(str(rows), str(context), *cells)
     Console().print(table)
+    note("ms: a step of one node; 4, 8, ...: a step of so many nodes, relative to it.")
+    if earned:
+        note("tree: the nodes that pay most; gain: tokens per second with them, relative to one node.")

@@ -68,12 +68,13 @@ class Store:
             store.write_manifest()
             return store
         store = cls.open(folder)
-        for key in ("fingerprint", "settings"):
-            if store.manifest.get(key) != manifest.get(key):
-                raise UsageError(
-                    f"{folder} was begun with {key} {store.manifest.get(key)}, not {manifest.get(key)}; go on with "
-                    "the same ones, or choose another folder."
-                )
+        begun, ours = (
+            {"fingerprint": m.get("fingerprint"), **m.get("settings", {})} for m in (store.manifest, manifest)
+        )
+        differ = [name for name in {**begun, **ours} if begun.get(name) != ours.get(name)]
+        if differ:
+            other = ", ".join(f"{name} {begun.get(name)} (not {ours.get(name)})" for name in differ)
+            raise UsageError(f"{folder} was begun with {other}; go on with the same, or choose another folder.")
         return store
 
     @classmethod
