@@ -200,8 +200,8 @@ def test_the_chunked_cross_entropy_is_the_plain_one(rows: int, vocab: int, targe
     plain = -(p * log_q.gather(-1, ids)).sum()
     (plain * 0.5).backward()
     for ours, theirs in zip(got, (plain.detach(), x2.grad, weight2.grad), strict=True):
-        scale = theirs.abs().max() + 1e-3
-        assert (ours.double() - theirs).abs().max() <= 0.02 * scale
+        # products are rounded to bfloat16: relative to the result, and for sums that cancel, to what was summed
+        assert (ours.double() - theirs).abs().max() <= 0.02 * theirs.abs().max() + 0.01 * rows**0.5
 
 
 def test_gradients_reach_the_heads_and_nothing_else() -> None:
@@ -266,7 +266,7 @@ def test_tokens_outside_the_draft_vocabulary_are_not_taught_and_never_drafted() 
     counts[10:20] = 5
     module = Medusa.trainable(backbone, counts, draft_vocab=10, soft=0.0)
     assert module.vocabulary_V.tolist() == list(range(10, 20))
-    assert float(sum(module.losses(batch_of([[1, 2, 3, 4, 5]], [[True] * 5])).values())) == 0.0
+    assert sum(each.item() for each in module.losses(batch_of([[1, 2, 3, 4, 5]], [[True] * 5])).values()) == 0.0
     drafter = drafter_of(backbone, module, [(r,) for r in range(8)])
     assert set(drafter._guesses(torch.randn(3, WIDTH), 8).flatten().tolist()) <= set(range(10, 20))
 

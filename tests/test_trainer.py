@@ -514,7 +514,12 @@ def test_the_batches_of_a_step_follow_from_seed_and_number(trainer: Made, monkey
 def planned(lengths: Sequence[int], **settings: Any) -> Trainer:
     """A trainer that never computes anything."""
     data = [Distilled(i, [0] * length, [(0, length)]) for i, length in enumerate(lengths)]
-    return Trainer(Told(), SimpleNamespace(data=data), Settings(**settings), Path("nowhere"))  # type: ignore[arg-type]
+    return Trainer(
+        Told(),
+        SimpleNamespace(data=data, backbone=SimpleNamespace(device="cpu")),
+        Settings(**settings),
+        Path("nowhere"),
+    )  # type: ignore[arg-type]
 
 
 def every_step(made: Trainer) -> list[list[list[int]]]:
@@ -705,7 +710,7 @@ def test_a_loss_that_is_no_number_ends_the_run(trainer: Made, bad: float) -> Non
         return {name: term * (bad if calls["losses"] == 4 else 1) for name, term in losses(batch).items()}
 
     made.module.losses = broken  # type: ignore[method-assign]
-    with pytest.raises(ForetellError, match=f"^The loss became {bad} at step 3; lower --learning-rate.$"):
+    with pytest.raises(ForetellError, match=f"^The loss became {bad} at step 3; lower --lr, with another --out.$"):
         made.run()
     assert table(made).isfinite().all()
     saved = trainer()

@@ -16,6 +16,7 @@ from typing import Any, cast, overload
 
 from foretell import drafters
 from foretell.backbone import Backbone, ModelFolder, Tokenizer, assemble, resolve
+from foretell.backbone.costs import costs_file
 from foretell.contracts import Drafter, Event, SamplingParams, Statistics, TokenLogprob
 from foretell.engine import SpeculativeDecoder
 from foretell.errors import UsageError
@@ -197,6 +198,7 @@ def load(
     drafters.drafter_class(drafter)  # a typing mistake must not cost a download
     folder = resolve(str(model), cache_dir=cache_dir, offline=offline, progress=progress)
     backbone = assemble(folder.path, dtype=dtype, device=device, threads=threads, kernel=kernel)
+    backbone.costs = costs_file(backbone, cache_dir)
     return LLM(
         backbone,
         Tokenizer.from_folder(folder.path),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,11 +33,13 @@ class Backbone(ABC):
         kernels: how it computes, for reports ("amx", "eager", ...).
         inexact: None when a probe found the arithmetic canonical, else one sentence on what differs.
         fingerprint: identifies the weights; trained drafters are bound to it.
+        costs: the file that says what its steps cost on this machine, once that is measured (see `costs.py`).
     """
 
     kernels: str = "eager"
     inexact: str | None = None
     fingerprint: str = ""
+    costs: Path | None = None
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, threads: int):
         self.config, self.dtype, self.device, self.threads = config, dtype, device, threads

@@ -56,7 +56,7 @@ def train(
     module = cls.trainable(backbone, _written(store, backbone.config.vocab), **options)
     shards = None if no_cache else data / f"features-{backbone.fingerprint}-{'-'.join(map(str, module.taps))}"
     features = Features(backbone, store.conversations, module.taps, shards)
-    run = Trainer(module, features, settings, out / "run")
+    run = Trainer(module, features, settings, out / "run", options)
     run.resume()  # a run that cannot be gone on with is refused before any work
     began = time.perf_counter()
     with job_progress("features", "") as progress:

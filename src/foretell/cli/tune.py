@@ -28,7 +28,7 @@ def tune(
         )  # fmt: skip
     path = costs_file(llm.backbone, loading.cache_dir)
     costs.save(path)
-    _table(costs, getattr(llm.drafter, "tokens_per_step", {}))
+    _table(costs, llm.drafter.tokens_per_step)
     note(f"Kept in {path}; -o nodes=N overrides it.")
 
 

@@ -105,7 +105,9 @@ class MedusaHeads(Trainable):
                 each.flatten(0, 1)[sources[live] + k + 1] for each in (batch.teacher_ids_BTm, batch.teacher_p_BTm)
             ]
             ids_Pm = torch.cat([token_P[live][:, None], teacher[0]], 1)
-            p_Pm = torch.cat([torch.full((len(ids_Pm), 1), 1 - self.soft), self.soft * teacher[1]], 1)
+            p_Pm = torch.cat(
+                [torch.full((len(ids_Pm), 1), 1 - self.soft, device=ids_Pm.device), self.soft * teacher[1]], 1
+            )
             place_Pm = self.place[ids_Pm]
             p_Pm = p_Pm * (place_Pm >= 0)  # what the draft vocabulary cannot say is not taught
             loss = soft_cross_entropy(x_KPd[k, live], self.head(k), place_Pm.clamp(min=0), p_Pm)
@@ -124,7 +126,7 @@ class MedusaHeads(Trainable):
                 rank = hit.int().argmax(1)
                 ranks_PK[at : at + 512, k] = torch.where(hit.any(1), rank, MISSED)
         rows = sources // batch.tokens_BT.shape[1]
-        return [ranks_PK[rows == row] for row in range(len(batch.tokens_BT))]
+        return [ranks_PK[rows == row].cpu() for row in range(len(batch.tokens_BT))]
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors: dict[str, Tensor] = {"weight": self.weight_LKdd, "bias": self.bias_LKd}
@@ -150,7 +152,7 @@ def _positions(batch: TrainingBatch, heads: int) -> tuple[Tensor, Tensor, Tensor
         batch [P].
     """
     tokens_BT, supervised_BT = batch.tokens_BT, batch.supervised_BT
-    targets_BTK = torch.full((*tokens_BT.shape, heads), -1)
+    targets_BTK = torch.full((*tokens_BT.shape, heads), -1, device=tokens_BT.device)
     for k in range(heads):
         shift = k + 2
         if shift < tokens_BT.shape[1]:
@@ -167,6 +169,7 @@ class Medusa(Drafter):
         arch, tensors: as `MedusaHeads.checkpoint` gave them.
         paths: rank paths, prefixes first; the tree of n nodes is the first n - 1 of them.
         size: (rows, context) -> nodes of the tree to draft, root included.
+        earned: tree size -> tokens per step on held-out text.
     """
 
     taps = (FINAL,)
@@ -178,9 +181,10 @@ class Medusa(Drafter):
         tensors: dict[str, Tensor],
         paths: Sequence[Sequence[int]],
         size: Callable[[int, int], int],
+        earned: dict[int, float] | None = None,
     ):
+        self._earned = earned or {}
         self.heads, self.size, self.paths = arch["heads"], size, [tuple(path) for path in paths]
-        self.tokens_per_step: dict[int, float] = {}
         self._vocabulary_V = tensors["vocabulary"].numpy().astype(np.int64)
         if any(len(path) > self.heads or max(path) >= len(self._vocabulary_V) for path in self.paths):
             raise UsageError(
@@ -214,9 +218,8 @@ class Medusa(Drafter):
         found, tensors = find("medusa", backbone, checkpoint, any_backbone)
         paths = published(tree) if tree else found.paths
         earned = {} if tree else {int(size): tokens for size, tokens in found.tokens_per_step.items()}
-        return cls(
-            backbone, found.arch, tensors, paths, tree_size(backbone, nodes or (len(paths) + 1 if tree else 0), earned)
-        )
+        size = tree_size(backbone, nodes or (len(paths) + 1 if tree else 0), earned)
+        return cls(backbone, found.arch, tensors, paths, size, earned)
 
     @classmethod
     def trainable(
@@ -240,14 +243,16 @@ class Medusa(Drafter):
                 f"{soft}, {draft_vocab}."
             )
         vocabulary_V = draft_vocabulary(counts_V, draft_vocab)
-        return MedusaHeads(
-            backbone.head_rows(vocabulary_V), vocabulary_V, len(counts_V), heads=heads, layers=layers, output=output,
-            soft=soft,
-        )  # fmt: skip
+        head_Vd = backbone.head_rows(vocabulary_V).cpu()
+        return MedusaHeads(head_Vd, vocabulary_V, len(counts_V), heads=heads, layers=layers, output=output, soft=soft)
 
     @property
     def most_nodes(self) -> int:
         return len(self.paths) + 1
+
+    @property
+    def tokens_per_step(self) -> dict[int, float]:
+        return self._earned
 
     def reset(self, rows: Sequence[Row]) -> None:
         for row in rows:

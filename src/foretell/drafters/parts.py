@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from foretell.backbone import Backbone
-from foretell.backbone.costs import StepCosts, costs_file
+from foretell.backbone.costs import StepCosts
 from foretell.errors import UsageError
 
 CHUNK = 512
@@ -44,6 +44,12 @@ class TrainingBatch:
     states: dict[int, Tensor]
     teacher_ids_BTm: Tensor
     teacher_p_BTm: Tensor
+
+    def to(self, device: torch.device) -> TrainingBatch:
+        states = {tap: tensor.to(device) for tap, tensor in self.states.items()}
+        rest = (self.tokens_BT, self.supervised_BT, self.teacher_ids_BTm, self.teacher_p_BTm)
+        tokens, supervised, ids, p = (tensor.to(device) for tensor in rest)
+        return TrainingBatch(tokens, supervised, states, ids, p)
 
 
 class Trainable(nn.Module):
@@ -89,7 +95,7 @@ def tree_size(backbone: Backbone, nodes: int, tokens_per_step: dict[int, float])
         if not 2 <= nodes <= 256:
             raise UsageError(f"A tree has 2 to 256 nodes, not {nodes}.")
         return lambda rows, context: nodes
-    costs = StepCosts.load(costs_file(backbone))
+    costs = StepCosts.load(backbone.costs) if backbone.costs else None
     if costs is None or not tokens_per_step:
         return lambda rows, context: DEFAULT_NODES
 

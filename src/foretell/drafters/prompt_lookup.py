@@ -128,6 +128,10 @@ class WithLookup(Drafter):
         return max(self.inner.most_nodes, self.lookup.nodes)
 
     @property
+    def tokens_per_step(self) -> dict[int, float]:
+        return self.inner.tokens_per_step
+
+    @property
     def extra_nodes(self) -> int:
         return self.inner.extra_nodes
 

@@ -87,13 +87,28 @@ class Report:
 
 
 class Trainer:
-    """Trains a module on features; `folder` keeps its state and its log."""
+    """Trains a module on features; `folder` keeps its state and its log.
 
-    def __init__(self, module: Trainable, features: Features, settings: Settings, folder: Path):
-        self.module, self.features, self.settings, self.folder = module, features, settings, folder
-        order = np.random.default_rng(settings.seed).permutation(len(features.data)).tolist()
-        held = min(400, round(settings.held_out * len(order)))
-        self.held_out, self.training = sorted(order[:held]), sorted(order[held:])
+    Args:
+        options: what the module was made with: a run is gone on with only by a module of the same.
+    """
+
+    def __init__(
+        self,
+        module: Trainable,
+        features: Features,
+        settings: Settings,
+        folder: Path,
+        options: dict[str, Any] | None = None,
+    ):
+        self.device = features.backbone.device
+        self.module, self.features, self.folder = module.to(self.device), features, folder
+        self.settings, self.options = settings, options or {}
+        lines = sorted({each.line for each in features.data})  # a conversation may be in several pieces
+        order = np.random.default_rng(settings.seed).permutation(len(lines))
+        held = {lines[i] for i in order[: min(400, round(settings.held_out * len(lines)))]}
+        self.held_out = [i for i, each in enumerate(features.data) if each.line in held]
+        self.training = [i for i, each in enumerate(features.data) if each.line not in held]
         self._data = digest(features.data)
         self.steps_per_epoch = len(self._epoch(0)) / settings.accumulate
         self.steps = max(1, round(settings.epochs * self.steps_per_epoch))
@@ -149,13 +164,15 @@ class Trainer:
         out: dict[str, float] = {}
         self.optimizer.zero_grad(set_to_none=True)
         for indices in batches:
-            terms = self.module.losses(self.features.batch(indices))
+            terms = self.module.losses(self.features.batch(indices).to(self.device))
             if not terms:  # nothing in it was written by the model
                 self.skipped += 1
                 continue
             loss = torch.stack(list(terms.values())).sum() / len(batches)
             if not torch.isfinite(loss):
-                raise ForetellError(f"The loss became {loss.item()} at step {self.step}; lower --learning-rate.")
+                raise ForetellError(
+                    f"The loss became {loss.item()} at step {self.step}; lower --lr, with another --out."
+                )
             loss.backward()
             for name, term in terms.items():
                 out[name] = out.get(name, 0.0) + term.item() / len(batches)
@@ -204,7 +221,7 @@ class Trainer:
         """Writes the state beside the old one, then takes its place."""
         state = {
             "module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
-            "settings": asdict(self.settings), "data": self._data, "skipped": self.skipped,
+            "settings": asdict(self.settings) | self.options, "data": self._data, "skipped": self.skipped,
         }  # fmt: skip
         with write_errors(self.folder):
             partial = self.folder / ".state.pt.partial"
@@ -228,9 +245,9 @@ class Trainer:
             step, skipped, settings, data = (state[key] for key in ("step", "skipped", "settings", "data"))
         except Exception as error:
             raise ForetellError(f"{path} is damaged; delete it to start anew.") from error
-        ours = asdict(self.settings)
-        differ = [name for name in ours if settings.get(name) != ours[name]]
-        other = ", ".join(f"{name} {settings.get(name)} (not {ours[name]})" for name in differ)
+        ours = asdict(self.settings) | self.options
+        differ = [name for name in {**settings, **ours} if settings.get(name) != ours.get(name)]
+        other = ", ".join(f"{name} {settings.get(name)} (not {ours.get(name)})" for name in differ)
         if other or data != self._data:
             raise UsageError(
                 f"{self.folder} holds a run with {other or 'other data'}; go on with the same, or choose another --out."
@@ -260,7 +277,7 @@ class Trainer:
         sums: dict[str, float] = {}
         ranks: list[Ranks] = []
         for at in range(0, len(indices), 8):
-            batch = self.features.batch(indices[at : at + 8])
+            batch = self.features.batch(indices[at : at + 8]).to(self.device)
             for name, term in self.module.losses(batch).items():
                 sums[name] = sums.get(name, 0.0) + term.item() * len(indices[at : at + 8]) / len(indices)
             ranks += [each.numpy() for each in self.module.ranks(batch)]
