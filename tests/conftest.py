@@ -7,6 +7,7 @@ FORETELL_CACHE names, or the default one. `pytest -m "not real"` runs without a 
 from pathlib import Path
 
 import pytest
+from command_line import Foretell, runner, save_tiny_chat
 
 pytest.register_assert_rewrite("decoding", "random_backbones", "toy_drafters")
 
@@ -31,3 +32,17 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("FORETELL_OFFLINE", raising=False)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def foretell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Foretell:
+    """Runs the command line in this process."""
+    return runner(capsys, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a random model that reads bytes and has a chat template."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny_chat(folder)
+    return str(folder)

@@ -12,27 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Foretell, runner, save_tiny_chat
+from command_line import Foretell
 
 from foretell import drafters
 from foretell.cli import VERBS, load_verb
 from foretell.cli.options import Loading, Sampling
 from foretell.contracts import Draft, Drafter, Row, SamplingParams
 from foretell.trees import TokenTree
-
-
-@pytest.fixture
-def foretell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Foretell:
-    """Runs the command line in this process."""
-    return runner(capsys, monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a random model that reads bytes and has a chat template."""
-    folder = tmp_path_factory.mktemp("tiny")
-    save_tiny_chat(folder)
-    return str(folder)
 
 
 @pytest.fixture

@@ -4,21 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from command_line import Foretell, Ran, runner, save_tiny_chat
-
-
-@pytest.fixture
-def foretell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Foretell:
-    """Runs the command line in this process."""
-    return runner(capsys, monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a random model that reads bytes and has a chat template."""
-    folder = tmp_path_factory.mktemp("tiny")
-    save_tiny_chat(folder)
-    return str(folder)
+from command_line import Foretell, Ran
 
 
 def refused(ran: Ran, code: int, sentence: str) -> None:

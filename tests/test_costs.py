@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import Foretell, Ran, runner, save_tiny_chat
+from command_line import Foretell, Ran
 from decoding import decoder_of, finish
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,20 +32,6 @@ TABLE = {
     1: {128: {1: 10.0, 4: 13.0, 8: 13.0, 16: 21.0}, 512: {1: 20.0, 4: 26.0, 8: 30.0, 16: 40.0}},
     4: {128: {1: 15.0, 4: 45.0, 8: 90.0, 16: 180.0}, 512: {1: 1.0, 4: 2.0, 8: 3.0, 16: 4.0}},
 }
-
-
-@pytest.fixture
-def foretell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Foretell:
-    """Runs the command line in this process."""
-    return runner(capsys, monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a random model that reads bytes and has a chat template."""
-    folder = tmp_path_factory.mktemp("tiny")
-    save_tiny_chat(folder)
-    return str(folder)
 
 
 def tiny_backbone(dtype: torch.dtype = FP32, **changes: Any) -> Backbone:

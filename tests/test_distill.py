@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Foretell, runner, save_tiny_chat
+from command_line import Foretell
 
 import foretell as package
 from foretell.api import LLM, Result
@@ -31,20 +31,6 @@ END = 256
 """The tiny model's end of turn; its other tokens are bytes, the first 94 of them printable ASCII."""
 READABLE = dict.fromkeys(range(94, END), -100.0)
 """Forbids what is not ASCII: text of such tokens is read back as the same tokens."""
-
-
-@pytest.fixture
-def foretell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Foretell:
-    """Runs the command line in this process."""
-    return runner(capsys, monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a random model that reads bytes and has a chat template."""
-    folder = tmp_path_factory.mktemp("tiny")
-    save_tiny_chat(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

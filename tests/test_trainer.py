@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import Foretell, Ran, runner, save_tiny_chat
+from command_line import Foretell, Ran
 from hypothesis import given
 from hypothesis import strategies as st
 from random_backbones import BF16, FP32, KERNELS, Model, examples, same, using
@@ -858,20 +858,6 @@ def test_figures_of_very_few_conversations_are_sane(trainer: Made, size: int) ->
 
 
 # --- foretell train -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def foretell(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Foretell:
-    """Runs the command line in this process."""
-    return runner(capsys, monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a random model that reads bytes and has a chat template."""
-    folder = tmp_path_factory.mktemp("tiny")
-    save_tiny_chat(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
