@@ -1,4 +1,4 @@
-"""Writes the figures of the README from docs/results/core.json; --check fails when they are stale."""
+"""Writes the figures of README.md and docs/training.md from docs/results; --check fails when they are stale."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-BEGIN = "<!-- figures: written by tools/readme.py from docs/results/core.json -->"
+BEGIN = "<!-- figures: written by tools/readme.py from docs/results -->"
 END = "<!-- end of figures -->"
 
 
@@ -82,19 +82,70 @@ SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
 """Section of the results -> its sentence; a section not measured yet has none."""
 
 
+def medusa(results: dict[str, Any]) -> str:
+    """Tokens per step and speed by tree size, and how the shipped heads were made."""
+    sizes = results["sizes"]["result"]
+    lines = [
+        "## Measured",
+        "",
+        f"Heads for SmolLM2-135M-Instruct that come with foretell; {results['sizes']['machine']}; {sizes['prompts']} "
+        f"Spec-Bench questions, {sizes['new_tokens']} new tokens, bfloat16, greedy, batch 1, all in one interleaved run "
+        f"(commit {results['sizes']['commit']}, `{results['sizes']['command']}`).",
+        "",
+        "| | tokens per step | tokens/s, prefill included | against plain, median of prompts | with lookup merged: "
+        "tokens per step | tokens/s | against plain |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in (
+        "plain",
+        "prompt_lookup",
+        *(each for each in sizes if each.startswith("medusa") and "with" not in each),
+    ):
+        row, merged = sizes[name], sizes.get(f"{name} with lookup")
+        cells = [
+            f"{each['tokens_per_step']} | {each['tokens_per_s']} | {each['median_speedup']}×"
+            for each in (row, merged)
+            if each
+        ]
+        lines.append(
+            f"| {name.replace('medusa ', 'medusa, nodes: ')} | {' | '.join(cells)} |" + " | | |" * (not merged)
+        )
+    lines.append("")
+    for config in sorted((ROOT / "src/foretell/drafters/trained").glob("medusa-*/config.json")):
+        raw = json.loads(config.read_text())
+        made, data = raw["provenance"], raw["provenance"]["data"]
+        counts = data["counts"]
+        heads = ", ".join(f"{head['top1']:.0%} / {head['top5']:.0%}" for head in made["accuracy"])
+        lines += [
+            f"`{config.parent.name}`: {counts['written']:,} tokens in {counts['conversations']:,} conversations "
+            f"(`{data['command']}`), then `{made['command']}` ({made['seconds'] / 60:.0f} minutes, features included, on "
+            f"the same kind of machine). Held-out accuracy by head, first / among five: {heads}.",
+        ]
+    return "\n".join(lines)
+
+
+def pages() -> dict[Path, str]:
+    """Page -> its block of figures."""
+    folder = ROOT / "docs/results"
+    out = {ROOT / "README.md": render(json.loads((folder / "core.json").read_text()))}
+    if (folder / "medusa.json").exists():
+        out[ROOT / "docs/training.md"] = medusa(json.loads((folder / "medusa.json").read_text()))
+    return out
+
+
 def main() -> int:
-    results = json.loads((ROOT / "docs/results/core.json").read_text())
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    fresh = f"{before}{BEGIN}\n{render(results)}\n{END}{after}"
-    if "--check" in sys.argv:
-        if fresh != text:
-            print("error: the README's figures are stale; run python tools/readme.py", file=sys.stderr)
-        return fresh != text
-    readme.write_text(fresh)
-    return 0
+    stale = 0
+    for page, block in pages().items():
+        text = page.read_text()
+        before, _, rest = text.partition(BEGIN)
+        _, _, after = rest.partition(END)
+        fresh = f"{before}{BEGIN}\n{block}\n{END}{after}"
+        if "--check" not in sys.argv:
+            page.write_text(fresh)
+        elif fresh != text:
+            print(f"error: the figures of {page.name} are stale; run python tools/readme.py", file=sys.stderr)
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":
