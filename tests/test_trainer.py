@@ -1036,3 +1036,13 @@ def test_training_does_without_plots(
     assert "Plots need matplotlib; pip install 'foretell[train]'" in ran.err
     assert ran.err.endswith(f"use it with -o checkpoint={tmp_path / 'out' / 'drafter'}\n")
     assert not (tmp_path / "out" / "curves.png").exists()
+
+
+@given(st.integers(1, 9), st.integers(1, 900), st.integers(1, 20), st.integers(0, 99))
+def test_the_most_probable_tokens_are_those_of_a_whole_sort(rows: int, vocab: int, count: int, seed: int) -> None:
+    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
+    count = min(count, vocab)
+    values, ids = featuring.most_probable(logits, count)
+    assert torch.equal(values, logits.sort(descending=True).values[:, :count])
+    assert torch.equal(logits.gather(1, ids), values)
+    assert all(len(set(row)) == count for row in ids.tolist())

@@ -88,8 +88,8 @@ def medusa(results: dict[str, Any]) -> str:
     lines = [
         "## Measured",
         "",
-        f"Heads for SmolLM2-135M-Instruct that come with foretell; {results['sizes']['machine']}; {sizes['prompts']} "
-        f"Spec-Bench questions, {sizes['new_tokens']} new tokens, bfloat16, greedy, batch 1, all in one interleaved run "
+        f"Heads for SmolLM2-135M-Instruct that come with foretell; {results['sizes']['machine']}; "
+        f"{sizes['prompts']} Spec-Bench questions, {sizes['new_tokens']} new tokens, bfloat16, greedy, batch 1, all in one interleaved run "
         f"(commit {results['sizes']['commit']}, `{results['sizes']['command']}`).",
         "",
         "| | tokens per step | tokens/s, prefill included | against plain, median of prompts | with lookup merged: "
@@ -118,8 +118,8 @@ def medusa(results: dict[str, Any]) -> str:
         heads = ", ".join(f"{head['top1']:.0%} / {head['top5']:.0%}" for head in made["accuracy"])
         lines += [
             f"`{config.parent.name}`: {counts['written']:,} tokens in {counts['conversations']:,} conversations "
-            f"(`{data['command']}`), then `{made['command']}` ({made['seconds'] / 60:.0f} minutes, features included, on "
-            f"the same kind of machine). Held-out accuracy by head, first / among five: {heads}.",
+            f"(`{data['command']}`), then `{made['command']}` ({made['seconds'] / 60:.0f} minutes, features included, "
+            f"on the same kind of machine). Held-out accuracy by head, first / among five: {heads}.",
         ]
     return "\n".join(lines)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from foretell.backbone import Backbone, Nodes
 from foretell.backbone.files import write_errors
@@ -29,6 +30,9 @@ TEACHER = 12
 """Most probable tokens kept per position."""
 SHARD, PASS = 1 << 16, 1024
 """Tokens of a shard (at least), and of one pass of the backbone (at most, but for a longer conversation)."""
+
+BLOCK = 64
+"""Logits that one maximum stands for."""
 
 
 class Features:
@@ -124,9 +128,20 @@ class Features:
 def _teacher(backbone: Backbone, states_Pd: Tensor) -> tuple[Tensor, Tensor]:
     """The most probable next tokens [P, m] int32 and their probabilities bf16."""
     logits_PV = backbone.logits(states_Pd)
-    top = logits_PV.topk(min(TEACHER, logits_PV.shape[1]))
-    p_Pm = (top.values - logits_PV.logsumexp(-1, keepdim=True)).exp()
-    return top.indices.int().cpu(), p_Pm.bfloat16().cpu()
+    values_Pm, ids_Pm = most_probable(logits_PV, min(TEACHER, logits_PV.shape[1]))
+    p_Pm = (values_Pm - logits_PV.logsumexp(-1, keepdim=True)).exp()
+    return ids_Pm.int().cpu(), p_Pm.bfloat16().cpu()
+
+
+def most_probable(logits_PV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What `topk` gives, several times faster: the greatest lie in the `count` blocks of the greatest maxima."""
+    blocks_PCK = F.pad(logits_PV, (0, -logits_PV.shape[1] % BLOCK), value=-torch.inf).unflatten(1, (-1, BLOCK))
+    if blocks_PCK.shape[1] <= count:
+        return logits_PV.topk(count)
+    chosen_Pm = blocks_PCK.amax(-1).topk(count).indices
+    candidates_PmK = blocks_PCK.gather(1, chosen_Pm[..., None].expand(-1, -1, BLOCK))
+    values_Pm, at_Pm = candidates_PmK.flatten(1).topk(count)
+    return values_Pm, chosen_Pm.gather(1, at_Pm // BLOCK) * BLOCK + at_Pm % BLOCK
 
 
 def _about(path: Path) -> dict[str, str] | None:
