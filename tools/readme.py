@@ -89,8 +89,8 @@ def medusa(results: dict[str, Any]) -> str:
         "## Measured",
         "",
         f"Heads for SmolLM2-135M-Instruct that come with foretell; {results['sizes']['machine']}; "
-        f"{sizes['prompts']} Spec-Bench questions, {sizes['new_tokens']} new tokens, bfloat16, greedy, batch 1, all in one interleaved run "
-        f"(commit {results['sizes']['commit']}, `{results['sizes']['command']}`).",
+        f"{sizes['prompts']} Spec-Bench questions, {sizes['new_tokens']} new tokens, bfloat16, greedy, batch 1, all in "
+        f"one interleaved run (commit {results['sizes']['commit']}, `{results['sizes']['command']}`).",
         "",
         "| | tokens per step | tokens/s, prefill included | against plain, median of prompts | with lookup merged: "
         "tokens per step | tokens/s | against plain |",
