@@ -7,10 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from random_backbones import COMPILED, DTYPES, FP32, KERNELS, Model, build, check, examples, models, same, using
+from tiny_models import DIMENSIONS
 
 from foretell.backbone.kernels import PackedLinear
 from foretell.backbone.linear import Linear
 
+LLAMA = {"model_type": "llama", **DIMENSIONS}
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 compiled_only = pytest.mark.parametrize("kernel", COMPILED)
 
@@ -44,6 +46,27 @@ def test_argmax_is_the_first_greatest_logit(kernel: str) -> None:
 
     places = st.lists(st.integers(0, 200), min_size=2, max_size=60)
     check(kernel, 20, holds, models(layers=1), DTYPES, st.integers(1, 70), st.integers(1, 4), places)
+
+
+@every_kernel
+def test_the_top_outputs_are_those_of_a_stable_sort(kernel: str) -> None:
+    def holds(dtype: torch.dtype, rows: int, outputs: int, count: int, threads: int, alike: int) -> None:
+        generator = torch.Generator().manual_seed(rows + outputs)
+        weight = torch.randn(outputs, 8, generator=generator).to(dtype)
+        weight[:: alike + 1] = weight[0].clone()  # ties
+        backbone = Model(LLAMA | {"hidden_size": 8}).build(kernel, dtype, threads)
+        linear = backbone.linear(weight, torch.zeros(outputs))
+        x = torch.randn(rows, 8, generator=generator)
+        values, ids = linear.top(x, min(count, outputs))
+        order = linear(x).sort(dim=1, descending=True, stable=True)
+        assert same(values, order.values[:, : values.shape[1]])
+        if kernel != "eager":  # PyTorch's topk does not say which of equals it takes
+            assert ids.tolist() == order.indices[:, : values.shape[1]].tolist()
+        _, ids = linear.top(torch.full((2, 8), float("nan")), min(count, outputs))
+        assert ((ids >= 0) & (ids < outputs)).all()
+
+    sizes = (st.integers(1, 40), st.integers(1, 300), st.integers(1, 40), st.integers(1, 4), st.integers(0, 5))
+    check(kernel, 25, holds, DTYPES, *sizes)
 
 
 @compiled_only

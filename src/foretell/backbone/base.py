@@ -10,8 +10,9 @@ Legend: M nodes of the pass, d hidden width, V vocabulary, L layers.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,16 @@ from foretell.backbone.nodes import Nodes
 
 SKIP_ATTENTION, SKIP_MLP = 1, 2
 """Bits of a skip plan: `bytes` with one entry per layer."""
+
+
+class DrafterLinear(Protocol):
+    def __call__(self, x_MK: Tensor) -> Tensor:
+        """y [M, N] float32 = x Wᵀ + b."""
+        ...
+
+    def top(self, x_MK: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` greatest outputs of each row, greatest first: values [M, count] and their indices int64."""
+        ...
 
 
 class Backbone(ABC):
@@ -100,8 +111,8 @@ class Backbone(ABC):
         """Normed states -> [M, V] float32."""
 
     @abstractmethod
-    def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """A drafter's own linear layer through this backbone's kernels: x [M, K] -> float32 [M, N].
+    def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> DrafterLinear:
+        """A drafter's own linear layer through this backbone's kernels.
 
         The weight is cast to the backbone's type and packed once.
         """

@@ -16,7 +16,7 @@ from foretell.backbone import kernels
 from foretell.backbone.base import Backbone
 from foretell.backbone.cache import KVCache
 from foretell.backbone.config import ModelConfig
-from foretell.backbone.kernels import PackedLinear, address
+from foretell.backbone.kernels import PackedLinear, ThreadedLinear, address
 from foretell.backbone.nodes import Nodes
 
 Reader = Callable[[str], Tensor]
@@ -146,9 +146,8 @@ class CompiledBackbone(Backbone):
     def argmax(self, states_Md: Tensor) -> Tensor:
         return self._head.argmax(states_Md, self.threads)
 
-    def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> Callable[[Tensor], Tensor]:
-        packed = self._packed(weight_NK, bias_N)
-        return lambda x_MK: packed(x_MK, self.threads)
+    def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> ThreadedLinear:
+        return ThreadedLinear(self._packed(weight_NK, bias_N), self.threads)
 
     def head_rows(self, ids_N: Tensor) -> Tensor:
         return self._head.rows(ids_N).to(self.dtype)

@@ -154,7 +154,7 @@ class EagerBackbone(Backbone):
     def logits(self, states_Md: Tensor) -> Tensor:
         return self._head(states_Md)
 
-    def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> Linear:
         bias_N = None if bias_N is None else bias_N.to(self.device)
         return Linear(weight_NK.to(self.device, self.dtype), bias_N, packed=self._packed)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from foretell.errors import ForetellError
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
-LAYOUT = 2
+LAYOUT = 3
 """Of the structures below and of the calls; what `foretell_layout` in native.cpp must say too."""
 BUILDS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
 
@@ -68,7 +68,9 @@ def library() -> ctypes.CDLL | None:
     lib.foretell_unpack_rows.argtypes = [pointer, pointer, size, pointer, size, pointer, flag]
     lib.foretell_layers.argtypes = [pointer] * 7 + [flag]
     lib.foretell_norm.argtypes = [pointer, pointer, pointer, c_double, size, size, pointer]
-    lib.foretell_linear.argtypes = [pointer, pointer, size, size, pointer, size, pointer, pointer, pointer, size, flag]
+    lib.foretell_linear.argtypes = [
+        pointer, pointer, size, size, pointer, size, pointer, pointer, size, pointer, pointer, size, flag
+    ]  # fmt: skip
     lib.foretell_attention.argtypes = [pointer] * 6 + [size, flag]
     return lib
 
@@ -137,14 +139,23 @@ class PackedLinear:
     def __call__(self, x_MK: Tensor, threads: int) -> Tensor:
         """Returns y [M, N] float32."""
         y_MN = torch.empty(x_MK.shape[0], self.outputs)
-        self._run(x_MK, y_MN, None, threads)
+        self._run(x_MK, y_MN, 0, None, None, threads)
         return y_MN
 
     def argmax(self, x_MK: Tensor, threads: int) -> Tensor:
         """First index of the greatest output of each row [M] int64, without writing the outputs to memory."""
-        best_M = torch.empty(x_MK.shape[0], dtype=torch.int64)
-        self._run(x_MK, None, best_M, threads)
-        return best_M
+        return self.top(x_MK, 1, threads)[1][:, 0]
+
+    def top(self, x_MK: Tensor, count: int, threads: int) -> tuple[Tensor, Tensor]:
+        """The `count` greatest outputs of each row, greatest first: values [M, count] and their indices int64.
+
+        Of equals the first; the outputs are not written to memory.
+        """
+        assert 0 < count <= self.outputs
+        values = torch.empty(x_MK.shape[0], count)
+        best = torch.empty(x_MK.shape[0], count, dtype=torch.int64)
+        self._run(x_MK, None, count, values, best, threads)
+        return values, best
 
     def rows(self, ids_M: Tensor) -> Tensor:
         """Rows of W [M, K] as float32: a tied embedding read back from the packed head."""
@@ -155,10 +166,27 @@ class PackedLinear:
         )  # fmt: skip
         return out_MK
 
-    def _run(self, x_MK: Tensor, y_MN: Tensor | None, best_M: Tensor | None, threads: int) -> None:
+    def _run(
+        self, x_MK: Tensor, y_MN: Tensor | None, count: int, values: Tensor | None, best: Tensor | None, threads: int
+    ) -> None:
         x_MK = x_MK.contiguous()
         assert x_MK.dtype == torch.float32 and x_MK.shape[1] == self.inputs
         require().foretell_linear(
             self.build.handle, address(x_MK), x_MK.shape[0], self.inputs, address(self.packed), self.outputs,
-            address(self.bias), address(y_MN), address(best_M), threads, self.bf16,
+            address(self.bias), address(y_MN), count, address(values), address(best), threads,
+            self.bf16,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ThreadedLinear:
+    """A packed linear with its number of threads: what a drafter gets (see `Backbone.linear`)."""
+
+    packed: PackedLinear
+    threads: int
+
+    def __call__(self, x_MK: Tensor) -> Tensor:
+        return self.packed(x_MK, self.threads)
+
+    def top(self, x_MK: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return self.packed.top(x_MK, count, self.threads)

@@ -29,6 +29,10 @@ class Linear:
         pieces = [self._piece(piece).float() for piece in x_MK.split(MOST_ROWS)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
+    def top(self, x_MK: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` greatest outputs of each row, greatest first: values [M, count] and their indices int64."""
+        return self(x_MK).topk(count)
+
     def _piece(self, x_MK: Tensor) -> Tensor:
         rows = len(x_MK)
         if rows < self.least_rows:

@@ -287,10 +287,10 @@ class Medusa(Drafter):
         for layer in self._deeper:
             x_BKd = x_BKd + F.silu(torch.stack([linear(x_BKd[:, k]) for k, linear in enumerate(layer)], 1))
         if len(self._outputs) == 1:
-            logits_BKV = self._outputs[0](x_BKd.flatten(0, 1)).unflatten(0, (len(h_Bd), self.heads))
+            best_BKR = self._outputs[0].top(x_BKd.flatten(0, 1), width)[1].unflatten(0, (len(h_Bd), self.heads))
         else:
-            logits_BKV = torch.stack([output(x_BKd[:, k]) for k, output in enumerate(self._outputs)], 1)
-        return self._vocabulary_V[logits_BKV.topk(max(width, 1)).indices.cpu().numpy()]
+            best_BKR = torch.stack([output.top(x_BKd[:, k], width)[1] for k, output in enumerate(self._outputs)], 1)
+        return self._vocabulary_V[best_BKR.cpu().numpy()]
 
 
 class _Shape:

@@ -67,7 +67,8 @@ struct Kernels {
     void (*layers)(const Model&, const Cache&, const Rows&, const Span&, float* hidden, int bf16);
     void (*norm)(const float* x, const float* weight, double eps, int64_t rows, int64_t width, float* out);
     void (*linear)(const float* x, int64_t rows, int64_t inputs, const void* packed, int64_t outputs,
-                   const float* bias, float* out, int64_t* best, int64_t threads, int bf16);
+                   const float* bias, float* out, int64_t count, float* values, int64_t* best, int64_t threads,
+                   int bf16);
     void (*attention)(const Model&, const Cache&, const Rows&, const void* queries, void* out,
                       int64_t repeats, int bf16);
 };

@@ -158,7 +158,7 @@ using namespace foretell;
 extern "C" {
 
 // Counts changes of the structures in common.h and of the calls below; Python refuses a library with another number.
-int foretell_layout() { return 2; }
+int foretell_layout() { return 3; }
 
 // A build by name, or the best one for an empty name; null if this processor cannot run it.
 const Kernels* foretell_build(const char* name) { return find(name); }
@@ -187,9 +187,10 @@ void foretell_norm(const Kernels* build, const float* x, const float* weight, do
 }
 
 void foretell_linear(const Kernels* build, const float* x, int64_t rows, int64_t inputs, const void* packed,
-                     int64_t outputs, const float* bias, float* out, int64_t* best, int64_t threads, int bf16) {
+                     int64_t outputs, const float* bias, float* out, int64_t count, float* values, int64_t* best,
+                     int64_t threads, int bf16) {
     std::lock_guard<std::mutex> lock(one_call);
-    build->linear(x, rows, inputs, packed, outputs, bias, out, best, threads, bf16);
+    build->linear(x, rows, inputs, packed, outputs, bias, out, count, values, best, threads, bf16);
 }
 
 void foretell_attention(const Kernels* build, const Model* model, const Cache* cache, const Rows* rows,
