@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from foretell.cli.options import Loading, flag
+from foretell.cli.options import Base, Loading, flag
 from foretell.cli.terminal import note
+from foretell.errors import UsageError
 
 if TYPE_CHECKING:
     from foretell.api import LLM, Result
@@ -50,9 +51,9 @@ REPEATS, PATIENCE = 3, 8.0
 
 @dataclass(frozen=True, kw_only=True)
 class DemoLoading(Loading):
-    """A drafter that needs no training is the one to show."""
+    """What comes with foretell is what to show."""
 
-    drafter: str = flag("prompt_lookup", "What guesses; see the list below.", "-d")
+    drafter: str = flag("", "What guesses; by default the best that comes with foretell, lookup merged.", "-d")
 
 
 @dataclass
@@ -101,9 +102,17 @@ def _sides(loading: Loading) -> list[_Side]:
     from foretell import drafters
     from foretell.api import LLM
 
-    drafted = loading.load()
-    plain = LLM(drafted.backbone, drafted.tokenizer, drafters.build("plain", drafted.backbone), drafted.folder)
-    return [_Side("plain", plain), _Side(loading.drafter, drafted)]
+    if loading.option and not loading.drafter:
+        raise UsageError("--option is for a drafter; name it with --drafter.")
+    if loading.drafter:
+        name, drafted = loading.drafter, loading.load()
+        plain = LLM(drafted.backbone, drafted.tokenizer, drafters.build("plain", drafted.backbone), drafted.folder)
+    else:
+        plain = Base.load(loading)
+        name = drafters.recommended(plain.backbone)
+        drafter = drafters.build(name, plain.backbone, lookup=True)
+        drafted = LLM(plain.backbone, plain.tokenizer, drafter, plain.folder)
+    return [_Side("plain", plain), _Side(name, drafted)]
 
 
 def _show(side: _Side, ids: list[int], max_new_tokens: int) -> None:

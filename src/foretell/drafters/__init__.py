@@ -62,6 +62,13 @@ def build(name: str, backbone: Backbone, lookup: bool = False, **options: Any) -
         raise UsageError(f"Drafter {name!r} has no such option: {error}.") from error
     if not lookup:
         return drafter
-    from foretell.drafters.prompt_lookup import WithLookup
+    from foretell.drafters.prompt_lookup import with_lookup
 
-    return WithLookup(drafter)
+    return with_lookup(drafter)
+
+
+def recommended(backbone: Backbone) -> str:
+    """The best drafter that needs nothing but foretell: one trained for this backbone, else prompt lookup."""
+    from foretell.drafters.checkpoint import shipped
+
+    return next(iter(shipped(backbone)), "prompt_lookup")

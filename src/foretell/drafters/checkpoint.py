@@ -93,6 +93,14 @@ def load(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]]:
     return checkpoint, tensors
 
 
+def shipped(backbone: Backbone) -> dict[str, Path]:
+    """Method -> folder of the checkpoints that came with foretell for this backbone, the most tokens a step first."""
+    found = [(read_json(config), config.parent) for config in sorted(SHIPPED.glob("*/config.json"))]
+    mine = [(raw, folder) for raw, folder in found if raw.get("fingerprint") == backbone.fingerprint]
+    mine.sort(key=lambda each: -max(each[0]["tokens_per_step"].values(), default=0.0))
+    return {raw["method"]: folder for raw, folder in mine}
+
+
 def find(method: str, backbone: Backbone, folder: str = "", any_backbone: bool = False) -> tuple[Checkpoint, Any]:
     """The checkpoint in `folder`, or the shipped one for this backbone; refuses what does not fit.
 
@@ -100,10 +108,9 @@ def find(method: str, backbone: Backbone, folder: str = "", any_backbone: bool =
         UsageError: none is shipped, or it belongs to another method or backbone.
     """
     if not folder:
-        for config in sorted(SHIPPED.glob("*/config.json")):
-            raw = read_json(config)
-            if (raw.get("method"), raw.get("fingerprint")) == (method, backbone.fingerprint):
-                return load(config.parent)
+        mine = shipped(backbone)
+        if method in mine:
+            return load(mine[method])
         raise UsageError(
             f"No {method} drafter comes with foretell for this model; train one (foretell distill, foretell train "
             f"{method}) and name its folder with -o checkpoint=FOLDER."

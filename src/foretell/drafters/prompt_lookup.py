@@ -109,6 +109,11 @@ class PromptLookup(Drafter):
         return (TokenTree(tuple(parents)) if len(parents) > 1 else ROOT), ids
 
 
+def with_lookup(drafter: Drafter) -> Drafter:
+    """The drafter with candidates of prompt lookup merged into its trees; prompt lookup itself stays as it is."""
+    return drafter if isinstance(drafter, PromptLookup) else WithLookup(drafter)
+
+
 class WithLookup(Drafter):
     """Any drafter, its trees merged with candidates of prompt lookup: what the text repeats, no head foretells.
 
