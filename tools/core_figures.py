@@ -173,11 +173,13 @@ def attention_microseconds(canonical: bool) -> None:
 
 
 class Ours:
+    adapt = True
+
     def __init__(self, llm: Any, name: str):
         self.llm, self.drafter = llm, drafters.build(name, llm.backbone)
 
     def __call__(self, ids: list[int], new: int) -> tuple[list[int], float, float, int]:
-        decoder = SpeculativeDecoder(self.llm.backbone, self.drafter, self.llm.tokenizer)
+        decoder = SpeculativeDecoder(self.llm.backbone, self.drafter, self.llm.tokenizer, adapt=self.adapt)
         began = time.perf_counter()
         decoder.submit(ids, SamplingParams(max_new_tokens=new))
         out: list[int] = []

@@ -27,6 +27,8 @@ SIZES = (4, 8, 16, 32, 64)
 
 
 class Run(core.Ours):
+    adapt = False  # what a tree earns, not what the governor makes of it
+
     def __init__(self, llm: Any, name: str, **options: Any):
         self.llm, self.drafter = llm, drafters.build(name, llm.backbone, **options)
 
