@@ -18,8 +18,9 @@ BASELINE = 3
 """Plain steps that a bucket begins with."""
 TRIAL = 12
 """Speculative steps before a bucket is judged; a clear loser is judged after a third of them."""
-PATIENCE = 256
-"""Steps that a verdict holds."""
+PATIENCE, IMPATIENCE = 256, 32
+"""Steps that a verdict holds; but the first against speculation only 32, twice as many each time it is confirmed: a
+trial is short, and its steps are of many lengths."""
 MARGIN, CLEAR = 0.95, 0.75
 """Speculation is dropped when its rate is below this share of plain's, at the end of a trial or in the midst of it."""
 
@@ -31,6 +32,7 @@ class _Bucket:
     steps: int = 0
     verdict_until: int = 0
     plain: bool = False
+    holds: int = IMPATIENCE
 
     def rate(self, guessed: bool) -> float:
         """Tokens per second; the median step keeps a hiccup of the machine from deciding."""
@@ -69,7 +71,9 @@ class Governor:
         share = bucket.rate(True) / bucket.rate(False)
         if share >= CLEAR and tried < TRIAL:
             return
-        bucket.plain, bucket.verdict_until = share < MARGIN, bucket.steps + PATIENCE
+        bucket.plain = share < MARGIN
+        bucket.verdict_until = bucket.steps + (bucket.holds if bucket.plain else PATIENCE)
+        bucket.holds = min(PATIENCE, 2 * bucket.holds) if bucket.plain else IMPATIENCE
         for samples in (bucket.seconds, bucket.tokens):
             samples[True].clear()  # the next trial starts afresh
 
