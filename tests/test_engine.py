@@ -21,6 +21,7 @@ from toy_drafters import Answers, Checker, EarlyExit, Inserter, Oracle, RandomTr
 from foretell.api import LLM
 from foretell.backbone import Backbone
 from foretell.contracts import Decoder, Draft, Drafter, SamplingParams
+from foretell.conversations import Conversation, converse
 from foretell.drafters.plain import Plain
 from foretell.drafters.prompt_lookup import PromptLookup
 from foretell.engine import SpeculativeDecoder
@@ -225,6 +226,9 @@ def test_statistics_of_a_known_run() -> None:
 
 class Letters:
     """A tokenizer whose token i is two letters, so that stop strings begin and end inside tokens."""
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        return [ord(letter) % 64 for letter in text]
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         return "".join(chr(97 + i % 26) + chr(97 + i * 7 % 26) for i in ids)
@@ -482,6 +486,23 @@ def test_streams_of_one_model_may_take_turns_and_be_left_unfinished() -> None:
     left.close()
     assert not llm.decoder().undelivered
     assert not llm.decoder().busy
+
+
+def test_conversations_beside_an_open_stream_get_their_own_events() -> None:
+    backbone = tiny()
+    llm = LLM(backbone, Letters(), RandomTrees(64, 8))  # type: ignore[arg-type]
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    decoder, talks = llm.decoder(2), [Conversation((text,), line) for line, text in enumerate("ab")]
+    truth = [
+        replies[0].ids for _, replies in sorted(converse(llm, decoder, talks, params, raw=True), key=lambda x: x[0])
+    ]
+    stream = llm.run(decoder, [([1, 2, 3], params, 0)])
+    streamed = [*next(stream)[1].tokens]
+    beside = dict(converse(llm, decoder, talks, params, rows=2, raw=True))
+    assert [beside[i][0].ids for i in range(2)] == truth
+    streamed += [token for _, event in stream for token in event.tokens]
+    assert streamed == plainly(backbone, [([1, 2, 3], params)])[0].ids
+    assert not decoder.undelivered
 
 
 def test_an_empty_batch_is_refused() -> None:

@@ -264,9 +264,6 @@ class Toy(Trainable):
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise NotImplementedError
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        raise NotImplementedError
-
 
 class Line(Toy):
     """Linear regression on the states of what was written; `truth` is its only optimum."""

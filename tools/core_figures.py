@@ -10,29 +10,28 @@ benchmark; it needs a JSONL of questions in Spec-Bench's layout (`turns` is a li
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import platform
-import random
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from exactness import ForcedTrees, RandomTrees, compared, transcript
 
 import foretell
 from foretell import drafters
-from foretell.backbone import Backbone, Nodes, assemble, kernels, resolve
+from foretell.backbone import Nodes, assemble, kernels, resolve
 from foretell.backbone.assemble import usable_cores
-from foretell.contracts import Draft, Drafter, Row, SamplingParams
+from foretell.backbone.costs import bush, measure
+from foretell.contracts import Drafter, SamplingParams
 from foretell.engine import SpeculativeDecoder
-from foretell.trees import TokenTree, chain
 
 RESULTS = Path(__file__).parent.parent / "docs/results/core.json"
 MODEL = "smollm2-135m"
@@ -82,10 +81,9 @@ def read_bandwidth() -> float:
 
 def section_machine(_: argparse.Namespace) -> Any:
     backbone = assemble(resolve(MODEL).path, dtype="bf16")
-    weights = 2 * sum(p for p in (134_515_008,))
+    weights = 2 * 134_515_008
     bandwidth = max(read_bandwidth() for _ in range(3))
-    cache = backbone.new_cache(1, 512)
-    seconds = step_seconds(backbone, cache, chain(0), 100, 60)
+    seconds = measure(backbone, (1,), (100,), (1,), repeats=60).of(1, 100, 1)
     return {
         "weights_bytes": weights,
         "read_gb_per_s": round(bandwidth / 1e9, 1),
@@ -96,32 +94,16 @@ def section_machine(_: argparse.Namespace) -> Any:
     }
 
 
-def step_seconds(backbone: Backbone, cache: Any, tree: TokenTree, keys: int, repeats: int) -> float:
-    tokens, nodes = torch.arange(len(tree)) + 100, Nodes([tree], [0], [keys])
-    return timed(lambda: backbone.argmax(backbone.forward(tokens, nodes, cache)), repeats)
-
-
-def branching(size: int) -> TokenTree:
-    """A tree of the shape that heads draft: four children a node."""
-    return TokenTree(tuple((i - 1) // 4 if i else -1 for i in range(size)))
-
-
 def section_step(_: argparse.Namespace) -> Any:
-    """Cost of a step by nodes and keys, relative to one node; sizes interleaved, medians of rounds."""
+    """Cost of a step by nodes and keys, relative to one node; sizes take turns, medians of rounds."""
     out: dict[str, Any] = {}
     for dtype in ("bf16", "fp32"):
         backbone = assemble(resolve(MODEL).path, dtype=dtype)
-        cache = backbone.new_cache(1, 1024)
-        backbone.forward(torch.arange(700), Nodes.chains([0], [0], [700]), cache)
-        for keys in (100, 200, 300, 600):
-            rounds: dict[int, list[float]] = {size: [] for size in (1, 2, 4, 8, 16, 32, 64)}
-            for _round in range(9):
-                for size, seconds in rounds.items():
-                    seconds.append(step_seconds(backbone, cache, branching(size), keys, 9))
-            ms = {size: median(seconds) * 1e3 for size, seconds in rounds.items()}
+        costs = measure(backbone, (1,), (100, 200, 300, 600), (1, 2, 4, 8, 16, 32, 64), repeats=81)
+        for keys, seconds in costs.seconds[1].items():
             out.setdefault(dtype, {})[keys] = {
-                "ms": {size: round(value, 2) for size, value in ms.items()},
-                "relative": {size: round(value / ms[1], 2) for size, value in ms.items()},
+                "ms": {size: round(value * 1e3, 2) for size, value in seconds.items()},
+                "relative": {size: round(value / seconds[1], 2) for size, value in seconds.items()},
             }
     return out
 
@@ -151,7 +133,7 @@ def attention_microseconds(canonical: bool) -> None:
     backbone.forward(torch.arange(700), Nodes.chains([0], [0], [700]), cache)
     for keys in (100, 300, 600):
         for size in (1, 8, 16, 32, 64):
-            tree, queries = branching(size), torch.randn(size, 9, 64).bfloat16()
+            tree, queries = bush(size), torch.randn(size, 9, 64).bfloat16()
             nodes, end = Nodes([tree], [0], [keys]), keys + size
             mask = torch.cat([torch.ones(size, keys, dtype=torch.bool), tree.ancestors_NN], 1)
             q, k, v = queries.transpose(0, 1)[None], cache.keys[0, :1, :, :end], cache.values[0, :1, :, :end]
@@ -332,100 +314,7 @@ def section_reference(args: argparse.Namespace) -> Any:
     return {"prompts": len(args.prompts), "tokens": tokens, "differences": differences}
 
 
-# -- exactness ---------------------------------------------------------------------------------------------------------
-
-
-class RandomTrees(Drafter):
-    """Trees of random shape with random tokens, up to `nodes`."""
-
-    def __init__(self, nodes: int = 64, vocab: int = 49152):
-        self.nodes, self.vocab, self.random = nodes, vocab, random.Random(0)
-
-    @property
-    def most_nodes(self) -> int:
-        return self.nodes
-
-    def draft(self, rows: Sequence[Row]) -> Draft:
-        trees, tokens = [], []
-        for row in rows:
-            size = min(self.nodes, int(self.random.expovariate(1 / 6)) + 2)
-            reach = self.random.choice((1, 3, 64))  # chains, bushes, stars
-            tree = TokenTree((-1, *(self.random.randrange(max(0, i - reach), i) for i in range(1, size))))
-            trees.append(tree)
-            tokens.append([row.tokens[-1], *(self.random.randrange(self.vocab) for _ in range(size - 1))])
-        return Draft(trees, tokens)
-
-
-class ForcedTrees(RandomTrees):
-    """Random trees into which the right path, known from a plain run, is woven."""
-
-    answers: dict[tuple[int, ...], list[int]]  # prompt -> its tokens
-
-    def draft(self, rows: Sequence[Row]) -> Draft:
-        draft = super().draft(rows)
-        for i, row in enumerate(rows):
-            prompt, done = tuple(row.tokens[: row.prompt_length]), len(row.tokens) - row.prompt_length
-            tree, ids = draft.trees[i], draft.tokens[i]
-            right = self.answers[prompt][done : done + self.random.randint(0, 6)]
-            node = 0
-            parents = list(tree.parents)
-            for token in right:
-                kids = [n for n, p in enumerate(parents) if p == node]
-                if kids and self.random.random() < 0.5:
-                    node = self.random.choice(kids)  # in the midst of the tree
-                    ids[node] = token
-                else:
-                    parents.append(node)
-                    ids.append(token)
-                    node = len(parents) - 1
-                for other in [n for n, p in enumerate(parents) if p == parents[node] and n != node]:
-                    if ids[other] == token:
-                        ids[other] = (token + 1) % self.vocab
-            draft.trees[i] = TokenTree(tuple(parents))
-        return draft
-
-    @property
-    def most_nodes(self) -> int:
-        return self.nodes + 6
-
-
-def transcript(llm: Any, drafter: Drafter, prompts: list[list[int]], rows: int, params: SamplingParams) -> list[Any]:
-    """Of each prompt: ids, the log-probability of each, and a digest of the cache's bytes."""
-    decoder = SpeculativeDecoder(llm.backbone, drafter, max_rows=rows, adapt=False)
-    out: list[Any] = [None] * len(prompts)
-    collected: dict[int, tuple[list[int], list[float]]] = {}
-    for key, ids in enumerate(prompts):
-        collected[decoder.submit(ids, params, key)] = ([], [])
-    slots: dict[int, int] = {}
-    while decoder.busy:
-        events = decoder.step()
-        slots |= {row.request: row.slot for row in decoder._rows}
-        for event in events:
-            ids, logprobs = collected[event.request]
-            ids += event.tokens
-            logprobs += [item.logprob for item in event.logprobs]
-            if event.finish_reason:
-                keys, values = decoder.cache.read(slots.get(event.request, _slot(decoder, prompts, event.request)))
-                digest, entered = hashlib.sha256(), len(prompts[event.request]) + len(ids) - 1
-                for tensor in (keys[:, :, :entered], values[:, :, :entered]):  # an accepted stop token entered too
-                    digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-                out[event.request] = (ids, logprobs, digest.hexdigest())
-    return out
-
-
-def _slot(decoder: SpeculativeDecoder, prompts: list[list[int]], request: int) -> int:
-    """The slot of a request that finished in its first step."""
-    start = prompts[request][:-1]
-    return next(slot for slot, held in decoder._parked.items() if held[: len(start)] == start)
-
-
-def compared(truth: list[Any], got: list[Any]) -> dict[str, int]:
-    """How many prompts agree in ids, in log-probabilities and in the bytes of the cache."""
-    same = [sum(a[i] == b[i] for a, b in zip(truth, got, strict=True)) for i in range(3)]
-    return {
-        "prompts": len(truth), "tokens": sum(len(t[0]) for t in truth),
-        "same_ids": same[0], "same_logprobs": same[1], "same_cache": same[2],
-    }  # fmt: skip
+# -- exactness -------------------------------------------------------------------------------------------------------
 
 
 def section_exactness(args: argparse.Namespace) -> Any:

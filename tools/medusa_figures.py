@@ -16,6 +16,7 @@ from typing import Any
 
 import core_figures as core
 import torch
+from exactness import compared, transcript
 
 import foretell
 from foretell import drafters
@@ -86,10 +87,10 @@ def section_exactness(args: argparse.Namespace) -> Any:
             if all(setting in out for setting in settings):
                 continue
             params = SamplingParams(max_new_tokens=args.new_tokens, temperature=temperature, seed=7, logprobs=0)
-            truth = core.transcript(llm, drafters.build("plain", llm.backbone), prompts, 1, params)
+            truth = transcript(llm, drafters.build("plain", llm.backbone), prompts, 1, params)
             for rows, setting in zip((1, 4), settings, strict=True):
                 drafter = drafters.build("medusa", llm.backbone, checkpoint=args.checkpoint, lookup=rows == 4, nodes=32)
-                out[setting] = core.compared(truth, core.transcript(llm, drafter, prompts, rows, params))
+                out[setting] = compared(truth, transcript(llm, drafter, prompts, rows, params))
                 print(setting, out[setting], flush=True)
                 core.save("exactness", out)
     return out

@@ -9,7 +9,7 @@ for event in llm.stream("And at sunset?"):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, overload
@@ -17,7 +17,7 @@ from typing import Any, cast, overload
 from foretell import drafters
 from foretell.backbone import Backbone, ModelFolder, Tokenizer, assemble, resolve
 from foretell.backbone.costs import costs_file
-from foretell.contracts import Drafter, Event, SamplingParams, Statistics, TokenLogprob
+from foretell.contracts import Decoder, Drafter, Event, SamplingParams, Statistics, TokenLogprob
 from foretell.engine import SpeculativeDecoder
 from foretell.errors import UsageError
 from foretell.verify import Typical
@@ -142,8 +142,7 @@ class LLM:
     ) -> Generator[tuple[int, Event], None, None]:
         """Submits (ids, params, key) triples and yields (index, event) until all are done.
 
-        An interruption cancels what is left, and the decoder stays usable. Two of these may take turns on one
-        decoder: what a step emits for the other waits for it.
+        An interruption cancels what is left, and the decoder stays usable.
         """
         numbers: dict[int, int] = {}
         try:
@@ -151,21 +150,29 @@ class LLM:
                 numbers[decoder.submit(ids, params, key)] = index
             left = set(numbers)
             while left:
-                mine = [event for number in left for event in decoder.undelivered.pop(number, ())]
+                mine = deliver(decoder, left)
                 if not (mine or decoder.busy):
                     return  # somebody else cancelled the rest
-                for event in [] if mine else decoder.step():
-                    if event.request in numbers:
-                        mine.append(event)
-                    else:
-                        decoder.undelivered.setdefault(event.request, []).append(event)
                 left -= {event.request for event in mine if event.finish_reason}
                 for event in mine:
                     yield numbers[event.request], event
         finally:
             for number in numbers:
                 decoder.cancel(number)
-                decoder.undelivered.pop(number, None)
+
+
+def deliver(decoder: Decoder, requests: Collection[int]) -> list[Event]:
+    """The next events of these requests: those that wait, else those of one step.
+
+    Several callers may take turns on one decoder: what a step emits for another caller's requests waits for it.
+    """
+    mine = [event for request in requests for event in decoder.undelivered.pop(request, ())]
+    for event in [] if mine else decoder.step():
+        if event.request in requests:
+            mine.append(event)
+        else:
+            decoder.undelivered.setdefault(event.request, []).append(event)
+    return mine
 
 
 def load(

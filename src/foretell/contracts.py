@@ -15,11 +15,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from foretell.errors import UsageError
+from foretell.errors import UsageError, check_numbers, is_number
 from foretell.trees import TokenTree
 
 if TYPE_CHECKING:
@@ -69,26 +69,22 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        for name, low, high in (
+        ranges = (
             ("max_new_tokens", 1, 2**31 - 1), ("temperature", 0, 100), ("top_p", 1e-9, 1), ("top_k", 0, 2**31 - 1),
             ("min_p", 0, 1), ("seed", -(2**63), 2**63 - 1), ("repetition_penalty", 1e-3, 1e3),
             ("presence_penalty", -100, 100), ("frequency_penalty", -100, 100),
-        ):  # fmt: skip
-            value, whole = getattr(self, name), name in ("max_new_tokens", "top_k", "seed")
-            if not _is_number(value, whole):
-                raise UsageError(f"{name} is {value!r}; it must be a {'whole ' if whole else ''}number.")
-            if not low <= value <= high:  # catches NaN too
-                raise UsageError(f"{name} is {value}; it must lie between {low} and {high}.")
+        )  # fmt: skip
+        check_numbers(self, ranges, whole=("max_new_tokens", "top_k", "seed"))
         bias = self.logit_bias
-        if not isinstance(bias, dict) or not all(_is_number(t, True) and _is_number(b) for t, b in bias.items()):
+        if not isinstance(bias, dict) or not all(is_number(t, True) and is_number(b) for t, b in bias.items()):
             raise UsageError(f"logit_bias is {bias!r}; it must map token ids to numbers.")
         if not all(abs(value) <= MOST_BIAS for value in bias.values()):
             raise UsageError(f"logit_bias is {bias}; its values must lie between -{MOST_BIAS} and {MOST_BIAS}.")
         if not isinstance(self.stop, tuple | list) or not all(isinstance(text, str) and text for text in self.stop):
             raise UsageError(f"stop is {self.stop!r}; it must be a tuple of non-empty strings.")
-        if not isinstance(self.stop_ids, tuple | list) or not all(_is_number(token, True) for token in self.stop_ids):
+        if not isinstance(self.stop_ids, tuple | list) or not all(is_number(token, True) for token in self.stop_ids):
             raise UsageError(f"stop_ids is {self.stop_ids!r}; it must be a tuple of token ids.")
-        if self.logprobs is not None and not (_is_number(self.logprobs, True) and 0 <= self.logprobs <= 100):
+        if self.logprobs is not None and not (is_number(self.logprobs, True) and 0 <= self.logprobs <= 100):
             raise UsageError(f"logprobs is {self.logprobs!r}; it must be a whole number between 0 and 100.")
 
     @property
@@ -99,10 +95,6 @@ class SamplingParams:
     @property
     def edits_logits(self) -> bool:
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias)
-
-
-def _is_number(value: object, whole: bool = False) -> bool:
-    return isinstance(value, int if whole else int | float) and not isinstance(value, bool)
 
 
 class Row(Protocol):
@@ -185,9 +177,9 @@ class Drafter(ABC):
         lossless: whether the output equals plain decoding's under exact verification.
     """
 
-    taps: ClassVar[tuple[int, ...]] = ()
-    cuts: ClassVar[tuple[int, ...]] = ()
-    lossless: ClassVar[bool] = True
+    taps: tuple[int, ...] = ()
+    cuts: tuple[int, ...] = ()
+    lossless: bool = True
 
     @classmethod
     def build(cls, backbone: Backbone, **options: Any) -> Drafter:
@@ -312,6 +304,8 @@ class Decoder(Protocol):
     """What the API, the server and the benchmark drive; the speculative engine is one, HAMburger will be another."""
 
     lossless: bool
+    undelivered: dict[int, list[Event]]
+    """Events of requests whose caller was not the one that stepped (see `api.deliver`)."""
 
     @property
     def busy(self) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from foretell.api import LLM, Message, Result
+from foretell.api import LLM, Message, Result, deliver
 from foretell.contracts import Decoder, Event, SamplingParams, Statistics
 from foretell.errors import ForetellError, UsageError
 
@@ -114,7 +114,7 @@ def converse(
             while waiting and len(asked) < rows:
                 index, talk = waiting.popleft()
                 asked[talk.ask()] = index, talk
-            for event in decoder.step():
+            for event in deliver(decoder, asked):
                 index, talk = asked[event.request]
                 if on_event:
                     on_event(index, event)

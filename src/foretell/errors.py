@@ -5,6 +5,10 @@ what to do next. The command line prints it without a traceback and leaves with 
 catches `ForetellError`. Anything else that is raised is a bug of ours and keeps its traceback.
 """
 
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+
 
 class ForetellError(Exception):
     """A mistake the user can mend: a missing file, a malformed checkpoint, no network, a full disk."""
@@ -16,3 +20,22 @@ class UsageError(ForetellError):
     """A request that could never work as typed: an unknown name, flags that contradict each other."""
 
     exit_code = 2
+
+
+def check_numbers(holder: object, ranges: Iterable[tuple[str, float, float]], whole: Container[str] = ()) -> None:
+    """Refuses attributes that are no numbers, or outside [low, high]; those in `whole` must be whole.
+
+    Raises:
+        UsageError: naming the attribute, its value and what is allowed.
+    """
+    for name, low, high in ranges:
+        value = getattr(holder, name)
+        if not is_number(value, name in whole):
+            raise UsageError(f"{name} is {value!r}; it must be a {'whole ' if name in whole else ''}number.")
+        if not low <= value <= high:  # catches NaN too
+            raise UsageError(f"{name} is {value}; it must lie between {low} and {high}.")
+
+
+def is_number(value: object, whole: bool = False) -> bool:
+    """Whether a value is a number; a truth value is none."""
+    return isinstance(value, int if whole else int | float) and not isinstance(value, bool)

@@ -19,6 +19,7 @@ from statistics import median
 import torch
 
 from foretell.backbone.base import Backbone
+from foretell.backbone.cache import KVCache
 from foretell.backbone.files import read_json, write_errors
 from foretell.backbone.nodes import Nodes
 from foretell.backbone.store import cache_folder
@@ -26,6 +27,7 @@ from foretell.errors import ForetellError
 from foretell.trees import TokenTree
 
 ROWS, CONTEXTS, NODES = (1, 2, 4, 8), (128, 512, 1024), (1, 4, 8, 16, 24, 32, 48, 64)
+REPEATS = 9
 
 
 @dataclass
@@ -91,7 +93,7 @@ def measure(
     rows: Sequence[int] = ROWS,
     contexts: Sequence[int] = CONTEXTS,
     nodes: Sequence[int] = NODES,
-    repeats: int = 9,
+    repeats: int = REPEATS,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> StepCosts:
     """Times whole steps over random tokens; sizes take turns, and the median of the rounds counts."""
@@ -113,12 +115,16 @@ def measure(
     return StepCosts(seconds)
 
 
-def _step_seconds(backbone: Backbone, cache: object, size: int, rows: int, context: int) -> float:
-    tree = TokenTree((-1, *((i - 1) // 4 for i in range(1, size))))
-    nodes = Nodes([tree] * rows, list(range(rows)), [context] * rows)
+def bush(size: int) -> TokenTree:
+    """A tree of the shape that heads draft: four children a node."""
+    return TokenTree((-1, *((i - 1) // 4 for i in range(1, size))))
+
+
+def _step_seconds(backbone: Backbone, cache: KVCache, size: int, rows: int, context: int) -> float:
+    nodes = Nodes([bush(size)] * rows, list(range(rows)), [context] * rows)
     tokens = torch.arange(size * rows) % backbone.config.vocab
     began = time.perf_counter()
-    backbone.argmax(backbone.forward(tokens, nodes, cache)).tolist()  # type: ignore[arg-type]
+    backbone.argmax(backbone.forward(tokens, nodes, cache)).tolist()
     return time.perf_counter() - began
 
 

@@ -142,7 +142,7 @@ class EagerBackbone(Backbone):
             queries_MHD = rms_norm(queries_MHD, layer.query_norm, c.eps)
             keys_MGD = rms_norm(keys_MGD, layer.key_norm, c.eps)
         queries_MHD, keys_MGD = rotate(queries_MHD, *rotation), rotate(keys_MGD, *rotation)
-        rows, slots = nodes.cache_rows_M.to(self.device), nodes.slots_M.to(self.device)
+        rows, slots, _ = nodes.on(self.device, BLOCK)
         cache.keys[index][rows, :, slots] = keys_MGD.to(self.dtype)
         cache.values[index][rows, :, slots] = values.unflatten(-1, (c.kv_heads, c.head_dim)).to(self.dtype)
         mixed_MHD = attend(queries_MHD.to(self.dtype), cache.keys[index], cache.values[index], nodes, layer.window)
@@ -179,8 +179,7 @@ def rotate(x_MHD: Tensor, cosine_M: Tensor, sine_M: Tensor) -> Tensor:
 
 def attend(queries_MHD: Tensor, keys_RGSD: Tensor, values_RGSD: Tensor, nodes: Nodes, window: int) -> Tensor:
     """Each row attends to its own path: softmax(q·k/√D)·v over the last `window` keys (0: all), [M, H, D] float32."""
-    rows = nodes.cache_rows_M.to(queries_MHD.device)
-    paths_MT = F.pad(nodes.paths_MT, (0, -nodes.paths_MT.shape[1] % BLOCK), value=-1).to(queries_MHD.device)
+    rows, _, paths_MT = nodes.on(queries_MHD.device, BLOCK)
     chunk = max(1, MOST_PRODUCTS // (paths_MT.shape[1] * queries_MHD[0].numel()))
     pieces = [
         _attend(

@@ -14,6 +14,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from foretell.trees import TokenTree, chain
 
@@ -43,6 +44,7 @@ class Nodes:
         first: Sequence[int] | None = None,
         positions: Tensor | None = None,
     ):
+        self._on: dict[tuple[torch.device, int], tuple[Tensor, Tensor, Tensor]] = {}
         self.trees, self.first = list(trees), list(first or [0] * len(trees))
         shapes = [_shape(tree) for tree in trees]
         self.cache_rows = np.array(cache_rows, dtype=np.int32)
@@ -106,6 +108,13 @@ class Nodes:
                 paths[m, t] = length + node
                 node = parents[node]
         return torch.from_numpy(paths)
+
+    def on(self, device: torch.device, block: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`cache_rows_M`, `slots_M` and `paths_MT`, padded to whole blocks, on a device: copied once a pass."""
+        if (device, block) not in self._on:
+            paths_MT = F.pad(self.paths_MT, (0, -self.paths_MT.shape[1] % block), value=-1)
+            self._on[device, block] = self.cache_rows_M.to(device), self.slots_M.to(device), paths_MT.to(device)
+        return self._on[device, block]
 
     def starts(self) -> list[int]:
         """Index among the M nodes of each row's first."""

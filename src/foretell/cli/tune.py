@@ -18,14 +18,16 @@ def tune(
     quick: Annotated[bool, typer.Option("--quick", help="Batch 1 only, fewer repeats.")] = False,
 ) -> None:
     """Measure what steps cost here, by nodes, batch and context; drafters choose their trees by it from then on."""
-    from foretell.backbone.costs import costs_file, measure
+    from foretell.backbone.costs import REPEATS, ROWS, costs_file, measure
 
     llm = loading.load()
     with job_progress("measuring steps", "") as progress:
         costs = measure(
-            llm.backbone, **({"rows": (1,), "repeats": 5} if quick else {}),  # type: ignore[arg-type]
+            llm.backbone,
+            rows=(1,) if quick else ROWS,
+            repeats=5 if quick else REPEATS,
             progress=lambda fraction: progress(round(fraction * 1000), 1000, 0),
-        )  # fmt: skip
+        )
     path = costs_file(llm.backbone, loading.cache_dir)
     costs.save(path)
     _table(costs, llm.drafter.tokens_per_step)

@@ -10,6 +10,7 @@ A drafter trained for one model drafts nonsense for another: its fingerprint mus
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,9 +64,9 @@ class Checkpoint:
                 )
                 (staging / "config.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
                 if folder.exists():
-                    _remove(old)
+                    shutil.rmtree(old, ignore_errors=True)
                     folder.rename(old)
-            _remove(old)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def load(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]]:
@@ -132,9 +133,3 @@ def find(method: str, backbone: Backbone, folder: str = "", any_backbone: bool =
             f"model ({backbone.fingerprint}); train one for it, or allow it with -o any_backbone=true."
         )
     return checkpoint, tensors
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from foretell.backbone import Backbone
 from foretell.contracts import FINAL, Draft, Drafter, Features, Row
-from foretell.drafters.checkpoint import find
+from foretell.drafters.checkpoint import Checkpoint, find
 from foretell.drafters.parts import (
     Trainable,
     TrainingBatch,
@@ -34,7 +34,7 @@ from foretell.drafters.parts import (
     soft_cross_entropy,
     tree_size,
 )
-from foretell.errors import UsageError
+from foretell.errors import ForetellError, UsageError
 from foretell.trees.published import published
 from foretell.trees.search import MISSED, in_order
 from foretell.trees.tree import ROOT, TokenTree
@@ -136,13 +136,6 @@ class MedusaHeads(Trainable):
         tensors["vocabulary"] = self.vocabulary_V.int()
         return tensors, {"heads": self.heads, "layers": self.layers, "output": self.output}
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            self.weight_LKdd.copy_(tensors["weight"])
-            self.bias_LKd.copy_(tensors["bias"])
-            if self.output != "shared":
-                self.head_KVd.copy_(tensors["head"])
-
 
 def _positions(batch: TrainingBatch, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where the first head has something to learn.
@@ -216,6 +209,8 @@ class Medusa(Drafter):
             any_backbone: accept heads of another model of the same sizes.
         """
         found, tensors = find("medusa", backbone, checkpoint, any_backbone)
+        if not _whole(found, tensors):
+            raise ForetellError(f"{checkpoint} is damaged: it lacks what its config names; copy or train it again.")
         paths = published(tree) if tree else found.paths
         earned = {} if tree else {int(size): tokens for size, tokens in found.tokens_per_step.items()}
         size = tree_size(backbone, nodes or (len(paths) + 1 if tree else 0), earned)
@@ -291,6 +286,18 @@ class Medusa(Drafter):
         else:
             best_BKR = torch.stack([output.top(x_BKd[:, k], width)[1] for k, output in enumerate(self._outputs)], 1)
         return self._vocabulary_V[best_BKR.cpu().numpy()]
+
+
+def _whole(found: Checkpoint, tensors: dict[str, Tensor]) -> bool:
+    """Whether the tensors are those that the config names."""
+    try:
+        heads, layers, d, size = found.arch["heads"], found.arch["layers"], found.hidden, len(tensors["vocabulary"])
+        shapes = {"weight": (layers, heads, d, d), "bias": (layers, heads, d)}
+        if found.arch["output"] != "shared":
+            shapes["head"] = (heads if found.arch["output"] == "own" else 1, size, d)
+        return all(tuple(tensors[name].shape) == shape for name, shape in shapes.items())
+    except (KeyError, TypeError):
+        return False
 
 
 class _Shape:

@@ -73,10 +73,6 @@ class Trainable(nn.Module):
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors to save, and the numbers that `Method.trainable` needs to make the module again."""
 
-    @abstractmethod
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Takes tensors back."""
-
 
 class Method(Protocol):
     """What a drafter class adds when it can be trained."""

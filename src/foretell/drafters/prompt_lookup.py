@@ -126,7 +126,7 @@ class WithLookup(Drafter):
 
     def __init__(self, inner: Drafter, share: float = 0.5, **lookup: int):
         self.inner, self.share, self.lookup = inner, share, PromptLookup(**lookup)
-        self.taps, self.cuts, self.lossless = inner.taps, inner.cuts, inner.lossless  # type: ignore[misc]
+        self.taps, self.cuts, self.lossless = inner.taps, inner.cuts, inner.lossless
 
     @property
     def most_nodes(self) -> int:

@@ -55,7 +55,7 @@ class SpeculativeDecoder:
         self.backbone, self.drafter, self.tokenizer, self.rule = backbone, drafter, tokenizer, rule
         self.lossless = drafter.lossless and rule is None and backbone.inexact is None
         self.max_rows = max_rows
-        self.undelivered: dict[int, list[Event]] = {}  # of requests whose caller was not the one that stepped
+        self.undelivered: dict[int, list[Event]] = {}
         self.cache = backbone.new_cache(max_rows, 0)
         drafter.bind(self.cache)
         self.governor = Governor(adapt and drafter.lossless and rule is None)
@@ -91,6 +91,7 @@ class SpeculativeDecoder:
 
     def cancel(self, request: int) -> None:
         """Forgets a request; unknown and finished ones are ignored."""
+        self.undelivered.pop(request, None)
         self._waiting = deque(row for row in self._waiting if row.request != request)
         for row in [row for row in self._rows if row.request == request]:
             self._leave(row)
@@ -109,6 +110,7 @@ class SpeculativeDecoder:
     def _decode(self, rows: list[state.Sequence]) -> list[Event]:
         began = time.perf_counter()
         context = max(len(row.tokens) for row in rows)
+        self.cache.reserve(context + self.drafter.most_nodes * (1 + self.drafter.extra_nodes))  # drafting may write too
         draft = self._draft(rows, context)
         states_Md, taps, extra = self._forward(rows, draft)
         verdict, logprobs = self._verify(rows, draft, states_Md)
@@ -133,8 +135,6 @@ class SpeculativeDecoder:
             for row in rows:
                 row.statistics.suspended_steps += self.governor.suspended
             return Draft([ROOT] * len(rows), [[row.tokens[-1]] for row in rows])
-        most = self.drafter.most_nodes * (1 + self.drafter.extra_nodes)
-        self.cache.reserve(max(self.cache.lengths[row.slot] for row in rows) + most)
         draft = self.drafter.draft(rows)
         _check(draft, rows, self.drafter.most_nodes, self.backbone.config.vocab)
         for i, row in enumerate(rows):
@@ -148,7 +148,6 @@ class SpeculativeDecoder:
         """One pass over all nodes: their final states [M, d], tapped states, and what a drafter's cuts inserted."""
         backbone, drafter = self.backbone, self.drafter
         nodes = Nodes(draft.trees, [row.slot for row in rows], [self.cache.lengths[row.slot] for row in rows])
-        self.cache.reserve(max(nodes.ends))  # of plain steps, the only ones that did not reserve to draft
         if draft.resume is None:
             layer, hidden_Md = 0, backbone.embed(torch.tensor([t for ids in draft.tokens for t in ids]))
         else:

@@ -23,7 +23,7 @@ import torch
 
 from foretell.backbone.files import write_errors
 from foretell.drafters.parts import Trainable
-from foretell.errors import ForetellError, UsageError
+from foretell.errors import ForetellError, UsageError, check_numbers
 from foretell.train.data import digest
 from foretell.train.features import Features
 from foretell.trees.search import Ranks, nested, replay
@@ -60,13 +60,12 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low, high in (
+        ranges = (
             ("epochs", 1e-3, 1e4), ("batch_tokens", 1, 1 << 24), ("accumulate", 1, 4096), ("learning_rate", 1e-9, 10),
             ("warmup", 0, 1), ("weight_decay", 0, 10), ("clip", 1e-6, 1e6), ("held_out", 0, 0.5),
             ("save_seconds", 0, 1e6), ("seed", 0, 2**31),
-        ):  # fmt: skip
-            if not low <= getattr(self, name) <= high:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must lie between {low} and {high}.")
+        )  # fmt: skip
+        check_numbers(self, ranges, whole=("batch_tokens", "accumulate", "seed"))
 
 
 @dataclass
@@ -243,7 +242,7 @@ class Trainer:
         try:
             state = torch.load(path, weights_only=True)
             step, skipped, settings, data = (state[key] for key in ("step", "skipped", "settings", "data"))
-        except Exception as error:
+        except Exception as error:  # a foreign file may fail in any way, inside the unpickler or after it
             raise ForetellError(f"{path} is damaged; delete it to start anew.") from error
         ours = asdict(self.settings) | self.options
         differ = [name for name in {**settings, **ours} if settings.get(name) != ours.get(name)]
