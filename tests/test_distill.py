@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -25,7 +26,17 @@ from foretell.engine import SpeculativeDecoder
 from foretell.errors import ForetellError, UsageError
 from foretell.train import distill as distilling
 from foretell.train.data import CONVERSATIONS, MANIFEST, Distilled, Store
-from foretell.train.distill import DISTINCT, SHORTEST, distill, read_prompts, unfit, user_prefix, write_prompts
+from foretell.train.distill import (
+    DISTINCT,
+    SHORTEST,
+    distill,
+    next_tasks,
+    read_prompts,
+    unfit,
+    user_prefix,
+    write_prompts,
+)
+from foretell.train.tasks import ABROAD, LANGUAGES, cut, tasks
 
 END = 256
 """The tiny model's end of turn; its other tokens are bytes, the first 94 of them printable ASCII."""
@@ -330,7 +341,7 @@ def test_an_answer_that_reads_back_otherwise_ends_its_sequence(llm: LLM, tmp_pat
     talk = Conversation(("a", "b", "c", "d"), 1)
     replies = [Result([letter] * 4, "qqqq"), Result([byte] * 4, "\ufffd" * 4), Result([letter] * 3, "qqq"),
                Result([letter] * 4 + [END], "qqqq")]  # fmt: skip
-    found = list(distilling._kept(llm, talk, replies))
+    found = list(distilling._kept(llm, talk, replies, circles=False))
     one = len(llm.tokenizer.encode("u:a<|end|>a:"))
     before = llm.tokenizer.encode("u:a<|end|>a:qqqq<|end|>u:b<|end|>a:")
     two = len(before)
@@ -370,6 +381,16 @@ def test_answers_not_worth_learning_from_are_dropped_and_counted(
     store = answered(llm, tmp_path, params, talks)
     assert as_set(store) == (set(), {reason: 3}, {0, 1})
     assert as_set(Store.open(tmp_path)) == as_set(store)
+
+
+def test_answers_in_circles_are_kept_on_demand(llm: LLM, tmp_path: Path) -> None:
+    talks = [Conversation(("one", "two"), 0), Conversation(("three",), 1)]
+    for token, length, answers in ((7, 60, 3), (END, 40, 0)):
+        store = Store.create(tmp_path / str(token), dict(ABOUT))
+        params = SamplingParams(max_new_tokens=length, logit_bias={token: 100.0})
+        distill(llm, talks, store, params, rows=3, circles=True)
+        assert sum(len(each.answers) for each in store.conversations) == answers
+        assert store.dropped == ({} if answers else {"empty": 3})
 
 
 def circle(period: int, length: int) -> list[int]:
@@ -484,6 +505,65 @@ def test_a_model_that_writes_one_turn_only_is_refused(
     assert [each.turns for each in read_prompts(tmp_path / "p.jsonl")] == [("the same again",)]
 
 
+# --- tasks --------------------------------------------------------------------------------------------------
+
+TEXTS = [
+    ("What is a tree?", "A tree is a plant. It grows for years."),
+    (ABROAD.format(target="German", text="trees"), "Ein Baum ist eine Pflanze. Er hat Wurzeln."),
+    ("Name a bird.", "An owl is a bird. It flies at night."),
+]
+
+
+def test_tasks_are_about_the_texts_and_nothing_else() -> None:
+    found = tasks(TEXTS, 300, Random(5), 70)
+    assert [each.line for each in found] == list(range(70, 370))
+    assert found == tasks(TEXTS, 300, Random(5), 70)
+    assert found != tasks(TEXTS, 300, Random(6), 70)
+    turns = [each.turns[0] for each in found]
+    assert all(any(part in turn for pair in TEXTS for part in pair) for turn in turns)
+    assert not any("{" in turn for turn in turns)
+    back = [turn for turn in turns if turn.startswith("Translate German to English: ")]
+    assert back and all(TEXTS[1][1] in turn for turn in back)  # only what was written in German is called German
+    assert not any(turn.startswith(f"Translate {language} ") for turn in turns for language in LANGUAGES[1:])
+    for asked, answer in TEXTS:
+        question = [turn for turn in turns if f"Question: {asked}" in turn]
+        assert question and all(answer in turn for turn in question)  # the passage that answers is among those given
+
+
+@pytest.mark.parametrize(
+    ("text", "longest", "expected"),
+    [
+        (" One. Two. ", 99, "One. Two."),
+        ("One. Two. Three.", 10, "One. Two."),
+        ("One? Two! Three.", 11, "One? Two!"),
+        ("no end at all", 5, "no en"),
+        ("One.\nTwo", 6, "One."),
+    ],
+)
+def test_texts_are_cut_between_sentences(text: str, longest: int, expected: str) -> None:
+    assert cut(text, longest) == expected
+
+
+def test_tasks_come_from_long_straight_first_answers(llm: LLM, tmp_path: Path) -> None:
+    words = llm.encode("a plain text of many different letters, long enough to ask about: 0123456789", raw=True)
+    circle = llm.encode("round and " * 12, raw=True)
+    store = Store.create(tmp_path, dict(ABOUT))
+    asked = [Conversation((f"prompt {line}", "and?"), line) for line in range(5)]
+    answers = {0: words[:20], 1: circle, 2: words, 4: words}
+    for line, answer in answers.items():
+        start = len(llm.encode([{"role": "user", "content": f"prompt {line}"}]))
+        store.append(line, [Distilled(line, [*range(start), *answer, 1, 1], [(start, start + len(answer))])])
+    store.append(3, ["empty"])
+    found = next_tasks(llm, store, asked[:4], 40, 0)  # line 4 belongs to a later wave
+    assert len(found) == 40
+    assert all("a plain text of many" in each.turns[0] or "prompt 2" in each.turns[0] for each in found)
+    assert found == next_tasks(llm, store, asked[3::-1], 40, 0)
+    later = next_tasks(llm, store, [*asked, *found], 3, 0)
+    assert min(each.line for each in later) > max(each.line for each in found)
+    with pytest.raises(ForetellError, match=r"No answer is long enough \(40 tokens\).*leave out --tasks"):
+        next_tasks(llm, store, asked[:2], 4, 0)
+
+
 # --- foretell distill ---------------------------------------------------------------------------------------
 
 TINY = ("--dtype", "fp32", "--threads", "1")
@@ -565,6 +645,43 @@ def test_without_prompts_the_model_writes_them(foretell: Foretell, tiny: str, pr
         Conversation(each.turns, each.line, each.where.replace("alone", "both"), each.record) for each in written
     ]
     assert store.lines < Store.open(tmp_path / "both").lines  # its own prompts keep their noise beside a file's
+
+
+def test_tasks_are_answered_after_what_they_are_about(
+    foretell: Foretell, tiny: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = (
+        "distill",
+        "-m",
+        tiny,
+        *TINY,
+        "--prompts",
+        str(prompts),
+        "-n",
+        "60",
+        "-b",
+        "2",
+        "-t",
+        "1",
+        "--tasks",
+        "5",
+    )
+    assert foretell(*command, "--out", str(tmp_path / "straight")).code == 0
+    straight = Store.open(tmp_path / "straight")
+    assert len(straight.lines) == 4 + 5
+    append = Store.append
+    for stop in (2, 5, 8):  # among the prompts, the first tasks and the last ones
+
+        def interrupted(store: Store, line: int, found: Any, stop: int = stop) -> None:
+            if len(store.lines) == stop:
+                raise KeyboardInterrupt
+            append(store, line, found)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Store, "append", interrupted)
+            assert foretell(*command, "--out", str(tmp_path / f"cut{stop}")).code == 130
+        assert foretell(*command, "--out", str(tmp_path / f"cut{stop}")).code == 0
+        assert as_set(Store.open(tmp_path / f"cut{stop}")) == as_set(straight)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Annotated
@@ -23,6 +24,12 @@ def distill(
     write: Annotated[
         int, typer.Option(min=0, help="Prompts the model writes itself; 1000 where no file is given.")
     ] = 0,
+    tasks: Annotated[
+        int, typer.Option(min=0, help="Then so many prompts about what it wrote: summarise, translate, answer from it.")
+    ] = 0,
+    keep_repetitive: Annotated[
+        bool, typer.Option("--keep-repetitive", help="Keep answers that run in circles, which the model does write.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Take at most so many lines of the file.")] = None,
     every: Annotated[int, typer.Option(min=1, help="Take every K-th line of the file only.")] = 1,
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="Of the answers; 0 is greedy.")] = 0.0,
@@ -37,8 +44,8 @@ def distill(
     """
     from foretell.contracts import SamplingParams
     from foretell.train.data import Store
+    from foretell.train.distill import OWN_LINES, next_tasks, read_prompts, write_prompts
     from foretell.train.distill import distill as answer
-    from foretell.train.distill import read_prompts, write_prompts
 
     if prompts is None and not write:
         write = 1000
@@ -49,6 +56,7 @@ def distill(
     llm = base.load()
     settings = {
         "prompts": prompts.name if prompts else None, "limit": limit, "every": every, "write": write,
+        "tasks": tasks, "keep_repetitive": keep_repetitive,
         "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed,
     }  # fmt: skip
     store = Store.create(
@@ -60,12 +68,16 @@ def distill(
         own = out / "prompts.jsonl"
         with job_progress("writing prompts", "tokens/s") as progress:
             write_prompts(llm, write, own, seed=seed, rows=batch_size, progress=progress)
-        offset = 1 << 20  # far from the lines of any file: sampling noise belongs to the line
-        asked += [type(each)(each.turns, each.line + offset, each.where) for each in read_prompts(own)]
+        asked += [replace(each, line=each.line + OWN_LINES) for each in read_prompts(own)]
     Random(seed).shuffle(asked)  # what an interrupted run leaves is a fair sample
     try:
-        with job_progress("answering", "tokens/s") as progress:
-            answer(llm, asked, store, params, rows=batch_size, progress=progress)
+        todo = asked
+        for count in (tasks // 2, tasks - tasks // 2, 0):  # later tasks are about the answers to earlier ones too
+            if todo:
+                with job_progress("answering", "tokens/s") as progress:
+                    answer(llm, todo, store, params, rows=batch_size, circles=keep_repetitive, progress=progress)
+            todo = next_tasks(llm, store, asked, count, seed) if count else []
+            asked = asked + todo
     finally:
         store.write_manifest()
     counts = store.manifest["counts"]

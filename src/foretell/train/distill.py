@@ -12,13 +12,15 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from random import Random
 
 from foretell.api import LLM, Result
 from foretell.backbone.files import write_errors
-from foretell.contracts import SamplingParams
+from foretell.contracts import Event, SamplingParams
 from foretell.conversations import Conversation, converse, read_conversations
 from foretell.errors import ForetellError, UsageError
 from foretell.train.data import Distilled, Store, whole_lines
+from foretell.train.tasks import tasks
 
 Progress = Callable[[int, int, int], None]
 """Called with (done, total, tokens written so far)."""
@@ -27,6 +29,12 @@ SHORTEST = 4
 """Tokens of an answer worth learning from."""
 DISTINCT = 0.3
 """Least share of different 4-grams among those of an answer's second half: below, the model runs in a circle."""
+CIRCLES = "repetitive"
+SHORTEST_TEXT = 40
+"""Tokens of an answer worth asking about."""
+OWN_LINES, TASK_LINES = 1 << 20, 1 << 21
+"""Numbers of the first prompt that the model wrote, and of the first task: far from the lines of any file, for
+sampling noise belongs to the line."""
 
 
 # -- prompts from nothing --------------------------------------------------------------------------------------------
@@ -88,36 +96,41 @@ def distill(
     params: SamplingParams,
     *,
     rows: int,
+    circles: bool = False,
     progress: Progress = lambda *_: None,
 ) -> None:
-    """Answers the conversations that `store` does not hold yet, appending each as it ends."""
+    """Answers the conversations that `store` does not hold yet, appending each as it ends.
+
+    Args:
+        circles: keep answers that run in circles.
+    """
     room = llm.backbone.config.max_positions - params.max_new_tokens
-    todo, done = [], len(store.lines)
+    todo, done = [], 0
     for each in conversations:
         if each.line in store.lines:
-            continue
-        if len(llm.encode([{"role": "user", "content": each.turns[0]}])) > room:
+            done += 1
+        elif len(llm.encode([{"role": "user", "content": each.turns[0]}])) > room:
             store.append(each.line, ["too long"])
             done += 1
         else:
             todo.append(each)
     written = 0
 
-    def hear(index: int, event: object) -> None:
+    def hear(index: int, event: Event) -> None:
         nonlocal written
-        written += len(event.tokens)  # type: ignore[attr-defined]
+        written += len(event.tokens)
         progress(done, len(conversations), written)
 
     def full(index: int, error: UsageError) -> None:
         """A later turn does not fit: the conversation ends there, and `_kept` says so."""
 
     for index, replies in converse(llm, llm.decoder(rows), todo, params, rows=rows, on_event=hear, on_error=full):
-        store.append(todo[index].line, list(_kept(llm, todo[index], replies)))
+        store.append(todo[index].line, list(_kept(llm, todo[index], replies, circles)))
         done += 1
         progress(done, len(conversations), written)
 
 
-def _kept(llm: LLM, conversation: Conversation, replies: Sequence[Result]) -> Iterator[Distilled | str]:
+def _kept(llm: LLM, conversation: Conversation, replies: Sequence[Result], circles: bool) -> Iterator[Distilled | str]:
     """One conversation as token sequences: turns go on in one sequence as long as the template only appends."""
     messages: list[dict[str, str]] = []
     tokens: list[int] = []
@@ -131,7 +144,7 @@ def _kept(llm: LLM, conversation: Conversation, replies: Sequence[Result]) -> It
         tokens = [*prompt, *reply.ids]
         messages.append({"role": "assistant", "content": reply.text})
         reason = unfit(reply.ids)
-        if reason:
+        if reason and not (circles and reason == CIRCLES):
             yield reason
         else:
             answers.append((len(prompt), len(tokens)))
@@ -148,8 +161,30 @@ def unfit(ids: Sequence[int]) -> str | None:
     half = ids[len(ids) // 2 :]
     grams = [tuple(half[i : i + 4]) for i in range(len(half) - 3)]
     if len(grams) >= 24 and len(set(grams)) < DISTINCT * len(grams):
-        return "repetitive"
+        return CIRCLES
     return None
+
+
+def next_tasks(llm: LLM, store: Store, asked: Sequence[Conversation], count: int, seed: int) -> list[Conversation]:
+    """`count` tasks about the first turns of `asked` and what the model answered to them.
+
+    Raises:
+        ForetellError: no answer is long enough to ask about.
+    """
+    turns = {each.line: each.turns[0] for each in asked}
+    answers = {each.line: each.tokens[slice(*each.answers[0])] for each in reversed(store.conversations)}
+    texts = [
+        (turns[line], llm.tokenizer.decode(ids, skip_special=True))
+        for line, ids in sorted(answers.items())
+        if line in turns and len(ids) >= SHORTEST_TEXT and not unfit(ids)
+    ]
+    if not texts:
+        raise ForetellError(
+            f"No answer is long enough ({SHORTEST_TEXT} tokens) to make tasks from; leave out --tasks, or give more "
+            "prompts."
+        )
+    first = max([TASK_LINES - 1, *(line for line in turns)]) + 1
+    return tasks(texts, count, Random(f"{seed} {first}"), first)
 
 
 def read_prompts(path: Path, every: int = 1, limit: int | None = None) -> list[Conversation]:
