@@ -19,10 +19,12 @@ from foretell.backbone import Backbone
 from foretell.contracts import FINAL, SamplingParams
 from foretell.drafters import checkpoint
 from foretell.drafters.checkpoint import Checkpoint
-from foretell.drafters.medusa import DECAY, Medusa, MedusaHeads
+from foretell.drafters.medusa import DECAY, Medusa, MedusaHeads, read
 from foretell.drafters.parts import TrainingBatch, draft_vocabulary, places, soft_cross_entropy
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.errors import ForetellError, UsageError
+from foretell.train.data import Distilled
+from foretell.train.features import Features
 from foretell.trees.search import MISSED, nested, replay
 
 LLAMA = {"model_type": "llama", **DIMENSIONS}
@@ -35,11 +37,17 @@ def backbone_of(dtype: torch.dtype = FP32, **changes: Any) -> Backbone:
     return backbone
 
 
+PAPER: dict[str, Any] = {"taps": 0, "root": False}
+"""What the heads of the paper read: the final state alone."""
+
+
 def random_heads(
-    backbone: Backbone, heads: int, layers: int, output: str, vocabulary: int, seed: int = 0
+    backbone: Backbone, heads: int, layers: int, output: str, vocabulary: int, seed: int = 0, **reads: Any
 ) -> MedusaHeads:
     counts = torch.arange(VOCAB).flip(0)
-    module = Medusa.trainable(backbone, counts, heads=heads, layers=layers, output=output, draft_vocab=vocabulary)
+    module = Medusa.trainable(
+        backbone, counts, heads=heads, layers=layers, output=output, draft_vocab=vocabulary, **reads
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -80,11 +88,16 @@ def requests(count: int = 5) -> list[tuple[list[int], SamplingParams]]:
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("output", ["shared", "tied", "own"])
-@pytest.mark.parametrize(("heads", "layers"), [(1, 1), (3, 2), (5, 1)])
-def test_untrained_heads_change_no_token(heads: int, layers: int, output: str, dtype: torch.dtype, rows: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "layers", "reads"),
+    [(1, 1, PAPER), (3, 2, PAPER), (3, 2, {"taps": 2}), (5, 1, {"taps": 0}), (2, 1, {"taps": 1, "root": False})],
+)
+def test_untrained_heads_change_no_token(
+    heads: int, layers: int, reads: dict[str, Any], output: str, dtype: torch.dtype, rows: int
+) -> None:
     backbone = backbone_of(dtype, tie_word_embeddings=output == "own")
     truth = plainly(backbone, requests())
-    module = random_heads(backbone, heads, layers, output, 40)
+    module = random_heads(backbone, heads, layers, output, 40, **reads)
     for seed in range(3):
         drafter = drafter_of(backbone, module, some_paths(heads, 6, seed), 12 + 14 * seed)
         for each in (drafter, WithLookup(drafter)):
@@ -97,16 +110,23 @@ def test_untrained_heads_change_no_token(heads: int, layers: int, output: str, d
 def test_what_is_drafted_is_what_the_heads_say() -> None:
     """The packed layers against the learning form, and each node against its path's head and rank."""
     backbone = backbone_of()
-    for output, layers in (("shared", 1), ("tied", 2), ("own", 3)):
-        module = random_heads(backbone, 3, layers, output, 40)
+    for output, layers, reads in (("shared", 1, PAPER), ("tied", 2, {"taps": 2}), ("own", 3, {"taps": 0})):
+        module = random_heads(backbone, 3, layers, output, 40, **reads)
         paths = some_paths(3, 5, 4)
         drafter = drafter_of(backbone, module, paths, 12)
         decoder = decoder_of(backbone, drafter)
         decoder.submit([1, 2, 3, 4, 5], SamplingParams(max_new_tokens=20))
         decoder.step()
         row = decoder._rows[0]
-        h_Pd = drafter._states[row.slot][None]
-        states_KPd = module.states(h_Pd)
+        state, *streams = drafter._states[row.slot]
+        root = backbone.embed(torch.tensor(row.tokens[-1:])) if module.embed else None
+        h_PI = read(state[None], [each[None] for each in streams], root)
+        talk = Distilled(0, [*row.tokens, 0], [(5, len(row.tokens) + 1)])  # what comes next is what it would learn
+        learnt_from = module._read(
+            Features(backbone, [talk], module.taps).batch([0]), torch.tensor([len(row.tokens) - 2])
+        )
+        torch.testing.assert_close(h_PI, learnt_from, rtol=2**-7, atol=2**-7)  # features are kept in bfloat16
+        states_KPd = module.states(h_PI)
         best = [module.vocabulary_V[(states_KPd[k, 0] @ module.head(k).T).topk(5).indices].tolist() for k in range(3)]
         draft = drafter.draft([row])
         assert len(draft.trees[0]) == 12
@@ -136,7 +156,7 @@ def batch_of(tokens: list[list[int]], supervised: list[list[bool]], seed: int = 
     return TrainingBatch(
         torch.tensor([pad(row, 0) for row in tokens]),
         torch.tensor([pad(row, False) for row in supervised]),
-        {FINAL: torch.randn(B, T, WIDTH, generator=generator)},
+        {tap: torch.randn(B, T, WIDTH, generator=generator) for tap in (FINAL, 1, 2)},
         ids_BTm.unflatten(0, (B, T)),
         p_BTm / p_BTm.sum(-1, keepdim=True) * 0.9,
     )
@@ -147,15 +167,17 @@ def test_fresh_heads_say_what_the_output_head_says() -> None:
         for backbone in (backbone_of(), backbone_of(tie_word_embeddings=True)):
             module = Medusa.trainable(backbone, torch.ones(VOCAB), layers=2, output=output, draft_vocab=0)
             states = torch.randn(4, WIDTH)
-            assert all(torch.equal(each, states) for each in module.states(states))
+            h_PI = read(states, [torch.randn(4, WIDTH)] * 2, torch.randn(4, WIDTH))
+            assert all(torch.equal(each, states) for each in module.states(h_PI))
             for k in range(module.heads):
                 torch.testing.assert_close(states @ module.head(k).T, backbone.logits(states))
 
 
-def test_the_loss_is_the_one_of_the_paper_written_out() -> None:
+@pytest.mark.parametrize("reads", [PAPER, {"taps": 2}])
+def test_the_loss_is_the_one_of_the_paper_written_out(reads: dict[str, Any]) -> None:
     """Weights 0.8^k, shifts, masks, the teacher, the draft vocabulary: position by position in float64."""
     backbone = backbone_of()
-    module = random_heads(backbone, 3, 2, "own", 30)
+    module = random_heads(backbone, 3, 2, "own", 30, **reads)
     generator = torch.Generator().manual_seed(3)
     tokens = [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in (9, 5, 12)]
     batch = batch_of(tokens, [[i > 2 for i in range(len(row))] for row in tokens])
@@ -167,9 +189,16 @@ def test_the_loss_is_the_one_of_the_paper_written_out() -> None:
                 target = t + 2 + k
                 if target >= len(row) or not batch.supervised_BT[b, target] or not batch.supervised_BT[b, t + 2]:
                     continue
-                x = batch.states[FINAL][b, t].double()
-                for layer in range(2):
-                    x = x + F.silu(x @ module.weight_LKdd[layer, k].double().T + module.bias_LKd[layer, k].double())
+                x = inputs = batch.states[FINAL][b, t].double()
+                if reads is not PAPER:
+                    others = [
+                        batch.states[2][b, t],
+                        batch.states[1][b, t],
+                        backbone.embed(torch.tensor([row[t + 1]]))[0],
+                    ]
+                    inputs = torch.cat([x, *(each.double() / each.double().pow(2).mean().sqrt() for each in others)])
+                for weight, bias in zip(module.weights, module.bias_LKd, strict=True):
+                    x = inputs = x + F.silu(inputs @ weight[k].double().T + bias[k].double())
                 log_q = (x @ module.head(k).double().T).log_softmax(-1)
                 wanted = {row[target]: 1 - module.soft}
                 for token, p in zip(
@@ -212,7 +241,7 @@ def test_gradients_reach_the_heads_and_nothing_else() -> None:
         module = Medusa.trainable(backbone, torch.ones(VOCAB), output=output, draft_vocab=0, layers=2)
         torch.stack(list(module.losses(batch_of(tokens, [[True] * 20])).values())).sum().backward()
         names = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
-        assert names == {"weight_LKdd", "bias_LKd"} | ({"head_KVd"} if output != "shared" else set())
+        assert names == {"weights.0", "weights.1", "bias_LKd"} | ({"head_KVd"} if output != "shared" else set())
         assert all(parameter.grad.abs().sum() > 0 for parameter in module.parameters())  # type: ignore[union-attr]
         assert not module.head(0).requires_grad or output != "shared"
         optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
@@ -229,7 +258,7 @@ def test_a_cyclic_sequence_is_learnt_one_head_one_step_further() -> None:
     batch.states[FINAL] = states[torch.tensor(tokens)][None]
     batch.teacher_ids_BTm = torch.tensor([*tokens[1:], 0])[None, :, None]
     batch.teacher_p_BTm = torch.ones(1, 60, 1)
-    module = Medusa.trainable(backbone, torch.ones(VOCAB), heads=3, output="tied", draft_vocab=0)
+    module = Medusa.trainable(backbone, torch.ones(VOCAB), heads=3, output="tied", draft_vocab=0, **PAPER)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.02, weight_decay=0)
     for _ in range(60):
         optimizer.zero_grad()
@@ -268,7 +297,7 @@ def test_tokens_outside_the_draft_vocabulary_are_not_taught_and_never_drafted() 
     assert module.vocabulary_V.tolist() == list(range(10, 20))
     assert sum(each.item() for each in module.losses(batch_of([[1, 2, 3, 4, 5]], [[True] * 5])).values()) == 0.0
     drafter = drafter_of(backbone, module, [(r,) for r in range(8)])
-    assert set(drafter._guesses(torch.randn(3, WIDTH), 8).flatten().tolist()) <= set(range(10, 20))
+    assert set(drafter._guesses(torch.randn(3, 4 * WIDTH), 8).flatten().tolist()) <= set(range(10, 20))
 
 
 def test_a_draft_vocabulary_holds_the_most_frequent_tokens() -> None:
@@ -308,7 +337,8 @@ def test_a_checkpoint_comes_back_whole(tmp_path: Path, output: str) -> None:
         assert torch.equal(tensor, tensors[name])
     built = drafters.build("medusa", backbone, checkpoint=str(folder))
     direct = drafter_of(backbone, module, [(0,), (0, 0), (1,)])
-    states = torch.randn(5, WIDTH)
+    assert built.taps == module.taps
+    states = torch.randn(5, 4 * WIDTH)
     assert (built._guesses(states, 3) == direct._guesses(states, 3)).all()  # type: ignore[attr-defined]
     saved(folder, backbone, random_heads(backbone, 3, 2, output, 20, seed=9))  # a second one takes its place
     assert sorted(path.name for path in tmp_path.iterdir()) == ["heads"]

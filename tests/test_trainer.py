@@ -913,7 +913,7 @@ def test_from_a_model_alone_to_a_trained_drafter(
     assert re.search(r"tokens per step on held-out text: 4 nodes [1-4]\.\d\d", ran.err)
     assert ran.err.endswith(f"use it with -o checkpoint={drafter}\n")
     saved, tensors = checkpoint.load(drafter)
-    assert saved.arch == {"heads": 3, "layers": 1, "output": "shared"}
+    assert saved.arch == {"heads": 3, "layers": 2, "output": "tied", "taps": [1, 2], "root": True}
     assert len(tensors["vocabulary"]) == 100
     assert saved.provenance["data"] == Store.open(Path(data)).manifest
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -5,11 +5,16 @@ says t + 1): one to a few residual blocks h + SiLU(W h + b), then an output matr
 guesses is verified at once. Medusa, arXiv 2401.10774, §3.1-3.3; heads learn while the backbone is frozen (Medusa-1),
 with the loss Σ 0.8^k · CE, here against the written token and the backbone's own distribution where it was written.
 
+What heads may read besides, each an option: the token just chosen, t + 1, which is known when drafts are made (Hydra's
+idea, arXiv 2402.05109, for all heads at once, so that one tree of ranks still serves); and the streams part-way up
+the layers, where more is known of the tokens to come than the last state still says (as EAGLE-3, arXiv 2503.01840).
+
 Three choices of output matrix: `shared`, the backbone's own, frozen, nothing to store; `tied`, one copy that all
 heads train together; `own`, one copy each, as in the paper. Any of them may be cut down to a draft vocabulary: the
 drafts need not name every token, verification does.
 
-Legend: B rows, K heads, d hidden width, P positions, V draft vocabulary, m teacher tokens, R ranks.
+Legend: B rows, K heads, d hidden width, I width of all that a head reads, P positions, V draft vocabulary, m teacher
+tokens, R ranks.
 """
 
 from __future__ import annotations
@@ -33,6 +38,7 @@ from foretell.drafters.parts import (
     places,
     soft_cross_entropy,
     tree_size,
+    unit,
 )
 from foretell.errors import ForetellError, UsageError
 from foretell.trees.published import published
@@ -52,21 +58,25 @@ class MedusaHeads(Trainable):
         head_Vd: the backbone's output rows of the draft vocabulary.
         vocabulary_V: their token ids; `whole` is the size of the backbone's vocabulary.
         soft: share of the loss that is against the backbone's distribution instead of the written token.
+        taps: layers whose streams are read besides the final state.
+        embed: the backbone's embedding, if the token just chosen is read too.
     """
 
-    taps = (FINAL,)
     head_Vd: Tensor
     vocabulary_V: Tensor
     place: Tensor
 
     def __init__(
-        self, head_Vd: Tensor, vocabulary_V: Tensor, whole: int, *, heads: int, layers: int, output: str, soft: float
-    ):
+        self, head_Vd: Tensor, vocabulary_V: Tensor, whole: int, *, heads: int, layers: int, output: str, soft: float,
+        taps: Sequence[int] = (), embed: Callable[[Tensor], Tensor] | None = None,
+    ):  # fmt: skip
         super().__init__()
         d = head_Vd.shape[1]
         self.heads, self.layers, self.output, self.soft = heads, layers, output, soft
+        self.taps, self.embed = (*taps, FINAL), embed
+        widths = [d * (len(self.taps) + (embed is not None)), *[d] * (layers - 1)]
         # zeros, the bias too: at the start every head says what the output head says
-        self.weight_LKdd = nn.Parameter(torch.zeros(layers, heads, d, d))
+        self.weights = nn.ParameterList([torch.zeros(heads, d, width) for width in widths])
         self.bias_LKd = nn.Parameter(torch.zeros(layers, heads, d))
         if output == "shared":
             self.register_buffer("head_Vd", head_Vd.float(), persistent=False)
@@ -82,19 +92,26 @@ class MedusaHeads(Trainable):
             return self.head_Vd
         return self.head_KVd[k if self.output == "own" else 0]
 
-    def states(self, h_Pd: Tensor) -> Tensor:
-        """What the output matrices read: [K, P, d]."""
-        x_KPd = h_Pd.expand(self.heads, *h_Pd.shape)
-        for weight_Kdd, bias_Kd in zip(self.weight_LKdd, self.bias_LKd, strict=True):
-            product = torch.bmm(x_KPd.bfloat16(), weight_Kdd.mT.bfloat16()).float()
-            x_KPd = x_KPd + F.silu(product + bias_Kd[:, None])
-        return x_KPd
+    def states(self, h_PI: Tensor) -> Tensor:
+        """What the output matrices read: [K, P, d]; `h_PI` as `read` gives it."""
+        x_KPI = h_PI.expand(self.heads, *h_PI.shape)
+        out_KPd = x_KPI[..., : self.bias_LKd.shape[-1]]
+        for weight_KdI, bias_Kd in zip(self.weights, self.bias_LKd, strict=True):
+            product = torch.bmm(x_KPI.bfloat16(), weight_KdI.mT.bfloat16()).float()
+            out_KPd = x_KPI = out_KPd + F.silu(product + bias_Kd[:, None])
+        return out_KPd
+
+    def _read(self, batch: TrainingBatch, sources: Tensor) -> Tensor:
+        """What the heads read at places of the flattened batch."""
+        state_Pd, *streams = (batch.states[tap].flatten(0, 1)[sources].float() for tap in reversed(self.taps))
+        root_Pd = self.embed(batch.tokens_BT.flatten()[sources + 1]) if self.embed else None
+        return read(state_Pd, streams, root_Pd)
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        h_Pd, targets_PK, sources = _positions(batch, self.heads)
-        if not len(h_Pd):
+        targets_PK, sources = _positions(batch, self.heads)
+        if not len(sources):
             return {}
-        x_KPd = self.states(h_Pd)
+        x_KPd = self.states(self._read(batch, sources))
         out = {}
         for k in range(self.heads):
             token_P = targets_PK[:, k]
@@ -116,10 +133,10 @@ class MedusaHeads(Trainable):
 
     @torch.no_grad()
     def ranks(self, batch: TrainingBatch) -> list[Tensor]:
-        h_Pd, targets_PK, sources = _positions(batch, self.heads)
-        x_KPd, ranks_PK = self.states(h_Pd), torch.full_like(targets_PK, MISSED)
+        targets_PK, sources = _positions(batch, self.heads)
+        x_KPd, ranks_PK = self.states(self._read(batch, sources)), torch.full_like(targets_PK, MISSED)
         for k in range(self.heads):
-            for at in range(0, len(h_Pd), 512):
+            for at in range(0, len(sources), 512):
                 logits = x_KPd[k, at : at + 512].bfloat16() @ self.head(k).bfloat16().T
                 best = self.vocabulary_V[logits.topk(min(RANKS, logits.shape[1])).indices]
                 hit = best == targets_PK[at : at + 512, k, None]
@@ -129,20 +146,27 @@ class MedusaHeads(Trainable):
         return [ranks_PK[rows == row].cpu() for row in range(len(batch.tokens_BT))]
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors: dict[str, Tensor] = {"weight": self.weight_LKdd, "bias": self.bias_LKd}
+        tensors: dict[str, Tensor] = {f"weight.{layer}": weight for layer, weight in enumerate(self.weights)}
+        tensors["bias"] = self.bias_LKd
         if self.output != "shared":
             tensors["head"] = self.head_KVd
         tensors = {name: tensor.detach().bfloat16() for name, tensor in tensors.items()}
         tensors["vocabulary"] = self.vocabulary_V.int()
-        return tensors, {"heads": self.heads, "layers": self.layers, "output": self.output}
+        arch = {"heads": self.heads, "layers": self.layers, "output": self.output, "taps": list(self.taps[:-1])}
+        return tensors, arch | {"root": self.embed is not None}
 
 
-def _positions(batch: TrainingBatch, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def read(state_Pd: Tensor, streams: Sequence[Tensor], root_Pd: Tensor | None) -> Tensor:
+    """All that a head reads, side by side [P, I]; streams and embeddings brought to the scale of a state."""
+    others = [*streams, *(() if root_Pd is None else (root_Pd,))]
+    return torch.cat([state_Pd, *(unit(each) for each in others)], -1)
+
+
+def _positions(batch: TrainingBatch, heads: int) -> tuple[Tensor, Tensor]:
     """Where the first head has something to learn.
 
     Returns:
-        States [P, d]; targets [P, K], -1 where the token is missing or not supervised; places in the flattened
-        batch [P].
+        Targets [P, K], -1 where the token is missing or not supervised; places in the flattened batch [P].
     """
     tokens_BT, supervised_BT = batch.tokens_BT, batch.supervised_BT
     targets_BTK = torch.full((*tokens_BT.shape, heads), -1, device=tokens_BT.device)
@@ -151,8 +175,7 @@ def _positions(batch: TrainingBatch, heads: int) -> tuple[Tensor, Tensor, Tensor
         if shift < tokens_BT.shape[1]:
             targets_BTK[:, :-shift, k] = torch.where(supervised_BT[:, shift:], tokens_BT[:, shift:], -1)
     sources = (targets_BTK[..., 0] >= 0).flatten().nonzero()[:, 0]
-    h_Pd = batch.states[FINAL].flatten(0, 1)[sources].float()
-    return h_Pd, targets_BTK.flatten(0, 1)[sources], sources
+    return targets_BTK.flatten(0, 1)[sources], sources
 
 
 class Medusa(Drafter):
@@ -165,8 +188,6 @@ class Medusa(Drafter):
         earned: tree size -> tokens per step on held-out text.
     """
 
-    taps = (FINAL,)
-
     def __init__(
         self,
         backbone: Backbone,
@@ -178,23 +199,26 @@ class Medusa(Drafter):
     ):
         self._earned = earned or {}
         self.heads, self.size, self.paths = arch["heads"], size, [tuple(path) for path in paths]
+        self.taps = (*arch["taps"], FINAL)
+        self._embed = backbone.embed if arch["root"] else None
         self._vocabulary_V = tensors["vocabulary"].numpy().astype(np.int64)
         if any(len(path) > self.heads or max(path) >= len(self._vocabulary_V) for path in self.paths):
             raise UsageError(
                 f"The tree is deeper than the {self.heads} heads, or names a rank beyond the {len(self._vocabulary_V)} "
                 "tokens they choose from; take another tree."
             )
-        weight_LKdd, bias_LKd = tensors["weight"], tensors["bias"].float()
-        self._first = backbone.linear(weight_LKdd[0].flatten(0, 1), bias_LKd[0].flatten())  # all heads read one state
+        first_KdI, *deeper = (tensors[f"weight.{layer}"] for layer in range(arch["layers"]))
+        bias_LKd = tensors["bias"].float()
+        self._first = backbone.linear(first_KdI.flatten(0, 1), bias_LKd[0].flatten())  # all heads read the same
         self._deeper = [
             [backbone.linear(weight, bias) for weight, bias in zip(*layer, strict=True)]
-            for layer in zip(weight_LKdd[1:], bias_LKd[1:], strict=True)
+            for layer in zip(deeper, bias_LKd[1:], strict=True)
         ]
         shared = arch["output"] == "shared"
         heads_KVd = backbone.head_rows(tensors["vocabulary"].long())[None] if shared else tensors["head"]
         self._outputs = [backbone.linear(head_Vd, None) for head_Vd in heads_KVd]
         self._shapes: dict[int, _Shape] = {}
-        self._states: dict[int, Tensor] = {}  # slot -> state of the newest token but one
+        self._states: dict[int, list[Tensor]] = {}  # slot -> of the newest token but one: state, then streams
 
     @classmethod
     def build(  # type: ignore[override]
@@ -218,8 +242,8 @@ class Medusa(Drafter):
 
     @classmethod
     def trainable(
-        cls, backbone: Backbone, counts_V: Tensor, *, heads: int = 4, layers: int = 1, output: str = "shared",
-        draft_vocab: int = 8192, soft: float = 0.5,
+        cls, backbone: Backbone, counts_V: Tensor, *, heads: int = 4, layers: int = 2, output: str = "tied",
+        draft_vocab: int = 8192, soft: float = 0.5, taps: int = 2, root: bool = True,
     ) -> MedusaHeads:  # fmt: skip
         """Fresh heads; see `parts.Method`.
 
@@ -229,17 +253,24 @@ class Medusa(Drafter):
             output: shared, tied or own (see the module).
             draft_vocab: how many of the most frequent tokens heads choose from; 0 for all.
             soft: share of the loss that is against the backbone's distribution instead of the written token.
+            taps: how many streams part-way up are read, evenly spread over the layers; 0 as in the paper.
+            root: whether the token just chosen is read; not in the paper.
         """
         if output not in ("shared", "tied", "own"):
             raise UsageError(f"Medusa's output is {output!r}; it must be shared, tied or own.")
-        if not (1 <= heads <= 16 and 1 <= layers <= 8 and 0 <= soft <= 1 and draft_vocab >= 0):
+        depth = backbone.config.layers
+        most = min(8, depth - 1)
+        if not (1 <= heads <= 16 and 1 <= layers <= 8 and 0 <= soft <= 1 and draft_vocab >= 0 and 0 <= taps <= most):
             raise UsageError(
-                f"Medusa takes 1..16 heads of 1..8 layers, soft in 0..1 and draft_vocab >= 0, not {heads}, {layers}, "
-                f"{soft}, {draft_vocab}."
+                f"Medusa takes 1..16 heads of 1..8 layers, soft in 0..1, draft_vocab >= 0 and 0..{most} taps, not "
+                f"{heads}, {layers}, {soft}, {draft_vocab}, {taps}."
             )
         vocabulary_V = draft_vocabulary(counts_V, draft_vocab)
         head_Vd = backbone.head_rows(vocabulary_V).cpu()
-        return MedusaHeads(head_Vd, vocabulary_V, len(counts_V), heads=heads, layers=layers, output=output, soft=soft)
+        return MedusaHeads(
+            head_Vd, vocabulary_V, len(counts_V), heads=heads, layers=layers, output=output, soft=soft,
+            taps=[round(depth * (i + 1) / (taps + 1)) for i in range(taps)], embed=backbone.embed if root else None,
+        )  # fmt: skip
 
     @property
     def most_nodes(self) -> int:
@@ -257,7 +288,7 @@ class Medusa(Drafter):
         end = 0
         for row, count in zip(rows, features.counts, strict=True):
             end += count
-            self._states[row.slot] = features.taps[FINAL][end - 1]
+            self._states[row.slot] = [features.taps[tap][end - 1] for tap in reversed(self.taps)]
 
     def draft(self, rows: Sequence[Row]) -> Draft:
         trees: list[TokenTree] = [ROOT] * len(rows)
@@ -265,7 +296,9 @@ class Medusa(Drafter):
         ready = [i for i, row in enumerate(rows) if row.slot in self._states]  # not after a prompt of one token
         if ready:
             shape = self._shape(self.size(len(rows), max(len(row.tokens) for row in rows)))
-            guesses_BKR = self._guesses(torch.stack([self._states[rows[i].slot] for i in ready]), shape.width)
+            states, *streams = map(torch.stack, zip(*(self._states[rows[i].slot] for i in ready), strict=True))
+            roots = self._embed(torch.tensor([tokens[i][0] for i in ready])) if self._embed else None
+            guesses_BKR = self._guesses(read(states, streams, roots), shape.width)
             for i, guesses_KR in zip(ready, guesses_BKR, strict=True):
                 trees[i] = shape.tree
                 tokens[i] += guesses_KR[shape.depth_N, shape.rank_N].tolist()
@@ -276,13 +309,14 @@ class Medusa(Drafter):
             self._shapes[nodes] = _Shape(self.paths[: nodes - 1])
         return self._shapes[nodes]
 
-    def _guesses(self, h_Bd: Tensor, width: int) -> NDArray[np.int64]:
+    def _guesses(self, h_BI: Tensor, width: int) -> NDArray[np.int64]:
         """[B, K, R]: each head's most probable tokens, best first."""
-        x_BKd = h_Bd[:, None] + F.silu(self._first(h_Bd).unflatten(1, (self.heads, -1)))
+        x_BKd = F.silu(self._first(h_BI).unflatten(1, (self.heads, -1)))
+        x_BKd = x_BKd + h_BI[:, None, : x_BKd.shape[-1]]
         for layer in self._deeper:
             x_BKd = x_BKd + F.silu(torch.stack([linear(x_BKd[:, k]) for k, linear in enumerate(layer)], 1))
         if len(self._outputs) == 1:
-            best_BKR = self._outputs[0].top(x_BKd.flatten(0, 1), width)[1].unflatten(0, (len(h_Bd), self.heads))
+            best_BKR = self._outputs[0].top(x_BKd.flatten(0, 1), width)[1].unflatten(0, (len(h_BI), self.heads))
         else:
             best_BKR = torch.stack([output.top(x_BKd[:, k], width)[1] for k, output in enumerate(self._outputs)], 1)
         return self._vocabulary_V[best_BKR.cpu().numpy()]
@@ -292,7 +326,9 @@ def _whole(found: Checkpoint, tensors: dict[str, Tensor]) -> bool:
     """Whether the tensors are those that the config names."""
     try:
         heads, layers, d, size = found.arch["heads"], found.arch["layers"], found.hidden, len(tensors["vocabulary"])
-        shapes = {"weight": (layers, heads, d, d), "bias": (layers, heads, d)}
+        inputs = 1 + len(found.arch["taps"]) + found.arch["root"]
+        shapes = {f"weight.{layer}": (heads, d, d if layer else inputs * d) for layer in range(layers)}
+        shapes["bias"] = (layers, heads, d)
         if found.arch["output"] != "shared":
             shapes["head"] = (heads if found.arch["output"] == "own" else 1, size, d)
         return all(tuple(tensors[name].shape) == shape for name, shape in shapes.items())

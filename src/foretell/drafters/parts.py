@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class Trainable(nn.Module):
         taps: backbone states that `losses` reads.
     """
 
-    taps: ClassVar[tuple[int, ...]] = ()
+    taps: tuple[int, ...] = ()
 
     @abstractmethod
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
@@ -100,6 +100,11 @@ def tree_size(backbone: Backbone, nodes: int, tokens_per_step: dict[int, float])
         return costs.best_size(rows, context, tokens_per_step)
 
     return lambda rows, context: best(rows, context // 64 * 64)
+
+
+def unit(x_Pd: Tensor) -> Tensor:
+    """Rows divided by their root mean square."""
+    return x_Pd * torch.rsqrt(x_Pd.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
 def draft_vocabulary(counts_V: Tensor, size: int) -> Tensor:
