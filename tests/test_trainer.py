@@ -125,6 +125,11 @@ def test_features_are_what_the_backbone_computes_for_each_conversation_alone(ker
             for tap in TAPS:
                 assert same(batch.states[tap][row, : len(tokens)], states[tap].bfloat16())
             ids, p = batch.teacher_ids_BTm[row, : len(tokens)], batch.teacher_p_BTm[row, : len(tokens)]
+            told = torch.zeros(len(tokens), dtype=torch.bool)  # the model wrote what comes next
+            for start, end in DATA[index].answers:
+                told[max(start, 1) - 1 : end - 1] = True
+            assert not ids[~told].any() and not p[~told].any()
+            ids, p, logits = ids[told], p[told], logits[told]
             assert same(logits.gather(-1, ids), torch.sort(logits, -1, True).values[:, :TEACHER])
             truth = logits.double().softmax(-1)
             assert torch.allclose(p.double(), truth.gather(-1, ids), rtol=2**-8, atol=0)  # bf16 has 8 bits

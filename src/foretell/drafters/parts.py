@@ -35,8 +35,8 @@ class TrainingBatch:
         tokens_BT: int64; padding is 0.
         supervised_BT: bool; tokens the model wrote, the only ones worth guessing. False on padding.
         states: tap -> [B, T, d], what the backbone computed at each token.
-        teacher_ids_BTm, teacher_p_BTm: the backbone's most probable tokens *after* each position, and their
-            probabilities; the rest of its distribution is left out.
+        teacher_ids_BTm, teacher_p_BTm: the backbone's most probable tokens *after* each position whose next token
+            is supervised, and their probabilities (elsewhere zeros); the rest of its distribution is left out.
     """
 
     tokens_BT: Tensor

@@ -6,7 +6,7 @@ every further epoch. A shard holds the conversations of a stretch of the data, i
     features-00007.safetensors   states.<tap> [n, d] bf16, teacher_ids [n, m] int32, teacher_p [n, m] bf16
 
 A shard says of which conversations it is, and is computed again for others. The teacher's distribution after each
-token is kept as its m most probable tokens.
+token that precedes one the model wrote is kept as its m most probable tokens.
 """
 
 from __future__ import annotations
@@ -114,23 +114,38 @@ class Features:
             tokens = torch.tensor([token for each in part for token in each.tokens])
             hidden, taps = backbone.run_layers(backbone.embed(tokens), nodes, cache, taps=layers)
             taps[FINAL] = backbone.norm(hidden)
-            teacher = [_teacher(backbone, states) for states in taps[FINAL].split(256)]
             whole = {f"states.{tap}": taps[tap].bfloat16().cpu() for tap in self.taps}
-            whole |= {
-                "teacher_ids": torch.cat([t[0] for t in teacher]),
-                "teacher_p": torch.cat([t[1] for t in teacher]),
-            }
+            whole |= _teacher(backbone, taps[FINAL], _before_written(part))
             for i, count in enumerate(counts):
                 start = sum(counts[:i])
                 yield {name: tensor[start : start + count] for name, tensor in whole.items()}
 
 
-def _teacher(backbone: Backbone, states_Pd: Tensor) -> tuple[Tensor, Tensor]:
-    """The most probable next tokens [P, m] int32 and their probabilities bf16."""
-    logits_PV = backbone.logits(states_Pd)
-    values_Pm, ids_Pm = most_probable(logits_PV, min(TEACHER, logits_PV.shape[1]))
-    p_Pm = (values_Pm - logits_PV.logsumexp(-1, keepdim=True)).exp()
-    return ids_Pm.int().cpu(), p_Pm.bfloat16().cpu()
+def _before_written(data: Sequence[Distilled]) -> list[int]:
+    """Places, among the tokens of all of `data`, whose next token the model wrote."""
+    places: list[int] = []
+    begin = 0
+    for each in data:
+        for start, end in each.answers:
+            places += range(begin + max(start, 1) - 1, begin + end - 1)
+        begin += len(each.tokens)
+    return places
+
+
+def _teacher(backbone: Backbone, states_Pd: Tensor, places: Sequence[int]) -> dict[str, Tensor]:
+    """The most probable next tokens [P, m] int32 and their probabilities bf16; zeros but at `places`."""
+    m = min(TEACHER, backbone.config.vocab)
+    ids_Pm, p_Pm = (
+        torch.zeros(len(states_Pd), m, dtype=torch.int32),
+        torch.zeros(len(states_Pd), m, dtype=torch.bfloat16),
+    )
+    for part in torch.tensor(places, dtype=torch.int64).split(256):
+        logits_PV = backbone.logits(states_Pd[part.to(states_Pd.device)])
+        values, ids = most_probable(logits_PV, m)
+        best = values[:, :1]
+        total = logits_PV.sub_(best).exp_().sum(-1, keepdim=True)  # in place: the logits are many and needed no more
+        ids_Pm[part], p_Pm[part] = ids.int().cpu(), ((values - best).exp() / total).bfloat16().cpu()
+    return {"teacher_ids": ids_Pm, "teacher_p": p_Pm}
 
 
 def most_probable(logits_PV: Tensor, count: int) -> tuple[Tensor, Tensor]:
