@@ -217,7 +217,9 @@ def test_statistics_of_a_known_run() -> None:
     assert (s.prompt_tokens, s.new_tokens, s.reused_tokens) == (3, 10, 0)
     assert s.acceptance_length == 10 / 3
     assert output.drafted == [True, True, True, False] * 2 + [True, False]
-    assert 0 < s.prefill_seconds < s.seconds
+    assert 0 < s.prefill_seconds < s.prefill_seconds + s.draft_seconds + s.verify_seconds < s.seconds
+    assert s.draft_seconds > 0
+    assert s.verify_seconds > 0
     assert s.tokens_per_second == 10 / s.seconds
 
 

@@ -197,6 +197,11 @@ class Drafter(ABC):
         return {}
 
     @property
+    def parameters(self) -> int:
+        """Numbers that it adds to the model."""
+        return 0
+
+    @property
     def extra_nodes(self) -> int:
         """The most rows that `at_cut` adds per drafted node."""
         return 0
@@ -240,6 +245,7 @@ class Statistics:
         exact: whether the output is plain decoding's, token for token: drafter and rule are lossless, and a probe
             found this machine's arithmetic canonical.
         drafted: guesses verified; accepted: guesses kept, budget and stops applied.
+        draft_seconds, verify_seconds: parts of the steps; what neither covers is prefill, commit, observing and text.
         by_depth: how many steps offered, and how many accepted, a guess at depth 1, 2, ...
     """
 
@@ -253,6 +259,8 @@ class Statistics:
     drafted: int = 0
     accepted: int = 0
     prefill_seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
     seconds: float = 0.0
     by_depth: list[tuple[int, int]] = field(default_factory=list)
 

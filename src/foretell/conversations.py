@@ -59,8 +59,8 @@ def read_conversations(
     for number, line in enumerate(text.split("\n")):  # not splitlines: JSON strings may hold U+2028
         if line.strip():
             where = f"{name}, line {number + 1}"
-            record = _record(line, where)
-            found.append(Conversation(_turns(record, where, raw), number, where, record))
+            record = parse_record(line, where)
+            found.append(Conversation(turns_of(record, where, raw), number, where, record))
     if not found:
         raise ForetellError(f"{name} holds no prompts; give one JSON object a line, with `prompt` or `turns`.")
     return found[::every][:limit]
@@ -181,7 +181,7 @@ class _Talk:
 
 _TOKENS = ("prompt_tokens", "new_tokens", "reused_tokens", "drafted", "accepted")
 _STEPS = ("steps", "plain_steps", "suspended_steps")
-_SECONDS = ("prefill_seconds", "seconds")
+_SECONDS = ("prefill_seconds", "draft_seconds", "verify_seconds", "seconds")
 
 
 def total(replies: Sequence[Result]) -> Statistics:
@@ -210,7 +210,8 @@ def fields(replies: Sequence[Result]) -> dict[str, Any]:
 # -- reading -------------------------------------------------------------------------------------------------
 
 
-def _record(line: str, where: str) -> dict[str, Any]:
+def parse_record(line: str, where: str) -> dict[str, Any]:
+    """The object of one JSON line; `where` names it in errors."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -221,7 +222,8 @@ def _record(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def _turns(record: dict[str, Any], where: str, raw: bool) -> tuple[str, ...]:
+def turns_of(record: dict[str, Any], where: str, raw: bool = False) -> tuple[str, ...]:
+    """The user's turns of such an object: its `prompt`, or its `turns`."""
     if ("prompt" in record) == ("turns" in record):
         has = "both `prompt` and `turns`" if "prompt" in record else "neither `prompt` nor `turns`"
         raise ForetellError(f"{where} has {has}; give one of them.")

@@ -7,7 +7,6 @@ only be measured. `foretell tune` measures it once per machine, model and number
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import platform
 import time
@@ -20,7 +19,7 @@ import torch
 
 from foretell.backbone.base import Backbone
 from foretell.backbone.cache import KVCache
-from foretell.backbone.files import read_json, write_errors
+from foretell.backbone.files import read_json, write_json
 from foretell.backbone.nodes import Nodes
 from foretell.backbone.store import cache_folder
 from foretell.errors import ForetellError
@@ -50,11 +49,7 @@ class StepCosts:
         return max(tokens_per_step, key=lambda n: tokens_per_step[n] / self.of(rows, context, n))
 
     def save(self, path: Path) -> None:
-        with write_errors(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.partial")
-            partial.write_text(json.dumps({"seconds": self.seconds}, indent=1) + "\n", encoding="utf-8")
-            partial.replace(path)
+        write_json(path, {"seconds": self.seconds})
 
     @classmethod
     def load(cls, path: Path) -> StepCosts | None:

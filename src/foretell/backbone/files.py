@@ -35,6 +35,39 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file whole or not at all; its folder is made."""
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def written_whole(path: Path, needed_bytes: int = 0) -> Iterator[Path]:
+    """Yields the name to write to; the file takes its place when the block ends."""
+    with write_errors(path.parent, needed_bytes):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.partial")
+        yield partial
+        partial.replace(path)
+
+
+def whole_lines(path: Path, unfinished: bytes | None = None) -> list[bytes]:
+    """Lines of a file that is only appended to; what an interruption cut short at its end is cut off.
+
+    Args:
+        unfinished: what a last line holds that is nothing without the next.
+    """
+    data = path.read_bytes() if path.exists() else b""
+    lines = data.split(b"\n")[:-1]
+    while unfinished and lines and unfinished in lines[-1]:
+        lines.pop()
+    whole = sum(len(line) + 1 for line in lines)
+    if whole < len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    return lines
+
+
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
     """Yields an empty folder that becomes `target` when the block ends, and vanishes when it fails.

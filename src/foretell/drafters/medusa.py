@@ -217,6 +217,7 @@ class Medusa(Drafter):
         shared = arch["output"] == "shared"
         heads_KVd = backbone.head_rows(tensors["vocabulary"].long())[None] if shared else tensors["head"]
         self._outputs = [backbone.linear(head_Vd, None) for head_Vd in heads_KVd]
+        self._parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
         self._shapes: dict[int, _Shape] = {}
         self._states: dict[int, list[Tensor]] = {}  # slot -> of the newest token but one: state, then streams
 
@@ -279,6 +280,10 @@ class Medusa(Drafter):
     @property
     def tokens_per_step(self) -> dict[int, float]:
         return self._earned
+
+    @property
+    def parameters(self) -> int:
+        return self._parameters
 
     def reset(self, rows: Sequence[Row]) -> None:
         for row in rows:

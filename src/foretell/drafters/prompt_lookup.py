@@ -137,6 +137,10 @@ class WithLookup(Drafter):
         return self.inner.tokens_per_step
 
     @property
+    def parameters(self) -> int:
+        return self.inner.parameters
+
+    @property
     def extra_nodes(self) -> int:
         return self.inner.extra_nodes
 

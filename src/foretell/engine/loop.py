@@ -96,6 +96,12 @@ class SpeculativeDecoder:
         for row in [row for row in self._rows if row.request == request]:
             self._leave(row)
 
+    def forget(self) -> None:
+        """Frees the caches of finished requests, from which a next one that begins alike would profit."""
+        for slot in self._parked:
+            self.cache.free(slot)
+        self._parked.clear()
+
     def step(self) -> list[Event]:
         """One chunk of prompts for the rows that still read theirs, and one step for the others."""
         self._admit()
@@ -112,8 +118,13 @@ class SpeculativeDecoder:
         context = max(len(row.tokens) for row in rows)
         self.cache.reserve(context + self.drafter.most_nodes * (1 + self.drafter.extra_nodes))  # drafting may write too
         draft = self._draft(rows, context)
+        drafted = time.perf_counter()
         states_Md, taps, extra = self._forward(rows, draft)
         verdict, logprobs = self._verify(rows, draft, states_Md)
+        verified = time.perf_counter()
+        for row in rows:
+            row.statistics.draft_seconds += drafted - began
+            row.statistics.verify_seconds += verified - drafted
         self.cache.commit([row.slot for row in rows], verdict.paths)
         events = self._emit(rows, draft, verdict, logprobs)
         kept = [start + node for start, path in zip(_starts(draft), verdict.paths, strict=True) for node in path]

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from foretell.backbone.files import read_json, write_errors
+from foretell.backbone.files import read_json, whole_lines, write_errors, write_json
 from foretell.errors import ForetellError, UsageError
 
 FORMAT = 1
@@ -129,29 +129,9 @@ class Store:
             "written": sum(each.written for each in self.conversations),
             "dropped": dict(self.dropped),
         }
-        with write_errors(self.folder):
-            partial = self.folder / f".{MANIFEST}.partial"
-            partial.write_text(json.dumps(self.manifest, indent=1) + "\n", encoding="utf-8")
-            partial.replace(self.folder / MANIFEST)
+        write_json(self.folder / MANIFEST, self.manifest)
 
 
 def digest(data: Sequence[Distilled]) -> str:
     """Tells conversations from others: what was made from them must not be taken for theirs."""
     return hashlib.sha256(json.dumps([[each.tokens, each.answers] for each in data]).encode()).hexdigest()[:16]
-
-
-def whole_lines(path: Path, unfinished: bytes | None = None) -> list[bytes]:
-    """Lines of a file that is only appended to; what an interruption cut short at its end is cut off.
-
-    Args:
-        unfinished: what a last line holds that is nothing without the next.
-    """
-    data = path.read_bytes() if path.exists() else b""
-    lines = data.split(b"\n")[:-1]
-    while unfinished and lines and unfinished in lines[-1]:
-        lines.pop()
-    whole = sum(len(line) + 1 for line in lines)
-    if whole < len(data):
-        with path.open("r+b") as file:
-            file.truncate(whole)
-    return lines

@@ -15,11 +15,11 @@ from pathlib import Path
 from random import Random
 
 from foretell.api import LLM, Result
-from foretell.backbone.files import write_errors
+from foretell.backbone.files import whole_lines, write_errors
 from foretell.contracts import Event, SamplingParams
 from foretell.conversations import Conversation, converse, read_conversations
 from foretell.errors import ForetellError, UsageError
-from foretell.train.data import Distilled, Store, whole_lines
+from foretell.train.data import Distilled, Store
 from foretell.train.tasks import tasks
 
 Progress = Callable[[int, int, int], None]

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foretell.backbone import Backbone, Nodes
-from foretell.backbone.files import write_errors
+from foretell.backbone.files import write_errors, written_whole
 from foretell.contracts import FINAL
 from foretell.drafters.parts import TrainingBatch
 from foretell.errors import UsageError
@@ -64,10 +64,8 @@ class Features:
             about = {"data": digest(part), "dtype": str(self.backbone.dtype)}
             if _about(path) != about:
                 tensors = _joined(list(self._compute(part)))
-                with write_errors(self.folder, sum(t.nbytes for t in tensors.values())):
-                    partial = path.with_name(f".{path.name}.partial")
+                with written_whole(path, sum(t.nbytes for t in tensors.values())) as partial:
                     save_file(tensors, partial, about)
-                    partial.replace(path)
             progress((number + 1) / len(self._shards))
 
     def batch(self, indices: Sequence[int]) -> TrainingBatch:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from foretell.backbone.files import write_errors
+from foretell.backbone.files import write_errors, written_whole
 from foretell.drafters.parts import Trainable
 from foretell.errors import ForetellError, UsageError, check_numbers
 from foretell.train.data import digest
@@ -222,11 +222,8 @@ class Trainer:
             "module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
             "settings": asdict(self.settings) | self.options, "data": self._data, "skipped": self.skipped,
         }  # fmt: skip
-        with write_errors(self.folder):
-            partial = self.folder / ".state.pt.partial"
-            with partial.open("wb") as file:  # torch itself does not say that a disk is full
-                torch.save(state, file)
-            partial.replace(self.folder / "state.pt")
+        with written_whole(self.folder / "state.pt") as partial, partial.open("wb") as file:
+            torch.save(state, file)  # into our file: torch itself does not say that a disk is full
 
     def resume(self) -> bool:
         """Takes up the saved state, if there is one.
