@@ -1,5 +1,6 @@
 """A tree is its parents; everything else about it follows, and is held here against the definition."""
 
+import math
 import re
 from typing import Any
 
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from random_backbones import examples, trees
 
 from foretell.errors import UsageError
-from foretell.trees import TokenTree, cartesian, chain, from_paths, merge
+from foretell.trees import Guesses, TokenTree, cartesian, chain, from_paths, most_probable
+from foretell.trees.tree import ROOT
 
 MEDUSA = [(0,), (0, 0), (0, 1), (0, 2), (1,), (1, 0), (1, 1), (1, 2)]
 
@@ -74,10 +76,6 @@ def test_pruning_keeps_the_upper_part(tree: TokenTree, height: int) -> None:
     assert pruned.height == min(height, tree.height)
 
 
-def token_paths(tree: TokenTree, tokens: list[int]) -> set[tuple[int, ...]]:
-    return {tuple(tokens[n] for n in tree.path(node)) for node in range(len(tree))}
-
-
 @st.composite
 def token_trees(draw: st.DrawFn, distinct: bool = False) -> tuple[TokenTree, list[int]]:
     """Few different tokens, so that paths often agree; siblings are alike only if `distinct` is false."""
@@ -90,21 +88,42 @@ def token_trees(draw: st.DrawFn, distinct: bool = False) -> tuple[TokenTree, lis
     return tree, tokens
 
 
-@examples(100)
-@given(token_trees(), token_trees())
-def test_merging_is_the_union_of_the_guessed_futures(one: Any, two: Any) -> None:
-    tree, tokens = merge(*one, *two)
-    union = token_paths(*one) | token_paths(*two)
-    assert token_paths(tree, tokens) == union
-    assert len(tree) == len(tokens) == len(union)  # each future once: prefixes are shared, no siblings are alike
+@st.composite
+def guesses(draw: st.DrawFn) -> Guesses:
+    """Few different probabilities, so that values often tie."""
+    tree, tokens = draw(token_trees())
+    share = st.sampled_from([0.0, 0.25, 0.5, 1.0])
+    return Guesses(tree, tokens, [1.0, *draw(st.lists(share, min_size=len(tree) - 1, max_size=len(tree) - 1))])
 
 
-@examples(40)
-@given(token_trees(distinct=True), token_trees())
-def test_nodes_of_the_first_tree_keep_their_places(one: Any, two: Any) -> None:
-    tree, tokens = merge(*one, *two)
-    assert tree.parents[: len(one[0])] == one[0].parents
-    assert tokens[: len(one[0])] == one[1]
+def path_values(one: Guesses) -> dict[tuple[int, ...], float]:
+    """Guessed future -> its probability, the highest where a tree guesses it twice at a step."""
+    given: dict[tuple[int, ...], float] = {}
+    for node in range(len(one.tokens)):
+        path = tuple(one.tokens[n] for n in one.tree.path(node))
+        given[path] = max(given.get(path, 0.0), one.probabilities[node])
+    return given
+
+
+@examples(150)
+@given(guesses(), guesses(), st.integers(1, 45))
+def test_the_most_probable_futures_of_two_trees(one: Guesses, two: Guesses, size: int) -> None:
+    both, found = path_values(one), most_probable(one, two, size)
+    for path, p in path_values(two).items():
+        both[path] = max(both.get(path, 0.0), p)
+    values = {path: math.prod(both[path[: n + 1]] for n in range(len(path))) for path in both}
+    paths = [tuple(found.tokens[n] for n in found.tree.path(node)) for node in range(len(found.tokens))]
+    assert len(set(paths)) == len(paths) == len(found.tree) == min(size, len(values))  # each once: prefixes are shared
+    assert [found.probabilities[node] for node in range(len(paths))] == [both[path] for path in paths]
+    chosen = [values[path] for path in paths]
+    assert chosen == sorted(values.values(), reverse=True)[: len(paths)]
+
+
+def test_of_equal_guesses_those_of_the_first_tree_stay() -> None:
+    one = Guesses(chain(2), [7, 1, 2], [1.0, 0.5, 1.0])
+    two = Guesses(chain(2), [7, 3, 4], [1.0, 0.5, 1.0])
+    assert most_probable(one, two, 3) == one
+    assert most_probable(two, one, 3) == two
 
 
 @pytest.mark.parametrize(
@@ -118,7 +137,10 @@ def test_nodes_of_the_first_tree_keep_their_places(one: Any, two: Any) -> None:
         (lambda: from_paths([(0, 1)]), "path [0, 1] lacks its prefix [0]; add it"),
         (lambda: from_paths([(0,), (0, -1)]), "path [0, -1] holds a negative rank; ranks count from 0"),
         (lambda: cartesian([2, 0]), "widths must be at least 1, not [2, 0]"),
-        (lambda: merge(chain(0), [1], chain(0), [2]), "different roots cannot merge: token 1 against 2"),
+        (
+            lambda: most_probable(Guesses(ROOT, [1], [1.0]), Guesses(ROOT, [2], [1.0]), 4),
+            "different roots cannot merge: token 1 against 2",
+        ),
     ],
 )
 def test_what_is_no_tree_is_refused_in_one_sentence(make: Any, sentence: str) -> None:

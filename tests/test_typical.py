@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_backbones import drafts, examples
 from torch import Tensor
+from toy_drafters import union
 
 from foretell.contracts import Draft, Verdict
 from foretell.errors import UsageError
-from foretell.trees import TokenTree, chain, merge
+from foretell.trees import TokenTree, chain
 from foretell.verify import Typical, typical, walk
 
 VOCAB = 5
@@ -59,7 +60,7 @@ def test_typical_acceptance_is_its_definition(draft: Draft, rule: Typical, seed:
 @examples(40)
 @given(drafts(16, VOCAB), st.integers(0, 999))
 def test_the_ends_of_the_thresholds(draft: Draft, seed: int) -> None:
-    pairs = [merge(tree, ids, chain(0), ids) for tree, ids in zip(draft.trees, draft.tokens, strict=True)]
+    pairs = [union(tree, ids, chain(0), ids) for tree, ids in zip(draft.trees, draft.tokens, strict=True)]
     draft = Draft([tree for tree, _ in pairs], [ids for _, ids in pairs])  # siblings differ, so paths are unique
     generator = torch.Generator().manual_seed(seed)
     logits = [torch.rand(len(tree), VOCAB, generator=generator).argsort(1).float() for tree in draft.trees]

@@ -13,10 +13,17 @@ from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.contracts import FINAL, Draft, Drafter, Features, Row
-from foretell.trees import TokenTree, chain, merge
+from foretell.trees import Guesses, TokenTree, chain, most_probable
 
 Answers = dict[tuple[int, ...], list[int]]
 """Prompt -> what plain decoding writes after it."""
+
+
+def union(tree: TokenTree, ids: list[int], other: TokenTree, other_ids: list[int]) -> tuple[TokenTree, list[int]]:
+    """All that either tree guesses; the nodes of the first keep their places."""
+    one, two = (Guesses(t, list(i), [1.0] * len(t)) for t, i in ((tree, ids), (other, other_ids)))
+    both = most_probable(one, two, len(tree) + len(other))
+    return both.tree, both.tokens
 
 
 def upcoming(answers: Answers, row: Row, count: int) -> list[int]:
@@ -48,9 +55,9 @@ class RandomTrees(Drafter):
             ids = [row.tokens[-1], *(self.rng.randrange(self.vocab) for _ in range(len(tree) - 1))]
             right = upcoming(self.answers, row, self.rng.randint(0, 12))
             if self.rng.random() < 0.5:
-                tree, ids = merge(tree, ids, chain(len(right)), [ids[0], *right])
+                tree, ids = union(tree, ids, chain(len(right)), [ids[0], *right])
             else:
-                tree, ids = merge(chain(len(right)), [ids[0], *right], tree, ids)
+                tree, ids = union(chain(len(right)), [ids[0], *right], tree, ids)
             trees.append(tree)
             tokens.append(ids)
         return Draft(trees, tokens)

@@ -122,8 +122,8 @@ class Draft:
     Attributes:
         trees: one per row.
         tokens: ids node by node, one list per row; the root holds the row's newest token.
-        probabilities: per row the drafter's probability of each node given its parent, or None when guesses are
-            deterministic. Verification in this library never needs them; adaptive trees may.
+        probabilities: per row how probable each node is given its parent (1 for the root), or None where that is
+            not known. Verification never needs them; trees that are merged or cut keep the most probable guesses.
         resume: (layer, hidden [M, d]) when the drafter has already run the lower layers over all nodes and written
             their keys and values; verification starts at that layer.
     """

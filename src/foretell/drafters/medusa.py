@@ -186,6 +186,7 @@ class Medusa(Drafter):
         paths: rank paths, prefixes first; the tree of n nodes is the first n - 1 of them.
         size: (rows, context) -> nodes of the tree to draft, root included.
         earned: tree size -> tokens per step on held-out text.
+        frequencies: how often each path came true, if that is known.
     """
 
     def __init__(
@@ -196,8 +197,9 @@ class Medusa(Drafter):
         paths: Sequence[Sequence[int]],
         size: Callable[[int, int], int],
         earned: dict[int, float] | None = None,
+        frequencies: Sequence[float] = (),
     ):
-        self._earned = earned or {}
+        self._earned, self._frequencies = earned or {}, list(frequencies)
         self.heads, self.size, self.paths = arch["heads"], size, [tuple(path) for path in paths]
         self.taps = (*arch["taps"], FINAL)
         self._embed = backbone.embed if arch["root"] else None
@@ -239,7 +241,7 @@ class Medusa(Drafter):
         paths = published(tree) if tree else found.paths
         earned = {} if tree else {int(size): tokens for size, tokens in found.tokens_per_step.items()}
         size = tree_size(backbone, nodes or (len(paths) + 1 if tree else 0), earned)
-        return cls(backbone, found.arch, tensors, paths, size, earned)
+        return cls(backbone, found.arch, tensors, paths, size, earned, () if tree else found.frequencies)
 
     @classmethod
     def trainable(
@@ -298,6 +300,7 @@ class Medusa(Drafter):
     def draft(self, rows: Sequence[Row]) -> Draft:
         trees: list[TokenTree] = [ROOT] * len(rows)
         tokens = [[row.tokens[-1]] for row in rows]
+        given = [[1.0] for _ in rows]
         ready = [i for i, row in enumerate(rows) if row.slot in self._states]  # not after a prompt of one token
         if ready:
             shape = self._shape(self.size(len(rows), max(len(row.tokens) for row in rows)))
@@ -305,13 +308,13 @@ class Medusa(Drafter):
             roots = self._embed(torch.tensor([tokens[i][0] for i in ready])) if self._embed else None
             guesses_BKR = self._guesses(read(states, streams, roots), shape.width)
             for i, guesses_KR in zip(ready, guesses_BKR, strict=True):
-                trees[i] = shape.tree
+                trees[i], given[i] = shape.tree, shape.given
                 tokens[i] += guesses_KR[shape.depth_N, shape.rank_N].tolist()
-        return Draft(trees, tokens)
+        return Draft(trees, tokens, given if self._frequencies else None)
 
     def _shape(self, nodes: int) -> _Shape:
         if nodes not in self._shapes:
-            self._shapes[nodes] = _Shape(self.paths[: nodes - 1])
+            self._shapes[nodes] = _Shape(self.paths[: nodes - 1], self._frequencies)
         return self._shapes[nodes]
 
     def _guesses(self, h_BI: Tensor, width: int) -> NDArray[np.int64]:
@@ -342,10 +345,12 @@ def _whole(found: Checkpoint, tensors: dict[str, Tensor]) -> bool:
 
 
 class _Shape:
-    """A tree, and which head and rank fills each of its nodes (the root left out)."""
+    """A tree, which head and rank fills each of its nodes (the root left out), and how probable each is."""
 
-    def __init__(self, paths: Sequence[tuple[int, ...]]):
+    def __init__(self, paths: Sequence[tuple[int, ...]], frequencies: Sequence[float]):
         self.tree = in_order(paths)
         self.depth_N = np.array([len(path) - 1 for path in paths], dtype=np.int64)
         self.rank_N = np.array([path[-1] for path in paths], dtype=np.int64)
+        known = {(): 1.0} | dict(zip(paths, frequencies, strict=False))
+        self.given = [1.0, *(known.get(path, 0.0) / (known.get(path[:-1]) or 1.0) for path in paths)]
         self.width = max((path[-1] for path in paths), default=0) + 1

@@ -1,13 +1,17 @@
 """Text repeats itself: guess what followed the last words the last times they occurred.
 
-The newest n tokens are looked up in prompt and output, the longest n first; what followed each earlier occurrence
-is a candidate, the longer the match the further, and candidates that begin alike share nodes of one tree. Costs no
-parameters and no training; it wins where the answer quotes the question (summaries, edits, code). Prompt lookup:
-Saxena 2023; n-gram chains as in transformers' `prompt_lookup_num_tokens`, here several of them verified at once.
+The newest tokens are looked up in prompt and output; what followed earlier occurrences of the longest matches are
+candidates. A guess is worth the probability that it comes true, and that depends on how many tokens before it match
+(each guess further along a candidate matches one more) and on how many better candidates say otherwise: both were
+counted once, in texts that a model wrote. The most probable guesses make the tree.
+
+Costs no parameters and no training; it wins where the answer quotes the question (summaries, edits, code). Prompt
+lookup: Saxena 2023; chains as in transformers' `prompt_lookup_num_tokens`, here the best of several in one tree.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,11 +20,28 @@ from torch import Tensor
 
 from foretell.contracts import Draft, Drafter, Features, Row
 from foretell.errors import UsageError
-from foretell.trees import TokenTree, merge
+from foretell.trees import Guesses, TokenTree, most_probable
 from foretell.trees.tree import ROOT
 
 if TYPE_CHECKING:
     from foretell.backbone import KVCache
+
+FOLLOWS: tuple[tuple[float, ...], ...] = (
+    (0.23, 0.13, 0.09, 0.05),
+    (0.55, 0.17, 0.09, 0.06),
+    (0.63, 0.16, 0.09, 0.05),
+    (0.78, 0.22, 0.12, 0.06),
+    (0.84, 0.23, 0.12, 0.09),
+    (0.88, 0.24, 0.14, 0.10),
+    (0.90, 0.27, 0.10, 0.04),
+    (0.92, 0.25, 0.13, 0.10),
+    (0.92, 0.26, 0.09, 0.03),
+    (0.94, 0.24, 0.08, 0.03),
+    (0.94, 0.22, 0.11, 0.05),
+    (0.96, 0.25, 0.07, 0.05),
+)
+"""[tokens that match - 1][better candidates]: how often a guess came true (the last of a row or column stands for all
+beyond). Counted by tools/lookup_table.py in conversations that SmolLM2-135M-Instruct wrote."""
 
 
 @dataclass
@@ -51,26 +72,25 @@ class _Index:
 
 
 class PromptLookup(Drafter):
-    """N-gram chains merged into a tree.
+    """The most probable continuations by lookup, as a tree.
 
     Args:
         longest, shortest: lengths of the n-grams looked up.
-        length: guesses copied from an occurrence, per token of its match. On 96 training prompts of the demo model,
-            4 per token beat any fixed number.
-        candidates: occurrences copied from.
+        candidates: occurrences looked at.
         nodes: the largest tree, root included.
+        least: probability below which a guess is not worth its node.
     """
 
-    def __init__(self, longest: int = 4, shortest: int = 1, length: int = 4, candidates: int = 8, nodes: int = 16):
+    def __init__(self, longest: int = 4, shortest: int = 1, candidates: int = 8, nodes: int = 16, least: float = 0.02):
         if not 1 <= shortest <= longest <= 16:
             raise UsageError(f"Prompt lookup needs 1 <= shortest <= longest <= 16, not {shortest} and {longest}.")
-        if not (1 <= length <= 64 and 1 <= candidates <= 64 and 2 <= nodes <= 256):
+        if not (1 <= candidates <= 64 and 2 <= nodes <= 256 and 0 < least <= 1):
             raise UsageError(
-                f"Prompt lookup takes length and candidates in 1..64 and nodes in 2..256, not {length}, {candidates}, "
-                f"{nodes}."
+                f"Prompt lookup takes candidates in 1..64, nodes in 2..256 and least above 0 up to 1, not "
+                f"{candidates}, {nodes}, {least}."
             )
-        self.longest, self.shortest, self.length = longest, shortest, length
-        self.candidates, self.nodes = candidates, nodes
+        self.longest, self.shortest = longest, shortest
+        self.candidates, self.nodes, self.least = candidates, nodes, least
         self._indexes: dict[int, _Index] = {}
 
     @property
@@ -82,31 +102,46 @@ class PromptLookup(Drafter):
             self._indexes[row.slot] = _Index(self.longest, self.shortest)
 
     def draft(self, rows: Sequence[Row]) -> Draft:
-        trees, tokens = [], []
-        for row in rows:
-            tree, ids = self._tree(row)
-            trees.append(tree)
-            tokens.append(ids)
-        return Draft(trees, tokens)
+        found = [self.guesses(row) for row in rows]
+        return Draft([g.tree for g in found], [g.tokens for g in found], [g.probabilities for g in found])
 
-    def _tree(self, row: Row) -> tuple[TokenTree, list[int]]:
-        """The trie of the continuations, earlier candidates first when the tree is full."""
-        index, root = self._indexes[row.slot], row.tokens[-1]
-        index.extend(row.tokens)
-        parents, ids = [-1], [root]
-        place: dict[tuple[int, int], int] = {}  # (node, token) -> its child
-        for start, match in index.continuations(row.tokens, self.candidates).items():
-            node = 0
-            for token in row.tokens[start : start + self.length * match]:
-                child = place.get((node, token))
-                if child is None:
-                    if len(parents) == self.nodes:
-                        break
-                    child = place[node, token] = len(parents)
-                    parents.append(node)
-                    ids.append(token)
-                node = child
-        return (TokenTree(tuple(parents)) if len(parents) > 1 else ROOT), ids
+    def guesses(self, row: Row) -> Guesses:
+        """The most probable continuations of a row: of all that is open, the likeliest guess is taken next."""
+        index, tokens = self._indexes[row.slot], row.tokens
+        index.extend(tokens)
+        parents, ids, given = [-1], [tokens[-1]], [1.0]
+        # (-value, order, node it follows, token, probability given that node, [(where it stands, tokens that match)])
+        heap: list[tuple[float, int, int, int, float, list[tuple[int, int]]]] = []
+        order = 0
+
+        def open_after(node: int, value: float, places: list[tuple[int, int]]) -> None:
+            """Enters what follows a node at the places that lead to it."""
+            nonlocal order
+            following: dict[int, list[tuple[int, int]]] = {}
+            for at, match in places:
+                if at < len(tokens):
+                    following.setdefault(tokens[at], []).append((at, match))
+            for better, (token, where) in enumerate(following.items()):
+                p = follows(where[0][1], better)
+                if value * p >= self.least:
+                    further = [(at + 1, match + 1) for at, match in where]
+                    heapq.heappush(heap, (-value * p, order, node, token, p, further))
+                    order += 1
+
+        open_after(0, 1.0, list(index.continuations(tokens, self.candidates).items()))
+        while heap and len(parents) < self.nodes:
+            value, _, parent, token, p, places = heapq.heappop(heap)
+            parents.append(parent)
+            ids.append(token)
+            given.append(p)
+            open_after(len(parents) - 1, -value, places)
+        return Guesses(TokenTree(tuple(parents)) if len(parents) > 1 else ROOT, ids, given)
+
+
+def follows(match: int, better: int) -> float:
+    """How probable a guess is that `match` tokens before it speak for, and `better` other guesses against."""
+    row = FOLLOWS[min(match, len(FOLLOWS)) - 1]
+    return row[min(better, len(row) - 1)]
 
 
 def with_lookup(drafter: Drafter) -> Drafter:
@@ -117,15 +152,12 @@ def with_lookup(drafter: Drafter) -> Drafter:
 class WithLookup(Drafter):
     """Any drafter, its trees merged with candidates of prompt lookup: what the text repeats, no head foretells.
 
-    The tree keeps its size: the last guesses of the inner drafter, its least valuable ones where it orders them,
-    make room.
-
-    Args:
-        share: most of the tree that lookup may take.
+    The tree keeps its size, and the most probable guesses of both fill it. Where the inner drafter does not say how
+    probable its guesses are, lookup takes up to half of the tree, and the inner drafter's last guesses make room.
     """
 
-    def __init__(self, inner: Drafter, share: float = 0.5, **lookup: int):
-        self.inner, self.share, self.lookup = inner, share, PromptLookup(**lookup)
+    def __init__(self, inner: Drafter, **lookup: Any):
+        self.inner, self.lookup = inner, PromptLookup(**lookup)
         self.taps, self.cuts, self.lossless = inner.taps, inner.cuts, inner.lossless
 
     @property
@@ -158,17 +190,22 @@ class WithLookup(Drafter):
         return self.inner.at_cut(layer, hidden_Md, nodes)
 
     def draft(self, rows: Sequence[Row]) -> Draft:
-        draft, found = self.inner.draft(rows), self.lookup.draft(rows)
+        draft = self.inner.draft(rows)
         if draft.resume is not None:
             raise UsageError("This drafter has run its trees through lower layers already; leave out --lookup.")
-        draft.probabilities = None  # lookup has none
-        for i in range(len(rows)):
-            tree, tokens = draft.trees[i], draft.tokens[i]
-            size = max(len(tree), self.lookup.nodes) if len(tree) == 1 else len(tree)
-            other = min(len(found.trees[i]) - 1, int(size * self.share) if len(tree) > 1 else size - 1)
-            kept = min(len(tree), size - other)
-            draft.trees[i], draft.tokens[i] = merge(
-                TokenTree(tree.parents[:kept]), tokens[:kept],
-                TokenTree(found.trees[i].parents[: other + 1]), found.tokens[i][: other + 1],
-            )  # fmt: skip
-        return draft
+        merged = []
+        for i, row in enumerate(rows):
+            given = draft.probabilities[i] if draft.probabilities else None
+            merged.append(self._merged(draft.trees[i], draft.tokens[i], given, self.lookup.guesses(row)))
+        return Draft([g.tree for g in merged], [g.tokens for g in merged], [g.probabilities for g in merged])
+
+    def _merged(self, tree: TokenTree, tokens: list[int], given: list[float] | None, found: Guesses) -> Guesses:
+        size = len(tree) if len(tree) > 1 else self.lookup.nodes
+        if given is None:
+            other = min(len(found.tokens) - 1, size // 2)
+            kept = TokenTree(tree.parents[: size - other])
+            # certain, so that all of them stay, and in their order
+            ours = Guesses(kept, tokens[: len(kept)], [1.0] * len(kept))
+            theirs = Guesses(TokenTree(found.tree.parents[: other + 1]), found.tokens[: other + 1], [1.0] * (other + 1))
+            return most_probable(ours, theirs, size)
+        return most_probable(Guesses(tree, tokens, given), found, size)

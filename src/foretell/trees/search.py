@@ -60,6 +60,12 @@ def nested(ranks: Sequence[Ranks], nodes: int) -> list[Path]:
     return paths
 
 
+def frequencies(ranks: Sequence[Ranks], paths: Sequence[Path]) -> list[float]:
+    """How often each path came true, of all positions."""
+    all_PK = np.concatenate([np.asarray(each) for each in ranks])
+    return [float(np.all(all_PK[:, : len(path)] == np.array(path), axis=1).mean()) for path in paths]
+
+
 def in_order(paths: Sequence[Path]) -> TokenTree:
     """The tree of `paths` with node i + 1 for path i: prefixes must come first, as `nested` gives them."""
     place: dict[Path, int] = {(): 0}

@@ -144,27 +144,43 @@ def cartesian(widths: Sequence[int]) -> tuple[TokenTree, list[tuple[int, ...]]]:
     return from_paths(path for depth in range(1, len(widths) + 1) for path in product(*map(range, widths[:depth])))
 
 
-def merge(
-    tree: TokenTree, tokens: Sequence[int], other: TokenTree, other_tokens: Sequence[int]
-) -> tuple[TokenTree, list[int]]:
-    """Union of two trees over one root token: paths that guess the same tokens share their nodes.
+@dataclass(frozen=True)
+class Guesses:
+    """A tree with its tokens and, node by node, the probability of each given its parent (1 for the root)."""
 
-    The nodes of `tree` keep their places when its siblings are distinct, so ranks that refer to them stay valid.
+    tree: TokenTree
+    tokens: list[int]
+    probabilities: list[float]
 
-    Args:
-        tokens, other_tokens: token ids node by node; both roots must hold the same token.
+
+def most_probable(one: Guesses, other: Guesses, size: int) -> Guesses:
+    """The `size` most probable nodes of the union of two trees over one root, the most probable first.
+
+    Paths that guess the same tokens share their nodes, with the higher probability of the two. A node is as probable
+    as its path, so that no path is cut off from its root; of equals, those of `one` stay.
+
+    Raises:
+        UsageError: the roots hold different tokens.
     """
-    if tokens[0] != other_tokens[0]:
-        raise UsageError(f"Trees with different roots cannot merge: token {tokens[0]} against {other_tokens[0]}.")
-    parents, merged = [-1], [int(tokens[0])]
+    if one.tokens[0] != other.tokens[0]:
+        raise UsageError(f"Trees with different roots cannot merge: token {one.tokens[0]} against {other.tokens[0]}.")
+    parents, tokens, given = [-1], [one.tokens[0]], [1.0]
     place: dict[tuple[int, int], int] = {}  # (node, token) -> its child that holds the token
-    for source, ids in ((tree, tokens), (other, other_tokens)):
-        moved = [0] * len(source)
-        for node, parent in enumerate(source.parents[1:], start=1):
-            key = (moved[parent], int(ids[node]))
-            if key not in place:
-                place[key] = len(parents)
-                parents.append(moved[parent])
-                merged.append(key[1])
-            moved[node] = place[key]
-    return TokenTree(tuple(parents)), merged
+    for source in (one, other):
+        moved = [0] * len(source.tokens)
+        for node, parent in enumerate(source.tree.parents[1:], start=1):
+            key = (moved[parent], source.tokens[node])
+            at = place.setdefault(key, len(parents))
+            if at == len(parents):
+                parents.append(key[0])
+                tokens.append(key[1])
+                given.append(source.probabilities[node])
+            given[at] = max(given[at], source.probabilities[node])
+            moved[node] = at
+    values = [1.0]
+    for node in range(1, len(parents)):
+        values.append(values[parents[node]] * given[node])
+    chosen = [0, *sorted(range(1, len(parents)), key=lambda node: -values[node])[: size - 1]]
+    new = {node: i for i, node in enumerate(chosen)}
+    tree = TokenTree((-1, *(new[parents[node]] for node in chosen[1:])))
+    return Guesses(tree, [tokens[node] for node in chosen], [given[node] for node in chosen])
