@@ -39,11 +39,12 @@ def help_text(*verb: str) -> str:
 def page() -> str:
     """The whole page."""
     sys.path.insert(0, str(ROOT / "src"))
-    from foretell.cli import VERBS
+    from foretell.cli import VERBS, load_verb
 
     parts = [HEADER, f"```text\n{help_text()}\n```\n"]
     for verb in VERBS:
-        parts.append(f"## foretell {verb}\n\n```text\n{help_text(verb)}\n```\n")
+        for words in ((verb,), *((verb, name) for name in getattr(load_verb(verb), "commands", ()))):
+            parts.append(f"## foretell {' '.join(words)}\n\n```text\n{help_text(*words)}\n```\n")
     return "\n".join(parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,7 @@ def training_curves(log: Path, out: Path) -> None:
     Raises:
         ForetellError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ForetellError("Plots need matplotlib; pip install 'foretell[train]'.") from error
-
+    plt = _pyplot()
     lines: list[dict[str, Any]] = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "loss" in line]
     reports = [line["held_out"] for line in lines if "held_out" in line]
@@ -45,3 +39,104 @@ def training_curves(log: Path, out: Path) -> None:
     figure.tight_layout()
     figure.savefig(out, dpi=130)
     plt.close(figure)
+
+
+def benchmark(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """(caption, SVG) of a benchmark's plots; none where matplotlib is not installed."""
+    try:
+        plt = _pyplot()
+    except ForetellError:
+        return []
+    batches = results["settings"]["batches"]
+    rows = [row for row in results["table"] if (row["batch"], row["temperature"]) == _first(results)]
+    drawn = [
+        ("Speed against plain decoding by kind of question (median of rounds).", _by_category(plt, results)),
+        ("Share of the guesses at each depth that were accepted, of those that were offered.", _by_depth(plt, rows)),
+        ("How many tokens a step emitted.", _histogram(plt, rows)),
+    ]
+    if len(batches) > 1:
+        drawn.append(("Tokens per second of all rows by batch size.", _by_batch(plt, results)))
+    return [(caption, svg) for caption, svg in drawn if svg]
+
+
+def _first(results: dict[str, Any]) -> tuple[int, float]:
+    """The setting that is looked at more closely: batch size and temperature."""
+    return results["settings"]["batches"][0], results["settings"]["temperatures"][0]
+
+
+def _by_category(plt: Any, results: dict[str, Any]) -> str:
+    names = [name for name in results["settings"]["contenders"] if name != "plain"]
+    categories = list(results["by_category"])
+    if not names or not categories:
+        return ""
+    figure, axes = plt.subplots(figsize=(10, 3.6))
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        heights = []
+        for category in categories:
+            found = [
+                row["speedup"]["median"]
+                for row in results["by_category"][category]
+                if row["contender"] == name and (row["batch"], row["temperature"]) == _first(results)
+            ]
+            heights.append(found[0] if found else 0.0)
+        axes.bar([at + width * (i - (len(names) - 1) / 2) for at in range(len(categories))], heights, width, label=name)
+    axes.axhline(1, color="#888", linewidth=0.8)
+    axes.set_xticks(range(len(categories)), [name.replace("_", " ") for name in categories], rotation=30, ha="right")
+    axes.set_ylabel("against plain")
+    return _svg(plt, figure, axes)
+
+
+def _by_depth(plt: Any, rows: list[dict[str, Any]]) -> str:
+    figure, axes = plt.subplots(figsize=(6, 3.4))
+    for row in rows:
+        if shares := row.get("acceptance_by_depth"):
+            axes.plot(range(1, len(shares) + 1), shares, "o-", label=row["contender"], markersize=3)
+    axes.set(xlabel="depth of the guess", ylabel="accepted", ylim=(0, 1))
+    return _svg(plt, figure, axes)
+
+
+def _histogram(plt: Any, rows: list[dict[str, Any]]) -> str:
+    figure, axes = plt.subplots(figsize=(6, 3.4))
+    for row in rows:
+        if counts := row.get("tokens_of_steps"):
+            total = sum(counts)
+            axes.plot(range(1, len(counts) + 1), [count / total for count in counts], "o-", label=row["contender"])
+    axes.set(xlabel="tokens of a step", ylabel="share of the steps", ylim=(0, None))
+    return _svg(plt, figure, axes)
+
+
+def _by_batch(plt: Any, results: dict[str, Any]) -> str:
+    figure, axes = plt.subplots(figsize=(6, 3.4))
+    temperature = results["settings"]["temperatures"][0]
+    for name in results["settings"]["contenders"]:
+        rows = [r for r in results["table"] if r["contender"] == name and r["temperature"] == temperature]
+        if rows:
+            axes.plot([r["batch"] for r in rows], [r["tokens_per_s"] for r in rows], "o-", label=name)
+    axes.set(xlabel="rows", ylabel="tokens/s", ylim=(0, None))
+    return _svg(plt, figure, axes)
+
+
+def _svg(plt: Any, figure: Any, axes: Any) -> str:
+    """The figure as an element to stand in a page; nothing if nothing was drawn."""
+    if not axes.get_legend_handles_labels()[0]:
+        plt.close(figure)
+        return ""
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    text = StringIO()
+    figure.savefig(text, format="svg")
+    plt.close(figure)
+    return text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ForetellError("Plots need matplotlib; pip install 'foretell[train]'.") from error
+    return plt

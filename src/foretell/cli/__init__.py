@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "demo": ("foretell.cli.demo:demo", "See and measure what drafting changes, on this machine."),
     "distill": ("foretell.cli.distill:distill", "Let the model write training data."),
     "train": ("foretell.cli.train:train", "Train a drafter for a model."),
+    "bench": ("foretell.cli.bench:app", "Measure drafters and peers over a suite."),
     "tune": ("foretell.cli.tune:tune", "Measure what steps cost here."),
     "models": ("foretell.cli.models:models", "List the models that can be loaded by name."),
 }
@@ -38,7 +39,10 @@ def load_verb(verb: str) -> Any:
     from foretell.cli.options import drafter_table, flat
 
     module, _, name = VERBS[verb][0].partition(":")
-    function = flat(getattr(import_module(module), name))
+    target = getattr(import_module(module), name)
+    if isinstance(target, typer.Typer):  # a verb with commands of its own
+        return typer.main.get_command(target)
+    function = flat(target)
     paragraphs = (function.__doc__ or "").split("\n\n")
     one = typer.Typer(add_completion=False, rich_markup_mode="rich")
     one.command(

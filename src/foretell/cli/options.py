@@ -78,7 +78,7 @@ class Loading(Base):
     def load(self, drafter: str = "", lookup: bool = False, **options: Any) -> LLM:
         """Options are checked before anything is fetched."""
         llm = super().load(
-            drafter or self.drafter, lookup or self.lookup, **_drafter_options(self.drafter, self.option), **options
+            drafter or self.drafter, lookup or self.lookup, **drafter_options(self.drafter, self.option), **options
         )
         if not llm.drafter.lossless:
             note(f"note: {self.drafter} is lossy: its output need not be the model's own.")
@@ -235,7 +235,7 @@ def parse_options(whose: str, parameters: dict[str, inspect.Parameter], texts: l
         yield name, value
 
 
-def _drafter_options(drafter: str, texts: list[str] | None) -> dict[str, Any]:
+def drafter_options(drafter: str, texts: list[str] | None) -> dict[str, Any]:
     from foretell.contracts import Drafter
 
     cls = drafters.drafter_class(drafter)

@@ -1,0 +1,131 @@
+"""Who runs: drafters of this library in this process, and peers in processes and environments of their own.
+
+    plain    medusa    medusa:nodes=16,lookup=true    medusa:typical=true    transformers:prompt_lookup    llama.cpp
+
+A contender answers token ids with token ids, so that everybody reads the same prompt and one counter counts all. It
+also says when tokens arrived, and, if it knows, what it guessed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from foretell import drafters
+from foretell.api import LLM
+from foretell.bench.memory import peak_bytes, reset_peak
+from foretell.contracts import SamplingParams, Statistics
+from foretell.engine import SpeculativeDecoder
+from foretell.verify import Typical
+
+
+@dataclass
+class Answer:
+    """What became of one prompt.
+
+    Attributes:
+        seconds: from the request to its last token, prefill included.
+        arrivals: (tokens, seconds since the request), each time some came.
+        prefill_seconds: None where a peer does not say.
+        statistics: of our own engine: steps, guesses, time of their parts; peers give what they know.
+    """
+
+    ids: list[int]
+    seconds: float
+    arrivals: list[tuple[int, float]]
+    prefill_seconds: float | None = None
+    statistics: dict[str, Any] = field(default_factory=dict)
+
+
+class Contender(Protocol):
+    """
+    Attributes:
+        name: as it was asked for.
+        lossless: whether its tokens must equal plain decoding's.
+        about: versions, options, added parameters: for the report.
+    """
+
+    name: str
+    lossless: bool
+    about: dict[str, Any]
+
+    def answer(self, prompts: Sequence[list[int]], params: SamplingParams, keys: Sequence[int]) -> list[Answer]:
+        """Answers prompts side by side; none may profit from an earlier call."""
+        ...
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory of its process since its last answer began."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Ours:
+    """A drafter of this library.
+
+    Args:
+        options: of the drafter; and `lookup`, `typical` (true), `adapt` (false) of the engine.
+    """
+
+    def __init__(self, llm: LLM, name: str, drafter: str, options: dict[str, Any]):
+        options = dict(options)
+        lookup, self.adapt = bool(options.pop("lookup", False)), bool(options.pop("adapt", True))
+        self.typical = bool(options.pop("typical", False))
+        self.llm, self.name = llm, name
+        self.drafter = drafters.build(drafter, llm.backbone, lookup=lookup, **options)
+        self.lossless = self.drafter.lossless and not self.typical
+        self.about = {
+            "drafter": drafter, "options": options, "lookup": lookup, "typical": self.typical, "adapt": self.adapt,
+            "added_parameters": self.drafter.parameters, "exact": self.lossless and llm.backbone.inexact is None,
+        }  # fmt: skip
+        self._decoders: dict[tuple[int, float], SpeculativeDecoder] = {}
+        self._peak = 0
+
+    def answer(self, prompts: Sequence[list[int]], params: SamplingParams, keys: Sequence[int]) -> list[Answer]:
+        decoder = self._decoder(len(prompts), params.temperature)
+        decoder.forget()
+        answers = [Answer([], 0.0, []) for _ in prompts]
+        reset_peak(self.llm.backbone.device)
+        began = time.perf_counter()
+        requests = [(ids, params, key) for ids, key in zip(prompts, keys, strict=True)]
+        for index, event in LLM.run(decoder, requests):
+            answer = answers[index]
+            answer.ids += event.tokens
+            answer.arrivals.append((len(event.tokens), time.perf_counter() - began))
+            if event.finish_reason:
+                assert event.statistics is not None
+                answer.seconds = time.perf_counter() - began
+                answer.prefill_seconds = event.statistics.prefill_seconds
+                answer.statistics = _told(event.statistics)
+        self._peak = peak_bytes(self.llm.backbone.device)
+        return answers
+
+    def _decoder(self, rows: int, temperature: float) -> SpeculativeDecoder:
+        """One that lasts, for what its governor has learnt about this batch size."""
+        if (rows, temperature) not in self._decoders:
+            rule = Typical(**({"temperature": temperature} if temperature else {})) if self.typical else None
+            self._decoders[rows, temperature] = SpeculativeDecoder(
+                self.llm.backbone, self.drafter, self.llm.tokenizer, max_rows=rows, rule=rule, adapt=self.adapt
+            )
+        return self._decoders[rows, temperature]
+
+    @property
+    def peak_bytes(self) -> int:
+        return self._peak
+
+    def close(self) -> None:
+        self._decoders.clear()
+
+
+def _told(statistics: Statistics) -> dict[str, Any]:
+    names = ("steps", "plain_steps", "suspended_steps", "drafted", "accepted", "draft_seconds", "verify_seconds")
+    return {name: getattr(statistics, name) for name in names} | {"by_depth": statistics.by_depth}
+
+
+def parse_spec(text: str) -> tuple[str, list[str]]:
+    """ "name:key=value,flag" as a name and its parts."""
+    name, _, rest = text.partition(":")
+    return name, [part for part in rest.split(",") if part]

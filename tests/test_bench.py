@@ -1,0 +1,239 @@
+"""The benchmark's parts: suites as they are read, figures against their definitions, judges, comparisons."""
+
+import gzip
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+
+from foretell.bench import quality
+from foretell.bench.compare import compare
+from foretell.bench.metrics import figures, gaps, histogram, table
+from foretell.bench.suites import CODE, SHIPPED, SUMS, Question, load_suite
+from foretell.errors import ForetellError, UsageError
+
+# -- suites ------------------------------------------------------------------------------------------------------------
+
+
+def written(folder: Path, text: str, name: str = "suite.jsonl") -> str:
+    (folder / name).write_text(text, encoding="utf-8")
+    return str(folder / name)
+
+
+def test_the_shipped_suite_has_every_category_of_spec_bench() -> None:
+    suite = load_suite(SHIPPED)
+    assert len(suite.questions) == 23
+    assert len({question.category for question in suite.questions}) == 13
+    assert max(len(question.turns) for question in suite.questions) == 2
+    assert [q.category for q in suite.chosen(per_category=1).questions] == list(
+        dict.fromkeys(q.category for q in suite.questions)
+    )
+    assert suite.chosen(every=5, limit=3).questions == suite.questions[::5][:3]
+
+
+def test_spec_bench_is_read(tmp_path: Path) -> None:
+    line = {"question_id": 81, "category": "writing", "turns": ["a", "b"], "reference": ["x", "y"]}
+    assert load_suite(written(tmp_path, json.dumps(line) + "\n\n")).questions == [Question("81", "writing", ("a", "b"))]
+
+
+def test_prompts_with_references_are_judged_as_texts(tmp_path: Path) -> None:
+    lines = '{"prompt": "a", "reference": "b"}\n{"turns": ["c"], "id": "k", "category": "z"}\n'
+    assert load_suite(written(tmp_path, lines)).questions == [
+        Question("1", "all", ("a",), "text", "b"), Question("k", "z", ("c",)),
+    ]  # fmt: skip
+
+
+def test_gsm8k_is_read(tmp_path: Path) -> None:
+    line = {"question": "2 + 3?", "answer": "It is <<2+3=5>>5.\n#### 5"}
+    assert load_suite(written(tmp_path, json.dumps(line))).questions == [
+        Question("1", "gsm8k", (SUMS.format(question="2 + 3?"),), "number", "5")
+    ]
+
+
+HUMAN_EVAL = {
+    "task_id": "HumanEval/0",
+    "prompt": 'from typing import List\n\ndef double(x: int) -> int:\n    """Twice x."""\n',
+    "entry_point": "double", "canonical_solution": "    return 2 * x\n",
+    "test": "def check(candidate):\n    assert candidate(4) == 8\n",
+}  # fmt: skip
+
+
+def test_human_eval_is_read_compressed(tmp_path: Path) -> None:
+    path = tmp_path / "HumanEval.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(HUMAN_EVAL).encode()))
+    suite = load_suite(str(path))
+    assert suite.name == "HumanEval"
+    question = suite.questions[0]
+    assert (question.id, question.task) == ("HumanEval/0", "code")
+    assert question.turns == (CODE.format(prompt=HUMAN_EVAL["prompt"]),)
+
+
+def test_text_is_prompts_with_blank_lines_between_them(tmp_path: Path) -> None:
+    suite = load_suite(written(tmp_path, "one\nmore\n\n\ntwo\n", "prompts.txt"))
+    assert [question.turns for question in suite.questions] == [("one\nmore",), ("two",)]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"prompt": "a"}\n{"pro', "suite.jsonl, line 2 is not valid JSON"),
+        ('{"prompt": "a"}\n{"category": "b"}', "line 2 has neither `prompt` nor `turns`"),
+        (
+            '{"question_id": 3, "prompt": "a"}\n{"question_id": 3, "prompt": "b"}',
+            "line 2 has id '3' for the second time",
+        ),
+        ('{"question": "a", "answer": "b"}', "line 1: `answer` does not end with ####"),
+        ('{"question": "a", "answer": "#### 1"}\n{"question": 3, "answer": "#### 1"}', "line 2: `question` is 3"),
+        (json.dumps(HUMAN_EVAL | {"test": ""}), "line 1: `test` is ''; it must be a text"),
+        ("\n \n", "holds no questions"),
+    ],
+)
+def test_malformed_suites_are_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    with pytest.raises(ForetellError) as refused:
+        load_suite(written(tmp_path, text))
+    assert sentence in str(refused.value)
+
+
+def test_suites_that_cannot_be_read_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"Cannot read the suite .*nowhere.*'mini', which comes with foretell"):
+        load_suite(str(tmp_path / "nowhere.jsonl"))
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a"}' * 9)[:-9])
+    with pytest.raises(ForetellError, match="no whole gzip file"):
+        load_suite(str(tmp_path / "cut.jsonl.gz"))
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ForetellError, match="not UTF-8 .byte 3"):
+        load_suite(str(tmp_path / "latin.txt"))
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def record(name: str, group: int, seconds: float, arrivals: list[tuple[int, float]], **more: Any) -> dict[str, Any]:
+    tokens = sum(count for count, _ in arrivals)
+    return {
+        "contender": name, "round": [0.0, 1, 0, group, 0], "question": str(group), "category": "ab"[group % 2],
+        "turn": 0, "prompt_tokens": 5, "new_tokens": tokens, "seconds": seconds, "prefill_seconds": 0.5,
+        "arrivals": arrivals, "peak_bytes": 10, **more,
+    }  # fmt: skip
+
+
+RECORDS = [
+    record("plain", 0, 4.5, [(1, 1.0 + i) for i in range(4)], steps=4, drafted=0, accepted=0, by_depth=[],
+           draft_seconds=0.0, verify_seconds=3.0),
+    record("plain", 1, 2.5, [(1, 1.0), (1, 2.0)], steps=2, drafted=0, accepted=0, by_depth=[],
+           draft_seconds=0.0, verify_seconds=1.5),
+    record("fast", 0, 1.5, [(3, 1.0), (1, 1.5)], steps=2, drafted=6, accepted=2, by_depth=[[2, 1], [2, 1]],
+           draft_seconds=0.25, verify_seconds=0.5, same=True),
+    record("fast", 1, 2.0, [(1, 1.0), (1, 2.0)], steps=2, drafted=4, accepted=0, by_depth=[[2, 0]],
+           draft_seconds=0.25, verify_seconds=1.0, same=False, divergence={"at": 1, "margin": 0.25}),
+]  # fmt: skip
+
+
+def test_the_figures_are_their_definitions() -> None:
+    plain, fast = table(RECORDS)
+    assert (plain["contender"], fast["contender"]) == ("plain", "fast")
+    assert fast["tokens_per_s"] == pytest.approx(6 / 3.5)
+    assert fast["decode_tokens_per_s"] == pytest.approx(6 / 2.5)
+    rates, base = [4 / 1.5, 2 / 2.0], [4 / 4.5, 2 / 2.5]
+    assert fast["speedup"]["median"] == pytest.approx(median(a / b for a, b in zip(rates, base, strict=True)))
+    assert fast["spec_bench_speedup"] == pytest.approx(sum(rates) / sum(base))
+    assert fast["tokens_per_step"] == 6 / 4
+    assert fast["accepted_share"] == 2 / 10
+    assert fast["acceptance_by_depth"] == [1 / 4, 1 / 2]
+    assert fast["tokens_of_steps"] == [3, 0, 1]
+    assert sum((i + 1) * count for i, count in enumerate(fast["tokens_of_steps"])) == 6
+    assert (fast["compared"], fast["same"], fast["margins"]) == (2, 1, [0.25])
+    assert fast["draft_share"] == pytest.approx(0.5 / 3.5)
+    assert sum(fast[f"{part}_share"] for part in ("draft", "verify", "prefill", "other")) == pytest.approx(1)
+    assert "same" not in plain
+    assert plain["speedup"] == {"low": 1.0, "median": 1.0, "high": 1.0}
+
+
+def test_a_batch_takes_as_long_as_its_slowest_row() -> None:
+    rows = [record("plain", 0, seconds, [(4, seconds)]) | {"round": [0.0, 2, 0, 0, 0]} for seconds in (2.0, 4.0)]
+    assert figures(rows, rows)["tokens_per_s"] == 8 / 4
+    assert figures(rows, rows)["decode_tokens_per_s"] == pytest.approx(8 / 3.5)
+
+
+def test_tokens_that_arrive_together_are_no_time_apart() -> None:
+    assert list(gaps([(2, 1.0), (1, 1.5), (3, 2.5)])) == [0.5, 1.0, 0.0, 0.0]
+
+
+def test_a_histogram_has_every_step() -> None:
+    assert histogram([(9, 6), (9, 2)], 10) == [4, 4, 2]
+    assert histogram([], 3) == [3]
+
+
+# -- judges ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [
+        ("so 4 + 1 = 5\n#### 5", "5", True), ("#### $1,050.00 in all", "1050", True), ("it is 12.", "12", True),
+        ("12 or 13", "12", False), ("#### 5 (not 6)", "6", False), ("no idea", "3", False), ("-7", "-7", True),
+    ],
+)  # fmt: skip
+def test_numbers_are_compared_as_numbers(answer: str, reference: str, right: bool) -> None:
+    assert quality.judge("number", [answer], [reference]) == {"exact_match": float(right)}
+
+
+REFERENCE = {"prompt": HUMAN_EVAL["prompt"], "test": HUMAN_EVAL["test"], "entry": "double"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "passes"),
+    [
+        ("Here it is:\n```python\ndef double(x: int) -> int:\n    return x + x\n```\nDone.", True),
+        ("    return 2 * x\n", True),  # the body alone
+        ("```\ndef double(x: List[int]):\n    return 2 * x", True),  # never closed; names of the prompt's imports
+        ("def double(x):\n    return x", False),
+        ("def double(x):\n    while True: pass", False),
+        ("def double(x):\n    return len(bytearray(1 << 33))", False),
+        ("def double(x):\n    import os\n    os.fork()\n    return 8", False),
+        ("def double(x):\n    open('big', 'wb').write(bytes(1 << 22))\n    return 8", False),
+        ("I cannot", False),
+    ],
+)
+def test_code_is_run_within_limits(answer: str, passes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "SECONDS", 1)
+    assert quality.judge("code", [answer], [REFERENCE]) == {"pass_at_1": float(passes)}
+
+
+def test_texts_are_judged_by_known_measures() -> None:
+    same = quality.judge("text", ["the cat sat on the mat"], ["the cat sat on the mat"])
+    assert same == {"rouge_l": 1.0, "bleu": pytest.approx(1.0)}
+    other = quality.judge("text", ["the dog sat on the mat"], ["the cat sat on the mat"])
+    assert other["rouge_l"] == pytest.approx(5 / 6)
+    assert quality.agreement(["a b"], ["c d"]) == {"agreement_rouge_l": 0.0}
+
+
+# -- comparing two runs ------------------------------------------------------------------------------------------------
+
+
+def result(low: float, mid: float, high: float, tokens: float = 2.0, same: int = 5) -> dict[str, Any]:
+    row = {
+        "contender": "fast", "batch": 1, "temperature": 0.0, "speedup": {"low": low, "median": mid, "high": high},
+        "tokens_per_step": tokens, "same": same, "compared": 5,
+    }  # fmt: skip
+    return {"machine": "m", "table": [row]}
+
+
+@pytest.mark.parametrize(
+    ("after", "worse"),
+    [
+        (result(1.9, 2.0, 2.1), []),
+        (result(1.85, 1.95, 2.05), []),  # within the quartiles
+        (result(1.5, 1.6, 1.7), ["speed against plain"]),
+        (result(2.9, 3.0, 3.1), []),
+        (result(1.9, 2.0, 2.1, tokens=1.9), ["tokens per step"]),
+        (result(1.9, 2.0, 2.1, same=4), ["share of answers with plain's ids"]),
+    ],
+)
+def test_only_what_is_beyond_noise_counts(after: dict[str, Any], worse: list[str]) -> None:
+    changes = list(compare(result(1.9, 2.0, 2.1), after))
+    assert [change.figure for change in changes if change.worse] == worse
+    assert len(changes) == 3
+    assert all(("worse" in str(change)) == change.worse for change in changes)

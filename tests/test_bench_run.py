@@ -1,0 +1,306 @@
+"""Whole benchmarks of a tiny model: what is compared, what an interruption costs, what a mistake says, real peers."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import Foretell
+from tiny_gguf import write_gguf
+from tiny_models import tiny_model
+
+import foretell as package
+from foretell.api import LLM
+from foretell.backbone import ModelFolder
+from foretell.bench.contenders import Contender, Ours
+from foretell.bench.gguf_files import gguf_file
+from foretell.bench.limits import limits, step_bytes
+from foretell.bench.peers import MissingPeerError, Peer
+from foretell.bench.results import RESULTS, collect, read_results
+from foretell.bench.runner import ABOUT, PLAIN, ROUNDS, Runner, Settings, read_rounds
+from foretell.bench.suites import Question
+from foretell.contracts import SamplingParams
+from foretell.conversations import Conversation, converse
+from foretell.errors import ForetellError, UsageError
+
+TINY = ("--dtype", "fp32", "--threads", "1")
+QUESTIONS = [
+    Question("a", "one", ("first", "and?")), Question("b", "two", ("second",)), Question("c", "one", ("third", "so?")),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llm(tiny: str) -> LLM:
+    return package.load(tiny, dtype="fp32", threads=1)
+
+
+def settings_of(llm: LLM, contenders: list[Contender], **changes: Any) -> Settings:
+    plain = Settings(
+        model="tiny", fingerprint=llm.backbone.fingerprint, dtype="float32", suite="s", digest="d",
+        questions=[q.id for q in QUESTIONS], contenders=[each.name for each in contenders], new_tokens=12,
+    )  # fmt: skip
+    return replace(plain, **changes)
+
+
+def contenders_of(llm: LLM) -> list[Contender]:
+    return [Ours(llm, PLAIN, "plain", {}), Ours(llm, "prompt_lookup", "prompt_lookup", {"adapt": False})]
+
+
+def test_every_answer_is_compared_and_later_turns_follow_plain_ones(llm: LLM, tmp_path: Path) -> None:
+    contenders = contenders_of(llm)
+    how = {"repeats": 2, "batches": [1, 2], "temperatures": [0.0, 1.0], "seed": 3}
+    runner = Runner(llm, contenders, QUESTIONS, settings_of(llm, contenders, **how), tmp_path / "out", {})
+    records = runner.run()
+    assert len(records) == 2 * 2 * 2 * 5 * 2  # contenders, repeats, batches, temperatures, turns of all questions
+    assert all(record["same"] for record in records if record["contender"] != PLAIN)
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(max_new_tokens=12, temperature=temperature, seed=3)
+        talks = [Conversation(question.turns, line) for line, question in enumerate(QUESTIONS)]
+        truth = dict(converse(llm, llm.decoder(1), talks, params))
+        for record in records:
+            if record["contender"] == PLAIN and record["round"][0] == temperature:
+                line = [q.id for q in QUESTIONS].index(record["question"])
+                assert record["ids"] == truth[line][record["turn"]].ids
+    first = [record["contender"] for record in records if record["round"][:3] == (0.0, 1, 0)]
+    assert first.count(PLAIN) == 5
+
+
+def test_no_answer_profits_from_an_earlier_one(llm: LLM) -> None:
+    ours = Ours(llm, PLAIN, "plain", {})
+    prompt, params = llm.encode("the same question"), SamplingParams(max_new_tokens=4)
+    for _ in range(2):
+        ours.answer([prompt], params, [0])
+        decoder = ours._decoder(1, 0.0)
+        assert decoder._parked  # what the last one left
+        assert max(decoder.cache.lengths) > 0
+    submitted = decoder.submit(prompt, params)
+    decoder.forget()
+    events = []
+    while decoder.busy:
+        events += decoder.step()
+    assert [event.request for event in events][-1] == submitted
+    assert events[-1].statistics is not None
+    assert events[-1].statistics.reused_tokens == 0
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2, 4])
+def test_an_interrupted_run_goes_on_behind_its_last_round(llm: LLM, tmp_path: Path, stop: int) -> None:
+    def ids(records: list[dict[str, Any]]) -> list[Any]:
+        return [(r["contender"], *r["round"], r["question"], r.get("ids"), r.get("same")) for r in records]
+
+    contenders = contenders_of(llm)
+    settings = settings_of(llm, contenders)
+    straight = Runner(llm, contenders, QUESTIONS, settings, tmp_path / "straight", {}).run()
+
+    def interrupt(done: int, total: int, tokens: int) -> None:
+        if done > stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Runner(llm, contenders, QUESTIONS, settings, tmp_path / "cut", {}).run(interrupt)
+    with (tmp_path / "cut" / ROUNDS).open("a") as file:
+        file.write('[{"contender": "pl')  # cut short in the midst of a line
+    assert len(read_rounds(tmp_path / "cut")) == 2 * (stop + 1)
+    calls: list[int] = []
+    again = Runner(llm, contenders, QUESTIONS, settings, tmp_path / "cut", {})
+    assert ids(again.run(lambda done, total, tokens: calls.append(done))) == ids(straight)
+    assert calls == list(range(stop + 2, 6))
+
+
+def test_another_run_is_not_gone_on_with(llm: LLM, tmp_path: Path) -> None:
+    contenders = contenders_of(llm)
+    Runner(llm, contenders, QUESTIONS, settings_of(llm, contenders), tmp_path / "out", {})
+    other = settings_of(llm, contenders, new_tokens=13, repeats=2)
+    with pytest.raises(UsageError, match="holds a run with other new_tokens, repeats; go on with the same, or"):
+        Runner(llm, contenders, QUESTIONS, other, tmp_path / "out", {})
+    (tmp_path / "out" / ABOUT).write_text("{")
+    with pytest.raises(ForetellError, match="is damaged; choose another --out"):
+        Runner(llm, contenders, QUESTIONS, settings_of(llm, contenders), tmp_path / "out", {})
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("dear")
+    with pytest.raises(UsageError, match="holds other files; choose another --out"):
+        Runner(llm, contenders, QUESTIONS, settings_of(llm, contenders), tmp_path / "full", {})
+
+
+class Wrong(Ours):
+    """Says something else from its fourth token on."""
+
+    def answer(self, *arguments: Any) -> Any:
+        answers = super().answer(*arguments)
+        for answer in answers:
+            answer.ids = [*answer.ids[:3], (answer.ids[3] + 1) % 256, *answer.ids[4:]]
+        return answers
+
+
+def test_a_difference_is_found_and_weighed(llm: LLM, tmp_path: Path) -> None:
+    contenders = [contenders_of(llm)[0], Wrong(llm, "wrong", "plain", {})]
+    question = [Question("a", "one", ("first",), "number", "7")]
+    settings = settings_of(llm, contenders, questions=["a"])
+    records = Runner(llm, contenders, question, settings, tmp_path / "out", {}).run()
+    wrong = next(record for record in records if record["contender"] == "wrong")
+    plain = next(record for record in records if record["contender"] == PLAIN)
+    assert not wrong["same"]
+    assert wrong["divergence"]["at"] == 3
+    prompt = llm.encode([{"role": "user", "content": "first"}])
+    result = llm.generate([*prompt, *plain["ids"][:3]], max_new_tokens=1, logprobs=100)
+    said = dict(result.logprobs[0].top)  # type: ignore[union-attr]
+    if wrong["ids"][3] in said:
+        margin = said[plain["ids"][3]] - said[wrong["ids"][3]]
+        assert wrong["divergence"]["margin"] == pytest.approx(margin, abs=1e-3)
+    about = {"contenders": {each.name: each.about for each in contenders}}
+    decode = lambda ids: llm.tokenizer.decode(ids, skip_special=True)  # noqa: E731
+    rows = collect(about, records, question, decode)["table"]
+    assert [set(row["quality"]) for row in rows] == [{"exact_match"}, {"exact_match", "agreement_rouge_l"}]
+    assert (rows[1]["same"], rows[1]["compared"]) == (0, 1)
+
+
+def test_the_bound_counts_the_weights_of_a_step(llm: LLM) -> None:
+    c = llm.backbone.config
+    layer = 2 * c.hidden * c.q_width + 2 * c.hidden * c.kv_width + 3 * c.hidden * c.mlp + 2 * c.hidden
+    embeddings = c.vocab * c.hidden  # tied or not, one of the two is read
+    assert step_bytes(llm.backbone) == 4 * (c.layers * layer + embeddings + c.hidden)
+    found = limits(llm.backbone)
+    assert found["plain_tokens_per_s"] == found["read_bytes_per_s"] / found["weight_bytes"] > 0
+
+
+# -- peers -------------------------------------------------------------------------------------------------------------
+
+
+def test_transformers_says_the_same_in_float32(llm: LLM, tiny: str, tmp_path: Path) -> None:
+    contenders: list[Contender] = [contenders_of(llm)[0]]
+    for name, parts in (("transformers", []), ("transformers:prompt_lookup", ["prompt_lookup"])):
+        contenders.append(Peer(llm, name, "transformers", parts, rows=2, cache_dir=tmp_path))
+    settings = settings_of(llm, contenders)
+    try:
+        records = Runner(llm, contenders, QUESTIONS, settings, tmp_path / "out", {}).run()
+        pair = contenders[1].answer(
+            [llm.encode("one"), llm.encode("a longer one")], SamplingParams(max_new_tokens=6), [0, 1]
+        )
+    finally:
+        for each in contenders:
+            each.close()
+    assert len(records) == 15
+    assert all(record["same"] for record in records if record["contender"] != PLAIN)
+    assert all(sum(n for n, _ in record["arrivals"]) == record["new_tokens"] for record in records)
+    assert all(record["peak_bytes"] > 10**7 for record in records)
+    singles = [llm.generate(text, max_new_tokens=6).ids for text in ("one", "a longer one")]
+    assert [answer.ids for answer in pair] == singles
+
+
+def test_peers_that_are_not_there_say_how_to_get_them(llm: LLM, tmp_path: Path) -> None:
+    with pytest.raises(
+        MissingPeerError, match=r"llama.cpp is not installed; foretell bench setup llama.cpp installs it"
+    ):
+        Peer(llm, "llama.cpp", "llama.cpp", [], rows=1, cache_dir=tmp_path)
+    with pytest.raises(UsageError, match="transformers has no variant 'medusa'; it has prompt_lookup, early_exit"):
+        Peer(llm, "transformers:medusa", "transformers", ["medusa"], rows=1, cache_dir=tmp_path)
+    with pytest.raises(UsageError, match="no option 'nodes'; it has prompt_lookup_num_tokens"):
+        Peer(llm, "x", "transformers", ["prompt_lookup", "nodes=3"], rows=1, cache_dir=tmp_path)
+
+
+def test_a_peer_that_fails_says_why(llm: LLM, tmp_path: Path) -> None:
+    peer = Peer(llm, "transformers", "transformers", [], rows=1, cache_dir=tmp_path)
+    try:
+        with pytest.raises(MissingPeerError, match="transformers failed: "):
+            peer.answer([[10**6]], SamplingParams(max_new_tokens=2), [0])
+        assert len(peer.answer([[1, 2]], SamplingParams(max_new_tokens=2, ignore_eos=True), [0])[0].ids) == 2
+        peer._process.kill()
+        with pytest.raises(MissingPeerError, match="ended unexpectedly"):
+            peer.answer([[1]], SamplingParams(max_new_tokens=2), [0])
+    finally:
+        peer.close()
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "bf16"])
+def test_a_gguf_file_in_another_type_holds_the_same_model(tmp_path: Path, kind: str) -> None:
+    import gguf
+
+    model = tiny_model("llama", hidden_size=64, intermediate_size=96)
+    path = write_gguf(tmp_path / "model.Q4_1.gguf", model, gguf.GGMLQuantizationType.Q4_1)
+    folder = ModelFolder(str(path), tmp_path, "gguf")
+    assert gguf_file(folder, "q4_1", tmp_path) == path
+    other = gguf_file(folder, kind, tmp_path / "cache")
+    ours, theirs = (package.load(each, dtype="fp32", threads=1, cache_dir=tmp_path / "c") for each in (path, other))
+    tokens = torch.arange(64)
+    a, b = (each.backbone.head_rows(tokens) for each in (ours, theirs))
+    assert (a - b).abs().max() <= (0.01 * a.abs().max() if kind == "q8_0" else 0)  # what we read is bfloat16 too
+    assert gguf.GGUFReader(other).tensors[0].tensor_type.name.lower() == kind
+    assert theirs.encode("a b", raw=True) == ours.encode("a b", raw=True)
+    with pytest.raises(ForetellError, match="did not come as GGUF; give its .gguf file"):
+        gguf_file(ModelFolder("org/name", tmp_path, "hub"), "q4_1", tmp_path)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> str:
+    lines = [{"id": q.id, "category": q.category, "turns": q.turns} for q in QUESTIONS]
+    path = tmp_path / "suite.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_the_command_writes_a_report(foretell: Foretell, tiny: str, suite: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ("bench", "-m", tiny, *TINY, "--suite", suite, "-n", "10", "-b", "1", "-b", "2")
+    ran = foretell(*command, "--out", str(out), "--run", "prompt_lookup:adapt=false", "--run", "vllm")
+    assert ran.code == 0, ran.err
+    assert "vllm is not installed; foretell bench setup vllm installs it" in ran.err
+    results = read_results(out)
+    assert [row["contender"] for row in results["table"]] == [PLAIN, "prompt_lookup:adapt=false"] * 2
+    assert all(row["same"] == row["compared"] == 5 for row in results["table"] if row["contender"] != PLAIN)
+    assert len(results["requests"]) == 20
+    assert list(results["by_category"]) == ["one", "two"]
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") >= 2 and "http" not in re.sub(
+        r"http://www\.w3\.org|http://purl\.org|https://matplotlib\.org|http://creativecommons\.org", "", page
+    )
+    assert "vllm: not measured" in (out / "results.md").read_text()
+    for row in results["table"]:
+        assert f"{row['tokens_per_s']:.1f}" in page and f"{row['tokens_per_s']:.1f}" in ran.out
+    refused = foretell(*command, "--out", str(out))
+    assert (refused.code, "holds a finished benchmark" in refused.err) == (2, True)
+    same = foretell("bench", "compare", str(out), str(out / RESULTS))
+    assert (same.code, "worse" in same.out) == (0, False)
+    for row in results["table"]:
+        row["tokens_per_step"] = row.get("tokens_per_step", 1) * 0.9
+    (tmp_path / "slower").mkdir()
+    (tmp_path / "slower" / RESULTS).write_text(json.dumps(results))
+    worse = foretell("bench", "compare", str(out), str(tmp_path / "slower"))
+    assert (worse.code, worse.out.count("worse")) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        ([], 2, "Say where the results go: --out DIR"),
+        (["--out", "{out}", "--run", "medussa"], 2, "Unknown drafter or peer 'medussa'"),
+        (["--out", "{out}", "--run", "prompt_lookup:depth=3"], 2, "has no option 'depth'"),
+        (["--out", "{out}", "--suite", "nowhere"], 2, "Cannot read the suite nowhere"),
+        (["--out", "{out}", "--suite", "{broken}"], 1, "line 2 is not valid JSON"),
+        (["--out", "{broken}", "--suite", "{suite}"], 1, "annot write to"),
+        (["--out", "/proc/nowhere", "--suite", "{suite}"], 1, "annot write to"),
+        (["--out", "{out}", "-b", "0"], 2, "--batch-size is 0"),
+        (["--out", "{out}", "-t", "-1", "--suite", "{suite}"], 2, "temperature is -1.0"),
+        (["--out", "{out}", "-n", "100000", "--suite", "{suite}"], 2, "exceed the model's context"),
+    ],
+)
+def test_mistakes_are_one_line(
+    foretell: Foretell, tiny: str, suite: str, tmp_path: Path, arguments: list[str], code: int, sentence: str
+) -> None:
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"pro')
+    names = {"out": str(tmp_path / "out"), "broken": str(tmp_path / "broken.jsonl"), "suite": suite}
+    ran = foretell("bench", "-m", tiny, *TINY, *(each.format(**names) for each in arguments))
+    assert (ran.code, ran.out) == (code, "")
+    assert re.search(rf"error: .*{re.escape(sentence)}", ran.err), ran.err
+
+
+def test_results_that_are_none_are_one_line(foretell: Foretell, tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"format": 9}')
+    for path, sentence in (("nowhere", "is no result of foretell bench"), ("other.json", "of this version")):
+        ran = foretell("bench", "compare", str(tmp_path / path), str(tmp_path / path))
+        assert (ran.code, sentence in ran.err) == (1, True)
