@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -58,7 +57,6 @@ def train(
     features = Features(backbone, store.conversations, module.taps, shards)
     run = Trainer(module, features, settings, out / "run", options)
     run.resume()  # a run that cannot be gone on with is refused before any work
-    began = time.perf_counter()
     with job_progress("features", "") as progress:
         features.prepare(lambda fraction: progress(round(fraction * 1000), 1000, 0))
     with job_progress(f"training {method}", "") as progress:
@@ -74,7 +72,7 @@ def train(
         provenance={
             "command": command_line(), "data": store.manifest,
             "settings": asdict(settings), "options": options, "accuracy": report.accuracy, "loss": report.loss,
-            "seconds": round(time.perf_counter() - began), "skipped_batches": run.skipped,
+            "seconds": round(run.seconds), "skipped_batches": run.skipped,
         },
     )  # fmt: skip
     checkpoint.save(out / "drafter", tensors)

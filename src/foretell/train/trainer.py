@@ -118,6 +118,7 @@ class Trainer:
         )  # fmt: skip
         self.step = 0
         self.skipped = 0
+        self.seconds = 0.0  # of all runs that led here
         self._updating = False
 
     def run(self, progress: Callable[[int, int, dict[str, Any]], None] = lambda *_: None) -> None:
@@ -134,6 +135,7 @@ class Trainer:
     def _run(self, progress: Callable[[int, int, dict[str, Any]], None]) -> None:
         sums: dict[str, float] = {}
         tokens, learned, began, saved = 0, 0, time.perf_counter(), time.perf_counter()
+        timed = began
         for batches in self._remaining():
             self.module.train()
             for group in self.optimizer.param_groups:
@@ -141,6 +143,7 @@ class Trainer:
             terms = self._step(batches)
             tokens += sum(len(self.features.data[i].tokens) for batch in batches for i in batch)
             self.step += 1
+            self.seconds, timed = self.seconds + time.perf_counter() - timed, time.perf_counter()
             self._updating = False
             learned += bool(terms)
             for name, value in terms.items():
@@ -222,6 +225,7 @@ class Trainer:
         state = {
             "module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
             "settings": asdict(self.settings) | self.options, "data": self._data, "skipped": self.skipped,
+            "seconds": self.seconds,
         }  # fmt: skip
         with written_whole(self.folder / "state.pt") as partial, partial.open("wb") as file:
             torch.save(state, file)  # into our file: torch itself does not say that a disk is full
@@ -239,7 +243,9 @@ class Trainer:
             return False
         try:
             state = torch.load(path, weights_only=True)
-            step, skipped, settings, data = (state[key] for key in ("step", "skipped", "settings", "data"))
+            step, skipped, settings, data, seconds = (
+                state[key] for key in ("step", "skipped", "settings", "data", "seconds")
+            )
         except Exception as error:  # a foreign file may fail in any way, inside the unpickler or after it
             raise ForetellError(f"{path} is damaged; delete it to start anew.") from error
         ours = asdict(self.settings) | self.options
@@ -254,7 +260,7 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise UsageError(f"{self.folder} holds a run of another drafter; choose another --out.") from error
-        self.step, self.skipped = step, skipped
+        self.step, self.skipped, self.seconds = step, skipped, seconds
         return True
 
     def log(self, line: dict[str, Any]) -> None:
