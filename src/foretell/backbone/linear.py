@@ -22,6 +22,8 @@ class Linear:
         self.bias = None if bias is None else bias.to(weight.dtype)
         self.dtype, self.least_rows = weight.dtype, 4
         self.packed = _onednn_pack(weight) if packed and weight.device.type == "cpu" else None
+        if self.packed is None:  # rows of odd lengths lie in memory at odd places, which MKL answers with odd sums
+            weight = F.pad(weight, (0, -weight.shape[1] % 16))
         self.weight = weight if self.packed is None else weight[:0]
 
     def __call__(self, x_MK: Tensor) -> Tensor:
@@ -35,8 +37,9 @@ class Linear:
 
     def _piece(self, x_MK: Tensor) -> Tensor:
         rows = len(x_MK)
-        if rows < self.least_rows:
-            x_MK = F.pad(x_MK, (0, 0, 0, self.least_rows - rows))
+        wider = 0 if self.packed is not None else self.weight.shape[1] - x_MK.shape[1]
+        if wider or rows < self.least_rows:
+            x_MK = F.pad(x_MK, (0, wider, 0, max(0, self.least_rows - rows)))
         if self.packed is not None:
             y_MN = torch.ops.mkldnn._linear_pointwise(x_MK, self.packed, self.bias, "none", [], "")
         else:
