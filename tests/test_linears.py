@@ -87,6 +87,50 @@ def test_a_packed_linear_multiplies_and_no_row_sees_another(kernel: str) -> None
     check(kernel, 40, holds, DTYPES, rows, sizes, sizes, st.booleans(), st.integers(1, 3))
 
 
+@every_kernel
+def test_heads_side_by_side_are_their_blocks_one_after_the_other(kernel: str) -> None:
+    def holds(
+        dtype: torch.dtype,
+        rows: int,
+        heads: int,
+        layers: int,
+        hidden: int,
+        more: int,
+        choices: int,
+        own: bool,
+        count: int,
+    ) -> None:
+        generator = torch.Generator().manual_seed(rows + hidden)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
+
+        backbone = Model(LLAMA | {"hidden_size": 8}).build(kernel, dtype, 1 + rows % 3)
+        blocks = [
+            [(random(hidden, hidden + (0 if layer else more)).to(dtype), random(hidden)) for _ in range(heads)]
+            for layer in range(layers)
+        ]
+        outputs = [random(choices, hidden).to(dtype) for _ in range(heads if own else 1)]
+        x_BI = torch.randn(rows, hidden + more, generator=generator)
+        count = min(count, choices)
+        values, ids = (t.contiguous() for t in backbone.heads(blocks, outputs).top(x_BI, count))
+        for k in range(heads):
+            x = x_BI
+            for layer in blocks:
+                x = x[:, :hidden] + torch.nn.functional.silu(x.to(dtype).float() @ layer[k][0].float().T + layer[k][1])
+            truth = x.to(dtype).float() @ outputs[k if own else 0].float().T
+            near = {"rtol": 1e-4, "atol": 1e-4} if dtype == FP32 else {"rtol": 2e-2, "atol": 5e-2}
+            torch.testing.assert_close(values[:, k], truth.topk(count).values, **near)
+            torch.testing.assert_close(values[:, k], truth.gather(1, ids[:, k]), **near)
+            assert all(len(set(row)) == count for row in ids[:, k].tolist())
+        if kernel != "eager":
+            alone = [backbone.heads(blocks, outputs).top(x_BI[i : i + 1], count)[0][0] for i in range(rows)]
+            assert same(torch.stack(alone), values)
+
+    sizes = (st.integers(1, 40), st.integers(1, 4), st.integers(1, 3), st.integers(1, 70), st.integers(0, 70))
+    check(kernel, 25, holds, DTYPES, *sizes, st.integers(1, 100), st.booleans(), st.integers(1, 20))
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_padded_library_linear_multiplies_and_no_row_sees_another(packed: bool) -> None:
     def holds(dtype: torch.dtype, rows: int, inputs: int, outputs: int) -> None:

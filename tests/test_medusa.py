@@ -118,9 +118,8 @@ def test_what_is_drafted_is_what_the_heads_say() -> None:
         decoder.submit([1, 2, 3, 4, 5], SamplingParams(max_new_tokens=20))
         decoder.step()
         row = decoder._rows[0]
-        state, *streams = drafter._states[row.slot]
-        root = backbone.embed(torch.tensor(row.tokens[-1:])) if module.embed else None
-        h_PI = read(state[None], [each[None] for each in streams], root)
+        root = [backbone.embed(torch.tensor(row.tokens[-1:]))[0]] if module.embed else []
+        h_PI = read(torch.stack([*drafter._states[row.slot], *root])[None])
         talk = Distilled(0, [*row.tokens, 0], [(5, len(row.tokens) + 1)])  # what comes next is what it would learn
         learnt_from = module._read(
             Features(backbone, [talk], module.taps).batch([0]), torch.tensor([len(row.tokens) - 2])
@@ -167,7 +166,7 @@ def test_fresh_heads_say_what_the_output_head_says() -> None:
         for backbone in (backbone_of(), backbone_of(tie_word_embeddings=True)):
             module = Medusa.trainable(backbone, torch.ones(VOCAB), layers=2, output=output, draft_vocab=0)
             states = torch.randn(4, WIDTH)
-            h_PI = read(states, [torch.randn(4, WIDTH)] * 2, torch.randn(4, WIDTH))
+            h_PI = read(torch.stack([states, *torch.randn(3, 4, WIDTH)], 1))
             assert all(torch.equal(each, states) for each in module.states(h_PI))
             for k in range(module.heads):
                 torch.testing.assert_close(states @ module.head(k).T, backbone.logits(states))

@@ -10,29 +10,19 @@ Legend: M nodes of the pass, d hidden width, V vocabulary, L layers.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from foretell.backbone.cache import KVCache
 from foretell.backbone.config import ModelConfig
+from foretell.backbone.linear import DrafterHeads, DrafterLinear, StackedHeads
 from foretell.backbone.nodes import Nodes
 
 SKIP_ATTENTION, SKIP_MLP = 1, 2
 """Bits of a skip plan: `bytes` with one entry per layer."""
-
-
-class DrafterLinear(Protocol):
-    def __call__(self, x_MK: Tensor) -> Tensor:
-        """y [M, N] float32 = x Wᵀ + b."""
-        ...
-
-    def top(self, x_MK: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` greatest outputs of each row, greatest first: values [M, count] and their indices int64."""
-        ...
 
 
 class Backbone(ABC):
@@ -116,6 +106,16 @@ class Backbone(ABC):
 
         The weight is cast to the backbone's type and packed once.
         """
+
+    def heads(self, blocks: Sequence[Sequence[tuple[Tensor, Tensor]]], outputs: Sequence[Tensor]) -> DrafterHeads:
+        """A drafter's own heads through this backbone's kernels, K of them side by side.
+
+        Args:
+            blocks: by layer and head, weight [d, I or d] and bias [d] of x + SiLU(W x + b); the first layer reads
+                rows of I numbers, whose first d are its x.
+            outputs: the matrices [V, d] after the blocks, one per head or one for all.
+        """
+        return StackedHeads(self.linear, blocks, outputs)
 
     @abstractmethod
     def head_rows(self, ids_N: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ gate and up interleaved. A tied embedding is read back from the packed head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from ctypes import addressof, byref, c_uint64
 
 import torch
@@ -16,7 +16,7 @@ from foretell.backbone import kernels
 from foretell.backbone.base import Backbone
 from foretell.backbone.cache import KVCache
 from foretell.backbone.config import ModelConfig
-from foretell.backbone.kernels import PackedLinear, ThreadedLinear, address
+from foretell.backbone.kernels import PackedHeads, PackedLinear, ThreadedLinear, address
 from foretell.backbone.nodes import Nodes
 
 Reader = Callable[[str], Tensor]
@@ -148,6 +148,9 @@ class CompiledBackbone(Backbone):
 
     def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> ThreadedLinear:
         return ThreadedLinear(self._packed(weight_NK, bias_N), self.threads)
+
+    def heads(self, blocks: Sequence[Sequence[tuple[Tensor, Tensor]]], outputs: Sequence[Tensor]) -> PackedHeads:
+        return PackedHeads(blocks, outputs, self.dtype, self.threads, self.build)
 
     def head_rows(self, ids_N: Tensor) -> Tensor:
         return self._head.rows(ids_N).to(self.dtype)

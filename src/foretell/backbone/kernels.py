@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import POINTER, Structure, c_double, c_int, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_double, c_int, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 from foretell.errors import ForetellError
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
-LAYOUT = 3
+LAYOUT = 4
 """Of the structures below and of the calls; what `foretell_layout` in native.cpp must say too."""
 BUILDS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
 
@@ -53,6 +54,10 @@ class Span(Structure):
     _fields_ = _words("begin end skip taps")
 
 
+class Heads(Structure):
+    _fields_ = _words("heads hidden inputs layers outputs choices threads weight bias output")
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The loaded library, or None where it was not built."""
@@ -71,6 +76,7 @@ def library() -> ctypes.CDLL | None:
     lib.foretell_linear.argtypes = [
         pointer, pointer, size, size, pointer, size, pointer, pointer, size, pointer, pointer, size, flag
     ]  # fmt: skip
+    lib.foretell_heads.argtypes = [pointer, pointer, pointer, size, size, pointer, pointer, flag]
     lib.foretell_attention.argtypes = [pointer] * 6 + [size, flag]
     return lib
 
@@ -190,3 +196,43 @@ class ThreadedLinear:
 
     def top(self, x_MK: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return self.packed.top(x_MK, count, self.threads)
+
+
+class PackedHeads:
+    """`linear.DraftHeads` in one call: the team of threads is woken once, not at every layer of every head."""
+
+    def __init__(
+        self, blocks: Sequence[Sequence[tuple[Tensor, Tensor]]], outputs: Sequence[Tensor], dtype: torch.dtype,
+        threads: int, build: Build,
+    ):  # fmt: skip
+        def pack(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+            return PackedLinear(weight.to(dtype), bias, build)
+
+        self._build, self._bf16, self._heads = build, int(dtype == torch.bfloat16), len(blocks[0])
+        self._blocks = [pack(weight, bias) for layer in blocks for weight, bias in layer]
+        self._outputs = [pack(weight) for weight in outputs]
+        first, output = self._blocks[0], self._outputs[0]
+        self._tables = [
+            (c_uint64 * len(addresses))(*addresses)
+            for addresses in (
+                [address(block.packed) for block in self._blocks],
+                [address(block.bias) for block in self._blocks],
+                [address(each.packed) for each in self._outputs],
+            )
+        ]
+        self._described = Heads(
+            self._heads, first.outputs, first.inputs, len(blocks), len(outputs), output.outputs, threads,
+            *map(ctypes.addressof, self._tables),
+        )  # fmt: skip
+
+    def top(self, x_BI: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        x_BI = x_BI.contiguous()
+        assert x_BI.dtype == torch.float32 and x_BI.shape[1] == self._described.inputs
+        assert 0 < count <= self._described.choices
+        values = torch.empty(self._heads, len(x_BI), count)
+        best = torch.empty(self._heads, len(x_BI), count, dtype=torch.int64)
+        require().foretell_heads(
+            self._build.handle, ctypes.byref(self._described), address(x_BI), len(x_BI), count, address(values),
+            address(best), self._bf16,
+        )  # fmt: skip
+        return values.transpose(0, 1), best.transpose(0, 1)

@@ -8,11 +8,30 @@ they are probed for, never used for training, and `F.linear` stands behind them.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 MOST_ROWS = 64
+
+
+class DrafterLinear(Protocol):
+    def __call__(self, x_MK: Tensor) -> Tensor:
+        """y [M, N] float32 = x Wᵀ + b."""
+        ...
+
+    def top(self, x_MK: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` greatest outputs of each row, greatest first: values [M, count] and their indices int64."""
+        ...
+
+
+class DrafterHeads(Protocol):
+    def top(self, x_BI: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` greatest outputs of each head, greatest first: values [B, K, count] and their indices int64."""
+        ...
 
 
 class Linear:
@@ -45,6 +64,28 @@ class Linear:
         else:
             y_MN = F.linear(x_MK, self.weight, self.bias)
         return y_MN[:rows]
+
+
+class StackedHeads:
+    """Heads side by side (see `Backbone.heads`), one linear after the other."""
+
+    def __init__(
+        self,
+        linear: Callable[[Tensor, Tensor | None], DrafterLinear],
+        blocks: Sequence[Sequence[tuple[Tensor, Tensor]]],
+        outputs: Sequence[Tensor],
+    ):
+        self._blocks = [[linear(weight, bias) for weight, bias in layer] for layer in blocks]
+        self._outputs = [linear(weight, None) for weight in outputs]
+        self._hidden = outputs[0].shape[1]
+
+    def top(self, x_BI: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        inputs = [x_BI] * len(self._blocks[0])
+        for layer in self._blocks:
+            inputs = [x[:, : self._hidden] + F.silu(block(x)) for block, x in zip(layer, inputs, strict=True)]
+        outputs = self._outputs if len(self._outputs) > 1 else self._outputs * len(inputs)
+        best = [output.top(x, count) for output, x in zip(outputs, inputs, strict=True)]
+        return torch.stack([values for values, _ in best], 1), torch.stack([indices for _, indices in best], 1)
 
 
 def _onednn_pack(weight: Tensor) -> Tensor | None:

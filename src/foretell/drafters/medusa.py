@@ -38,7 +38,6 @@ from foretell.drafters.parts import (
     places,
     soft_cross_entropy,
     tree_size,
-    unit,
 )
 from foretell.errors import ForetellError, UsageError
 from foretell.trees.published import published
@@ -103,9 +102,10 @@ class MedusaHeads(Trainable):
 
     def _read(self, batch: TrainingBatch, sources: Tensor) -> Tensor:
         """What the heads read at places of the flattened batch."""
-        state_Pd, *streams = (batch.states[tap].flatten(0, 1)[sources].float() for tap in reversed(self.taps))
-        root_Pd = self.embed(batch.tokens_BT.flatten()[sources + 1]) if self.embed else None
-        return read(state_Pd, streams, root_Pd)
+        parts = [batch.states[tap].flatten(0, 1)[sources].float() for tap in reversed(self.taps)]
+        if self.embed:
+            parts.append(self.embed(batch.tokens_BT.flatten()[sources + 1]))
+        return read(torch.stack(parts, 1))
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         targets_PK, sources = _positions(batch, self.heads)
@@ -156,10 +156,10 @@ class MedusaHeads(Trainable):
         return tensors, arch | {"root": self.embed is not None}
 
 
-def read(state_Pd: Tensor, streams: Sequence[Tensor], root_Pd: Tensor | None) -> Tensor:
-    """All that a head reads, side by side [P, I]; streams and embeddings brought to the scale of a state."""
-    others = [*streams, *(() if root_Pd is None else (root_Pd,))]
-    return torch.cat([state_Pd, *(unit(each) for each in others)], -1)
+def read(parts_PSd: Tensor) -> Tensor:
+    """All that a head reads, side by side [P, I]: the state; streams and embeddings brought to its scale."""
+    others_PSd = F.rms_norm(parts_PSd[:, 1:], parts_PSd.shape[-1:], eps=1e-6)
+    return torch.cat([parts_PSd[:, 0], others_PSd.flatten(1)], 1)
 
 
 def _positions(batch: TrainingBatch, heads: int) -> tuple[Tensor, Tensor]:
@@ -209,16 +209,13 @@ class Medusa(Drafter):
                 f"The tree is deeper than the {self.heads} heads, or names a rank beyond the {len(self._vocabulary_V)} "
                 "tokens they choose from; take another tree."
             )
-        first_KdI, *deeper = (tensors[f"weight.{layer}"] for layer in range(arch["layers"]))
-        bias_LKd = tensors["bias"].float()
-        self._first = backbone.linear(first_KdI.flatten(0, 1), bias_LKd[0].flatten())  # all heads read the same
-        self._deeper = [
-            [backbone.linear(weight, bias) for weight, bias in zip(*layer, strict=True)]
-            for layer in zip(deeper, bias_LKd[1:], strict=True)
+        blocks = [
+            list(zip(tensors[f"weight.{layer}"], tensors["bias"][layer].float(), strict=True))
+            for layer in range(arch["layers"])
         ]
         shared = arch["output"] == "shared"
-        heads_KVd = backbone.head_rows(tensors["vocabulary"].long())[None] if shared else tensors["head"]
-        self._outputs = [backbone.linear(head_Vd, None) for head_Vd in heads_KVd]
+        outputs = backbone.head_rows(tensors["vocabulary"].long())[None] if shared else tensors["head"]
+        self._heads = backbone.heads(blocks, list(outputs))
         self._parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
         self._shapes: dict[int, _Shape] = {}
         self._states: dict[int, list[Tensor]] = {}  # slot -> of the newest token but one: state, then streams
@@ -304,9 +301,13 @@ class Medusa(Drafter):
         ready = [i for i, row in enumerate(rows) if row.slot in self._states]  # not after a prompt of one token
         if ready:
             shape = self._shape(self.size(len(rows), max(len(row.tokens) for row in rows)))
-            states, *streams = map(torch.stack, zip(*(self._states[rows[i].slot] for i in ready), strict=True))
-            roots = self._embed(torch.tensor([tokens[i][0] for i in ready])) if self._embed else None
-            guesses_BKR = self._guesses(read(states, streams, roots), shape.width)
+            parts_BSd = torch.stack([part for i in ready for part in self._states[rows[i].slot]]).unflatten(
+                0, (len(ready), -1)
+            )
+            if self._embed:
+                roots_Bd = self._embed(torch.tensor([tokens[i][0] for i in ready]))
+                parts_BSd = torch.cat([parts_BSd, roots_Bd[:, None]], 1)
+            guesses_BKR = self._guesses(read(parts_BSd), shape.width)
             for i, guesses_KR in zip(ready, guesses_BKR, strict=True):
                 trees[i], given[i] = shape.tree, shape.given
                 tokens[i] += guesses_KR[shape.depth_N, shape.rank_N].tolist()
@@ -319,15 +320,7 @@ class Medusa(Drafter):
 
     def _guesses(self, h_BI: Tensor, width: int) -> NDArray[np.int64]:
         """[B, K, R]: each head's most probable tokens, best first."""
-        x_BKd = F.silu(self._first(h_BI).unflatten(1, (self.heads, -1)))
-        x_BKd = x_BKd + h_BI[:, None, : x_BKd.shape[-1]]
-        for layer in self._deeper:
-            x_BKd = x_BKd + F.silu(torch.stack([linear(x_BKd[:, k]) for k, linear in enumerate(layer)], 1))
-        if len(self._outputs) == 1:
-            best_BKR = self._outputs[0].top(x_BKd.flatten(0, 1), width)[1].unflatten(0, (len(h_BI), self.heads))
-        else:
-            best_BKR = torch.stack([output.top(x_BKd[:, k], width)[1] for k, output in enumerate(self._outputs)], 1)
-        return self._vocabulary_V[best_BKR.cpu().numpy()]
+        return self._vocabulary_V[self._heads.top(h_BI, width)[1].cpu().numpy()]
 
 
 def _whole(found: Checkpoint, tensors: dict[str, Tensor]) -> bool:

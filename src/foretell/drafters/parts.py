@@ -102,11 +102,6 @@ def tree_size(backbone: Backbone, nodes: int, tokens_per_step: dict[int, float])
     return lambda rows, context: best(rows, context // 64 * 64)
 
 
-def unit(x_Pd: Tensor) -> Tensor:
-    """Rows divided by their root mean square."""
-    return x_Pd * torch.rsqrt(x_Pd.pow(2).mean(-1, keepdim=True) + 1e-6)
-
-
 def draft_vocabulary(counts_V: Tensor, size: int) -> Tensor:
     """The `size` most frequent tokens, ascending [V'] int64 (all of them for 0); ties go to the smaller id."""
     if not size or size >= len(counts_V):

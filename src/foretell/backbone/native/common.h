@@ -60,6 +60,14 @@ struct Span {
     float* const* taps;
 };
 
+// Draft heads side by side: `layers` residual blocks each, then an output matrix each or one for all.
+struct Heads {
+    int64_t heads, hidden, inputs, layers, outputs, choices, threads;
+    const void* const* weight;  // [layers][heads] packed: `hidden` outputs from `inputs` (first layer) or `hidden`
+    const float* const* bias;   // [layers][heads]
+    const void* const* output;  // [outputs] packed: `choices` outputs from `hidden`
+};
+
 struct Kernels {
     const char* name;
     void (*pack)(const void* weight, int64_t outputs, int64_t inputs, void* packed, int bf16);
@@ -69,6 +77,7 @@ struct Kernels {
     void (*linear)(const float* x, int64_t rows, int64_t inputs, const void* packed, int64_t outputs,
                    const float* bias, float* out, int64_t count, float* values, int64_t* best, int64_t threads,
                    int bf16);
+    void (*heads)(const Heads&, const float* x, int64_t rows, int64_t count, float* values, int64_t* best, int bf16);
     void (*attention)(const Model&, const Cache&, const Rows&, const void* queries, void* out,
                       int64_t repeats, int bf16);
 };
