@@ -19,7 +19,7 @@ from command_line import Foretell
 
 import foretell as package
 from foretell.api import LLM, Result
-from foretell.backbone.files import read_json
+from foretell.backbone.files import read_json, sole_writer
 from foretell.contracts import SamplingParams
 from foretell.conversations import MAX_TURNS, Conversation
 from foretell.engine import SpeculativeDecoder
@@ -630,6 +630,14 @@ def test_an_interrupted_command_goes_on(
     cut, straight = Store.open(tmp_path / "cut"), Store.open(tmp_path / "straight")
     assert as_set(cut) == as_set(straight)
     assert cut.manifest["counts"] == straight.manifest["counts"]
+
+
+def test_two_processes_do_not_write_one_folder(foretell: Foretell, tiny: str, prompts: Path, tmp_path: Path) -> None:
+    with sole_writer(tmp_path / "busy"):
+        ran = foretell("distill", "-m", tiny, *TINY, "--prompts", str(prompts), "--out", str(tmp_path / "busy"))
+    assert ran.code == 2
+    assert re.fullmatch(r"error: Another process is writing to .*busy; wait until it is done, or .*\.\n", ran.err)
+    assert not (tmp_path / "busy/conversations.jsonl").exists()
 
 
 def test_without_prompts_the_model_writes_them(foretell: Foretell, tiny: str, prompts: Path, tmp_path: Path) -> None:

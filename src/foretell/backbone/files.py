@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from foretell.errors import ForetellError
+from foretell.errors import ForetellError, UsageError
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -66,6 +66,30 @@ def whole_lines(path: Path, unfinished: bytes | None = None) -> list[bytes]:
         with path.open("r+b") as file:
             file.truncate(whole)
     return lines
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Keeps other processes from writing to a folder that this one adds to; it is made if need be.
+
+    Raises:
+        UsageError: another process is at it.
+    """
+    from filelock import FileLock, Timeout
+
+    with write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UsageError(
+                f"Another process is writing to {folder}; wait until it is done, or choose another folder."
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

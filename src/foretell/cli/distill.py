@@ -42,6 +42,7 @@ def distill(
 
     An interrupted run goes on where it was when the same command is given again.
     """
+    from foretell.backbone.files import sole_writer
     from foretell.contracts import SamplingParams
     from foretell.train.data import Store
     from foretell.train.distill import OWN_LINES, next_tasks, read_prompts, write_prompts
@@ -59,27 +60,28 @@ def distill(
         "tasks": tasks, "keep_repetitive": keep_repetitive,
         "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed,
     }  # fmt: skip
-    store = Store.create(
-        out,
-        {"model": base.model, "fingerprint": llm.backbone.fingerprint, "vocab": llm.backbone.config.vocab,
-         "settings": settings, "command": command_line()},
-    )  # fmt: skip
-    if write:
-        own = out / "prompts.jsonl"
-        with job_progress("writing prompts", "tokens/s") as progress:
-            write_prompts(llm, write, own, seed=seed, rows=batch_size, progress=progress)
-        asked += [replace(each, line=each.line + OWN_LINES) for each in read_prompts(own)]
-    Random(seed).shuffle(asked)  # what an interrupted run leaves is a fair sample
-    try:
-        todo = asked
-        for count in (tasks // 2, tasks - tasks // 2, 0):  # later tasks are about the answers to earlier ones too
-            if todo:
-                with job_progress("answering", "tokens/s") as progress:
-                    answer(llm, todo, store, params, rows=batch_size, circles=keep_repetitive, progress=progress)
-            todo = next_tasks(llm, store, asked, count, seed) if count else []
-            asked = asked + todo
-    finally:
-        store.write_manifest()
+    with sole_writer(out):
+        store = Store.create(
+            out,
+            {"model": base.model, "fingerprint": llm.backbone.fingerprint, "vocab": llm.backbone.config.vocab,
+             "settings": settings, "command": command_line()},
+        )  # fmt: skip
+        if write:
+            own = out / "prompts.jsonl"
+            with job_progress("writing prompts", "tokens/s") as progress:
+                write_prompts(llm, write, own, seed=seed, rows=batch_size, progress=progress)
+            asked += [replace(each, line=each.line + OWN_LINES) for each in read_prompts(own)]
+        Random(seed).shuffle(asked)  # what an interrupted run leaves is a fair sample
+        try:
+            todo = asked
+            for count in (tasks // 2, tasks - tasks // 2, 0):  # later tasks are about the answers to earlier ones too
+                if todo:
+                    with job_progress("answering", "tokens/s") as progress:
+                        answer(llm, todo, store, params, rows=batch_size, circles=keep_repetitive, progress=progress)
+                todo = next_tasks(llm, store, asked, count, seed) if count else []
+                asked = asked + todo
+        finally:
+            store.write_manifest()
     counts = store.manifest["counts"]
     dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items()) or "none"
     note(f"{counts['conversations']} conversations, {counts['written']} tokens written; dropped: {dropped}. In {out}.")

@@ -34,6 +34,7 @@ def train(
     other_model: Annotated[bool, typer.Option("--other-model", help="Allow data that another model wrote.")] = False,
 ) -> None:
     """Train a drafter for a model on what the model wrote."""
+    from foretell.backbone.files import sole_writer
     from foretell.drafters.checkpoint import Checkpoint
     from foretell.train.data import Store
     from foretell.train.features import Features
@@ -55,27 +56,28 @@ def train(
     module = cls.trainable(backbone, _written(store, backbone.config.vocab), **options)
     shards = None if no_cache else data / f"features-{backbone.fingerprint}-{'-'.join(map(str, module.taps))}"
     features = Features(backbone, store.conversations, module.taps, shards)
-    run = Trainer(module, features, settings, out / "run", options)
-    run.resume()  # a run that cannot be gone on with is refused before any work
-    with job_progress("features", "") as progress:
-        features.prepare(lambda fraction: progress(round(fraction * 1000), 1000, 0))
-    with job_progress(f"training {method}", "") as progress:
-        run.run(lambda step, steps, line: progress(step, steps, 0))
-    report = run.evaluate()
-    run.log({"held_out": {"epoch": settings.epochs, **asdict(report)}})
-    tensors, arch = module.checkpoint()
-    checkpoint = Checkpoint(
-        method=method, backbone=base.model, fingerprint=backbone.fingerprint, hidden=backbone.config.hidden,
-        vocab=backbone.config.vocab, arch=arch, paths=[list(path) for path in report.paths],
-        frequencies=report.frequencies,
-        tokens_per_step={str(size): tokens for size, tokens in report.tokens_per_step.items()},
-        provenance={
-            "command": command_line(), "data": store.manifest,
-            "settings": asdict(settings), "options": options, "accuracy": report.accuracy, "loss": report.loss,
-            "seconds": round(run.seconds), "skipped_batches": run.skipped,
-        },
-    )  # fmt: skip
-    checkpoint.save(out / "drafter", tensors)
+    with sole_writer(out):
+        run = Trainer(module, features, settings, out / "run", options)
+        run.resume()  # a run that cannot be gone on with is refused before any work
+        with job_progress("features", "") as progress:
+            features.prepare(lambda fraction: progress(round(fraction * 1000), 1000, 0))
+        with job_progress(f"training {method}", "") as progress:
+            run.run(lambda step, steps, line: progress(step, steps, 0))
+        report = run.evaluate()
+        run.log({"held_out": {"epoch": settings.epochs, **asdict(report)}})
+        tensors, arch = module.checkpoint()
+        checkpoint = Checkpoint(
+            method=method, backbone=base.model, fingerprint=backbone.fingerprint, hidden=backbone.config.hidden,
+            vocab=backbone.config.vocab, arch=arch, paths=[list(path) for path in report.paths],
+            frequencies=report.frequencies,
+            tokens_per_step={str(size): tokens for size, tokens in report.tokens_per_step.items()},
+            provenance={
+                "command": command_line(), "data": store.manifest,
+                "settings": asdict(settings), "options": options, "accuracy": report.accuracy, "loss": report.loss,
+                "seconds": round(run.seconds), "skipped_batches": run.skipped,
+            },
+        )  # fmt: skip
+        checkpoint.save(out / "drafter", tensors)
     _draw(out)
     _say(report, out)
 

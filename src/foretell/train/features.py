@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foretell.backbone import Backbone, Nodes
-from foretell.backbone.files import write_errors, written_whole
+from foretell.backbone.files import sole_writer, written_whole
 from foretell.contracts import FINAL
 from foretell.drafters.parts import TrainingBatch
 from foretell.errors import UsageError
@@ -57,16 +57,15 @@ class Features:
             return
         from safetensors.torch import save_file
 
-        with write_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        for number, (begin, end) in enumerate(self._shards):
-            path, part = self._path(number), self.data[begin:end]
-            about = {"data": digest(part), "dtype": str(self.backbone.dtype)}
-            if _about(path) != about:
-                tensors = _joined(list(self._compute(part)))
-                with written_whole(path, sum(t.nbytes for t in tensors.values())) as partial:
-                    save_file(tensors, partial, about)
-            progress((number + 1) / len(self._shards))
+        with sole_writer(self.folder):
+            for number, (begin, end) in enumerate(self._shards):
+                path, part = self._path(number), self.data[begin:end]
+                about = {"data": digest(part), "dtype": str(self.backbone.dtype)}
+                if _about(path) != about:
+                    tensors = _joined(list(self._compute(part)))
+                    with written_whole(path, sum(t.nbytes for t in tensors.values())) as partial:
+                        save_file(tensors, partial, about)
+                progress((number + 1) / len(self._shards))
 
     def batch(self, indices: Sequence[int]) -> TrainingBatch:
         """Conversations side by side."""
