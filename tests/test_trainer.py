@@ -149,7 +149,7 @@ def test_cached_features_are_those_made_on_the_fly(
         features.prepare()
         for indices, batch in truth.items():
             assert_same_batches(features.batch(indices), batch)
-    names = [path.name for path in sorted((tmp_path / "cache").iterdir())]
+    names = [path.name for path in sorted((tmp_path / "cache").glob("[!.]*"))]
     assert names == [f"features-{number:05d}.safetensors" for number in range(len(names))]
     total = sum(len(each.tokens) for each in DATA)
     assert (len(names) == 1) == (shard > total)
@@ -189,7 +189,7 @@ def test_preparing_goes_on_where_it_was(backbone: Backbone, tmp_path: Path, monk
     first = Counting(backbone, DATA, TAPS, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         first.prepare(stop)
-    done = list(tmp_path.iterdir())
+    done = list(tmp_path.glob("[!.]*"))
     assert len(done) == 1
     (tmp_path / ".features-00001.safetensors.partial").write_bytes(b"half")  # what a kill leaves
     second, fractions = Counting(backbone, DATA, TAPS, tmp_path), list[float]()
@@ -228,7 +228,7 @@ def test_features_of_another_number_type_are_never_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [0, 4, 100, -1])
 def test_a_damaged_shard_is_made_again(backbone: Backbone, tmp_path: Path, size: int) -> None:
     Features(backbone, DATA, TAPS, tmp_path).prepare()
-    [shard] = tmp_path.iterdir()
+    [shard] = tmp_path.glob("[!.]*")
     shard.write_bytes(shard.read_bytes()[:size])
     features = Features(backbone, DATA, TAPS, tmp_path)
     features.prepare()
@@ -922,7 +922,7 @@ def test_from_a_model_alone_to_a_trained_drafter(
     assert len(tensors["vocabulary"]) == 100
     assert saved.provenance["data"] == Store.open(Path(data)).manifest
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in sorted(Path(data).glob("features-*/*"))] == ["features-00000.safetensors"]
+    assert [path.name for path in sorted(Path(data).glob("features-*/[!.]*"))] == ["features-00000.safetensors"]
     options = ["-m", tiny, *TINY, "--prompts", prompts, "-n", "40", "--json"]
     for sampling in ([], ["-t", "0.9", "--seed", "3"]):
         plain = foretell("generate", *options, *sampling).lines
