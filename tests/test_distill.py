@@ -5,6 +5,7 @@ The truth is plain decoding, one turn at a time; a store is held against what wa
 
 import errno
 import json
+import lzma
 import os
 import re
 from collections import Counter
@@ -630,6 +631,22 @@ def test_an_interrupted_command_goes_on(
     cut, straight = Store.open(tmp_path / "cut"), Store.open(tmp_path / "straight")
     assert as_set(cut) == as_set(straight)
     assert cut.manifest["counts"] == straight.manifest["counts"]
+
+
+def test_packed_data_is_read_as_it_is(foretell: Foretell, tiny: str, prompts: Path, tmp_path: Path) -> None:
+    command = ("distill", "-m", tiny, *TINY, "--prompts", str(prompts), "-n", "14", "--out", str(tmp_path / "data"))
+    assert foretell(*command).code == 0
+    plain, path = Store.open(tmp_path / "data"), tmp_path / "data/conversations.jsonl"
+    packed = path.with_name("conversations.jsonl.xz")
+    packed.write_bytes(lzma.compress(path.read_bytes()))
+    path.unlink()
+    assert Store.open(tmp_path / "data") == plain
+    ran = foretell(*command)
+    assert ran.code == 2
+    assert re.fullmatch(r"error: .*conversations\.jsonl\.xz is packed; unpack it with xz -d to add to it\.\n", ran.err)
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(ForetellError, match=r"conversations\.jsonl\.xz is damaged .*; copy it again"):
+        Store.open(tmp_path / "data")
 
 
 def test_two_processes_do_not_write_one_folder(foretell: Foretell, tiny: str, prompts: Path, tmp_path: Path) -> None:

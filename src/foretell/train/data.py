@@ -15,17 +15,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from foretell.backbone.files import read_json, whole_lines, write_errors, write_json
+from foretell.backbone.files import one_line, read_json, whole_lines, write_errors, write_json
 from foretell.errors import ForetellError, UsageError
 
 FORMAT = 1
-MANIFEST, CONVERSATIONS = "distill.json", "conversations.jsonl"
+MANIFEST, CONVERSATIONS, PACKED = "distill.json", "conversations.jsonl", "conversations.jsonl.xz"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Store:
         """Opens a folder to add to; one that exists must have been made with the same settings.
 
         Raises:
-            UsageError: it was made by another model or with other settings.
+            UsageError: it was made by another model or with other settings, or is packed.
         """
         manifest = {"format": FORMAT, **manifest}
         path = folder / MANIFEST
@@ -67,6 +68,8 @@ class Store:
             store = cls(folder, manifest)
             store.write_manifest()
             return store
+        if (folder / PACKED).exists():
+            raise UsageError(f"{folder / PACKED} is packed; unpack it with xz -d to add to it.")
         store = cls.open(folder)
         begun, ours = (
             {"fingerprint": m.get("fingerprint"), **m.get("settings", {})} for m in (store.manifest, manifest)
@@ -92,7 +95,8 @@ class Store:
                 f"{folder} has data format {store.manifest.get('format')!r} where this version reads {FORMAT}."
             )
         path = folder / CONVERSATIONS
-        for number, line in enumerate(whole_lines(path, unfinished=b'"more": true')):
+        lines = _unpacked(folder / PACKED) or whole_lines(path, unfinished=b'"more": true')
+        for number, line in enumerate(lines):
             store._add(line, f"{path}, line {number + 1}")
         return store
 
@@ -130,6 +134,14 @@ class Store:
             "dropped": dict(self.dropped),
         }
         write_json(self.folder / MANIFEST, self.manifest)
+
+
+def _unpacked(path: Path) -> list[bytes]:
+    """Lines of a packed file; none where there is none."""
+    try:
+        return lzma.decompress(path.read_bytes()).splitlines() if path.exists() else []
+    except (OSError, lzma.LZMAError) as error:
+        raise ForetellError(f"{path} is damaged ({one_line(error)}); copy it again.") from error
 
 
 def digest(data: Sequence[Distilled]) -> str:
