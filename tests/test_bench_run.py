@@ -244,7 +244,10 @@ def suite(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_the_command_writes_a_report(foretell: Foretell, tiny: str, suite: str, tmp_path: Path) -> None:
+def test_the_command_writes_a_report(
+    foretell: Foretell, tiny: str, suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORETELL_CACHE", str(tmp_path / "no peers here"))
     out = tmp_path / "out"
     command = ("bench", "-m", tiny, *TINY, "--suite", suite, "-n", "10", "-b", "1", "-b", "2")
     ran = foretell(*command, "--out", str(out), "--run", "prompt_lookup:adapt=false", "--run", "vllm")

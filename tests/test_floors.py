@@ -27,7 +27,7 @@ FLOORS = {
     "cli": 6,
 }  # fmt: skip
 HOMES = {
-    "transformers": ("backbone/", "interop/"),
+    "transformers": ("backbone/", "interop/", "bench/peers/"),
     "fastapi": ("serve/",),
     "matplotlib": ("bench/plots.py",),
 }

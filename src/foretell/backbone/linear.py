@@ -30,7 +30,7 @@ class DrafterLinear(Protocol):
 
 class DrafterHeads(Protocol):
     def top(self, x_BI: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` greatest outputs of each head, greatest first: values [B, K, count] and their indices int64."""
+        """The `count` most probable outputs of each head, best first: log-probabilities [B, K, count] and indices."""
         ...
 
 
@@ -84,8 +84,9 @@ class StackedHeads:
         for layer in self._blocks:
             inputs = [x[:, : self._hidden] + F.silu(block(x)) for block, x in zip(layer, inputs, strict=True)]
         outputs = self._outputs if len(self._outputs) > 1 else self._outputs * len(inputs)
-        best = [output.top(x, count) for output, x in zip(outputs, inputs, strict=True)]
-        return torch.stack([values for values, _ in best], 1), torch.stack([indices for _, indices in best], 1)
+        logits_BKV = torch.stack([output(x) for output, x in zip(outputs, inputs, strict=True)], 1)
+        values, indices = logits_BKV.log_softmax(-1).topk(count)
+        return values, indices
 
 
 def _onednn_pack(weight: Tensor) -> Tensor | None:

@@ -64,7 +64,8 @@ def run(
         per_category, max_new_tokens, repeats = per_category or 1, min(max_new_tokens, 64), 1
     asked = load_suite(suite).chosen(every, limit, per_category)
     specs = [_spec(text, base) for text in contenders or ()]
-    _fresh(out)
+    if (out / "results.json").exists():
+        raise UsageError(f"{out} holds a finished benchmark; choose another --out, or delete it.")
     batches, temperatures = batch_size or [1], temperature or [0.0]
     if min(batches) < 1:
         raise UsageError(f"--batch-size is {min(batches)}; it must be at least 1.")
@@ -73,7 +74,10 @@ def run(
         "new_tokens": max_new_tokens, "repeats": repeats, "batches": batches, "temperatures": temperatures,
         "seed": seed,
     }  # fmt: skip
-    results = _measure(llm, base, out, asked, specs, how, run_code)
+    _say(_measure(llm, base, out, asked, specs, how, run_code), out)
+
+
+def _say(results: dict[str, Any], out: Path) -> None:
     from foretell.bench.report import main_table, sections
 
     for title, rows in sections(results):
@@ -104,11 +108,6 @@ def _spec(text: str, base: Base) -> tuple[str, str, Any]:
             engine[key] = value.lower() in ("", "true")
             parts.remove(part)
     return text, name, drafter_options(name, parts) | engine
-
-
-def _fresh(out: Path) -> None:
-    if (out / "results.json").exists():
-        raise UsageError(f"{out} holds a finished benchmark; choose another --out, or delete it.")
 
 
 def _measure(

@@ -14,7 +14,10 @@ from foretell.cli.terminal import command_line, job_progress, note
 from foretell.errors import UsageError
 
 if TYPE_CHECKING:
+    from foretell.api import LLM
+    from foretell.contracts import SamplingParams
     from foretell.conversations import Conversation
+    from foretell.train.data import Store
 
 
 def distill(
@@ -45,16 +48,14 @@ def distill(
     from foretell.backbone.files import sole_writer
     from foretell.contracts import SamplingParams
     from foretell.train.data import Store
-    from foretell.train.distill import OWN_LINES, next_tasks, read_prompts, write_prompts
-    from foretell.train.distill import distill as answer
+    from foretell.train.distill import OWN_LINES, read_prompts, write_prompts
 
     if prompts is None and not write:
         write = 1000
     if (limit is not None or every > 1) and prompts is None:
         raise UsageError("--limit and --every are for the lines of a file; give --prompts FILE.jsonl, or --write N.")
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    asked: list[Conversation] = read_prompts(prompts, every, limit) if prompts else []
-    llm = base.load()
+    asked, llm = read_prompts(prompts, every, limit) if prompts else [], base.load()
     settings = {
         "prompts": prompts.name if prompts else None, "limit": limit, "every": every, "write": write,
         "tasks": tasks, "keep_repetitive": keep_repetitive,
@@ -73,15 +74,24 @@ def distill(
             asked += [replace(each, line=each.line + OWN_LINES) for each in read_prompts(own)]
         Random(seed).shuffle(asked)  # what an interrupted run leaves is a fair sample
         try:
-            todo = asked
-            for count in (tasks // 2, tasks - tasks // 2, 0):  # later tasks are about the answers to earlier ones too
-                if todo:
-                    with job_progress("answering", "tokens/s") as progress:
-                        answer(llm, todo, store, params, rows=batch_size, circles=keep_repetitive, progress=progress)
-                todo = next_tasks(llm, store, asked, count, seed) if count else []
-                asked = asked + todo
+            _answer(llm, store, asked, tasks, params, batch_size, keep_repetitive)
         finally:
             store.write_manifest()
     counts = store.manifest["counts"]
     dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items()) or "none"
     note(f"{counts['conversations']} conversations, {counts['written']} tokens written; dropped: {dropped}. In {out}.")
+
+
+def _answer(
+    llm: LLM, store: Store, asked: list[Conversation], tasks: int, params: SamplingParams, rows: int, circles: bool
+) -> None:
+    """The prompts, then tasks in two halves: later ones are about the answers to earlier ones too."""
+    from foretell.train.distill import distill, next_tasks
+
+    todo = asked
+    for count in (tasks // 2, tasks - tasks // 2, 0):
+        if todo:
+            with job_progress("answering", "tokens/s") as progress:
+                distill(llm, todo, store, params, rows=rows, circles=circles, progress=progress)
+        todo = next_tasks(llm, store, asked, count, params.seed) if count else []
+        asked = asked + todo

@@ -40,8 +40,9 @@ from foretell.drafters.parts import (
     tree_size,
 )
 from foretell.errors import ForetellError, UsageError
+from foretell.trees.grow import Candidates
 from foretell.trees.published import published
-from foretell.trees.search import MISSED, in_order
+from foretell.trees.search import MISSED
 from foretell.trees.tree import ROOT, TokenTree
 
 DECAY = 0.8
@@ -183,10 +184,11 @@ class Medusa(Drafter):
 
     Args:
         arch, tensors: as `MedusaHeads.checkpoint` gave them.
-        paths: rank paths, prefixes first; the tree of n nodes is the first n - 1 of them.
+        paths: rank paths, prefixes first; every tree is a part of them.
         size: (rows, context) -> nodes of the tree to draft, root included.
         earned: tree size -> tokens per step on held-out text.
-        frequencies: how often each path came true, if that is known.
+        grown: whether each step takes its most probable paths of all; else the tree of n nodes is always the first
+            n - 1 of them.
     """
 
     def __init__(
@@ -197,18 +199,19 @@ class Medusa(Drafter):
         paths: Sequence[Sequence[int]],
         size: Callable[[int, int], int],
         earned: dict[int, float] | None = None,
-        frequencies: Sequence[float] = (),
+        grown: bool = True,
     ):
-        self._earned, self._frequencies = earned or {}, list(frequencies)
-        self.heads, self.size, self.paths = arch["heads"], size, [tuple(path) for path in paths]
+        self._earned, self.size, self.grown, self.paths = earned or {}, size, grown, [tuple(path) for path in paths]
         self.taps = (*arch["taps"], FINAL)
         self._embed = backbone.embed if arch["root"] else None
         self._vocabulary_V = tensors["vocabulary"].numpy().astype(np.int64)
-        if any(len(path) > self.heads or max(path) >= len(self._vocabulary_V) for path in self.paths):
+        heads, choices = arch["heads"], len(self._vocabulary_V)
+        if any(len(path) > heads or max(path) >= choices for path in self.paths):
             raise UsageError(
-                f"The tree is deeper than the {self.heads} heads, or names a rank beyond the {len(self._vocabulary_V)} "
-                "tokens they choose from; take another tree."
+                f"The tree is deeper than the {heads} heads, or names a rank beyond the {choices} tokens they choose "
+                "from; take another tree."
             )
+        self._candidates: dict[int, Candidates] = {}
         blocks = [
             list(zip(tensors[f"weight.{layer}"], tensors["bias"][layer].float(), strict=True))
             for layer in range(arch["layers"])
@@ -217,19 +220,25 @@ class Medusa(Drafter):
         outputs = backbone.head_rows(tensors["vocabulary"].long())[None] if shared else tensors["head"]
         self._heads = backbone.heads(blocks, list(outputs))
         self._parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
-        self._shapes: dict[int, _Shape] = {}
         self._states: dict[int, list[Tensor]] = {}  # slot -> of the newest token but one: state, then streams
 
     @classmethod
     def build(  # type: ignore[override]
-        cls, backbone: Backbone, checkpoint: str = "", nodes: int = 0, tree: str = "", any_backbone: bool = False
+        cls,
+        backbone: Backbone,
+        checkpoint: str = "",
+        nodes: int = 0,
+        tree: str = "",
+        grown: bool = True,
+        any_backbone: bool = False,
     ) -> Medusa:
         """See `Drafter.build`.
 
         Args:
             checkpoint: folder of trained heads; by default those that came with foretell for this backbone.
             nodes: tree size; by default what `foretell tune` found best here, else 16.
-            tree: a published tree by name; by default the one found for the heads.
+            tree: a published tree by name; by default those found for the heads.
+            grown: grow each step's tree anew from what the heads say; false as in the paper.
             any_backbone: accept heads of another model of the same sizes.
         """
         found, tensors = find("medusa", backbone, checkpoint, any_backbone)
@@ -238,7 +247,7 @@ class Medusa(Drafter):
         paths = published(tree) if tree else found.paths
         earned = {} if tree else {int(size): tokens for size, tokens in found.tokens_per_step.items()}
         size = tree_size(backbone, nodes or (len(paths) + 1 if tree else 0), earned)
-        return cls(backbone, found.arch, tensors, paths, size, earned, () if tree else found.frequencies)
+        return cls(backbone, found.arch, tensors, paths, size, earned, grown)
 
     @classmethod
     def trainable(
@@ -300,27 +309,31 @@ class Medusa(Drafter):
         given = [[1.0] for _ in rows]
         ready = [i for i, row in enumerate(rows) if row.slot in self._states]  # not after a prompt of one token
         if ready:
-            shape = self._shape(self.size(len(rows), max(len(row.tokens) for row in rows)))
+            nodes = self.size(len(rows), max(len(row.tokens) for row in rows))
             parts_BSd = torch.stack([part for i in ready for part in self._states[rows[i].slot]]).unflatten(
                 0, (len(ready), -1)
             )
             if self._embed:
                 roots_Bd = self._embed(torch.tensor([tokens[i][0] for i in ready]))
                 parts_BSd = torch.cat([parts_BSd, roots_Bd[:, None]], 1)
-            guesses_BKR = self._guesses(read(parts_BSd), shape.width)
-            for i, guesses_KR in zip(ready, guesses_BKR, strict=True):
-                trees[i], given[i] = shape.tree, shape.given
-                tokens[i] += guesses_KR[shape.depth_N, shape.rank_N].tolist()
-        return Draft(trees, tokens, given if self._frequencies else None)
+            paths = self._among(nodes)
+            said_BKR, guesses_BKR = self._guesses(read(parts_BSd), paths.width)
+            for i, guesses_KR, grown in zip(ready, guesses_BKR, paths.grow(said_BKR, nodes), strict=True):
+                trees[i], chosen_N, given[i] = grown
+                tokens[i] += guesses_KR[paths.depth_C[chosen_N], paths.rank_C[chosen_N]].tolist()
+        return Draft(trees, tokens, given)
 
-    def _shape(self, nodes: int) -> _Shape:
-        if nodes not in self._shapes:
-            self._shapes[nodes] = _Shape(self.paths[: nodes - 1], self._frequencies)
-        return self._shapes[nodes]
+    def _among(self, nodes: int) -> Candidates:
+        """The paths of which trees of so many nodes are made."""
+        key = 0 if self.grown else nodes
+        if key not in self._candidates:
+            self._candidates[key] = Candidates(self.paths[: nodes - 1] if key else self.paths)
+        return self._candidates[key]
 
-    def _guesses(self, h_BI: Tensor, width: int) -> NDArray[np.int64]:
-        """[B, K, R]: each head's most probable tokens, best first."""
-        return self._vocabulary_V[self._heads.top(h_BI, width)[1].cpu().numpy()]
+    def _guesses(self, h_BI: Tensor, width: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Each head's most probable tokens, best first: log-probabilities and ids, [B, K, R]."""
+        said_BKR, best_BKR = (each.cpu().numpy() for each in self._heads.top(h_BI, width))
+        return said_BKR, self._vocabulary_V[best_BKR]
 
 
 def _whole(found: Checkpoint, tensors: dict[str, Tensor]) -> bool:
@@ -335,15 +348,3 @@ def _whole(found: Checkpoint, tensors: dict[str, Tensor]) -> bool:
         return all(tuple(tensors[name].shape) == shape for name, shape in shapes.items())
     except (KeyError, TypeError):
         return False
-
-
-class _Shape:
-    """A tree, which head and rank fills each of its nodes (the root left out), and how probable each is."""
-
-    def __init__(self, paths: Sequence[tuple[int, ...]], frequencies: Sequence[float]):
-        self.tree = in_order(paths)
-        self.depth_N = np.array([len(path) - 1 for path in paths], dtype=np.int64)
-        self.rank_N = np.array([path[-1] for path in paths], dtype=np.int64)
-        known = {(): 1.0} | dict(zip(paths, frequencies, strict=False))
-        self.given = [1.0, *(known.get(path, 0.0) / (known.get(path[:-1]) or 1.0) for path in paths)]
-        self.width = max((path[-1] for path in paths), default=0) + 1
