@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from foretell.errors import UsageError
 from foretell.trees import from_paths
 from foretell.trees.published import published, published_trees
-from foretell.trees.search import MISSED, Path, Ranks, accepted_P, in_order, nested, replay
+from foretell.trees.search import MISSED, Path, Ranks, accepted_P, nested, replay
 
 texts = st.integers(1, 3).flatmap(
     lambda heads: st.lists(
@@ -72,11 +72,6 @@ def test_a_larger_tree_never_earns_less_on_its_own_positions() -> None:
     counts = [value(ranks, path) for path in paths]
     assert counts == sorted(counts, reverse=True)
     assert means[-1] == pytest.approx(sum(counts) / 600)  # 1 + Σ joint frequency, the bonus left out
-
-
-def test_nodes_follow_the_order_of_the_paths() -> None:
-    tree = in_order([(0,), (0, 0), (1,), (0, 0, 0), (1, 0)])
-    assert tree.parents == (-1, 0, 1, 0, 2, 3)
 
 
 def test_texts_in_which_nothing_came_true_give_no_paths() -> None:

@@ -69,7 +69,6 @@ def train(
         checkpoint = Checkpoint(
             method=method, backbone=base.model, fingerprint=backbone.fingerprint, hidden=backbone.config.hidden,
             vocab=backbone.config.vocab, arch=arch, paths=[list(path) for path in report.paths],
-            frequencies=report.frequencies,
             tokens_per_step={str(size): tokens for size, tokens in report.tokens_per_step.items()},
             provenance={
                 "command": command_line(), "data": store.manifest,

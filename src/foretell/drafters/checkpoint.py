@@ -35,8 +35,7 @@ class Checkpoint:
     Attributes:
         method: the drafter's name in the table.
         arch: numbers its module is made from.
-        paths: rank paths of the largest tree, the most valuable first; any beginning is a tree.
-        frequencies: how often each of them came true on held-out text.
+        paths: rank paths that trees are made of, the most frequent first; any beginning is a tree.
         tokens_per_step: tree size -> tokens per step on held-out text.
         provenance: command, data, figures; free form.
     """
@@ -48,7 +47,6 @@ class Checkpoint:
     vocab: int
     arch: dict[str, Any]
     paths: list[list[int]] = field(default_factory=list)
-    frequencies: list[float] = field(default_factory=list)
     tokens_per_step: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT

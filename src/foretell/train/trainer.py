@@ -26,10 +26,12 @@ from foretell.drafters.parts import Trainable
 from foretell.errors import ForetellError, UsageError, check_numbers
 from foretell.train.data import digest
 from foretell.train.features import Features
-from foretell.trees.search import Ranks, frequencies, nested, replay
+from foretell.trees.search import Ranks, nested, replay
 
 SIZES = (4, 8, 12, 16, 24, 32, 48, 64)
 """Tree sizes whose tokens per step are reported."""
+CANDIDATES = 128
+"""Nodes of all paths kept: trees grown at every step choose among them."""
 POOL = 512
 """Conversations that are shuffled, then sorted by length so that batches carry little padding."""
 REPORT = 20
@@ -75,14 +77,13 @@ class Report:
     Attributes:
         loss: mean of each term.
         accuracy: per head, the share of positions whose token was among the head's best 1, 2, 3, 5, 10.
-        paths: the largest tree found, the most valuable path first; frequencies: how often each came true.
+        paths: those that came true most often, most frequent first; any beginning is a tree.
         tokens_per_step: tree size -> tokens per step by replay.
     """
 
     loss: dict[str, float]
     accuracy: list[dict[str, float]]
     paths: list[tuple[int, ...]]
-    frequencies: list[float]
     tokens_per_step: dict[int, float]
 
 
@@ -285,10 +286,9 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + term.item() * len(indices[at : at + 8]) / len(indices)
             ranks += [each.numpy() for each in self.module.ranks(batch)]
         searched, replayed = (ranks[::2], ranks[1::2]) if len(ranks) > 1 else (ranks, ranks)
-        paths = nested(searched, max(sizes))
+        paths = nested(searched, CANDIDATES)
         earned = {n: round(replay(replayed, paths[: n - 1]), 4) for n in sizes if n <= len(paths) + 1}
-        shares = [round(share, 6) for share in frequencies(ranks, paths)]
-        return Report(sums, _accuracy(ranks), paths, shares, earned)
+        return Report(sums, _accuracy(ranks), paths, earned)
 
 
 def _accuracy(ranks: Sequence[Ranks]) -> list[dict[str, float]]:

@@ -19,8 +19,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from foretell.trees.tree import TokenTree
-
 Path = tuple[int, ...]
 Ranks = NDArray[np.integer]
 """[P, K]: rank of the token at p + k + 2 among the guesses of head k (from 0) at p; MISSED where it had none."""
@@ -58,20 +56,6 @@ def nested(ranks: Sequence[Ranks], nodes: int) -> list[Path]:
         paths.append(path)
         push(path, where)
     return paths
-
-
-def frequencies(ranks: Sequence[Ranks], paths: Sequence[Path]) -> list[float]:
-    """How often each path came true, of all positions."""
-    all_PK = np.concatenate([np.asarray(each) for each in ranks])
-    return [float(np.all(all_PK[:, : len(path)] == np.array(path), axis=1).mean()) for path in paths]
-
-
-def in_order(paths: Sequence[Path]) -> TokenTree:
-    """The tree of `paths` with node i + 1 for path i: prefixes must come first, as `nested` gives them."""
-    place: dict[Path, int] = {(): 0}
-    for path in paths:
-        place[path] = len(place)
-    return TokenTree((-1, *(place[path[:-1]] for path in paths)))
 
 
 def accepted_P(ranks: Ranks, paths: Sequence[Path]) -> NDArray[np.integer]:
