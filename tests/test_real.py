@@ -15,6 +15,7 @@ from decoding import Output, Request, answers, assert_same, decoder_of, finish, 
 from random_backbones import KERNELS
 from toy_drafters import Checker, EarlyExit, Inserter, Oracle, RandomTrees
 
+from foretell import drafters
 from foretell.backbone import Backbone, Tokenizer, assemble
 from foretell.contracts import Drafter, SamplingParams
 from foretell.drafters.prompt_lookup import PromptLookup
@@ -58,6 +59,11 @@ TOYS: dict[str, Callable[[Backbone, dict[tuple[int, ...], list[int]]], Drafter]]
     "right paths": lambda backbone, right: Checker(RandomTrees(49152, 52, answers=right), backbone, always=False),
     "early exit": lambda backbone, right: EarlyExit(backbone, 10),
     "insertion": lambda backbone, right: Inserter(backbone, 20),
+    "medusa": lambda backbone, right: drafters.build("medusa", backbone, nodes=16),
+    "medusa, lookup": lambda backbone, right: drafters.build("medusa", backbone, nodes=40, lookup=True),
+    "medusa, a published tree": lambda backbone, right: drafters.build(
+        "medusa", backbone, tree="vicuna_7b_stage2", grown=False
+    ),
 }
 
 
@@ -89,6 +95,16 @@ def test_every_kernel_keeps_the_promise(demo_folder: Path, dtype: str, kernel: s
     decoder = decoder_of(backbone, RandomTrees(49152, 24, answers=answers(ask, right)), max_rows=2)
     assert_same(finish(decoder, ask), right)
     assert held_like_a_fresh_prefill(decoder) > 50
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_heads_that_come_with_foretell_foretell(demo_folder: Path, dtype: str) -> None:
+    backbone = backbone_of(demo_folder, dtype)
+    asked = [(ids, SamplingParams(max_new_tokens=64)) for ids in prompts(demo_folder)]
+    assert drafters.recommended(backbone) == "medusa"
+    outputs = finish(decoder_of(backbone, drafters.build("medusa", backbone, nodes=16)), asked)
+    tokens, steps = (sum(getattr(out.statistics, name) for out in outputs) for name in ("new_tokens", "steps"))
+    assert tokens / steps > 1.6  # without heads 1
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

@@ -42,6 +42,7 @@ def section_sizes(args: argparse.Namespace) -> Any:
         for lookup in (False, True):
             name = f"medusa {size}{' with lookup' if lookup else ''}"
             runs[name] = Run(llm, "medusa", checkpoint=args.checkpoint, nodes=size, lookup=lookup)
+    runs["medusa 16, one tree"] = Run(llm, "medusa", checkpoint=args.checkpoint, nodes=16, grown=False)
     for run in runs.values():
         run(llm.encode("Hello there."), 16)
     rows: dict[str, list[tuple[int, float, float, int]]] = {name: [] for name in runs}
@@ -71,7 +72,7 @@ def section_sizes(args: argparse.Namespace) -> Any:
             "decode_speedup": round(decode / plain_decode, 3),
         }
         if name.startswith("medusa"):
-            possible = tokens / steps / out["step_cost"][int(name.split()[1])]
+            possible = tokens / steps / out["step_cost"][int(name.split()[1].strip(","))]
             out[name]["share_of_possible"] = round(decode / plain_decode / possible, 3)
     return out
 
