@@ -16,10 +16,11 @@ from torch.nn import functional as F
 
 from foretell import drafters
 from foretell.backbone import Backbone
+from foretell.backbone.linear import side_by_side
 from foretell.contracts import FINAL, SamplingParams
 from foretell.drafters import checkpoint
 from foretell.drafters.checkpoint import Checkpoint
-from foretell.drafters.medusa import DECAY, Medusa, MedusaHeads, read
+from foretell.drafters.medusa import DECAY, Medusa, MedusaHeads
 from foretell.drafters.parts import TrainingBatch, draft_vocabulary, places, soft_cross_entropy
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.errors import ForetellError, UsageError
@@ -119,7 +120,7 @@ def test_what_is_drafted_is_what_the_heads_say() -> None:
         decoder.step()
         row = decoder._rows[0]
         root = [backbone.embed(torch.tensor(row.tokens[-1:]))[0]] if module.embed else []
-        h_PI = read(torch.stack([*drafter._states[row.slot], *root])[None])
+        h_PI = side_by_side(torch.stack([*drafter._states[row.slot], *root])[None])
         talk = Distilled(0, [*row.tokens, 0], [(5, len(row.tokens) + 1)])  # what comes next is what it would learn
         learnt_from = module._read(
             Features(backbone, [talk], module.taps).batch([0]), torch.tensor([len(row.tokens) - 2])
@@ -176,7 +177,7 @@ def test_fresh_heads_say_what_the_output_head_says() -> None:
         for backbone in (backbone_of(), backbone_of(tie_word_embeddings=True)):
             module = Medusa.trainable(backbone, torch.ones(VOCAB), layers=2, output=output, draft_vocab=0)
             states = torch.randn(4, WIDTH)
-            h_PI = read(torch.stack([states, *torch.randn(3, 4, WIDTH)], 1))
+            h_PI = side_by_side(torch.stack([states, *torch.randn(3, 4, WIDTH)], 1))
             assert all(torch.equal(each, states) for each in module.states(h_PI))
             for k in range(module.heads):
                 torch.testing.assert_close(states @ module.head(k).T, backbone.logits(states))
@@ -275,7 +276,7 @@ def test_a_cyclic_sequence_is_learnt_one_head_one_step_further() -> None:
         optimizer.step()
     drafter = drafter_of(backbone, module, [(0,), (0, 0), (0, 0, 0)])
     for i, token in enumerate(cycle):
-        said = drafter._guesses(states[token][None], 1)[1][0, :, 0].tolist()
+        said = drafter._guesses([[states[token]]], 1)[1][0, :, 0].tolist()
         assert said == [cycle[(i + k) % 7] for k in (2, 3, 4)]
     ranks = [each.numpy() for each in module.ranks(batch)]
     assert (ranks[0][:-2] == 0).all()
@@ -306,7 +307,7 @@ def test_tokens_outside_the_draft_vocabulary_are_not_taught_and_never_drafted() 
     assert module.vocabulary_V.tolist() == list(range(10, 20))
     assert sum(each.item() for each in module.losses(batch_of([[1, 2, 3, 4, 5]], [[True] * 5])).values()) == 0.0
     drafter = drafter_of(backbone, module, [(r,) for r in range(8)])
-    assert set(drafter._guesses(torch.randn(3, 4 * WIDTH), 8)[1].flatten().tolist()) <= set(range(10, 20))
+    assert set(drafter._guesses(list(torch.randn(3, 4, WIDTH)), 8)[1].flatten().tolist()) <= set(range(10, 20))
 
 
 def test_a_draft_vocabulary_holds_the_most_frequent_tokens() -> None:
@@ -347,7 +348,7 @@ def test_a_checkpoint_comes_back_whole(tmp_path: Path, output: str) -> None:
     built = drafters.build("medusa", backbone, checkpoint=str(folder))
     direct = drafter_of(backbone, module, [(0,), (0, 0), (1,)])
     assert built.taps == module.taps
-    states = torch.randn(5, 4 * WIDTH)
+    states = list(torch.randn(5, 4, WIDTH))
     for ours, theirs in zip(cast(Medusa, built)._guesses(states, 3), direct._guesses(states, 3), strict=True):
         assert (ours == theirs).all()
     saved(folder, backbone, random_heads(backbone, 3, 2, output, 20, seed=9))  # a second one takes its place

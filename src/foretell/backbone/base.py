@@ -112,7 +112,7 @@ class Backbone(ABC):
 
         Args:
             blocks: by layer and head, weight [d, I or d] and bias [d] of x + SiLU(W x + b); the first layer reads
-                rows of I numbers, whose first d are its x.
+                I numbers (`linear.side_by_side`), whose first d are its x.
             outputs: the matrices [V, d] after the blocks, one per head or one for all.
         """
         return StackedHeads(self.linear, blocks, outputs)

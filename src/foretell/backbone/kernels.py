@@ -22,7 +22,7 @@ from torch import Tensor
 from foretell.errors import ForetellError
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
-LAYOUT = 4
+LAYOUT = 5
 """Of the structures below and of the calls; what `foretell_layout` in native.cpp must say too."""
 BUILDS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
 
@@ -225,14 +225,15 @@ class PackedHeads:
             *map(ctypes.addressof, self._tables),
         )  # fmt: skip
 
-    def top(self, x_BI: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        x_BI = x_BI.contiguous()
-        assert x_BI.dtype == torch.float32 and x_BI.shape[1] == self._described.inputs
-        assert 0 < count <= self._described.choices
-        values = torch.empty(self._heads, len(x_BI), count)
-        best = torch.empty(self._heads, len(x_BI), count, dtype=torch.int64)
+    def top(self, parts_BS: Sequence[Sequence[Tensor]], count: int) -> tuple[Tensor, Tensor]:
+        rows, about = len(parts_BS), self._described
+        assert all(part.dtype == torch.float32 and part.shape == (about.hidden,) for row in parts_BS for part in row)
+        assert all(len(row) * about.hidden == about.inputs for row in parts_BS) and 0 < count <= about.choices
+        pointers = (c_uint64 * (rows * len(parts_BS[0])))(*(address(part) for row in parts_BS for part in row))
+        values = torch.empty(self._heads, rows, count)
+        best = torch.empty(self._heads, rows, count, dtype=torch.int64)
         require().foretell_heads(
-            self._build.handle, ctypes.byref(self._described), address(x_BI), len(x_BI), count, address(values),
+            self._build.handle, ctypes.byref(about), ctypes.addressof(pointers), rows, count, address(values),
             address(best), self._bf16,
         )  # fmt: skip
         return values.transpose(0, 1), best.transpose(0, 1)

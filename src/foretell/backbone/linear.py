@@ -29,9 +29,19 @@ class DrafterLinear(Protocol):
 
 
 class DrafterHeads(Protocol):
-    def top(self, x_BI: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` most probable outputs of each head, best first: log-probabilities [B, K, count] and indices."""
+    def top(self, parts_BS: Sequence[Sequence[Tensor]], count: int) -> tuple[Tensor, Tensor]:
+        """The `count` most probable outputs of each head, best first: log-probabilities [B, K, count] and indices.
+
+        Args:
+            parts_BS: what each row reads, tensors [d] float32: see `side_by_side`.
+        """
         ...
+
+
+def side_by_side(parts_PSd: Tensor) -> Tensor:
+    """What heads read, [P, S·d]: the first part as it is, the others divided by their root mean square."""
+    others_PSd = F.rms_norm(parts_PSd[:, 1:], parts_PSd.shape[-1:], eps=1e-6)
+    return torch.cat([parts_PSd[:, 0], others_PSd.flatten(1)], 1)
 
 
 class Linear:
@@ -79,8 +89,8 @@ class StackedHeads:
         self._outputs = [linear(weight, None) for weight in outputs]
         self._hidden = outputs[0].shape[1]
 
-    def top(self, x_BI: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        inputs = [x_BI] * len(self._blocks[0])
+    def top(self, parts_BS: Sequence[Sequence[Tensor]], count: int) -> tuple[Tensor, Tensor]:
+        inputs = [side_by_side(torch.stack([torch.stack(list(row)) for row in parts_BS]))] * len(self._blocks[0])
         for layer in self._blocks:
             inputs = [x[:, : self._hidden] + F.silu(block(x)) for block, x in zip(layer, inputs, strict=True)]
         outputs = self._outputs if len(self._outputs) > 1 else self._outputs * len(inputs)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foretell.backbone import Backbone
+from foretell.backbone.linear import side_by_side
 from foretell.contracts import FINAL, Draft, Drafter, Features, Row
 from foretell.drafters.checkpoint import Checkpoint, find
 from foretell.drafters.parts import (
@@ -93,7 +94,7 @@ class MedusaHeads(Trainable):
         return self.head_KVd[k if self.output == "own" else 0]
 
     def states(self, h_PI: Tensor) -> Tensor:
-        """What the output matrices read: [K, P, d]; `h_PI` as `read` gives it."""
+        """What the output matrices read: [K, P, d]; `h_PI` as `side_by_side` gives it."""
         x_KPI = h_PI.expand(self.heads, *h_PI.shape)
         out_KPd = x_KPI[..., : self.bias_LKd.shape[-1]]
         for weight_KdI, bias_Kd in zip(self.weights, self.bias_LKd, strict=True):
@@ -106,7 +107,7 @@ class MedusaHeads(Trainable):
         parts = [batch.states[tap].flatten(0, 1)[sources].float() for tap in reversed(self.taps)]
         if self.embed:
             parts.append(self.embed(batch.tokens_BT.flatten()[sources + 1]))
-        return read(torch.stack(parts, 1))
+        return side_by_side(torch.stack(parts, 1))
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         targets_PK, sources = _positions(batch, self.heads)
@@ -155,12 +156,6 @@ class MedusaHeads(Trainable):
         tensors["vocabulary"] = self.vocabulary_V.int()
         arch = {"heads": self.heads, "layers": self.layers, "output": self.output, "taps": list(self.taps[:-1])}
         return tensors, arch | {"root": self.embed is not None}
-
-
-def read(parts_PSd: Tensor) -> Tensor:
-    """All that a head reads, side by side [P, I]: the state; streams and embeddings brought to its scale."""
-    others_PSd = F.rms_norm(parts_PSd[:, 1:], parts_PSd.shape[-1:], eps=1e-6)
-    return torch.cat([parts_PSd[:, 0], others_PSd.flatten(1)], 1)
 
 
 def _positions(batch: TrainingBatch, heads: int) -> tuple[Tensor, Tensor]:
@@ -310,14 +305,12 @@ class Medusa(Drafter):
         ready = [i for i, row in enumerate(rows) if row.slot in self._states]  # not after a prompt of one token
         if ready:
             nodes = self.size(len(rows), max(len(row.tokens) for row in rows))
-            parts_BSd = torch.stack([part for i in ready for part in self._states[rows[i].slot]]).unflatten(
-                0, (len(ready), -1)
-            )
+            parts_BS = [list(self._states[rows[i].slot]) for i in ready]
             if self._embed:
                 roots_Bd = self._embed(torch.tensor([tokens[i][0] for i in ready]))
-                parts_BSd = torch.cat([parts_BSd, roots_Bd[:, None]], 1)
+                parts_BS = [[*parts, root] for parts, root in zip(parts_BS, roots_Bd, strict=True)]
             paths = self._among(nodes)
-            said_BKR, guesses_BKR = self._guesses(read(parts_BSd), paths.width)
+            said_BKR, guesses_BKR = self._guesses(parts_BS, paths.width)
             for i, guesses_KR, grown in zip(ready, guesses_BKR, paths.grow(said_BKR, nodes), strict=True):
                 trees[i], chosen_N, given[i] = grown
                 tokens[i] += guesses_KR[paths.depth_C[chosen_N], paths.rank_C[chosen_N]].tolist()
@@ -330,9 +323,11 @@ class Medusa(Drafter):
             self._candidates[key] = Candidates(self.paths[: nodes - 1] if key else self.paths)
         return self._candidates[key]
 
-    def _guesses(self, h_BI: Tensor, width: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _guesses(
+        self, parts_BS: Sequence[Sequence[Tensor]], width: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Each head's most probable tokens, best first: log-probabilities and ids, [B, K, R]."""
-        said_BKR, best_BKR = (each.cpu().numpy() for each in self._heads.top(h_BI, width))
+        said_BKR, best_BKR = (each.cpu().numpy() for each in self._heads.top(parts_BS, width))
         return said_BKR, self._vocabulary_V[best_BKR]
 
 

@@ -60,7 +60,8 @@ struct Span {
     float* const* taps;
 };
 
-// Draft heads side by side: `layers` residual blocks each, then an output matrix each or one for all.
+// Draft heads side by side: `layers` residual blocks each, then an output matrix each or one for all. They read
+// parts of `hidden` numbers, `inputs` together: the first as it is, the others divided by their root mean square.
 struct Heads {
     int64_t heads, hidden, inputs, layers, outputs, choices, threads;
     const void* const* weight;  // [layers][heads] packed: `hidden` outputs from `inputs` (first layer) or `hidden`
@@ -77,7 +78,8 @@ struct Kernels {
     void (*linear)(const float* x, int64_t rows, int64_t inputs, const void* packed, int64_t outputs,
                    const float* bias, float* out, int64_t count, float* values, int64_t* best, int64_t threads,
                    int bf16);
-    void (*heads)(const Heads&, const float* x, int64_t rows, int64_t count, float* values, int64_t* best, int bf16);
+    void (*heads)(const Heads&, const float* const* parts, int64_t rows, int64_t count, float* values, int64_t* best,
+                  int bf16);
     void (*attention)(const Model&, const Cache&, const Rows&, const void* queries, void* out,
                       int64_t repeats, int bf16);
 };
