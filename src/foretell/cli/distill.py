@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -48,7 +49,7 @@ def distill(
     from foretell.backbone.files import sole_writer
     from foretell.contracts import SamplingParams
     from foretell.train.data import Store
-    from foretell.train.distill import OWN_LINES, read_prompts, write_prompts
+    from foretell.train.distill import read_prompts
 
     if prompts is None and not write:
         write = 1000
@@ -67,19 +68,25 @@ def distill(
             {"model": base.model, "fingerprint": llm.backbone.fingerprint, "vocab": llm.backbone.config.vocab,
              "settings": settings, "command": command_line()},
         )  # fmt: skip
-        if write:
-            own = out / "prompts.jsonl"
-            with job_progress("writing prompts", "tokens/s") as progress:
-                write_prompts(llm, write, own, seed=seed, rows=batch_size, progress=progress)
-            asked += [replace(each, line=each.line + OWN_LINES) for each in read_prompts(own)]
-        Random(seed).shuffle(asked)  # what an interrupted run leaves is a fair sample
+        began = time.perf_counter()
         try:
+            if write:
+                asked += _own_prompts(llm, write, out / "prompts.jsonl", seed, batch_size)
+            Random(seed).shuffle(asked)  # what an interrupted run leaves is a fair sample
             _answer(llm, store, asked, tasks, params, batch_size, keep_repetitive)
         finally:
-            store.write_manifest()
+            store.write_manifest(time.perf_counter() - began)
     counts = store.manifest["counts"]
     dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items()) or "none"
     note(f"{counts['conversations']} conversations, {counts['written']} tokens written; dropped: {dropped}. In {out}.")
+
+
+def _own_prompts(llm: LLM, count: int, path: Path, seed: int, rows: int) -> list[Conversation]:
+    from foretell.train.distill import OWN_LINES, read_prompts, write_prompts
+
+    with job_progress("writing prompts", "tokens/s") as progress:
+        write_prompts(llm, count, path, seed=seed, rows=rows, progress=progress)
+    return [replace(each, line=each.line + OWN_LINES) for each in read_prompts(path)]
 
 
 def _answer(

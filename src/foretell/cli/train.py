@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -59,8 +60,10 @@ def train(
     with sole_writer(out):
         run = Trainer(module, features, settings, out / "run", options)
         run.resume()  # a run that cannot be gone on with is refused before any work
+        began = time.perf_counter()
         with job_progress("features", "") as progress:
             features.prepare(lambda fraction: progress(round(fraction * 1000), 1000, 0))
+        prepared = time.perf_counter() - began
         with job_progress(f"training {method}", "") as progress:
             run.run(lambda step, steps, line: progress(step, steps, 0))
         report = run.evaluate()
@@ -73,7 +76,7 @@ def train(
             provenance={
                 "command": command_line(), "data": store.manifest,
                 "settings": asdict(settings), "options": options, "accuracy": report.accuracy, "loss": report.loss,
-                "seconds": round(run.seconds), "skipped_batches": run.skipped,
+                "seconds": round(run.seconds), "feature_seconds": round(prepared), "skipped_batches": run.skipped,
             },
         )  # fmt: skip
         checkpoint.save(out / "drafter", tensors)

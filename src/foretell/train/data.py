@@ -1,6 +1,6 @@
 """Distilled conversations on disk: one JSON line each, appended as they end.
 
-    distill.json          format, model, fingerprint, settings, command, counts
+    distill.json          format, model, fingerprint, settings, command, counts, seconds
     prompts.jsonl         prompts that the model wrote itself, if it did
     conversations.jsonl   {"line": 7, "tokens": [...], "answers": [[31, 120], ...]}
                           {"line": 8, "dropped": "repetitive"}
@@ -125,8 +125,9 @@ class Store:
         self.dropped.update(each for each in items if isinstance(each, str))
         self.conversations += [each for each in items if isinstance(each, Distilled)]
 
-    def write_manifest(self) -> None:
-        """Brings counts up to date."""
+    def write_manifest(self, seconds: float = 0.0) -> None:
+        """Brings counts up to date, and adds to the seconds that all runs together took."""
+        self.manifest["seconds"] = round(self.manifest.get("seconds", 0) + seconds)
         self.manifest["counts"] = {
             "conversations": len(self.conversations),
             "tokens": sum(len(each.tokens) for each in self.conversations),

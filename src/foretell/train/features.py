@@ -147,7 +147,9 @@ def _teacher(backbone: Backbone, states_Pd: Tensor, places: Sequence[int]) -> di
 
 def most_probable(logits_PV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """What `topk` gives, several times faster: the greatest lie in the `count` blocks of the greatest maxima."""
-    blocks_PCK = F.pad(logits_PV, (0, -logits_PV.shape[1] % BLOCK), value=-torch.inf).unflatten(1, (-1, BLOCK))
+    missing = -logits_PV.shape[1] % BLOCK
+    padded_PV = F.pad(logits_PV, (0, missing), value=-torch.inf) if missing else logits_PV  # pad copies in any case
+    blocks_PCK = padded_PV.unflatten(1, (-1, BLOCK))
     if blocks_PCK.shape[1] <= count:
         return logits_PV.topk(count)
     chosen_Pm = blocks_PCK.amax(-1).topk(count).indices
