@@ -153,6 +153,14 @@ def test_a_prompt_of_one_token_is_drafted_after_its_first_step() -> None:
     assert output.statistics.plain_steps == 2  # the first, and the last, which may emit one token only
 
 
+def test_heads_that_no_path_came_true_for_draft_nothing() -> None:
+    backbone = backbone_of()
+    ids = [([5, 6, 7], SamplingParams(max_new_tokens=6))]
+    output = finish(decoder_of(backbone, drafter_of(backbone, random_heads(backbone, 2, 1, "shared", 0), [])), ids)[0]
+    assert output.ids == plainly(backbone, ids)[0].ids
+    assert output.statistics.drafted == 0
+
+
 # -- learning -------------------------------------------------------------------------------------------------------
 
 

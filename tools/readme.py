@@ -8,37 +8,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from foretell.bench.report import facts, main_table, markdown_table, sections
+from foretell.bench.results import read_results
+
 ROOT = Path(__file__).parent.parent
 BEGIN = "<!-- figures: written by tools/readme.py from docs/results -->"
 END = "<!-- end of figures -->"
 
 
-def render(results: dict[str, Any]) -> str:
-    speed = results["speed"]["result"]
-    lines = [
-        "## Measured",
-        "",
-        f"SmolLM2-135M-Instruct, bfloat16, {results['speed']['machine']}; {speed['prompts']} Spec-Bench questions, "
-        f"{speed['new_tokens']} new tokens, greedy, batch 1, all in one interleaved run "
-        f"(commit {results['speed']['commit']}, `{results['speed']['command']}`).",
-        "",
-        "| | tokens/s, prefill included | against transformers, median of prompts | tokens per step |",
-        "|---|---|---|---|",
+def measured(folder: Path) -> list[str]:
+    """The table of a benchmark's results, and what a reader must know before it."""
+    results = read_results(folder)
+    lines = [f"{' '.join(facts(results))}", ""]
+    for _, rows in sections(results):
+        lines += [*markdown_table(*main_table(rows, results["limits"])), ""]
+    return lines
+
+
+def core(results: dict[str, Any]) -> list[str]:
+    """A sentence for each section of core.json that has one."""
+    return [
+        f"- {sentence(results[name]['result'])} ({results[name]['machine']}, commit {results[name]['commit']})"
+        for name, sentence in SENTENCES.items()
+        if name in results
     ]
-    for name, label in (
-        ("transformers", "transformers `generate`"),
-        ("transformers prompt lookup", "transformers, prompt lookup"),
-        ("plain", "foretell, plain"),
-        ("prompt_lookup", "foretell, prompt lookup"),
-    ):
-        row = speed[name]
-        ratio = row["median_ratio_to_transformers"]
-        lines.append(f"| {label} | {row['tokens_per_s']} | {ratio}× | {row.get('tokens_per_step', '')} |")
-    lines += [
-        "",
-        *(f"- {sentence(results[name]['result'])}" for name, sentence in SENTENCES.items() if name in results),
-    ]
-    return "\n".join(lines)
 
 
 def exactness(settings: dict[str, Any]) -> str:
@@ -82,13 +75,11 @@ SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
 """Section of the results -> its sentence; a section not measured yet has none."""
 
 
-def medusa(results: dict[str, Any]) -> str:
-    """Tokens per step and speed by tree size, and how the shipped heads were made."""
+def medusa(results: dict[str, Any]) -> list[str]:
+    """Tokens per step and speed by tree size."""
     sizes = results["sizes"]["result"]
     lines = [
-        "## Measured",
-        "",
-        f"Heads for SmolLM2-135M-Instruct that come with foretell; {results['sizes']['machine']}; "
+        f"Tree sizes: the heads for SmolLM2-135M-Instruct that come with foretell; {results['sizes']['machine']}; "
         f"{sizes['prompts']} Spec-Bench questions, {sizes['new_tokens']} new tokens, bfloat16, greedy, batch 1, all in "
         f"one interleaved run (commit {results['sizes']['commit']}, `{results['sizes']['command']}`).",
         "",
@@ -96,41 +87,56 @@ def medusa(results: dict[str, Any]) -> str:
         "tokens per step | tokens/s | against plain |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in (
-        "plain",
-        "prompt_lookup",
-        *(each for each in sizes if each.startswith("medusa") and "with" not in each),
-    ):
-        row, merged = sizes[name], sizes.get(f"{name} with lookup")
-        cells = [
-            f"{each['tokens_per_step']} | {each['tokens_per_s']} | {each['median_speedup']}×"
-            for each in (row, merged)
-            if each
-        ]
-        lines.append(
-            f"| {name.replace('medusa ', 'medusa, nodes: ')} | {' | '.join(cells)} |" + " | | |" * (not merged)
-        )
-    lines.append("")
-    for config in sorted((ROOT / "src/foretell/drafters/trained").glob("medusa-*/config.json")):
-        raw = json.loads(config.read_text())
-        made, data = raw["provenance"], raw["provenance"]["data"]
-        counts = data["counts"]
+    alone = [name for name in sizes if name.startswith("medusa") and "with" not in name]
+    for name in ("plain", "prompt_lookup", *alone):
+        found = [sizes[each] for each in (name, f"{name} with lookup") if each in sizes]
+        cells = [f"{row['tokens_per_step']} | {row['tokens_per_s']} | {row['median_speedup']}×" for row in found]
+        label = name.replace("medusa ", "medusa, nodes: ")
+        lines.append(f"| {label} | {' | '.join(cells)} |" + " | | |" * (2 - len(found)))
+    return [*lines, ""]
+
+
+def trained() -> list[str]:
+    """How the heads that ship were made."""
+    lines = []
+    for config in sorted((ROOT / "src/foretell/drafters/trained").glob("*/config.json")):
+        made = json.loads(config.read_text())["provenance"]
+        data, name = made["data"], config.parent.name
         heads = ", ".join(f"{head['top1']:.0%} / {head['top5']:.0%}" for head in made["accuracy"])
+        minutes = [
+            f"{part} {seconds / 60:.0f} minutes"
+            for part, seconds in (
+                ("data", data.get("seconds")), ("features", made.get("feature_seconds")), ("training", made["seconds"]),
+            )
+            if seconds
+        ]  # fmt: skip
         lines += [
-            f"`{config.parent.name}`: {counts['written']:,} tokens in {counts['conversations']:,} conversations "
-            f"(`{data['command']}`), then `{made['command']}` ({made['seconds'] / 60:.0f} minutes after the features, "
-            f"on the same kind of machine). Held-out accuracy by head, first / among five: {heads}.",
+            f"`{name}` on two cores: {data['counts']['written']:,} tokens in {data['counts']['conversations']:,} "
+            f"conversations (`{data['command']}`), then `{made['command']}`: {', '.join(minutes)}. Held-out accuracy "
+            f"by head, first / among five: {heads}.",
+            "",
+            f"![training curves](images/{name}.png)",
+            "",
         ]
-    return "\n".join(lines)
+    return lines
 
 
 def pages() -> dict[Path, str]:
     """Page -> its block of figures."""
     folder = ROOT / "docs/results"
-    out = {ROOT / "README.md": render(json.loads((folder / "core.json").read_text()))}
-    if (folder / "medusa.json").exists():
-        out[ROOT / "docs/training.md"] = medusa(json.loads((folder / "medusa.json").read_text()))
-    return out
+    head = ["## Measured", ""]
+    blocks = {
+        ROOT / "README.md": [*head, *measured(folder / "spec_bench_fifth"), *core(_json(folder / "core.json"))],
+        ROOT / "docs/benchmarks.md": [
+            *head, *measured(folder / "spec_bench"), *measured(folder / "spec_bench_fifth"),
+        ],
+        ROOT / "docs/training.md": [*head, *trained(), *medusa(_json(folder / "medusa.json"))],
+    }  # fmt: skip
+    return {page: "\n".join(lines).rstrip() for page, lines in blocks.items()}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
 
 
 def main() -> int:

@@ -2,11 +2,12 @@
 
 Head k reads the state that the output head reads at position t and guesses token t + k + 1 (the output head itself
 says t + 1): one to a few residual blocks h + SiLU(W h + b), then an output matrix. A tree of their most probable
-guesses is verified at once. Medusa, arXiv 2401.10774, §3.1-3.3; heads learn while the backbone is frozen (Medusa-1),
-with the loss Σ 0.8^k · CE, here against the written token and the backbone's own distribution where it was written.
+guesses is verified at once, by default grown anew at each step from how probable the heads hold them (`trees.grow`).
+Medusa, arXiv 2401.10774, §3.1-3.3; heads learn while the backbone is frozen (Medusa-1), with the loss Σ 0.8^k · CE,
+here against the written token and the backbone's own distribution where it was written.
 
 What heads may read besides, each an option: the token just chosen, t + 1, which is known when drafts are made (Hydra's
-idea, arXiv 2402.05109, for all heads at once, so that one tree of ranks still serves); and the streams part-way up
+idea, arXiv 2402.05109, for all heads at once, so that trees of ranks still serve); and the streams part-way up
 the layers, where more is known of the tokens to come than the last state still says (as EAGLE-3, arXiv 2503.01840).
 
 Three choices of output matrix: `shared`, the backbone's own, frozen, nothing to store; `tied`, one copy that all
@@ -303,7 +304,7 @@ class Medusa(Drafter):
         tokens = [[row.tokens[-1]] for row in rows]
         given = [[1.0] for _ in rows]
         ready = [i for i, row in enumerate(rows) if row.slot in self._states]  # not after a prompt of one token
-        if ready:
+        if ready and self.paths:
             nodes = self.size(len(rows), max(len(row.tokens) for row in rows))
             parts_BS = [list(self._states[rows[i].slot]) for i in ready]
             if self._embed:
