@@ -148,7 +148,7 @@ def test_a_folder_begun_otherwise_is_refused(tmp_path: Path, changed: dict[str, 
 def test_the_manifest_counts_what_is_there(tmp_path: Path) -> None:
     store = Store.create(tmp_path, dict(ABOUT))
     nothing = {"conversations": 0, "tokens": 0, "written": 0, "dropped": {}}
-    assert read_json(tmp_path / MANIFEST) == {"format": 1, **ABOUT, "counts": nothing}
+    assert read_json(tmp_path / MANIFEST) == {"format": 1, **ABOUT, "counts": nothing, "seconds": 0}
     for line, each in FOUND.items():
         store.append(line, each)
     store.write_manifest()

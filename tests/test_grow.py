@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from foretell.errors import UsageError
 from foretell.trees.grow import Candidates
 
 ranks = st.integers(1, 3).flatmap(
@@ -41,6 +42,25 @@ def test_the_most_probable_paths_make_the_tree(
         assert set(said[1:]) <= set(paths)
         assert len(set(said)) == len(tree) == min(nodes, len(paths) + 1)
         assert sorted((value[path] for path in said[1:]), reverse=True) == pytest.approx(best, abs=1e-3)
+
+
+def test_whatever_the_heads_say_a_tree_is_a_tree() -> None:
+    candidates = Candidates([(0,), (0, 0), (1,), (0, 0, 0), (1, 0)])
+    for said in (np.nan, -np.inf, 0.0, -1e-8, -1e30):
+        for nodes in range(1, 8):
+            ((tree, chosen, given),) = candidates.grow(np.full((1, 3, 2), said, dtype=np.float32), nodes)
+            assert len(tree) == len(chosen) + 1 == len(given) == min(nodes, 6)
+            depths = [candidates.depth_C[i] + 1 for i in chosen]
+            assert list(tree.depths) == [0, *depths]  # nobody hangs under another parent than its own
+            assert all(0 <= p <= 1 for p in given)
+
+
+def test_no_paths_give_the_root_alone() -> None:
+    candidates = Candidates([])
+    assert (len(candidates), candidates.heads, candidates.width) == (0, 0, 0)
+    assert candidates.grow(np.zeros((2, 1, 1)), 5)[1][0].parents == (-1,)
+    with pytest.raises(UsageError, match=r"path \[2, 0\] lacks its prefix \[2\]"):
+        Candidates([(0,), (2, 0)])
 
 
 def test_sure_heads_get_a_chain_and_unsure_ones_a_bush() -> None:

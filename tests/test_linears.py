@@ -127,8 +127,9 @@ def test_heads_side_by_side_are_their_blocks_one_after_the_other(kernel: str) ->
             torch.testing.assert_close(values[:, k], truth.gather(1, ids[:, k]), **near)
             assert all(len(set(row)) == count for row in ids[:, k].tolist())
         if kernel != "eager":
-            alone = [backbone.heads(blocks, outputs).top(parts_BSd[i : i + 1], count)[0][0] for i in range(rows)]
-            assert same(torch.stack(alone), values)
+            alone = [backbone.heads(blocks, outputs).top(parts_BSd[i : i + 1], count) for i in range(rows)]
+            assert same(torch.cat([each[0] for each in alone]), values)
+            assert same(torch.cat([each[1] for each in alone]), ids)
 
     sizes = (st.integers(1, 40), st.integers(1, 4), st.integers(1, 3), st.integers(1, 70), st.integers(1, 3))
     check(kernel, 25, holds, DTYPES, *sizes, st.integers(1, 100), st.booleans(), st.integers(1, 20))

@@ -3,8 +3,8 @@
     python tools/core_figures.py SECTION [--questions FILE] [--every 5] [--limit N]
 
 Sections: machine, step, attention, speed, batch, startup, reference, exactness. Everything that is compared runs in
-one process and interleaved, prompt by prompt, because machines drift. Until `foretell bench` exists, this is the
-benchmark; it needs a JSONL of questions in Spec-Bench's layout (`turns` is a list; the first turn is asked).
+one process and interleaved, prompt by prompt, because machines drift. What drafters gain is measured by `foretell
+bench`. Questions are JSON lines in Spec-Bench's layout (`turns` is a list; the first turn is asked).
 """
 
 from __future__ import annotations

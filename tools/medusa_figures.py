@@ -3,7 +3,7 @@
     python tools/medusa_figures.py SECTION --questions FILE [--checkpoint FOLDER]
 
 Sections: sizes (tokens per step and per second by tree size, with and without merged lookup, against plain),
-exactness (ids, log-probabilities and cache against plain). Like tools/core_figures.py, until `foretell bench` exists.
+exactness (ids, log-probabilities and cache against plain).
 """
 
 from __future__ import annotations

@@ -125,13 +125,12 @@ def pages() -> dict[Path, str]:
     """Page -> its block of figures."""
     folder = ROOT / "docs/results"
     head = ["## Measured", ""]
+    every = sorted(path.parent for path in folder.glob("*/results.json"))
     blocks = {
-        ROOT / "README.md": [*head, *measured(folder / "spec_bench_fifth"), *core(_json(folder / "core.json"))],
-        ROOT / "docs/benchmarks.md": [
-            *head, *measured(folder / "spec_bench"), *measured(folder / "spec_bench_fifth"),
-        ],
+        ROOT / "README.md": [*head, *measured(folder / "bench"), *core(_json(folder / "core.json"))],
+        ROOT / "docs/benchmarks.md": [*head, *(line for each in every for line in measured(each))],
         ROOT / "docs/training.md": [*head, *trained(), *medusa(_json(folder / "medusa.json"))],
-    }  # fmt: skip
+    }
     return {page: "\n".join(lines).rstrip() for page, lines in blocks.items()}
 
 

@@ -199,7 +199,7 @@ class ThreadedLinear:
 
 
 class PackedHeads:
-    """`linear.DraftHeads` in one call: the team of threads is woken once, not at every layer of every head."""
+    """`linear.StackedHeads` in one call: the team of threads is woken once, not at every layer of every head."""
 
     def __init__(
         self, blocks: Sequence[Sequence[tuple[Tensor, Tensor]]], outputs: Sequence[Tensor], dtype: torch.dtype,

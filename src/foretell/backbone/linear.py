@@ -51,8 +51,9 @@ class Linear:
         self.bias = None if bias is None else bias.to(weight.dtype)
         self.dtype, self.least_rows = weight.dtype, 4
         self.packed = _onednn_pack(weight) if packed and weight.device.type == "cpu" else None
-        if self.packed is None:  # rows of odd lengths lie in memory at odd places, which MKL answers with odd sums
-            weight = F.pad(weight, (0, -weight.shape[1] % 16))
+        missing = -weight.shape[1] % 16
+        if self.packed is None and missing:  # rows at odd places in memory, which MKL answers with odd sums
+            weight = F.pad(weight, (0, missing))
         self.weight = weight if self.packed is None else weight[:0]
 
     def __call__(self, x_MK: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,10 +59,8 @@ def train(
     with sole_writer(out):
         run = Trainer(module, features, settings, out / "run", options)
         run.resume()  # a run that cannot be gone on with is refused before any work
-        began = time.perf_counter()
         with job_progress("features", "") as progress:
-            features.prepare(lambda fraction: progress(round(fraction * 1000), 1000, 0))
-        prepared = time.perf_counter() - began
+            prepared = features.prepare(lambda fraction: progress(round(fraction * 1000), 1000, 0))
         with job_progress(f"training {method}", "") as progress:
             run.run(lambda step, steps, line: progress(step, steps, 0))
         report = run.evaluate()

@@ -182,7 +182,7 @@ class Medusa(Drafter):
         arch, tensors: as `MedusaHeads.checkpoint` gave them.
         paths: rank paths, prefixes first; every tree is a part of them.
         size: (rows, context) -> nodes of the tree to draft, root included.
-        earned: tree size -> tokens per step on held-out text.
+        earned: tree size -> tokens per step on held-out text, of trees that are not grown: those earn a little more.
         grown: whether each step takes its most probable paths of all; else the tree of n nodes is always the first
             n - 1 of them.
     """
@@ -202,12 +202,13 @@ class Medusa(Drafter):
         self._embed = backbone.embed if arch["root"] else None
         self._vocabulary_V = tensors["vocabulary"].numpy().astype(np.int64)
         heads, choices = arch["heads"], len(self._vocabulary_V)
-        if any(len(path) > heads or max(path) >= choices for path in self.paths):
+        every = Candidates(self.paths)
+        if every.heads > heads or every.width > choices:
             raise UsageError(
                 f"The tree is deeper than the {heads} heads, or names a rank beyond the {choices} tokens they choose "
                 "from; take another tree."
             )
-        self._candidates: dict[int, Candidates] = {}
+        self._candidates = {0: every}
         blocks = [
             list(zip(tensors[f"weight.{layer}"], tensors["bias"][layer].float(), strict=True))
             for layer in range(arch["layers"])

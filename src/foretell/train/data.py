@@ -68,7 +68,7 @@ class Store:
             store = cls(folder, manifest)
             store.write_manifest()
             return store
-        if (folder / PACKED).exists():
+        if (folder / PACKED).exists() and not (folder / CONVERSATIONS).exists():
             raise UsageError(f"{folder / PACKED} is packed; unpack it with xz -d to add to it.")
         store = cls.open(folder)
         begun, ours = (
@@ -95,7 +95,11 @@ class Store:
                 f"{folder} has data format {store.manifest.get('format')!r} where this version reads {FORMAT}."
             )
         path = folder / CONVERSATIONS
-        lines = _unpacked(folder / PACKED) or whole_lines(path, unfinished=b'"more": true')
+        if path.exists() or not (folder / PACKED).exists():
+            lines = whole_lines(path, unfinished=b'"more": true')
+        else:
+            path = folder / PACKED
+            lines = _unpacked(path)
         for number, line in enumerate(lines):
             store._add(line, f"{path}, line {number + 1}")
         return store
@@ -138,9 +142,9 @@ class Store:
 
 
 def _unpacked(path: Path) -> list[bytes]:
-    """Lines of a packed file; none where there is none."""
+    """Lines of a packed file."""
     try:
-        return lzma.decompress(path.read_bytes()).splitlines() if path.exists() else []
+        return lzma.decompress(path.read_bytes()).splitlines()
     except (OSError, lzma.LZMAError) as error:
         raise ForetellError(f"{path} is damaged ({one_line(error)}); copy it again.") from error
 

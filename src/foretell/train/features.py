@@ -11,6 +11,7 @@ token that precedes one the model wrote is kept as its m most probable tokens.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,21 +52,42 @@ class Features:
         self._place = {i: (s, i - begin) for s, (begin, end) in enumerate(self._shards) for i in range(begin, end)}
         self._open: dict[int, dict[str, Tensor]] = {}
 
-    def prepare(self, progress: Callable[[float], None] = lambda fraction: None) -> None:
-        """Computes the shards that are missing, or of other conversations."""
-        if self.folder is None:
-            return
+    def prepare(self, progress: Callable[[float], None] = lambda fraction: None) -> float:
+        """Computes the shards that are missing, or of other conversations.
+
+        Returns:
+            Seconds that all shards took, today or earlier.
+        """
+        if self.folder is None or not self._stale():
+            return self._seconds()
         from safetensors.torch import save_file
 
         with sole_writer(self.folder):
-            for number, (begin, end) in enumerate(self._shards):
-                path, part = self._path(number), self.data[begin:end]
-                about = {"data": digest(part), "dtype": str(self.backbone.dtype)}
-                if _about(path) != about:
-                    tensors = _joined(list(self._compute(part)))
-                    with written_whole(path, sum(t.nbytes for t in tensors.values())) as partial:
-                        save_file(tensors, partial, about)
-                progress((number + 1) / len(self._shards))
+            stale = self._stale()
+            for done, number in enumerate(stale, start=1):
+                began = time.perf_counter()
+                tensors = _joined(list(self._compute(self.data[slice(*self._shards[number])])))
+                about = self._wanted(number) | {"seconds": str(round(time.perf_counter() - began, 1))}
+                with written_whole(self._path(number), sum(t.nbytes for t in tensors.values())) as partial:
+                    save_file(tensors, partial, about)
+                progress(done / len(stale))
+        return self._seconds()
+
+    def _wanted(self, number: int) -> dict[str, str]:
+        """What a shard must say of itself."""
+        return {"data": digest(self.data[slice(*self._shards[number])]), "dtype": str(self.backbone.dtype)}
+
+    def _stale(self) -> list[int]:
+        """Shards to be computed."""
+        return [
+            number
+            for number in range(len(self._shards))
+            if not (self._wanted(number).items() <= _about(self._path(number)).items())
+        ]
+
+    def _seconds(self) -> float:
+        kept = range(len(self._shards)) if self.folder else ()
+        return sum(float(_about(self._path(number)).get("seconds", 0)) for number in kept)
 
     def batch(self, indices: Sequence[int]) -> TrainingBatch:
         """Conversations side by side."""
@@ -158,15 +180,15 @@ def most_probable(logits_PV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values_Pm, chosen_Pm.gather(1, at_Pm // BLOCK) * BLOCK + at_Pm % BLOCK
 
 
-def _about(path: Path) -> dict[str, str] | None:
-    """What a shard says of itself; None if it is missing or damaged."""
+def _about(path: Path) -> dict[str, str]:
+    """What a shard says of itself; nothing if it is missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            return file.metadata()
+            return file.metadata() or {}
     except (SafetensorError, OSError):
-        return None
+        return {}
 
 
 def _stretches(lengths: Sequence[int], size: int) -> Iterator[tuple[int, int]]:

@@ -244,9 +244,8 @@ class Trainer:
             return False
         try:
             state = torch.load(path, weights_only=True)
-            step, skipped, settings, data, seconds = (
-                state[key] for key in ("step", "skipped", "settings", "data", "seconds")
-            )
+            step, skipped, settings, data = (state[key] for key in ("step", "skipped", "settings", "data"))
+            seconds = state.get("seconds", 0.0)  # not in runs of the first version
         except Exception as error:  # a foreign file may fail in any way, inside the unpickler or after it
             raise ForetellError(f"{path} is damaged; delete it to start anew.") from error
         ours = asdict(self.settings) | self.options

@@ -14,14 +14,15 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from foretell.errors import UsageError
 from foretell.trees.tree import TokenTree
-
-STEP = 1e-4
-"""Taken from the logarithm at every guess, so that a certain guess is still a little less probable than its parent."""
 
 
 class Candidates:
-    """Rank paths, prefixes first, of which every tree is a part.
+    """Rank paths, of which every tree is a part.
+
+    Raises:
+        UsageError: a path lacks its prefix.
 
     Attributes:
         depth_C, rank_C: head and rank of the last guess of each path, shallow paths first.
@@ -32,9 +33,12 @@ class Candidates:
         place = {(): 0} | {path: i for i, path in enumerate(ordered, start=1)}
         self.depth_C = np.array([len(path) - 1 for path in ordered], dtype=np.int64)
         self.rank_C = np.array([path[-1] for path in ordered], dtype=np.int64)
+        for path in ordered:
+            if path[:-1] not in place:
+                raise UsageError(f"The tree path {list(path)} lacks its prefix {list(path[:-1])}; add it to the paths.")
         self._parent_C = np.array([place[path[:-1]] for path in ordered], dtype=np.int64)
-        ends = np.searchsorted(self.depth_C, np.arange(1, self.heads + 1))
-        self._levels = [slice(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+        ends = np.searchsorted(self.depth_C, np.arange(1, self.heads + 1)).tolist()
+        self._levels = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
 
     def __len__(self) -> int:
         return len(self.depth_C)
@@ -61,12 +65,13 @@ class Candidates:
             Per row the tree, the candidate behind each node but the root, and how probable each node is given its
             parent.
         """
-        step_BC = said_BKR[:, self.depth_C, self.rank_C] - STEP
+        step_BC = np.fmin(said_BKR[:, self.depth_C, self.rank_C], 0)  # no number counts as certain: trees stay trees
         value_BC = np.zeros((len(step_BC), len(self) + 1), dtype=step_BC.dtype)  # the root first
         for level in self._levels:
             value_BC[:, 1:][:, level] = value_BC[:, self._parent_C[level]] + step_BC[:, level]
         count = min(nodes - 1, len(self))
-        chosen_BN = np.sort(np.argpartition(-value_BC[:, 1:], count - 1, axis=1)[:, :count], axis=1)
+        # no path is more probable than its parent, which comes first among equals
+        chosen_BN = np.sort(np.argsort(-value_BC[:, 1:], axis=1, kind="stable")[:, :count], axis=1)
         given_BN = np.exp(np.take_along_axis(step_BC, chosen_BN, 1))
         trees = []
         for chosen_N, given_N in zip(chosen_BN, given_BN, strict=True):
