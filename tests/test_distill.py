@@ -151,9 +151,10 @@ def test_the_manifest_counts_what_is_there(tmp_path: Path) -> None:
     assert read_json(tmp_path / MANIFEST) == {"format": 1, **ABOUT, "counts": nothing, "seconds": 0}
     for line, each in FOUND.items():
         store.append(line, each)
-    store.write_manifest()
+    store.write_manifest(7.6)
+    store.write_manifest(2.0)  # a second run
     counts = {"conversations": 4, "tokens": 14, "written": 8, "dropped": {"too long": 1, "empty": 2, "repetitive": 1}}
-    assert read_json(tmp_path / MANIFEST) == {"format": 1, **ABOUT, "counts": counts}
+    assert read_json(tmp_path / MANIFEST) == {"format": 1, **ABOUT, "counts": counts, "seconds": 10}
     assert {path.name for path in tmp_path.iterdir()} == {MANIFEST, CONVERSATIONS}
 
 
