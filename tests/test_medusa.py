@@ -9,10 +9,11 @@ import torch
 from decoding import assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_backbones import BF16, FP32, Model
+from random_backbones import BF16, COMPILED, FP32, Model
 from tiny_models import DIMENSIONS
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from foretell import drafters
 from foretell.backbone import Backbone
@@ -431,3 +432,31 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pyte
         saved(folder, backbone, random_heads(backbone, 3, 1, "tied", 20))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["heads"]
+
+
+class Woken(TorchDispatchMode):
+    """Operations that wake PyTorch's team of threads however little there is to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(func).split(".")[1] in ("index", "index_put", "index_put_", "topk", "sort", "argmax"):
+            self.found.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not COMPILED, reason="the kernels were not compiled")
+def test_no_operation_of_a_step_wakes_another_team_of_threads() -> None:
+    """Its threads then spin for milliseconds on the cores that the kernels want: a step took half as long again."""
+    backbone = backbone_of()
+    drafter = WithLookup(drafter_of(backbone, random_heads(backbone, 3, 2, "tied", 40), some_paths(3, 5, 4), 12))
+    with Woken() as woken:
+        torch.arange(3)[torch.tensor([1])]
+        assert woken.found == {"aten.index.Tensor"}
+        woken.found.clear()
+        asked = [(ids, SamplingParams(max_new_tokens=40, temperature=i % 2)) for i, (ids, _) in enumerate(requests())]
+        outputs = finish(decoder_of(backbone, drafter, max_rows=3), asked)
+    assert sum(output.statistics.accepted for output in outputs) > 0  # something was committed out of its place
+    assert woken.found == set()

@@ -59,7 +59,7 @@ class Backbone(ABC):
             angles = positions[:, None] * frequencies
             self._cosine, self._sine = angles.cos() * self.config.rope_scale, angles.sin() * self.config.rope_scale
         at = positions_M.to(self.device)
-        return self._cosine[at], self._sine[at]
+        return self._cosine.index_select(0, at), self._sine.index_select(0, at)  # indexing would wake PyTorch's team
 
     def pad_rows(self, rows: int) -> bool:
         """Pads every linear call to at least `rows` rows; False if that is not how this backbone stays exact."""

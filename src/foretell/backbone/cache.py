@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,9 +84,13 @@ class KVCache:
             self.lengths[row] = length + len(path)
         if not moved:
             return
-        at, source, target = torch.tensor(moved, device=self.keys.device).unbind(1)
+        at, source, target = np.array(moved).T
         for tensor in (self.keys, self.values):
-            tensor[:, at, :, target] = tensor[:, at, :, source]
+            # through NumPy where it can be: PyTorch would wake a team of its own, which then spins on our cores
+            held = (
+                tensor.view(torch.int16 if tensor.itemsize == 2 else torch.int32).numpy() if tensor.is_cpu else tensor
+            )
+            held[:, at, :, target] = held[:, at, :, source]
 
     def rollback(self, row: int, length: int) -> None:
         """Forgets all but the first `length` committed slots."""

@@ -89,7 +89,7 @@ class CompiledBackbone(Backbone):
     def embed(self, tokens_M: Tensor) -> Tensor:
         if self._embedding is None:
             return self._head.rows(tokens_M)
-        return self._embedding[tokens_M].float()
+        return self._embedding.index_select(0, tokens_M).float()
 
     def run_layers(
         self,

@@ -130,7 +130,8 @@ class SpeculativeDecoder:
         kept = [start + node for start, path in zip(_starts(draft), verdict.paths, strict=True) for node in path]
         index = torch.tensor(kept, device=states_Md.device)
         counts = [len(path) for path in verdict.paths]
-        features = Features(counts, {tap: states[index] for tap, states in taps.items()}, extra, verdict.paths)
+        kept_taps = {tap: states.index_select(0, index) for tap, states in taps.items()}  # see Backbone.rotation
+        features = Features(counts, kept_taps, extra, verdict.paths)
         self.drafter.observe(rows, features)
         guesses = sum(len(tree) - 1 for tree in draft.trees)
         emitted = sum(len(event.tokens) for event in events)

@@ -52,7 +52,7 @@ def draws(draft: Draft, rows: Sequence[Row], keys: Sequence[int], logits_MV: Ten
         history = state.tokens + [tokens[n] for n in path[1:]] if state.params.edits_logits else []
         logits_V = process(logits_MV[starts[row] + node], state.params, history, state.prompt_length)
         if state.params.temperature == 0:
-            return int(logits_V.argmax())
+            return int(logits_V.cpu().numpy().argmax())  # the first of equals
         position = len(state.tokens) + len(path) - 1
         return sample(logits_V, state.params, uniform(state.params.seed, keys[row], position))
 
