@@ -11,6 +11,7 @@ Shapes: keys and values [L layers, R rows, G key/value heads, S slots, D head wi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,11 +86,10 @@ class KVCache:
         if not moved:
             return
         at, source, target = np.array(moved).T
+        whole = torch.int16 if self.keys.itemsize == 2 else torch.int32
         for tensor in (self.keys, self.values):
             # through NumPy where it can be: PyTorch would wake a team of its own, which then spins on our cores
-            held = (
-                tensor.view(torch.int16 if tensor.itemsize == 2 else torch.int32).numpy() if tensor.is_cpu else tensor
-            )
+            held: Any = tensor.view(whole).numpy() if tensor.is_cpu else tensor
             held[:, at, :, target] = held[:, at, :, source]
 
     def rollback(self, row: int, length: int) -> None:
