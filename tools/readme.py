@@ -19,19 +19,23 @@ END = "<!-- end of figures -->"
 def measured(folder: Path) -> list[str]:
     """The table of a benchmark's results, and what a reader must know before it."""
     results = read_results(folder)
-    lines = [f"{' '.join(facts(results))}", ""]
+    settings = results["settings"]
+    lines = [f"{settings['model']}, suite {settings['suite']}: {' '.join(facts(results))}", ""]
     for _, rows in sections(results):
         lines += [*markdown_table(*main_table(rows, results["limits"])), ""]
     return lines
 
 
 def core(results: dict[str, Any]) -> list[str]:
-    """A sentence for each section of core.json that has one."""
-    return [
-        f"- {sentence(results[name]['result'])} ({results[name]['machine']}, commit {results[name]['commit']})"
-        for name, sentence in SENTENCES.items()
-        if name in results
-    ]
+    """A sentence for each section of core.json that has one, machine by machine."""
+    lines = []
+    for machine in dict.fromkeys(results[name]["machine"] for name in SENTENCES if name in results):
+        lines += [f"On {machine} (docs/results/core.json has commands and commits):", ""]
+        for name, sentence in SENTENCES.items():
+            if name in results and results[name]["machine"] == machine:
+                lines.append(f"- {sentence(results[name]['result'])}")
+        lines.append("")
+    return lines
 
 
 def exactness(settings: dict[str, Any]) -> str:
@@ -46,7 +50,7 @@ def exactness(settings: dict[str, Any]) -> str:
     )
 
 
-def machine(r: dict[str, Any]) -> str:
+def plain_step(r: dict[str, Any]) -> str:
     return (
         f"A plain step takes {r['plain_ms_per_step_at_100_keys']} ms; reading the weights once at the measured "
         f"{r['read_gb_per_s']} GB/s takes {r['bound_ms_per_step']} ms."
@@ -70,7 +74,7 @@ def startup(r: dict[str, Any]) -> str:
 
 
 SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "exactness": exactness, "machine": machine, "step": step, "batch": batch, "startup": startup,
+    "exactness": exactness, "machine": plain_step, "step": step, "batch": batch, "startup": startup,
 }  # fmt: skip
 """Section of the results -> its sentence; a section not measured yet has none."""
 

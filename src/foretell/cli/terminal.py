@@ -24,7 +24,8 @@ def command_line() -> str:
 
     def bare(argument: str) -> str:
         head, equals, value = argument.rpartition("=")
-        return head + equals + (Path(value).name if os.sep in value and Path(value).exists() else value)
+        path = Path(value)
+        return head + equals + (path.name if os.sep in value and (path.is_absolute() or path.exists()) else value)
 
     return " ".join(["foretell", *map(bare, sys.argv[1:])])
 
