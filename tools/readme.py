@@ -97,7 +97,7 @@ def medusa(results: dict[str, Any]) -> list[str]:
         cells = [f"{row['tokens_per_step']} | {row['tokens_per_s']} | {row['median_speedup']}×" for row in found]
         label = name.replace("medusa ", "medusa, nodes: ")
         lines.append(f"| {label} | {' | '.join(cells)} |" + " | | |" * (2 - len(found)))
-    return [*lines, ""]
+    return [*lines, "", *([exactness(results["exactness"]["result"])] if "exactness" in results else ())]
 
 
 def trained() -> list[str]:
