@@ -447,10 +447,10 @@ class Woken(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.skipif(not COMPILED, reason="the kernels were not compiled")
-def test_no_operation_of_a_step_wakes_another_team_of_threads() -> None:
+@pytest.mark.parametrize("kernel", COMPILED)
+def test_no_operation_of_a_step_wakes_another_team_of_threads(kernel: str) -> None:
     """Its threads then spin for milliseconds on the cores that the kernels want: a step took half as long again."""
-    backbone = backbone_of()
+    backbone = Model(LLAMA).build(kernel, FP32)
     drafter = WithLookup(drafter_of(backbone, random_heads(backbone, 3, 2, "tied", 40), some_paths(3, 5, 4), 12))
     with Woken() as woken:
         torch.arange(3)[torch.tensor([1])]
