@@ -11,6 +11,7 @@ import pytest
 from foretell.bench import quality
 from foretell.bench.compare import compare
 from foretell.bench.metrics import figures, gaps, histogram, table
+from foretell.bench.peers.protocol import Clock
 from foretell.bench.suites import CODE, SHIPPED, SUMS, Question, load_suite
 from foretell.errors import ForetellError, UsageError
 
@@ -159,6 +160,27 @@ def test_a_batch_takes_as_long_as_its_slowest_row() -> None:
 
 def test_tokens_that_arrive_together_are_no_time_apart() -> None:
     assert list(gaps([(2, 1.0), (1, 1.5), (3, 2.5)])) == [0.5, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("heard", "whole", "arrivals"),
+    [
+        ([[1], [2], [4, 5]], [1, 2, 3, 4, 5], [(1, 0.0), (1, 1.0), (3, 2.0)]),
+        ([[1], [2]], [1, 2, 3], [(1, 0.0), (2, 1.0)]),
+        ([[3], [4]], [3, 3, 4, 4], [(1, 0.0), (3, 1.0)]),
+        ([], [1], []),
+        ([[1], [7]], [1, 2, 3], []),
+    ],
+    ids=["came with the next", "came last", "the same token again", "nothing was heard", "another answer"],
+)
+def test_tokens_that_a_stream_left_out_came_with_the_next(
+    heard: list[list[int]], whole: list[int], arrivals: list[tuple[int, float]]
+) -> None:
+    clock = Clock()
+    clock.ids = [token for tokens in heard for token in tokens]
+    clock.arrivals = [(len(tokens), float(at)) for at, tokens in enumerate(heard)]
+    clock.missed(whole)
+    assert (clock.ids, clock.arrivals) == (whole, arrivals)
 
 
 def test_a_histogram_has_every_step() -> None:

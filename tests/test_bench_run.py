@@ -17,7 +17,7 @@ from foretell.api import LLM
 from foretell.backbone import ModelFolder
 from foretell.bench.contenders import Contender, Ours
 from foretell.bench.gguf_files import gguf_file
-from foretell.bench.limits import limits, step_bytes
+from foretell.bench.limits import limits, read_bandwidth, step_bytes
 from foretell.bench.peers import MissingPeerError, Peer
 from foretell.bench.results import RESULTS, collect, read_results
 from foretell.bench.runner import ABOUT, PLAIN, ROUNDS, Runner, Settings, read_rounds
@@ -52,7 +52,7 @@ def contenders_of(llm: LLM) -> list[Contender]:
 def test_every_answer_is_compared_and_later_turns_follow_plain_ones(llm: LLM, tmp_path: Path) -> None:
     contenders = contenders_of(llm)
     how = {"repeats": 2, "batches": [1, 2], "temperatures": [0.0, 1.0], "seed": 3}
-    runner = Runner(llm, contenders, QUESTIONS, settings_of(llm, contenders, **how), tmp_path / "out", {})
+    runner = Runner(llm, contenders, QUESTIONS, settings_of(llm, contenders, **how), tmp_path / "out", {}, lambda: 1e9)
     records = runner.run()
     assert len(records) == 2 * 2 * 2 * 5 * 2  # contenders, repeats, batches, temperatures, turns of all questions
     assert all(record["same"] for record in records if record["contender"] != PLAIN)
@@ -93,36 +93,36 @@ def test_an_interrupted_run_goes_on_behind_its_last_round(llm: LLM, tmp_path: Pa
 
     contenders = contenders_of(llm)
     settings = settings_of(llm, contenders)
-    straight = Runner(llm, contenders, QUESTIONS, settings, tmp_path / "straight", {}).run()
+    straight = Runner(llm, contenders, QUESTIONS, settings, tmp_path / "straight", {}, lambda: 1e9).run()
 
     def interrupt(done: int, total: int, tokens: int) -> None:
         if done > stop:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Runner(llm, contenders, QUESTIONS, settings, tmp_path / "cut", {}).run(interrupt)
+        Runner(llm, contenders, QUESTIONS, settings, tmp_path / "cut", {}, lambda: 1e9).run(interrupt)
     with (tmp_path / "cut" / ROUNDS).open("a") as file:
         file.write('[{"contender": "pl')  # cut short in the midst of a line
     assert len(read_rounds(tmp_path / "cut")) == 2 * (stop + 1)
     calls: list[int] = []
-    again = Runner(llm, contenders, QUESTIONS, settings, tmp_path / "cut", {})
+    again = Runner(llm, contenders, QUESTIONS, settings, tmp_path / "cut", {}, lambda: 1e9)
     assert ids(again.run(lambda done, total, tokens: calls.append(done))) == ids(straight)
     assert calls == list(range(stop + 2, 6))
 
 
 def test_another_run_is_not_gone_on_with(llm: LLM, tmp_path: Path) -> None:
     contenders = contenders_of(llm)
-    Runner(llm, contenders, QUESTIONS, settings_of(llm, contenders), tmp_path / "out", {})
+    Runner(llm, contenders, QUESTIONS, settings_of(llm, contenders), tmp_path / "out", {}, lambda: 1e9)
     other = settings_of(llm, contenders, new_tokens=13, repeats=2)
     with pytest.raises(UsageError, match="holds a run with other new_tokens, repeats; go on with the same, or"):
-        Runner(llm, contenders, QUESTIONS, other, tmp_path / "out", {})
+        Runner(llm, contenders, QUESTIONS, other, tmp_path / "out", {}, lambda: 1e9)
     (tmp_path / "out" / ABOUT).write_text("{")
     with pytest.raises(ForetellError, match="is damaged; choose another --out"):
-        Runner(llm, contenders, QUESTIONS, settings_of(llm, contenders), tmp_path / "out", {})
+        Runner(llm, contenders, QUESTIONS, settings_of(llm, contenders), tmp_path / "out", {}, lambda: 1e9)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("dear")
     with pytest.raises(UsageError, match="holds other files; choose another --out"):
-        Runner(llm, contenders, QUESTIONS, settings_of(llm, contenders), tmp_path / "full", {})
+        Runner(llm, contenders, QUESTIONS, settings_of(llm, contenders), tmp_path / "full", {}, lambda: 1e9)
 
 
 class Wrong(Ours):
@@ -139,7 +139,7 @@ def test_a_difference_is_found_and_weighed(llm: LLM, tmp_path: Path) -> None:
     contenders = [contenders_of(llm)[0], Wrong(llm, "wrong", "plain", {})]
     question = [Question("a", "one", ("first",), "number", "7")]
     settings = settings_of(llm, contenders, questions=["a"])
-    records = Runner(llm, contenders, question, settings, tmp_path / "out", {}).run()
+    records = Runner(llm, contenders, question, settings, tmp_path / "out", {}, lambda: 1e9).run()
     wrong = next(record for record in records if record["contender"] == "wrong")
     plain = next(record for record in records if record["contender"] == PLAIN)
     assert not wrong["same"]
@@ -150,7 +150,7 @@ def test_a_difference_is_found_and_weighed(llm: LLM, tmp_path: Path) -> None:
     if wrong["ids"][3] in said:
         margin = said[plain["ids"][3]] - said[wrong["ids"][3]]
         assert wrong["divergence"]["margin"] == pytest.approx(margin, abs=1e-3)
-    about = {"contenders": {each.name: each.about for each in contenders}}
+    about = {"contenders": {each.name: each.about for each in contenders}, "weight_bytes": 4}
     decode = lambda ids: llm.tokenizer.decode(ids, skip_special=True)  # noqa: E731
     rows = collect(about, records, question, decode)["table"]
     assert [set(row["quality"]) for row in rows] == [{"exact_match"}, {"exact_match", "agreement_rouge_l"}]
@@ -162,8 +162,12 @@ def test_the_bound_counts_the_weights_of_a_step(llm: LLM) -> None:
     layer = 2 * c.hidden * c.q_width + 2 * c.hidden * c.kv_width + 3 * c.hidden * c.mlp + 2 * c.hidden
     embeddings = c.vocab * c.hidden  # tied or not, one of the two is read
     assert step_bytes(llm.backbone) == 4 * (c.layers * layer + embeddings + c.hidden)
-    found = limits(llm.backbone)
-    assert found["plain_tokens_per_s"] == found["read_bytes_per_s"] / found["weight_bytes"] > 0
+    assert read_bandwidth(llm.backbone) > 0
+
+
+def test_the_bound_follows_from_the_median_bandwidth_of_a_run() -> None:
+    found = limits(200, [1e3, 9e9, 4e3])
+    assert found == {"read_bytes_per_s": 4e3, "weight_bytes": 200, "plain_tokens_per_s": 20}
 
 
 # -- peers -------------------------------------------------------------------------------------------------------------
@@ -175,7 +179,7 @@ def test_transformers_says_the_same_in_float32(llm: LLM, tiny: str, tmp_path: Pa
         contenders.append(Peer(llm, name, "transformers", parts, rows=2, cache_dir=tmp_path))
     settings = settings_of(llm, contenders)
     try:
-        records = Runner(llm, contenders, QUESTIONS, settings, tmp_path / "out", {}).run()
+        records = Runner(llm, contenders, QUESTIONS, settings, tmp_path / "out", {}, lambda: 1e9).run()
         pair = contenders[1].answer(
             [llm.encode("one"), llm.encode("a longer one")], SamplingParams(max_new_tokens=6), [0, 1]
         )

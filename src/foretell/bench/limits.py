@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from statistics import median
-from typing import Any
 
 import torch
 
@@ -16,14 +16,17 @@ BUFFER_BYTES = 256 << 20
 """Far beyond any cache."""
 
 
-def limits(backbone: Backbone) -> dict[str, Any]:
-    """Bandwidth, the weights that a step reads, and the bound that follows for plain decoding."""
-    bandwidth = read_bandwidth(backbone)
+def limits(weight_bytes: int, bandwidths: Sequence[float]) -> dict[str, float]:
+    """The bound that follows for plain decoding.
+
+    Args:
+        weight_bytes: that a step reads.
+        bandwidths: bytes per second, measured all through a run, since machines drift.
+    """
+    typical = median(bandwidths)
     return {
-        "read_bytes_per_s": bandwidth,
-        "weight_bytes": step_bytes(backbone),
-        "plain_tokens_per_s": bandwidth / step_bytes(backbone),
-    }
+        "read_bytes_per_s": typical, "weight_bytes": weight_bytes, "plain_tokens_per_s": typical / weight_bytes,
+    }  # fmt: skip
 
 
 def step_bytes(backbone: Backbone) -> int:
@@ -34,7 +37,7 @@ def step_bytes(backbone: Backbone) -> int:
     return sum(math.prod(shape) for shape in shapes.values()) * torch.empty(0, dtype=backbone.dtype).element_size()
 
 
-def read_bandwidth(backbone: Backbone, repeats: int = 15) -> float:
+def read_bandwidth(backbone: Backbone, repeats: int = 9) -> float:
     """Bytes per second at which the backbone's own linear kernel streams weights that it uses once, at its best."""
     width = backbone.config.hidden
     itemsize = torch.empty(0, dtype=backbone.dtype).element_size()

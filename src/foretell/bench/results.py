@@ -15,6 +15,7 @@ import torch
 import foretell
 from foretell.backbone import Backbone
 from foretell.bench import quality
+from foretell.bench.limits import limits
 from foretell.bench.metrics import PLAIN, Record, by_category, table
 from foretell.bench.suites import Question
 from foretell.errors import ForetellError
@@ -62,6 +63,7 @@ def collect(
 
     When each token arrived stays in rounds.jsonl; the figures made of it are here.
     """
+    bandwidths = {tuple(record["round"]): record["read_bytes_per_s"] for record in records}
     added = {name: each.get("added_parameters") for name, each in about["contenders"].items()}
     scores = _scores(records, questions, decode, run_code)
     rows = table(records)
@@ -69,7 +71,8 @@ def collect(
         row["added_parameters"] = added.get(row["contender"])
         row["quality"] = scores.get((row["contender"], row["temperature"], row["batch"]), {})
     return {
-        "format": FORMAT, **about, "table": rows, "by_category": by_category(records),
+        "format": FORMAT, **about, "limits": limits(about["weight_bytes"], list(bandwidths.values())),
+        "table": rows, "by_category": by_category(records),
         "requests": [{name: value for name, value in record.items() if name != "arrivals"} for record in records],
     }  # fmt: skip
 

@@ -71,7 +71,8 @@ class Runner:
     """
     Args:
         contenders: plain among them, under the name "plain".
-        about: machine, versions, limits, what is known of the contenders: kept beside the settings.
+        about: machine, versions, weights of a step, what is known of the contenders: kept beside the settings.
+        bandwidth: measures bytes per second that this machine reads; before every round, since it drifts.
     """
 
     def __init__(
@@ -82,9 +83,10 @@ class Runner:
         settings: Settings,
         folder: Path,
         about: dict[str, Any],
+        bandwidth: Callable[[], float],
     ):
         self.llm, self.contenders, self.questions = llm, list(contenders), list(questions)
-        self.settings, self.folder = settings, folder
+        self.settings, self.folder, self.bandwidth = settings, folder, bandwidth
         self.plain = next(each for each in contenders if each.name == PLAIN)
         self._place = {question.id: i for i, question in enumerate(questions)}
         self._said: dict[tuple[Any, ...], list[int]] = {}  # (temperature, batch, repeat, question, turn) -> plain's ids
@@ -134,6 +136,7 @@ class Runner:
 
     def _answers(self, each: Round) -> Iterator[dict[str, Any]]:
         prompts = [self._prompt(each, question) for question in each.questions]
+        bandwidth = self.bandwidth()
         keys = [self._place[question.id] * MAX_TURNS + each.turn for question in each.questions]
         params = self._params(each.temperature, self.settings.new_tokens)
         first = (each.group + each.turn + each.repeat) % len(self.contenders)
@@ -152,7 +155,7 @@ class Runner:
                     "new_tokens": len(answer.ids), "seconds": round(answer.seconds, 6),
                     "prefill_seconds": answer.prefill_seconds,
                     "arrivals": [(count, round(at, 5)) for count, at in answer.arrivals],
-                    "peak_bytes": peak, **answer.statistics,
+                    "peak_bytes": peak, "read_bytes_per_s": bandwidth, **answer.statistics,
                 }  # fmt: skip
                 comparable = each.temperature == 0 or "drafter" in contender.about
                 if comparable and contender is not self.plain:

@@ -121,7 +121,7 @@ def _measure(
 ) -> dict[str, Any]:
     from foretell import __version__, drafters
     from foretell.backbone.files import write_json
-    from foretell.bench.limits import limits
+    from foretell.bench.limits import read_bandwidth, step_bytes
     from foretell.bench.report import write_report
     from foretell.bench.results import RESULTS, collect, commit, machine
     from foretell.bench.runner import Runner, Settings
@@ -140,10 +140,10 @@ def _measure(
     about = {
         "machine": machine(llm.backbone), "version": __version__, "commit": commit(), "command": command_line(),
         "contenders": {each.name: each.about for each in there}, "missing": missing,
+        "weight_bytes": step_bytes(llm.backbone),
     }  # fmt: skip
     try:
-        about["limits"] = limits(llm.backbone)
-        runner = Runner(llm, there, suite.questions, settings, out, about)
+        runner = Runner(llm, there, suite.questions, settings, out, about, lambda: read_bandwidth(llm.backbone))
         with job_progress("measuring", "tokens/s") as progress:
             records = runner.run(progress)
     finally:

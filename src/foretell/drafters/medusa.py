@@ -313,9 +313,9 @@ class Medusa(Drafter):
                 parts_BS = [[*parts, root] for parts, root in zip(parts_BS, roots_Bd, strict=True)]
             paths = self._among(nodes)
             said_BKR, guesses_BKR = self._guesses(parts_BS, paths.width)
-            for i, guesses_KR, grown in zip(ready, guesses_BKR, paths.grow(said_BKR, nodes), strict=True):
-                trees[i], chosen_N, given[i] = grown
-                tokens[i] += guesses_KR[paths.depth_C[chosen_N], paths.rank_C[chosen_N]].tolist()
+            for i, guesses_KR, grown in zip(ready, guesses_BKR.tolist(), paths.grow(said_BKR, nodes), strict=True):
+                trees[i], chosen, given[i] = grown
+                tokens[i] += [guesses_KR[head][rank] for head, rank in map(paths.guesses.__getitem__, chosen)]
         return Draft(trees, tokens, given)
 
     def _among(self, nodes: int) -> Candidates:

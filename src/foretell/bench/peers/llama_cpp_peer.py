@@ -1,7 +1,12 @@
-"""llama.cpp's own server, in process (xllamacpp), on a GGUF file."""
+"""llama.cpp's own server, in process (xllamacpp), on a GGUF file.
+
+A stream leaves out tokens that end within a character; where some are missing the answer is asked for once more,
+whole and untimed.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from typing import Any
@@ -20,30 +25,44 @@ def make(config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
     server = xllamacpp.Server(params)
 
-    def one(request: Request, prompt: list[int]) -> Answer:
-        clock, told = Clock(), {}
-
-        def hear(chunk: dict[str, Any]) -> None:
+    def ask(request: Request, prompt: list[int], stream: bool, hear: Callable[[dict[str, Any]], None]) -> None:
+        def heard(chunk: dict[str, Any]) -> None:
             if "error" in chunk:
                 raise RuntimeError(chunk["error"])
-            clock.add(chunk["__verbose"]["tokens"])
-            told.update(chunk["__verbose"].get("timings", {}))
+            hear(chunk["__verbose"])
 
         server.handle_completions(
             {"prompt": prompt, "max_tokens": request["new_tokens"], "temperature": request["temperature"],
-             "seed": request["seed"], "top_k": 0, "top_p": 1.0, "min_p": 0.0, "cache_prompt": False, "stream": True,
+             "seed": request["seed"], "top_k": 0, "top_p": 1.0, "min_p": 0.0, "cache_prompt": False, "stream": stream,
              "return_tokens": True, "verbose": True},
-            hear,
+            heard,
         )  # fmt: skip
-        known = {"prefill_seconds": told["prompt_ms"] / 1e3} if "prompt_ms" in told else {}
-        if told.get("draft_n"):
-            known |= {"drafted": told["draft_n"], "accepted": told["draft_n_accepted"]}
-            known["steps"] = len(clock.ids) - told["draft_n_accepted"]
+
+    def timed(request: Request, prompt: list[int]) -> tuple[Clock, dict[str, Any], float]:
+        clock, told = Clock(), {}
+
+        def hear(chunk: dict[str, Any]) -> None:
+            clock.add(chunk["tokens"])
+            told.update(chunk)
+
+        ask(request, prompt, True, hear)
+        return clock, told, clock.answer()["seconds"]
+
+    def finished(request: Request, prompt: list[int], clock: Clock, told: dict[str, Any], seconds: float) -> Answer:
+        if len(clock.ids) != told["tokens_predicted"]:
+            ask(request, prompt, False, lambda whole: clock.missed(whole["tokens"]))
+        times = told["timings"]
+        known: dict[str, Any] = {"seconds": seconds, "prefill_seconds": times["prompt_ms"] / 1e3}
+        if times.get("draft_n"):
+            known |= {"drafted": times["draft_n"], "accepted": times["draft_n_accepted"]}
+            known["steps"] = len(clock.ids) - times["draft_n_accepted"]
         return clock.answer(**known)
 
     def answer(request: Request) -> list[Answer]:
-        with ThreadPoolExecutor(len(request["prompts"])) as pool:
-            return list(pool.map(lambda prompt: one(request, prompt), request["prompts"]))
+        prompts = request["prompts"]
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            heard = list(pool.map(lambda prompt: timed(request, prompt), prompts))
+        return [finished(request, prompt, *each) for prompt, each in zip(prompts, heard, strict=True)]
 
     return answer, {"version": version("xllamacpp"), "file": config["gguf"].rsplit("/", 1)[-1]}
 

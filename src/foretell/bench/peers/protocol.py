@@ -15,7 +15,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 Request = dict[str, Any]
@@ -66,5 +66,29 @@ class Clock:
             self.ids += ids
             self.arrivals.append((len(ids), time.perf_counter() - self.began))
 
+    def missed(self, ids: list[int]) -> None:
+        """Learns all ids, some of which were not heard: those came with the next that was.
+
+        Where they are not what was heard and more, nobody knows when they came.
+        """
+        ends = list(_places(ids, self.ids))
+        arrivals, begin, heard = [], 0, 0
+        for count, at in self.arrivals if len(ends) == len(self.ids) else []:
+            heard += count
+            end = ends[heard - 1] if heard < len(ends) else len(ids)
+            arrivals.append((end - begin, at))
+            begin = end
+        self.ids, self.arrivals = ids, arrivals
+
     def answer(self, **known: Any) -> Answer:
         return {"ids": self.ids, "seconds": time.perf_counter() - self.began, "arrivals": self.arrivals, **known}
+
+
+def _places(ids: list[int], some: list[int]) -> Iterator[int]:
+    """Behind which of `ids` each of `some` of them ends, as far as they go in order."""
+    at = 0
+    for token in some:
+        if token not in ids[at:]:
+            return
+        at = ids.index(token, at) + 1
+        yield at
