@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,60 +21,84 @@ from exactness import compared, transcript
 
 import foretell
 from foretell import drafters
-from foretell.backbone.costs import measure
-from foretell.contracts import SamplingParams
+from foretell.api import LLM
+from foretell.backbone.costs import StepCosts, measure
+from foretell.contracts import SamplingParams, Statistics
 
 core.RESULTS = core.RESULTS.with_name("medusa.json")
 SIZES = (4, 8, 16, 32, 64)
+WARM_UP = "Hello there."
 
 
-class Run(core.Ours):
-    adapt = False  # what a tree earns, not what the governor makes of it
+@dataclass
+class Answer:
+    """One prompt's, with the seconds that steps of its sizes cost alone at the middle of its context."""
 
-    def __init__(self, llm: Any, name: str, **options: Any):
-        self.llm, self.drafter = llm, drafters.build(name, llm.backbone, **options)
+    ids: list[int]
+    seconds: float
+    statistics: Statistics
+    possible: float
+
+    @property
+    def decoding(self) -> float:
+        return self.seconds - self.statistics.prefill_seconds
+
+
+class Run:
+    def __init__(self, llm: LLM, name: str, nodes: int = 1, **options: Any):
+        drafter = drafters.build(name, llm.backbone, **({"nodes": nodes} if nodes > 1 else {}), **options)
+        self.llm, self.nodes = LLM(llm.backbone, llm.tokenizer, drafter, llm.folder), nodes
+
+    def __call__(self, ids: list[int], new_tokens: int, costs: StepCosts) -> Answer:
+        # without the governor: what a tree earns, not what is made of it
+        answer = self.llm.generate(ids, max_new_tokens=new_tokens, adapt=False)
+        steps = answer.statistics.steps
+        return Answer(answer.ids, answer.statistics.seconds, answer.statistics, steps * costs.of(1, 0, self.nodes))
 
 
 def section_sizes(args: argparse.Namespace) -> Any:
-    """Prompt by prompt, each in turn; then the cost of a step, for the share of the possible that was reached."""
+    """Prompt by prompt, each in turn, and the cost of steps before each: the machine drifts."""
     llm = foretell.load(core.MODEL, dtype="bf16")
-    runs: dict[str, Any] = {"plain": Run(llm, "plain"), "prompt_lookup": Run(llm, "prompt_lookup")}
+    runs = {"plain": Run(llm, "plain"), "prompt_lookup": Run(llm, "prompt_lookup")}
     for size in SIZES:
         for lookup in (False, True):
             name = f"medusa {size}{' with lookup' if lookup else ''}"
-            runs[name] = Run(llm, "medusa", checkpoint=args.checkpoint, nodes=size, lookup=lookup)
-    runs["medusa 16, one tree"] = Run(llm, "medusa", checkpoint=args.checkpoint, nodes=16, grown=False)
-    for run in runs.values():
-        run(llm.encode("Hello there."), 16)
-    rows: dict[str, list[tuple[int, float, float, int]]] = {name: [] for name in runs}
-    different = []
-    for number, question in enumerate(args.prompts):
-        ids, outputs = llm.encode(question), {}
+            runs[name] = Run(llm, "medusa", size, checkpoint=args.checkpoint, lookup=lookup)
+    runs["medusa 16, one tree"] = Run(llm, "medusa", 16, checkpoint=args.checkpoint, grown=False)
+    rows: dict[str, list[Answer]] = {name: [] for name in runs}
+    for number, question in enumerate([WARM_UP, *args.prompts]):
+        ids = llm.encode(question)
+        middle = len(ids) + args.new_tokens // 2
+        costs = measure(llm.backbone, rows=(1,), contexts=(middle,), nodes=(1, *SIZES), repeats=5)
         for name, run in runs.items():
-            outputs[name], seconds, prefill, steps = run(ids, args.new_tokens)
-            rows[name].append((len(outputs[name]), seconds, prefill, steps))
-        different += [(number, name) for name, output in outputs.items() if output != outputs["plain"]]
-        print(number, {n: round(r[-1][0] / r[-1][1]) for n, r in rows.items()}, flush=True)
-    costs = measure(llm.backbone, rows=(1,), contexts=(300,), nodes=(1, *SIZES))
-    out: dict[str, Any] = {
-        "prompts": len(args.prompts), "new_tokens": args.new_tokens, "different": different,
-        "step_cost": {n: round(costs.of(1, 300, n) / costs.of(1, 300, 1), 3) for n in SIZES},
-    }  # fmt: skip
-    plain = [tokens / seconds for tokens, seconds, _, _ in rows["plain"]]
-    plain_decode = sum(t for t, *_ in rows["plain"]) / sum(s - p for _, s, p, _ in rows["plain"])
-    for name, values in rows.items():
-        tokens, steps = sum(t for t, *_ in values), sum(s for *_, s in values)
-        decode = tokens / sum(s - p for _, s, p, _ in values)
-        out[name] = {
-            "tokens_per_step": round(tokens / steps, 3),
-            "tokens_per_s": round(tokens / sum(s for _, s, _, _ in values), 1),
-            "decode_tokens_per_s": round(decode, 1),
-            "median_speedup": round(median(t / s / p for (t, s, _, _), p in zip(values, plain, strict=True)), 3),
-            "decode_speedup": round(decode / plain_decode, 3),
-        }
-        if name.startswith("medusa"):
-            possible = tokens / steps / out["step_cost"][int(name.split()[1].strip(","))]
-            out[name]["share_of_possible"] = round(decode / plain_decode / possible, 3)
+            rows[name].append(run(ids, args.new_tokens, costs))
+        print(number, {n: round(len(r[-1].ids) / r[-1].seconds) for n, r in rows.items()}, flush=True)
+    for answers in rows.values():
+        del answers[0]  # warmed up
+    plain = rows["plain"]
+    different = [(name, i) for name, r in rows.items() for i, answer in enumerate(r) if answer.ids != plain[i].ids]
+    out: dict[str, Any] = {"prompts": len(plain), "new_tokens": args.new_tokens, "different": different}
+    return out | {name: _figures(answers, plain, name) for name, answers in rows.items()}
+
+
+def _figures(answers: list[Answer], plain: list[Answer], name: str) -> dict[str, Any]:
+    tokens, steps = sum(len(a.ids) for a in answers), sum(a.statistics.steps for a in answers)
+    seconds, decoding = sum(a.seconds for a in answers), sum(a.decoding for a in answers)
+    speedup = sum(p.decoding for p in plain) / decoding
+    out = {
+        "tokens_per_step": round(tokens / steps, 3),
+        "tokens_per_s": round(tokens / seconds, 1),
+        "decode_tokens_per_s": round(tokens / decoding, 1),
+        "median_speedup": round(median(p.seconds / a.seconds for p, a in zip(plain, answers, strict=True)), 3),
+        "decode_speedup": round(speedup, 3),
+        "draft_ms": round(1e3 * sum(a.statistics.draft_seconds for a in answers) / steps, 2),
+        "verify_ms": round(1e3 * sum(a.statistics.verify_seconds for a in answers) / steps, 2),
+        "step_ms": round(1e3 * decoding / steps, 2),
+    }
+    if name != "prompt_lookup":  # its trees have no size of their own
+        possible = sum(a.possible for a in answers)
+        out["step_alone_ms"] = round(1e3 * possible / steps, 2)
+        out["share_of_possible"] = round(speedup / (sum(p.possible for p in plain) / possible), 3)
     return out
 
 

@@ -53,7 +53,7 @@ PEERS: dict[str, Kind] = {
     "transformers": Kind(
         "transformers_peer.py",
         variants={
-            "": {}, "prompt_lookup": {"prompt_lookup_num_tokens": 10}, "early_exit": {"assistant_early_exit": 0},
+            "": {}, "prompt_lookup": {"prompt_lookup_num_tokens": 10}, "early_exit": {"assistant_early_exit": 0},  # 0: a third of the layers
         },
     ),
     "llama.cpp": Kind(

@@ -30,7 +30,9 @@ def make(config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     torch.set_num_threads(config["threads"])
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config["dtype"]]
     model = AutoModelForCausalLM.from_pretrained(config["model"], dtype=dtype).to(config["device"]).eval()
-    options = config["options"]
+    options = dict(config["options"])
+    if options.get("assistant_early_exit") == 0:
+        options["assistant_early_exit"] = model.config.num_hidden_layers // 3
 
     def answer(request: Request) -> list[Answer]:
         prompts = request["prompts"]
@@ -54,7 +56,7 @@ def make(config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             found.append(clock.answer() | {"ids": row[:end]} | ({} if len(prompts) == 1 else {"arrivals": []}))
         return found
 
-    return answer, {"version": transformers.__version__}
+    return answer, {"version": transformers.__version__, "given": options}
 
 
 serve(make)
