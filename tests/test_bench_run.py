@@ -1,6 +1,7 @@
 """Whole benchmarks of a tiny model: what is compared, what an interruption costs, what a mistake says, real peers."""
 
 import json
+import time
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -192,6 +193,26 @@ def test_transformers_says_the_same_in_float32(llm: LLM, tiny: str, tmp_path: Pa
     assert all(record["peak_bytes"] > 10**7 for record in records)
     singles = [llm.generate(text, max_new_tokens=6).ids for text in ("one", "a longer one")]
     assert [answer.ids for answer in pair] == singles
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux tells a process's state in a file")
+def test_a_peer_is_stopped_while_others_answer(llm: LLM, tmp_path: Path) -> None:
+    peer = Peer(llm, "transformers", "transformers", [], rows=1, cache_dir=tmp_path)
+    try:
+        for _ in range(2):
+            assert eventually_stopped(peer._process.pid)
+            assert peer.answer([[1, 2]], SamplingParams(max_new_tokens=2, ignore_eos=True), [0])
+    finally:
+        peer.close()
+    assert peer._process.poll() == 0
+
+
+def eventually_stopped(pid: int) -> bool:
+    for _ in range(100):
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def test_peers_that_are_not_there_say_how_to_get_them(llm: LLM, tmp_path: Path) -> None:

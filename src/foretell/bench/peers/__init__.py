@@ -10,6 +10,8 @@ another way (its own kernels, another number type) may part from ours, and the r
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import venv
@@ -53,7 +55,8 @@ PEERS: dict[str, Kind] = {
     "transformers": Kind(
         "transformers_peer.py",
         variants={
-            "": {}, "prompt_lookup": {"prompt_lookup_num_tokens": 10}, "early_exit": {"assistant_early_exit": 0},  # 0: a third of the layers
+            "": {}, "prompt_lookup": {"prompt_lookup_num_tokens": 10},
+            "early_exit": {"assistant_early_exit": 0},  # 0: a third of the layers
         },
     ),
     "llama.cpp": Kind(
@@ -112,7 +115,10 @@ def find(name: str) -> Kind:
 
 
 class Peer:
-    """A contender in a process of its own; see `contenders.Contender`."""
+    """A contender in a process of its own, stopped while others answer: some spin when idle.
+
+    See `contenders.Contender`.
+    """
 
     lossless = False
 
@@ -138,12 +144,17 @@ class Peer:
         self._peak = 0
         self._process = _start(kind, python, config["threads"])
         self.about = self._ask(config)["ready"] | {"peer": peer, "variant": variant, "options": options}
+        self._signal(signal.SIGSTOP)
 
     def answer(self, prompts: Sequence[list[int]], params: SamplingParams, keys: Sequence[int]) -> list[Answer]:
-        reply = self._ask(
-            {"prompts": list(prompts), "new_tokens": params.max_new_tokens, "temperature": params.temperature,
-             "seed": params.seed, "ends": self._ends}
-        )  # fmt: skip
+        self._signal(signal.SIGCONT)
+        try:
+            reply = self._ask(
+                {"prompts": list(prompts), "new_tokens": params.max_new_tokens, "temperature": params.temperature,
+                 "seed": params.seed, "ends": self._ends}
+            )  # fmt: skip
+        finally:
+            self._signal(signal.SIGSTOP)
         self._peak = reply["peak_bytes"]
         return [_answer(raw) for raw in reply["answers"]]
 
@@ -152,12 +163,18 @@ class Peer:
         return self._peak
 
     def close(self) -> None:
+        self._signal(signal.SIGCONT)
         with suppress(OSError, BrokenPipeError):
             _pipe(self._process.stdin).close()
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> None:
+        """To the process and those that it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
     def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -172,8 +189,6 @@ class Peer:
 
 
 def _start(kind: Kind, python: Path, threads: int) -> subprocess.Popen[str]:
-    import os
-
     variables = {**os.environ, **kind.environment, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     found = [str(path) for name in kind.preload for path in python.parent.parent.rglob(name)][:1]
     if found:
@@ -181,6 +196,7 @@ def _start(kind: Kind, python: Path, threads: int) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [str(python), str(HERE / kind.script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL, text=True, env=variables,
+        process_group=0,  # in our session, so that the kernel ends it, though stopped, when we are killed
     )  # fmt: skip
 
 
