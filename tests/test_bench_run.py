@@ -1,8 +1,8 @@
 """Whole benchmarks of a tiny model: what is compared, what an interruption costs, what a mistake says, real peers."""
 
 import json
-import time
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
