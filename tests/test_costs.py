@@ -301,6 +301,18 @@ def test_tune_measures_prints_and_keeps(foretell: Foretell, tiny: str, cache: Pa
     assert drafter.size(1, 100) == kept.best_size(1, 64, EARNED)
 
 
+def test_a_quick_look_keeps_what_is_known_of_other_batches(
+    foretell: Foretell, tiny: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = costs_file(package.load(tiny, dtype="fp32", threads=1).backbone)
+    StepCosts({1: {128: {1: 9.0}}, 8: {128: {1: 1.0, 64: 2.0}}}).save(path)
+    assert foretell("tune", "--quick", "-m", tiny, "--dtype", "fp32", "--threads", "1").code == 0
+    kept = StepCosts.load(path)
+    assert kept is not None
+    assert kept.seconds[8] == {128: {1: 1.0, 64: 2.0}}
+    assert kept.seconds[1][128][1] < 9.0
+
+
 def test_tune_says_which_tree_a_drafter_will_take(foretell: Foretell, tiny: str, cache: Path, tmp_path: Path) -> None:
     backbone = package.load(tiny, dtype="fp32", threads=1).backbone
     heads = untrained(backbone, tmp_path / "heads")

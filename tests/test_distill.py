@@ -34,7 +34,7 @@ from foretell.train.distill import (
     next_tasks,
     read_prompts,
     unfit,
-    user_prefix,
+    user_turn,
     write_prompts,
 )
 from foretell.train.tasks import ABROAD, LANGUAGES, cut, tasks
@@ -99,6 +99,8 @@ def test_an_append_cut_anywhere_leaves_what_was_there_before(tmp_path: Path, las
     for size in range(len(earlier), len(whole)):
         path.write_bytes(whole[:size])
         assert contents(Store.open(tmp_path)) == before
+        assert path.read_bytes() == whole[:size]  # who only reads may read while another writes
+        assert contents(Store.create(tmp_path, dict(ABOUT))) == before
         assert path.read_bytes() == earlier  # cut off, so that the next append begins a line
     Store.create(tmp_path, dict(ABOUT)).append(last, FOUND[last])
     assert path.read_bytes() == whole
@@ -421,12 +423,29 @@ def test_answers_in_circles_are_unfit(ids: list[int], reason: str | None) -> Non
 
 
 def test_the_prefix_begins_every_chat(llm: LLM) -> None:
-    prefix = user_prefix(llm)
+    prefix, ends = user_turn(llm)
     assert llm.tokenizer.decode(prefix) == "u:"
+    assert ends == {"stop_ids": (END,)}
     for text in ("hello", " spaced ", "\nnew line", "::", "é", "a:b<|end|>"):
         chat = llm.tokenizer.chat([{"role": "user", "content": text}])
         assert chat[: len(prefix)] == prefix
         assert llm.tokenizer.decode(chat[len(prefix) :]).startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        ("[INST] {} [/INST]", {"stop": ("[/INST]",)}), ("User: {}\nModel:", {"stop": ("Model:",)}),
+        ("{}<|end|>[/INST]", {"stop_ids": (END,)}), ("Q: {}", {"stop": ()}),
+    ],
+)  # fmt: skip
+def test_a_turn_ends_where_the_template_ends_it(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, template: str, ends: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(llm.tokenizer, "render_chat", lambda messages: template.format(messages[0]["content"]))
+    prefix, found = user_turn(llm)
+    assert found == ends
+    assert llm.tokenizer.decode(prefix) == template.partition("{}")[0]
 
 
 @pytest.fixture
@@ -720,6 +739,7 @@ def test_tasks_are_answered_after_what_they_are_about(
         (["--prompts", "{broken}"], 1, "line 2 is not valid JSON"),
         (["--prompts", "{fine}", "-t", "-1"], 2, "temperature is -1.0; it must lie between"),
         (["--prompts", "{fine}", "-n", "0"], 2, "max_new_tokens is 0"),
+        (["--prompts", "{fine}", "-n", "512"], 2, "512 tokens leave no room for a prompt .* context of 512; lower"),
         (["--prompts", "{fine}", "--top-p", "2"], 2, "top_p is 2.0"),
         (["--prompts", "{fine}", "-m", "./nowhere"], 2, "here is no folder ./nowhere"),
         (["--prompts", "{fine}", "--out", "{fine}"], 1, "annot write to .*fine.jsonl"),
@@ -766,7 +786,8 @@ def test_a_full_disk_is_one_line(
 @pytest.mark.real
 def test_the_demo_model_answers_itself(demo_folder: Path, tmp_path: Path) -> None:
     llm = package.load(demo_folder, threads=1)
-    prefix = user_prefix(llm)
+    prefix, ends = user_turn(llm)
+    assert ends == {"stop_ids": (llm.tokenizer.encode("<|im_end|>")[0],)}
     for text in ("Why?", "two\n\nlines", "1 + 1"):
         assert llm.encode(text)[: len(prefix)] == prefix
     params = SamplingParams(max_new_tokens=12)

@@ -35,7 +35,7 @@ def test_the_most_probable_paths_make_the_tree(
         best = sorted(value.values(), reverse=True)[: nodes - 1]
         said = [()]
         for node, parent in enumerate(tree.parents[1:], start=1):
-            depth, rank = candidates.guesses[grown[node - 1]]
+            depth, rank = grown[node - 1]
             assert depth == len(said[parent])
             said.append((*said[parent], rank))
             assert probabilities[node] == pytest.approx(np.exp(said_KR[depth, rank]), rel=1e-3)
@@ -50,7 +50,7 @@ def test_whatever_the_heads_say_a_tree_is_a_tree() -> None:
         for nodes in range(1, 8):
             ((tree, chosen, given),) = candidates.grow(np.full((1, 3, 2), said, dtype=np.float32), nodes)
             assert len(tree) == len(chosen) + 1 == len(given) == min(nodes, 6)
-            depths = [candidates.guesses[i][0] + 1 for i in chosen]
+            depths = [head + 1 for head, _ in chosen]
             assert list(tree.depths) == [0, *depths]  # nobody hangs under another parent than its own
             assert all(0 <= p <= 1 for p in given)
 

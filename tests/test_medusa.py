@@ -1,5 +1,6 @@
 """Medusa: heads that start as the output head, learn the right token and nothing else, and never change an answer."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +28,7 @@ from foretell.drafters.prompt_lookup import WithLookup
 from foretell.errors import ForetellError, UsageError
 from foretell.train.data import Distilled
 from foretell.train.features import Features
-from foretell.trees.search import MISSED, nested, replay
+from foretell.trees.search import ENDED, nested, replay
 
 LLAMA = {"model_type": "llama", **DIMENSIONS}
 VOCAB, WIDTH = DIMENSIONS["vocab_size"], DIMENSIONS["hidden_size"]
@@ -306,7 +307,7 @@ def test_a_short_conversation_teaches_only_the_heads_that_it_reaches() -> None:
     assert all(torch.isfinite(loss) for loss in losses.values())
     ranks = module.ranks(batch_of([[1, 2, 3, 4]], [[True] * 4]))[0]
     assert ranks.shape == (2, 4)
-    assert (ranks[:, 2:] == MISSED).all()
+    assert (ranks[:, 2:] == ENDED).all()
 
 
 def test_tokens_outside_the_draft_vocabulary_are_not_taught_and_never_drafted() -> None:
@@ -378,10 +379,31 @@ def test_heads_of_another_model_are_refused_unless_told_otherwise(tmp_path: Path
     other.fingerprint = "other"
     assert "trained for tiny (fingerprint tiny), not for this model (other)" in refusal(other, checkpoint=folder)
     drafters.build("medusa", other, checkpoint=folder, any_backbone=True)
+    shallow = backbone_of(num_hidden_layers=1)
+    deep = saved(tmp_path / "deep", backbone, random_heads(backbone, 2, 1, "tied", 20))
+    raw = json.loads((deep / "config.json").read_text())
+    for tap, fits in ((1, True), (2, False)):
+        raw["arch"] |= {"taps": [tap], "root": False}
+        tensors = checkpoint.load(deep)[1]
+        tensors["weight.0"] = torch.zeros(2, WIDTH, 2 * WIDTH)
+        checkpoint.Checkpoint(**raw).save(deep, tensors)
+        if fits:
+            drafters.build("medusa", shallow, checkpoint=str(deep), any_backbone=True)
+        else:
+            sentence = refusal(shallow, checkpoint=str(deep), any_backbone=True)
+            assert "deep reads layer 2, but this model has 1; train a drafter" in sentence
     wide = backbone_of(hidden_size=64)
     assert "model of width 32 and 64 tokens, but this one has 64 and 64" in refusal(
         wide, checkpoint=folder, any_backbone=True
     )
+
+
+def test_of_two_shipped_checkpoints_the_better_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = backbone_of()
+    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path)
+    for name, earned in (("a", 1.5), ("b", 2.5), ("c", 2.0)):
+        saved(tmp_path / name, backbone, random_heads(backbone, 2, 1, "tied", 20), tokens_per_step={"8": earned})
+    assert checkpoint.shipped(backbone) == {"medusa": tmp_path / "b"}
 
 
 def test_what_cannot_be_drafted_with_is_refused(tmp_path: Path) -> None:

@@ -116,7 +116,8 @@ def trained() -> list[str]:
         ]  # fmt: skip
         lines += [
             f"`{name}` on two cores: {data['counts']['written']:,} tokens in {data['counts']['conversations']:,} "
-            f"conversations (`{data['command']}`), then `{made['command']}`: {', '.join(minutes)}. Held-out accuracy "
+            f"conversations (`{data['command']}`), then `{made['command']}`: {', '.join(minutes)}"
+            f"{' (' + made['note'] + ')' if 'note' in made else ''}. Held-out accuracy "
             f"by head, first / among five: {heads}.",
             "",
             f"![training curves](images/{name}.png)",

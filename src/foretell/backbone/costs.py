@@ -48,6 +48,10 @@ class StepCosts:
         """The tree size of the most tokens per second, where `tokens_per_step` says what each size earns."""
         return max(tokens_per_step, key=lambda n: tokens_per_step[n] / self.of(rows, context, n))
 
+    def over(self, older: StepCosts | None) -> StepCosts:
+        """These, and what is known of other batch sizes."""
+        return StepCosts({**(older.seconds if older else {}), **self.seconds})
+
     def save(self, path: Path) -> None:
         write_json(path, {"seconds": self.seconds})
 

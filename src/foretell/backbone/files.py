@@ -9,11 +9,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from foretell.errors import ForetellError, UsageError
+
+ANOTHER_FOLDER = "choose another folder (--cache-dir for the cache)"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -42,27 +44,32 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
-def written_whole(path: Path, needed_bytes: int = 0) -> Iterator[Path]:
-    """Yields the name to write to; the file takes its place when the block ends."""
-    with write_errors(path.parent, needed_bytes):
+def written_whole(path: Path, needed_bytes: int = 0, remedy: str = ANOTHER_FOLDER) -> Iterator[Path]:
+    """Yields the name to write to; the file takes its place when the block ends, and vanishes when it fails."""
+    partial = path.with_name(f".{path.name}.partial")
+    with write_errors(path.parent, needed_bytes, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        yield partial
-        partial.replace(path)
+        try:
+            yield partial
+            partial.replace(path)
+        finally:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
-def whole_lines(path: Path, unfinished: bytes | None = None) -> list[bytes]:
-    """Lines of a file that is only appended to; what an interruption cut short at its end is cut off.
+def whole_lines(path: Path, unfinished: bytes | None = None, *, cut: bool = True) -> list[bytes]:
+    """Lines of a file that is only appended to, without what an interruption cut short at its end.
 
     Args:
         unfinished: what a last line holds that is nothing without the next.
+        cut: cut it off the file too; for those that add to it.
     """
     data = path.read_bytes() if path.exists() else b""
     lines = data.split(b"\n")[:-1]
     while unfinished and lines and unfinished in lines[-1]:
         lines.pop()
     whole = sum(len(line) + 1 for line in lines)
-    if whole < len(data):
+    if cut and whole < len(data):
         with path.open("r+b") as file:
             file.truncate(whole)
     return lines
@@ -109,28 +116,23 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def write_errors(folder: Path, needed_bytes: int = 0) -> Iterator[None]:
+def write_errors(folder: Path, needed_bytes: int = 0, remedy: str = ANOTHER_FOLDER) -> Iterator[None]:
     """Turns a full disk or a forbidden folder into one sentence that says what to do."""
     try:
         if needed_bytes:
-            _require_room(folder, needed_bytes)
+            _require_room(folder, needed_bytes, remedy)
         yield
     except Exception as error:
         if is_disk_full(error):
-            raise disk_full(folder, "it ran out while writing") from error
+            raise disk_full(folder, "it ran out while writing", remedy) from error
         if isinstance(error, OSError):
-            raise ForetellError(
-                f"Cannot write to {folder} ({one_line(error)}); choose another folder (--cache-dir for the cache)."
-            ) from error
+            raise ForetellError(f"Cannot write to {folder} ({one_line(error)}); {remedy}.") from error
         raise
 
 
-def disk_full(folder: Path, reason: str) -> ForetellError:
+def disk_full(folder: Path, reason: str, remedy: str = ANOTHER_FOLDER) -> ForetellError:
     """The sentence for a disk without room."""
-    return ForetellError(
-        f"There is not enough disk space in {folder} ({reason}); free some, or choose another folder "
-        "(--cache-dir for the cache)."
-    )
+    return ForetellError(f"There is not enough disk space in {folder} ({reason}); free some, or {remedy}.")
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -138,13 +140,13 @@ def is_disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 
 
-def _require_room(folder: Path, needed_bytes: int) -> None:
+def _require_room(folder: Path, needed_bytes: int, remedy: str) -> None:
     """Makes the folder first: a place that cannot be written, such as /proc, often reports a full disk as well."""
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     if (free := _free_bytes(folder)) < needed_bytes:
-        raise disk_full(folder, f"about {-(-needed_bytes // 10**6)} MB are needed, {free // 10**6} MB are free")
+        raise disk_full(folder, f"about {-(-needed_bytes // 10**6)} MB are needed, {free // 10**6} MB are free", remedy)
 
 
 def _free_bytes(folder: Path) -> int:

@@ -7,6 +7,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from foretell.backbone.files import write_errors
 from foretell.errors import ForetellError
 
 
@@ -14,7 +15,7 @@ def training_curves(log: Path, out: Path) -> None:
     """Draws the loss by term and the held-out figures of a training log.
 
     Raises:
-        ForetellError: matplotlib is not installed.
+        ForetellError: matplotlib is not installed, or the picture cannot be written.
     """
     plt = _pyplot()
     lines: list[dict[str, Any]] = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
@@ -37,7 +38,8 @@ def training_curves(log: Path, out: Path) -> None:
         each.grid(alpha=0.3)
         each.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(out, dpi=130)
+    with write_errors(out.parent):
+        figure.savefig(out, dpi=130)
     plt.close(figure)
 
 

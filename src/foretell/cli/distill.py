@@ -62,6 +62,12 @@ def distill(
         "tasks": tasks, "keep_repetitive": keep_repetitive,
         "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed,
     }  # fmt: skip
+    room = llm.backbone.config.max_positions - max_new_tokens
+    if room < len(llm.encode([{"role": "user", "content": ""}])):
+        raise UsageError(
+            f"Answers of {max_new_tokens} tokens leave no room for a prompt in this model's context of "
+            f"{llm.backbone.config.max_positions}; lower --max-new-tokens."
+        )
     with sole_writer(out):
         store = Store.create(
             out,

@@ -88,7 +88,7 @@ def answer_progress(count: int) -> Iterator[Callable[[int, bool], None]]:
 def job_progress(name: str, unit: str) -> Iterator[Callable[[int, int, int], None]]:
     """A bar with the time left, and the rate of `unit` if there is one; called with (done, total, units so far).
 
-    Where stderr is no terminal, a line every half minute.
+    Where stderr is no terminal, a line every half minute says the same.
     """
     began = time.perf_counter()
     said = began
@@ -97,12 +97,22 @@ def job_progress(name: str, unit: str) -> Iterator[Callable[[int, int, int], Non
         return f"{units / max(1e-9, time.perf_counter() - began):.0f} {unit}" if unit else ""
 
     if not sys.stderr.isatty():
+        first: list[tuple[int, float]] = []  # a run gone on with begins in the midst
+
+        def left(done: int, total: int) -> str:
+            begun, at = first[0]
+            if not begun < done < total:
+                return ""
+            return f"about {(time.perf_counter() - at) / (done - begun) * (total - done):.0f} s left"
 
         def say(done: int, total: int, units: int) -> None:
             nonlocal said
+            if not first:
+                first.append((done, time.perf_counter()))
             if time.perf_counter() - said > 30 or done == total:
                 said = time.perf_counter()
-                note(", ".join(filter(None, (f"{name}: {done}/{total}", rate(units), f"{said - began:.0f} s"))))
+                parts = f"{name}: {done}/{total}", rate(units), f"{said - began:.0f} s", left(done, total)
+                note(", ".join(filter(None, parts)))
 
         yield say
         return

@@ -11,7 +11,7 @@ import typer
 
 from foretell import drafters
 from foretell.cli.options import Base, Training, parse_options
-from foretell.cli.terminal import command_line, job_progress, note
+from foretell.cli.terminal import command_line, interruptible, job_progress, note
 from foretell.errors import ForetellError, UsageError
 
 if TYPE_CHECKING:
@@ -42,7 +42,9 @@ def train(
 
     cls = _trainable(method)
     parameters = dict(inspect.signature(cls.trainable).parameters)
-    options = dict(parse_options(f"{method} training", parameters, option or []))
+    given = dict(parse_options(f"{method} training", parameters, option or []))
+    defaults = {name: each.default for name, each in parameters.items() if each.default is not each.empty}
+    options = defaults | given
     settings, store = training.settings(), Store.open(data)
     if not store.conversations:
         raise UsageError(f"{data} holds no conversations; distill some first.")
@@ -57,12 +59,13 @@ def train(
     shards = None if no_cache else data / f"features-{backbone.fingerprint}-{'-'.join(map(str, module.taps))}"
     features = Features(backbone, store.conversations, module.taps, shards)
     with sole_writer(out):
-        run = Trainer(module, features, settings, out / "run", options)
+        whose = {"model": backbone.fingerprint, "dtype": str(backbone.dtype)}
+        run = Trainer(module, features, settings, out / "run", options | whose)
         run.resume()  # a run that cannot be gone on with is refused before any work
         with job_progress("features", "") as progress:
             prepared = features.prepare(lambda fraction: progress(round(fraction * 1000), 1000, 0))
-        with job_progress(f"training {method}", "") as progress:
-            run.run(lambda step, steps, line: progress(step, steps, 0))
+        with job_progress(f"training {method}", "") as progress, interruptible() as caught:
+            run.run(lambda step, steps, line: progress(step, steps, 0), stop=lambda: caught)
         report = run.evaluate()
         run.log({"held_out": {"epoch": settings.epochs, **asdict(report)}})
         tensors, arch = module.checkpoint()
@@ -78,7 +81,7 @@ def train(
         )  # fmt: skip
         checkpoint.save(out / "drafter", tensors)
     _draw(out)
-    _say(report, out)
+    _say(report, "held-out text" if run.held_out else "training text, for none was held out", out)
 
 
 def _trainable(method: str) -> Any:
@@ -114,11 +117,8 @@ def _draw(out: Path) -> None:
         note(f"note: {error}")
 
 
-def _say(report: Report, out: Path) -> None:
+def _say(report: Report, text: str, out: Path) -> None:
     for k, accuracy in enumerate(report.accuracy, start=1):
         note(f"head {k}: {accuracy['top1']:.1%} first, {accuracy['top5']:.1%} among five")
-    note(
-        "tokens per step on held-out text: "
-        + ", ".join(f"{n} nodes {t:.2f}" for n, t in report.tokens_per_step.items())
-    )
+    note(f"tokens per step on {text}: " + ", ".join(f"{n} nodes {t:.2f}" for n, t in report.tokens_per_step.items()))
     note(f"The drafter is in {out / 'drafter'}: use it with -o checkpoint={out / 'drafter'}")

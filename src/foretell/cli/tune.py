@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from foretell.cli.options import Loading
 from foretell.cli.terminal import job_progress, note
+from foretell.errors import ForetellError
 
 if TYPE_CHECKING:
     from foretell.backbone.costs import StepCosts
@@ -18,7 +20,7 @@ def tune(
     quick: Annotated[bool, typer.Option("--quick", help="Batch 1 only, fewer repeats.")] = False,
 ) -> None:
     """Measure what steps cost here, by nodes, batch and context; drafters choose their trees by it from then on."""
-    from foretell.backbone.costs import REPEATS, ROWS, costs_file, measure
+    from foretell.backbone.costs import REPEATS, ROWS, StepCosts, costs_file, measure
 
     llm = loading.load()
     with job_progress("measuring steps", "") as progress:
@@ -29,7 +31,10 @@ def tune(
             progress=lambda fraction: progress(round(fraction * 1000), 1000, 0),
         )
     path = costs_file(llm.backbone, loading.cache_dir)
-    costs.save(path)
+    older = None
+    with suppress(ForetellError):  # a damaged table is mended
+        older = StepCosts.load(path)
+    costs.over(older).save(path)
     _table(costs, llm.drafter.tokens_per_step)
     note(f"Kept in {path}; -o nodes=N overrides it.")
 
@@ -52,4 +57,7 @@ def _table(costs: StepCosts, earned: dict[int, float]) -> None:
     Console().print(table)
     note("ms: a step of one node; 4, 8, ...: a step of so many nodes, relative to it.")
     if earned:
-        note("tree: the nodes that pay most; gain: tokens per second with them, relative to one node.")
+        note(
+            "tree: the nodes that pay most; gain: tokens per second with them, relative to one node; both leave out "
+            "the time that drafting takes."
+        )

@@ -99,7 +99,10 @@ def shipped(backbone: Backbone) -> dict[str, Path]:
     found = [(read_json(config), config.parent) for config in sorted(SHIPPED.glob("*/config.json"))]
     mine = [(raw, folder) for raw, folder in found if raw.get("fingerprint") == backbone.fingerprint]
     mine.sort(key=lambda each: -max(each[0]["tokens_per_step"].values(), default=0.0))
-    return {raw["method"]: folder for raw, folder in mine}
+    best: dict[str, Path] = {}
+    for raw, folder in mine:
+        best.setdefault(raw["method"], folder)
+    return best
 
 
 def find(method: str, backbone: Backbone, folder: str = "", any_backbone: bool = False) -> tuple[Checkpoint, Any]:

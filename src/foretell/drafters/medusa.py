@@ -44,7 +44,7 @@ from foretell.drafters.parts import (
 from foretell.errors import ForetellError, UsageError
 from foretell.trees.grow import Candidates
 from foretell.trees.published import published
-from foretell.trees.search import MISSED
+from foretell.trees.search import ENDED, MISSED
 from foretell.trees.tree import ROOT, TokenTree
 
 DECAY = 0.8
@@ -145,6 +145,7 @@ class MedusaHeads(Trainable):
                 hit = best == targets_PK[at : at + 512, k, None]
                 rank = hit.int().argmax(1)
                 ranks_PK[at : at + 512, k] = torch.where(hit.any(1), rank, MISSED)
+        ranks_PK.masked_fill_(targets_PK < 0, ENDED)
         rows = sources // batch.tokens_BT.shape[1]
         return [ranks_PK[rows == row].cpu() for row in range(len(batch.tokens_BT))]
 
@@ -239,8 +240,12 @@ class Medusa(Drafter):
             any_backbone: accept heads of another model of the same sizes.
         """
         found, tensors = find("medusa", backbone, checkpoint, any_backbone)
+        where = checkpoint or "The medusa drafter that came with foretell"
         if not _whole(found, tensors):
-            raise ForetellError(f"{checkpoint} is damaged: it lacks what its config names; copy or train it again.")
+            raise ForetellError(f"{where} is damaged: it lacks what its config names; copy or train it again.")
+        deepest, layers = max(found.arch["taps"], default=0), backbone.config.layers
+        if deepest > layers:
+            raise UsageError(f"{where} reads layer {deepest}, but this model has {layers}; train a drafter for it.")
         paths = published(tree) if tree else found.paths
         earned = {} if tree else {int(size): tokens for size, tokens in found.tokens_per_step.items()}
         size = tree_size(backbone, nodes or (len(paths) + 1 if tree else 0), earned)
@@ -315,7 +320,7 @@ class Medusa(Drafter):
             said_BKR, guesses_BKR = self._guesses(parts_BS, paths.width)
             for i, guesses_KR, grown in zip(ready, guesses_BKR.tolist(), paths.grow(said_BKR, nodes), strict=True):
                 trees[i], chosen, given[i] = grown
-                tokens[i] += [guesses_KR[head][rank] for head, rank in map(paths.guesses.__getitem__, chosen)]
+                tokens[i] += [guesses_KR[head][rank] for head, rank in chosen]
         return Draft(trees, tokens, given)
 
     def _among(self, nodes: int) -> Candidates:

@@ -71,7 +71,7 @@ class Trainable(nn.Module):
 
     @abstractmethod
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors to save, and the numbers that `Method.trainable` needs to make the module again."""
+        """Tensors to save, and the numbers that the drafter needs besides to make its module of them."""
 
 
 class Method(Protocol):

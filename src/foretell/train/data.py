@@ -70,7 +70,7 @@ class Store:
             return store
         if (folder / PACKED).exists() and not (folder / CONVERSATIONS).exists():
             raise UsageError(f"{folder / PACKED} is packed; unpack it with xz -d to add to it.")
-        store = cls.open(folder)
+        store = cls.open(folder, cut=True)
         begun, ours = (
             {"fingerprint": m.get("fingerprint"), **m.get("settings", {})} for m in (store.manifest, manifest)
         )
@@ -81,8 +81,8 @@ class Store:
         return store
 
     @classmethod
-    def open(cls, folder: Path) -> Store:
-        """Reads what is there; a last line cut short by an interruption is cut off.
+    def open(cls, folder: Path, cut: bool = False) -> Store:
+        """Reads what is there, without a last line cut short by an interruption; `cut` cuts it off the file too.
 
         Raises:
             ForetellError: no distilled data, or a damaged line.
@@ -96,7 +96,7 @@ class Store:
             )
         path = folder / CONVERSATIONS
         if path.exists() or not (folder / PACKED).exists():
-            lines = whole_lines(path, unfinished=b'"more": true')
+            lines = whole_lines(path, unfinished=b'"more": true', cut=cut)
         else:
             path = folder / PACKED
             lines = _unpacked(path)

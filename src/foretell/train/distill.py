@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from foretell.api import LLM, Result
 from foretell.backbone.files import whole_lines, write_errors
@@ -40,11 +41,16 @@ sampling noise belongs to the line."""
 # -- prompts from nothing --------------------------------------------------------------------------------------------
 
 
-def user_prefix(llm: LLM) -> list[int]:
-    """Token ids of the chat template up to where a user's first turn begins."""
+def user_turn(llm: LLM) -> tuple[list[int], dict[str, Any]]:
+    """Token ids of the chat template up to where a user's first turn begins, and what ends that turn."""
     marker = "\u241f here the user begins \u241f"
-    text = llm.tokenizer.render_chat([{"role": "user", "content": marker}])
-    return llm.tokenizer.encode(text[: text.index(marker)])
+    before, _, after = llm.tokenizer.render_chat([{"role": "user", "content": marker}]).partition(marker)
+    mark = llm.tokenizer.encode(after)[:1]
+    if mark and not llm.tokenizer.decode(mark, skip_special=True):
+        ends: dict[str, Any] = {"stop_ids": tuple(mark)}
+    else:
+        ends = {"stop": tuple(after.split()[:1])}
+    return llm.tokenizer.encode(before), ends
 
 
 def write_prompts(
@@ -55,7 +61,8 @@ def write_prompts(
     What is no whole turn (too long, empty, said before) is written again by the next seed.
     """
     seen = {each.turns[0] for each in read_prompts(path)} if whole_lines(path) else set()
-    prefix, params = user_prefix(llm), SamplingParams(max_new_tokens=384, temperature=1.0, top_p=0.95, seed=seed)
+    prefix, ends = user_turn(llm)
+    params = SamplingParams(max_new_tokens=384, temperature=1.0, top_p=0.95, seed=seed, **ends)
     decoder = llm.decoder(rows)
     attempt, written, repeats = len(seen), 0, 0
     while len(seen) < count:
@@ -166,7 +173,7 @@ def unfit(ids: Sequence[int]) -> str | None:
 
 
 def next_tasks(llm: LLM, store: Store, asked: Sequence[Conversation], count: int, seed: int) -> list[Conversation]:
-    """`count` tasks about the first turns of `asked` and what the model answered to them.
+    """`count` tasks about the first turns of `asked` and the first of the model's answers that was kept.
 
     Raises:
         ForetellError: no answer is long enough to ask about.

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foretell.backbone import Backbone, Nodes
-from foretell.backbone.files import sole_writer, written_whole
+from foretell.backbone.files import sole_writer, write_errors, written_whole
 from foretell.contracts import FINAL
 from foretell.drafters.parts import TrainingBatch
 from foretell.errors import UsageError
@@ -34,6 +34,7 @@ SHARD, PASS = 1 << 16, 1024
 
 BLOCK = 64
 """Logits that one maximum stands for."""
+NOT_KEPT = "keep no features, with --no-cache"
 
 
 class Features:
@@ -64,14 +65,22 @@ class Features:
 
         with sole_writer(self.folder):
             stale = self._stale()
+            with write_errors(self.folder, sum(map(self._bytes, stale)), NOT_KEPT):
+                pass  # better to know that there is no room before the work than in its midst
             for done, number in enumerate(stale, start=1):
                 began = time.perf_counter()
                 tensors = _joined(list(self._compute(self.data[slice(*self._shards[number])])))
                 about = self._wanted(number) | {"seconds": str(round(time.perf_counter() - began, 1))}
-                with written_whole(self._path(number), sum(t.nbytes for t in tensors.values())) as partial:
+                with written_whole(self._path(number), self._bytes(number), NOT_KEPT) as partial:
                     save_file(tensors, partial, about)
                 progress(done / len(stale))
         return self._seconds()
+
+    def _bytes(self, number: int) -> int:
+        """Of a shard's tensors."""
+        c = self.backbone.config
+        tokens = sum(len(each.tokens) for each in self.data[slice(*self._shards[number])])
+        return tokens * (len(self.taps) * c.hidden * 2 + min(TEACHER, c.vocab) * (4 + 2))
 
     def _wanted(self, number: int) -> dict[str, str]:
         """What a shard must say of itself."""

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from foretell.backbone.files import write_errors, written_whole
+from foretell.backbone.files import one_line, whole_lines, write_errors, written_whole
 from foretell.drafters.parts import Trainable
 from foretell.errors import ForetellError, UsageError, check_numbers
 from foretell.train.data import digest
 from foretell.train.features import Features
-from foretell.trees.search import Ranks, nested, replay
+from foretell.trees.search import ENDED, Ranks, nested, replay
 
 SIZES = (4, 8, 12, 16, 24, 32, 48, 64)
 """Tree sizes whose tokens per step are reported."""
@@ -122,22 +122,32 @@ class Trainer:
         self.seconds = 0.0  # of all runs that led here
         self._updating = False
 
-    def run(self, progress: Callable[[int, int, dict[str, Any]], None] = lambda *_: None) -> None:
-        """Trains to the end. An interruption saves the state first."""
+    def run(
+        self,
+        progress: Callable[[int, int, dict[str, Any]], None] = lambda *_: None,
+        stop: Callable[[], object] = lambda: False,
+    ) -> None:
+        """Trains to the end, or until `stop` says so between two steps. An interruption saves the state first.
+
+        Raises:
+            KeyboardInterrupt: `stop` said so.
+        """
         if not self.resume():
             self.save()  # a folder that cannot be written is found out now
         self._updating = False
         try:
-            self._run(progress)
+            self._run(progress, stop)
         finally:
             if not self._updating:  # else the weights are those of no step, and the last saved state counts
                 self.save()
 
-    def _run(self, progress: Callable[[int, int, dict[str, Any]], None]) -> None:
+    def _run(self, progress: Callable[[int, int, dict[str, Any]], None], stop: Callable[[], object]) -> None:
         sums: dict[str, float] = {}
         tokens, learned, began, saved = 0, 0, time.perf_counter(), time.perf_counter()
         timed = began
         for batches in self._remaining():
+            if stop():
+                raise KeyboardInterrupt
             self.module.train()
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate(self.step)
@@ -243,9 +253,11 @@ class Trainer:
                 self.folder.mkdir(parents=True, exist_ok=True)
             return False
         try:
-            state = torch.load(path, weights_only=True)
+            state = torch.load(path, weights_only=True, map_location="cpu")
             step, skipped, settings, data = (state[key] for key in ("step", "skipped", "settings", "data"))
             seconds = state.get("seconds", 0.0)  # not in runs of the first version
+        except (PermissionError, MemoryError) as error:
+            raise ForetellError(f"{path} cannot be read ({one_line(error)}); the run in it is not lost.") from error
         except Exception as error:  # a foreign file may fail in any way, inside the unpickler or after it
             raise ForetellError(f"{path} is damaged; delete it to start anew.") from error
         ours = asdict(self.settings) | self.options
@@ -261,7 +273,18 @@ class Trainer:
         except (RuntimeError, ValueError) as error:
             raise UsageError(f"{self.folder} holds a run of another drafter; choose another --out.") from error
         self.step, self.skipped, self.seconds = step, skipped, seconds
+        self._forget_later_lines()
         return True
+
+    def _forget_later_lines(self) -> None:
+        """Cuts the log back to the state: what was logged after it was saved, or half written, comes again."""
+        path = self.folder / "log.jsonl"
+        with write_errors(self.folder):
+            lines = whole_lines(path)
+            kept = [line for line in lines if 0 < _step_of(line) <= self.step]
+            if kept != lines:
+                with written_whole(path) as partial:
+                    partial.write_bytes(b"".join(line + b"\n" for line in kept))
 
     def log(self, line: dict[str, Any]) -> None:
         with write_errors(self.folder), (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
@@ -290,7 +313,18 @@ class Trainer:
         return Report(sums, _accuracy(ranks), paths, earned)
 
 
+def _step_of(line: bytes) -> int:
+    """Of a line of the log; 0 if it is none of a step."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0
+
+
 def _accuracy(ranks: Sequence[Ranks]) -> list[dict[str, float]]:
-    """Per head: share of tokens among its first 1, 2, 3, 5 and 10."""
-    every = np.concatenate(ranks)
-    return [{f"top{n}": round(float((head < n).mean()), 4) for n in (1, 2, 3, 5, 10)} for head in every.T]
+    """Per head: share of the tokens there were that are among its first 1, 2, 3, 5 and 10."""
+    heads = [head[head != ENDED] for head in np.concatenate(ranks).T]
+    return [
+        {f"top{n}": round(float((head < n).mean()), 4) if len(head) else 0.0 for n in (1, 2, 3, 5, 10)}
+        for head in heads
+    ]

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 Path = tuple[int, ...]
 Ranks = NDArray[np.integer]
-"""[P, K]: rank of the token at p + k + 2 among the guesses of head k (from 0) at p; MISSED where it had none."""
+"""[P, K]: rank of the token at p + k + 2 among the guesses of head k (from 0) at p; MISSED where it was not among
+them, ENDED where the text had ended."""
 
-MISSED = 1000
+MISSED, ENDED = 1000, 1001
 
 
 def nested(ranks: Sequence[Ranks], nodes: int) -> list[Path]:
@@ -70,8 +71,8 @@ def accepted_P(ranks: Ranks, paths: Sequence[Path]) -> NDArray[np.integer]:
 def replay(ranks: Sequence[Ranks], paths: Sequence[Path]) -> float:
     """Tokens per step (bonus included) of decoding the texts with the tree of `paths`.
 
-    A step whose features are those of position p emits p + 1 onward: a accepted guesses and the bonus, after which
-    the features are those of p + a + 1.
+    A step whose features are those of position p has p + 1 for its root and emits p + 2 onward: a accepted guesses
+    and the bonus, after which the features are those of p + a + 1.
     """
     tokens = steps = 0
     for each in ranks:
