@@ -14,6 +14,7 @@ import torch
 
 import foretell
 from foretell.backbone import Backbone
+from foretell.backbone.files import written_whole
 from foretell.bench import quality
 from foretell.bench.limits import limits
 from foretell.bench.metrics import PLAIN, Record, by_category, table
@@ -75,6 +76,14 @@ def collect(
         "table": rows, "by_category": by_category(records),
         "requests": [{name: value for name, value in record.items() if name != "arrivals"} for record in records],
     }  # fmt: skip
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """`results.json`, an answer a line."""
+    head = json.dumps({name: value for name, value in results.items() if name != "requests"}, indent=1)
+    answers = ",\n".join(f"  {json.dumps(record)}" for record in results["requests"])
+    with written_whole(folder / RESULTS) as partial:
+        partial.write_text(f'{head[:-2]},\n "requests": [\n{answers}\n ]\n}}\n', encoding="utf-8")
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -120,10 +120,9 @@ def _measure(
     run_code: bool,
 ) -> dict[str, Any]:
     from foretell import __version__, drafters
-    from foretell.backbone.files import write_json
     from foretell.bench.limits import read_bandwidth, step_bytes
     from foretell.bench.report import write_report
-    from foretell.bench.results import RESULTS, collect, commit, machine
+    from foretell.bench.results import collect, commit, machine, write_results
     from foretell.bench.runner import Runner, Settings
 
     best = drafters.recommended(llm.backbone)
@@ -151,7 +150,7 @@ def _measure(
             each.close()
     decode = lambda ids: llm.tokenizer.decode(ids, skip_special=True)  # noqa: E731
     results = collect({"settings": asdict(settings), **about}, records, suite.questions, decode, run_code)
-    write_json(out / RESULTS, results)
+    write_results(out, results)
     write_report(out, results)
     return results
 
