@@ -62,12 +62,7 @@ def distill(
         "tasks": tasks, "keep_repetitive": keep_repetitive,
         "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed,
     }  # fmt: skip
-    room = llm.backbone.config.max_positions - max_new_tokens
-    if room < len(llm.encode([{"role": "user", "content": ""}])):
-        raise UsageError(
-            f"Answers of {max_new_tokens} tokens leave no room for a prompt in this model's context of "
-            f"{llm.backbone.config.max_positions}; lower --max-new-tokens."
-        )
+    _check_room(llm, max_new_tokens)
     with sole_writer(out):
         store = Store.create(
             out,
@@ -85,6 +80,15 @@ def distill(
     counts = store.manifest["counts"]
     dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items()) or "none"
     note(f"{counts['conversations']} conversations, {counts['written']} tokens written; dropped: {dropped}. In {out}.")
+
+
+def _check_room(llm: LLM, max_new_tokens: int) -> None:
+    context = llm.backbone.config.max_positions
+    if context - max_new_tokens < len(llm.encode([{"role": "user", "content": ""}])):
+        raise UsageError(
+            f"Answers of {max_new_tokens} tokens leave no room for a prompt in this model's context of {context}; "
+            "lower --max-new-tokens."
+        )
 
 
 def _own_prompts(llm: LLM, count: int, path: Path, seed: int, rows: int) -> list[Conversation]:

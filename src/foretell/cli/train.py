@@ -41,10 +41,7 @@ def train(
     from foretell.train.trainer import Trainer
 
     cls = _trainable(method)
-    parameters = dict(inspect.signature(cls.trainable).parameters)
-    given = dict(parse_options(f"{method} training", parameters, option or []))
-    defaults = {name: each.default for name, each in parameters.items() if each.default is not each.empty}
-    options = defaults | given
+    options = _options(method, cls, option or [])
     settings, store = training.settings(), Store.open(data)
     if not store.conversations:
         raise UsageError(f"{data} holds no conversations; distill some first.")
@@ -91,6 +88,13 @@ def _trainable(method: str) -> Any:
         able = [name for name in drafters.DRAFTERS if hasattr(drafters.drafter_class(name), "trainable")]
         raise UsageError(f"Drafter {method!r} has nothing to train; those that have are {', '.join(able)}.")
     return cls
+
+
+def _options(method: str, cls: Any, given: list[str]) -> dict[str, Any]:
+    """What the module is made with, defaults included: they are written down, and may change later."""
+    parameters = dict(inspect.signature(cls.trainable).parameters)
+    defaults = {name: each.default for name, each in parameters.items() if each.default is not each.empty}
+    return defaults | dict(parse_options(f"{method} training", parameters, given))
 
 
 def _written(store: Store, vocab: int) -> Tensor:
