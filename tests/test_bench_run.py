@@ -107,8 +107,13 @@ def test_an_interrupted_run_goes_on_behind_its_last_round(llm: LLM, tmp_path: Pa
     assert len(read_rounds(tmp_path / "cut")) == 2 * (stop + 1)
     calls: list[int] = []
     again = Runner(llm, contenders, QUESTIONS, settings, tmp_path / "cut", {}, lambda: 1e9)
-    assert ids(again.run(lambda done, total, tokens: calls.append(done))) == ids(straight)
+    records = again.run(lambda done, total, tokens: calls.append(done))
+    assert ids(records) == ids(straight)
     assert calls == list(range(stop + 2, 6))
+    assert {record["sitting"] for record in records} == ({1, 2} if stop < 4 else {1})
+    about = {"contenders": {each.name: each.about for each in contenders}, "weight_bytes": 4}
+    results = collect(about, records, QUESTIONS, str)
+    assert results["sittings"] == (2 if stop < 4 else 1)
 
 
 def test_another_run_is_not_gone_on_with(llm: LLM, tmp_path: Path) -> None:
@@ -329,6 +334,10 @@ def test_mistakes_are_one_line(
 
 def test_results_that_are_none_are_one_line(foretell: Foretell, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"format": 9}')
-    for path, sentence in (("nowhere", "is no result of foretell bench"), ("other.json", "of this version")):
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / ABOUT).write_text("{}")
+    for path, sentence in (
+        ("nowhere", "is no result of foretell bench"), ("other.json", "of this version"), ("begun", "unfinished"),
+    ):  # fmt: skip
         ran = foretell("bench", "compare", str(tmp_path / path), str(tmp_path / path))
         assert (ran.code, sentence in ran.err) == (1, True)

@@ -739,6 +739,7 @@ def test_tasks_are_answered_after_what_they_are_about(
         (["--prompts", "{broken}"], 1, "line 2 is not valid JSON"),
         (["--prompts", "{fine}", "-t", "-1"], 2, "temperature is -1.0; it must lie between"),
         (["--prompts", "{fine}", "-n", "0"], 2, "max_new_tokens is 0"),
+        (["--prompts", "{fine}", "-n", "39", "--tasks", "2"], 2, "39 tokens are too short to make tasks from; raise"),
         (["--prompts", "{fine}", "-n", "512"], 2, "512 tokens leave no room for a prompt .* context of 512; lower"),
         (["--prompts", "{fine}", "--top-p", "2"], 2, "top_p is 2.0"),
         (["--prompts", "{fine}", "-m", "./nowhere"], 2, "here is no folder ./nowhere"),

@@ -8,7 +8,7 @@ for every family, alone and in batches whose rows join and leave, greedy and sam
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -384,6 +384,16 @@ def test_requests_that_cannot_work_are_refused_at_the_door(prompt: Any, params: 
     with pytest.raises(UsageError, match=sentence):
         decoder.submit(prompt, SamplingParams(**params))
     assert not decoder.busy
+
+
+def test_what_a_caller_mistypes_is_one_sentence() -> None:
+    with pytest.raises(UsageError, match="Unknown sampling option 'max_tokens': did you mean 'max_new_tokens'"):
+        SamplingParams.of(max_tokens=5)
+    assert SamplingParams.of(max_new_tokens=5) == SamplingParams(max_new_tokens=5)
+    llm = LLM(tiny(), cast(Any, None), Plain())
+    for prompts in (3, None, [[1, 2], 3]):
+        with pytest.raises(UsageError, match="A prompt is text, a conversation or token ids, not "):
+            llm.generate(cast(Any, prompts))
 
 
 @pytest.mark.parametrize(

@@ -996,7 +996,7 @@ def test_an_interrupted_command_ends_with_the_same_drafter(
             patched.setattr(Trainer, "_step", once(Trainer._step, after))
             ran = foretell(*command(tiny, data, tmp_path / "cut", "--no-cache"))
         assert ran.code == 130
-        assert ran.err.endswith("interrupted\n")
+        assert ran.err.endswith("interrupted; the same command goes on from here\n")
         assert "Traceback" not in ran.err
         assert not (tmp_path / "cut" / "drafter").exists()
     assert foretell(*command(tiny, data, tmp_path / "cut")).code == 0
@@ -1050,8 +1050,8 @@ def refused(ran: Ran, code: int, sentence: str) -> None:
         ("medusa", ["-o", "head=2"], 2, "edusa training has no option 'head'; it has heads, layers, output"),
         ("medusa", ["-o", "backbone=x"], 2, "edusa training has no option 'backbone'"),
         ("medusa", ["-o", "output=mine"], 2, "Medusa's output is 'mine'; it must be shared, tied or own"),
-        ("medusa", ["-o", "heads=0"], 2, "Medusa takes 1..16 heads"),
-        ("medusa", ["-o", "soft=1.5"], 2, "soft in 0..1"),
+        ("medusa", ["-o", "heads=0"], 2, "heads is 0; it must lie between 1 and 16"),
+        ("medusa", ["-o", "soft=1.5"], 2, "soft is 1.5; it must lie between 0 and 1"),
         ("medusa", ["--epochs", "0"], 2, "epochs is 0.0; it must lie between"),
         ("medusa", ["--lr", "100"], 2, "learning_rate is 100.0"),
         ("medusa", ["--lr", "nan"], 2, "learning_rate is nan"),

@@ -1,15 +1,16 @@
 """Measures Medusa's figures and writes them to docs/results/medusa.json, section by section.
 
-    python tools/medusa_figures.py SECTION --questions FILE [--checkpoint FOLDER]
+    python tools/medusa_figures.py SECTION [--questions FILE] [--checkpoint FOLDER]
 
-Sections: sizes (tokens per step and per second by tree size, with and without merged lookup, against plain),
-exactness (ids, log-probabilities and cache against plain).
+Sections: sizes (tokens per step and per second by tree size, with and without merged lookup, against plain), tune
+(what steps cost, and how long that takes to find out), exactness (ids, log-probabilities and cache against plain).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -102,6 +103,20 @@ def _figures(answers: list[Answer], plain: list[Answer], name: str) -> dict[str,
     return out
 
 
+def section_tune(args: argparse.Namespace) -> Any:
+    """What `foretell tune` does, and how long it takes."""
+    llm = foretell.load(core.MODEL, dtype="bf16")
+    began = time.perf_counter()
+    costs = measure(llm.backbone)
+    seconds = time.perf_counter() - began
+    relative = {
+        f"{rows} rows, {context} keys": {n: round(cost / sizes[1], 2) for n, cost in sizes.items()}
+        for rows, contexts in costs.seconds.items()
+        for context, sizes in contexts.items()
+    }
+    return {"seconds": round(seconds), "relative_cost": relative}
+
+
 def section_exactness(args: argparse.Namespace) -> Any:
     """Trained heads against plain, in every setting; resumable like the core's."""
     out = json.loads(core.RESULTS.read_text()).get("exactness", {}).get("result", {}) if core.RESULTS.exists() else {}
@@ -126,14 +141,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     sections = {name[8:]: f for name, f in globals().items() if name.startswith("section_")}
     parser.add_argument("section", choices=sections)
-    parser.add_argument("--questions", type=Path, required=True)
+    parser.add_argument("--questions", type=Path)
     parser.add_argument("--checkpoint", default="")
     parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"])
     args = parser.parse_args()
-    args.prompts = core.load_questions(args.questions, args.every, args.limit)
+    args.prompts = core.load_questions(args.questions, args.every, args.limit) if args.questions else []
     torch.manual_seed(0)
     core.save(args.section, sections[args.section](args))
 

@@ -97,6 +97,8 @@ def medusa(results: dict[str, Any]) -> list[str]:
         cells = [f"{row['tokens_per_step']} | {row['tokens_per_s']} | {row['median_speedup']}×" for row in found]
         label = name.replace("medusa ", "medusa, nodes: ")
         lines.append(f"| {label} | {' | '.join(cells)} |" + " | | |" * (2 - len(found)))
+    if "tune" in results:
+        lines += ["", f"`foretell tune` took {results['tune']['result']['seconds']} seconds there."]
     return [*lines, "", *([exactness(results["exactness"]["result"])] if "exactness" in results else ())]
 
 

@@ -68,6 +68,8 @@ class LLM:
             if raw:
                 return self.tokenizer.encode(prompt, special=True)
             return self.tokenizer.chat([{"role": "user", "content": prompt}])
+        if not isinstance(prompt, Sequence):
+            raise UsageError(f"A prompt is text, a conversation or token ids, not {prompt!r}.")
         if not prompt:
             raise UsageError("The prompt is empty; write something to answer.")
         if isinstance(prompt[0], dict):
@@ -115,9 +117,11 @@ class LLM:
         Raises:
             UsageError: naming the bad value.
         """
+        if not isinstance(prompts, Sequence):
+            raise UsageError(f"A prompt is text, a conversation or token ids, not {prompts!r}.")
         single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], (dict, int)))
         batch = cast("list[Prompt]", [prompts] if single else list(prompts))
-        params = SamplingParams(**sampling)
+        params = SamplingParams.of(**sampling)
         if batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}; it must be at least 1.")
         decoder = self.decoder(max(1, min(batch_size, len(batch))), rule, adapt)
@@ -131,7 +135,7 @@ class LLM:
         self, prompt: Prompt, *, raw: bool = False, rule: Typical | None = None, adapt: bool = True, **sampling: Any
     ) -> Iterator[Event]:
         """Answers one prompt, yielding what each step emitted; close the iterator to stop early."""
-        params = SamplingParams(**sampling)
+        params = SamplingParams.of(**sampling)
         decoder = self.decoder(1, rule, adapt)
         for _, event in self.run(decoder, [(self.encode(prompt, raw), params, 0)]):
             yield event

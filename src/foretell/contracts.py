@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -67,6 +68,17 @@ class SamplingParams:
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+
+    @classmethod
+    def of(cls, **given: Any) -> SamplingParams:
+        """From what a caller typed: an unknown name is a `UsageError` too."""
+        names = [each.name for each in fields(cls)]
+        for name in given:
+            if name not in names:
+                near = get_close_matches(name, names, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise UsageError(f"Unknown sampling option {name!r}: {hint}the options are {', '.join(names)}.")
+        return cls(**given)
 
     def __post_init__(self) -> None:
         ranges = (

@@ -14,7 +14,7 @@ import torch
 
 import foretell
 from foretell.backbone import Backbone
-from foretell.backbone.files import written_whole
+from foretell.backbone.files import one_line, written_whole
 from foretell.bench import quality
 from foretell.bench.limits import limits
 from foretell.bench.metrics import PLAIN, Record, by_category, table
@@ -22,7 +22,7 @@ from foretell.bench.suites import Question
 from foretell.errors import ForetellError
 
 FORMAT = 1
-RESULTS = "results.json"
+ABOUT, ROUNDS, RESULTS = "bench.json", "rounds.jsonl", "results.json"
 
 
 def machine(backbone: Backbone) -> str:
@@ -73,7 +73,7 @@ def collect(
         row["quality"] = scores.get((row["contender"], row["temperature"], row["batch"]), {})
     return {
         "format": FORMAT, **about, "limits": limits(about["weight_bytes"], list(bandwidths.values())),
-        "table": rows, "by_category": by_category(records),
+        "sittings": len({record["sitting"] for record in records}), "table": rows, "by_category": by_category(records),
         "requests": [{name: value for name, value in record.items() if name != "arrivals"} for record in records],
     }  # fmt: skip
 
@@ -92,13 +92,13 @@ def read_results(path: Path) -> dict[str, Any]:
     Raises:
         ForetellError: there is none, or it is none of this version's.
     """
+    if (path / ABOUT).exists() and not (path / RESULTS).exists():
+        raise ForetellError(f"{path} holds an unfinished benchmark; give its command again to finish it.")
     path = path / RESULTS if path.is_dir() else path
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ForetellError(
-            f"{path} is no result of foretell bench ({type(error).__name__}); check the path."
-        ) from error
+        raise ForetellError(f"{path} is no result of foretell bench ({one_line(error)}); check the path.") from error
     if not isinstance(results, dict) or results.get("format") != FORMAT or "table" not in results:
         raise ForetellError(f"{path} is no result of this version of foretell bench; measure again.")
     return results

@@ -22,12 +22,12 @@ from foretell.api import LLM, Message
 from foretell.backbone import Nodes
 from foretell.backbone.files import whole_lines, write_errors, write_json
 from foretell.bench.contenders import Answer, Contender
+from foretell.bench.results import ABOUT, ROUNDS
 from foretell.bench.suites import Question
 from foretell.contracts import SamplingParams
 from foretell.conversations import MAX_TURNS
 from foretell.errors import ForetellError, UsageError
 
-ABOUT, ROUNDS = "bench.json", "rounds.jsonl"
 PLAIN = "plain"
 WARM_UP = 24
 """Tokens that each contender writes before anything is timed."""
@@ -112,6 +112,7 @@ class Runner:
         left = [each for each in rounds if each.key not in done]
         if left:
             self._warm_up()
+        self.sitting = 1 + max((record["sitting"] for record in self.records), default=0)
         tokens = 0
         for count, each in enumerate(left, start=len(rounds) - len(left) + 1):
             records = list(self._answers(each))
@@ -155,7 +156,7 @@ class Runner:
                     "new_tokens": len(answer.ids), "seconds": round(answer.seconds, 6),
                     "prefill_seconds": answer.prefill_seconds,
                     "arrivals": [(count, round(at, 5)) for count, at in answer.arrivals],
-                    "peak_bytes": peak, "read_bytes_per_s": bandwidth, **answer.statistics,
+                    "peak_bytes": peak, "read_bytes_per_s": bandwidth, "sitting": self.sitting, **answer.statistics,
                 }  # fmt: skip
                 comparable = each.temperature == 0 or "drafter" in contender.about
                 if comparable and contender is not self.plain:

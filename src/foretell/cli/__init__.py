@@ -69,7 +69,7 @@ class Verbs(TyperGroup):
         except BrokenPipeError as leaving:
             raise typer.Exit(_reader_left()) from leaving
         except KeyboardInterrupt as interrupt:
-            terminal.note("\ninterrupted")
+            terminal.note("\n" + "; ".join(["interrupted", *map(str, interrupt.args)]))
             raise typer.Exit(130) from interrupt
 
 

@@ -101,6 +101,7 @@ def _sides(loading: Loading) -> list[_Side]:
     """Plain and drafted decoding by one backbone, so that nothing else differs."""
     from foretell import drafters
     from foretell.api import LLM
+    from foretell.drafters.prompt_lookup import WithLookup
 
     if loading.option and not loading.drafter:
         raise UsageError("--option is for a drafter; name it with --drafter.")
@@ -112,7 +113,8 @@ def _sides(loading: Loading) -> list[_Side]:
         name = drafters.recommended(plain.backbone)
         drafter = drafters.build(name, plain.backbone, lookup=True)
         drafted = LLM(plain.backbone, plain.tokenizer, drafter, plain.folder)
-    return [_Side("plain", plain), _Side(name, drafted)]
+    lookup = " with lookup" if isinstance(drafted.drafter, WithLookup) else ""
+    return [_Side("plain", plain), _Side(f"{name}{lookup}", drafted)]
 
 
 def _show(side: _Side, ids: list[int], max_new_tokens: int) -> None:

@@ -62,7 +62,7 @@ def distill(
         "tasks": tasks, "keep_repetitive": keep_repetitive,
         "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed,
     }  # fmt: skip
-    _check_room(llm, max_new_tokens)
+    _check_lengths(llm, max_new_tokens, tasks)
     with sole_writer(out):
         store = Store.create(
             out,
@@ -82,8 +82,15 @@ def distill(
     note(f"{counts['conversations']} conversations, {counts['written']} tokens written; dropped: {dropped}. In {out}.")
 
 
-def _check_room(llm: LLM, max_new_tokens: int) -> None:
+def _check_lengths(llm: LLM, max_new_tokens: int, tasks: int) -> None:
+    from foretell.train.distill import SHORTEST_TEXT
+
     context = llm.backbone.config.max_positions
+    if tasks and max_new_tokens < SHORTEST_TEXT:
+        raise UsageError(
+            f"Answers of {max_new_tokens} tokens are too short to make tasks from; raise --max-new-tokens to "
+            f"{SHORTEST_TEXT} at least, or leave out --tasks."
+        )
     if context - max_new_tokens < len(llm.encode([{"role": "user", "content": ""}])):
         raise UsageError(
             f"Answers of {max_new_tokens} tokens leave no room for a prompt in this model's context of {context}; "

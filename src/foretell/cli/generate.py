@@ -42,7 +42,7 @@ def generate(
 ) -> None:
     """Answer a prompt, or a file of prompts."""
     if (prompt is None) == (prompts is None):
-        raise UsageError("Give either a prompt or a file of prompts (--prompts FILE.jsonl).")
+        raise UsageError("Give either a prompt (- reads it from stdin) or a file of prompts (--prompts FILE.jsonl).")
     if sampling.logprobs is not None and not as_json:
         raise UsageError("--logprobs needs --json, which prints them.")
     params, rule = sampling.params(), sampling.rule()

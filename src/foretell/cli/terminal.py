@@ -85,40 +85,49 @@ def answer_progress(count: int) -> Iterator[Callable[[int, bool], None]]:
 
 
 @contextmanager
-def job_progress(name: str, unit: str) -> Iterator[Callable[[int, int, int], None]]:
-    """A bar with the time left, and the rate of `unit` if there is one; called with (done, total, units so far).
+def job_progress(name: str, unit: str, resumes: bool = True) -> Iterator[Callable[[int, int, int], None]]:
+    """The time left, and the rate of `unit` if there is one; called with (done, total, units so far).
 
-    Where stderr is no terminal, a line every half minute says the same.
+    Args:
+        resumes: the same command would go on where it was; an interruption then says so.
     """
     began = time.perf_counter()
-    said = began
 
     def rate(units: int) -> str:
         return f"{units / max(1e-9, time.perf_counter() - began):.0f} {unit}" if unit else ""
 
-    if not sys.stderr.isatty():
-        first: list[tuple[int, float]] = []  # a run gone on with begins in the midst
+    try:
+        if not sys.stderr.isatty():
+            yield _lines(name, rate)
+            return
+        with _bar("{task.completed:.0f}/{task.total:.0f}", "{task.fields[rate]}") as bar:
+            task = bar.add_task(name, total=None, rate="")
+            yield lambda done, total, units: bar.update(task, completed=done, total=total, rate=rate(units))
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(*["the same command goes on from here"] * resumes) from interrupt
 
-        def left(done: int, total: int) -> str:
-            begun, at = first[0]
-            if not begun < done < total:
-                return ""
-            return f"about {(time.perf_counter() - at) / (done - begun) * (total - done):.0f} s left"
 
-        def say(done: int, total: int, units: int) -> None:
-            nonlocal said
-            if not first:
-                first.append((done, time.perf_counter()))
-            if time.perf_counter() - said > 30 or done == total:
-                said = time.perf_counter()
-                parts = f"{name}: {done}/{total}", rate(units), f"{said - began:.0f} s", left(done, total)
-                note(", ".join(filter(None, parts)))
+def _lines(name: str, rate: Callable[[int], str]) -> Callable[[int, int, int], None]:
+    """A line every half minute, for where stderr is no terminal."""
+    began = said = time.perf_counter()
+    first: list[tuple[int, float]] = []  # a run gone on with begins in the midst
 
-        yield say
-        return
-    with _bar("{task.completed:.0f}/{task.total:.0f}", "{task.fields[rate]}") as bar:
-        task = bar.add_task(name, total=None, rate="")
-        yield lambda done, total, units: bar.update(task, completed=done, total=total, rate=rate(units))
+    def left(done: int, total: int) -> str:
+        begun, at = first[0]
+        if not begun < done < total:
+            return ""
+        return f"about {(time.perf_counter() - at) / (done - begun) * (total - done):.0f} s left"
+
+    def say(done: int, total: int, units: int) -> None:
+        nonlocal said
+        if not first:
+            first.append((done, time.perf_counter()))
+        if time.perf_counter() - said > 30 or done == total:
+            said = time.perf_counter()
+            parts = f"{name}: {done}/{total}", rate(units), f"{said - began:.0f} s", left(done, total)
+            note(", ".join(filter(None, parts)))
+
+    return say
 
 
 @contextmanager

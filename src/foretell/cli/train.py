@@ -59,8 +59,8 @@ def train(
         whose = {"model": backbone.fingerprint, "dtype": str(backbone.dtype)}
         run = Trainer(module, features, settings, out / "run", options | whose)
         run.resume()  # a run that cannot be gone on with is refused before any work
-        with job_progress("features", "") as progress:
-            prepared = features.prepare(lambda fraction: progress(round(fraction * 1000), 1000, 0))
+        with job_progress("features, %", "") as progress:
+            prepared = features.prepare(lambda fraction: progress(round(fraction * 100), 100, 0))
         with job_progress(f"training {method}", "") as progress, interruptible() as caught:
             run.run(lambda step, steps, line: progress(step, steps, 0), stop=lambda: caught)
         report = run.evaluate()

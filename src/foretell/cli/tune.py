@@ -23,12 +23,12 @@ def tune(
     from foretell.backbone.costs import REPEATS, ROWS, StepCosts, costs_file, measure
 
     llm = loading.load()
-    with job_progress("measuring steps", "") as progress:
+    with job_progress("measuring steps, %", "", resumes=False) as progress:
         costs = measure(
             llm.backbone,
             rows=(1,) if quick else ROWS,
             repeats=5 if quick else REPEATS,
-            progress=lambda fraction: progress(round(fraction * 1000), 1000, 0),
+            progress=lambda fraction: progress(round(fraction * 100), 100, 0),
         )
     path = costs_file(llm.backbone, loading.cache_dir)
     older = None

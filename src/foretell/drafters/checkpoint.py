@@ -119,7 +119,10 @@ def find(method: str, backbone: Backbone, folder: str = "", any_backbone: bool =
             f"No {method} drafter comes with foretell for this model; train one (foretell distill, foretell train "
             f"{method}) and name its folder with -o checkpoint=FOLDER."
         )
-    checkpoint, tensors = load(Path(folder).expanduser())
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ForetellError(f"There is no folder {path}; give the one that `foretell train` wrote.")
+    checkpoint, tensors = load(path / "drafter" if (path / "drafter/config.json").is_file() else path)
     if checkpoint.method != method:
         raise UsageError(
             f"{folder} holds a {checkpoint.method} drafter, not {method}; use --drafter {checkpoint.method}."

@@ -21,6 +21,7 @@ tokens, R ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ from foretell.drafters.parts import (
     soft_cross_entropy,
     tree_size,
 )
-from foretell.errors import ForetellError, UsageError
+from foretell.errors import ForetellError, UsageError, check_numbers
 from foretell.trees.grow import Candidates
 from foretell.trees.published import published
 from foretell.trees.search import ENDED, MISSED
@@ -270,12 +271,12 @@ class Medusa(Drafter):
         if output not in ("shared", "tied", "own"):
             raise UsageError(f"Medusa's output is {output!r}; it must be shared, tied or own.")
         depth = backbone.config.layers
-        most = min(8, depth - 1)
-        if not (1 <= heads <= 16 and 1 <= layers <= 8 and 0 <= soft <= 1 and draft_vocab >= 0 and 0 <= taps <= most):
-            raise UsageError(
-                f"Medusa takes 1..16 heads of 1..8 layers, soft in 0..1, draft_vocab >= 0 and 0..{most} taps, not "
-                f"{heads}, {layers}, {soft}, {draft_vocab}, {taps}."
-            )
+        given = SimpleNamespace(heads=heads, layers=layers, soft=soft, draft_vocab=draft_vocab, taps=taps)
+        ranges = (
+            ("heads", 1, 16), ("layers", 1, 8), ("soft", 0, 1), ("draft_vocab", 0, 2**31),
+            ("taps", 0, min(8, depth - 1)),
+        )  # fmt: skip
+        check_numbers(given, ranges)
         vocabulary_V = draft_vocabulary(counts_V, draft_vocab)
         head_Vd = backbone.head_rows(vocabulary_V).cpu()
         return MedusaHeads(
