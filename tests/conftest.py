@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from command_line import Foretell, runner, save_tiny_chat
+from torch import Tensor
 
 pytest.register_assert_rewrite("decoding", "random_backbones", "toy_drafters")
 
@@ -46,3 +47,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tiny")
     save_tiny_chat(folder)
     return str(folder)
+
+
+@pytest.fixture
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The learning form multiplies in bfloat16; here it must not, to be compared closely."""
+    monkeypatch.setattr(Tensor, "bfloat16", lambda tensor: tensor)

@@ -17,8 +17,8 @@ def refused(ran: Ran, code: int, sentence: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "either a prompt or a file"),
-        (["hi", "--prompts", "x.jsonl"], "either a prompt or a file"),
+        ([], "either a prompt .* or a file"),
+        (["hi", "--prompts", "x.jsonl"], "either a prompt .* or a file"),
         (["hi", "--logprobs", "2"], "--logprobs needs --json"),
         (["hi", "-n", "0"], "max_new_tokens is 0; it must lie between"),
         (["hi", "-t", "-1"], r"temperature is -1.0; it must lie between"),

@@ -644,7 +644,7 @@ def test_an_interrupted_command_goes_on(
     with monkeypatch.context() as patched:
         patched.setattr(Store, "append", interrupted)
         ran = foretell(*command, "--out", str(tmp_path / "cut"))
-    assert (ran.code, ran.err.strip()) == (130, "interrupted")
+    assert (ran.code, ran.err.strip()) == (130, "interrupted; the same command goes on from here")
     assert len(Store.open(tmp_path / "cut").lines) == 2
     assert Store.open(tmp_path / "cut").manifest["counts"]["conversations"] > 0  # counted all the same
     assert foretell(*command, "--out", str(tmp_path / "cut")).code == 0

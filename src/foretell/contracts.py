@@ -219,7 +219,10 @@ class Drafter(ABC):
         return 0
 
     def bind(self, cache: KVCache) -> None:  # noqa: B027
-        """The engine's cache, before the first step: for methods that run layers themselves while drafting."""
+        """The engine's cache, before the first step: for methods that run layers themselves while drafting.
+
+        What was kept for another engine's rows is void.
+        """
 
     def reset(self, rows: Sequence[Row]) -> None:  # noqa: B027
         """New sequences have taken these slots: forget what was there."""

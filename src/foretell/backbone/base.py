@@ -10,7 +10,8 @@ Legend: M nodes of the pass, d hidden width, V vocabulary, L layers.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -107,15 +108,36 @@ class Backbone(ABC):
         The weight is cast to the backbone's type and packed once.
         """
 
-    def heads(self, blocks: Sequence[Sequence[tuple[Tensor, Tensor]]], outputs: Sequence[Tensor]) -> DrafterHeads:
+    def heads(
+        self, blocks: Sequence[Sequence[tuple[Tensor, Tensor]]], outputs: Sequence[Tensor] | DrafterHeads
+    ) -> DrafterHeads:
         """A drafter's own heads through this backbone's kernels, K of them side by side.
 
         Args:
             blocks: by layer and head, weight [d, I or d] and bias [d] of x + SiLU(W x + b); the first layer reads
                 I numbers (`linear.side_by_side`), whose first d are its x.
-            outputs: the matrices [V, d] after the blocks, one per head or one for all.
+            outputs: the matrices [V, d] after the blocks, one per head or one for all; or other heads, whose
+                matrices serve these too.
         """
         return StackedHeads(self.linear, blocks, outputs)
+
+    def layer(self, tensors: Mapping[str, Tensor]) -> Backbone:
+        """A drafter's own layer of this backbone's shape and kernels, as a backbone of it alone.
+
+        Args:
+            tensors: by their names in a checkpoint, without "model.layers.0.". No biases, no norms within heads.
+        """
+        d = self.config.hidden
+        config = replace(
+            self.config, layers=1, vocab=32, tied=True, windows=(0,), attention_bias=False, out_bias=False,
+            mlp_bias=False, qk_norm=False,
+        )  # fmt: skip
+        rest = {"model.embed_tokens.weight": torch.zeros(config.vocab, d), "model.norm.weight": torch.ones(d)}
+        return self._alike(config, {f"model.layers.0.{name}": each for name, each in tensors.items()} | rest)
+
+    @abstractmethod
+    def _alike(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> Backbone:
+        """Another model, computed as this one is."""
 
     @abstractmethod
     def head_rows(self, ids_N: Tensor) -> Tensor:

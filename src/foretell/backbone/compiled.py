@@ -6,7 +6,7 @@ gate and up interleaved. A tied embedding is read back from the packed head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from ctypes import addressof, byref, c_uint64
 
 import torch
@@ -17,6 +17,7 @@ from foretell.backbone.base import Backbone
 from foretell.backbone.cache import KVCache
 from foretell.backbone.config import ModelConfig
 from foretell.backbone.kernels import PackedHeads, PackedLinear, ThreadedLinear, address
+from foretell.backbone.linear import DrafterHeads
 from foretell.backbone.nodes import Nodes
 
 Reader = Callable[[str], Tensor]
@@ -149,8 +150,13 @@ class CompiledBackbone(Backbone):
     def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> ThreadedLinear:
         return ThreadedLinear(self._packed(weight_NK, bias_N), self.threads)
 
-    def heads(self, blocks: Sequence[Sequence[tuple[Tensor, Tensor]]], outputs: Sequence[Tensor]) -> PackedHeads:
+    def heads(
+        self, blocks: Sequence[Sequence[tuple[Tensor, Tensor]]], outputs: Sequence[Tensor] | DrafterHeads
+    ) -> PackedHeads:
         return PackedHeads(blocks, outputs, self.dtype, self.threads, self.build)
+
+    def _alike(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> CompiledBackbone:
+        return CompiledBackbone(config, weights.__getitem__, self.dtype, self.threads, self.build)
 
     def head_rows(self, ids_N: Tensor) -> Tensor:
         return self._head.rows(ids_N).to(self.dtype)

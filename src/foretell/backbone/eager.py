@@ -10,7 +10,7 @@ Legend: M nodes, H query heads, G key/value heads, D head width, T keys of the l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +93,9 @@ class EagerBackbone(Backbone):
                 linear.least_rows = rows
         self._head.least_rows = rows
         return True
+
+    def _alike(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> EagerBackbone:
+        return EagerBackbone(config, weights.__getitem__, self.dtype, self.device, self.threads, packed=self._packed)
 
     def embed(self, tokens_M: Tensor) -> Tensor:
         return self._embedding[tokens_M.to(self.device)].float()

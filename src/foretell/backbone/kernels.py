@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from foretell.backbone.linear import DrafterHeads
 from foretell.errors import ForetellError
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
@@ -202,15 +203,19 @@ class PackedHeads:
     """`linear.StackedHeads` in one call: the team of threads is woken once, not at every layer of every head."""
 
     def __init__(
-        self, blocks: Sequence[Sequence[tuple[Tensor, Tensor]]], outputs: Sequence[Tensor], dtype: torch.dtype,
-        threads: int, build: Build,
+        self, blocks: Sequence[Sequence[tuple[Tensor, Tensor]]], outputs: Sequence[Tensor] | DrafterHeads,
+        dtype: torch.dtype, threads: int, build: Build,
     ):  # fmt: skip
         def pack(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
             return PackedLinear(weight.to(dtype), bias, build)
 
         self._build, self._bf16, self._heads = build, int(dtype == torch.bfloat16), len(blocks[0])
         self._blocks = [pack(weight, bias) for layer in blocks for weight, bias in layer]
-        self._outputs = [pack(weight) for weight in outputs]
+        if isinstance(outputs, Sequence):
+            self._outputs = [pack(weight) for weight in outputs]
+        else:
+            assert isinstance(outputs, PackedHeads)
+            self._outputs = outputs._outputs
         first, output = self._blocks[0], self._outputs[0]
         self._tables = [
             (c_uint64 * len(addresses))(*addresses)
@@ -221,7 +226,7 @@ class PackedHeads:
             )
         ]
         self._described = Heads(
-            self._heads, first.outputs, first.inputs, len(blocks), len(outputs), output.outputs, threads,
+            self._heads, first.outputs, first.inputs, len(blocks), len(self._outputs), output.outputs, threads,
             *map(ctypes.addressof, self._tables),
         )  # fmt: skip
 

@@ -84,11 +84,15 @@ class StackedHeads:
         self,
         linear: Callable[[Tensor, Tensor | None], DrafterLinear],
         blocks: Sequence[Sequence[tuple[Tensor, Tensor]]],
-        outputs: Sequence[Tensor],
+        outputs: Sequence[Tensor] | DrafterHeads,
     ):
         self._blocks = [[linear(weight, bias) for weight, bias in layer] for layer in blocks]
-        self._outputs = [linear(weight, None) for weight in outputs]
-        self._hidden = outputs[0].shape[1]
+        if isinstance(outputs, Sequence):
+            self._outputs = [linear(weight, None) for weight in outputs]
+        else:
+            assert isinstance(outputs, StackedHeads)
+            self._outputs = outputs._outputs
+        self._hidden = len(blocks[0][0][0])
 
     def top(self, parts_BS: Sequence[Sequence[Tensor]], count: int) -> tuple[Tensor, Tensor]:
         inputs = [side_by_side(torch.stack([torch.stack(list(row)) for row in parts_BS]))] * len(self._blocks[0])

@@ -35,65 +35,45 @@ from foretell.backbone.linear import side_by_side
 from foretell.contracts import FINAL, Draft, Drafter, Features, Row
 from foretell.drafters.checkpoint import Checkpoint, find
 from foretell.drafters.parts import (
-    Trainable,
+    GuessingHeads,
     TrainingBatch,
     draft_vocabulary,
-    places,
-    soft_cross_entropy,
     tree_size,
 )
 from foretell.errors import ForetellError, UsageError, check_numbers
 from foretell.trees.grow import Candidates
 from foretell.trees.published import published
-from foretell.trees.search import ENDED, MISSED
 from foretell.trees.tree import ROOT, TokenTree
 
 DECAY = 0.8
 """Weight of a head's loss relative to the head before it (§3.1)."""
-RANKS = 32
-"""Guesses of a head that are looked at when trees are searched."""
 
 
-class MedusaHeads(Trainable):
+class MedusaHeads(GuessingHeads):
     """The heads while they learn; float32, multiplied in bfloat16.
 
     Args:
-        head_Vd: the backbone's output rows of the draft vocabulary.
-        vocabulary_V: their token ids; `whole` is the size of the backbone's vocabulary.
-        soft: share of the loss that is against the backbone's distribution instead of the written token.
+        head_Vd, vocabulary_V, whole, heads, output, soft: see `GuessingHeads`.
         taps: layers whose streams are read besides the final state.
         embed: the backbone's embedding, if the token just chosen is read too.
     """
 
-    head_Vd: Tensor
-    vocabulary_V: Tensor
-    place: Tensor
+    decay = DECAY
 
     def __init__(
         self, head_Vd: Tensor, vocabulary_V: Tensor, whole: int, *, heads: int, layers: int, output: str, soft: float,
         taps: Sequence[int] = (), embed: Callable[[Tensor], Tensor] | None = None,
     ):  # fmt: skip
-        super().__init__()
+        super().__init__(head_Vd, vocabulary_V, whole, heads=heads, output=output, soft=soft)
         d = head_Vd.shape[1]
-        self.heads, self.layers, self.output, self.soft = heads, layers, output, soft
-        self.taps, self.embed = (*taps, FINAL), embed
+        self.layers, self.taps, self.embed = layers, (*taps, FINAL), embed
         widths = [d * (len(self.taps) + (embed is not None)), *[d] * (layers - 1)]
         # zeros, the bias too: at the start every head says what the output head says
         self.weights = nn.ParameterList([torch.zeros(heads, d, width) for width in widths])
         self.bias_LKd = nn.Parameter(torch.zeros(layers, heads, d))
-        if output == "shared":
-            self.register_buffer("head_Vd", head_Vd.float(), persistent=False)
-        else:
-            copies = heads if output == "own" else 1
-            self.head_KVd = nn.Parameter(head_Vd.float().repeat(copies, 1, 1))
-        self.register_buffer("vocabulary_V", vocabulary_V)
-        self.register_buffer("place", places(vocabulary_V, whole), persistent=False)
 
-    def head(self, k: int) -> Tensor:
-        """Output matrix [V, d] of head k (from 0)."""
-        if self.output == "shared":
-            return self.head_Vd
-        return self.head_KVd[k if self.output == "own" else 0]
+    def read(self, batch: TrainingBatch, sources_P: Tensor) -> Tensor:
+        return self.states(self._read(batch, sources_P))
 
     def states(self, h_PI: Tensor) -> Tensor:
         """What the output matrices read: [K, P, d]; `h_PI` as `side_by_side` gives it."""
@@ -111,70 +91,11 @@ class MedusaHeads(Trainable):
             parts.append(self.embed(batch.tokens_BT.flatten()[sources + 1]))
         return side_by_side(torch.stack(parts, 1))
 
-    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        targets_PK, sources = _positions(batch, self.heads)
-        if not len(sources):
-            return {}
-        x_KPd = self.states(self._read(batch, sources))
-        out = {}
-        for k in range(self.heads):
-            token_P = targets_PK[:, k]
-            live = token_P >= 0
-            if not live.any():
-                continue
-            teacher = [
-                each.flatten(0, 1)[sources[live] + k + 1] for each in (batch.teacher_ids_BTm, batch.teacher_p_BTm)
-            ]
-            ids_Pm = torch.cat([token_P[live][:, None], teacher[0]], 1)
-            p_Pm = torch.cat(
-                [torch.full((len(ids_Pm), 1), 1 - self.soft, device=ids_Pm.device), self.soft * teacher[1]], 1
-            )
-            place_Pm = self.place[ids_Pm]
-            p_Pm = p_Pm * (place_Pm >= 0)  # what the draft vocabulary cannot say is not taught
-            loss = soft_cross_entropy(x_KPd[k, live], self.head(k), place_Pm.clamp(min=0), p_Pm)
-            out[f"head {k + 1}"] = DECAY**k * loss / live.sum()
-        return out
-
-    @torch.no_grad()
-    def ranks(self, batch: TrainingBatch) -> list[Tensor]:
-        targets_PK, sources = _positions(batch, self.heads)
-        x_KPd, ranks_PK = self.states(self._read(batch, sources)), torch.full_like(targets_PK, MISSED)
-        for k in range(self.heads):
-            for at in range(0, len(sources), 512):
-                logits = x_KPd[k, at : at + 512].bfloat16() @ self.head(k).bfloat16().T
-                best = self.vocabulary_V[logits.topk(min(RANKS, logits.shape[1])).indices]
-                hit = best == targets_PK[at : at + 512, k, None]
-                rank = hit.int().argmax(1)
-                ranks_PK[at : at + 512, k] = torch.where(hit.any(1), rank, MISSED)
-        ranks_PK.masked_fill_(targets_PK < 0, ENDED)
-        rows = sources // batch.tokens_BT.shape[1]
-        return [ranks_PK[rows == row].cpu() for row in range(len(batch.tokens_BT))]
-
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors: dict[str, Tensor] = {f"weight.{layer}": weight for layer, weight in enumerate(self.weights)}
         tensors["bias"] = self.bias_LKd
-        if self.output != "shared":
-            tensors["head"] = self.head_KVd
-        tensors = {name: tensor.detach().bfloat16() for name, tensor in tensors.items()}
-        tensors["vocabulary"] = self.vocabulary_V.int()
         arch = {"heads": self.heads, "layers": self.layers, "output": self.output, "taps": list(self.taps[:-1])}
-        return tensors, arch | {"root": self.embed is not None}
-
-
-def _positions(batch: TrainingBatch, heads: int) -> tuple[Tensor, Tensor]:
-    """Where the first head has something to learn.
-
-    Returns:
-        Targets [P, K], -1 where the token is missing or not supervised; places in the flattened batch [P].
-    """
-    tokens_BT, supervised_BT = batch.tokens_BT, batch.supervised_BT
-    targets_BTK = torch.full((*tokens_BT.shape, heads), -1, device=tokens_BT.device)
-    for k in range(heads):
-        shift = k + 2
-        if shift < tokens_BT.shape[1]:
-            targets_BTK[:, :-shift, k] = torch.where(supervised_BT[:, shift:], tokens_BT[:, shift:], -1)
-    sources = (targets_BTK[..., 0] >= 0).flatten().nonzero()[:, 0]
-    return targets_BTK.flatten(0, 1)[sources], sources
+        return self.stored(tensors), arch | {"root": self.embed is not None}
 
 
 class Medusa(Drafter):

@@ -9,6 +9,7 @@ tokens kept of the backbone's own distribution.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,14 +18,19 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from foretell.backbone import Backbone
+from foretell.backbone.config import ModelConfig
 from foretell.backbone.costs import StepCosts
 from foretell.errors import UsageError
+from foretell.trees.search import ENDED, MISSED
 
 CHUNK = 512
 """Positions whose logits exist at once."""
 DEFAULT_NODES = 16
+RANKS = 32
+"""Guesses of a head that are looked at when trees are searched."""
 
 
 @dataclass
@@ -152,3 +158,164 @@ def soft_cross_entropy(x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Te
             missing to one is a part of the target that is not taught.
     """
     return _SoftCrossEntropy.apply(x_Pd, weight_Vd, ids_Pm, p_Pm)
+
+
+class GuessingHeads(Trainable):
+    """K heads: the k-th (from 0) guesses, at position p, token p + k + 2 out of a draft vocabulary.
+
+    Their loss is a cross-entropy each, times decay^k, against the written token and the backbone's own distribution
+    where it was written. A method says what the output matrices read.
+
+    Args:
+        head_Vd: the backbone's output rows of the draft vocabulary.
+        vocabulary_V: their token ids; `whole` is the size of the backbone's vocabulary.
+        output: whose output matrices: shared (the backbone's, frozen), tied (one copy for all heads) or own.
+        soft: share of the loss that is against the backbone's distribution instead of the written token.
+    """
+
+    decay = 1.0
+    head_Vd: Tensor
+    vocabulary_V: Tensor
+    place: Tensor
+
+    def __init__(self, head_Vd: Tensor, vocabulary_V: Tensor, whole: int, *, heads: int, output: str, soft: float):
+        super().__init__()
+        self.heads, self.output, self.soft = heads, output, soft
+        if output == "shared":
+            self.register_buffer("head_Vd", head_Vd.float(), persistent=False)
+        else:
+            copies = heads if output == "own" else 1
+            self.head_KVd = nn.Parameter(head_Vd.float().repeat(copies, 1, 1))
+        self.register_buffer("vocabulary_V", vocabulary_V)
+        self.register_buffer("place", places(vocabulary_V, whole), persistent=False)
+
+    @abstractmethod
+    def read(self, batch: TrainingBatch, sources_P: Tensor) -> Tensor:
+        """What the output matrices read, [K, P, d], at places of the flattened batch.
+
+        Where a head has no token to guess any more, anything will do.
+        """
+
+    def head(self, k: int) -> Tensor:
+        """Output matrix [V, d] of head k."""
+        if self.output == "shared":
+            return self.head_Vd
+        return self.head_KVd[k if self.output == "own" else 0]
+
+    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        targets_PK, sources_P = _positions(batch, self.heads)
+        if not len(sources_P):
+            return {}
+        x_KPd = self.read(batch, sources_P)
+        out = {}
+        for k in range(self.heads):
+            token_P = targets_PK[:, k]
+            live = token_P >= 0
+            if not live.any():
+                continue
+            teacher = [
+                each.flatten(0, 1)[sources_P[live] + k + 1] for each in (batch.teacher_ids_BTm, batch.teacher_p_BTm)
+            ]
+            ids_Pm = torch.cat([token_P[live][:, None], teacher[0]], 1)
+            p_Pm = torch.cat(
+                [torch.full((len(ids_Pm), 1), 1 - self.soft, device=ids_Pm.device), self.soft * teacher[1]], 1
+            )
+            place_Pm = self.place[ids_Pm]
+            p_Pm = p_Pm * (place_Pm >= 0)  # what the draft vocabulary cannot say is not taught
+            loss = soft_cross_entropy(x_KPd[k, live], self.head(k), place_Pm.clamp(min=0), p_Pm)
+            out[f"head {k + 1}"] = self.decay**k * loss / live.sum()
+        return out
+
+    @torch.no_grad()
+    def ranks(self, batch: TrainingBatch) -> list[Tensor]:
+        targets_PK, sources_P = _positions(batch, self.heads)
+        x_KPd, ranks_PK = self.read(batch, sources_P), torch.full_like(targets_PK, MISSED)
+        for k in range(self.heads):
+            for at in range(0, len(sources_P), CHUNK):
+                logits = x_KPd[k, at : at + CHUNK].bfloat16() @ self.head(k).bfloat16().T
+                best = self.vocabulary_V[logits.topk(min(RANKS, logits.shape[1])).indices]
+                hit = best == targets_PK[at : at + CHUNK, k, None]
+                rank = hit.int().argmax(1)
+                ranks_PK[at : at + CHUNK, k] = torch.where(hit.any(1), rank, MISSED)
+        ranks_PK.masked_fill_(targets_PK < 0, ENDED)
+        rows = sources_P // batch.tokens_BT.shape[1]
+        return [ranks_PK[rows == row].cpu() for row in range(len(batch.tokens_BT))]
+
+    def stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint's tensors: those of the method, the output matrices and the draft vocabulary."""
+        if self.output != "shared":
+            tensors = {**tensors, "head": self.head_KVd}
+        return {name: tensor.detach().bfloat16() for name, tensor in tensors.items()} | {
+            "vocabulary": self.vocabulary_V.int()
+        }
+
+
+def _positions(batch: TrainingBatch, heads: int) -> tuple[Tensor, Tensor]:
+    """Where the first head has something to learn.
+
+    Returns:
+        Targets [P, K], -1 where the token is missing or not supervised; places in the flattened batch [P].
+    """
+    tokens_BT, supervised_BT = batch.tokens_BT, batch.supervised_BT
+    targets_BTK = torch.full((*tokens_BT.shape, heads), -1, device=tokens_BT.device)
+    for k in range(heads):
+        shift = k + 2
+        if shift < tokens_BT.shape[1]:
+            targets_BTK[:, :-shift, k] = torch.where(supervised_BT[:, shift:], tokens_BT[:, shift:], -1)
+    sources = (targets_BTK[..., 0] >= 0).flatten().nonzero()[:, 0]
+    return targets_BTK.flatten(0, 1)[sources], sources
+
+
+class DecoderLayer(nn.Module):
+    """A layer of a drafter's own while it learns, of the backbone's shape; it begins as the identity.
+
+    Its tensors have the names that `Backbone.layer` reads. Float32, multiplied in bfloat16.
+
+    Args:
+        rotation: of the backbone: positions -> cosine and sine.
+    """
+
+    def __init__(self, config: ModelConfig, rotation: Callable[[Tensor], tuple[Tensor, Tensor]]):
+        super().__init__()
+        c, self.config, self.rotation = config, config, rotation
+        shapes = {
+            "self_attn.q_proj": (c.q_width, c.hidden), "self_attn.k_proj": (c.kv_width, c.hidden),
+            "self_attn.v_proj": (c.kv_width, c.hidden), "self_attn.o_proj": (c.hidden, c.q_width),
+            "mlp.gate_proj": (c.mlp, c.hidden), "mlp.up_proj": (c.mlp, c.hidden), "mlp.down_proj": (c.hidden, c.mlp),
+        }  # fmt: skip
+        weights = {name: torch.randn(shape) / math.sqrt(shape[1]) for name, shape in shapes.items()}
+        for last in ("self_attn.o_proj", "mlp.down_proj"):
+            weights[last].zero_()  # the stream starts as it came
+        weights |= {name: torch.ones(c.hidden) for name in ("input_layernorm", "post_attention_layernorm")}
+        self.weights = nn.ParameterDict({name.replace(".", "/"): weight for name, weight in weights.items()})
+
+    def named(self) -> dict[str, Tensor]:
+        return {f"{name.replace('/', '.')}.weight": weight for name, weight in self.weights.items()}
+
+    def forward(self, h_BTd: Tensor) -> Tensor:
+        c = self.config
+        x_BTd = self._norm("input_layernorm", h_BTd)
+        q, k, v = (
+            self._linear(f"self_attn/{name}_proj", x_BTd).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
+            for name in "qkv"
+        )
+        cosine_TD, sine_TD = self.rotation(torch.arange(h_BTd.shape[1]))
+        mixed = F.scaled_dot_product_attention(
+            _rotated(q, cosine_TD, sine_TD), _rotated(k, cosine_TD, sine_TD), v, is_causal=True, enable_gqa=True
+        )
+        h_BTd = h_BTd + self._linear("self_attn/o_proj", mixed.transpose(1, 2).flatten(2))
+        x_BTd = self._norm("post_attention_layernorm", h_BTd)
+        gated = F.silu(self._linear("mlp/gate_proj", x_BTd)) * self._linear("mlp/up_proj", x_BTd)
+        return h_BTd + self._linear("mlp/down_proj", gated)
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        return F.linear(x.bfloat16(), self.weights[name].bfloat16()).float()
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weights[name], self.config.eps)
+
+
+def _rotated(x_BHTD: Tensor, cosine_TD: Tensor, sine_TD: Tensor) -> Tensor:
+    one, other = x_BHTD.chunk(2, -1)
+    cosine, sine = cosine_TD.to(x_BHTD), sine_TD.to(x_BHTD)
+    return torch.cat([one * cosine - other * sine, other * cosine + one * sine], -1)

@@ -101,6 +101,8 @@ class SpeculativeDecoder:
         for slot in self._parked:
             self.cache.free(slot)
         self._parked.clear()
+        if not self._rows:
+            self.drafter.bind(self.cache)  # another engine may have used it since
 
     def step(self) -> list[Event]:
         """One chunk of prompts for the rows that still read theirs, and one step for the others."""

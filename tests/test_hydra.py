@@ -1,0 +1,374 @@
+"""Hydra: level by level, each node's guesses are what the learning form says after its own path; no answer changes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from decoding import assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly
+from random_backbones import BF16, COMPILED, FP32, KERNELS, using
+from test_medusa import VOCAB, WIDTH, backbone_of, batch_of, requests, some_paths
+from torch import Tensor
+
+from foretell import drafters
+from foretell.backbone import Backbone, Nodes
+from foretell.backbone.linear import side_by_side
+from foretell.contracts import FINAL, Row, SamplingParams
+from foretell.drafters.checkpoint import Checkpoint
+from foretell.drafters.hydra import BEAM, Hydra, HydraHeads, HydraPlus
+from foretell.drafters.hydra import WIDTH as WIDTH_OF_A_NODE
+from foretell.drafters.medusa import Medusa
+from foretell.drafters.parts import DecoderLayer
+from foretell.drafters.prompt_lookup import WithLookup
+from foretell.errors import UsageError
+from foretell.trees.search import nested, replay
+
+
+def random_hydra(
+    backbone: Backbone, plus: bool = False, heads: int = 3, vocabulary: int = 40, seed: int = 0, **options: Any
+) -> HydraHeads:
+    counts = torch.arange(VOCAB).flip(0)
+    kind = HydraPlus if plus else Hydra
+    module = kind.trainable(backbone, counts, heads=heads, draft_vocab=vocabulary, **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
+    return module.eval()
+
+
+def drafter_of(
+    backbone: Backbone, module: HydraHeads, paths: list[tuple[int, ...]] | None = None, nodes: int = 24
+) -> Hydra:
+    tensors, arch = module.checkpoint()
+    return Hydra(backbone, arch, tensors, paths or [], lambda rows, context: nodes, grown=paths is None)
+
+
+# -- exactness ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("plus", [False, True], ids=["hydra", "hydra++"])
+@pytest.mark.parametrize("grown", [True, False])
+def test_untrained_heads_change_no_token(grown: bool, plus: bool, dtype: torch.dtype, rows: int) -> None:
+    backbone = backbone_of(dtype)
+    truth = plainly(backbone, requests())
+    for seed, options in enumerate(({"layers": 2, "taps": 0}, {"output": "own"}, {"output": "shared", "tied": True})):
+        module = random_hydra(backbone, plus, seed=seed, **options)
+        drafter = drafter_of(backbone, module, None if grown else some_paths(3, 6, seed), 12 + 14 * seed)
+        for each in (drafter, WithLookup(drafter)):
+            decoder = decoder_of(backbone, each, max_rows=rows)
+            assert decoder.lossless
+            assert_same(finish(decoder, requests()), truth)
+            assert held_like_a_fresh_prefill(decoder) > 0
+
+
+# -- drafting -------------------------------------------------------------------------------------------------------
+
+
+def after_some_steps(backbone: Backbone, drafter: Hydra) -> Row:
+    decoder = decoder_of(backbone, drafter)
+    decoder.submit([1, 2, 3, 4, 5, 6], SamplingParams(max_new_tokens=30))
+    for _ in range(3):
+        decoder.step()
+    return decoder._rows[0]
+
+
+def states_of(backbone: Backbone, tokens: list[int], taps: tuple[int, ...]) -> dict[int, Tensor]:
+    """Tapped states [1, T, d] of a text in one pass."""
+    nodes, layers = Nodes.chains([0], [0], [len(tokens)]), [tap for tap in taps if tap != FINAL]
+    hidden, found = backbone.run_layers(
+        backbone.embed(torch.tensor(tokens)), nodes, backbone.new_cache(1, len(tokens)), taps=layers
+    )
+    return {tap: each[None] for tap, each in (found | {FINAL: backbone.norm(hidden)}).items()}
+
+
+def said_after(backbone: Backbone, module: HydraHeads, tokens: list[int], path: list[int]) -> Tensor:
+    """[V]: log-probabilities of the head behind a path (the root first), written out for this path alone."""
+    streams = states_of(backbone, tokens[:-1], module.taps)
+    ordered = [streams[tap] for tap in reversed(module.taps)]
+    if module.prefix:
+        ordered[0] = module.prefix(ordered[0])
+    parts = [stream[0, -1] for stream in ordered]
+    if module.grounded:
+        parts += list(backbone.embed(torch.tensor(path)))
+    k = len(path) - 1
+    state = module.states(k, side_by_side(torch.stack(parts)[None]))
+    return (state @ module.head(k).T).log_softmax(-1)[0].detach()
+
+
+@pytest.mark.usefixtures("in_float32")
+@pytest.mark.parametrize("plus", [False, True], ids=["hydra", "hydra++"])
+@pytest.mark.parametrize(
+    "options", [{"layers": 1}, {"layers": 3, "tied": True, "taps": 0}, {"output": "own"}, {"grounded": False}], ids=str
+)
+def test_each_node_is_what_the_heads_say_after_its_path(plus: bool, options: dict[str, Any]) -> None:
+    backbone = backbone_of()
+    module = random_hydra(backbone, plus, **options)
+    drafter = drafter_of(backbone, module, nodes=20)
+    row = after_some_steps(backbone, drafter)
+    draft = drafter.draft([row])
+    (tree,), (tokens,), (given,) = draft.trees, draft.tokens, draft.probabilities or []
+    assert len(tree) == 20
+    vocabulary = module.vocabulary_V.tolist()
+    values = [0.0] * 20
+    for node in range(1, 20):
+        path = [tokens[i] for i in tree.path(node)]
+        log_p = said_after(backbone, module, row.tokens, path[:-1])
+        assert given[node] == pytest.approx(float(log_p[vocabulary.index(path[-1])].exp()), rel=1e-3, abs=1e-5)
+        values[node] = values[tree.parents[node]] + float(log_p[vocabulary.index(path[-1])])
+    # of the guesses that the root makes, none that was left out is more probable than one that was taken
+    taken = {tokens[node] for node in tree.children[0]}
+    log_p = said_after(backbone, module, row.tokens, tokens[:1])
+    best = log_p.topk(WIDTH_OF_A_NODE)
+    left = [value for value, i in zip(*map(Tensor.tolist, best), strict=True) if vocabulary[i] not in taken]
+    assert max(left, default=-99) <= min(values) + 1e-3
+
+
+@pytest.mark.usefixtures("in_float32")
+def test_a_static_tree_holds_the_paths_it_was_given() -> None:
+    backbone = backbone_of()
+    module, paths = random_hydra(backbone), some_paths(3, 5, 2)
+    drafter = drafter_of(backbone, module, paths, 12)
+    row = after_some_steps(backbone, drafter)
+    draft = drafter.draft([row])
+    (tree,), (tokens,) = draft.trees, draft.tokens
+    guessed = {tuple(tokens[i] for i in tree.path(node)) for node in range(len(tree))}
+    expected = set()
+    for path in [(), *paths[:11]]:
+        said = [row.tokens[-1]]
+        for rank in path:
+            best = said_after(backbone, module, row.tokens, said).topk(5).indices
+            said.append(int(module.vocabulary_V[best[rank]]))
+        expected.add(tuple(said))
+    assert guessed == expected
+
+
+def test_rows_drafted_together_are_drafted_as_alone() -> None:
+    backbone = backbone_of()
+    module = random_hydra(backbone, plus=True)
+    together = decoder_of(backbone, drafter_of(backbone, module), max_rows=3)
+    for ids, params in requests(3):
+        together.submit([*ids, 7], params)
+    for _ in range(2):
+        together.step()
+    drafter = together.drafter
+    assert isinstance(drafter, Hydra)
+    whole = drafter.draft(together._rows)
+    for i, row in enumerate(together._rows):
+        alone = drafter.draft([row])
+        assert (alone.trees[0], alone.tokens[0]) == (whole.trees[i], whole.tokens[i])
+
+
+def test_no_level_asks_more_than_the_beam() -> None:
+    backbone = backbone_of()
+    drafter = drafter_of(backbone, random_hydra(backbone), nodes=100)
+    row, counts = after_some_steps(backbone, drafter), []
+    for level in drafter._levels:
+        top = level.top
+        level.top = lambda parts, count, top=top: counts.append(len(parts)) or top(parts, count)  # type: ignore
+    drafter.draft([row])
+    assert counts == [1, BEAM, BEAM]
+
+
+def test_a_token_of_the_path_changes_only_what_comes_after_it() -> None:
+    backbone = backbone_of()
+    module = random_hydra(backbone, layers=2)
+    tokens = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3]]
+    batch = batch_of(tokens, [[True] * 10])
+    sources = torch.tensor([2])
+    before = module.read(batch, sources).detach()
+    for changed in range(3, 6):
+        batch.tokens_BT = torch.tensor(tokens)
+        batch.tokens_BT[0, changed] = 60
+        same = (module.read(batch, sources).detach() == before).all(-1)[:, 0].tolist()
+        assert same == [k < changed - 3 for k in range(3)]
+
+
+# -- the layer before the heads --------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("in_float32")
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("cuts", [[11], [4, 7], [1] * 11, [5, 1, 3, 2]])
+def test_the_layer_reads_states_in_any_chunks(kernel: str, cuts: list[int]) -> None:
+    with using(kernel):
+        backbone = backbone_of()
+        module = random_hydra(backbone, plus=True)
+        drafter = drafter_of(backbone, module)
+        assert module.prefix
+        states = torch.randn(11, WIDTH, generator=torch.Generator().manual_seed(1))
+        drafter.bind(backbone.new_cache(2, 4))
+        found, begin = [], 0
+        for count in cuts:
+            found.append(drafter._attended([1], [count], states[begin : begin + count]))
+            begin += count
+        torch.testing.assert_close(torch.cat(found), module.prefix(states[None])[0].detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_fresh_layer_is_the_identity() -> None:
+    backbone = backbone_of()
+    states = torch.randn(1, 9, WIDTH)
+    assert torch.equal(DecoderLayer(backbone.config, backbone.rotation)(states), states)
+
+
+def test_a_request_that_begins_like_an_earlier_one_is_drafted_like_a_new_one() -> None:
+    backbone = backbone_of()
+    module = random_hydra(backbone, plus=True)
+    first, second = [1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 5, 9, 9, 9, 2]
+    used, fresh = (decoder_of(backbone, drafter_of(backbone, module)) for _ in range(2))
+    finish(used, [(first, SamplingParams(max_new_tokens=20))])
+    drafts = []
+    for decoder in (used, fresh):
+        decoder.submit(second, SamplingParams(max_new_tokens=20))
+        decoder.step()
+        drafts.append(decoder.drafter.draft(decoder._rows))
+    assert used._rows[0].reused > 0
+    assert drafts[0] == drafts[1]
+
+
+# -- learning -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plus", [False, True], ids=["hydra", "hydra++"])
+def test_fresh_heads_say_what_the_output_head_says(plus: bool) -> None:
+    backbone = backbone_of()
+    kind = HydraPlus if plus else Hydra
+    module = kind.trainable(backbone, torch.ones(VOCAB), layers=3, draft_vocab=0)
+    batch = batch_of([[3, 1, 4, 1, 5, 9]], [[True] * 6])
+    read = module.read(batch, torch.tensor([0, 1, 2]))
+    assert all(torch.equal(each, batch.states[FINAL][0, :3]) for each in read)
+
+
+@pytest.mark.usefixtures("in_float32")
+def test_heads_without_their_path_are_medusas() -> None:
+    backbone = backbone_of()
+    hydra = random_hydra(backbone, layers=2, grounded=False, taps=2, output="own")
+    medusa = Medusa.trainable(
+        backbone, torch.arange(VOCAB).flip(0), heads=3, layers=2, output="own", draft_vocab=40, taps=2, root=False
+    )
+    with torch.no_grad():
+        for k in range(3):
+            medusa.weights[0][k], medusa.weights[1][k] = hydra.first[k], hydra.deep_KLdd[k, 0]
+        medusa.bias_LKd.copy_(torch.stack([hydra.first_bias_Kd, hydra.deep_bias_KLd[:, 0]]))
+        medusa.head_KVd.copy_(hydra.head_KVd)
+    batch = batch_of([[3, 1, 4, 1, 5, 9, 2, 6]], [[True] * 8])
+    sources = torch.arange(4)
+    torch.testing.assert_close(hydra.read(batch, sources), medusa.read(batch, sources), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("plus", [False, True], ids=["hydra", "hydra++"])
+def test_gradients_reach_every_part_and_nothing_else(plus: bool) -> None:
+    backbone = backbone_of()
+    before = backbone.head_rows(torch.arange(VOCAB)).clone()
+    module = random_hydra(backbone, plus, layers=2, vocabulary=0).train()
+    torch.stack(list(module.losses(batch_of([[(7 * i) % VOCAB for i in range(20)]], [[True] * 20])).values())).sum().backward()  # fmt: skip  # noqa: E501
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in module.parameters())
+    assert any(name.startswith("prefix") for name, _ in module.named_parameters()) == plus
+    torch.optim.AdamW(module.parameters(), lr=0.1).step()
+    assert torch.equal(backbone.head_rows(torch.arange(VOCAB)), before)
+
+
+@pytest.mark.parametrize("plus", [False, True], ids=["hydra", "hydra++"])
+def test_a_cyclic_sequence_is_learnt_one_head_one_step_further(plus: bool) -> None:
+    backbone, cycle = backbone_of(), [11, 3, 42, 7, 29, 60, 18]
+    tokens = [cycle[i % 7] for i in range(60)]
+    batch = batch_of([tokens], [[True] * 60])
+    batch.states |= states_of(backbone, tokens, (FINAL, 1, 2))
+    kind = HydraPlus if plus else Hydra
+    module = kind.trainable(backbone, torch.ones(VOCAB), heads=3, draft_vocab=0, taps=1)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=0)
+    for _ in range(60):
+        optimizer.zero_grad()
+        torch.stack(list(module.losses(batch).values())).sum().backward()
+        optimizer.step()
+    ranks = [each.numpy() for each in module.eval().ranks(batch)]
+    assert replay(ranks, nested(ranks, 4)) > 3.6
+    drafter = drafter_of(backbone, module, nodes=4)
+    drafter.bind(backbone.new_cache(1, 64))
+    for i in range(20, 27):
+        states = states_of(backbone, tokens[:i], module.taps)
+        drafter.reset([Told(tokens[: i + 1])])
+        drafter.observe([Told(tokens[: i + 1])], Committed(i, {tap: each[0] for tap, each in states.items()}))
+        draft = drafter.draft([Told(tokens[: i + 1])])
+        assert draft.tokens[0] == tokens[i : i + 4]
+        assert draft.trees[0].is_chain
+
+
+class Told:
+    """A row of which a drafter needs the tokens only."""
+
+    slot = reused = prompt_length = 0
+    params = SamplingParams()
+    budget = 99
+
+    def __init__(self, tokens: list[int]):
+        self.tokens = tokens
+
+
+class Committed:
+    def __init__(self, count: int, taps: dict[int, Tensor]):
+        self.counts, self.taps, self.extra, self.paths = [count], taps, None, []
+
+
+# -- checkpoints and mistakes ----------------------------------------------------------------------------------------
+
+
+def saved(folder: Path, backbone: Backbone, module: HydraHeads, method: str) -> str:
+    tensors, arch = module.checkpoint()
+    Checkpoint(
+        method=method, backbone="tiny", fingerprint=backbone.fingerprint, hidden=WIDTH, vocab=VOCAB, arch=arch,
+        paths=[[0], [0, 0], [1]],
+    ).save(folder, tensors)  # fmt: skip
+    return str(folder)
+
+
+@pytest.mark.parametrize("plus", [False, True], ids=["hydra", "hydra++"])
+def test_a_checkpoint_drafts_as_before(tmp_path: Path, plus: bool) -> None:
+    backbone = backbone_of(BF16)
+    module = random_hydra(backbone, plus, layers=2, tied=True)
+    name = "hydra++" if plus else "hydra"
+    built = drafters.build(name, backbone, checkpoint=saved(tmp_path / "heads", backbone, module, name), nodes=24)
+    direct = drafter_of(backbone, module)
+    assert isinstance(built, Hydra)
+    rows = [after_some_steps(backbone, each) for each in (built, direct)]
+    assert rows[0].tokens == rows[1].tokens
+    assert built.draft([rows[0]]) == direct.draft([rows[1]])
+    assert built.parameters == direct.parameters == sum(p.numel() for p in module.parameters())
+    other = "hydra" if plus else "hydra++"
+    with pytest.raises(UsageError, match=r"holds a hydra.* drafter, not hydra"):
+        drafters.build(other, backbone, checkpoint=str(tmp_path / "heads"))
+
+
+def test_what_cannot_be_is_one_sentence(tmp_path: Path) -> None:
+    backbone = backbone_of()
+    tensors, arch = random_hydra(backbone).checkpoint()
+    for paths, sentence in (
+        ([(0,), (0, 0), (0, 0, 0), (0, 0, 0, 0)], "deeper than the 3 heads"), ([(40,)], "rank beyond the 40 tokens"),
+        ([(0, 1)], "lacks its prefix"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=sentence):
+            Hydra(backbone, arch, tensors, paths, lambda rows, context: 8)
+    for options, sentence in (
+        ({"output": "mine"}, "must be shared, tied or own"), ({"heads": 0}, "heads is 0"), ({"soft": 2}, "soft is 2"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=sentence):
+            Hydra.trainable(backbone, torch.ones(VOCAB), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kernel", COMPILED)
+def test_both_forms_of_the_heads_agree(kernel: str) -> None:
+    """The packed heads share the first level's output matrix; the eager ones do as well."""
+    with using(kernel):
+        packed = backbone_of()
+    with using("eager"):
+        eager = backbone_of()
+    module = random_hydra(packed, plus=True)
+    drafts = []
+    for backbone in (packed, eager):
+        drafter = drafter_of(backbone, module, nodes=12)
+        drafts.append(drafter.draft([after_some_steps(backbone, drafter)]))
+    assert drafts[0].trees == drafts[1].trees
+    assert drafts[0].tokens == drafts[1].tokens
