@@ -110,10 +110,9 @@ def test_untrained_heads_change_no_token(
             assert held_like_a_fresh_prefill(decoder) > 0
 
 
-@pytest.mark.usefixtures("in_float32")
-def test_what_is_drafted_is_what_the_heads_say() -> None:
+def test_what_is_drafted_is_what_the_heads_say(request: pytest.FixtureRequest) -> None:
     """The packed layers against the learning form, and each node against its path's head and rank."""
-    backbone = backbone_of()
+    backbone, exact = backbone_of(), []
     for output, layers, reads in (("shared", 1, PAPER), ("tied", 2, {"taps": 2}), ("own", 3, {"taps": 0})):
         module = random_heads(backbone, 3, layers, output, 40, **reads)
         paths = some_paths(3, 5, 4)
@@ -129,6 +128,9 @@ def test_what_is_drafted_is_what_the_heads_say() -> None:
             Features(backbone, [talk], module.taps).batch([0]), torch.tensor([len(row.tokens) - 2])
         )
         torch.testing.assert_close(h_PI, learnt_from, rtol=2**-7, atol=2**-7)  # features are kept in bfloat16
+        exact.append((drafter, row, module, paths, h_PI))
+    request.getfixturevalue("in_float32")  # features are kept in bfloat16 and were made before
+    for drafter, row, module, paths, h_PI in exact:
         states_KPd = module.states(h_PI).detach()
         said = [(states_KPd[k, 0] @ module.head(k).detach().T).log_softmax(-1).topk(5) for k in range(3)]
         best = [module.vocabulary_V[each.indices].tolist() for each in said]
