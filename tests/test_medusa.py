@@ -54,7 +54,8 @@ def random_heads(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            noise = torch.randn(parameter.shape, generator=generator) * 0.2
+            parameter.copy_((parameter + noise).bfloat16())  # what a checkpoint keeps
     return module
 
 
