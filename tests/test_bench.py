@@ -86,6 +86,7 @@ def test_text_is_prompts_with_blank_lines_between_them(tmp_path: Path) -> None:
             "line 2 has id '3' for the second time",
         ),
         ('{"question": "a", "answer": "b"}', "line 1: `answer` does not end with ####"),
+        ('{"question": "a", "answer": "b #### yes"}', "line 1: `answer` does not end with #### and a number"),
         ('{"question": "a", "answer": "#### 1"}\n{"question": 3, "answer": "#### 1"}', "line 2: `question` is 3"),
         (json.dumps(HUMAN_EVAL | {"test": ""}), "line 1: `test` is ''; it must be a text"),
         ("\n \n", "holds no questions"),
@@ -155,7 +156,23 @@ def test_the_figures_are_their_definitions() -> None:
 def test_a_batch_takes_as_long_as_its_slowest_row() -> None:
     rows = [record("plain", 0, seconds, [(4, seconds)]) | {"round": [0.0, 2, 0, 0, 0]} for seconds in (2.0, 4.0)]
     assert figures(rows, rows)["tokens_per_s"] == 8 / 4
-    assert figures(rows, rows)["decode_tokens_per_s"] == pytest.approx(8 / 3.5)
+    assert not {"decode_tokens_per_s", "prefill_share"} & figures(rows, rows).keys()  # whose prefill was when?
+
+
+def test_the_turns_of_a_question_make_one_rate() -> None:
+    def turns(name: str, seconds: list[float]) -> list[dict[str, Any]]:
+        made = [record(name, 0, s, [(4, s)]) | {"round": [0.0, 1, 0, 0, i]} for i, s in enumerate(seconds[:2])]
+        return [*made, record(name, 1, seconds[2], [(6, seconds[2])])]
+
+    mine, plain = turns("fast", [1.0, 3.0, 2.0]), turns("plain", [4.0, 4.0, 6.0])
+    assert figures(mine, plain)["spec_bench_speedup"] == pytest.approx((8 / 4 + 6 / 2) / (8 / 8 + 6 / 6))
+
+
+def test_answers_without_a_guess_count_as_steps_too() -> None:
+    known = {"steps": 2, "drafted": 4, "accepted": 2}, {"steps": 3, "drafted": 0, "accepted": 0}, {}
+    mine = [record("peer", i, 1.0, [(4, 1.0)], **more) for i, more in enumerate(known)]
+    found = figures(mine, mine)
+    assert (found["tokens_per_step"], found["accepted_share"]) == (8 / 5, 0.5)
 
 
 def test_tokens_that_arrive_together_are_no_time_apart() -> None:
@@ -202,7 +219,12 @@ def test_numbers_are_compared_as_numbers(answer: str, reference: str, right: boo
     assert quality.judge("number", [answer], [reference]) == {"exact_match": float(right)}
 
 
-REFERENCE = {"prompt": HUMAN_EVAL["prompt"], "test": HUMAN_EVAL["test"], "entry": "double"}
+HELPED = "def twice(x):\n    return 2 * x\n\n\n"
+REFERENCE = {
+    "prompt": HUMAN_EVAL["prompt"].replace("def double", HELPED + "def double"),
+    "test": HUMAN_EVAL["test"],
+    "entry": "double",
+}
 
 
 @pytest.mark.parametrize(
@@ -216,6 +238,12 @@ REFERENCE = {"prompt": HUMAN_EVAL["prompt"], "test": HUMAN_EVAL["test"], "entry"
         ("def double(x):\n    return len(bytearray(1 << 33))", False),
         ("def double(x):\n    import os\n    os.fork()\n    return 8", False),
         ("def double(x):\n    open('big', 'wb').write(bytes(1 << 22))\n    return 8", False),
+        ("def double(x):\n    return 0\nimport sys\nsys.exit(0)", False),  # before any test
+        ("def double(x):\n    import os\n    os._exit(0)", False),
+        ("def double(x):\n    open('../found', 'w').write('x')\n    return 8", False),
+        ("def double(x):\n    import os\n    os.remove(__file__)\n    return 8", False),
+        ("def double(x):\n    return sys.maxsize and 2 * x", False),  # a name that only our own code imported
+        ("def double(x):\n    return twice(x)", True),  # a function of the prompt's
         ("I cannot", False),
     ],
 )
@@ -235,27 +263,54 @@ def test_texts_are_judged_by_known_measures() -> None:
 # -- comparing two runs ------------------------------------------------------------------------------------------------
 
 
-def result(low: float, mid: float, high: float, tokens: float = 2.0, same: int = 5) -> dict[str, Any]:
-    row = {
-        "contender": "fast", "batch": 1, "temperature": 0.0, "speedup": {"low": low, "median": mid, "high": high},
-        "tokens_per_step": tokens, "same": same, "compared": 5,
+def result(*speedups: float, tokens: float = 2.0, same: int = 5, **settings: Any) -> dict[str, Any]:
+    """A run whose questions were answered so much faster than plain."""
+    rows = [
+        {"contender": name, "batch": 1, "temperature": 0.0, "tokens_per_s": 10.0, "tokens_per_step": steps, **more}
+        for name, steps, more in (("plain", 1.0, {}), ("fast", tokens, {"same": same, "compared": 5}))
+    ]
+    requests = [
+        {"contender": name, "round": [0.0, 1, 0, i, 0], "question": str(i), "new_tokens": 10, "seconds": seconds}
+        for i, faster in enumerate(speedups)
+        for name, seconds in (("plain", 1.0 + i), ("fast", (1.0 + i) / faster))
+    ]
+    return {
+        "machine": "m", "settings": {"model": "m", "new_tokens": 9, **settings},
+        "contenders": {"fast": {"exact": True}},
+        "table": [row | {"answers": len(speedups)} for row in rows], "requests": requests,
     }  # fmt: skip
-    return {"machine": "m", "table": [row]}
+
+
+BEFORE = 1.2, 2.0, 3.5, 1.5, 2.2
 
 
 @pytest.mark.parametrize(
     ("after", "worse"),
     [
-        (result(1.9, 2.0, 2.1), []),
-        (result(1.85, 1.95, 2.05), []),  # within the quartiles
-        (result(1.5, 1.6, 1.7), ["speed against plain"]),
-        (result(2.9, 3.0, 3.1), []),
-        (result(1.9, 2.0, 2.1, tokens=1.9), ["tokens per step"]),
-        (result(1.9, 2.0, 2.1, same=4), ["share of answers with plain's ids"]),
+        (result(*BEFORE), []),
+        (result(1.0, 2.2, 3.6, 1.4, 2.2), []),  # some up, some down
+        (result(*(0.99 * each for each in BEFORE)), []),  # everywhere, but by too little
+        (result(*(0.9 * each for each in BEFORE)), ["speed against plain, question by question"]),
+        (result(*(1.5 * each for each in BEFORE)), []),
+        (result(*BEFORE, tokens=1.9), ["tokens per step"]),
+        (result(*BEFORE, same=4), ["share of answers with plain's ids"]),
     ],
 )
 def test_only_what_is_beyond_noise_counts(after: dict[str, Any], worse: list[str]) -> None:
-    changes = list(compare(result(1.9, 2.0, 2.1), after))
+    changes = [each for each in compare(result(*BEFORE), after) if each.contender != "plain"]
     assert [change.figure for change in changes if change.worse] == worse
     assert len(changes) == 3
     assert all(("worse" in str(change)) == change.worse for change in changes)
+
+
+def test_runs_of_different_things_are_not_compared() -> None:
+    with pytest.raises(UsageError, match="The two results differ in new_tokens; compare runs of one suite"):
+        list(compare(result(*BEFORE), result(*BEFORE, new_tokens=8)))
+
+
+def test_a_contender_that_is_gone_is_worse() -> None:
+    after = result(*BEFORE)
+    after["table"].pop()
+    assert [str(each) for each in compare(result(*BEFORE), after) if each.worse] == [
+        "fast, batch 1, temperature 0: answers 5.000 -> 0.000 (-100.0%): worse"
+    ]

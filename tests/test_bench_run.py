@@ -141,6 +141,51 @@ class Wrong(Ours):
         return answers
 
 
+def test_a_run_is_not_gone_on_with_by_another_version(llm: LLM, tmp_path: Path) -> None:
+    contenders = contenders_of(llm)
+    about = {"version": "1", "commit": "a", "machine": "m", "contenders": {PLAIN: {"options": ("x",)}}}
+    settings = settings_of(llm, contenders)
+    Runner(llm, contenders, QUESTIONS, settings, tmp_path / "out", about, lambda: 1e9)
+    Runner(llm, contenders, QUESTIONS, settings, tmp_path / "out", about, lambda: 1e9)
+    changed = about | {"commit": "b", "machine": "n"}
+    with pytest.raises(UsageError, match="holds a run with other commit, machine; go on with the same"):
+        Runner(llm, contenders, QUESTIONS, settings, tmp_path / "out", changed, lambda: 1e9)
+
+
+def test_what_cannot_be_asked_is_found_out_before_anything_is_written(llm: LLM, tmp_path: Path) -> None:
+    contenders = contenders_of(llm)
+    for questions, how, sentence in (
+        ([Question("long", "one", ("x" * 600,))], {}, "Question long, turn 1, has .* tokens, and 12 new ones exceed"),
+        (QUESTIONS, {"temperatures": [-1.0]}, "temperature is -1.0"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            Runner(llm, contenders, questions, settings_of(llm, contenders, **how), tmp_path / "o", {}, lambda: 1e9)
+        assert not (tmp_path / "o").exists()
+
+
+def test_a_peer_that_fails_in_the_midst_takes_no_further_part(llm: LLM, tmp_path: Path) -> None:
+    class Failing(Ours):
+        calls = 0
+
+        def answer(self, *given: Any) -> Any:
+            self.calls += 1
+            if self.calls == 3:  # one to warm up, one answer
+                raise MissingPeerError("it is tired.")
+            return super().answer(*given)
+
+    contenders = [*contenders_of(llm), Failing(llm, "peer", "plain", {})]
+    settings = settings_of(llm, contenders)
+    runner = Runner(llm, contenders, QUESTIONS, settings, tmp_path / "out", {}, lambda: 1e9)
+    records = runner.run()
+    assert [sum(r["contender"] == name for r in records) for name in settings.contenders] == [5, 5, 1]
+    assert list(runner.failed) == ["peer"]
+    assert re.fullmatch(
+        r"It ended at question .; its figures are of the rounds before\. it is tired\.", runner.failed["peer"]
+    )
+    about = {"contenders": {each.name: each.about for each in contenders}, "weight_bytes": 4}
+    assert [row["answers"] for row in collect(about, records, QUESTIONS, str)["table"]] == [5, 5, 1]
+
+
 def test_a_difference_is_found_and_weighed(llm: LLM, tmp_path: Path) -> None:
     contenders = [contenders_of(llm)[0], Wrong(llm, "wrong", "plain", {})]
     question = [Question("a", "one", ("first",), "number", "7")]
@@ -195,7 +240,8 @@ def test_transformers_says_the_same_in_float32(llm: LLM, tiny: str, tmp_path: Pa
     assert len(records) == 15
     assert all(record["same"] for record in records if record["contender"] != PLAIN)
     assert all(sum(n for n, _ in record["arrivals"]) == record["new_tokens"] for record in records)
-    assert all(record["peak_bytes"] > 10**7 for record in records)
+    peaks = {c.name: max(r["peak_bytes"] for r in records if r["contender"] == c.name) for c in contenders}
+    assert all(10**8 < peaks[c.name] < 10**10 for c in contenders[1:])  # PyTorch alone takes more than the former
     singles = [llm.generate(text, max_new_tokens=6).ids for text in ("one", "a longer one")]
     assert [answer.ids for answer in pair] == singles
 
@@ -227,6 +273,8 @@ def test_peers_that_are_not_there_say_how_to_get_them(llm: LLM, tmp_path: Path) 
         Peer(llm, "llama.cpp", "llama.cpp", [], rows=1, cache_dir=tmp_path)
     with pytest.raises(UsageError, match="transformers has no variant 'medusa'; it has prompt_lookup, early_exit"):
         Peer(llm, "transformers:medusa", "transformers", ["medusa"], rows=1, cache_dir=tmp_path)
+    with pytest.raises(UsageError, match="names the variants prompt_lookup and early_exit; run them one by one"):
+        Peer(llm, "x", "transformers", ["prompt_lookup", "early_exit"], rows=1, cache_dir=tmp_path)
     with pytest.raises(UsageError, match="no option 'nodes'; it has prompt_lookup_num_tokens"):
         Peer(llm, "x", "transformers", ["prompt_lookup", "nodes=3"], rows=1, cache_dir=tmp_path)
 
@@ -313,6 +361,7 @@ def test_the_command_writes_a_report(
         ([], 2, "Say where the results go: --out DIR"),
         (["--out", "{out}", "--run", "medussa"], 2, "Unknown drafter or peer 'medussa'"),
         (["--out", "{out}", "--run", "prompt_lookup:depth=3"], 2, "has no option 'depth'"),
+        (["--out", "{out}", "--run", "prompt_lookup:lookup=1"], 2, "lookup is '1'; it must be true or false"),
         (["--out", "{out}", "--suite", "nowhere"], 2, "Cannot read the suite nowhere"),
         (["--out", "{out}", "--suite", "{broken}"], 1, "line 2 is not valid JSON"),
         (["--out", "{broken}", "--suite", "{suite}"], 1, "annot write to"),

@@ -43,6 +43,14 @@ def write_json(path: Path, content: Any) -> None:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def exists(path: Path) -> bool:
+    """Whether a file is there; false, too, where the folder may not be entered."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 @contextmanager
 def written_whole(path: Path, needed_bytes: int = 0, remedy: str = ANOTHER_FOLDER) -> Iterator[Path]:
     """Yields the name to write to; the file takes its place when the block ends, and vanishes when it fails."""

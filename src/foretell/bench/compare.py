@@ -1,18 +1,24 @@
 """Two result folders side by side: what got slower, or is accepted less, beyond noise.
 
-Speeds of two runs are compared through plain decoding of the same run, because machines change between runs; plain
-itself is compared by tokens per second only where both ran on the same kind of machine. Noise is what the two runs
-saw themselves: a drop counts when it exceeds a floor and both quartile ranges.
+Machines change between runs, so speeds are compared through plain decoding of the same round: each question's speed-up
+after, over its speed-up before. Those ratios have a median and quartiles of their own, and a drop counts when both the
+median is below a floor and even the upper quartile is a drop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
-SPEED_FLOOR, TOKENS_FLOOR = 0.03, 0.01
-"""Relative drops that never count: of a speed-up, and of tokens per step where noise has no part."""
+from foretell.bench.metrics import PLAIN
+from foretell.errors import UsageError
+
+SPEED_FLOOR, TOKENS_FLOOR, MACHINE_FLOOR = 0.03, 0.02, 0.15
+"""Relative drops that never count: of a speed-up; of tokens per step, which the governor moves; of plain's speed."""
+ALIKE = "model", "fingerprint", "dtype", "digest", "new_tokens"
+"""Settings without which nothing can be compared."""
 
 
 @dataclass(frozen=True)
@@ -36,26 +42,53 @@ class Change:
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> Iterator[Change]:
-    """Every figure that both have."""
-    old = {_key(row): row for row in before["table"]}
-    for row in after["table"]:
-        if (was := old.get(_key(row))) is None:
+    """Every figure that both have.
+
+    Raises:
+        UsageError: they measured different things.
+    """
+    differ = [name for name in ALIKE if before["settings"].get(name) != after["settings"].get(name)]
+    if differ:
+        raise UsageError(
+            f"The two results differ in {', '.join(differ)}; compare runs of one suite and model."
+        )
+    new, ups = {_key(row): row for row in after["table"]}, [_speedups(result) for result in (before, after)]
+    for was in before["table"]:
+        name, setting = was["contender"], f"batch {was['batch']}, temperature {was['temperature']:g}"
+        row = new.get(_key(was))
+        if row is None:
+            yield Change(name, setting, "answers", was["answers"], 0, True)
             continue
-        setting = f"batch {row['batch']}, temperature {row['temperature']:g}"
-        a, b = was["speedup"], row["speedup"]
-        if row["contender"] != "plain":
-            worse = b["high"] < a["low"] and b["median"] < a["median"] * (1 - SPEED_FLOOR)
-            yield Change(row["contender"], setting, "speed against plain", a["median"], b["median"], worse)
+        if name != PLAIN:
+            shared = [key for key in ups[0] if key in ups[1] and key[0] == name and list(key[1][:2]) == _where(was)]
+            ratios = sorted(ups[1][key] / ups[0][key] for key in shared)
+            if ratios:
+                worse = median(ratios) < 1 - SPEED_FLOOR and ratios[-1 - len(ratios) // 4] < 1
+                yield Change(name, setting, "speed against plain, question by question", 1.0, median(ratios), worse)
         elif before["machine"] == after["machine"]:
             x, y = was["tokens_per_s"], row["tokens_per_s"]
-            yield Change("plain", setting, "tokens/s", x, y, y < x * (1 - 5 * SPEED_FLOOR))
+            yield Change(PLAIN, setting, "tokens/s", x, y, y < x * (1 - MACHINE_FLOOR))
         if "tokens_per_step" in was and "tokens_per_step" in row:
             x, y = was["tokens_per_step"], row["tokens_per_step"]
-            yield Change(row["contender"], setting, "tokens per step", x, y, y < x * (1 - TOKENS_FLOOR))
-        if "same" in was and "same" in row:
+            yield Change(name, setting, "tokens per step", x, y, y < x * (1 - TOKENS_FLOOR))
+        if "same" in was and "same" in row and after["contenders"][name].get("exact"):
             x, y = was["same"] / was["compared"], row["same"] / row["compared"]
-            yield Change(row["contender"], setting, "share of answers with plain's ids", x, y, y < x)
+            yield Change(name, setting, "share of answers with plain's ids", x, y, y < x)
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["contender"], row["batch"], row["temperature"]
+
+
+def _where(row: dict[str, Any]) -> list[Any]:
+    return [row["temperature"], row["batch"]]
+
+
+def _speedups(results: dict[str, Any]) -> dict[tuple[Any, ...], float]:
+    """(contender, round, question) -> tokens per second over plain's."""
+    rates = {
+        (each["contender"], tuple(each["round"]), each["question"]): each["new_tokens"] / each["seconds"]
+        for each in results["requests"]
+        if each["seconds"] and each["new_tokens"]
+    }
+    return {key: rate / rates[PLAIN, *key[1:]] for key, rate in rates.items() if (PLAIN, *key[1:]) in rates}

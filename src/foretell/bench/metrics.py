@@ -40,18 +40,19 @@ def figures(mine: Sequence[Record], plain: Sequence[Record]) -> dict[str, Any]:
     """
     rounds, base = _rounds(mine), _rounds(plain)
     tokens, seconds = sum(r["new_tokens"] for r in mine), sum(each["seconds"] for each in rounds.values())
+    rates, base_rates = _rates(mine), _rates(plain)
     ratios = [each["rate"] / base[key]["rate"] for key, each in rounds.items() if base.get(key, each)["rate"]]
     out: dict[str, Any] = {
         "answers": len(mine), "new_tokens": tokens, "seconds": round(seconds, 3),
         "tokens_per_s": tokens / seconds if seconds else 0.0,
-        "mean_rate": mean(each["rate"] for each in rounds.values()),
+        "mean_rate": mean(rates),
         "speedup": _quartiles(ratios),
-        "spec_bench_speedup": mean(e["rate"] for e in rounds.values()) / (mean(e["rate"] for e in base.values()) or 1),
+        "spec_bench_speedup": mean(rates) / (mean(base_rates) or 1),
         "first_token_s": _percentiles([r["arrivals"][0][1] for r in mine if r["arrivals"]]),
         "between_tokens_ms": _percentiles(1e3 * gap for r in mine for gap in gaps(r["arrivals"])),
         "peak_bytes": max(r["peak_bytes"] for r in mine),
     }  # fmt: skip
-    if all(r["prefill_seconds"] is not None for r in mine):
+    if _one_by_one(mine) and all(r["prefill_seconds"] is not None for r in mine):
         decoding = seconds - sum(each["prefill"] for each in rounds.values())
         out["decode_tokens_per_s"] = tokens / decoding if decoding > 0 else 0.0
     out |= _steps(mine, seconds)
@@ -77,13 +78,13 @@ def histogram(by_depth: Sequence[Sequence[int]], steps: int) -> list[int]:
 
 def _steps(mine: Sequence[Record], seconds: float) -> dict[str, Any]:
     """What speculation did, of those who say so."""
-    steps = sum(r.get("steps") or 0 for r in mine)
-    if not steps:
+    stepped = [r for r in mine if r.get("steps")]
+    if not stepped:
         return {}
-    tokens = sum(r["new_tokens"] for r in mine)
+    steps, tokens = sum(r["steps"] for r in stepped), sum(r["new_tokens"] for r in stepped)
     out: dict[str, Any] = {"steps": steps, "tokens_per_step": tokens / steps}
-    if any(r.get("drafted") for r in mine):
-        out["accepted_share"] = sum(r["accepted"] for r in mine) / sum(r["drafted"] for r in mine)
+    if drafted := sum(r.get("drafted", 0) for r in mine):
+        out["accepted_share"] = sum(r.get("accepted", 0) for r in mine) / drafted
     depths = [r["by_depth"] for r in mine if r.get("by_depth")]
     if depths:
         deepest = max(map(len, depths))
@@ -92,11 +93,26 @@ def _steps(mine: Sequence[Record], seconds: float) -> dict[str, Any]:
         ]  # fmt: skip
         out["acceptance_by_depth"] = [kept / offered for offered, kept in sums]
         out["tokens_of_steps"] = histogram(sums, steps)
-    if all("draft_seconds" in r for r in mine):
-        rows = sum(r["seconds"] for r in mine)  # of a batch, each row counts the whole step
-        shares = {f"{part}_share": sum(r[f"{part}_seconds"] or 0 for r in mine) / rows for part in ("draft", "verify")}
-        shares["prefill_share"] = sum(r["prefill_seconds"] for r in mine) / rows
+    if _one_by_one(mine) and all("draft_seconds" in r for r in mine):
+        shares = {
+            f"{part}_share": sum(r[f"{part}_seconds"] or 0 for r in mine) / seconds
+            for part in ("draft", "verify", "prefill")
+        }
         out |= shares | {"other_share": 1 - sum(shares.values())}
+    return out
+
+
+def _one_by_one(records: Sequence[Record]) -> bool:
+    """Whether each round had one row: of several, each counts whole steps, and the parts of a round are not known."""
+    return len(_rounds(records)) == len(records)
+
+
+def _rates(records: Sequence[Record]) -> list[float]:
+    """Tokens per second of each question and repeat, all its turns together, as Spec-Bench counts them."""
+    out = []
+    for mine in _groups(records, lambda r: (*r["round"][:3], r["question"])).values():
+        seconds = sum(r["seconds"] for r in mine)
+        out.append(sum(r["new_tokens"] for r in mine) / seconds if seconds else 0.0)
     return out
 
 

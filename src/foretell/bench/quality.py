@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -88,42 +89,55 @@ def program(answer: str, reference: dict[str, str]) -> str:
     written = block[1] if block else answer
     if not re.search(rf"^\s*def\s+{re.escape(reference['entry'])}\b", written, re.MULTILINE):
         written = reference["prompt"] + written
-    imports = "\n".join(line for line in reference["prompt"].splitlines() if re.match(r"(from|import)\s", line))
-    return f"{imports}\n{written}\n\n{reference['test']}\n\ncheck({reference['entry']})\n"
+    before = re.split(rf"^def\s+{re.escape(reference['entry'])}\b", reference["prompt"], flags=re.MULTILINE)[0]
+    return f"{before}\n{written}\n\n{reference['test']}\n\ncheck({reference['entry']})\n"
 
 
 def passes(answer: str, reference: dict[str, str]) -> bool:
     """Runs the tests in a process without our environment, with little time, memory and disk.
 
-    It may start no process and open no connection. That stops accidents, not an attacker: hence only on demand.
+    It may start no process, open no connection, and write nowhere but in its own folder. That stops accidents, not an
+    attacker: hence only on demand. It has passed when it says, behind the tests, what only we know.
     """
+    end = secrets.token_hex(8)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "program.py"
         path.write_text(
-            _LIMITED.format(memory=MEMORY_BYTES, seconds=SECONDS, file=FILE_BYTES) + program(answer, reference)
+            _LIMITED.format(memory=MEMORY_BYTES, seconds=SECONDS, file=FILE_BYTES)
+            + program(answer, reference)
+            + f"\nprint('\\n{end}')\n"
         )
         try:
             done = subprocess.run(
                 [sys.executable, "-I", str(path)], cwd=folder, env={}, stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=2 * SECONDS, check=False,
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=2 * SECONDS, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return False
-        return done.returncode == 0
+        return done.returncode == 0 and done.stdout.rstrip().endswith(end.encode())
 
 
 _LIMITED = """
-import resource
-resource.setrlimit(resource.RLIMIT_AS, ({memory}, {memory}))
-resource.setrlimit(resource.RLIMIT_CPU, ({seconds}, {seconds}))
-resource.setrlimit(resource.RLIMIT_FSIZE, ({file}, {file}))
-resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-import sys
-FORBIDDEN = "os.fork", "os.exec", "os.posix_spawn", "os.system", "os.kill", "subprocess.", "socket."
-def deny(event, arguments):
-    if event.startswith(FORBIDDEN):
-        raise PermissionError(event)
-sys.addaudithook(deny)
+def _limit():
+    import os, resource, sys
+    resource.setrlimit(resource.RLIMIT_AS, ({memory}, {memory}))
+    resource.setrlimit(resource.RLIMIT_CPU, ({seconds}, {seconds}))
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({file}, {file}))
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    home, inside, writing = os.getcwd(), os.path.abspath, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+    forbidden = (
+        "os.fork", "os.exec", "os.posix_spawn", "os.system", "os.kill", "os.remove", "os.rename", "os.rmdir",
+        "os.truncate", "os.chmod", "os.link", "os.symlink", "shutil.", "subprocess.", "socket.", "ctypes.",
+    )
+    def deny(event, arguments):
+        if event.startswith(forbidden):
+            raise PermissionError(event)
+        if event == "open" and isinstance(arguments[0], str) and arguments[2] & writing:
+            if not inside(arguments[0]).startswith(home):
+                raise PermissionError(event)
+    sys.addaudithook(deny)
+_limit()
+del _limit
 """
 
 JUDGES: dict[str, Callable[[Sequence[str], Sequence[Any]], dict[str, float]]] = {

@@ -14,7 +14,7 @@ import torch
 
 import foretell
 from foretell.backbone import Backbone
-from foretell.backbone.files import one_line, written_whole
+from foretell.backbone.files import exists, one_line, written_whole
 from foretell.bench import quality
 from foretell.bench.limits import limits
 from foretell.bench.metrics import PLAIN, Record, by_category, table
@@ -66,13 +66,17 @@ def collect(
     """
     bandwidths = {tuple(record["round"]): record["read_bytes_per_s"] for record in records}
     added = {name: each.get("added_parameters") for name, each in about["contenders"].items()}
-    scores = _scores(records, questions, decode, run_code)
+    try:
+        scores, unjudged = _scores(records, questions, decode, run_code), {}
+    except ForetellError as error:  # a library that is not there must not cost what was measured
+        scores, unjudged = {}, {"quality": str(error)}
     rows = table(records)
     for row in rows:
         row["added_parameters"] = added.get(row["contender"])
         row["quality"] = scores.get((row["contender"], row["temperature"], row["batch"]), {})
     return {
-        "format": FORMAT, **about, "limits": limits(about["weight_bytes"], list(bandwidths.values())),
+        "format": FORMAT, **about, "missing": about.get("missing", {}) | unjudged,
+        "limits": limits(about["weight_bytes"], list(bandwidths.values())),
         "sittings": len({record["sitting"] for record in records}), "table": rows, "by_category": by_category(records),
         "requests": [{name: value for name, value in record.items() if name != "arrivals"} for record in records],
     }  # fmt: skip
@@ -92,7 +96,7 @@ def read_results(path: Path) -> dict[str, Any]:
     Raises:
         ForetellError: there is none, or it is none of this version's.
     """
-    if (path / ABOUT).exists() and not (path / RESULTS).exists():
+    if exists(path / ABOUT) and not exists(path / RESULTS):
         raise ForetellError(f"{path} holds an unfinished benchmark; give its command again to finish it.")
     path = path / RESULTS if path.is_dir() else path
     try:

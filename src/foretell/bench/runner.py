@@ -3,9 +3,9 @@
     bench.json       what is measured, on which machine: written first
     rounds.jsonl     one line per round, appended as it ends: an interrupted run goes on behind the last
 
-A round is one group of questions, one turn of theirs, answered by each contender; who begins moves on from round to
-round. Plain decoding is always among them: its answers are the history of later turns, so that all read the same
-prompts, and the truth that ids are compared with.
+A round is one group of questions, one turn of theirs, answered by each contender in an order drawn for the round. Plain
+decoding is always among them: its answers are the history of later turns, so that all read the same prompts, and the
+truth that ids are compared with.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
 
 from foretell.api import LLM, Message
 from foretell.backbone import Nodes
-from foretell.backbone.files import whole_lines, write_errors, write_json
+from foretell.backbone.files import exists, whole_lines, write_errors, write_json
 from foretell.bench.contenders import Answer, Contender
+from foretell.bench.peers import MissingPeerError
 from foretell.bench.results import ABOUT, ROUNDS
 from foretell.bench.suites import Question
 from foretell.contracts import SamplingParams
@@ -29,6 +31,8 @@ from foretell.conversations import MAX_TURNS
 from foretell.errors import ForetellError, UsageError
 
 PLAIN = "plain"
+SAME = "version", "commit", "machine", "contenders"
+"""What must not change within a run besides its settings."""
 WARM_UP = 24
 """Tokens that each contender writes before anything is timed."""
 
@@ -90,6 +94,8 @@ class Runner:
         self.plain = next(each for each in contenders if each.name == PLAIN)
         self._place = {question.id: i for i, question in enumerate(questions)}
         self._said: dict[tuple[Any, ...], list[int]] = {}  # (temperature, batch, repeat, question, turn) -> plain's ids
+        self.failed: dict[str, str] = {}  # contender -> when and why it ended; it takes no further part
+        self._check()
         self.records = self._take_up(about)
 
     def rounds(self) -> list[Round]:
@@ -123,12 +129,20 @@ class Runner:
             progress(count, len(rounds), tokens)
         return self.records
 
+    def _check(self) -> None:
+        """Refuses what would fail in the midst of a run."""
+        for temperature in self.settings.temperatures:
+            self._params(temperature, self.settings.new_tokens)
+        for question in self.questions:
+            self._fitting(self.llm.encode(question.turns[0]), question, 0)
+
     def _warm_up(self) -> None:
         prompt = self.llm.encode("Tell me something about the weather.")
         for temperature in self.settings.temperatures:
             for batch in self.settings.batches:
-                for contender in self.contenders:
-                    contender.answer([prompt] * batch, self._params(temperature, WARM_UP), list(range(batch)))
+                params = self._params(temperature, WARM_UP)
+                for contender in list(self.contenders):
+                    self._answer(contender, [prompt] * batch, params, list(range(batch)), "while warming up")
 
     def _params(self, temperature: float, new_tokens: int) -> SamplingParams:
         return SamplingParams(max_new_tokens=new_tokens, temperature=temperature, seed=self.settings.seed)
@@ -140,10 +154,13 @@ class Runner:
         bandwidth = self.bandwidth()
         keys = [self._place[question.id] * MAX_TURNS + each.turn for question in each.questions]
         params = self._params(each.temperature, self.settings.new_tokens)
-        first = (each.group + each.turn + each.repeat) % len(self.contenders)
         found: dict[str, tuple[list[Answer], int]] = {}
-        for contender in [*self.contenders[first:], *self.contenders[:first]]:
-            found[contender.name] = contender.answer(prompts, params, keys), contender.peak_bytes
+        order = list(self.contenders)
+        Random(f"{self.settings.seed} {each.key}").shuffle(order)  # so that nobody always follows the same one
+        for contender in order:
+            where = f"at question {each.questions[0].id}"
+            if (answers := self._answer(contender, prompts, params, keys, where)) is not None:
+                found[contender.name] = answers, contender.peak_bytes
         truth = found[PLAIN][0]
         for question, answer in zip(each.questions, truth, strict=True):
             self._said[*each.key[:3], question.id, each.turn] = answer.ids
@@ -167,6 +184,17 @@ class Runner:
                     record["ids"] = answer.ids
                 yield record
 
+    def _answer(
+        self, contender: Contender, prompts: list[list[int]], params: SamplingParams, keys: list[int], where: str
+    ) -> list[Answer] | None:
+        """Its answers; None where it fails, and then it takes no further part."""
+        try:
+            return contender.answer(prompts, params, keys)
+        except MissingPeerError as error:
+            self.contenders.remove(contender)
+            self.failed[contender.name] = f"It ended {where}; its figures are of the rounds before. {error}"
+            return None
+
     def _prompt(self, each: Round, question: Question) -> list[int]:
         """Token ids of a turn, after what plain decoding answered to those before it."""
         messages: list[Message] = []
@@ -175,11 +203,13 @@ class Runner:
             text = self.llm.tokenizer.decode(said, skip_special=True)
             messages += [{"role": "user", "content": question.turns[turn]}, {"role": "assistant", "content": text}]
         messages.append({"role": "user", "content": question.turns[each.turn]})
-        ids = self.llm.encode(messages)
+        return self._fitting(self.llm.encode(messages), question, each.turn)
+
+    def _fitting(self, ids: list[int], question: Question, turn: int) -> list[int]:
         room = self.llm.backbone.config.max_positions - self.settings.new_tokens
         if len(ids) > room:
             raise UsageError(
-                f"Question {question.id}, turn {each.turn + 1}, has {len(ids)} tokens, and {self.settings.new_tokens} "
+                f"Question {question.id}, turn {turn + 1}, has {len(ids)} tokens, and {self.settings.new_tokens} "
                 f"new ones exceed the model's context; leave it out, or lower --max-new-tokens."
             )
         return ids
@@ -202,18 +232,21 @@ class Runner:
     def _take_up(self, about: dict[str, Any]) -> list[dict[str, Any]]:
         path = self.folder / ABOUT
         ours = asdict(self.settings)
-        if not path.exists():
+        if not exists(path):
             with write_errors(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                if any(self.folder.iterdir()):
+                if any(path.name != ".lock" for path in self.folder.iterdir()):
                     raise UsageError(f"{self.folder} holds other files; choose another --out.")
                 write_json(path, {"settings": ours, **about})
             return []
         try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))["settings"]
+            begun = json.loads(path.read_text(encoding="utf-8"))
+            theirs = begun["settings"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ForetellError(f"{path} is damaged; choose another --out, or delete the folder.") from error
         differ = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+        now = json.loads(json.dumps(about))
+        differ += [name for name in SAME if begun.get(name) != now.get(name)]
         if differ:
             raise UsageError(
                 f"{self.folder} holds a run with other {', '.join(differ)}; go on with the same, or choose another "

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -154,7 +155,7 @@ def _human_eval(record: dict[str, Any], where: str) -> Question:
 def _gsm8k(record: dict[str, Any], where: str) -> Question:
     question, answer = _text(record, "question", where), _text(record, "answer", where)
     _, mark, number = answer.rpartition("####")
-    if not mark:
+    if not mark or not re.fullmatch(r"\s*\$?-?[\d,]*\.?\d+\s*", number):
         raise ForetellError(f"{where}: `answer` does not end with #### and a number, as GSM8K's do.")
     return Question(str(record["line"]), "gsm8k", (SUMS.format(question=question),), "number", number.strip())
 

@@ -58,13 +58,14 @@ def run(
         return
     if out is None:
         raise UsageError("Say where the results go: --out DIR.")
+    from foretell.backbone.files import exists
     from foretell.bench.suites import load_suite
 
     if quick:
         per_category, max_new_tokens, repeats = per_category or 1, min(max_new_tokens, 64), 1
     asked = load_suite(suite).chosen(every, limit, per_category)
     specs = [_spec(text, base) for text in contenders or ()]
-    if (out / "results.json").exists():
+    if exists(out / "results.json"):
         raise UsageError(f"{out} holds a finished benchmark; choose another --out, or delete it.")
     batches, temperatures = batch_size or [1], temperature or [0.0]
     if min(batches) < 1:
@@ -105,7 +106,9 @@ def _spec(text: str, base: Base) -> tuple[str, str, Any]:
     for part in list(parts):
         key, _, value = part.partition("=")
         if key in ("lookup", "typical", "adapt"):
-            engine[key] = value.lower() in ("", "true")
+            if value.lower() not in ("", "true", "false"):
+                raise UsageError(f"{text!r}: {key} is {value!r}; it must be true or false.")
+            engine[key] = value.lower() != "false"
             parts.remove(part)
     return text, name, drafter_options(name, parts) | engine
 
@@ -119,18 +122,34 @@ def _measure(
     how: dict[str, Any],
     run_code: bool,
 ) -> dict[str, Any]:
-    from foretell import __version__, drafters
-    from foretell.bench.limits import read_bandwidth, step_bytes
-    from foretell.bench.report import write_report
-    from foretell.bench.results import collect, commit, machine, write_results
-    from foretell.bench.runner import Runner, Settings
+    from foretell import drafters
+    from foretell.backbone.files import sole_writer
 
     best = drafters.recommended(llm.backbone)
     chosen = specs or [
         ("prompt_lookup", "prompt_lookup", {}),
         *([(f"{best}:lookup=true", best, {"lookup": True})] * (best != "prompt_lookup")),
     ]
-    there, missing = _contenders(llm, base, chosen, max(how["batches"]))
+    there: list[Contender] = []
+    try:
+        missing = _contenders(llm, base, chosen, max(how["batches"]), there)
+        with sole_writer(out):
+            return _run(llm, base, out, suite, there, missing, how, run_code)
+    finally:
+        for each in there:
+            each.close()
+
+
+def _run(
+    llm: LLM, base: Base, out: Path, suite: Suite, there: list[Contender], missing: dict[str, str],
+    how: dict[str, Any], run_code: bool,
+) -> dict[str, Any]:  # fmt: skip
+    from foretell import __version__
+    from foretell.bench.limits import read_bandwidth, step_bytes
+    from foretell.bench.report import write_report
+    from foretell.bench.results import collect, commit, machine, write_results
+    from foretell.bench.runner import Runner, Settings
+
     settings = Settings(
         model=base.model, fingerprint=llm.backbone.fingerprint, dtype=str(llm.backbone.dtype).removeprefix("torch."),
         suite=suite.name, digest=suite.digest, questions=[question.id for question in suite.questions],
@@ -141,28 +160,27 @@ def _measure(
         "contenders": {each.name: each.about for each in there}, "missing": missing,
         "weight_bytes": step_bytes(llm.backbone),
     }  # fmt: skip
-    try:
-        runner = Runner(llm, there, suite.questions, settings, out, about, lambda: read_bandwidth(llm.backbone))
-        with job_progress("measuring", "tokens/s") as progress:
-            records = runner.run(progress)
-    finally:
-        for each in there:
-            each.close()
+    runner = Runner(llm, there, suite.questions, settings, out, about, lambda: read_bandwidth(llm.backbone))
+    with job_progress("measuring", "tokens/s") as progress:
+        records = runner.run(progress)
+    for name, reason in runner.failed.items():
+        note(f"note: {name}: {reason}")
+    about["missing"] = missing | runner.failed
     decode = lambda ids: llm.tokenizer.decode(ids, skip_special=True)  # noqa: E731
     results = collect({"settings": asdict(settings), **about}, records, suite.questions, decode, run_code)
-    write_results(out, results)
     write_report(out, results)
+    write_results(out, results)  # last: it says that the run is finished
     return results
 
 
 def _contenders(
-    llm: LLM, base: Base, chosen: list[tuple[str, str, Any]], rows: int
-) -> tuple[list[Contender], dict[str, str]]:
-    """Those that are there, plain first, and why others are not."""
+    llm: LLM, base: Base, chosen: list[tuple[str, str, Any]], rows: int, there: list[Contender]
+) -> dict[str, str]:
+    """Adds those that are there, plain first; says why others are not."""
     from foretell.bench.contenders import Ours
     from foretell.bench.peers import PEERS, MissingPeerError, Peer
 
-    there: list[Contender] = [Ours(llm, "plain", "plain", {})]
+    there.append(Ours(llm, "plain", "plain", {}))
     missing: dict[str, str] = {}
     for text, name, options in chosen:
         if text in [each.name for each in there]:
@@ -175,7 +193,7 @@ def _contenders(
         except MissingPeerError as error:
             missing[text] = str(error)
             note(f"note: {error}")
-    return there, missing
+    return missing
 
 
 def _print_table(head: list[str], rows: list[list[str]]) -> None:

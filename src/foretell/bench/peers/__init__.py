@@ -14,21 +14,26 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import venv
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Timer
 from typing import IO, Any
 
 from foretell.api import LLM
 from foretell.backbone.store import cache_folder
 from foretell.bench.contenders import Answer
 from foretell.bench.gguf_files import gguf_file
+from foretell.bench.memory import group, peak_bytes, reset_peak
 from foretell.contracts import SamplingParams
 from foretell.errors import ForetellError, UsageError
 
 HERE = Path(__file__).parent
+PATIENCE = 3600.0
+"""Seconds after which a peer that does not answer is ended."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,9 @@ class Peer:
 
     def __init__(self, llm: LLM, name: str, peer: str, parts: Sequence[str], *, rows: int, cache_dir: Path | None):
         kind = find(peer)
-        variant = next((part for part in parts if "=" not in part), "")
+        variant, *more = [part for part in parts if "=" not in part] or [""]
+        if more:
+            raise UsageError(f"{name} names the variants {variant} and {', '.join(more)}; run them one by one.")
         if variant not in kind.variants:
             raise UsageError(f"{peer} has no variant {variant!r}; it has {', '.join(filter(None, kind.variants))}.")
         options = kind.variants[variant] | _overrides(kind.variants[variant], parts)
@@ -141,21 +148,24 @@ class Peer:
         if kind.gguf:
             config["gguf"] = str(gguf_file(llm.folder, kind.gguf[variant], cache_dir))
         self.name, self.peer, self._ends = name, peer, sorted(backbone.config.eos_ids)
-        self._peak = 0
-        self._process = _start(kind, python, config["threads"])
+        self._peak, self._device = 0, backbone.device
+        self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the process lives)
+        self._process = _start(kind, python, config["threads"], self._said)
         self.about = self._ask(config)["ready"] | {"peer": peer, "variant": variant, "options": options}
         self._signal(signal.SIGSTOP)
 
     def answer(self, prompts: Sequence[list[int]], params: SamplingParams, keys: Sequence[int]) -> list[Answer]:
         self._signal(signal.SIGCONT)
+        processes = group(self._process.pid)
+        reset_peak(self._device, processes)
         try:
             reply = self._ask(
                 {"prompts": list(prompts), "new_tokens": params.max_new_tokens, "temperature": params.temperature,
                  "seed": params.seed, "ends": self._ends}
             )  # fmt: skip
         finally:
+            self._peak = peak_bytes(self._device, processes)
             self._signal(signal.SIGSTOP)
-        self._peak = reply["peak_bytes"]
         return [_answer(raw) for raw in reply["answers"]]
 
     @property
@@ -171,31 +181,43 @@ class Peer:
         except subprocess.TimeoutExpired:
             self._signal(signal.SIGKILL)
 
+    def _last_words(self) -> str:
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
+        self._said.seek(0)
+        lines = self._said.read().decode(errors="replace").split("\n")
+        last = next((line.strip()[:200] for line in reversed(lines) if line.strip()), "it said nothing")
+        return f"exit code {self._process.poll()}; {last}"
+
     def _signal(self, number: int) -> None:
         """To the process and those that it started."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 
     def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        watch = Timer(PATIENCE, self._signal, [signal.SIGKILL])
+        watch.start()
         try:
             _pipe(self._process.stdin).write(json.dumps(message) + "\n")
             _pipe(self._process.stdin).flush()
             reply = json.loads(_pipe(self._process.stdout).readline())
         except (OSError, ValueError) as error:
-            raise MissingPeerError(f"{self.peer} ended unexpectedly (exit code {self._process.poll()}).") from error
+            raise MissingPeerError(f"{self.peer} ended unexpectedly ({self._last_words()}).") from error
+        finally:
+            watch.cancel()
         if "error" in reply:
             raise MissingPeerError(f"{self.peer} failed: {' '.join(str(reply['error']).split())[:300]}")
         return reply
 
 
-def _start(kind: Kind, python: Path, threads: int) -> subprocess.Popen[str]:
+def _start(kind: Kind, python: Path, threads: int, errors: IO[bytes]) -> subprocess.Popen[str]:
     variables = {**os.environ, **kind.environment, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     found = [str(path) for name in kind.preload for path in python.parent.parent.rglob(name)][:1]
     if found:
         variables["LD_PRELOAD"] = " ".join(found)
     return subprocess.Popen(
         [str(python), str(HERE / kind.script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, text=True, env=variables,
+        stderr=errors, text=True, env=variables,
         process_group=0,  # in our session, so that the kernel ends it, though stopped, when we are killed
     )  # fmt: skip
 

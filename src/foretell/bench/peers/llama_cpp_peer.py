@@ -53,9 +53,9 @@ def make(config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             ask(request, prompt, False, lambda whole: clock.missed(whole["tokens"]))
         times = told["timings"]
         known: dict[str, Any] = {"seconds": seconds, "prefill_seconds": times["prompt_ms"] / 1e3}
-        if times.get("draft_n"):
-            known |= {"drafted": times["draft_n"], "accepted": times["draft_n_accepted"]}
-            known["steps"] = len(clock.ids) - times["draft_n_accepted"]
+        if "ngram" in config["options"]:
+            accepted = times.get("draft_n_accepted", 0)
+            known |= {"drafted": times.get("draft_n", 0), "accepted": accepted, "steps": len(clock.ids) - accepted}
         return clock.answer(**known)
 
     def answer(request: Request) -> list[Answer]:
@@ -64,7 +64,8 @@ def make(config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             heard = list(pool.map(lambda prompt: timed(request, prompt), prompts))
         return [finished(request, prompt, *each) for prompt, each in zip(prompts, heard, strict=True)]
 
-    return answer, {"version": version("xllamacpp"), "file": config["gguf"].rsplit("/", 1)[-1]}
+    about = {"version": version("xllamacpp"), "file": config["gguf"].rsplit("/", 1)[-1]}
+    return answer, about | {"system": " ".join(str(xllamacpp.get_system_info()).split())}
 
 
 serve(make)

@@ -3,7 +3,7 @@
     -> {"model": "...", "dtype": "bf16", "threads": 2, ...}                          once
     <- {"ready": {"version": "..."}}                                                 or {"error": "..."}
     -> {"prompts": [[1, 2]], "new_tokens": 128, "temperature": 0, "seed": 0, "ends": [2]}
-    <- {"answers": [{"ids": [...], "seconds": 1.2, "arrivals": [[1, 0.1], ...]}], "peak_bytes": 1}
+    <- {"answers": [{"ids": [...], "seconds": 1.2, "arrivals": [[1, 0.1], ...]}]}
 
 This file runs in the peer's environment, where there is no foretell: standard library only.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -43,12 +42,7 @@ def serve(make: Callable[[dict[str, Any]], tuple[Callable[[Request], list[Answer
     say({"ready": about})
     for line in sys.stdin:
         try:
-            say(
-                {
-                    "answers": answer(json.loads(line)),
-                    "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-                }
-            )
+            say({"answers": answer(json.loads(line))})
         except Exception as error:
             say({"error": f"{type(error).__name__}: {error}"})
 
