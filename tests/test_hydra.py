@@ -341,6 +341,41 @@ def test_a_checkpoint_drafts_as_before(tmp_path: Path, plus: bool) -> None:
         drafters.build(other, backbone, checkpoint=str(tmp_path / "heads"))
 
 
+def test_a_layer_of_another_shape_is_refused(tmp_path: Path) -> None:
+    backbone = backbone_of()
+    folder = saved(tmp_path / "heads", backbone, random_hydra(backbone, plus=True), "hydra++")
+    wide = backbone_of(intermediate_size=96)
+    with pytest.raises(UsageError, match="own layer has not this model's shape; train a drafter for this model"):
+        drafters.build("hydra++", wide, checkpoint=folder, any_backbone=True)
+    shallow = backbone_of(num_hidden_layers=1)
+    with pytest.raises(UsageError, match="heads reads layer 2, but this model has 1"):
+        drafters.build("hydra++", shallow, checkpoint=folder, any_backbone=True)
+
+
+def test_engines_may_share_a_drafter() -> None:
+    backbone = backbone_of()
+    drafter = drafter_of(backbone, random_hydra(backbone, plus=True))
+    three, one = decoder_of(backbone, drafter, max_rows=3), decoder_of(backbone, drafter)
+    for _ in range(2):
+        for decoder in (three, one):
+            assert_same(finish(decoder, requests()), plainly(backbone, requests()))
+
+
+def test_an_interruption_before_the_layer_read_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = backbone_of()
+    drafter = drafter_of(backbone, random_hydra(backbone, plus=True))
+    decoder = decoder_of(backbone, drafter)
+    request = ([1, 2, 3, 4, 5, 6], SamplingParams(max_new_tokens=20))
+    number = decoder.submit(*request)
+    decoder.step()
+    with monkeypatch.context() as patched:
+        patched.setattr(drafter, "observe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            decoder.step()
+    decoder.cancel(number)
+    assert_same(finish(decoder, [request]), plainly(backbone, [request]))
+
+
 def test_what_cannot_be_is_one_sentence(tmp_path: Path) -> None:
     backbone = backbone_of()
     tensors, arch = random_hydra(backbone).checkpoint()

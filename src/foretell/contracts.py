@@ -260,7 +260,8 @@ class Statistics:
         exact: whether the output is plain decoding's, token for token: drafter and rule are lossless, and a probe
             found this machine's arithmetic canonical.
         drafted: guesses verified; accepted: guesses kept, budget and stops applied.
-        draft_seconds, verify_seconds: parts of the steps; what neither covers is prefill, commit, observing and text.
+        draft_seconds, verify_seconds: parts of the steps, what drafters do with what was committed counted as drafting;
+            what neither covers is prefill, commit and text.
         by_depth: how many steps offered, and how many accepted, a guess at depth 1, 2, ...
     """
 

@@ -21,6 +21,7 @@ from foretell.backbone.cache import KVCache
 from foretell.backbone.config import ModelConfig
 from foretell.backbone.linear import DrafterHeads, DrafterLinear, StackedHeads
 from foretell.backbone.nodes import Nodes
+from foretell.errors import UsageError
 
 SKIP_ATTENTION, SKIP_MLP = 1, 2
 """Bits of a skip plan: `bytes` with one entry per layer."""
@@ -127,7 +128,16 @@ class Backbone(ABC):
         Args:
             tensors: by their names in a checkpoint, without "model.layers.0.". No biases, no norms within heads.
         """
-        d = self.config.hidden
+        c, d = self.config, self.config.hidden
+        shapes = {
+            "self_attn.q_proj": (c.q_width, d), "self_attn.k_proj": (c.kv_width, d),
+            "self_attn.v_proj": (c.kv_width, d), "self_attn.o_proj": (d, c.q_width), "mlp.gate_proj": (c.mlp, d),
+            "mlp.up_proj": (c.mlp, d), "mlp.down_proj": (d, c.mlp), "input_layernorm": (d,),
+            "post_attention_layernorm": (d,),
+        }  # fmt: skip
+        found = {name: tuple(each.shape) for name, each in tensors.items()}
+        if found != {f"{name}.weight": shape for name, shape in shapes.items()}:
+            raise UsageError("The drafter's own layer has not this model's shape; train a drafter for this model.")
         config = replace(
             self.config, layers=1, vocab=32, tied=True, windows=(0,), attention_bias=False, out_bias=False,
             mlp_bias=False, qk_norm=False,

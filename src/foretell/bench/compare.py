@@ -49,9 +49,7 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> Iterator[Change]:
     """
     differ = [name for name in ALIKE if before["settings"].get(name) != after["settings"].get(name)]
     if differ:
-        raise UsageError(
-            f"The two results differ in {', '.join(differ)}; compare runs of one suite and model."
-        )
+        raise UsageError(f"The two results differ in {', '.join(differ)}; compare runs of one suite and model.")
     new, ups = {_key(row): row for row in after["table"]}, [_speedups(result) for result in (before, after)]
     for was in before["table"]:
         name, setting = was["contender"], f"batch {was['batch']}, temperature {was['temperature']:g}"

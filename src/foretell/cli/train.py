@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def train(
     base: Base,
     training: Training,
-    method: Annotated[str, typer.Argument(help="A drafter that can be trained: medusa.")],
+    method: Annotated[str, typer.Argument(help="A drafter that can be trained: medusa, hydra, hydra++.")],
     data: Annotated[Path, typer.Option(help="Folder that `foretell distill` wrote.")],
     out: Annotated[Path, typer.Option(help="Folder for the drafter; a run that was interrupted goes on in it.")],
     option: Annotated[
@@ -34,6 +34,8 @@ def train(
     other_model: Annotated[bool, typer.Option("--other-model", help="Allow data that another model wrote.")] = False,
 ) -> None:
     """Train a drafter for a model on what the model wrote."""
+    import torch
+
     from foretell.backbone.files import sole_writer
     from foretell.drafters.checkpoint import Checkpoint
     from foretell.train.data import Store
@@ -52,6 +54,7 @@ def train(
             f"{data} was written by {store.manifest['model']} (fingerprint {store.manifest['fingerprint']}), not by "
             f"this model ({backbone.fingerprint}); distill with this one, or allow it with --other-model."
         )
+    torch.manual_seed(settings.seed)
     module = cls.trainable(backbone, _written(store, backbone.config.vocab), **options)
     shards = None if no_cache else data / f"features-{backbone.fingerprint}-{'-'.join(map(str, module.taps))}"
     features = Features(backbone, store.conversations, module.taps, shards)

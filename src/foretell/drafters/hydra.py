@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foretell.backbone import Backbone, KVCache, Nodes
-from foretell.backbone.linear import DrafterHeads, side_by_side
+from foretell.backbone.linear import DrafterHeads
 from foretell.contracts import FINAL, Draft, Drafter, Features, Row
 from foretell.drafters.checkpoint import find
 from foretell.drafters.parts import DecoderLayer, GuessingHeads, TrainingBatch, draft_vocabulary, tree_size
-from foretell.errors import UsageError, check_numbers
+from foretell.errors import ForetellError, UsageError, check_numbers
 from foretell.trees.tree import TokenTree, from_paths
 
 BEAM = 8
@@ -79,7 +79,7 @@ class HydraHeads(GuessingHeads):
         ]
 
     def states(self, k: int, x_PI: Tensor) -> Tensor:
-        """What the output matrix of head k reads, [P, d]; `x_PI` as `side_by_side` gives it."""
+        """What the output matrix of head k reads, [P, d]; `x_PI` as `linear.side_by_side` gives it."""
         out_Pd = x_PI[:, : self.deep_KLdd.shape[-1]]
         for weight, bias in self.blocks(k):
             read = F.dropout(x_PI, self.dropout, self.training)
@@ -90,13 +90,14 @@ class HydraHeads(GuessingHeads):
         streams = [batch.states[tap].float() for tap in reversed(self.taps)]
         if self.prefix:
             streams[0] = self.prefix(streams[0])
-        parts = [stream.flatten(0, 1)[sources_P] for stream in streams]
+        first, *others = (stream.flatten(0, 1)[sources_P] for stream in streams)
+        parts = [first, *map(_normed, others)]  # as `side_by_side` does, each once
         tokens = batch.tokens_BT.flatten()
         out = []
         for k in range(self.heads):
             if self.grounded:  # beyond the end there is nothing to guess either
-                parts.append(self.embed(tokens[(sources_P + k + 1).clamp(max=len(tokens) - 1)]))
-            out.append(self.states(k, side_by_side(torch.stack(parts, 1))))
+                parts.append(_normed(self.embed(tokens[(sources_P + k + 1).clamp(max=len(tokens) - 1)])))
+            out.append(self.states(k, torch.cat(parts, 1)))
         return torch.stack(out)
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -111,6 +112,10 @@ class HydraHeads(GuessingHeads):
         return self.stored(tensors), arch
 
 
+def _normed(part_Pd: Tensor) -> Tensor:
+    return F.rms_norm(part_Pd, part_Pd.shape[-1:], eps=1e-6)
+
+
 Children = dict[tuple[int, ...], list[int]]
 """Rank path -> ranks of the guesses behind it, of those that have any."""
 
@@ -123,11 +128,13 @@ class _Growing:
         parts: what a head reads at each node that was asked.
         values: log-probability of each node's path; given: its own probability; ranks: its rank path.
         asked: nodes that the next level is asked at.
+        floor: value of the least probable node that would be taken now; who is below need not be added.
     """
 
     tokens: list[int]
     state: list[Tensor]
     asked: list[int]
+    floor: float = -math.inf
     parts: dict[int, list[Tensor]] = field(default_factory=dict)
     parents: list[int] = field(default_factory=lambda: [-1])
     given: list[float] = field(default_factory=lambda: [1.0])
@@ -218,8 +225,16 @@ class Hydra(Drafter):
             any_backbone: accept heads of another model of the same sizes.
         """
         found, tensors = find(cls.method, backbone, checkpoint, any_backbone)
+        where = checkpoint or f"The {cls.method} drafter that came with foretell"
+        deepest, layers = max(found.arch.get("taps", []), default=0), backbone.config.layers
+        if deepest > layers:
+            raise UsageError(f"{where} reads layer {deepest}, but this model has {layers}; train a drafter for it.")
         earned = {int(size): tokens for size, tokens in found.tokens_per_step.items()}
-        return cls(backbone, found.arch, tensors, found.paths, tree_size(backbone, nodes, earned), earned, grown)
+        size = tree_size(backbone, nodes, earned)
+        try:
+            return cls(backbone, found.arch, tensors, found.paths, size, earned, grown)
+        except (KeyError, IndexError) as error:
+            raise ForetellError(f"{where} is damaged: it lacks {error}; copy or train it again.") from error
 
     @classmethod
     def trainable(
@@ -278,8 +293,9 @@ class Hydra(Drafter):
     def reset(self, rows: Sequence[Row]) -> None:
         for row in rows:
             self._states.pop(row.slot, None)
-            if self._cache:
-                self._cache.rollback(row.slot, row.reused)
+            if self._cache:  # an interruption may have kept the layer from what the engine had committed
+                self._cache.reserve(self._cache.slots, rows=row.slot + 1)
+                self._cache.rollback(row.slot, min(row.reused, self._cache.lengths[row.slot]))
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
         streams = [features.taps[tap] for tap in reversed(self.taps)]
@@ -293,6 +309,7 @@ class Hydra(Drafter):
     def _attended(self, slots: list[int], counts: list[int], states_Md: Tensor) -> Tensor:
         """The prefix layer over newly committed states; it keeps their keys and values."""
         assert self._prefix and self._cache
+        self._cache.reserve(self._cache.slots, rows=max(slots) + 1)
         lengths = [self._cache.lengths[slot] for slot in slots]
         self._cache.reserve(max(length + count for length, count in zip(lengths, counts, strict=True)))
         stream_Md, _ = self._prefix.run_layers(states_Md, Nodes.chains(slots, lengths, counts), self._cache)
@@ -302,12 +319,12 @@ class Hydra(Drafter):
     # -- guesses ----------------------------------------------------------------------------------------------------
 
     def draft(self, rows: Sequence[Row]) -> Draft:
-        count = self.size(len(rows), max(len(row.tokens) for row in rows)) - 1
+        count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), self.most_nodes) - 1
         children = None if self.grown else _children(self.paths[:count])
         trees = []
         for row in rows:
             state = self._states.get(row.slot)  # none after a prompt of one token
-            trees.append(_Growing([row.tokens[-1]], state or [], [0] if state else []))
+            trees.append(_Growing([row.tokens[-1]], state or [], [0] if state and children != {} else []))
         for level in self._levels:
             asked = [(tree, node) for tree in trees for node in tree.asked]
             if not asked:
@@ -316,7 +333,9 @@ class Hydra(Drafter):
             self._ask(level, asked, children)
             for tree, begin in zip(trees, before, strict=True):
                 if children is None:
-                    tree.asked = [node for node in tree.best(count) if node >= begin][:BEAM]
+                    best = tree.best(count)
+                    tree.floor = tree.values[best[-1]] if len(best) == count else -math.inf
+                    tree.asked = [node for node in best if node >= begin][:BEAM]
                 else:
                     tree.asked = [node for node in range(begin, len(tree.parents)) if tree.ranks[node] in children]
         cut = [tree.cut(tree.best(count) if children is None else range(1, len(tree.parents))) for tree in trees]
@@ -336,8 +355,10 @@ class Hydra(Drafter):
         said_FKR, best_FKR = level.top([tree.parts.get(node, tree.state) for tree, node in asked], self._width)
         for (tree, node), said, best in zip(asked, said_FKR[:, 0].tolist(), best_FKR[:, 0].tolist(), strict=True):
             for rank in range(self._width) if children is None else children[tree.ranks[node]]:
-                # no number counts as certain
-                tree.add(node, rank, self._vocabulary[best[rank]], min(0.0, said[rank]))
+                log_p = min(0.0, said[rank])  # no number counts as certain
+                if tree.values[node] + log_p <= tree.floor:
+                    break  # nor will the next: they come best first
+                tree.add(node, rank, self._vocabulary[best[rank]], log_p)
 
 
 def _children(paths: Sequence[tuple[int, ...]]) -> Children:

@@ -133,11 +133,9 @@ class _SoftCrossEntropy(torch.autograd.Function):
         total = x_Pd.new_zeros(())
         for at in range(0, len(x_Pd), CHUNK):
             x, ids, p = (t[at : at + CHUNK] for t in (x_Pd.bfloat16(), ids_Pm, p_Pm))
-            logits = (x @ weight.T).float()
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            mass = p.sum(-1, keepdim=True)
-            total += (mass * normaliser).sum() - (p * logits.gather(-1, ids)).sum()
-            slope = logits.sub_(normaliser).exp_().mul_(mass).scatter_add_(-1, ids, -p).bfloat16()
+            log_q = (x @ weight.T).float().log_softmax(-1)
+            total -= (p * log_q.gather(-1, ids)).sum()
+            slope = log_q.exp_().mul_(p.sum(-1, keepdim=True)).scatter_add_(-1, ids, -p).bfloat16()
             grad_x[at : at + CHUNK] = slope @ weight
             if grad_weight is not None:
                 grad_weight += slope.T @ x
@@ -222,7 +220,8 @@ class GuessingHeads(Trainable):
             )
             place_Pm = self.place[ids_Pm]
             p_Pm = p_Pm * (place_Pm >= 0)  # what the draft vocabulary cannot say is not taught
-            loss = soft_cross_entropy(x_KPd[k, live], self.head(k), place_Pm.clamp(min=0), p_Pm)
+            taught = p_Pm.sum(1) > 0
+            loss = soft_cross_entropy(x_KPd[k, live][taught], self.head(k), place_Pm[taught].clamp(min=0), p_Pm[taught])
             out[f"head {k + 1}"] = self.decay**k * loss / live.sum()
         return out
 

@@ -134,7 +134,10 @@ class SpeculativeDecoder:
         counts = [len(path) for path in verdict.paths]
         kept_taps = {tap: states.index_select(0, index) for tap, states in taps.items()}  # see Backbone.rotation
         features = Features(counts, kept_taps, extra, verdict.paths)
+        observed = time.perf_counter()
         self.drafter.observe(rows, features)
+        for row in rows:
+            row.statistics.draft_seconds += time.perf_counter() - observed
         guesses = sum(len(tree) - 1 for tree in draft.trees)
         emitted = sum(len(event.tokens) for event in events)
         self.governor.record(len(rows), context, guesses, time.perf_counter() - began, emitted)

@@ -177,7 +177,8 @@ class Trainer:
         """One update; the loss of each term, averaged over the accumulated batches."""
         out: dict[str, float] = {}
         self.optimizer.zero_grad(set_to_none=True)
-        for indices in batches:
+        for number, indices in enumerate(batches):
+            torch.manual_seed(hash((self.settings.seed, self.step, number)) % 2**31)  # what a module draws, too
             terms = self.module.losses(self.features.batch(indices).to(self.device))
             if not terms:  # nothing in it was written by the model
                 self.skipped += 1

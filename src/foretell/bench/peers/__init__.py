@@ -43,6 +43,7 @@ class Kind:
     Attributes:
         script: run by its environment's Python, which speaks `protocol`.
         installs: arguments of pip, call by call; none where this environment has all it needs.
+        spare: what to install where those fail, and the reason to say so; building: variables for pip.
         variants: name -> options handed to the script; "" is the default one.
         gguf: tensor type of the file it reads, by variant, for those that read GGUF.
         preload: libraries, looked for in its environment, without which it is slow.
@@ -50,6 +51,8 @@ class Kind:
 
     script: str
     installs: tuple[tuple[str, ...], ...] = ()
+    spare: tuple[tuple[str, ...], str] | None = None
+    building: dict[str, str] = field(default_factory=dict)
     variants: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
     gguf: dict[str, str] = field(default_factory=dict)
     preload: tuple[str, ...] = ()
@@ -66,7 +69,9 @@ PEERS: dict[str, Kind] = {
     ),
     "llama.cpp": Kind(
         "llama_cpp_peer.py",
-        installs=(("xllamacpp",),),
+        installs=(("--no-binary", "xllamacpp", "xllamacpp"),),
+        spare=(("xllamacpp",), "It cannot be compiled here; its wheel, without AVX-512 and AMX, is slower."),
+        building={"CMAKE_ARGS": "-DLLAMA_BUILD_BORINGSSL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_LLGUIDANCE=OFF"},
         variants={"": {}, "q4_1": {}, "q8_0": {}, "bf16": {}, "ngram": {"ngram": True}},
         gguf={"": "q4_1", "q4_1": "q4_1", "q8_0": "q8_0", "bf16": "bf16", "ngram": "q4_1"},
     ),
@@ -107,10 +112,16 @@ def set_up(name: str, cache_dir: Path | None = None, say: Callable[[str], None] 
     if not python.exists():
         venv.create(python.parent.parent, with_pip=True, clear=True)
     for arguments in kind.installs:
-        command = [str(python), "-m", "pip", "install", *(part.format(here=HERE) for part in arguments)]
-        say(" ".join(["pip", *command[3:]]))
-        if subprocess.run(command, check=False).returncode:
-            raise ForetellError(f"pip could not install {name}; see what it says above, and run this again.")
+        if not _pip(python, arguments, kind.building, say):
+            if kind.spare is None or not _pip(python, kind.spare[0], {}, say):
+                raise ForetellError(f"pip could not install {name}; see what it says above, and run this again.")
+            say(kind.spare[1])
+
+
+def _pip(python: Path, arguments: Sequence[str], variables: dict[str, str], say: Callable[[str], None]) -> bool:
+    command = [str(python), "-m", "pip", "install", *(part.format(here=HERE) for part in arguments)]
+    say(" ".join(["pip", *command[3:]]))
+    return subprocess.run(command, check=False, env={**os.environ, **variables}).returncode == 0
 
 
 def find(name: str) -> Kind:
