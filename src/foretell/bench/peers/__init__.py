@@ -86,7 +86,7 @@ PEERS: dict[str, Kind] = {
             "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
             # all cores for the model, and the scheduler in the same process: both quicker on few cores
             "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        },  # fmt: skip
+        },
     ),
 }  # fmt: skip
 
