@@ -17,6 +17,8 @@ from foretell.errors import ForetellError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from foretell.backbone import Backbone
+    from foretell.drafters.parts import Trainable
     from foretell.train.data import Store
     from foretell.train.trainer import Report
 
@@ -34,8 +36,6 @@ def train(
     other_model: Annotated[bool, typer.Option("--other-model", help="Allow data that another model wrote.")] = False,
 ) -> None:
     """Train a drafter for a model on what the model wrote."""
-    import torch
-
     from foretell.backbone.files import sole_writer
     from foretell.drafters.checkpoint import Checkpoint
     from foretell.train.data import Store
@@ -54,8 +54,7 @@ def train(
             f"{data} was written by {store.manifest['model']} (fingerprint {store.manifest['fingerprint']}), not by "
             f"this model ({backbone.fingerprint}); distill with this one, or allow it with --other-model."
         )
-    torch.manual_seed(settings.seed)
-    module = cls.trainable(backbone, _written(store, backbone.config.vocab), **options)
+    module = _fresh(cls, backbone, store, options, settings.seed)
     shards = None if no_cache else data / f"features-{backbone.fingerprint}-{'-'.join(map(str, module.taps))}"
     features = Features(backbone, store.conversations, module.taps, shards)
     with sole_writer(out):
@@ -91,6 +90,14 @@ def _trainable(method: str) -> Any:
         able = [name for name in drafters.DRAFTERS if hasattr(drafters.drafter_class(name), "trainable")]
         raise UsageError(f"Drafter {method!r} has nothing to train; those that have are {', '.join(able)}.")
     return cls
+
+
+def _fresh(cls: Any, backbone: Backbone, store: Store, options: dict[str, Any], seed: int) -> Trainable:
+    """The untrained module; what it draws follows from the seed."""
+    import torch
+
+    torch.manual_seed(seed)
+    return cls.trainable(backbone, _written(store, backbone.config.vocab), **options)
 
 
 def _options(method: str, cls: Any, given: list[str]) -> dict[str, Any]:
