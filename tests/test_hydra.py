@@ -21,6 +21,9 @@ from foretell.drafters.medusa import Medusa
 from foretell.drafters.parts import DecoderLayer
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.errors import UsageError
+from foretell.train.data import Distilled
+from foretell.train.features import Features
+from foretell.train.trainer import Settings, Trainer
 from foretell.trees.search import nested, replay
 
 
@@ -294,6 +297,30 @@ def test_a_cyclic_sequence_is_learnt_one_head_one_step_further(plus: bool) -> No
         draft = drafter.draft([Told(tokens[: i + 1])])
         assert draft.tokens[0] == tokens[i : i + 4]
         assert draft.trees[0].is_chain
+
+
+def test_a_run_with_dropout_taken_up_again_ends_with_the_same_weights(tmp_path: Path) -> None:
+    backbone = backbone_of()
+    generator = torch.Generator().manual_seed(2)
+    data = [Distilled(i, torch.randint(VOCAB, (20,), generator=generator).tolist(), [(4, 20)]) for i in range(8)]
+
+    def made(folder: str) -> Trainer:
+        torch.manual_seed(7)
+        module = HydraPlus.trainable(backbone, torch.ones(VOCAB), draft_vocab=0, dropout=0.3)
+        settings = Settings(epochs=2, batch_tokens=40, held_out=0, save_seconds=0)
+        return Trainer(module, Features(backbone, data, module.taps), settings, tmp_path / folder)
+
+    straight = made("straight")
+    straight.run()
+    cut = made("cut")
+    with pytest.raises(KeyboardInterrupt):
+        cut.run(stop=lambda: cut.step == 3)
+    torch.manual_seed(99)  # whatever has been drawn in between
+    final = made("cut")
+    final.run()
+    assert final.step == straight.step > 3
+    for ours, theirs in zip(final.module.parameters(), straight.module.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 class Told:
