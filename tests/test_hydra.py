@@ -1,5 +1,6 @@
 """Hydra: level by level, each node's guesses are what the learning form says after its own path; no answer changes."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -164,13 +165,20 @@ def test_rows_drafted_together_are_drafted_as_alone() -> None:
         assert (alone.trees[0], alone.tokens[0]) == (whole.trees[i], whole.tokens[i])
 
 
-def test_no_level_asks_more_than_the_beam() -> None:
+def test_no_level_asks_more_than_the_beam(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = backbone_of()
     drafter = drafter_of(backbone, random_hydra(backbone), nodes=100)
     row, counts = after_some_steps(backbone, drafter), []
+
+    def counting(top: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(parts: list[Any], count: int) -> Any:
+            counts.append(len(parts))
+            return top(parts, count)
+
+        return counted
+
     for level in drafter._levels:
-        top = level.top
-        level.top = lambda parts, count, top=top: counts.append(len(parts)) or top(parts, count)  # type: ignore
+        monkeypatch.setattr(level, "top", counting(level.top))
     drafter.draft([row])
     assert counts == [1, BEAM, BEAM]
 
@@ -412,12 +420,13 @@ def test_what_cannot_be_is_one_sentence(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(UsageError, match=sentence):
             Hydra(backbone, arch, tensors, paths, lambda rows, context: 8)
-    for options, sentence in (
+    mistakes: list[tuple[dict[str, Any], str]] = [
         ({"output": "mine"}, "must be shared, tied or own"), ({"heads": 0}, "heads is 0"), ({"soft": 2}, "soft is 2"),
         ({"dropout": 1.0}, "dropout is 1.0"),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    for options, sentence in mistakes:
         with pytest.raises(UsageError, match=sentence):
-            Hydra.trainable(backbone, torch.ones(VOCAB), **options)  # type: ignore[arg-type]
+            Hydra.trainable(backbone, torch.ones(VOCAB), **options)
 
 
 @pytest.mark.parametrize("kernel", COMPILED)

@@ -1049,7 +1049,7 @@ def refused(ran: Ran, code: int, sentence: str) -> None:
         ("medusa", ["-o", "heads=many"], 2, "Option 'heads' of medusa training is 'many'; it must be a whole number"),
         ("medusa", ["-o", "head=2"], 2, "edusa training has no option 'head'; it has heads, layers, output"),
         ("medusa", ["-o", "backbone=x"], 2, "edusa training has no option 'backbone'"),
-        ("medusa", ["-o", "output=mine"], 2, "Medusa's output is 'mine'; it must be shared, tied or own"),
+        ("medusa", ["-o", "output=mine"], 2, "output is 'mine'; it must be shared, tied or own"),
         ("medusa", ["-o", "heads=0"], 2, "heads is 0; it must lie between 1 and 16"),
         ("medusa", ["-o", "soft=1.5"], 2, "soft is 1.5; it must lie between 0 and 1"),
         ("medusa", ["--epochs", "0"], 2, "epochs is 0.0; it must lie between"),

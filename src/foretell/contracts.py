@@ -194,7 +194,7 @@ class Drafter(ABC):
     lossless: bool = True
 
     @classmethod
-    def build(cls, backbone: Backbone, **options: Any) -> Drafter:
+    def build(cls, backbone: Backbone, *args: Any, **options: Any) -> Drafter:
         """Makes the drafter for a backbone; options come from the command line or from `foretell.load`."""
         return cls(**options)
 

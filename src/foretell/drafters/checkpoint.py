@@ -138,4 +138,6 @@ def find(method: str, backbone: Backbone, folder: str = "", any_backbone: bool =
             f"{folder} was trained for {checkpoint.backbone} (fingerprint {checkpoint.fingerprint}), not for this "
             f"model ({backbone.fingerprint}); train one for it, or allow it with -o any_backbone=true."
         )
+    if (deepest := max(checkpoint.arch.get("taps", []), default=0)) > c.layers:
+        raise UsageError(f"{folder} reads layer {deepest}, but this model has {c.layers}; train a drafter for it.")
     return checkpoint, tensors

@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,9 +30,18 @@ from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.backbone.linear import DrafterHeads
 from foretell.contracts import FINAL, Draft, Drafter, Features, Row
 from foretell.drafters.checkpoint import find
-from foretell.drafters.parts import DecoderLayer, GuessingHeads, TrainingBatch, draft_vocabulary, tree_size
-from foretell.errors import ForetellError, UsageError, check_numbers
-from foretell.trees.tree import TokenTree, from_paths
+from foretell.drafters.parts import (
+    DecoderLayer,
+    GuessingHeads,
+    TrainingBatch,
+    check_options,
+    check_tree,
+    draft_vocabulary,
+    spread,
+    tree_size,
+)
+from foretell.errors import ForetellError
+from foretell.trees.tree import TokenTree
 
 BEAM = 8
 """Nodes of a level that are asked for more, at most: rows that the kernels multiply at the price of one."""
@@ -184,17 +192,10 @@ class Hydra(Drafter):
         earned: dict[int, float] | None = None,
         grown: bool = True,
     ):
-        from_paths(paths)  # refuses what is no tree
         self._earned, self.size, self.grown, self.paths = earned or {}, size, grown, [tuple(path) for path in paths]
         self.taps, self.grounded, self.heads = (*arch["taps"], FINAL), arch["grounded"], arch["heads"]
         self._embed, self._vocabulary = backbone.embed, tensors["vocabulary"].tolist()
-        if max(map(len, self.paths), default=0) > self.heads or any(
-            rank >= len(self._vocabulary) for path in self.paths for rank in path
-        ):
-            raise UsageError(
-                f"The tree is deeper than the {self.heads} heads, or names a rank beyond the {len(self._vocabulary)} "
-                "tokens they choose from; take another tree."
-            )
+        check_tree(self.paths, self.heads, len(self._vocabulary))
         shared = arch["output"] == "shared"
         outputs = backbone.head_rows(tensors["vocabulary"].long())[None] if shared else tensors["head"]
         most = max((rank for path in self.paths for rank in path), default=0) + 1
@@ -213,7 +214,7 @@ class Hydra(Drafter):
         self._states: dict[int, list[Tensor]] = {}  # slot -> of the newest token but one: state, then streams
 
     @classmethod
-    def build(  # type: ignore[override]
+    def build(
         cls, backbone: Backbone, checkpoint: str = "", nodes: int = 0, grown: bool = True, any_backbone: bool = False
     ) -> Hydra:
         """See `Drafter.build`.
@@ -225,15 +226,12 @@ class Hydra(Drafter):
             any_backbone: accept heads of another model of the same sizes.
         """
         found, tensors = find(cls.method, backbone, checkpoint, any_backbone)
-        where = checkpoint or f"The {cls.method} drafter that came with foretell"
-        deepest, layers = max(found.arch.get("taps", []), default=0), backbone.config.layers
-        if deepest > layers:
-            raise UsageError(f"{where} reads layer {deepest}, but this model has {layers}; train a drafter for it.")
         earned = {int(size): tokens for size, tokens in found.tokens_per_step.items()}
         size = tree_size(backbone, nodes, earned)
         try:
             return cls(backbone, found.arch, tensors, found.paths, size, earned, grown)
         except (KeyError, IndexError) as error:
+            where = checkpoint or f"The {cls.method} drafter that came with foretell"
             raise ForetellError(f"{where} is damaged: it lacks {error}; copy or train it again.") from error
 
     @classmethod
@@ -251,24 +249,16 @@ class Hydra(Drafter):
             grounded: whether heads read the tokens of their path.
             tied: whether all but the first block of a head are one and the same.
         """
-        if output not in ("shared", "tied", "own"):
-            raise UsageError(f"Hydra's output is {output!r}; it must be shared, tied or own.")
-        depth, c = backbone.config.layers, backbone.config
         layers = layers or 1 + cls.plus
-        given = SimpleNamespace(
-            heads=heads, layers=layers, soft=soft, draft_vocab=draft_vocab, taps=taps, dropout=dropout
+        check_options(
+            backbone, output, heads=heads, layers=layers, soft=soft, draft_vocab=draft_vocab, taps=taps, dropout=dropout
         )
-        ranges = (
-            ("heads", 1, 16), ("layers", 1, 8), ("soft", 0, 1), ("draft_vocab", 0, 2**31),
-            ("taps", 0, min(8, depth - 1)), ("dropout", 0, 0.9),
-        )  # fmt: skip
-        check_numbers(given, ranges)
         vocabulary_V = draft_vocabulary(counts_V, draft_vocab)
         return HydraHeads(
             backbone.head_rows(vocabulary_V).cpu(), vocabulary_V, len(counts_V), heads=heads, layers=layers,
-            output=output, soft=soft, taps=[round(depth * (i + 1) / (taps + 1)) for i in range(taps)],
+            output=output, soft=soft, taps=spread(taps, backbone),
             embed=backbone.embed, grounded=grounded, tied=tied, dropout=dropout,
-            prefix=DecoderLayer(c, backbone.rotation) if cls.plus else None,
+            prefix=DecoderLayer(backbone.config, backbone.rotation) if cls.plus else None,
         )  # fmt: skip
 
     @property

@@ -21,7 +21,6 @@ tokens, R ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,10 +36,13 @@ from foretell.drafters.checkpoint import Checkpoint, find
 from foretell.drafters.parts import (
     GuessingHeads,
     TrainingBatch,
+    check_options,
+    check_tree,
     draft_vocabulary,
+    spread,
     tree_size,
 )
-from foretell.errors import ForetellError, UsageError, check_numbers
+from foretell.errors import ForetellError
 from foretell.trees.grow import Candidates
 from foretell.trees.published import published
 from foretell.trees.tree import ROOT, TokenTree
@@ -124,14 +126,8 @@ class Medusa(Drafter):
         self.taps = (*arch["taps"], FINAL)
         self._embed = backbone.embed if arch["root"] else None
         self._vocabulary_V = tensors["vocabulary"].numpy().astype(np.int64)
-        heads, choices = arch["heads"], len(self._vocabulary_V)
-        every = Candidates(self.paths)
-        if every.heads > heads or every.width > choices:
-            raise UsageError(
-                f"The tree is deeper than the {heads} heads, or names a rank beyond the {choices} tokens they choose "
-                "from; take another tree."
-            )
-        self._candidates = {0: every}
+        check_tree(self.paths, arch["heads"], len(self._vocabulary_V))
+        self._candidates = {0: Candidates(self.paths)}
         blocks = [
             list(zip(tensors[f"weight.{layer}"], tensors["bias"][layer].float(), strict=True))
             for layer in range(arch["layers"])
@@ -143,7 +139,7 @@ class Medusa(Drafter):
         self._states: dict[int, list[Tensor]] = {}  # slot -> of the newest token but one: state, then streams
 
     @classmethod
-    def build(  # type: ignore[override]
+    def build(
         cls,
         backbone: Backbone,
         checkpoint: str = "",
@@ -162,12 +158,9 @@ class Medusa(Drafter):
             any_backbone: accept heads of another model of the same sizes.
         """
         found, tensors = find("medusa", backbone, checkpoint, any_backbone)
-        where = checkpoint or "The medusa drafter that came with foretell"
         if not _whole(found, tensors):
+            where = checkpoint or "The medusa drafter that came with foretell"
             raise ForetellError(f"{where} is damaged: it lacks what its config names; copy or train it again.")
-        deepest, layers = max(found.arch["taps"], default=0), backbone.config.layers
-        if deepest > layers:
-            raise UsageError(f"{where} reads layer {deepest}, but this model has {layers}; train a drafter for it.")
         paths = published(tree) if tree else found.paths
         earned = {} if tree else {int(size): tokens for size, tokens in found.tokens_per_step.items()}
         size = tree_size(backbone, nodes or (len(paths) + 1 if tree else 0), earned)
@@ -189,20 +182,12 @@ class Medusa(Drafter):
             taps: how many streams part-way up are read, evenly spread over the layers; 0 as in the paper.
             root: whether the token just chosen is read; not in the paper.
         """
-        if output not in ("shared", "tied", "own"):
-            raise UsageError(f"Medusa's output is {output!r}; it must be shared, tied or own.")
-        depth = backbone.config.layers
-        given = SimpleNamespace(heads=heads, layers=layers, soft=soft, draft_vocab=draft_vocab, taps=taps)
-        ranges = (
-            ("heads", 1, 16), ("layers", 1, 8), ("soft", 0, 1), ("draft_vocab", 0, 2**31),
-            ("taps", 0, min(8, depth - 1)),
-        )  # fmt: skip
-        check_numbers(given, ranges)
+        check_options(backbone, output, heads=heads, layers=layers, soft=soft, draft_vocab=draft_vocab, taps=taps)
         vocabulary_V = draft_vocabulary(counts_V, draft_vocab)
         head_Vd = backbone.head_rows(vocabulary_V).cpu()
         return MedusaHeads(
             head_Vd, vocabulary_V, len(counts_V), heads=heads, layers=layers, output=output, soft=soft,
-            taps=[round(depth * (i + 1) / (taps + 1)) for i in range(taps)], embed=backbone.embed if root else None,
+            taps=spread(taps, backbone), embed=backbone.embed if root else None,
         )  # fmt: skip
 
     @property

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +24,8 @@ from torch.nn import functional as F
 from foretell.backbone import Backbone
 from foretell.backbone.config import ModelConfig
 from foretell.backbone.costs import StepCosts
-from foretell.errors import UsageError
+from foretell.errors import UsageError, check_numbers
+from foretell.trees import from_paths
 from foretell.trees.search import ENDED, MISSED
 
 CHUNK = 512
@@ -106,6 +108,36 @@ def tree_size(backbone: Backbone, nodes: int, tokens_per_step: dict[int, float])
         return costs.best_size(rows, context, tokens_per_step)
 
     return lambda rows, context: best(rows, context // 64 * 64)
+
+
+def check_tree(paths: Sequence[Sequence[int]], heads: int, choices: int) -> None:
+    """Refuses rank paths that heads choosing from so many tokens cannot fill.
+
+    Raises:
+        UsageError: naming what is wrong with them.
+    """
+    tree, ordered = from_paths(paths)
+    if tree.height > heads or any(path[-1] >= choices for path in ordered[1:]):
+        raise UsageError(
+            f"The tree is deeper than the {heads} heads, or names a rank beyond the {choices} tokens they choose from; "
+            "take another tree."
+        )
+
+
+def check_options(backbone: Backbone, output: str, **numbers: float) -> None:
+    """Refuses what heads cannot be made with; `numbers` are options of these names, those that a method has."""
+    if output not in ("shared", "tied", "own"):
+        raise UsageError(f"output is {output!r}; it must be shared, tied or own.")
+    ranges = {
+        "heads": (1, 16), "layers": (1, 8), "soft": (0, 1), "draft_vocab": (0, 2**31),
+        "taps": (0, min(8, backbone.config.layers - 1)), "dropout": (0, 0.9),
+    }  # fmt: skip
+    check_numbers(SimpleNamespace(**numbers), [(name, *ranges[name]) for name in numbers])
+
+
+def spread(taps: int, backbone: Backbone) -> list[int]:
+    """So many layers, evenly spread."""
+    return [round(backbone.config.layers * (i + 1) / (taps + 1)) for i in range(taps)]
 
 
 def draft_vocabulary(counts_V: Tensor, size: int) -> Tensor:
