@@ -1,5 +1,7 @@
-"""Trees grown from probabilities, against sorting every path by hand."""
+"""Trees grown from probabilities, all at once or level by level, against sorting every path by hand."""
 
+import math
+from copy import deepcopy
 from itertools import product
 
 import numpy as np
@@ -8,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foretell.errors import UsageError
-from foretell.trees.grow import Candidates
+from foretell.trees import from_paths
+from foretell.trees.grow import Candidates, Growing
 
 ranks = st.integers(1, 3).flatmap(
     lambda heads: st.tuples(
@@ -70,3 +73,163 @@ def test_sure_heads_get_a_chain_and_unsure_ones_a_bush() -> None:
     assert chain[0].parents == (-1, 0, 1, 2)
     assert bush[0].parents == (-1, 0, 0, 0)
     assert (candidates.heads, candidates.width) == (3, 4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1), st.lists(st.tuples(st.floats(0.1, 4), st.floats(-4, 4)), min_size=2, max_size=2),
+    st.integers(2, 16),
+)  # fmt: skip
+def test_scaled_heads_grow_the_tree_of_what_they_should_have_said(
+    seed: int, scales: list[tuple[float, float]], nodes: int
+) -> None:
+    said_BKR = -np.sort(np.random.default_rng(seed).exponential(size=(2, 2, 4)), axis=2)
+    should = [
+        [[-math.log1p(math.exp(-bias) * math.expm1(-said) ** slope) for said in row[k].tolist()]
+         for k, (slope, bias) in enumerate(scales)]
+        for row in said_BKR
+    ]  # fmt: skip
+    candidates = Candidates([path for depth in (1, 2) for path in product(range(4), repeat=depth)])
+    ours, twin = candidates.grow(said_BKR, nodes, scales), candidates.grow(np.array(should), nodes)
+    for (tree, chosen, ours_p), (other, theirs, twin_p) in zip(ours, twin, strict=True):
+        assert (tree, chosen) == (other, theirs)
+        assert ours_p == pytest.approx(twin_p, rel=1e-6)
+
+
+# -- level by level ---------------------------------------------------------------------------------------------------
+
+
+def random_growing(seed: int, size: int) -> Growing:
+    """Guesses hung anywhere, certain ones and many equally probable ones among them."""
+    rng, tree = np.random.default_rng(seed), Growing([100], [0])
+    for node in range(1, size + 1):
+        said = [0.0, -0.25, -0.5, -1.0, -float(rng.exponential())][rng.integers(5)]
+        tree.add(int(rng.integers(node)), 100 + node, said)
+    return tree
+
+
+def ranked(tree: Growing) -> list[int]:
+    """All nodes but the root, the most probable first, of equals the older; each valued along its own path."""
+    values = []
+    for node in range(len(tree.parents)):
+        value = 0.0
+        while node:
+            value += math.log(tree.given[node])
+            node = tree.parents[node]
+        values.append(value)
+    assert tree.values == pytest.approx(values, abs=1e-9)
+    return sorted(range(1, len(values)), key=lambda node: (-tree.values[node], node))
+
+
+def words(tree: Growing, node: int) -> list[int]:
+    """Tokens of the path to a node."""
+    return [*(words(tree, tree.parents[node]) if node else []), tree.tokens[node]]
+
+
+growings = st.builds(random_growing, st.integers(0, 2**32 - 1), st.integers(0, 30))
+
+
+@settings(max_examples=200, deadline=None)
+@given(growings, st.integers(1, 40))
+def test_the_best_nodes_are_a_tree(tree: Growing, count: int) -> None:
+    best = tree.best(count)
+    assert best == ranked(tree)[:count]
+    assert {tree.parents[node] for node in best} <= {0, *best}
+    assert all(tree.values[node] <= tree.values[tree.parents[node]] for node in range(1, len(tree.parents)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(growings, st.integers(1, 40), st.integers(1, 31), st.integers(1, 9), st.sampled_from([0.0, 0.1, 0.5, 1.0, 3.0]))
+def test_those_are_asked_next_who_are_new_and_among_the_best(
+    tree: Growing, count: int, since: int, most: int, least: float
+) -> None:
+    best = ranked(tree)[:count]
+    tree.narrow(count, since, most, least)
+    assert tree.floor == (min(tree.values[node] for node in best) if len(best) == count else -math.inf)
+    new = [node for node in best if node >= since][:most]
+    likely = sum(math.exp(tree.values[node]) for node in new) >= least
+    assert tree.asked == (new if likely else [])
+
+
+def test_nobody_is_asked_where_the_step_will_hardly_come_so_far() -> None:
+    tree = Growing([7], [0])
+    for token, p in ((1, 0.05), (2, 0.02), (3, 0.5)):
+        tree.add(0, token, math.log(p))
+    tree.narrow(2, 1, 8, 0.54)
+    assert tree.asked == [3, 1]
+    tree.narrow(2, 1, 8, 0.56)
+    assert tree.asked == []
+    tree.narrow(3, 1, 1, 0.49)  # one is asked at most, and counts alone
+    assert tree.asked == [3]
+    tree.narrow(3, 1, 1, 0.51)
+    assert tree.asked == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(growings, st.integers(1, 40), st.integers(1, 8), st.integers(1, 8), st.integers(0, 2**32 - 1))
+def test_of_many_guesses_those_are_added_that_matter(
+    tree: Growing, count: int, asked: int, most: int, seed: int
+) -> None:
+    """Against adding them all."""
+    rng, since = np.random.default_rng(seed), len(tree.parents)
+    tree.narrow(count, 0, asked, 0.0)
+    tree.asked = tree.asked or [0]
+    said_AR = -np.sort(rng.choice([0.0, 0.25, 0.5, 1.0, 2.0, *rng.exponential(size=3)], (len(tree.asked), 5)), axis=1)
+    tokens_AR = (1000 + np.arange(said_AR.size)).reshape(said_AR.shape).tolist()
+    whole = deepcopy(tree)
+    for node, said, tokens in zip(tree.asked, said_AR.tolist(), tokens_AR, strict=True):
+        for each, token in zip(said, tokens, strict=True):
+            whole.add(node, token, each)
+    tree.extend(said_AR, tokens_AR, count)
+    assert len(tree.parents) <= min(len(whole.parents), since + count)
+    assert [words(tree, node) for node in tree.best(count)] == [words(whole, node) for node in whole.best(count)]
+    for each in (tree, whole):
+        each.narrow(count, since, most, 0.0)
+    assert tree.floor == whole.floor
+    assert [words(tree, node) for node in tree.asked] == [words(whole, node) for node in whole.asked]
+
+
+@settings(max_examples=100, deadline=None)
+@given(ranks, st.integers(0, 2**32 - 1))
+def test_a_static_tree_is_filled_with_the_guesses_that_its_paths_name(
+    some: tuple[int, list[list[int]]], seed: int
+) -> None:
+    shape, ordered = from_paths({tuple(path[: n + 1]) for path in some[1] for n in range(len(path))})
+    said_NR = -np.sort(np.random.default_rng(seed).exponential(size=(len(shape), 4)), axis=1)
+
+    def token(path: tuple[int, ...]) -> int:
+        return int("9" + "".join(map(str, path)))
+
+    tree = Growing([9], [0])
+    while tree.asked:
+        said_AR = said_NR[tree.asked]
+        tree.fill(shape, ordered, said_AR, [[token((*ordered[node], r)) for r in range(4)] for node in tree.asked])
+    assert tuple(tree.parents) == shape.parents
+    assert tree.tokens == [token(path) for path in ordered]
+    p = [math.exp(said_NR[shape.parents[node], ordered[node][-1]]) for node in range(1, len(shape))]
+    assert tree.given == pytest.approx([1.0, *p])
+
+
+@settings(max_examples=100, deadline=None)
+@given(growings, st.integers(0, 40))
+def test_a_cut_keeps_paths_and_probabilities(tree: Growing, count: int) -> None:
+    best = tree.best(count)
+    cut, tokens, given = tree.cut(best)
+    assert len(cut) == len(tokens) == len(given) == len(best) + 1
+    kept = {tuple(tokens[i] for i in cut.path(node)): p for node, p in enumerate(given)}
+    assert kept == {tuple(words(tree, node)): tree.given[node] for node in [0, *best]}
+    whole, tokens, given = tree.cut(range(1, len(tree.parents)))
+    assert (list(whole.parents), tokens, given) == (tree.parents, tree.tokens, tree.given)
+
+
+def test_what_is_no_probability_counts_as_certain() -> None:
+    tree = Growing([7], [0])
+    for said in (math.nan, 0.5, -math.inf):
+        tree.add(0, 1, said)
+    assert (tree.values, tree.given) == ([0.0, 0.0, 0.0, -math.inf], [1.0, 1.0, 1.0, 0.0])
+    for said in (math.nan, 1e-8, -math.inf, -1e30):
+        tree = Growing([7], [0])
+        tree.extend(np.full((1, 3), said, dtype=np.float32), [[1, 2, 3]], 2)
+        cut, _, given = tree.cut(tree.best(2))
+        assert cut.parents in ((-1,), (-1, 0, 0))
+        assert all(0 <= p <= 1 for p in given)

@@ -1,31 +1,37 @@
 """Hydra: level by level, each node's guesses are what the learning form says after its own path; no answer changes."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from decoding import assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly
-from random_backbones import BF16, COMPILED, FP32, KERNELS, using
-from test_medusa import VOCAB, WIDTH, backbone_of, batch_of, requests, some_paths
+from random_backbones import BF16, COMPILED, FP32, KERNELS, Model, build, using
+from test_medusa import LLAMA, VOCAB, WIDTH, backbone_of, batch_of, random_heads, requests, some_paths
 from torch import Tensor
 
 from foretell import drafters
 from foretell.backbone import Backbone, Nodes
 from foretell.backbone.linear import side_by_side
 from foretell.contracts import FINAL, Row, SamplingParams
+from foretell.drafters import hydra
 from foretell.drafters.checkpoint import Checkpoint
 from foretell.drafters.hydra import BEAM, Hydra, HydraHeads, HydraPlus
 from foretell.drafters.hydra import WIDTH as WIDTH_OF_A_NODE
+from foretell.drafters.learning import DecoderLayer, GuessingHeads, TrainingBatch
 from foretell.drafters.medusa import Medusa
-from foretell.drafters.parts import DecoderLayer
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.errors import UsageError
 from foretell.train.data import Distilled
 from foretell.train.features import Features
 from foretell.train.trainer import Settings, Trainer
+from foretell.trees.calibration import Scale
 from foretell.trees.search import nested, replay
+
+ODD: list[list[Scale]] = [[(0.05, 3.0)] * 3, [(1.0, 0.0), (4.0, -6.0), (0.3, 2.0)], [(20.0, 40.0)] * 3]
+"""Whatever a calibration may say."""
 
 
 def random_hydra(
@@ -42,10 +48,11 @@ def random_hydra(
 
 
 def drafter_of(
-    backbone: Backbone, module: HydraHeads, paths: list[tuple[int, ...]] | None = None, nodes: int = 24
-) -> Hydra:
+    backbone: Backbone, module: HydraHeads, paths: list[tuple[int, ...]] | None = None, nodes: int = 24,
+    scales: Sequence[Scale] = (),
+) -> Hydra:  # fmt: skip
     tensors, arch = module.checkpoint()
-    return Hydra(backbone, arch, tensors, paths or [], lambda rows, context: nodes, grown=paths is None)
+    return Hydra(backbone, arch, tensors, paths or [], lambda rows, context: nodes, grown=paths is None, scales=scales)
 
 
 # -- exactness ------------------------------------------------------------------------------------------------------
@@ -58,7 +65,10 @@ def drafter_of(
 def test_untrained_heads_change_no_token(grown: bool, plus: bool, dtype: torch.dtype, rows: int) -> None:
     backbone = backbone_of(dtype)
     truth = plainly(backbone, requests())
-    for seed, options in enumerate(({"layers": 2, "taps": 0}, {"output": "own"}, {"output": "shared", "tied": True})):
+    every: list[dict[str, Any]] = [
+        {"layers": 2, "taps": 0}, {"output": "own"}, {"output": "shared", "tied": True}, {"chained": True}
+    ]  # fmt: skip
+    for seed, options in enumerate(every):
         module = random_hydra(backbone, plus, seed=seed, **options)
         drafter = drafter_of(backbone, module, None if grown else some_paths(3, 6, seed), 12 + 14 * seed)
         for each in (drafter, WithLookup(drafter)):
@@ -66,6 +76,18 @@ def test_untrained_heads_change_no_token(grown: bool, plus: bool, dtype: torch.d
             assert decoder.lossless
             assert_same(finish(decoder, requests()), truth)
             assert held_like_a_fresh_prefill(decoder) > 0
+
+
+def test_however_far_heads_are_believed_no_token_changes() -> None:
+    backbone = backbone_of()
+    truth = plainly(backbone, requests())
+    module, medusas = random_hydra(backbone, chained=True), random_heads(backbone, 3, 1, "tied", 40)
+    tensors, arch = medusas.checkpoint()
+    for scales in ODD:
+        medusa = Medusa(backbone, arch, tensors, some_paths(3, 6, 0), lambda rows, context: 12, scales=scales)
+        for drafter in (drafter_of(backbone, module, scales=scales), medusa):
+            for each in (drafter, WithLookup(drafter)):
+                assert_same(finish(decoder_of(backbone, each, max_rows=3), requests()), truth)
 
 
 # -- drafting -------------------------------------------------------------------------------------------------------
@@ -94,19 +116,25 @@ def said_after(backbone: Backbone, module: HydraHeads, tokens: list[int], path: 
     ordered = [streams[tap] for tap in reversed(module.taps)]
     if module.prefix:
         ordered[0] = module.prefix(ordered[0])
-    parts = [stream[0, -1] for stream in ordered]
-    if module.grounded:
-        parts += list(backbone.embed(torch.tensor(path)))
-    k = len(path) - 1
-    state = module.states(k, side_by_side(torch.stack(parts)[None]))
-    return (state @ module.head(k).T).log_softmax(-1)[0].detach()
+    parts, states = [stream[0, -1] for stream in ordered], list[Tensor]()
+    for k, token in enumerate(path):
+        if module.grounded:
+            parts.append(backbone.embed(torch.tensor([token]))[0])
+        read = [*parts, *states[-1:]] if module.chained else parts
+        states.append(module.states(k, side_by_side(torch.stack(read)[None]))[0])
+    return (module.head(len(path) - 1) @ states[-1]).log_softmax(-1).detach()
 
 
 @pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("plus", [False, True], ids=["hydra", "hydra++"])
 @pytest.mark.parametrize(
-    "options", [{"layers": 1}, {"layers": 3, "tied": True, "taps": 0}, {"output": "own"}, {"grounded": False}], ids=str
-)
+    "options",
+    [
+        {"layers": 1}, {"layers": 3, "tied": True, "taps": 0}, {"output": "own"}, {"grounded": False},
+        {"chained": True}, {"chained": True, "grounded": False, "layers": 2},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_each_node_is_what_the_heads_say_after_its_path(plus: bool, options: dict[str, Any]) -> None:
     backbone = backbone_of()
     module = random_hydra(backbone, plus, **options)
@@ -165,27 +193,77 @@ def test_rows_drafted_together_are_drafted_as_alone() -> None:
         assert (alone.trees[0], alone.tokens[0]) == (whole.trees[i], whole.tokens[i])
 
 
-def test_no_level_asks_more_than_the_beam(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_level_asks_no_more_than_the_beam_and_nobody_where_it_is_hardly_reached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     backbone = backbone_of()
     drafter = drafter_of(backbone, random_hydra(backbone), nodes=100)
-    row, counts = after_some_steps(backbone, drafter), []
+    row, counts = after_some_steps(backbone, drafter), list[int]()
 
     def counting(top: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(parts: list[Any], count: int) -> Any:
-            counts.append(len(parts))
-            return top(parts, count)
+        def counted(store: Tensor, which: list[Any], *rest: Any) -> Any:
+            counts.append(len(which))
+            return top(store, which, *rest)
 
         return counted
 
     for level in drafter._levels:
         monkeypatch.setattr(level, "top", counting(level.top))
-    drafter.draft([row])
-    assert counts == [1, BEAM, BEAM]
+    for least, asked in ((0.0, [1, BEAM, BEAM]), (1.1, [1])):  # nothing is reached with more than certainty
+        monkeypatch.setattr(hydra, "LEAST", least)
+        counts.clear()
+        drafter.draft([row])
+        assert counts == asked
 
 
-def test_a_token_of_the_path_changes_only_what_comes_after_it() -> None:
+@pytest.mark.usefixtures("in_float32")
+@pytest.mark.parametrize("chained", [False, True])
+def test_the_tree_is_the_best_of_all_that_could_be_asked(monkeypatch: pytest.MonkeyPatch, chained: bool) -> None:
+    """Every node of every level is asked for every token; of all these paths the most probable are drafted."""
+    monkeypatch.setattr(hydra, "LEAST", 0.0)
+    monkeypatch.setattr(hydra, "BEAM", 1000)
     backbone = backbone_of()
-    module = random_hydra(backbone, layers=2)
+    module = random_hydra(backbone, vocabulary=5, chained=chained)
+    drafter = drafter_of(backbone, module, nodes=25)
+    row = after_some_steps(backbone, drafter)
+    values, level = dict[tuple[int, ...], float](), {(row.tokens[-1],): 0.0}
+    for _ in range(module.heads):
+        level = {
+            (*path, token): value + said
+            for path, value in level.items()
+            for token, said in enumerate(said_after(backbone, module, row.tokens, list(path)).tolist())
+        }
+        values |= level
+    assert len(values) == 5 + 25 + 125
+    draft = drafter.draft([row])
+    (tree,), (tokens,) = draft.trees, draft.tokens
+    drafted = {tuple(tokens[i] for i in tree.path(node)) for node in range(1, len(tree))}
+    assert len(drafted) == 24
+    best = sorted(values.values(), reverse=True)[:24]
+    assert sorted((values[path] for path in drafted), reverse=True) == pytest.approx(best, abs=1e-3)
+
+
+@pytest.mark.usefixtures("in_float32")
+def test_heads_that_are_hardly_believed_hang_less_below_them() -> None:
+    backbone = backbone_of()
+    module = random_hydra(backbone)
+    drafter = drafter_of(backbone, module, nodes=8)
+    doubted = drafter_of(backbone, module, nodes=8, scales=[(0.5, -1.0), (1.0, -8.0), (1.0, -8.0)])
+    row = after_some_steps(backbone, drafter)
+    doubted._states = drafter._states
+    deep, flat = drafter.draft([row]), doubted.draft([row])
+    assert flat.trees[0].height == 1 < deep.trees[0].height
+    said = said_after(backbone, module, row.tokens, row.tokens[-1:])
+    assert flat.probabilities
+    for token, p in zip(flat.tokens[0][1:], flat.probabilities[0][1:], strict=True):
+        log_p = float(said[module.vocabulary_V.tolist().index(token)])
+        assert p == pytest.approx(1 / (1 + math.e * math.expm1(-log_p) ** 0.5), rel=1e-3)
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_token_of_the_path_changes_only_what_comes_after_it(chained: bool) -> None:
+    backbone = backbone_of()
+    module = random_hydra(backbone, layers=2, chained=chained)
     tokens = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3]]
     batch = batch_of(tokens, [[True] * 10])
     sources = torch.tensor([2])
@@ -195,6 +273,48 @@ def test_a_token_of_the_path_changes_only_what_comes_after_it() -> None:
         batch.tokens_BT[0, changed] = 60
         same = (module.read(batch, sources).detach() == before).all(-1)[:, 0].tolist()
         assert same == [k < changed - 3 for k in range(3)]
+
+
+# -- heads that know -------------------------------------------------------------------------------------------------
+
+
+def counting_backbone() -> Backbone:
+    """Says t + 1 after t: layers add nothing, and output row t + 1 is the embedding of t."""
+    model = Model(LLAMA)
+    weights = model.weights()
+    for name, weight in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.zero_()
+    embedding = weights["model.embed_tokens.weight"]
+    embedding -= embedding.mean(1, keepdim=True)  # what is alike in all dimensions says nothing
+    embedding /= embedding.norm(dim=1, keepdim=True)
+    weights["model.norm.weight"].fill_(1)
+    weights["lm_head.weight"] = embedding.roll(1, 0)
+    return build(model.config, weights)
+
+
+def counting_heads(backbone: Backbone, plus: bool, sign: int) -> HydraHeads:
+    """Four heads that add the last token's embedding to the state (or take it away), which speaks for the next."""
+    kind = HydraPlus if plus else Hydra
+    module = kind.trainable(backbone, torch.ones(VOCAB), layers=1, output="shared", draft_vocab=0, taps=0, chained=plus)
+    with torch.no_grad():
+        module.first_bias_Kd.fill_(64)  # SiLU is the identity here
+        for k, weight in enumerate(module.first):
+            weight[:, (k + 1) * WIDTH : (k + 2) * WIDTH] = sign * 8 * torch.eye(WIDTH)
+    return module.eval()
+
+
+@pytest.mark.parametrize("plus", [False, True], ids=["hydra", "hydra++"])
+@pytest.mark.parametrize(("sign", "each_step"), [(1, 5), (-1, 1)], ids=["always right", "always wrong"])
+def test_heads_that_know_are_accepted_to_their_full_depth(plus: bool, sign: int, each_step: int) -> None:
+    backbone = counting_backbone()
+    request = ([5, 6, 7], SamplingParams(max_new_tokens=25, ignore_eos=True))
+    drafter = drafter_of(backbone, counting_heads(backbone, plus, sign), nodes=16)
+    output = finish(decoder_of(backbone, drafter), [request])[0]
+    assert output.ids == [(8 + i) % VOCAB for i in range(25)]
+    assert output.statistics.steps == 25 / each_step
+    assert output.statistics.accepted == 25 - output.statistics.steps
+    assert_same([output], plainly(backbone, [request]))
 
 
 # -- the layer before the heads --------------------------------------------------------------------------------------
@@ -269,11 +389,12 @@ def test_heads_without_their_path_are_medusas() -> None:
     torch.testing.assert_close(hydra.read(batch, sources), medusa.read(batch, sources), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("chained", [False, True])
 @pytest.mark.parametrize("plus", [False, True], ids=["hydra", "hydra++"])
-def test_gradients_reach_every_part_and_nothing_else(plus: bool) -> None:
+def test_gradients_reach_every_part_and_nothing_else(plus: bool, chained: bool) -> None:
     backbone = backbone_of()
     before = backbone.head_rows(torch.arange(VOCAB)).clone()
-    module = random_hydra(backbone, plus, layers=2, vocabulary=0).train()
+    module = random_hydra(backbone, plus, layers=2, vocabulary=0, chained=chained).train()
     torch.stack(list(module.losses(batch_of([[(7 * i) % VOCAB for i in range(20)]], [[True] * 20])).values())).sum().backward()  # fmt: skip  # noqa: E501
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in module.parameters())
     assert any(name.startswith("prefix") for name, _ in module.named_parameters()) == plus
@@ -294,7 +415,7 @@ def test_a_cyclic_sequence_is_learnt_one_head_one_step_further(plus: bool) -> No
         optimizer.zero_grad()
         torch.stack(list(module.losses(batch).values())).sum().backward()
         optimizer.step()
-    ranks = [each.numpy() for each in module.eval().ranks(batch)]
+    ranks = [each.ranks_PK.numpy() for each in module.eval().guesses(batch)]
     assert replay(ranks, nested(ranks, 4)) > 3.6
     drafter = drafter_of(backbone, module, nodes=4)
     drafter.bind(backbone.new_cache(1, 64))
@@ -305,6 +426,93 @@ def test_a_cyclic_sequence_is_learnt_one_head_one_step_further(plus: bool) -> No
         draft = drafter.draft([Told(tokens[: i + 1])])
         assert draft.tokens[0] == tokens[i : i + 4]
         assert draft.trees[0].is_chain
+
+
+def assert_same_guesses(ours: GuessingHeads, theirs: GuessingHeads, batch: TrainingBatch, heads: int = 3) -> None:
+    for mine, right in zip(ours.eval().guesses(batch), theirs.eval().guesses(batch), strict=True):
+        assert torch.equal(mine.ranks_PK[:, :heads], right.ranks_PK[:, :heads])
+        torch.testing.assert_close(mine.said_PKR[:, :heads], right.said_PKR[:, :heads], rtol=1e-4, atol=1e-4)
+
+
+def some_batch() -> TrainingBatch:
+    tokens = torch.randint(40, (2, 20), generator=torch.Generator().manual_seed(4)).tolist()
+    return batch_of(tokens, [[True] * 20] * 2)
+
+
+@pytest.mark.usefixtures("in_float32")
+@pytest.mark.parametrize("plus", [False, True], ids=["hydra", "hydra++"])
+@pytest.mark.parametrize(
+    ("layers", "output", "root"),
+    [(1, "tied", True), (2, "tied", True), (2, "own", False), (1, "shared", True), (2, "tied", False)],
+)
+def test_begun_with_medusas_heads_it_guesses_what_they_guess(plus: bool, layers: int, output: str, root: bool) -> None:
+    backbone, batch = backbone_of(), some_batch()
+    medusa = random_heads(backbone, 3, layers, output, 40, root=root)
+    kind = HydraPlus if plus else Hydra
+    module = kind.trainable(
+        backbone, torch.arange(VOCAB).flip(0), heads=3, layers=2, output=output, draft_vocab=40, chained=plus
+    )
+    with pytest.raises(AssertionError):
+        assert_same_guesses(module, medusa, batch)
+    tensors, arch = medusa.checkpoint()
+    module.start(arch, tensors)
+    assert_same_guesses(module, medusa, batch)
+
+
+@pytest.mark.usefixtures("in_float32")
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({}, {"plus": True}), ({"plus": True}, {"plus": True}), ({}, {"chained": True}), ({}, {"layers": 3}),
+        ({"chained": True, "layers": 2}, {"chained": True, "layers": 2}), ({"heads": 2}, {"heads": 3}),
+        ({"heads": 3}, {"heads": 2}), ({"grounded": False}, {"grounded": True}), ({}, {"output": "own"}),
+        ({"layers": 3, "tied": True}, {"layers": 3, "tied": True}), ({"tied": False}, {"layers": 2, "tied": True}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_begun_with_related_heads_it_guesses_what_they_guess(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    backbone, batch = backbone_of(), some_batch()
+    learnt = random_hydra(backbone, **theirs)
+    options = {"heads": 3} | {name: value for name, value in ours.items() if name != "plus"}
+    kind = HydraPlus if "plus" in ours else Hydra
+    module = kind.trainable(backbone, torch.arange(VOCAB).flip(0), draft_vocab=40, **options)
+    heads = min(learnt.heads, module.heads)
+    with pytest.raises(AssertionError):
+        assert_same_guesses(module, learnt, batch, heads)
+    tensors, arch = learnt.checkpoint()
+    module.start(arch, tensors)
+    assert_same_guesses(module, learnt, batch, heads)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"taps": 1}, {"taps": 2}), ({"taps": 2}, {"taps": 0}), ({"grounded": True}, {"grounded": False}),
+        ({"layers": 2}, {"layers": 1}), ({"layers": 2, "tied": True}, {"layers": 2}),
+        ({"layers": 2, "tied": True}, {"layers": 3, "tied": True}), ({"output": "own", "heads": 2}, {}),
+        ({"chained": True}, {}), ({"chained": True, "grounded": False}, {"chained": True}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_heads_of_other_options_are_no_beginning(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    backbone = backbone_of()
+    tensors, arch = random_hydra(backbone, **theirs).checkpoint()
+    with pytest.raises(UsageError, match=r"^It [^\n]* train with [^\n]*\.$"):
+        random_hydra(backbone, **ours).start(arch, tensors)
+
+
+@pytest.mark.parametrize(
+    ("layers", "reads", "ours"),
+    [(2, {"root": True}, {"layers": 2, "grounded": False}), (2, {"taps": 1}, {"layers": 2}), (2, {}, {"layers": 1})],
+    ids=str,
+)
+def test_medusas_heads_of_other_options_are_no_beginning(
+    layers: int, reads: dict[str, Any], ours: dict[str, Any]
+) -> None:
+    backbone = backbone_of()
+    tensors, arch = random_heads(backbone, 3, layers, "tied", 40, **reads).checkpoint()
+    with pytest.raises(UsageError, match=r"^It [^\n]* train with [^\n]*\.$"):
+        random_hydra(backbone, **ours).start(arch, tensors)
 
 
 def test_a_run_with_dropout_taken_up_again_ends_with_the_same_weights(tmp_path: Path) -> None:
@@ -350,11 +558,11 @@ class Committed:
 # -- checkpoints and mistakes ----------------------------------------------------------------------------------------
 
 
-def saved(folder: Path, backbone: Backbone, module: HydraHeads, method: str) -> str:
+def saved(folder: Path, backbone: Backbone, module: HydraHeads, method: str, scales: Sequence[Scale] = ()) -> str:
     tensors, arch = module.checkpoint()
     Checkpoint(
         method=method, backbone="tiny", fingerprint=backbone.fingerprint, hidden=WIDTH, vocab=VOCAB, arch=arch,
-        paths=[[0], [0, 0], [1]],
+        paths=[[0], [0, 0], [1]], calibration=[list(scale) for scale in scales],
     ).save(folder, tensors)  # fmt: skip
     return str(folder)
 
@@ -362,10 +570,11 @@ def saved(folder: Path, backbone: Backbone, module: HydraHeads, method: str) -> 
 @pytest.mark.parametrize("plus", [False, True], ids=["hydra", "hydra++"])
 def test_a_checkpoint_drafts_as_before(tmp_path: Path, plus: bool) -> None:
     backbone = backbone_of(BF16)
-    module = random_hydra(backbone, plus, layers=2, tied=True)
-    name = "hydra++" if plus else "hydra"
-    built = drafters.build(name, backbone, checkpoint=saved(tmp_path / "heads", backbone, module, name), nodes=24)
-    direct = drafter_of(backbone, module)
+    module = random_hydra(backbone, plus, layers=2, tied=True, chained=plus)
+    name, scales = "hydra++" if plus else "hydra", [(0.7, -1.0), (0.5, 0.5), (1.0, -2.0)]
+    folder = saved(tmp_path / "heads", backbone, module, name, scales)
+    built = drafters.build(name, backbone, checkpoint=folder, nodes=24)
+    direct = drafter_of(backbone, module, scales=scales)
     assert isinstance(built, Hydra)
     rows = [after_some_steps(backbone, each) for each in (built, direct)]
     assert rows[0].tokens == rows[1].tokens

@@ -111,25 +111,34 @@ def test_heads_side_by_side_are_their_blocks_one_after_the_other(kernel: str) ->
             for layer in range(layers)
         ]
         outputs = [random(choices, hidden).to(dtype) for _ in range(heads if own else 1)]
-        parts_BSd = torch.randn(rows, parts, hidden, generator=generator)
+        store_Nd = torch.randn(rows * parts, hidden, generator=generator)
+        which_BS = torch.randint(rows * parts, (rows, parts), generator=generator)  # some are read by several rows
+        parts_BSd, which = store_Nd[which_BS], which_BS.tolist()
         x_BI = parts_BSd[:, 0]
         for part in parts_BSd[:, 1:].unbind(1):
             x_BI = torch.cat([x_BI, part * (part.square().mean(1, keepdim=True) + 1e-6).rsqrt()], 1)
         count = min(count, choices)
-        values, ids = (t.contiguous() for t in backbone.heads(blocks, outputs).top(parts_BSd, count))
+        together, states_BKd = backbone.heads(blocks, outputs), torch.full((rows, heads, hidden), torch.nan)
+        values, ids = (t.contiguous() for t in together.top(store_Nd, which, count, states_BKd))
         for k in range(heads):
             x = x_BI
             for layer in blocks:
                 x = x[:, :hidden] + torch.nn.functional.silu(x.to(dtype).float() @ layer[k][0].float().T + layer[k][1])
             truth = (x.to(dtype).float() @ outputs[k if own else 0].float().T).log_softmax(-1)
             near = {"rtol": 1e-4, "atol": 1e-4} if dtype == FP32 else {"rtol": 2e-2, "atol": 5e-2}
+            torch.testing.assert_close(states_BKd[:, k], x, **near)
             torch.testing.assert_close(values[:, k], truth.topk(count).values, **near)
             torch.testing.assert_close(values[:, k], truth.gather(1, ids[:, k]), **near)
             assert all(len(set(row)) == count for row in ids[:, k].tolist())
+        unasked = together.top(store_Nd, which, count)  # the states cost nothing else
+        assert same(unasked[0], values)
+        assert same(unasked[1], ids)
         if kernel != "eager":
-            alone = [backbone.heads(blocks, outputs).top(parts_BSd[i : i + 1], count) for i in range(rows)]
+            states_B1Kd = torch.full((rows, 1, heads, hidden), torch.nan)
+            alone = [together.top(store_Nd, which[i : i + 1], count, states_B1Kd[i]) for i in range(rows)]
             assert same(torch.cat([each[0] for each in alone]), values)
             assert same(torch.cat([each[1] for each in alone]), ids)
+            assert same(states_B1Kd[:, 0], states_BKd)
 
     sizes = (st.integers(1, 40), st.integers(1, 4), st.integers(1, 3), st.integers(1, 70), st.integers(1, 3))
     check(kernel, 25, holds, DTYPES, *sizes, st.integers(1, 100), st.booleans(), st.integers(1, 20))

@@ -20,15 +20,16 @@ from foretell import drafters
 from foretell.backbone import Backbone
 from foretell.backbone.linear import side_by_side
 from foretell.contracts import FINAL, SamplingParams
-from foretell.drafters import checkpoint
+from foretell.drafters import checkpoint, learning
 from foretell.drafters.checkpoint import Checkpoint
+from foretell.drafters.learning import RANKS, SAID, TrainingBatch, soft_cross_entropy
 from foretell.drafters.medusa import DECAY, Medusa, MedusaHeads
-from foretell.drafters.parts import TrainingBatch, draft_vocabulary, places, soft_cross_entropy
+from foretell.drafters.parts import draft_vocabulary, places
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.errors import ForetellError, UsageError
 from foretell.train.data import Distilled
 from foretell.train.features import Features
-from foretell.trees.search import ENDED, nested, replay
+from foretell.trees.search import ENDED, MISSED, nested, replay
 
 LLAMA = {"model_type": "llama", **DIMENSIONS}
 VOCAB, WIDTH = DIMENSIONS["vocab_size"], DIMENSIONS["hidden_size"]
@@ -290,9 +291,9 @@ def test_a_cyclic_sequence_is_learnt_one_head_one_step_further() -> None:
         optimizer.step()
     drafter = drafter_of(backbone, module, [(0,), (0, 0), (0, 0, 0)])
     for i, token in enumerate(cycle):
-        said = drafter._guesses([[states[token]]], 1)[1][0, :, 0].tolist()
+        said = drafter._guesses(states[token][None, None], 1)[1][0, :, 0].tolist()
         assert said == [cycle[(i + k) % 7] for k in (2, 3, 4)]
-    ranks = [each.numpy() for each in module.ranks(batch)]
+    ranks = [each.ranks_PK.numpy() for each in module.guesses(batch)]
     assert (ranks[0][:-2] == 0).all()
     assert replay(ranks, nested(ranks, 4)) > 3.8  # four tokens a step, but at the end of the text
 
@@ -301,7 +302,7 @@ def test_nothing_supervised_is_no_loss_and_no_rank() -> None:
     module = Medusa.trainable(backbone_of(), torch.ones(VOCAB))
     batch = batch_of([[1, 2, 3, 4]], [[False] * 4])
     assert module.losses(batch) == {}
-    assert [len(each) for each in module.ranks(batch)] == [0]
+    assert [(len(each.ranks_PK), each.said_PKR.shape) for each in module.guesses(batch)] == [(0, (0, 4, 10))]
 
 
 def test_a_short_conversation_teaches_only_the_heads_that_it_reaches() -> None:
@@ -309,9 +310,38 @@ def test_a_short_conversation_teaches_only_the_heads_that_it_reaches() -> None:
     losses = module.losses(batch_of([[1, 2, 3, 4]], [[True] * 4]))
     assert list(losses) == ["head 1", "head 2"]
     assert all(torch.isfinite(loss) for loss in losses.values())
-    ranks = module.ranks(batch_of([[1, 2, 3, 4]], [[True] * 4]))[0]
+    ranks = module.guesses(batch_of([[1, 2, 3, 4]], [[True] * 4]))[0].ranks_PK
     assert ranks.shape == (2, 4)
     assert (ranks[:, 2:] == ENDED).all()
+
+
+@pytest.mark.usefixtures("in_float32")
+@pytest.mark.parametrize("vocabulary", [6, 40])
+def test_what_would_have_been_guessed_position_by_position(vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "CHUNK", 4)
+    module = random_heads(backbone_of(), 3, 1, "own", vocabulary)
+    generator = torch.Generator().manual_seed(3)
+    tokens = [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in (9, 5, 12)]
+    batch = batch_of(tokens, [[i > 2 for i in range(len(row))] for row in tokens])
+    found = module.guesses(batch)
+    ended = missed = 0
+    for b, row in enumerate(tokens):
+        sources = [p for p in range(len(row) - 2) if p + 2 > 2]  # where the first head guesses what was written
+        assert len(found[b].ranks_PK) == len(found[b].said_PKR) == len(sources)
+        for place, p in enumerate(sources):
+            read = module.read(batch, torch.tensor([b * batch.tokens_BT.shape[1] + p])).detach()
+            for k in range(3):
+                said = (read[k, 0] @ module.head(k).detach().T).log_softmax(-1)
+                order = [module.vocabulary_V[i].item() for i in said.argsort(descending=True)]
+                token = row[p + 2 + k] if p + 2 + k < len(row) else None
+                rank = order.index(token) if token in order else MISSED
+                rank = ENDED if token is None else rank if rank < RANKS else MISSED
+                assert found[b].ranks_PK[place, k] == rank
+                ended, missed = ended + (rank == ENDED), missed + (rank == MISSED)
+                best = said.sort(descending=True).values[: min(SAID, vocabulary)]
+                torch.testing.assert_close(found[b].said_PKR[place, k], best, rtol=1e-4, atol=1e-4)
+    assert ended
+    assert missed
 
 
 def test_tokens_outside_the_draft_vocabulary_are_not_taught_and_never_drafted() -> None:
@@ -321,7 +351,7 @@ def test_tokens_outside_the_draft_vocabulary_are_not_taught_and_never_drafted() 
     assert module.vocabulary_V.tolist() == list(range(10, 20))
     assert sum(each.item() for each in module.losses(batch_of([[1, 2, 3, 4, 5]], [[True] * 5])).values()) == 0.0
     drafter = drafter_of(backbone, module, [(r,) for r in range(8)])
-    assert set(drafter._guesses(list(torch.randn(3, 4, WIDTH)), 8)[1].flatten().tolist()) <= set(range(10, 20))
+    assert set(drafter._guesses(torch.randn(3, 4, WIDTH), 8)[1].flatten().tolist()) <= set(range(10, 20))
 
 
 def test_a_draft_vocabulary_holds_the_most_frequent_tokens() -> None:
@@ -329,6 +359,53 @@ def test_a_draft_vocabulary_holds_the_most_frequent_tokens() -> None:
     assert draft_vocabulary(counts, 3).tolist() == [0, 1, 4]  # of equals, the smaller id
     assert draft_vocabulary(counts, 0).tolist() == draft_vocabulary(counts, 9).tolist() == [0, 1, 2, 3, 4]
     assert places(torch.tensor([1, 4]), 5).tolist() == [-1, 0, -1, -1, 1]
+
+
+def test_heads_begin_with_what_others_have_learnt() -> None:
+    backbone = backbone_of()
+    tokens = [[(5 * i) % VOCAB for i in range(20)]]
+    batch = batch_of(tokens, [[True] * 20])
+    for output in ("shared", "tied", "own"):
+        learnt, fresh = (random_heads(backbone, 3, 2, output, 30, seed) for seed in (0, 1))
+        (theirs,), (before,) = learnt.guesses(batch), fresh.guesses(batch)
+        assert not torch.equal(theirs.said_PKR, before.said_PKR)
+        tensors, arch = learnt.checkpoint()
+        fresh.start(arch, tensors)
+        (ours,) = fresh.guesses(batch)
+        assert torch.equal(ours.ranks_PK, theirs.ranks_PK)
+        assert torch.equal(ours.said_PKR, theirs.said_PKR)
+
+
+def test_of_other_draft_vocabularies_the_tokens_that_both_have_are_taken() -> None:
+    backbone = backbone_of()
+    learnt = random_heads(backbone, 3, 1, "tied", 20)
+    counts = (torch.arange(VOCAB) - 20).abs().neg()
+    for output in ("tied", "own"):
+        fresh = Medusa.trainable(backbone, counts, heads=3, layers=1, output=output, draft_vocab=15)
+        assert fresh.vocabulary_V.tolist() == list(range(13, 28))
+        tensors, arch = learnt.checkpoint()
+        before = fresh.head_KVd.detach().clone()
+        fresh.start(arch, tensors)
+        for i, token in enumerate(fresh.vocabulary_V.tolist()):
+            theirs = learnt.head_KVd[0, token] if token < 20 else before[0, i]
+            for k in range(3):
+                assert torch.equal(fresh.head(k)[i], theirs)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"layers": 2}, {"layers": 1}), ({"layers": 1}, {"layers": 2}), ({"heads": 2}, {"heads": 3}),
+        ({"taps": 1}, {"taps": 2}), ({"root": False}, {"root": True}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_heads_of_other_options_are_no_beginning(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    backbone = backbone_of()
+    learnt, fresh = (Medusa.trainable(backbone, torch.ones(VOCAB), **options) for options in (theirs, ours))
+    tensors, arch = learnt.checkpoint()
+    with pytest.raises(UsageError, match=r"^It is made with other options; train with the same .*root=\.$"):
+        fresh.start(arch, tensors)
 
 
 # -- checkpoints ----------------------------------------------------------------------------------------------------
@@ -362,7 +439,7 @@ def test_a_checkpoint_comes_back_whole(tmp_path: Path, output: str) -> None:
     built = drafters.build("medusa", backbone, checkpoint=str(folder))
     direct = drafter_of(backbone, module, [(0,), (0, 0), (1,)])
     assert built.taps == module.taps
-    states = list(torch.randn(5, 4, WIDTH))
+    states = torch.randn(5, 4, WIDTH)
     for ours, theirs in zip(cast(Medusa, built)._guesses(states, 3), direct._guesses(states, 3), strict=True):
         assert (ours == theirs).all()
     saved(folder, backbone, random_heads(backbone, 3, 2, output, 20, seed=9))  # a second one takes its place

@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import count, islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,18 +29,20 @@ from random_backbones import BF16, FP32, KERNELS, Model, examples, same, using
 from tiny_models import DIMENSIONS, save_tiny
 from torch import Tensor, nn
 
+from foretell.api import load
 from foretell.backbone import Backbone, Nodes
 from foretell.backbone import files as files_of_ours
 from foretell.cli import main
 from foretell.contracts import FINAL
 from foretell.drafters import checkpoint
-from foretell.drafters.parts import Trainable, TrainingBatch
+from foretell.drafters.learning import Guessed, Trainable, TrainingBatch
 from foretell.errors import ForetellError, UsageError
 from foretell.train import features as featuring
 from foretell.train import trainer as training
 from foretell.train.data import Distilled, Store
 from foretell.train.features import TEACHER, Features
-from foretell.train.trainer import Settings, Trainer
+from foretell.train.replay import by_size
+from foretell.train.trainer import SIZES, Settings, Trainer
 from foretell.trees import chain
 from foretell.trees.search import ENDED, MISSED
 
@@ -269,7 +272,7 @@ def test_empty_data_is_refused(backbone: Backbone) -> None:
 class Toy(Trainable):
     """What the trainer itself never asks for."""
 
-    def ranks(self, batch: TrainingBatch) -> list[Tensor]:
+    def guesses(self, batch: TrainingBatch) -> list[Guessed]:
         raise NotImplementedError
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -315,7 +318,7 @@ class Words(Toy):
 
 
 class Told(Toy):
-    """Its ranks are the tokens of the data, `NEVER` being none; nothing is learnt."""
+    """Its ranks are the tokens of the data, `NEVER` being none; it gives ten guesses 1/10 each. Nothing is learnt."""
 
     taps = (FINAL,)
 
@@ -326,13 +329,28 @@ class Told(Toy):
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         return {"tokens": self.weight.sum() * 0 + batch.tokens_BT[batch.supervised_BT].float().mean()}
 
-    def ranks(self, batch: TrainingBatch) -> list[Tensor]:
+    def guesses(self, batch: TrainingBatch) -> list[Guessed]:
         found = []
         for tokens, supervised in zip(batch.tokens_BT, batch.supervised_BT, strict=True):
             ranks = torch.where(tokens == NEVER, MISSED, tokens)[supervised]
             ahead = torch.cat([ranks, torch.full((2,), ENDED)])
-            found.append(torch.stack([ahead[k : k + len(ranks)] for k in range(3)], 1))
+            ranks_PK = torch.stack([ahead[k : k + len(ranks)] for k in range(3)], 1)
+            found.append(Guessed(ranks_PK, torch.full((*ranks_PK.shape, 10), math.log(0.1))))
         return found
+
+
+class Paced(Words):
+    """Learns at a quarter of the rate, and notes what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[float] = []
+
+    def begin(self, done: float) -> None:
+        self.told.append(done)
+
+    def groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        return [([self.table_KdV], 0.25)]
 
 
 Made = Callable[..., Trainer]
@@ -666,6 +684,23 @@ def test_steps_use_the_rate_of_their_number(trainer: Made) -> None:
     assert used == [made.learning_rate(step) for step in range(made.steps)]
 
 
+def test_a_module_says_how_fast_its_parts_learn_and_is_told_how_far_it_is(trainer: Made) -> None:
+    module, later, used = Paced(), Paced(), list[float]()
+    straight = trainer("straight", module=module)
+    straight.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
+    straight.run()
+    told = [step / straight.steps for step in range(straight.steps)]
+    assert used == [straight.learning_rate(step) * 0.25 for step in range(straight.steps)]
+    assert module.told == told
+    cut = trainer("cut", module=Paced())
+    with pytest.raises(KeyboardInterrupt):
+        cut.run(stop=lambda: cut.step == 3)
+    final = trainer("cut", module=later)
+    final.run()
+    assert later.told == told[3:]
+    assert_same_ends(final, straight)
+
+
 @pytest.mark.parametrize("clip", [100.0, 0.01])
 def test_accumulated_batches_weigh_alike_and_gradients_are_clipped(
     trainer: Made, monkeypatch: pytest.MonkeyPatch, clip: float
@@ -869,6 +904,7 @@ def test_the_figures_of_guesses_that_are_always_right(trainer: Made) -> None:
     assert report.paths == [(0,), (0, 0), (0, 0, 0)]
     assert [(head["top1"], head["top5"]) for head in report.accuracy] == [(1, 1)] * 3  # of the tokens that there are
     assert report.loss == {"tokens": 0.0}
+    assert report.replayed == [1, 3, 5]
 
 
 def test_a_tree_is_not_measured_on_the_text_it_was_searched_in(trainer: Made) -> None:
@@ -877,6 +913,19 @@ def test_a_tree_is_not_measured_on_the_text_it_was_searched_in(trainer: Made) ->
     assert report.tokens_per_step == {2: 1.0, 4: 1.0}
     assert report.loss == {"tokens": pytest.approx(0.5)}
     assert [head["top1"] for head in report.accuracy] == pytest.approx([0.5] * 3)
+
+
+@pytest.mark.parametrize("searched", [0, NEVER])
+def test_heads_are_held_against_the_text_that_trees_are_searched_in(trainer: Made, searched: int) -> None:
+    """Ten guesses of 1/10 each: just right where one of them always comes, too much where none does."""
+    texts = [[NEVER - searched if i % 2 else searched] * 12 for i in range(8)]
+    report = trainer(module=Told(), data=told(*texts), held_out=0.0).evaluate(sizes=(2,))
+    assert report.replayed == [1, 3, 5, 7]
+    if searched == NEVER:
+        assert report.calibration[0][1] < -0.3
+        assert report.calibration[1:] == [(1.0, 0.0)] * 2  # never reached
+    else:
+        assert report.calibration == [pytest.approx((1.0, 0.0), abs=1e-4)] * 3
 
 
 def test_only_held_out_conversations_are_measured(trainer: Made) -> None:
@@ -958,6 +1007,15 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def replayed(model: str, data: str, folder: Path) -> dict[str, float]:
+    """What a drafter earns, by tree size, in every second conversation: trees were searched in the others."""
+    llm = load(model, "medusa", dtype="fp32", threads=1, checkpoint=str(folder))
+    features = Features(llm.backbone, Store.open(Path(data)).conversations, llm.drafter.taps)
+    sizes = [size for size in SIZES if size <= llm.drafter.most_nodes]
+    earned = by_size(llm.drafter, features, range(1, len(features.data), 2), sizes, lambda done: None)
+    return {str(size): tokens for size, tokens in earned.items()}
+
+
 def test_from_a_model_alone_to_a_trained_drafter(
     foretell: Foretell, tiny: str, prompts: str, data: str, tmp_path: Path
 ) -> None:
@@ -971,6 +1029,9 @@ def test_from_a_model_alone_to_a_trained_drafter(
     assert saved.arch == {"heads": 3, "layers": 2, "output": "tied", "taps": [1, 2], "root": True}
     assert len(tensors["vocabulary"]) == 100
     assert saved.provenance["data"] == Store.open(Path(data)).manifest
+    assert len(saved.calibration) == 3
+    assert saved.tokens_per_step == replayed(tiny, data, drafter)
+    assert saved.tokens_per_step.keys() == saved.provenance["fixed_trees"].keys()
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in sorted(Path(data).glob("features-*/[!.]*"))] == ["features-00000.safetensors"]
     options = ["-m", tiny, *TINY, "--prompts", prompts, "-n", "40", "--json"]
@@ -1010,6 +1071,85 @@ def test_an_interrupted_command_ends_with_the_same_drafter(
     assert files(tmp_path / "cut" / "drafter")["model.safetensors"] == straight["model.safetensors"]
     ran = foretell(*command(tiny, data, tmp_path / "cut", "--seed", "1"))
     refused(ran, 2, r"holds a run with seed 0 \(not 1\); go on with the same")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: str, distilled: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of heads of Medusa for the tiny model."""
+    folder = tmp_path_factory.mktemp("trained") / "medusa"
+    with pytest.raises(SystemExit) as left:
+        main(command(tiny, distilled, folder, "--no-cache"))
+    assert not left.value.code
+    return folder
+
+
+def begun(model: str, data: str, out: Path, *more: str) -> list[str]:
+    """Hydra in one step too small to change anything."""
+    hardly = ("--epochs", "0.001", "--lr", "1e-8", "-o", "heads=3", "-o", "draft_vocab=100", "-o", "layers=2")
+    return ["train", "hydra", "-m", model, *TINY, "--data", data, "--out", str(out), *hardly, *more]
+
+
+def copied(drafter: Path, to: Path, **changes: Any) -> str:
+    """The checkpoint with other words about it."""
+    found, tensors = checkpoint.load(drafter)
+    replace(found, **changes).save(to, tensors)
+    return str(to)
+
+
+def test_hydra_may_begin_with_what_medusa_has_learnt(
+    foretell: Foretell, tiny: str, data: str, trained: Path, tmp_path: Path
+) -> None:
+    told = "foretell train medusa --seed 5"
+    start = copied(trained / "drafter", tmp_path / "start", provenance={"command": told})
+    ran = foretell(*begun(tiny, data, tmp_path / "out", "--start", start))
+    assert (ran.code, ran.out) == (0, "")
+    saved, tensors = checkpoint.load(tmp_path / "out" / "drafter")
+    digest = checkpoint.fingerprint(checkpoint.load(Path(start))[1])
+    assert (saved.provenance["start"], saved.provenance["started_by"]) == (digest, told)
+    assert list(saved.tokens_per_step) == [str(size) for size in SIZES]
+    assert all(1 <= tokens <= 4 for tokens in saved.tokens_per_step.values())
+    medusa = checkpoint.load(trained / "drafter")[1]
+    for k in range(3):
+        theirs = medusa["weight.0"][k].float()
+        ours = tensors[f"first.{k}"].float()
+        torch.testing.assert_close(ours[:, : theirs.shape[1]], theirs, rtol=0, atol=1e-6)
+        assert theirs.abs().max() > 1e-3
+        assert ours[:, theirs.shape[1] :].abs().sum() <= 1e-6 * ours.numel()  # the path says nothing yet
+    torch.testing.assert_close(tensors["head"].float(), medusa["head"].float(), rtol=0, atol=1e-6)
+
+    assert foretell(*begun(tiny, data, tmp_path / "out", "--start", start)).code == 0  # nothing is left to do
+    before = files(tmp_path / "out")
+    ran = foretell(*begun(tiny, data, tmp_path / "out"))
+    refused(
+        ran, 2, rf"holds a run with start {digest} \(not None\), started_by {told} \(not None\); go on with the same"
+    )
+    found, tensors = checkpoint.load(trained / "drafter")
+    replace(found, provenance={"command": told}).save(tmp_path / "other", tensors | {"bias": tensors["bias"] + 1})
+    ran = foretell(*begun(tiny, data, tmp_path / "out", "--start", str(tmp_path / "other")))
+    refused(ran, 2, rf"holds a run with start {digest} \(not \w+\); go on with the same")
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "start", "more", "code", "sentence"),
+    [
+        ({"fingerprint": "other"}, "{start}", [], 2, r"was trained for .* \(fingerprint other\), not for this model"),
+        ({}, "./nowhere", [], 2, "here is no folder ./nowhere"),
+        ({}, "{start}/..", [], 1, "holds no drafter"),
+        ({}, "medusa", [], 2, "No medusa drafter comes with foretell for this model"),
+        ({}, "{start}", ["-o", "layers=1"], 2, "cannot be begun with: It has more blocks in each head"),
+        ({}, "{start}", ["-o", "taps=1"], 2, "cannot be begun with: It reads other things"),
+        ({"arch": {}}, "{start}", [], 1, "is damaged, or of another method"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_one_sentence(
+    foretell: Foretell, tiny: str, data: str, trained: Path, tmp_path: Path, changes: dict[str, Any], start: str,
+    more: list[str], code: int, sentence: str,
+) -> None:  # fmt: skip
+    where = copied(trained / "drafter", tmp_path / "start", **changes)
+    ran = foretell(*begun(tiny, data, tmp_path / "out", "--start", start.format(start=where), *more))
+    refused(ran, code, sentence)
+    assert not (tmp_path / "out").exists()
 
 
 def test_data_of_another_model(foretell: Foretell, tiny: str, other: str, data: str, tmp_path: Path) -> None:

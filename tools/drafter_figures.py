@@ -1,6 +1,6 @@
-"""Measures Medusa's figures and writes them to docs/results/medusa.json, section by section.
+"""Measures a trained drafter's figures and writes them to docs/results/DRAFTER.json, section by section.
 
-    python tools/medusa_figures.py SECTION [--questions FILE] [--checkpoint FOLDER]
+    python tools/drafter_figures.py SECTION [--drafter medusa] [--questions FILE] [--checkpoint FOLDER] [--model NAME]
 
 Sections: sizes (tokens per step and per second by tree size, with and without merged lookup, against plain), tune
 (what steps cost, and how long that takes to find out), exactness (ids, log-probabilities and cache against plain).
@@ -26,8 +26,9 @@ from foretell.api import LLM
 from foretell.backbone.costs import StepCosts, measure
 from foretell.contracts import SamplingParams, Statistics
 
-core.RESULTS = core.RESULTS.with_name("medusa.json")
 SIZES = (4, 8, 16, 32, 64)
+ONE_TREE = (8, 16, 32)
+"""Sizes at which a fixed tree is tried besides the grown one."""
 WARM_UP = "Hello there."
 
 
@@ -59,13 +60,14 @@ class Run:
 
 def section_sizes(args: argparse.Namespace) -> Any:
     """Prompt by prompt, each in turn, and the cost of steps before each: the machine drifts."""
-    llm = foretell.load(core.MODEL, dtype="bf16")
+    llm = foretell.load(args.model, dtype="bf16")
     runs = {"plain": Run(llm, "plain"), "prompt_lookup": Run(llm, "prompt_lookup")}
     for size in SIZES:
         for lookup in (False, True):
-            name = f"medusa {size}{' with lookup' if lookup else ''}"
-            runs[name] = Run(llm, "medusa", size, checkpoint=args.checkpoint, lookup=lookup)
-    runs["medusa 16, one tree"] = Run(llm, "medusa", 16, checkpoint=args.checkpoint, grown=False)
+            name = f"{args.drafter} {size}{' with lookup' if lookup else ''}"
+            runs[name] = Run(llm, args.drafter, size, checkpoint=args.checkpoint, lookup=lookup)
+    for size in ONE_TREE:
+        runs[f"{args.drafter} {size}, one tree"] = Run(llm, args.drafter, size, checkpoint=args.checkpoint, grown=False)
     rows: dict[str, list[Answer]] = {name: [] for name in runs}
     for number, question in enumerate([WARM_UP, *args.prompts]):
         ids = llm.encode(question)
@@ -95,6 +97,7 @@ def _figures(answers: list[Answer], plain: list[Answer], name: str) -> dict[str,
         "draft_ms": round(1e3 * sum(a.statistics.draft_seconds for a in answers) / steps, 2),
         "verify_ms": round(1e3 * sum(a.statistics.verify_seconds for a in answers) / steps, 2),
         "step_ms": round(1e3 * decoding / steps, 2),
+        "accepted_by_depth": _by_depth(answers),
     }
     if name != "prompt_lookup":  # its trees have no size of their own
         possible = sum(a.possible for a in answers)
@@ -103,9 +106,17 @@ def _figures(answers: list[Answer], plain: list[Answer], name: str) -> dict[str,
     return out
 
 
+def _by_depth(answers: list[Answer]) -> list[float]:
+    """Share of the guesses offered at each depth that were accepted."""
+    each = [a.statistics.by_depth for a in answers]
+    deepest = max(map(len, each), default=0)
+    sums = [[sum(d[at][i] for d in each if at < len(d)) for i in (0, 1)] for at in range(deepest)]
+    return [round(kept / offered, 3) for offered, kept in sums]
+
+
 def section_tune(args: argparse.Namespace) -> Any:
     """What `foretell tune` does, and how long it takes."""
-    llm = foretell.load(core.MODEL, dtype="bf16")
+    llm = foretell.load(args.model, dtype="bf16")
     began = time.perf_counter()
     costs = measure(llm.backbone)
     seconds = time.perf_counter() - began
@@ -121,16 +132,18 @@ def section_exactness(args: argparse.Namespace) -> Any:
     """Trained heads against plain, in every setting; resumable like the core's."""
     out = json.loads(core.RESULTS.read_text()).get("exactness", {}).get("result", {}) if core.RESULTS.exists() else {}
     for dtype in args.dtypes:
-        llm = foretell.load(core.MODEL, dtype=dtype)
+        llm = foretell.load(args.model, dtype=dtype)
         prompts = [llm.encode(q) for q in args.prompts]
         for temperature in (0.0, 1.0):
-            settings = [f"medusa {dtype} T={temperature:g} batch {rows}" for rows in (1, 4)]
+            settings = [f"{args.drafter} {dtype} T={temperature:g} batch {rows}" for rows in (1, 4)]
             if all(setting in out for setting in settings):
                 continue
             params = SamplingParams(max_new_tokens=args.new_tokens, temperature=temperature, seed=7, logprobs=0)
             truth = transcript(llm, drafters.build("plain", llm.backbone), prompts, 1, params)
             for rows, setting in zip((1, 4), settings, strict=True):
-                drafter = drafters.build("medusa", llm.backbone, checkpoint=args.checkpoint, lookup=rows == 4, nodes=32)
+                drafter = drafters.build(
+                    args.drafter, llm.backbone, checkpoint=args.checkpoint, lookup=rows == 4, nodes=32
+                )
                 out[setting] = compared(truth, transcript(llm, drafter, prompts, rows, params))
                 print(setting, out[setting], flush=True)
                 core.save("exactness", out)
@@ -141,6 +154,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     sections = {name[8:]: f for name, f in globals().items() if name.startswith("section_")}
     parser.add_argument("section", choices=sections)
+    parser.add_argument("--drafter", default="medusa")
+    parser.add_argument("--model", default=core.MODEL)
     parser.add_argument("--questions", type=Path)
     parser.add_argument("--checkpoint", default="")
     parser.add_argument("--every", type=int, default=5)
@@ -149,6 +164,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"])
     args = parser.parse_args()
     args.prompts = core.load_questions(args.questions, args.every, args.limit) if args.questions else []
+    core.RESULTS = core.RESULTS.with_name(f"{args.drafter}.json")
     torch.manual_seed(0)
     core.save(args.section, sections[args.section](args))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from foretell.bench.report import facts, main_table, markdown_table, sections
 from foretell.bench.results import read_results
+from foretell.drafters import DRAFTERS
 
 ROOT = Path(__file__).parent.parent
 BEGIN = "<!-- figures: written by tools/readme.py from docs/results -->"
@@ -79,11 +80,14 @@ SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
 """Section of the results -> its sentence; a section not measured yet has none."""
 
 
-def medusa(results: dict[str, Any]) -> list[str]:
-    """Tokens per step and speed by tree size."""
+def drafter(name: str, results: dict[str, Any]) -> list[str]:
+    """Tokens per step and speed by tree size, of heads that ship."""
+    if "sizes" not in results:
+        return []
     sizes = results["sizes"]["result"]
     lines = [
-        f"Tree sizes: the heads for SmolLM2-135M-Instruct that come with foretell; {results['sizes']['machine']}; "
+        f"Tree sizes: `{name}`, the heads for SmolLM2-135M-Instruct that come with foretell; "
+        f"{results['sizes']['machine']}; "
         f"{sizes['prompts']} Spec-Bench questions, {sizes['new_tokens']} new tokens, bfloat16, greedy, batch 1, all in "
         f"one interleaved run (commit {results['sizes']['commit']}, `{results['sizes']['command']}`).",
         "",
@@ -91,15 +95,17 @@ def medusa(results: dict[str, Any]) -> list[str]:
         "tokens per step | tokens/s | against plain |",
         "|---|---|---|---|---|---|---|",
     ]
-    alone = [name for name in sizes if name.startswith("medusa") and "with" not in name]
-    for name in ("plain", "prompt_lookup", *alone):
-        found = [sizes[each] for each in (name, f"{name} with lookup") if each in sizes]
+    alone = [each for each in sizes if each.startswith(f"{name} ") and "with" not in each]
+    for run in ("plain", "prompt_lookup", *alone):
+        found = [sizes[each] for each in (run, f"{run} with lookup") if each in sizes]
         cells = [f"{row['tokens_per_step']} | {row['tokens_per_s']} | {row['median_speedup']}×" for row in found]
-        label = name.replace("medusa ", "medusa, nodes: ")
+        label = run.replace(f"{name} ", f"{name}, nodes: ")
         lines.append(f"| {label} | {' | '.join(cells)} |" + " | | |" * (2 - len(found)))
     if "tune" in results:
         lines += ["", f"`foretell tune` took {results['tune']['result']['seconds']} seconds there."]
-    return [*lines, "", *([exactness(results["exactness"]["result"])] if "exactness" in results else ())]
+    if "exactness" in results:
+        lines += ["", exactness(results["exactness"]["result"])]
+    return [*lines, ""]
 
 
 def trained() -> list[str]:
@@ -136,8 +142,12 @@ def pages() -> dict[Path, str]:
     blocks = {
         ROOT / "README.md": [*head, *measured(folder / "bench"), *core(_json(folder / "core.json"))],
         ROOT / "docs/benchmarks.md": [*head, *(line for each in every for line in measured(each))],
-        ROOT / "docs/training.md": [*head, *trained(), *medusa(_json(folder / "medusa.json"))],
-    }
+        ROOT / "docs/training.md": [
+            *head, *trained(),
+            *(line for name in DRAFTERS if (folder / f"{name}.json").exists()
+              for line in drafter(name, _json(folder / f"{name}.json"))),
+        ],
+    }  # fmt: skip
     return {page: "\n".join(lines).rstrip() for page, lines in blocks.items()}
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -89,7 +89,7 @@ def converse(
     raw: bool = False,
     on_event: Callable[[int, Event], None] | None = None,
     on_error: Callable[[int, UsageError], None] | None = None,
-) -> Iterator[tuple[int, list[Result]]]:
+) -> Generator[tuple[int, list[Result]], None, None]:
     """Answers every conversation, `rows` at a time; yields (index, replies) as each one ends.
 
     First turns are checked before anything is decoded. Closing the iterator cancels what is left; the decoder

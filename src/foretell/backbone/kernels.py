@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from foretell.backbone.linear import DrafterHeads
 from foretell.errors import ForetellError
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
-LAYOUT = 5
+LAYOUT = 6
 """Of the structures below and of the calls; what `foretell_layout` in native.cpp must say too."""
 BUILDS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
 
@@ -77,7 +78,7 @@ def library() -> ctypes.CDLL | None:
     lib.foretell_linear.argtypes = [
         pointer, pointer, size, size, pointer, size, pointer, pointer, size, pointer, pointer, size, flag
     ]  # fmt: skip
-    lib.foretell_heads.argtypes = [pointer, pointer, pointer, size, size, pointer, pointer, flag]
+    lib.foretell_heads.argtypes = [pointer, pointer, pointer, size, size, pointer, pointer, pointer, flag]
     lib.foretell_attention.argtypes = [pointer] * 6 + [size, flag]
     return lib
 
@@ -230,15 +231,19 @@ class PackedHeads:
             *map(ctypes.addressof, self._tables),
         )  # fmt: skip
 
-    def top(self, parts_BS: Sequence[Sequence[Tensor]], count: int) -> tuple[Tensor, Tensor]:
-        rows, about = len(parts_BS), self._described
-        assert all(part.dtype == torch.float32 and part.shape == (about.hidden,) for row in parts_BS for part in row)
-        assert all(len(row) * about.hidden == about.inputs for row in parts_BS) and 0 < count <= about.choices
-        pointers = (c_uint64 * (rows * len(parts_BS[0])))(*(address(part) for row in parts_BS for part in row))
+    def top(
+        self, store_Nd: Tensor, which_BS: Sequence[Sequence[int]], count: int, states_BKd: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        rows, about, which = len(which_BS), self._described, np.array(which_BS, dtype=np.int64)
+        assert store_Nd.dtype == torch.float32 and store_Nd.shape[1] == about.hidden
+        assert which.shape == (rows, about.inputs // about.hidden) and 0 < count <= about.choices
+        assert which.min() >= 0 and which.max() < len(store_Nd)
+        pointers = address(store_Nd) + which * (about.hidden * 4)
         values = torch.empty(self._heads, rows, count)
         best = torch.empty(self._heads, rows, count, dtype=torch.int64)
+        assert states_BKd is None or states_BKd.shape == (rows, self._heads, about.hidden)
         require().foretell_heads(
-            self._build.handle, ctypes.byref(about), ctypes.addressof(pointers), rows, count, address(values),
-            address(best), self._bf16,
+            self._build.handle, ctypes.byref(about), pointers.ctypes.data, rows, count, address(values),
+            address(best), address(states_BKd), self._bf16,
         )  # fmt: skip
         return values.transpose(0, 1), best.transpose(0, 1)

@@ -29,11 +29,15 @@ class DrafterLinear(Protocol):
 
 
 class DrafterHeads(Protocol):
-    def top(self, parts_BS: Sequence[Sequence[Tensor]], count: int) -> tuple[Tensor, Tensor]:
+    def top(
+        self, store_Nd: Tensor, which_BS: Sequence[Sequence[int]], count: int, states_BKd: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The `count` most probable outputs of each head, best first: log-probabilities [B, K, count] and indices.
 
         Args:
-            parts_BS: what each row reads, tensors [d] float32: see `side_by_side`.
+            store_Nd: float32, contiguous; rows read some of its N rows side by side (`side_by_side`).
+            which_BS: which ones each row reads, S of them.
+            states_BKd: float32; filled with what the output matrices read, if given.
         """
         ...
 
@@ -94,10 +98,16 @@ class StackedHeads:
             self._outputs = outputs._outputs
         self._hidden = len(blocks[0][0][0])
 
-    def top(self, parts_BS: Sequence[Sequence[Tensor]], count: int) -> tuple[Tensor, Tensor]:
-        inputs = [side_by_side(torch.stack([torch.stack(list(row)) for row in parts_BS]))] * len(self._blocks[0])
+    def top(
+        self, store_Nd: Tensor, which_BS: Sequence[Sequence[int]], count: int, states_BKd: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        which = torch.tensor(which_BS, device=store_Nd.device)
+        parts_BSd = store_Nd.index_select(0, which.flatten()).unflatten(0, which.shape)
+        inputs = [side_by_side(parts_BSd)] * len(self._blocks[0])
         for layer in self._blocks:
             inputs = [x[:, : self._hidden] + F.silu(block(x)) for block, x in zip(layer, inputs, strict=True)]
+        if states_BKd is not None:
+            states_BKd.copy_(torch.stack(inputs, 1))
         outputs = self._outputs if len(self._outputs) > 1 else self._outputs * len(inputs)
         logits_BKV = torch.stack([output(x) for output, x in zip(outputs, inputs, strict=True)], 1)
         values, indices = logits_BKV.log_softmax(-1).topk(count)

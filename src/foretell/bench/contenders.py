@@ -1,6 +1,6 @@
 """Who runs: drafters of this library in this process, and peers in processes and environments of their own.
 
-    plain    medusa    medusa:nodes=16,lookup=true    medusa:typical=true    transformers:prompt_lookup    llama.cpp
+    plain    medusa    medusa:nodes=16,lookup=true    medusa:typical=0.09    transformers:prompt_lookup    llama.cpp
 
 A contender answers token ids with token ids, so that everybody reads the same prompt and one counter counts all. It
 also says when tokens arrived, and, if it knows, what it guessed.
@@ -8,9 +8,10 @@ also says when tokens arrived, and, if it knows, what it guessed.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from foretell import drafters
@@ -67,18 +68,20 @@ class Ours:
     """A drafter of this library.
 
     Args:
-        options: of the drafter; and `lookup`, `typical` (true), `adapt` (false) of the engine.
+        options: of the drafter; and of the engine `lookup`, `adapt`, and `typical`: whether acceptance is typical, or
+            with which threshold ε (δ being its root, as in the paper's sweep).
     """
 
     def __init__(self, llm: LLM, name: str, drafter: str, options: dict[str, Any]):
         options = dict(options)
         lookup, self.adapt = bool(options.pop("lookup", False)), bool(options.pop("adapt", True))
-        self.typical = bool(options.pop("typical", False))
+        self.typical = _thresholds(options.pop("typical", False))
         self.llm, self.name = llm, name
         self.drafter = drafters.build(drafter, llm.backbone, lookup=lookup, **options)
-        self.lossless = self.drafter.lossless and not self.typical
+        self.lossless = self.drafter.lossless and self.typical is None
         self.about = {
-            "drafter": drafter, "options": options, "lookup": lookup, "typical": self.typical, "adapt": self.adapt,
+            "drafter": drafter, "options": options, "lookup": lookup, "adapt": self.adapt,
+            "typical": self.typical and {"epsilon": self.typical.epsilon, "delta": self.typical.delta},
             "added_parameters": self.drafter.parameters, "exact": self.lossless and llm.backbone.inexact is None,
         }  # fmt: skip
         self._decoders: dict[tuple[int, float], SpeculativeDecoder] = {}
@@ -106,7 +109,7 @@ class Ours:
     def _decoder(self, rows: int, temperature: float) -> SpeculativeDecoder:
         """One that lasts, for what its governor has learnt about this batch size."""
         if (rows, temperature) not in self._decoders:
-            rule = Typical(**({"temperature": temperature} if temperature else {})) if self.typical else None
+            rule = replace(self.typical, temperature=temperature) if self.typical and temperature else self.typical
             self._decoders[rows, temperature] = SpeculativeDecoder(
                 self.llm.backbone, self.drafter, self.llm.tokenizer, max_rows=rows, rule=rule, adapt=self.adapt
             )
@@ -118,6 +121,12 @@ class Ours:
 
     def close(self) -> None:
         self._decoders.clear()
+
+
+def _thresholds(asked: bool | float) -> Typical | None:
+    if asked is False:
+        return None
+    return Typical() if asked is True else Typical(asked, math.sqrt(max(asked, 0)))
 
 
 def _told(statistics: Statistics) -> dict[str, Any]:

@@ -56,6 +56,8 @@ def benchmark(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("Share of the guesses at each depth that were accepted, of those that were offered.", _by_depth(plt, rows)),
         ("How many tokens a step emitted.", _histogram(plt, rows)),
     ]
+    if swept := _swept(rows, results["contenders"]):
+        drawn.append(("Speed and quality against the threshold of typical acceptance.", _by_threshold(plt, swept)))
     if len(batches) > 1:
         drawn.append(("Tokens per second of all rows by batch size.", _by_batch(plt, results)))
     return [(caption, svg) for caption, svg in drawn if svg]
@@ -116,6 +118,34 @@ def _by_batch(plt: Any, results: dict[str, Any]) -> str:
         if rows:
             axes.plot([r["batch"] for r in rows], [r["tokens_per_s"] for r in rows], "o-", label=name)
     axes.set(xlabel="rows", ylabel="tokens/s", ylim=(0, None))
+    return _svg(plt, figure, axes)
+
+
+def _swept(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[tuple[float, dict[str, Any]]]:
+    """(ε, row) of contenders that differ in it alone; nothing where there are not two."""
+    alike: dict[str, list[tuple[float, dict[str, Any]]]] = {}
+    for row in rows:
+        what = about[row["contender"]]
+        if isinstance(what.get("typical"), dict):
+            rest = {name: what[name] for name in ("drafter", "options", "lookup", "adapt")}
+            alike.setdefault(str(rest), []).append((what["typical"]["epsilon"], row))
+    for found in alike.values():
+        if len(found) > 1:
+            return sorted(found, key=lambda each: each[0])
+    return []
+
+
+def _by_threshold(plt: Any, swept: list[tuple[float, dict[str, Any]]]) -> str:
+    figure, axes = plt.subplots(figsize=(6, 3.4))
+    at = [epsilon for epsilon, _ in swept]
+    axes.plot(at, [row["tokens_per_s"] for _, row in swept], "o-", label="tokens/s")
+    axes.set(xlabel="ε", ylabel="tokens/s", ylim=(0, None))
+    scores = axes.twinx()
+    scores.set(ylabel="score", ylim=(0, 1))
+    for name in dict.fromkeys(name for _, row in swept for name in row["quality"]):
+        values = [row["quality"].get(name) for _, row in swept]
+        scores.plot(at, values, "s--", label=name.replace("_", " "))
+        axes.plot([], [], "s--", color=scores.lines[-1].get_color(), label=name.replace("_", " "))
     return _svg(plt, figure, axes)
 
 

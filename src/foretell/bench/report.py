@@ -34,6 +34,8 @@ def markdown(results: dict[str, Any]) -> str:
         lines += [f"## {title}", ""]
         for head, body in tables(rows, results["limits"]):
             lines += [*markdown_table(head, body), ""]
+    if len(results["by_category"]) > 1:
+        lines += ["## By kind of question", "", *markdown_table(*category_table(results)), ""]
     for name, reason in results["missing"].items():
         lines.append(f"- {name}: not measured. {reason}")
     return "\n".join(lines).rstrip() + "\n"
@@ -115,6 +117,28 @@ def quality_table(rows: list[Row]) -> list[Table]:
     return [(["", *(name.replace("_", " ") for name in names)], body)] if names else []
 
 
+def category_table(results: dict[str, Any]) -> Table:
+    """Speed-up by kind of question in the first setting, and tokens per step of those who have steps."""
+    first = results["table"][0]
+    names = [name for name in results["settings"]["contenders"] if name != "plain"]
+    body = []
+    for category, rows in results["by_category"].items():
+        found = {
+            row["contender"]: row
+            for row in rows
+            if (row["batch"], row["temperature"]) == (first["batch"], first["temperature"])
+        }
+        body.append([category.replace("_", " "), *(_in_category(found.get(name)) for name in names)])
+    return ["against plain (tokens per step)", *names], body
+
+
+def _in_category(row: Row | None) -> str:
+    if row is None or not row["speedup"]:
+        return ""
+    steps = f" ({row['tokens_per_step']:.2f})" if "tokens_per_step" in row else ""
+    return f"{row['speedup']['median']:.2f}×{steps}"
+
+
 def same(row: Row) -> str:
     if "same" not in row:
         return ""
@@ -174,6 +198,8 @@ def html(results: dict[str, Any]) -> str:
     for title, rows in sections(results):
         best = max(rows, key=lambda row: row["tokens_per_s"])["contender"]
         parts.append((title, [(head, body, best) for head, body in tables(rows, results["limits"])]))
+    if len(results["by_category"]) > 1:
+        parts.append(("By kind of question", [(*category_table(results), None)]))
     settings = results["settings"]
     return Environment(autoescape=True).from_string(PAGE).render(
         title=f"{settings['model']} on {settings['suite']}", style=STYLE, facts=facts(results), sections=parts,

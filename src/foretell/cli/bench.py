@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +13,9 @@ import typer
 from foretell.cli.options import Base, flat
 from foretell.cli.terminal import command_line, job_progress, note
 from foretell.errors import ForetellError, UsageError
+
+EPSILONS = (0.01, 0.03, 0.06, 0.09, 0.15, 0.25)
+"""Thresholds of a sweep: the paper's range (arXiv 2401.10774, §4), and the published one."""
 
 if TYPE_CHECKING:
     from foretell.api import LLM
@@ -106,11 +111,21 @@ def _spec(text: str, base: Base) -> tuple[str, str, Any]:
     for part in list(parts):
         key, _, value = part.partition("=")
         if key in ("lookup", "typical", "adapt"):
-            if value.lower() not in ("", "true", "false"):
-                raise UsageError(f"{text!r}: {key} is {value!r}; it must be true or false.")
-            engine[key] = value.lower() != "false"
+            engine[key] = _switch(text, key, value)
             parts.remove(part)
     return text, name, drafter_options(name, parts) | engine
+
+
+def _switch(text: str, key: str, value: str) -> bool | float:
+    """An option of the engine: true or false; `typical` may be a threshold instead."""
+    if value.lower() in ("", "true", "false"):
+        return value.lower() != "false"
+    if key == "typical":
+        with suppress(ValueError):
+            if 0 <= (threshold := float(value)) < math.inf:
+                return threshold
+        raise UsageError(f"{text!r}: typical is {value!r}; it must be true, false, or a threshold of at least 0.")
+    raise UsageError(f"{text!r}: {key} is {value!r}; it must be true or false.")
 
 
 def _measure(
@@ -223,6 +238,46 @@ def compare(
         raise typer.Exit(1)
 
 
+def sweep(
+    base: Base,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the results; an interrupted run goes on.")],
+    drafter: Annotated[str, typer.Option("--drafter", "-d", help="What guesses, with options as in --run.")] = "",
+    epsilon: Annotated[list[float] | None, typer.Option(min=0, help="A threshold to try; repeatable.")] = None,
+    temperature: Annotated[
+        float, typer.Option("--temperature", "-t", help="Of plain decoding, and of the rule.")
+    ] = 0.7,
+    suite: Annotated[
+        str, typer.Option("--suite", help="As of foretell bench; one with references is scored.")
+    ] = "mini",
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask at most so many questions.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens a turn.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of sampled answers.")] = 0,
+) -> None:
+    """Sweep the threshold of typical acceptance, which is lossy: what speed costs in quality.
+
+    Exact verification, and plain decoding, run beside. The report plots tokens per second and each score against ε.
+    """
+    from foretell import drafters
+    from foretell.backbone.files import exists
+    from foretell.bench.suites import load_suite
+
+    if temperature <= 0:
+        raise UsageError(f"--temperature is {temperature}; typical acceptance needs one above 0.")
+    if exists(out / "results.json"):
+        raise UsageError(f"{out} holds a finished benchmark; choose another --out, or delete it.")
+    asked = load_suite(suite).chosen(1, limit, None)
+    if drafter:
+        _spec(drafter, base)  # refused before anything is loaded
+    llm = base.load()
+    what = drafter or drafters.recommended(llm.backbone)
+    join = "," if ":" in what else ":"
+    specs = [_spec(what, base), *(_spec(f"{what}{join}typical={e:g}", base) for e in epsilon or EPSILONS)]
+    how = {
+        "new_tokens": max_new_tokens, "repeats": 1, "batches": [1], "temperatures": [temperature], "seed": seed,
+    }  # fmt: skip
+    _say(_measure(llm, base, out, asked, specs, how, run_code=False), out)
+
+
 def setup(base: Base, peer: Annotated[str, typer.Argument(help="transformers, llama.cpp or vllm.")]) -> None:
     """Install a peer in an environment of its own, in the cache folder."""
     from foretell.bench.peers import set_up
@@ -233,4 +288,5 @@ def setup(base: Base, peer: Annotated[str, typer.Argument(help="transformers, ll
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 app.callback(invoke_without_command=True)(flat(run))
 app.command()(compare)
+app.command()(flat(sweep))
 app.command()(flat(setup))

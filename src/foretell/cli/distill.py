@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from foretell.contracts import SamplingParams
     from foretell.conversations import Conversation
     from foretell.train.data import Store
+    from foretell.train.endpoint import Endpoint
 
 
 def distill(
@@ -41,6 +42,10 @@ def distill(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens of an answer.")] = 256,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Answers side by side.")] = 32,
     seed: Annotated[int, typer.Option(help="Of the prompts and of sampled answers.")] = 0,
+    endpoint: Annotated[
+        str, typer.Option(help="Let an OpenAI-compatible server of the same model answer: its address, up to /v1.")
+    ] = "",
+    served: Annotated[str, typer.Option(help="The model's name there; by default the first that it lists.")] = "",
 ) -> None:
     """Let the model write training data: prompts, if none are given, and its answers.
 
@@ -56,30 +61,47 @@ def distill(
     if (limit is not None or every > 1) and prompts is None:
         raise UsageError("--limit and --every are for the lines of a file; give --prompts FILE.jsonl, or --write N.")
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    asked, llm = read_prompts(prompts, every, limit) if prompts else [], base.load()
+    asked = read_prompts(prompts, every, limit) if prompts else []
+    server = _connected(endpoint, served)
+    llm = base.load()
     settings = {
-        "prompts": prompts.name if prompts else None, "limit": limit, "every": every, "write": write,
-        "tasks": tasks, "keep_repetitive": keep_repetitive,
-        "temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed,
+        "prompts": prompts.name if prompts else None, "limit": limit, "every": every, "write": write, "tasks": tasks,
+        "keep_repetitive": keep_repetitive, "temperature": temperature, "top_p": top_p,
+        "max_new_tokens": max_new_tokens, "seed": seed, **({"served": server.model} if server else {}),
     }  # fmt: skip
     _check_lengths(llm, max_new_tokens, tasks)
     with sole_writer(out):
-        store = Store.create(
-            out,
-            {"model": base.model, "fingerprint": llm.backbone.fingerprint, "vocab": llm.backbone.config.vocab,
-             "settings": settings, "command": command_line()},
-        )  # fmt: skip
+        about = {"model": base.model, "fingerprint": llm.backbone.fingerprint, "vocab": llm.backbone.config.vocab}
+        store = Store.create(out, {**about, "settings": settings, "command": command_line()})
         began = time.perf_counter()
         try:
             if write:
                 asked += _own_prompts(llm, write, out / "prompts.jsonl", seed, batch_size)
             Random(seed).shuffle(asked)  # what an interrupted run leaves is a fair sample
-            _answer(llm, store, asked, tasks, params, batch_size, keep_repetitive)
+            _answer(llm, store, asked, tasks, params, batch_size, keep_repetitive, server)
         finally:
             store.write_manifest(time.perf_counter() - began)
+    _say(store, out)
+
+
+def _say(store: Store, out: Path) -> None:
     counts = store.manifest["counts"]
     dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items()) or "none"
     note(f"{counts['conversations']} conversations, {counts['written']} tokens written; dropped: {dropped}. In {out}.")
+
+
+def _connected(url: str, model: str) -> Endpoint | None:
+    if not url:
+        if model:
+            raise UsageError("--served names a model of an endpoint; give --endpoint URL as well.")
+        return None
+    try:
+        from foretell.train.endpoint import Endpoint
+    except ImportError as error:
+        raise UsageError("An endpoint needs requests; pip install 'foretell[train]'.") from error
+    endpoint = Endpoint(url, model)
+    endpoint.connect()
+    return endpoint
 
 
 def _check_lengths(llm: LLM, max_new_tokens: int, tasks: int) -> None:
@@ -107,8 +129,9 @@ def _own_prompts(llm: LLM, count: int, path: Path, seed: int, rows: int) -> list
 
 
 def _answer(
-    llm: LLM, store: Store, asked: list[Conversation], tasks: int, params: SamplingParams, rows: int, circles: bool
-) -> None:
+    llm: LLM, store: Store, asked: list[Conversation], tasks: int, params: SamplingParams, rows: int, circles: bool,
+    endpoint: Endpoint | None,
+) -> None:  # fmt: skip
     """The prompts, then tasks in two halves: later ones are about the answers to earlier ones too."""
     from foretell.train.distill import distill, next_tasks
 
@@ -116,6 +139,6 @@ def _answer(
     for count in (tasks // 2, tasks - tasks // 2, 0):
         if todo:
             with job_progress("answering", "tokens/s") as progress:
-                distill(llm, todo, store, params, rows=rows, circles=circles, progress=progress)
+                distill(llm, todo, store, params, rows=rows, circles=circles, endpoint=endpoint, progress=progress)
         todo = next_tasks(llm, store, asked, count, params.seed) if count else []
         asked = asked + todo

@@ -40,7 +40,11 @@ class Base:
     """Which model, and how it computes."""
 
     PANEL: ClassVar[str] = "Model"
-    model: str = flag("smollm2-135m", "A name from `foretell models`, a hub id, a folder or a .gguf file.", "-m")
+    model: str = flag(
+        "smollm2-135m",
+        "A name from `foretell models`, a hub id, a folder, a .gguf file; + an adapter.",
+        "-m",
+    )
     dtype: Literal["bf16", "fp32"] | None = flag(None, "Number type; by default what suits this machine.")
     device: str | None = flag(None, "Where to compute: cpu or cuda; by default the GPU if there is one.")
     threads: int | None = flag(None, "CPU threads; by default the cores this process may use.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,19 +14,23 @@ from foretell.cli.options import Base, Training, parse_options
 from foretell.cli.terminal import command_line, interruptible, job_progress, note
 from foretell.errors import ForetellError, UsageError
 
+REPLAYED = 40
+"""Held-out conversations that are decoded once more for each tree size."""
+
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from foretell.api import LLM
     from foretell.backbone import Backbone
-    from foretell.drafters.parts import Trainable
+    from foretell.drafters.learning import Trainable
     from foretell.train.data import Store
-    from foretell.train.trainer import Report
+    from foretell.train.trainer import Report, Trainer
 
 
 def train(
     base: Base,
     training: Training,
-    method: Annotated[str, typer.Argument(help="A drafter that can be trained: medusa, hydra, hydra++.")],
+    method: Annotated[str, typer.Argument(help="A drafter that can be trained: medusa, medusa2, hydra, hydra++.")],
     data: Annotated[Path, typer.Option(help="Folder that `foretell distill` wrote.")],
     out: Annotated[Path, typer.Option(help="Folder for the drafter; a run that was interrupted goes on in it.")],
     option: Annotated[
@@ -34,10 +38,12 @@ def train(
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute features batch by batch; keep none.")] = False,
     other_model: Annotated[bool, typer.Option("--other-model", help="Allow data that another model wrote.")] = False,
+    start: Annotated[
+        str, typer.Option(help="Begin with what a drafter has learnt: its folder, or the name of one that ships.")
+    ] = "",
 ) -> None:
     """Train a drafter for a model on what the model wrote."""
     from foretell.backbone.files import sole_writer
-    from foretell.drafters.checkpoint import Checkpoint
     from foretell.train.data import Store
     from foretell.train.features import Features
     from foretell.train.trainer import Trainer
@@ -54,33 +60,59 @@ def train(
             f"{data} was written by {store.manifest['model']} (fingerprint {store.manifest['fingerprint']}), not by "
             f"this model ({backbone.fingerprint}); distill with this one, or allow it with --other-model."
         )
-    module = _fresh(cls, backbone, store, options, settings.seed)
+    module = _fresh(cls, llm, store, options, settings.seed)
+    begun = _begin(module, start, backbone) if start else {}
     shards = None if no_cache else data / f"features-{backbone.fingerprint}-{'-'.join(map(str, module.taps))}"
     features = Features(backbone, store.conversations, module.taps, shards)
     with sole_writer(out):
         whose = {"model": backbone.fingerprint, "dtype": str(backbone.dtype)}
-        run = Trainer(module, features, settings, out / "run", options | whose)
+        run = Trainer(module, features, settings, out / "run", options | whose | begun)
         run.resume()  # a run that cannot be gone on with is refused before any work
         with job_progress("features, %", "") as progress:
             prepared = features.prepare(lambda fraction: progress(round(fraction * 100), 100, 0))
         with job_progress(f"training {method}", "") as progress, interruptible() as caught:
             run.run(lambda step, steps, line: progress(step, steps, 0), stop=lambda: caught)
         report = run.evaluate()
-        run.log({"held_out": {"epoch": settings.epochs, **asdict(report)}})
-        tensors, arch = module.checkpoint()
-        checkpoint = Checkpoint(
-            method=method, backbone=base.model, fingerprint=backbone.fingerprint, hidden=backbone.config.hidden,
-            vocab=backbone.config.vocab, arch=arch, paths=[list(path) for path in report.paths],
-            tokens_per_step={str(size): tokens for size, tokens in report.tokens_per_step.items()},
-            provenance={
-                "command": command_line(), "data": store.manifest,
-                "settings": asdict(settings), "options": options, "accuracy": report.accuracy, "loss": report.loss,
-                "seconds": round(run.seconds), "feature_seconds": round(prepared), "skipped_batches": run.skipped,
-            },
-        )  # fmt: skip
-        checkpoint.save(out / "drafter", tensors)
+        run.log({"held_out": {"epoch": settings.epochs, **_figures(report)}})
+        provenance = {
+            "command": command_line(), "data": store.manifest, "settings": asdict(settings), "options": options,
+            "accuracy": report.accuracy, "loss": report.loss, "seconds": round(run.seconds),
+            "feature_seconds": round(prepared), "skipped_batches": run.skipped, **begun,
+        }  # fmt: skip
+        report.tokens_per_step = _publish(cls, base, backbone, run, report, provenance, out)
     _draw(out)
     _say(report, "held-out text" if run.held_out else "training text, for none was held out", out)
+
+
+def _publish(
+    cls: Any, base: Base, backbone: Backbone, run: Trainer, report: Report, provenance: dict[str, Any], out: Path
+) -> dict[int, float]:
+    """Writes the drafter; returns the tokens per step of the trees that it will draft, by size."""
+    from foretell.drafters.checkpoint import Checkpoint
+    from foretell.train.features import Features
+    from foretell.train.replay import by_size
+    from foretell.train.trainer import SIZES
+
+    tensors, arch = run.module.checkpoint()
+    model, features, told = run.module.save_backbone(base.model, out), run.features, report.replayed[:REPLAYED]
+    if model != base.model:  # a model of its own now, with states of its own
+        backbone = replace(base, model=model).load().backbone
+        features = Features(backbone, [features.data[i] for i in told], run.module.taps, None)
+        told = list(range(len(told)))
+    checkpoint = Checkpoint(
+        method=cls.method, backbone=model, fingerprint=backbone.fingerprint, hidden=backbone.config.hidden,
+        vocab=backbone.config.vocab, arch=arch, paths=[list(path) for path in report.paths],
+        calibration=[list(scale) for scale in report.calibration],
+        provenance=provenance | {"fixed_trees": report.tokens_per_step},
+    )  # fmt: skip
+    checkpoint.save(out / "drafter", tensors)
+    drafter = cls.build(backbone, checkpoint=str(out / "drafter"))
+    sizes = [size for size in SIZES if size <= drafter.most_nodes]
+    with job_progress("replaying, %", "") as progress:
+        earned = by_size(drafter, features, told, sizes, lambda done: progress(round(done * 100), 100, 0))
+    checkpoint.tokens_per_step = {str(size): tokens for size, tokens in earned.items()}
+    checkpoint.save(out / "drafter", tensors)
+    return earned
 
 
 def _trainable(method: str) -> Any:
@@ -92,18 +124,48 @@ def _trainable(method: str) -> Any:
     return cls
 
 
-def _fresh(cls: Any, backbone: Backbone, store: Store, options: dict[str, Any], seed: int) -> Trainable:
+def _fresh(cls: Any, llm: LLM, store: Store, options: dict[str, Any], seed: int) -> Trainable:
     """The untrained module; what it draws follows from the seed."""
     import torch
 
     torch.manual_seed(seed)
-    return cls.trainable(backbone, _written(store, backbone.config.vocab), **options)
+    folder = llm.folder.path if llm.folder else None
+    return cls.trainable(llm.backbone, _written(store, llm.backbone.config.vocab), folder, **options)
+
+
+def _begin(module: Trainable, start: str, backbone: Backbone) -> dict[str, str]:
+    """Lets the module begin with what another drafter has learnt; says which."""
+    from foretell.backbone.files import one_line
+    from foretell.drafters.checkpoint import fingerprint, load, shipped
+
+    folder = shipped(backbone).get(start, Path(start).expanduser())
+    if not folder.is_dir():
+        lacks = f"No {start} drafter comes with foretell for this model" if start in drafters.DRAFTERS else ""
+        raise UsageError(f"{lacks or f'There is no folder {start}'}; begin with the folder of a drafter.")
+    checkpoint, tensors = load(folder / "drafter" if (folder / "drafter/config.json").is_file() else folder)
+    if checkpoint.fingerprint != backbone.fingerprint:
+        raise UsageError(
+            f"{start} was trained for {checkpoint.backbone} (fingerprint {checkpoint.fingerprint}), not for this model "
+            f"({backbone.fingerprint}); begin with a drafter of this one, or without --start."
+        )
+    try:
+        module.start(checkpoint.arch, tensors)
+    except UsageError as error:
+        raise UsageError(f"{start} cannot be begun with: {error}") from error
+    except (KeyError, RuntimeError) as error:
+        raise ForetellError(f"{start} is damaged, or of another method: {one_line(error)}.") from error
+    return {"start": fingerprint(tensors), "started_by": checkpoint.provenance.get("command", checkpoint.method)}
+
+
+def _figures(report: Report) -> dict[str, Any]:
+    return {name: value for name, value in asdict(report).items() if name != "replayed"}
 
 
 def _options(method: str, cls: Any, given: list[str]) -> dict[str, Any]:
     """What the module is made with, defaults included: they are written down, and may change later."""
     parameters = dict(inspect.signature(cls.trainable).parameters)
-    defaults = {name: each.default for name, each in parameters.items() if each.default is not each.empty}
+    parameters = {name: each for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
+    defaults = {name: each.default for name, each in parameters.items()}
     return defaults | dict(parse_options(f"{method} training", parameters, given))
 
 

@@ -9,13 +9,14 @@ A drafter trained for one model drafts nonsense for another: its fingerprint mus
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, uint8
 
 from foretell.backbone.files import one_line, read_json, staged_folder, write_errors
 from foretell.errors import ForetellError, UsageError
@@ -37,6 +38,7 @@ class Checkpoint:
         arch: numbers its module is made from.
         paths: rank paths that trees are made of, the most frequent first; any beginning is a tree.
         tokens_per_step: tree size -> tokens per step on held-out text.
+        calibration: per head as in `trees.calibration`: how far it is believed.
         provenance: command, data, figures; free form.
     """
 
@@ -48,6 +50,7 @@ class Checkpoint:
     arch: dict[str, Any]
     paths: list[list[int]] = field(default_factory=list)
     tokens_per_step: dict[str, float] = field(default_factory=dict)
+    calibration: list[list[float]] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -92,6 +95,14 @@ def load(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]]:
     except (TypeError, SafetensorError, OSError) as error:
         raise ForetellError(f"{folder} is damaged ({one_line(error)}); copy or train it again.") from error
     return checkpoint, tensors
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """Tells a drafter's numbers from another's."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.contiguous().view(uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def shipped(backbone: Backbone) -> dict[str, Path]:

@@ -17,9 +17,9 @@ Legend: B rows, K heads, d hidden width, P positions, T tokens, V draft vocabula
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,19 +30,16 @@ from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.backbone.linear import DrafterHeads
 from foretell.contracts import FINAL, Draft, Drafter, Features, Row
 from foretell.drafters.checkpoint import find
-from foretell.drafters.parts import (
-    DecoderLayer,
-    GuessingHeads,
-    TrainingBatch,
-    check_options,
-    check_tree,
-    draft_vocabulary,
-    spread,
-    tree_size,
-)
-from foretell.errors import ForetellError
-from foretell.trees.tree import TokenTree
+from foretell.drafters.learning import DecoderLayer, GuessingHeads, TrainingBatch
+from foretell.drafters.parts import check_options, check_scales, check_tree, draft_vocabulary, spread, tree_size
+from foretell.errors import ForetellError, UsageError
+from foretell.trees import from_paths
+from foretell.trees.calibration import Floats, believed
+from foretell.trees.grow import Growing
 
+LEAST = 0.08
+"""A level is asked if the step comes so far with this probability at least: a level costs some 4 % of a step, which
+earns two tokens."""
 BEAM = 8
 """Nodes of a level that are asked for more, at most: rows that the kernels multiply at the price of one."""
 WIDTH = 10
@@ -58,6 +55,7 @@ class HydraHeads(GuessingHeads):
         tied: whether all but the first block of a head are one and the same.
         taps: layers whose streams are read besides the final state.
         grounded: whether heads read the tokens of their path; false makes them Medusa's.
+        chained: whether heads read the state that the head before them ended in, too.
         prefix: the layer before the heads, if there is one.
         dropout: of what every block reads.
     """
@@ -65,13 +63,13 @@ class HydraHeads(GuessingHeads):
     def __init__(
         self, head_Vd: Tensor, vocabulary_V: Tensor, whole: int, *, heads: int, layers: int, output: str, soft: float,
         taps: Sequence[int], embed: Callable[[Tensor], Tensor], grounded: bool = True, tied: bool = False,
-        prefix: DecoderLayer | None = None, dropout: float = 0.0,
+        chained: bool = False, prefix: DecoderLayer | None = None, dropout: float = 0.0,
     ):  # fmt: skip
         super().__init__(head_Vd, vocabulary_V, whole, heads=heads, output=output, soft=soft)
         d = head_Vd.shape[1]
         self.taps, self.embed, self.grounded, self.prefix = (*taps, FINAL), embed, grounded, prefix
-        self.tied, self.layers, self.dropout = tied, layers, dropout
-        widths = [d * (len(self.taps) + grounded * (k + 1)) for k in range(heads)]
+        self.tied, self.layers, self.dropout, self.chained = tied, layers, dropout, chained
+        widths = [d * (len(self.taps) + grounded * (k + 1) + chained * (k > 0)) for k in range(heads)]
         self.first = nn.ParameterList([torch.zeros(d, width) for width in widths])
         self.first_bias_Kd = nn.Parameter(torch.zeros(heads, d))
         stored = min(1, layers - 1) if tied else layers - 1
@@ -101,12 +99,36 @@ class HydraHeads(GuessingHeads):
         first, *others = (stream.flatten(0, 1)[sources_P] for stream in streams)
         parts = [first, *map(_normed, others)]  # as `side_by_side` does, each once
         tokens = batch.tokens_BT.flatten()
-        out = []
+        out: list[Tensor] = []
         for k in range(self.heads):
             if self.grounded:  # beyond the end there is nothing to guess either
                 parts.append(_normed(self.embed(tokens[(sources_P + k + 1).clamp(max=len(tokens) - 1)])))
-            out.append(self.states(k, torch.cat(parts, 1)))
+            before = [_normed(out[-1])] if self.chained and k else []
+            out.append(self.states(k, torch.cat(parts + before, 1)))
         return torch.stack(out)
+
+    @torch.no_grad()
+    def start(self, arch: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        if "weight.0" in tensors:  # Medusa's heads, which read no more than the root
+            tensors = _as_hydra(tensors)
+            arch = arch | {"grounded": arch["root"], "tied": False, "prefix": False}
+        chained = arch.get("chained", False)
+        theirs, ours = tensors["deep"].shape[1], self.deep_KLdd.shape[1]
+        more = arch["grounded"] > self.grounded or chained > self.chained or arch["prefix"] > bool(self.prefix)
+        if arch["taps"] != list(self.taps[:-1]) or more or (chained and arch["grounded"] != self.grounded):
+            raise UsageError("It reads other things than these heads; train with the same method and options.")
+        alike = arch["tied"] == self.tied and (not self.tied or arch["layers"] == self.layers)
+        if theirs > ours or (theirs and not alike):
+            raise UsageError("It has more blocks in each head, or others; train with the same -o layers= and tied=.")
+        for k in range(min(self.heads, arch["heads"])):
+            first = tensors[f"first.{k}"]  # what they did not read begins with zeros
+            self.first[k][:, : first.shape[1]] = first
+            self.first_bias_Kd[k] = tensors["first_bias"][k]
+            self.deep_KLdd[k, :theirs], self.deep_bias_KLd[k, :theirs] = tensors["deep"][k], tensors["deep_bias"][k]
+        if self.prefix and arch["prefix"]:
+            for name, weight in self.prefix.named().items():
+                weight.copy_(tensors[f"prefix.{name}"])
+        self.take_outputs(tensors)
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors: dict[str, Tensor] = {f"first.{k}": weight for k, weight in enumerate(self.first)}
@@ -115,58 +137,52 @@ class HydraHeads(GuessingHeads):
             tensors |= {f"prefix.{name}": weight for name, weight in self.prefix.named().items()}
         arch = {
             "heads": self.heads, "layers": self.layers, "output": self.output, "taps": list(self.taps[:-1]),
-            "grounded": self.grounded, "tied": self.tied, "prefix": self.prefix is not None,
+            "grounded": self.grounded, "tied": self.tied, "chained": self.chained, "prefix": self.prefix is not None,
         }  # fmt: skip
         return self.stored(tensors), arch
+
+
+def _as_hydra(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of Medusa's heads by the names of these."""
+    weights = [tensors[f"weight.{layer}"] for layer in range(len(tensors["bias"]))]
+    first = {f"first.{k}": weight for k, weight in enumerate(weights[0])}
+    heads, d, _ = weights[0].shape
+    deep = torch.stack(weights[1:], 1) if weights[1:] else weights[0].new_zeros(heads, 0, d, d)
+    biases = {"first_bias": tensors["bias"][0], "deep": deep, "deep_bias": tensors["bias"][1:].transpose(0, 1)}
+    return {**tensors, **first, **biases}
 
 
 def _normed(part_Pd: Tensor) -> Tensor:
     return F.rms_norm(part_Pd, part_Pd.shape[-1:], eps=1e-6)
 
 
-Children = dict[tuple[int, ...], list[int]]
-"""Rank path -> ranks of the guesses behind it, of those that have any."""
-
-
-@dataclass
-class _Growing:
-    """What has been guessed for one row so far; node 0 is the root.
+class _Reading:
+    """What heads read while a draft is made: rows of one store, so that levels share what they have in common.
 
     Attributes:
-        parts: what a head reads at each node that was asked.
-        values: log-probability of each node's path; given: its own probability; ranks: its rank path.
-        asked: nodes that the next level is asked at.
-        floor: value of the least probable node that would be taken now; who is below need not be added.
+        parts: by (row of the batch, node): which of the store's rows are read there.
+        ended: by the same: which one holds the state that the head ended in.
     """
 
-    tokens: list[int]
-    state: list[Tensor]
-    asked: list[int]
-    floor: float = -math.inf
-    parts: dict[int, list[Tensor]] = field(default_factory=dict)
-    parents: list[int] = field(default_factory=lambda: [-1])
-    given: list[float] = field(default_factory=lambda: [1.0])
-    values: list[float] = field(default_factory=lambda: [0.0])
-    ranks: list[tuple[int, ...]] = field(default_factory=lambda: [()])
+    def __init__(self, width: int, device: torch.device):
+        self.store_Nd, self.used = torch.empty(64, width, device=device), 0
+        self.parts: dict[tuple[int, int], list[int]] = {}
+        self.ended: dict[tuple[int, int], int] = {}
 
-    def add(self, parent: int, rank: int, token: int, said: float) -> None:
-        self.parents.append(parent)
-        self.tokens.append(token)
-        self.given.append(math.exp(said))
-        self.values.append(self.values[parent] + said)
-        self.ranks.append((*self.ranks[parent], rank))
+    def room(self, count: int) -> tuple[Tensor, range]:
+        """So many rows to be filled, and their numbers."""
+        if self.used + count > len(self.store_Nd):
+            larger = self.store_Nd.new_empty(2 * (self.used + count), self.store_Nd.shape[1])
+            larger[: self.used] = self.store_Nd[: self.used]
+            self.store_Nd = larger
+        numbers = range(self.used, self.used + count)
+        self.used += count
+        return self.store_Nd[numbers.start : numbers.stop], numbers
 
-    def best(self, count: int) -> list[int]:
-        """The most probable nodes, without the root. None is less probable than its child, and of equals the older
-        come first: so they are a tree."""
-        return sorted(range(1, len(self.parents)), key=lambda node: -self.values[node])[:count]
-
-    def cut(self, nodes: Iterable[int]) -> tuple[TokenTree, list[int], list[float]]:
-        """The root and these nodes."""
-        kept = [0, *sorted(nodes)]
-        place = {node: i for i, node in enumerate(kept)}
-        tree = TokenTree((-1, *(place[self.parents[node]] for node in kept[1:])))
-        return tree, [self.tokens[node] for node in kept], [self.given[node] for node in kept]
+    def add(self, states_Fd: Tensor) -> range:
+        rows_Fd, numbers = self.room(len(states_Fd))
+        rows_Fd.copy_(states_Fd)
+        return numbers
 
 
 class Hydra(Drafter):
@@ -176,8 +192,9 @@ class Hydra(Drafter):
         arch, tensors: as `HydraHeads.checkpoint` gave them.
         paths: rank paths of static trees, prefixes first.
         size: (rows, context) -> nodes of the tree to draft, root included.
-        earned: tree size -> tokens per step on held-out text, of static trees.
+        earned: tree size -> tokens per step on held-out text.
         grown: best first, or static.
+        scales: how far each head is believed.
     """
 
     method, plus = "hydra", False
@@ -191,15 +208,21 @@ class Hydra(Drafter):
         size: Callable[[int, int], int],
         earned: dict[int, float] | None = None,
         grown: bool = True,
+        scales: Sequence[Sequence[float]] = (),
     ):
+        self._scales = [(float(slope), float(bias)) for slope, bias in scales]
         self._earned, self.size, self.grown, self.paths = earned or {}, size, grown, [tuple(path) for path in paths]
         self.taps, self.grounded, self.heads = (*arch["taps"], FINAL), arch["grounded"], arch["heads"]
-        self._embed, self._vocabulary = backbone.embed, tensors["vocabulary"].tolist()
-        check_tree(self.paths, self.heads, len(self._vocabulary))
+        self.chained = arch.get("chained", False)
+        self._hidden, self._device = backbone.config.hidden, backbone.device
+        self._embed, self._vocabulary_V = backbone.embed, tensors["vocabulary"].numpy()
+        check_tree(self.paths, self.heads, len(self._vocabulary_V))
+        check_scales(self._scales, self.heads)
+        self._shape = cache(lambda count: from_paths(self.paths[:count]))
         shared = arch["output"] == "shared"
         outputs = backbone.head_rows(tensors["vocabulary"].long())[None] if shared else tensors["head"]
         most = max((rank for path in self.paths for rank in path), default=0) + 1
-        self._width = min(WIDTH, len(self._vocabulary)) if grown else most
+        self._width = min(WIDTH, len(self._vocabulary_V)) if grown else most
         self._levels: list[DrafterHeads] = []
         for k in range(self.heads):
             deep = [0 if arch["tied"] else layer for layer in range(arch["layers"] - 1)]
@@ -211,7 +234,7 @@ class Hydra(Drafter):
         self._prefix = backbone.layer(layer) if arch["prefix"] else None
         self._cache: KVCache | None = None
         self._parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
-        self._states: dict[int, list[Tensor]] = {}  # slot -> of the newest token but one: state, then streams
+        self._states: dict[int, Tensor] = {}  # slot -> of the newest token but one: state, then streams [S, d]
 
     @classmethod
     def build(
@@ -229,18 +252,19 @@ class Hydra(Drafter):
         earned = {int(size): tokens for size, tokens in found.tokens_per_step.items()}
         size = tree_size(backbone, nodes, earned)
         try:
-            return cls(backbone, found.arch, tensors, found.paths, size, earned, grown)
+            return cls(backbone, found.arch, tensors, found.paths, size, earned, grown, found.calibration)
         except (KeyError, IndexError) as error:
             where = checkpoint or f"The {cls.method} drafter that came with foretell"
             raise ForetellError(f"{where} is damaged: it lacks {error}; copy or train it again.") from error
 
     @classmethod
     def trainable(
-        cls, backbone: Backbone, counts_V: Tensor, *, heads: int = 4, layers: int = 0, output: str = "tied",
+        cls, backbone: Backbone, counts_V: Tensor, folder: Path | None = None, *, heads: int = 4,
+        layers: int = 0, output: str = "tied",
         draft_vocab: int = 8192, soft: float = 0.0, taps: int = 2, grounded: bool = True, tied: bool = False,
-        dropout: float = 0.0,
+        chained: bool = False, dropout: float = 0.0,
     ) -> HydraHeads:  # fmt: skip
-        """Fresh heads; see `parts.Method`.
+        """Fresh heads; see `learning.Method`.
 
         Args:
             layers: blocks of each head; by default 1, and 2 of hydra++.
@@ -248,6 +272,9 @@ class Hydra(Drafter):
             taps: how many streams part-way up are read, evenly spread over the layers.
             grounded: whether heads read the tokens of their path.
             tied: whether all but the first block of a head are one and the same.
+            chained: whether heads read the state that the head before them ended in: they learn on what they said
+                themselves, as EAGLE-3 does (arXiv 2503.01840, training-time test). Tokens that they guessed wrongly
+                need not be learnt from: nothing behind one is ever accepted.
         """
         layers = layers or 1 + cls.plus
         check_options(
@@ -257,7 +284,7 @@ class Hydra(Drafter):
         return HydraHeads(
             backbone.head_rows(vocabulary_V).cpu(), vocabulary_V, len(counts_V), heads=heads, layers=layers,
             output=output, soft=soft, taps=spread(taps, backbone),
-            embed=backbone.embed, grounded=grounded, tied=tied, dropout=dropout,
+            embed=backbone.embed, grounded=grounded, tied=tied, chained=chained, dropout=dropout,
             prefix=DecoderLayer(backbone.config, backbone.rotation) if cls.plus else None,
         )  # fmt: skip
 
@@ -294,7 +321,7 @@ class Hydra(Drafter):
         end = 0
         for row, count in zip(rows, features.counts, strict=True):
             end += count
-            self._states[row.slot] = [stream[end - 1] for stream in streams]
+            self._states[row.slot] = torch.stack([stream[end - 1] for stream in streams])
 
     def _attended(self, slots: list[int], counts: list[int], states_Md: Tensor) -> Tensor:
         """The prefix layer over newly committed states; it keeps their keys and values."""
@@ -310,52 +337,53 @@ class Hydra(Drafter):
 
     def draft(self, rows: Sequence[Row]) -> Draft:
         count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), self.most_nodes) - 1
-        children = None if self.grown else _children(self.paths[:count])
-        trees = []
-        for row in rows:
-            state = self._states.get(row.slot)  # none after a prompt of one token
-            trees.append(_Growing([row.tokens[-1]], state or [], [0] if state and children != {} else []))
-        for level in self._levels:
-            asked = [(tree, node) for tree in trees for node in tree.asked]
-            if not asked:
+        shape = None if self.grown else self._shape(count)
+        trees = [Growing([row.tokens[-1]], [0] if row.slot in self._states else []) for row in rows]
+        reading = _Reading(self._hidden, self._device)
+        for i, row in enumerate(rows):
+            if row.slot in self._states:  # none after a prompt of one token
+                reading.parts[i, 0] = list(reading.add(self._states[row.slot]))
+        for k in range(self.heads):
+            if shape:
+                for tree in trees:
+                    tree.asked = [node for node in tree.asked if shape[0].children[node]]
+            if not any(tree.asked for tree in trees):
                 break
-            before = [len(tree.parents) for tree in trees]
-            self._ask(level, asked, children)
-            for tree, begin in zip(trees, before, strict=True):
-                if children is None:
-                    best = tree.best(count)
-                    tree.floor = tree.values[best[-1]] if len(best) == count else -math.inf
-                    tree.asked = [node for node in best if node >= begin][:BEAM]
+            said_FR, tokens_FR = self._ask(k, trees, reading)
+            at = 0
+            for tree in trees:
+                mine, since = slice(at, at + len(tree.asked)), len(tree.parents)
+                at = mine.stop
+                if shape:
+                    tree.fill(*shape, said_FR[mine], tokens_FR[mine])
                 else:
-                    tree.asked = [node for node in range(begin, len(tree.parents)) if tree.ranks[node] in children]
-        cut = [tree.cut(tree.best(count) if children is None else range(1, len(tree.parents))) for tree in trees]
+                    tree.extend(said_FR[mine], tokens_FR[mine], count)
+                    tree.narrow(count, since, BEAM, LEAST)
+        cut = [tree.cut(range(1, len(tree.parents)) if shape else tree.best(count)) for tree in trees]
         return Draft([tree for tree, _, _ in cut], [tokens for _, tokens, _ in cut], [given for _, _, given in cut])
 
-    def _ask(
-        self,
-        level: DrafterHeads,
-        asked: Sequence[tuple[_Growing, int]],
-        children: dict[tuple[int, ...], list[int]] | None,
-    ) -> None:
-        """One call of a level's head for all nodes that are asked; its guesses become their children."""
+    def _ask(self, k: int, trees: Sequence[Growing], reading: _Reading) -> tuple[Floats, list[list[int]]]:
+        """Head k, at all nodes that are asked: log-probabilities and tokens of its guesses, best first."""
+        asked = [(row, node) for row, tree in enumerate(trees) for node in tree.asked]
+        above = [(row, max(0, trees[row].parents[node])) for row, node in asked]
+        read_FS = [reading.parts[each] for each in above]
         if self.grounded:
-            embedded_Fd = self._embed(torch.tensor([tree.tokens[node] for tree, node in asked]))
-            for (tree, node), embedded in zip(asked, embedded_Fd, strict=True):
-                tree.parts[node] = [*(tree.parts[tree.parents[node]] if node else tree.state), embedded]
-        said_FKR, best_FKR = level.top([tree.parts.get(node, tree.state) for tree, node in asked], self._width)
-        for (tree, node), said, best in zip(asked, said_FKR[:, 0].tolist(), best_FKR[:, 0].tolist(), strict=True):
-            for rank in range(self._width) if children is None else children[tree.ranks[node]]:
-                log_p = min(0.0, said[rank])  # no number counts as certain
-                if tree.values[node] + log_p <= tree.floor:
-                    break  # nor will the next: they come best first
-                tree.add(node, rank, self._vocabulary[best[rank]], log_p)
-
-
-def _children(paths: Sequence[tuple[int, ...]]) -> Children:
-    found: Children = {}
-    for path in paths:
-        found.setdefault(path[:-1], []).append(path[-1])
-    return found
+            embedded_Fd = self._embed(torch.tensor([trees[row].tokens[node] for row, node in asked]))
+            read_FS = [[*read, number] for read, number in zip(read_FS, reading.add(embedded_Fd), strict=True)]
+        reading.parts.update(zip(asked, read_FS, strict=True))
+        if self.chained and k:
+            read_FS = [[*read, reading.ended[each]] for read, each in zip(read_FS, above, strict=True)]
+        states_Fd = None
+        if self.chained:
+            states_Fd, numbers = reading.room(len(asked))
+            reading.ended.update(zip(asked, numbers, strict=True))
+        said_FKR, best_FKR = self._levels[k].top(
+            reading.store_Nd, read_FS, self._width, None if states_Fd is None else states_Fd[:, None]
+        )
+        said_FR = said_FKR[:, 0].cpu().numpy()
+        if self._scales:
+            said_FR = believed(said_FR, self._scales[k])
+        return said_FR, self._vocabulary_V[best_FKR[:, 0].cpu().numpy()].tolist()
 
 
 class HydraPlus(Hydra):

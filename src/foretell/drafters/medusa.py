@@ -21,6 +21,7 @@ tokens, R ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,16 +34,9 @@ from foretell.backbone import Backbone
 from foretell.backbone.linear import side_by_side
 from foretell.contracts import FINAL, Draft, Drafter, Features, Row
 from foretell.drafters.checkpoint import Checkpoint, find
-from foretell.drafters.parts import (
-    GuessingHeads,
-    TrainingBatch,
-    check_options,
-    check_tree,
-    draft_vocabulary,
-    spread,
-    tree_size,
-)
-from foretell.errors import ForetellError
+from foretell.drafters.learning import GuessingHeads, TrainingBatch
+from foretell.drafters.parts import check_options, check_scales, check_tree, draft_vocabulary, spread, tree_size
+from foretell.errors import ForetellError, UsageError
 from foretell.trees.grow import Candidates
 from foretell.trees.published import published
 from foretell.trees.tree import ROOT, TokenTree
@@ -93,6 +87,17 @@ class MedusaHeads(GuessingHeads):
             parts.append(self.embed(batch.tokens_BT.flatten()[sources + 1]))
         return side_by_side(torch.stack(parts, 1))
 
+    @torch.no_grad()
+    def start(self, arch: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        ours = self.checkpoint()[0]
+        names = [name for name in ours if name not in ("head", "vocabulary")]
+        if any(name not in tensors or tensors[name].shape != ours[name].shape for name in names):
+            raise UsageError("It is made with other options; train with the same -o heads=, layers=, taps= and root=.")
+        for layer, weight in enumerate(self.weights):
+            weight.copy_(tensors[f"weight.{layer}"])
+        self.bias_LKd.copy_(tensors["bias"])
+        self.take_outputs(tensors)
+
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors: dict[str, Tensor] = {f"weight.{layer}": weight for layer, weight in enumerate(self.weights)}
         tensors["bias"] = self.bias_LKd
@@ -110,7 +115,10 @@ class Medusa(Drafter):
         earned: tree size -> tokens per step on held-out text, of trees that are not grown: those earn a little more.
         grown: whether each step takes its most probable paths of all; else the tree of n nodes is always the first
             n - 1 of them.
+        scales: how far each head is believed.
     """
+
+    method = "medusa"
 
     def __init__(
         self,
@@ -121,12 +129,15 @@ class Medusa(Drafter):
         size: Callable[[int, int], int],
         earned: dict[int, float] | None = None,
         grown: bool = True,
+        scales: Sequence[Sequence[float]] = (),
     ):
+        self._scales = [(float(slope), float(bias)) for slope, bias in scales]
         self._earned, self.size, self.grown, self.paths = earned or {}, size, grown, [tuple(path) for path in paths]
         self.taps = (*arch["taps"], FINAL)
         self._embed = backbone.embed if arch["root"] else None
         self._vocabulary_V = tensors["vocabulary"].numpy().astype(np.int64)
         check_tree(self.paths, arch["heads"], len(self._vocabulary_V))
+        check_scales(self._scales, arch["heads"])
         self._candidates = {0: Candidates(self.paths)}
         blocks = [
             list(zip(tensors[f"weight.{layer}"], tensors["bias"][layer].float(), strict=True))
@@ -136,7 +147,7 @@ class Medusa(Drafter):
         outputs = backbone.head_rows(tensors["vocabulary"].long())[None] if shared else tensors["head"]
         self._heads = backbone.heads(blocks, list(outputs))
         self._parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
-        self._states: dict[int, list[Tensor]] = {}  # slot -> of the newest token but one: state, then streams
+        self._states: dict[int, list[Tensor]] = {}  # slot -> of the newest token but one: state, then streams [d]
 
     @classmethod
     def build(
@@ -157,21 +168,22 @@ class Medusa(Drafter):
             grown: grow each step's tree anew from what the heads say; false as in the paper.
             any_backbone: accept heads of another model of the same sizes.
         """
-        found, tensors = find("medusa", backbone, checkpoint, any_backbone)
+        found, tensors = find(cls.method, backbone, checkpoint, any_backbone)
         if not _whole(found, tensors):
-            where = checkpoint or "The medusa drafter that came with foretell"
+            where = checkpoint or f"The {cls.method} drafter that came with foretell"
             raise ForetellError(f"{where} is damaged: it lacks what its config names; copy or train it again.")
         paths = published(tree) if tree else found.paths
         earned = {} if tree else {int(size): tokens for size, tokens in found.tokens_per_step.items()}
         size = tree_size(backbone, nodes or (len(paths) + 1 if tree else 0), earned)
-        return cls(backbone, found.arch, tensors, paths, size, earned, grown)
+        return cls(backbone, found.arch, tensors, paths, size, earned, grown, found.calibration)
 
     @classmethod
     def trainable(
-        cls, backbone: Backbone, counts_V: Tensor, *, heads: int = 4, layers: int = 2, output: str = "tied",
+        cls, backbone: Backbone, counts_V: Tensor, folder: Path | None = None, *, heads: int = 4,
+        layers: int = 2, output: str = "tied",
         draft_vocab: int = 8192, soft: float = 0.5, taps: int = 2, root: bool = True,
     ) -> MedusaHeads:  # fmt: skip
-        """Fresh heads; see `parts.Method`.
+        """Fresh heads; see `learning.Method`.
 
         Args:
             heads: how many; head k guesses the token k + 1 ahead.
@@ -219,13 +231,14 @@ class Medusa(Drafter):
         ready = [i for i, row in enumerate(rows) if row.slot in self._states]  # not after a prompt of one token
         if ready and self.paths:
             nodes = self.size(len(rows), max(len(row.tokens) for row in rows))
-            parts_BS = [list(self._states[rows[i].slot]) for i in ready]
+            read_BSd = torch.stack([torch.stack(self._states[rows[i].slot]) for i in ready])
             if self._embed:
                 roots_Bd = self._embed(torch.tensor([tokens[i][0] for i in ready]))
-                parts_BS = [[*parts, root] for parts, root in zip(parts_BS, roots_Bd, strict=True)]
+                read_BSd = torch.cat([read_BSd, roots_Bd[:, None]], 1)
             paths = self._among(nodes)
-            said_BKR, guesses_BKR = self._guesses(parts_BS, paths.width)
-            for i, guesses_KR, grown in zip(ready, guesses_BKR.tolist(), paths.grow(said_BKR, nodes), strict=True):
+            said_BKR, guesses_BKR = self._guesses(read_BSd, paths.width)
+            grown_trees = paths.grow(said_BKR, nodes, self._scales)
+            for i, guesses_KR, grown in zip(ready, guesses_BKR.tolist(), grown_trees, strict=True):
                 trees[i], chosen, given[i] = grown
                 tokens[i] += [guesses_KR[head][rank] for head, rank in chosen]
         return Draft(trees, tokens, given)
@@ -237,11 +250,10 @@ class Medusa(Drafter):
             self._candidates[key] = Candidates(self.paths[: nodes - 1] if key else self.paths)
         return self._candidates[key]
 
-    def _guesses(
-        self, parts_BS: Sequence[Sequence[Tensor]], width: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _guesses(self, read_BSd: Tensor, width: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Each head's most probable tokens, best first: log-probabilities and ids, [B, K, R]."""
-        said_BKR, best_BKR = (each.cpu().numpy() for each in self._heads.top(parts_BS, width))
+        which_BS = np.arange(len(read_BSd) * read_BSd.shape[1]).reshape(len(read_BSd), -1).tolist()
+        said_BKR, best_BKR = (each.cpu().numpy() for each in self._heads.top(read_BSd.flatten(0, 1), which_BS, width))
         return said_BKR, self._vocabulary_V[best_BKR]
 
 

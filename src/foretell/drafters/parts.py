@@ -1,94 +1,23 @@
-"""What trained drafters share: the batch they learn from, what a trainer asks of them, and the loss of a draft head.
+"""What trained drafters share when they draft: how large a tree, which tokens to choose from, checks of both.
 
-A drafter learns from conversations that the backbone itself wrote. The trainer knows no method: it hands a batch to
-`Trainable.losses` and adds up the terms that come back.
-
-Legend: B conversations, T tokens of the longest, d hidden width, P positions, V (draft) vocabulary, m most probable
-tokens kept of the backbone's own distribution.
+Legend: V (draft) vocabulary.
 """
 
 from __future__ import annotations
 
-import math
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from foretell.backbone import Backbone
-from foretell.backbone.config import ModelConfig
 from foretell.backbone.costs import StepCosts
 from foretell.errors import UsageError, check_numbers
 from foretell.trees import from_paths
-from foretell.trees.search import ENDED, MISSED
 
-CHUNK = 512
-"""Positions whose logits exist at once."""
 DEFAULT_NODES = 16
-RANKS = 32
-"""Guesses of a head that are looked at when trees are searched."""
-
-
-@dataclass
-class TrainingBatch:
-    """Conversations side by side, padded on the right.
-
-    Attributes:
-        tokens_BT: int64; padding is 0.
-        supervised_BT: bool; tokens the model wrote, the only ones worth guessing. False on padding.
-        states: tap -> [B, T, d], what the backbone computed at each token.
-        teacher_ids_BTm, teacher_p_BTm: the backbone's most probable tokens *after* each position whose next token
-            is supervised, and their probabilities (elsewhere zeros); the rest of its distribution is left out.
-    """
-
-    tokens_BT: Tensor
-    supervised_BT: Tensor
-    states: dict[int, Tensor]
-    teacher_ids_BTm: Tensor
-    teacher_p_BTm: Tensor
-
-    def to(self, device: torch.device) -> TrainingBatch:
-        states = {tap: tensor.to(device) for tap, tensor in self.states.items()}
-        rest = (self.tokens_BT, self.supervised_BT, self.teacher_ids_BTm, self.teacher_p_BTm)
-        tokens, supervised, ids, p = (tensor.to(device) for tensor in rest)
-        return TrainingBatch(tokens, supervised, states, ids, p)
-
-
-class Trainable(nn.Module):
-    """The learning form of a drafter: an `nn.Module` with its own loss, made by its method's `trainable`.
-
-    Attributes:
-        taps: backbone states that `losses` reads.
-    """
-
-    taps: tuple[int, ...] = ()
-
-    @abstractmethod
-    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """Named terms, each a scalar; the trainer minimises their sum. {} where nothing is supervised."""
-
-    @abstractmethod
-    def ranks(self, batch: TrainingBatch) -> list[Tensor]:
-        """Per conversation [P, K] int64 as in `trees.search`: ranks of what came, over the written part."""
-
-    @abstractmethod
-    def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors to save, and the numbers that the drafter needs besides to make its module of them."""
-
-
-class Method(Protocol):
-    """What a drafter class adds when it can be trained."""
-
-    @classmethod
-    def trainable(cls, backbone: Any, counts_V: Tensor, **options: Any) -> Trainable:
-        """A fresh module. `counts_V`: how often each token was written in the data, for draft vocabularies."""
-        ...
 
 
 def tree_size(backbone: Backbone, nodes: int, tokens_per_step: dict[int, float]) -> Callable[[int, int], int]:
@@ -124,6 +53,12 @@ def check_tree(paths: Sequence[Sequence[int]], heads: int, choices: int) -> None
         )
 
 
+def check_scales(scales: Sequence[object], heads: int) -> None:
+    """Refuses a calibration of other heads (see `trees.calibration`)."""
+    if len(scales) not in (0, heads):
+        raise UsageError(f"The drafter is calibrated for {len(scales)} heads, but has {heads}; train it again.")
+
+
 def check_options(backbone: Backbone, output: str, **numbers: float) -> None:
     """Refuses what heads cannot be made with; `numbers` are options of these names, those that a method has."""
     if output not in ("shared", "tied", "own"):
@@ -152,201 +87,3 @@ def places(vocabulary_V: Tensor, whole: int) -> Tensor:
     place = torch.full((whole,), -1)
     place[vocabulary_V] = torch.arange(len(vocabulary_V))
     return place
-
-
-class _SoftCrossEntropy(torch.autograd.Function):
-    """Gradients are made while a chunk's logits are at hand; all logits at once would be gigabytes."""
-
-    @staticmethod
-    def forward(ctx: Any, x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor) -> Tensor:
-        weight = weight_Vd.bfloat16()
-        grad_x = torch.empty_like(x_Pd)
-        grad_weight = torch.zeros_like(weight_Vd) if ctx.needs_input_grad[1] else None
-        total = x_Pd.new_zeros(())
-        for at in range(0, len(x_Pd), CHUNK):
-            x, ids, p = (t[at : at + CHUNK] for t in (x_Pd.bfloat16(), ids_Pm, p_Pm))
-            log_q = (x @ weight.T).float().log_softmax(-1)
-            total -= (p * log_q.gather(-1, ids)).sum()
-            slope = log_q.exp_().mul_(p.sum(-1, keepdim=True)).scatter_add_(-1, ids, -p).bfloat16()
-            grad_x[at : at + CHUNK] = slope @ weight
-            if grad_weight is not None:
-                grad_weight += slope.T @ x
-        ctx.save_for_backward(grad_x, *(() if grad_weight is None else (grad_weight,)))
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, *rest = ctx.saved_tensors
-        return grads[0] * grad_x, grads[0] * rest[0] if rest else None, None, None
-
-
-def soft_cross_entropy(x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor) -> Tensor:
-    """-Σ p · log softmax(x Wᵀ)[ids], summed over positions; products in bfloat16, sums in float32.
-
-    Args:
-        ids_Pm, p_Pm: target tokens and their probabilities; a zero probability makes its id irrelevant, and what is
-            missing to one is a part of the target that is not taught.
-    """
-    return _SoftCrossEntropy.apply(x_Pd, weight_Vd, ids_Pm, p_Pm)
-
-
-class GuessingHeads(Trainable):
-    """K heads: the k-th (from 0) guesses, at position p, token p + k + 2 out of a draft vocabulary.
-
-    Their loss is a cross-entropy each, times decay^k, against the written token and the backbone's own distribution
-    where it was written. A method says what the output matrices read.
-
-    Args:
-        head_Vd: the backbone's output rows of the draft vocabulary.
-        vocabulary_V: their token ids; `whole` is the size of the backbone's vocabulary.
-        output: whose output matrices: shared (the backbone's, frozen), tied (one copy for all heads) or own.
-        soft: share of the loss that is against the backbone's distribution instead of the written token.
-    """
-
-    decay = 1.0
-    head_Vd: Tensor
-    vocabulary_V: Tensor
-    place: Tensor
-
-    def __init__(self, head_Vd: Tensor, vocabulary_V: Tensor, whole: int, *, heads: int, output: str, soft: float):
-        super().__init__()
-        self.heads, self.output, self.soft = heads, output, soft
-        if output == "shared":
-            self.register_buffer("head_Vd", head_Vd.float(), persistent=False)
-        else:
-            copies = heads if output == "own" else 1
-            self.head_KVd = nn.Parameter(head_Vd.float().repeat(copies, 1, 1))
-        self.register_buffer("vocabulary_V", vocabulary_V)
-        self.register_buffer("place", places(vocabulary_V, whole), persistent=False)
-
-    @abstractmethod
-    def read(self, batch: TrainingBatch, sources_P: Tensor) -> Tensor:
-        """What the output matrices read, [K, P, d], at places of the flattened batch.
-
-        Where a head has no token to guess any more, anything will do.
-        """
-
-    def head(self, k: int) -> Tensor:
-        """Output matrix [V, d] of head k."""
-        if self.output == "shared":
-            return self.head_Vd
-        return self.head_KVd[k if self.output == "own" else 0]
-
-    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        targets_PK, sources_P = _positions(batch, self.heads)
-        if not len(sources_P):
-            return {}
-        x_KPd = self.read(batch, sources_P)
-        out = {}
-        for k in range(self.heads):
-            token_P = targets_PK[:, k]
-            live = token_P >= 0
-            if not live.any():
-                continue
-            teacher = [
-                each.flatten(0, 1)[sources_P[live] + k + 1] for each in (batch.teacher_ids_BTm, batch.teacher_p_BTm)
-            ]
-            ids_Pm = torch.cat([token_P[live][:, None], teacher[0]], 1)
-            p_Pm = torch.cat(
-                [torch.full((len(ids_Pm), 1), 1 - self.soft, device=ids_Pm.device), self.soft * teacher[1]], 1
-            )
-            place_Pm = self.place[ids_Pm]
-            p_Pm = p_Pm * (place_Pm >= 0)  # what the draft vocabulary cannot say is not taught
-            taught = p_Pm.sum(1) > 0
-            loss = soft_cross_entropy(x_KPd[k, live][taught], self.head(k), place_Pm[taught].clamp(min=0), p_Pm[taught])
-            out[f"head {k + 1}"] = self.decay**k * loss / live.sum()
-        return out
-
-    @torch.no_grad()
-    def ranks(self, batch: TrainingBatch) -> list[Tensor]:
-        targets_PK, sources_P = _positions(batch, self.heads)
-        x_KPd, ranks_PK = self.read(batch, sources_P), torch.full_like(targets_PK, MISSED)
-        for k in range(self.heads):
-            for at in range(0, len(sources_P), CHUNK):
-                logits = x_KPd[k, at : at + CHUNK].bfloat16() @ self.head(k).bfloat16().T
-                best = self.vocabulary_V[logits.topk(min(RANKS, logits.shape[1])).indices]
-                hit = best == targets_PK[at : at + CHUNK, k, None]
-                rank = hit.int().argmax(1)
-                ranks_PK[at : at + CHUNK, k] = torch.where(hit.any(1), rank, MISSED)
-        ranks_PK.masked_fill_(targets_PK < 0, ENDED)
-        rows = sources_P // batch.tokens_BT.shape[1]
-        return [ranks_PK[rows == row].cpu() for row in range(len(batch.tokens_BT))]
-
-    def stored(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A checkpoint's tensors: those of the method, the output matrices and the draft vocabulary."""
-        if self.output != "shared":
-            tensors = {**tensors, "head": self.head_KVd}
-        return {name: tensor.detach().bfloat16() for name, tensor in tensors.items()} | {
-            "vocabulary": self.vocabulary_V.int()
-        }
-
-
-def _positions(batch: TrainingBatch, heads: int) -> tuple[Tensor, Tensor]:
-    """Where the first head has something to learn.
-
-    Returns:
-        Targets [P, K], -1 where the token is missing or not supervised; places in the flattened batch [P].
-    """
-    tokens_BT, supervised_BT = batch.tokens_BT, batch.supervised_BT
-    targets_BTK = torch.full((*tokens_BT.shape, heads), -1, device=tokens_BT.device)
-    for k in range(heads):
-        shift = k + 2
-        if shift < tokens_BT.shape[1]:
-            targets_BTK[:, :-shift, k] = torch.where(supervised_BT[:, shift:], tokens_BT[:, shift:], -1)
-    sources = (targets_BTK[..., 0] >= 0).flatten().nonzero()[:, 0]
-    return targets_BTK.flatten(0, 1)[sources], sources
-
-
-class DecoderLayer(nn.Module):
-    """A layer of a drafter's own while it learns, of the backbone's shape; it begins as the identity.
-
-    Its tensors have the names that `Backbone.layer` reads. Float32, multiplied in bfloat16.
-
-    Args:
-        rotation: of the backbone: positions -> cosine and sine.
-    """
-
-    def __init__(self, config: ModelConfig, rotation: Callable[[Tensor], tuple[Tensor, Tensor]]):
-        super().__init__()
-        c, self.config, self.rotation = config, config, rotation
-        shapes = {
-            "self_attn.q_proj": (c.q_width, c.hidden), "self_attn.k_proj": (c.kv_width, c.hidden),
-            "self_attn.v_proj": (c.kv_width, c.hidden), "self_attn.o_proj": (c.hidden, c.q_width),
-            "mlp.gate_proj": (c.mlp, c.hidden), "mlp.up_proj": (c.mlp, c.hidden), "mlp.down_proj": (c.hidden, c.mlp),
-        }  # fmt: skip
-        weights = {name: torch.randn(shape) / math.sqrt(shape[1]) for name, shape in shapes.items()}
-        for last in ("self_attn.o_proj", "mlp.down_proj"):
-            weights[last].zero_()  # the stream starts as it came
-        weights |= {name: torch.ones(c.hidden) for name in ("input_layernorm", "post_attention_layernorm")}
-        self.weights = nn.ParameterDict({name.replace(".", "/"): weight for name, weight in weights.items()})
-
-    def named(self) -> dict[str, Tensor]:
-        return {f"{name.replace('/', '.')}.weight": weight for name, weight in self.weights.items()}
-
-    def forward(self, h_BTd: Tensor) -> Tensor:
-        c = self.config
-        x_BTd = self._norm("input_layernorm", h_BTd)
-        q, k, v = (
-            self._linear(f"self_attn/{name}_proj", x_BTd).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
-            for name in "qkv"
-        )
-        cosine_TD, sine_TD = self.rotation(torch.arange(h_BTd.shape[1]))
-        mixed = F.scaled_dot_product_attention(
-            _rotated(q, cosine_TD, sine_TD), _rotated(k, cosine_TD, sine_TD), v, is_causal=True, enable_gqa=True
-        )
-        h_BTd = h_BTd + self._linear("self_attn/o_proj", mixed.transpose(1, 2).flatten(2))
-        x_BTd = self._norm("post_attention_layernorm", h_BTd)
-        gated = F.silu(self._linear("mlp/gate_proj", x_BTd)) * self._linear("mlp/up_proj", x_BTd)
-        return h_BTd + self._linear("mlp/down_proj", gated)
-
-    def _linear(self, name: str, x: Tensor) -> Tensor:
-        return F.linear(x.bfloat16(), self.weights[name].bfloat16()).float()
-
-    def _norm(self, name: str, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weights[name], self.config.eps)
-
-
-def _rotated(x_BHTD: Tensor, cosine_TD: Tensor, sine_TD: Tensor) -> Tensor:
-    one, other = x_BHTD.chunk(2, -1)
-    cosine, sine = cosine_TD.to(x_BHTD), sine_TD.to(x_BHTD)
-    return torch.cat([one * cosine - other * sine, other * cosine + one * sine], -1)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from foretell.api import LLM, Result
 from foretell.backbone.files import whole_lines, write_errors
@@ -22,6 +22,9 @@ from foretell.conversations import Conversation, converse, read_conversations
 from foretell.errors import ForetellError, UsageError
 from foretell.train.data import Distilled, Store
 from foretell.train.tasks import tasks
+
+if TYPE_CHECKING:
+    from foretell.train.endpoint import Endpoint
 
 Progress = Callable[[int, int, int], None]
 """Called with (done, total, tokens written so far)."""
@@ -104,12 +107,14 @@ def distill(
     *,
     rows: int,
     circles: bool = False,
+    endpoint: Endpoint | None = None,
     progress: Progress = lambda *_: None,
 ) -> None:
     """Answers the conversations that `store` does not hold yet, appending each as it ends.
 
     Args:
         circles: keep answers that run in circles.
+        endpoint: who answers, if not `llm` itself.
     """
     room = llm.backbone.config.max_positions - params.max_new_tokens
     todo, done = [], 0
@@ -131,10 +136,19 @@ def distill(
     def full(index: int, error: UsageError) -> None:
         """A later turn does not fit: the conversation ends there, and `_kept` says so."""
 
-    for index, replies in converse(llm, llm.decoder(rows), todo, params, rows=rows, on_event=hear, on_error=full):
-        store.append(todo[index].line, list(_kept(llm, todo[index], replies, circles)))
-        done += 1
-        progress(done, len(conversations), written)
+    def told(reply: Result) -> None:
+        nonlocal written
+        written += len(reply.ids)
+
+    if endpoint:
+        answers = endpoint.converse(llm, todo, params, rows=rows, on_reply=told)
+    else:
+        answers = converse(llm, llm.decoder(rows), todo, params, rows=rows, on_event=hear, on_error=full)
+    with closing(answers):
+        for index, replies in answers:
+            store.append(todo[index].line, list(_kept(llm, todo[index], replies, circles)))
+            done += 1
+            progress(done, len(conversations), written)
 
 
 def _kept(llm: LLM, conversation: Conversation, replies: Sequence[Result], circles: bool) -> Iterator[Distilled | str]:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from foretell.backbone import Backbone, Nodes
 from foretell.backbone.files import sole_writer, write_errors, written_whole
 from foretell.contracts import FINAL
-from foretell.drafters.parts import TrainingBatch
+from foretell.drafters.learning import TrainingBatch
 from foretell.errors import UsageError
 from foretell.train.data import Distilled, digest
 
@@ -172,7 +172,7 @@ def _teacher(backbone: Backbone, states_Pd: Tensor, places: Sequence[int]) -> di
         values, ids = most_probable(logits_PV, m)
         best = values[:, :1]
         total = logits_PV.sub_(best).exp_().sum(-1, keepdim=True)  # in place: the logits are many and needed no more
-        ids_Pm[part], p_Pm[part] = ids.int().cpu(), ((values - best).exp() / total).bfloat16().cpu()
+        ids_Pm[part], p_Pm[part] = ids.int().cpu(), ((values - best).exp() / total).to(p_Pm.dtype).cpu()
     return {"teacher_ids": ids_Pm, "teacher_p": p_Pm}
 
 

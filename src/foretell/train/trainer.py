@@ -22,10 +22,11 @@ import numpy as np
 import torch
 
 from foretell.backbone.files import one_line, whole_lines, write_errors, written_whole
-from foretell.drafters.parts import Trainable
+from foretell.drafters.learning import Trainable
 from foretell.errors import ForetellError, UsageError, check_numbers
 from foretell.train.data import digest
 from foretell.train.features import Features
+from foretell.trees.calibration import Floats, Scale, fit
 from foretell.trees.search import ENDED, Ranks, nested, replay
 
 SIZES = (4, 8, 12, 16, 24, 32, 48, 64)
@@ -78,13 +79,17 @@ class Report:
         loss: mean of each term.
         accuracy: per head, the share of positions whose token was among the head's best 1, 2, 3, 5, 10.
         paths: those that came true most often, most frequent first; any beginning is a tree.
-        tokens_per_step: tree size -> tokens per step by replay.
+        tokens_per_step: tree size -> tokens per step of fixed trees by replay.
+        calibration: per head, as `trees.calibration` fits it.
+        replayed: the conversations that no tree was searched on.
     """
 
     loss: dict[str, float]
     accuracy: list[dict[str, float]]
     paths: list[tuple[int, ...]]
     tokens_per_step: dict[int, float]
+    calibration: list[Scale]
+    replayed: list[int]
 
 
 class Trainer:
@@ -113,10 +118,10 @@ class Trainer:
         self._data = digest(features.data)
         self.steps_per_epoch = len(self._epoch(0)) / settings.accumulate
         self.steps = max(1, round(settings.epochs * self.steps_per_epoch))
+        groups = [{"params": parameters, "scale": scale} for parameters, scale in module.groups()]
         self.optimizer = torch.optim.AdamW(
-            [p for p in module.parameters() if p.requires_grad], lr=settings.learning_rate, betas=(0.9, 0.98),
-            weight_decay=settings.weight_decay,
-        )  # fmt: skip
+            groups, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
+        )
         self.step = 0
         self.skipped = 0
         self.seconds = 0.0  # of all runs that led here
@@ -149,8 +154,9 @@ class Trainer:
             if stop():
                 raise KeyboardInterrupt
             self.module.train()
+            self.module.begin(self.step / self.steps)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate(self.step)
+                group["lr"] = self.learning_rate(self.step) * group.get("scale", 1.0)
             terms = self._step(batches)
             tokens += sum(len(self.features.data[i].tokens) for batch in batches for i in batch)
             self.step += 1
@@ -297,21 +303,25 @@ class Trainer:
     def evaluate(self, sizes: Sequence[int] = SIZES) -> Report:
         """Figures on the conversations that were held out (all of them where none was).
 
-        The tree is searched on one half of the held-out conversations and replayed on the other.
+        Trees are searched, and heads calibrated, on one half of the held-out conversations; the other is replayed.
         """
         self.module.eval()
+        self.module.begin(self.step / self.steps)
         indices = self.held_out or self.training
         sums: dict[str, float] = {}
         ranks: list[Ranks] = []
+        said: list[Floats] = []
         for at in range(0, len(indices), 8):
             batch = self.features.batch(indices[at : at + 8]).to(self.device)
             for name, term in self.module.losses(batch).items():
                 sums[name] = sums.get(name, 0.0) + term.item() * len(indices[at : at + 8]) / len(indices)
-            ranks += [each.numpy() for each in self.module.ranks(batch)]
-        searched, replayed = (ranks[::2], ranks[1::2]) if len(ranks) > 1 else (ranks, ranks)
-        paths = nested(searched, CANDIDATES)
-        earned = {n: round(replay(replayed, paths[: n - 1]), 4) for n in sizes if n <= len(paths) + 1}
-        return Report(sums, _accuracy(ranks), paths, earned)
+            for each in self.module.guesses(batch):
+                ranks.append(each.ranks_PK.numpy())
+                said.append(each.said_PKR.numpy())
+        one, other = (slice(0, None, 2), slice(1, None, 2)) if len(ranks) > 1 else (slice(None), slice(None))
+        paths = nested(ranks[one], CANDIDATES)
+        earned = {n: round(replay(ranks[other], paths[: n - 1]), 4) for n in sizes if n <= len(paths) + 1}
+        return Report(sums, _accuracy(ranks), paths, earned, fit(said[one], ranks[one]), indices[other])
 
 
 def _step_of(line: bytes) -> int:

@@ -10,12 +10,13 @@ Legend: B rows, K heads, R ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
 import numpy as np
-from numpy.typing import NDArray
 
+from foretell.trees.calibration import Floats, Scale, believed
 from foretell.trees.tree import TokenTree, from_paths
 
 Grown = tuple[TokenTree, list[tuple[int, int]], list[float]]
@@ -45,13 +46,16 @@ class Candidates:
         """Ranks that are looked at."""
         return max((rank for _, rank in self._guesses), default=-1) + 1
 
-    def grow(self, said_BKR: NDArray[np.floating], nodes: int) -> list[Grown]:
+    def grow(self, said_BKR: Floats, nodes: int, scales: Sequence[Scale] = ()) -> list[Grown]:
         """Each row's tree of the most probable paths.
 
         Args:
             said_BKR: log-probability of each head's guesses, best first.
             nodes: size of the trees, root included.
+            scales: how far each head is believed.
         """
+        if scales:
+            said_BKR = np.stack([believed(said_BKR[:, k], scale) for k, scale in enumerate(scales)], 1)
         return [self._grown(said_KR, min(nodes - 1, len(self))) for said_KR in said_BKR.tolist()]
 
     def _grown(self, said_KR: list[list[float]], count: int) -> Grown:
@@ -70,3 +74,71 @@ class Candidates:
         place = {node: i for i, node in enumerate([0, *chosen])}
         tree = TokenTree((-1, *(place[self._tree.parents[node]] for node in chosen)))
         return tree, [self._guesses[node - 1] for node in chosen], [1.0, *(math.exp(said[node]) for node in chosen)]
+
+
+@dataclass
+class Growing:
+    """A tree that is drafted level by level, each guess from what stands before it; node 0 is the root.
+
+    Attributes:
+        tokens: of each node; given: how probable it is given its parent; values: log-probability of its path.
+        asked: nodes whose guesses the next level makes.
+        floor: value of the least probable node that would be taken now; who is below need not be added.
+    """
+
+    tokens: list[int]
+    asked: list[int]
+    floor: float = -math.inf
+    parents: list[int] = field(default_factory=lambda: [-1])
+    given: list[float] = field(default_factory=lambda: [1.0])
+    values: list[float] = field(default_factory=lambda: [0.0])
+
+    def add(self, parent: int, token: int, said: float) -> None:
+        said = min(0.0, said)  # no number counts as certain
+        self.parents.append(parent)
+        self.tokens.append(token)
+        self.given.append(math.exp(said))
+        self.values.append(self.values[parent] + said)
+
+    def extend(self, said_AR: Floats, tokens_AR: Sequence[Sequence[int]], count: int) -> None:
+        """Adds the guesses behind `asked` that might be among the `count` best nodes."""
+        values = (np.array([self.values[node] for node in self.asked])[:, None] + said_AR).ravel()
+        order = np.argsort(-values, kind="stable")[:count]
+        for i in np.sort(order[values[order] > self.floor]).tolist():
+            place, rank = divmod(i, said_AR.shape[1])
+            self.add(self.asked[place], tokens_AR[place][rank], float(said_AR[place, rank]))
+
+    def fill(
+        self, shape: TokenTree, ordered: Sequence[tuple[int, ...]], said_AR: Floats, tokens_AR: Sequence[Sequence[int]]
+    ) -> None:
+        """Adds what a tree of rank paths (`from_paths`) wants behind `asked`, and asks what was added.
+
+        Its paths come level by level, so that nodes have the same numbers here and there.
+        """
+        since = len(self.parents)
+        for place, node in enumerate(self.asked):
+            for child in shape.children[node]:
+                rank = ordered[child][-1]
+                self.add(node, tokens_AR[place][rank], float(said_AR[place, rank]))
+        self.asked = list(range(since, len(self.parents)))
+
+    def best(self, count: int) -> list[int]:
+        """The most probable nodes, without the root. None is less probable than its child, and of equals the older
+        come first: so they are a tree."""
+        return sorted(range(1, len(self.parents)), key=lambda node: -self.values[node])[:count]
+
+    def narrow(self, count: int, since: int, most: int, least: float) -> None:
+        """Chooses whom to ask next: of the `count` best nodes those from `since` on, `most` of them; nobody where the
+        step will hardly come so far, with a probability below `least`."""
+        best = self.best(count)
+        self.floor = self.values[best[-1]] if best and len(best) == count else -math.inf
+        self.asked = [node for node in best if node >= since][:most]
+        if sum(math.exp(self.values[node]) for node in self.asked) < least:
+            self.asked = []
+
+    def cut(self, nodes: Iterable[int]) -> tuple[TokenTree, list[int], list[float]]:
+        """The root and these nodes: tree, tokens and how probable each is given its parent."""
+        kept = [0, *sorted(nodes)]
+        place = {node: i for i, node in enumerate(kept)}
+        tree = TokenTree((-1, *(place[self.parents[node]] for node in kept[1:])))
+        return tree, [self.tokens[node] for node in kept], [self.given[node] for node in kept]

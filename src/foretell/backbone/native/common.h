@@ -79,7 +79,7 @@ struct Kernels {
                    const float* bias, float* out, int64_t count, float* values, int64_t* best, int64_t threads,
                    int bf16);
     void (*heads)(const Heads&, const float* const* parts, int64_t rows, int64_t count, float* values, int64_t* best,
-                  int bf16);
+                  float* states, int bf16);
     void (*attention)(const Model&, const Cache&, const Rows&, const void* queries, void* out,
                       int64_t repeats, int bf16);
 };

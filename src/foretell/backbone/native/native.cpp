@@ -158,7 +158,7 @@ using namespace foretell;
 extern "C" {
 
 // Counts changes of the structures in common.h and of the calls below; Python refuses a library with another number.
-int foretell_layout() { return 5; }
+int foretell_layout() { return 6; }
 
 // A build by name, or the best one for an empty name; null if this processor cannot run it.
 const Kernels* foretell_build(const char* name) { return find(name); }
@@ -193,11 +193,12 @@ void foretell_linear(const Kernels* build, const float* x, int64_t rows, int64_t
     build->linear(x, rows, inputs, packed, outputs, bias, out, count, values, best, threads, bf16);
 }
 
-// parts are rows x (inputs / hidden) pointers; values and best are [heads, rows, count].
+// parts are rows x (inputs / hidden) pointers; values and best are [heads, rows, count]. states, if not null, gets what
+// the output matrices read, [rows, heads, hidden].
 void foretell_heads(const Kernels* build, const Heads* heads, const float* const* parts, int64_t rows, int64_t count,
-                    float* values, int64_t* best, int bf16) {
+                    float* values, int64_t* best, float* states, int bf16) {
     std::lock_guard<std::mutex> lock(one_call);
-    build->heads(*heads, parts, rows, count, values, best, bf16);
+    build->heads(*heads, parts, rows, count, values, best, states, bf16);
 }
 
 void foretell_attention(const Kernels* build, const Model* model, const Cache* cache, const Rows* rows,

@@ -1,0 +1,61 @@
+"""A backbone that learns: a module with gradients, with adapters of low rank or whole, and what is written of it.
+
+Our own backbones compute, and compute exactly; gradients are transformers' work, and adapters peft's.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from foretell.backbone.adapters import copy_beside
+from foretell.errors import UsageError
+
+PLACES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+WAYS = ("lora", "full")
+
+
+def learning(folder: Path, way: str, rank: int, dropout: float) -> nn.Module:
+    """The model in `folder`, float32, of which adapters learn or all but embedding and output matrix.
+
+    Args:
+        rank: of the adapters; their scale is a half, whatever the rank.
+        dropout: of what adapters read.
+    """
+    if way == "lora":
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise UsageError(
+                "Adapters need peft (pip install 'foretell[train]'); without it use -o adapt=full."
+            ) from error
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if way == "full":  # what heads begin with, and what drafts are embedded by, stays
+        for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+            part.weight.requires_grad_(False)
+        return model
+    config = LoraConfig(r=rank, lora_alpha=rank / 2, lora_dropout=dropout, target_modules=PLACES, task_type="CAUSAL_LM")  # type: ignore[arg-type]  # peft divides by the rank: half of an odd one is as good
+    return get_peft_model(model, config)
+
+
+def causal(model: Any) -> Any:
+    """The model without peft's wrapping: adapters are within its layers."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def save(model: Any, folder: Path, base: str, out: Path) -> str:
+    """Writes what became of the model `base` in `folder`; returns the name that it has now."""
+    if causal(model) is model:
+        model.to(torch.bfloat16).save_pretrained(out / "model")
+        copy_beside(folder, out / "model")
+        return str(out / "model")
+    model.save_pretrained(out / "adapter")
+    (out / "adapter/README.md").unlink(missing_ok=True)  # peft's template, all of it to be filled in
+    return f"{base}+{out}"

@@ -1,0 +1,133 @@
+"""A changed model by name: `BASE+ADAPTER` is BASE with low-rank changes (LoRA) worked into its weights.
+
+    smollm2-135m+medusa2          the adapter came with foretell
+    Qwen/Qwen3-0.6B+./my-lora     a folder in peft's format: adapter_config.json, adapter_model.safetensors
+
+The sum W + s·B·A is made once and kept in the cache as a model of its own: it loads, steps and is fingerprinted like
+any other, and its plain decoding is the reference for what drafts for it. LoRA, arXiv 2106.09685, §4.1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from pathlib import Path
+
+from torch import Tensor
+
+from foretell.backbone.files import one_line, read_json
+from foretell.backbone.store import MANIFEST, Progress
+from foretell.errors import ForetellError, UsageError
+
+SHIPPED = Path(__file__).parent / "lora"
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_BEFORE = "base_model.model."
+_UNKNOWN = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication")
+"""Settings of peft that would need more than a sum."""
+_MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq")
+"""Beginnings of an adapter that change the weights it is added to."""
+
+
+def split(name: str) -> tuple[str, Path] | None:
+    """Base and adapter folder of `BASE+ADAPTER`; None where the name is no such sum.
+
+    Raises:
+        UsageError: there is no such adapter.
+    """
+    if "+" not in name[1:] or Path(name).expanduser().exists():
+        return None
+    parts = name.split("+")
+    for at in range(len(parts) - 1, 0, -1):  # base and adapter may hold one themselves
+        base, adapter = "+".join(parts[:at]), "+".join(parts[at:])
+        for folder in (SHIPPED / adapter, Path(adapter).expanduser(), Path(adapter).expanduser() / "adapter"):
+            if base and adapter and (folder / CONFIG).is_file():
+                return base, folder
+    base, _, adapter = name.rpartition("+")
+    known = ", ".join(sorted(each.parent.name for each in SHIPPED.glob(f"*/{CONFIG}"))) or "none"
+    raise UsageError(
+        f"There is no adapter {adapter!r} to add to {base}; name a folder with {CONFIG}, or one that came with "
+        f"foretell ({known})."
+    )
+
+
+def identity(adapter: Path) -> str:
+    """A digest of what would be added."""
+    try:
+        return hashlib.sha256(b"".join((adapter / name).read_bytes() for name in (CONFIG, TENSORS))).hexdigest()
+    except OSError as error:
+        raise ForetellError(f"The adapter {adapter} cannot be read ({one_line(error)}); copy it again.") from error
+
+
+def merge(base: Path, adapter: Path, target: Path, progress: Progress) -> None:
+    """Writes the model folder `target`: `base` with the adapter worked in.
+
+    Raises:
+        ForetellError, UsageError: the adapter is damaged, of another kind, or made for another model.
+    """
+    from safetensors.torch import load_file, save_file
+
+    changes = _Changes(adapter)
+    files = sorted(base.glob("model*.safetensors"))
+    for number, path in enumerate(files):
+        tensors = load_file(path)
+        save_file({name: changes.applied(name, weight) for name, weight in tensors.items()}, target / path.name)
+        progress("adding the adapter", (number + 1) / len(files))
+    if changes.left:
+        raise UsageError(f"{adapter} changes {min(changes.left)}, which {base} lacks; add it to the model it is for.")
+    if (index := base / "model.safetensors.index.json").is_file():
+        shutil.copyfile(index, target / index.name)
+    copy_beside(base, target)
+
+
+def copy_beside(base: Path, target: Path) -> None:
+    """Copies config, tokenizer and what else a model folder holds beside its weights, where it is not there yet."""
+    for path in base.iterdir():
+        weights = path.name.startswith("model") or path.suffix in (".safetensors", ".bin", ".pt", ".pth")
+        if path.is_file() and not weights and path.name != MANIFEST and not (target / path.name).exists():
+            shutil.copyfile(path, target / path.name)
+
+
+class _Changes:
+    """What an adapter adds, by the names of the weights."""
+
+    def __init__(self, adapter: Path):
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        self.adapter, config = adapter, read_json(adapter / CONFIG)
+        odd = [name for name in _UNKNOWN if config.get(name)]
+        odd += ["bias"] if config.get("bias", "none") != "none" else []
+        start = str(config.get("init_lora_weights", "")).lower()
+        odd += [start] if start.startswith(_MOVES_THE_BASE) else []
+        if config.get("peft_type") != "LORA" or odd:
+            raise self._not_plain(odd[0] if odd else str(config.get("peft_type")))
+        try:
+            tensors = load_file(adapter / TENSORS)
+            rank, alpha = int(config["r"]), float(config["lora_alpha"])
+            self._scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            one, other = (f".lora_{side}.weight" for side in "AB")
+            found = [name.removesuffix(one) for name in tensors if name.endswith(one) and name.startswith(_BEFORE)]
+            self._pairs = {
+                f"{name.removeprefix(_BEFORE)}.weight": (tensors[name + one], tensors[name + other]) for name in found
+            }
+            if others := sorted(set(tensors) - {name + end for name in found for end in (one, other)}):
+                raise self._not_plain(others[0])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise ForetellError(f"The adapter {adapter} is damaged ({one_line(error)}); copy it again.") from error
+        self.left = set(self._pairs)
+
+    def _not_plain(self, what: str) -> UsageError:
+        return UsageError(f"{self.adapter} is no plain LoRA adapter ({what}); merge it with peft and name that folder.")
+
+    def applied(self, name: str, weight: Tensor) -> Tensor:
+        pair = self._pairs.get(name)
+        if pair is None:
+            return weight
+        self.left.discard(name)
+        a_RI, b_OR = pair
+        if (b_OR.shape[0], a_RI.shape[1]) != weight.shape or b_OR.shape[1] != a_RI.shape[0]:
+            raise UsageError(f"{self.adapter} was made for a model of other sizes ({name}); add it to that one.")
+        # float64: however a library orders these sums, they round to the same weights and the same fingerprint
+        change = self._scale * (b_OR.double() @ a_RI.double())
+        return (weight.double() + change).to(weight.dtype)

@@ -1,0 +1,174 @@
+"""Medusa-2: backbone and heads learn together, so that the text becomes easier to foretell and stays what it was.
+
+The backbone gets low-rank adapters (LoRA, arXiv 2106.09685) or learns whole. The loss is KL(p before ‖ p now) of the
+backbone plus λ0 times the loss of Medusa's heads (Medusa, arXiv 2401.10774, §3.2 and §3.3). Its teacher is the same
+network with the adapters off; what it said was kept with the features, so that no second pass is needed. The heads
+learn alone at first, or λ0 rises as a sine; they learn faster than the backbone, biases included.
+
+What comes out is another model: `BASE+ADAPTER` (`backbone.adapters`), with heads of its own. They draft as Medusa's
+do, and the changed model's plain decoding is the reference for what they may not change.
+
+Legend: B conversations, T tokens, P positions, d hidden width, V vocabulary, m teacher tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foretell.backbone import Backbone
+from foretell.backbone.adaptation import WAYS, causal, learning, save
+from foretell.contracts import FINAL
+from foretell.drafters.learning import CHUNK, Guessed, TrainingBatch
+from foretell.drafters.medusa import Medusa, MedusaHeads
+from foretell.drafters.parts import check_options, draft_vocabulary, spread
+from foretell.errors import ForetellError, UsageError, check_numbers
+
+LEAST = 1e-6
+"""Probability of all tokens besides the teacher's, at least: its logarithm is taken."""
+
+
+class JointHeads(MedusaHeads):
+    """Heads and the backbone under them.
+
+    The state that a trainer keeps holds what learns: heads, and adapters or the whole backbone.
+
+    Args:
+        model: a transformers model, with peft's adapters or whole; folder: where it lay.
+        head_Vd, vocabulary_V, whole, rest: see `MedusaHeads`.
+        weight: λ0, of the heads' loss; schedule: constant, or a sine's first quarter.
+        slower: learning rate of the backbone relative to the heads'.
+        warm: share of the training in which the heads learn alone.
+    """
+
+    def __init__(
+        self, model: nn.Module, folder: Path, head_Vd: Tensor, vocabulary_V: Tensor, whole: int, *, weight: float,
+        schedule: str, slower: float, warm: float, **rest: Any,
+    ):  # fmt: skip
+        super().__init__(head_Vd, vocabulary_V, whole, **rest)
+        self.folder, self._frozen = folder, (model,)  # out of the module's sight: most of it does not learn
+        learns = [p for p in model.parameters() if p.requires_grad]
+        self.backbone = nn.ParameterList(learns)
+        self.weight, self.schedule, self.slower, self.warm = weight, schedule, slower, warm
+        self._done = 0.0
+
+    @property
+    def model(self) -> nn.Module:
+        return self._frozen[0]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> JointHeads:
+        self.model._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> JointHeads:
+        self.model.train(mode)
+        return super().train(mode)
+
+    # -- learning ---------------------------------------------------------------------------------------------------
+
+    def begin(self, done: float) -> None:
+        self._done = done
+
+    def groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        theirs = set(map(id, self.backbone))
+        heads = [p for p in self.parameters() if p.requires_grad and id(p) not in theirs]
+        return [(heads, 1.0), (list(self.backbone), self.slower)]
+
+    @property
+    def alone(self) -> bool:
+        """Whether the heads still learn alone."""
+        return self._done < self.warm
+
+    def heads_weight(self) -> float:
+        """λ0 as it is now; relative to the backbone's loss, so it is 1 while there is none."""
+        if self.alone:
+            return 1.0
+        rise = math.sin(math.pi / 2 * self._done) if self.schedule == "sine" else 1.0
+        return self.weight * rise
+
+    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        learns = self.training and not self.alone and torch.is_grad_enabled()
+        with torch.set_grad_enabled(learns):
+            batch = self._through(batch)
+        terms = {name: self.heads_weight() * term for name, term in super().losses(batch).items()}
+        if terms and not (self.training and self.alone):
+            terms["backbone"] = self._held(batch)
+        return terms
+
+    def guesses(self, batch: TrainingBatch) -> list[Guessed]:
+        with torch.no_grad():
+            return super().guesses(self._through(batch))
+
+    def _through(self, batch: TrainingBatch) -> TrainingBatch:
+        """The batch with the states that the backbone computes now. Padding stands behind all that is attended to."""
+        bf16 = torch.autocast(batch.tokens_BT.device.type, torch.bfloat16)
+        with bf16:
+            hidden = causal(self.model).model(input_ids=batch.tokens_BT, output_hidden_states=True, use_cache=False)
+        hidden = hidden.hidden_states
+        states = {tap: hidden[-1 if tap == FINAL else tap] for tap in self.taps}
+        return TrainingBatch(batch.tokens_BT, batch.supervised_BT, states, batch.teacher_ids_BTm, batch.teacher_p_BTm)
+
+    def _held(self, batch: TrainingBatch) -> Tensor:
+        """KL(before ‖ now) per written token, over the teacher's tokens and all others as one."""
+        before_BT = torch.zeros_like(batch.supervised_BT)
+        before_BT[:, :-1] = batch.supervised_BT[:, 1:]
+        told = (batch.states[FINAL][before_BT], batch.teacher_p_BTm[before_BT], batch.teacher_ids_BTm[before_BT])
+        weight_Vd: Tensor = causal(self.model).get_output_embeddings().weight
+        total = told[0].new_zeros((), dtype=torch.float32)
+        for x_Pd, p_Pm, ids_Pm in zip(*(each.split(CHUNK) for each in told), strict=True):
+            logits_PV = (x_Pd.bfloat16() @ weight_Vd.bfloat16().T).float()
+            log_q_Pm = logits_PV.gather(-1, ids_Pm) - logits_PV.logsumexp(-1, keepdim=True)
+            p_Pm = p_Pm / p_Pm.sum(-1, keepdim=True).clamp(min=1.0)  # rounded, they may add up to more than one
+            rest_p, rest_q = ((1 - each.sum(-1)).clamp(min=LEAST) for each in (p_Pm, log_q_Pm.exp()))
+            total = total + (torch.xlogy(p_Pm, p_Pm) - p_Pm * log_q_Pm).sum() + (rest_p * (rest_p / rest_q).log()).sum()
+        return total / before_BT.sum()
+
+    # -- what comes out ---------------------------------------------------------------------------------------------
+
+    def save_backbone(self, base: str, out: Path) -> str:
+        return save(self.model, self.folder, base, out)
+
+
+class Medusa2(Medusa):
+    """Drafts as Medusa does, for a backbone that has learnt with its heads."""
+
+    method = "medusa2"
+
+    @classmethod
+    def trainable(
+        cls, backbone: Backbone, counts_V: Tensor, folder: Path | None = None, *, heads: int = 4, layers: int = 2,
+        output: str = "tied", draft_vocab: int = 8192, soft: float = 0.5, taps: int = 2, root: bool = True,
+        adapt: str = "lora", rank: int = 16, weight: float = 0.2, schedule: str = "constant", slower: float = 0.25,
+        warm: float = 0.1, dropout: float = 0.05,
+    ) -> JointHeads:  # fmt: skip
+        """Fresh heads over the backbone in `folder`; see `learning.Method`.
+
+        Args:
+            heads, layers, output, draft_vocab, soft, taps, root: as Medusa's.
+            adapt: what of the backbone learns: lora, or full.
+            rank: of the adapters; their scale α/r is 1/2, as in the paper.
+            weight: λ0, of the heads' loss; schedule: constant or sine.
+            slower: learning rate of the backbone relative to the heads'.
+            warm: share of the training in which the heads learn alone.
+            dropout: of what adapters read.
+        """
+        check_options(backbone, output, heads=heads, layers=layers, soft=soft, draft_vocab=draft_vocab, taps=taps)
+        for name, value, allowed in (("adapt", adapt, WAYS), ("schedule", schedule, ("constant", "sine"))):
+            if value not in allowed:
+                raise UsageError(f"{name} is {value!r}; it must be {' or '.join(allowed)}.")
+        numbers = SimpleNamespace(rank=rank, weight=weight, slower=slower, warm=warm, dropout=dropout)
+        ranges = [("rank", 1, 1024), ("weight", 0, 100), ("slower", 0, 100), ("warm", 0, 1), ("dropout", 0, 0.9)]
+        check_numbers(numbers, ranges, whole=("rank",))
+        if folder is None:
+            raise ForetellError("Medusa-2 changes the backbone, and needs the folder that it lies in.")
+        vocabulary_V = draft_vocabulary(counts_V, draft_vocab)
+        return JointHeads(
+            learning(folder, adapt, rank, dropout), folder, backbone.head_rows(vocabulary_V).cpu(), vocabulary_V,
+            len(counts_V), heads=heads, layers=layers, output=output, soft=soft, taps=spread(taps, backbone),
+            embed=backbone.embed if root else None, weight=weight, schedule=schedule, slower=slower, warm=warm,
+        )  # fmt: skip

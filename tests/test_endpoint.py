@@ -1,0 +1,494 @@
+"""Answers from an endpoint: a server of the same model writes what the model itself would, and trouble costs nothing.
+
+The servers are real ones, in this process. What they say is what a tiny model says to the same request, or a script.
+"""
+
+import json
+import re
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import Foretell, Ran, save_tiny_chat
+from tiny_models import tiny_model
+
+import foretell as package
+from foretell.api import LLM
+from foretell.cli import main
+from foretell.contracts import SamplingParams
+from foretell.conversations import Conversation
+from foretell.errors import ForetellError, UsageError
+from foretell.train import endpoint as asking
+from foretell.train.data import Store
+from foretell.train.endpoint import KEY, TRIES, Endpoint, turn_end
+
+END = 256
+TINY = ("--dtype", "fp32", "--threads", "1")
+MODELS, CHAT = "/v1/models", "/v1/chat/completions"
+
+TALKS = [
+    ["one"], ["two", "and then?", "and?"], ["three three three"], ["four", "go on"], ["x" * 600], ["five"],
+    ["hello", "y" * 600, "never asked"], ["six", "so?"],
+]  # fmt: skip
+"""The fifth is too long to be asked; of the seventh the second turn is, which the server finds out."""
+SILENT = {4}
+
+
+# --- a server -----------------------------------------------------------------------------------------------
+
+Say = Callable[[str, dict[str, Any]], tuple[int, Any]]
+"""From path and request to status and reply: an object, or bytes."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: "Served"
+
+    def do_GET(self) -> None:
+        self.reply({})
+
+    def do_POST(self) -> None:
+        self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def reply(self, body: dict[str, Any]) -> None:
+        with self.server.lock:
+            self.server.keys.append(self.headers["Authorization"])
+            self.server.asked += [body] if self.path == CHAT else []
+            status, said = self.server.say(self.path, body)
+        data = said if isinstance(said, bytes) else json.dumps(said).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing: what is on stderr is compared."""
+
+
+class Served(ThreadingHTTPServer):
+    """Answers one request at a time; `asked` is what chats asked, `keys` what every request showed for a key."""
+
+    request_queue_size = 64
+
+    def __init__(self, say: Say):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.say, self.lock = say, threading.Lock()
+        self.asked: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+Serve = Callable[[Say], Served]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Starts servers that last as long as the test."""
+    started: list[Served] = []
+
+    def start(say: Say) -> Served:
+        server = Served(say)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        started.append(server)
+        return server
+
+    yield start
+    for server in started:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests are made again at once, past any proxy, and without a key of the person who runs the tests."""
+    monkeypatch.setattr(asking, "Endpoint", partial(Endpoint, pause=0.001))
+    monkeypatch.delenv(KEY, raising=False)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+
+
+def reply(text: str | None, reason: str = "stop") -> tuple[int, Any]:
+    return 200, {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": reason}]}
+
+
+def spoken_by(llm: LLM) -> Say:
+    """What the model says, as such servers say it."""
+
+    def say(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path == MODELS:
+            return 200, {"object": "list", "data": [{"id": "tiny"}, {"id": "other"}]}
+        assert path == CHAT
+        params = {"max_new_tokens": body["max_tokens"], "temperature": body["temperature"], "top_p": body["top_p"]}
+        try:
+            result = llm.generate([body["messages"]], **params, seed=body.get("seed", 0))[0]
+        except UsageError as error:
+            return 400, {"error": {"message": str(error)}}
+        return reply(result.text, result.finish_reason)
+
+    return say
+
+
+def scripted(chat: Callable[[dict[str, Any]], tuple[int, Any]]) -> Say:
+    """A server of the model "tiny" that answers chats by a script."""
+    return lambda path, body: (200, {"data": [{"id": "tiny"}]}) if path == MODELS else chat(body)
+
+
+@pytest.fixture(scope="module")
+def readable(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny model with an output matrix that prefers the first 94 bytes, printable ASCII, and the end of turn.
+
+    Of random bytes most make no whole character, and what is read back for them are other tokens.
+    """
+    folder = tmp_path_factory.mktemp("readable")
+    save_tiny_chat(folder)
+    model = tiny_model("llama", vocab_size=END + 1, max_position_embeddings=512, eos_token_id=END)
+    with torch.no_grad():
+        model.lm_head.weight[94:END] = 0.0
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def llm(readable: str) -> LLM:
+    return package.load(readable, dtype="fp32", threads=1)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"turns": turns}) + "\n" for turns in TALKS))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def local(readable: str, prompts: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the model itself answers, greedily."""
+    folder = tmp_path_factory.mktemp("local") / "data"
+    with pytest.raises(SystemExit) as left:
+        main(command(readable, prompts, folder))
+    assert not left.value.code
+    return folder
+
+
+def command(model: str, prompts: str, out: Path, server: str = "", *more: str) -> list[str]:
+    asked = ["--endpoint", server] if server else []
+    return ["distill", "-m", model, *TINY, "--prompts", prompts, "--out", str(out), "-n", "14", *asked, *more]
+
+
+def written(folder: Path) -> tuple[Any, ...]:
+    """What was kept, in whatever order, and what was dropped."""
+    store = Store.open(folder)
+    found = {(each.line, tuple(each.tokens), tuple(each.answers)) for each in store.conversations}
+    assert len(found) == len(store.conversations)
+    return found, store.dropped, store.lines
+
+
+def refused(ran: Ran, code: int, sentence: str) -> None:
+    """One sentence on stderr, nothing on stdout, no traceback."""
+    assert ran.out == ""
+    assert re.fullmatch(rf"error: .*{sentence}.*\n", ran.err), ran.err
+    assert ran.code == code
+
+
+# --- what is written ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", ["1", "3", "32"])
+def test_an_endpoint_writes_what_the_model_itself_would(
+    foretell: Foretell, readable: str, prompts: str, local: Path, llm: LLM, serve: Serve, tmp_path: Path, rows: str
+) -> None:
+    """Every token: this model's text is ASCII, a token a letter, and is read back as the tokens that it was."""
+    server = serve(spoken_by(llm))
+    ran = foretell(*command(readable, prompts, tmp_path / "data", server.url, "-b", rows))
+    assert (ran.code, ran.out) == (0, "")
+    found, dropped, lines = written(tmp_path / "data")
+    assert (found, dropped, lines) == written(local)
+    assert lines == set(range(len(TALKS)))
+    assert dropped["too long"] == 2
+    assert sum(len(answers) for _, _, answers in found) > 6
+    assert sorted(len(body["messages"]) for body in server.asked) == [1] * 7 + [3] * 4 + [5]
+    for body in server.asked:
+        assert (body["model"], body["max_tokens"], body["temperature"], body["top_p"]) == ("tiny", 14, 0.0, 1.0)
+        assert [each["role"] for each in body["messages"]] == ["user", "assistant", "user", "assistant", "user"][
+            : len(body["messages"])
+        ]
+        [talk] = [talk for talk in TALKS if talk[0] == body["messages"][0]["content"]]
+        said = [each["content"] for each in body["messages"] if each["role"] == "user"]
+        assert said == talk[: len(said)]
+    settings = Store.open(tmp_path / "data").manifest["settings"]
+    assert settings["served"] == "tiny"
+    assert "endpoint" not in settings  # the same model may be served elsewhere when the run goes on
+
+
+def test_the_mark_that_ends_a_turn_is_put_back(llm: LLM, serve: Serve) -> None:
+    q, accented = llm.tokenizer.encode("q"), llm.tokenizer.encode("é")
+    said: dict[str, tuple[str | None, str]] = {
+        "ended": ("qqqq", "stop"), "cut": ("qqqq", "length"), "bytes": ("é", "stop"), "nothing": (None, "length"),
+    }  # fmt: skip
+    server = serve(scripted(lambda body: reply(*said[body["messages"][-1]["content"]])))
+    talks = [Conversation((turn,), line) for line, turn in enumerate(said)]
+    endpoint = Endpoint(server.url, "tiny")
+    heard: list[str] = []
+    params = SamplingParams(max_new_tokens=5)
+    answers = endpoint.converse(llm, talks, params, rows=2, on_reply=lambda each: heard.append(each.text))
+    found = {index: [(each.ids, each.text, each.finish_reason) for each in replies] for index, replies in answers}
+    assert turn_end(llm) == [END]
+    assert len(accented) == 2
+    assert found == {
+        0: [([*q * 4, END], "qqqq", "stop")], 1: [(q * 4, "qqqq", "length")], 2: [([*accented, END], "é", "stop")],
+        3: [([], "", "length")],
+    }  # fmt: skip
+    assert sorted(heard) == ["", "qqqq", "qqqq", "é"]
+
+
+def test_a_request_that_does_not_fit_ends_its_conversation_alone(
+    foretell: Foretell, readable: str, prompts: str, serve: Serve, tmp_path: Path
+) -> None:
+    """At the second turn here; what was answered before it is kept."""
+    server = serve(scripted(lambda body: (400, b"no") if len(body["messages"]) > 1 else reply("abcdef")))
+    assert foretell(*command(readable, prompts, tmp_path / "data", server.url)).code == 0
+    found, dropped, lines = written(tmp_path / "data")
+    assert lines == set(range(len(TALKS)))
+    assert {line: len(answers) for line, _, answers in found} == dict.fromkeys(lines - SILENT, 1)
+    assert dropped == {"too long": sum(len(talk) > 1 for talk in TALKS) + len(SILENT)}
+    assert len(server.asked) == 7 + 4
+
+
+def test_seeds_are_sent_where_something_is_sampled(
+    foretell: Foretell, readable: str, prompts: str, serve: Serve, tmp_path: Path
+) -> None:
+    def seeds(name: str, *more: str) -> dict[str, set[Any]]:
+        server = serve(scripted(lambda body: reply("abcdef")))
+        assert foretell(*command(readable, prompts, tmp_path / name, server.url, *more)).code == 0
+        sent: dict[str, set[Any]] = {}
+        for body in server.asked:
+            assert ("seed" in body) == bool(more)
+            assert (body["temperature"], body["top_p"]) == ((0.8, 0.9) if more else (0.0, 1.0))
+            sent.setdefault(body["messages"][0]["content"], set()).add(body.get("seed"))
+        assert sent.keys() == {talk[0] for line, talk in enumerate(TALKS) if line not in SILENT}
+        return sent
+
+    assert set.union(*seeds("greedy").values()) == {None}
+    warm = ("-t", "0.8", "--top-p", "0.9", "--seed")
+    one, again, other = (seeds(name, *warm, seed) for name, seed in (("one", "5"), ("again", "5"), ("other", "6")))
+    assert one == again
+    assert len(set.union(*one.values())) == len(one) == 7  # a seed for each line, the same for all its turns
+    assert not set.union(*one.values()) & set.union(*other.values())
+    assert all(0 <= seed < 2**31 for seed in set.union(*one.values(), *other.values()))
+
+
+@pytest.mark.parametrize("key", [None, "sk-secret"])
+def test_the_key_of_the_environment_is_sent_and_kept_nowhere(
+    foretell: Foretell, readable: str, prompts: str, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    key: str | None,
+) -> None:  # fmt: skip
+    if key:
+        monkeypatch.setenv(KEY, key)
+    server = serve(scripted(lambda body: reply("abcdef")))
+    ran = foretell(*command(readable, prompts, tmp_path / "data", server.url))
+    assert ran.code == 0
+    assert len(server.keys) == 1 + len(server.asked) == 1 + 13  # the list of models was asked for too
+    assert set(server.keys) == {key and f"Bearer {key}"}
+    assert not any(b"sk-secret" in path.read_bytes() for path in (tmp_path / "data").iterdir())
+    assert "sk-secret" not in ran.err
+
+
+def test_the_model_that_is_named_is_asked(
+    foretell: Foretell, readable: str, prompts: str, local: Path, llm: LLM, serve: Serve, tmp_path: Path
+) -> None:
+    server = serve(spoken_by(llm))
+    address = f"{server.url}/"  # with a stroke at its end, too
+    assert foretell(*command(readable, prompts, tmp_path / "data", address, "--served", "other")).code == 0
+    assert {body["model"] for body in server.asked} == {"other"}
+    assert written(tmp_path / "data") == written(local)
+
+
+# --- trouble ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
+def test_trouble_that_passes_is_waited_for(
+    foretell: Foretell, readable: str, prompts: str, local: Path, llm: LLM, serve: Serve, tmp_path: Path, status: int
+) -> None:
+    tried, real = Counter[str](), spoken_by(llm)
+
+    def say(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        request = json.dumps([path, body])
+        tried[request] += 1
+        return real(path, body) if tried[request] == 3 else (status, b"one moment")
+
+    ran = foretell(*command(readable, prompts, tmp_path / "data", serve(say).url, "-b", "3"))
+    assert (ran.code, ran.out) == (0, "")
+    assert set(tried.values()) == {3}  # twice in vain
+    assert written(tmp_path / "data") == written(local)
+
+
+def test_trouble_that_does_not_pass_ends_the_run(
+    foretell: Foretell, readable: str, prompts: str, serve: Serve, tmp_path: Path
+) -> None:
+    server = serve(lambda path, body: (503, b"one\nmoment"))
+    ran = foretell(*command(readable, prompts, tmp_path / "data", server.url))
+    sentence = r"does not answer as an OpenAI-compatible server does \(503 one moment\); check the address and "
+    refused(ran, 1, f"{re.escape(server.url)} {sentence}{KEY}")
+    assert len(server.keys) == TRIES
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("rows", ["1", "3"])
+def test_a_run_that_broke_off_asks_for_nothing_twice(
+    foretell: Foretell, readable: str, prompts: str, local: Path, llm: LLM, serve: Serve, tmp_path: Path, rows: str
+) -> None:
+    real, answered = spoken_by(llm), list[str]()
+
+    def tired(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        answered.extend([path] if path == CHAT else [])
+        return real(path, body) if len(answered) <= 6 else (401, b"your credit is used up")
+
+    server = serve(tired)
+    given = command(readable, prompts, tmp_path / "data", server.url, "-b", rows)
+    refused(foretell(*given), 1, r"\(401 your credit is used up\).*; check .* then give the same command: it goes on")
+    done = Store.open(tmp_path / "data").lines
+    assert SILENT < done < set(range(len(TALKS)))
+    server.say = real
+    server.asked.clear()
+    assert foretell(*given).code == 0
+    asked = Counter(body["messages"][0]["content"] for body in server.asked if len(body["messages"]) == 1)
+    assert asked == Counter(talk[0] for line, talk in enumerate(TALKS) if line not in done)
+    assert written(tmp_path / "data") == written(local)
+    server.asked.clear()
+    assert foretell(*given).code == 0  # nothing is left to do
+    assert not server.asked
+
+
+def test_an_interruption_asks_for_nothing_more(
+    foretell: Foretell, readable: str, prompts: str, local: Path, llm: LLM, serve: Serve, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Wherever it comes: here between two answers, while the main thread writes one down."""
+    server, append = serve(spoken_by(llm)), Store.append
+    given, before = command(readable, prompts, tmp_path / "data", server.url, "-b", "2"), set(threading.enumerate())
+
+    def interrupted(store: Store, line: int, found: Any) -> None:
+        if len(store.lines) == 2:  # one of them was too long to ask
+            raise KeyboardInterrupt
+        append(store, line, found)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "append", interrupted)
+        ran = foretell(*given)
+    assert (ran.code, ran.err.strip()) == (130, "interrupted; the same command goes on from here")
+    for each in set(threading.enumerate()) - before:
+        if each.name.startswith("ThreadPoolExecutor"):
+            each.join(20)  # what had been asked is waited for by nobody
+            assert not each.is_alive()
+    done = Store.open(tmp_path / "data").lines
+    assert len(done) == 2
+    server.asked.clear()
+    assert foretell(*given).code == 0
+    assert {body["messages"][0]["content"] for body in server.asked} == {
+        talk[0] for line, talk in enumerate(TALKS) if line not in done
+    }
+    assert written(tmp_path / "data") == written(local)
+
+
+def test_data_begun_otherwise_is_not_gone_on_with(
+    foretell: Foretell, readable: str, prompts: str, serve: Serve, tmp_path: Path
+) -> None:
+    server = serve(scripted(lambda body: reply("abcdef")))
+    assert foretell(*command(readable, prompts, tmp_path / "data", server.url)).code == 0
+    before = written(tmp_path / "data")
+    ran = foretell(*command(readable, prompts, tmp_path / "data"))
+    refused(ran, 2, r"was begun with served tiny \(not None\); go on")
+    assert written(tmp_path / "data") == before
+
+
+@pytest.mark.parametrize(
+    ("models", "arguments", "sentence"),
+    [
+        ((401, b"who\nare you?"), [], r"does not answer as .* does \(401 who are you\?\); check the address and"),
+        ((404, b"no such page"), [], r"does not answer as .* does \(404 no such page\); check the address"),
+        ((200, {"data": [{"id": "one"}, {"id": "two"}]}), ["--served", "three"], "not serve three; it serves one, two"),
+        ((200, {"data": []}), [], "does not serve a model; it serves none"),
+        ((200, b"<html>\nwelcome</html>"), [], "answered with something else: 200 <html> welcome</html>"),
+        ((200, {"models": []}), [], "answered with something else: "),
+        ((200, {"data": [1]}), [], "answered with something else: "),
+        ((200, ["one"]), [], "answered with something else: "),
+        ((400, {"error": {}}), [], "answered with something else: "),
+    ],
+)
+def test_what_is_no_such_server_is_one_sentence(
+    foretell: Foretell, readable: str, prompts: str, serve: Serve, tmp_path: Path, models: tuple[int, Any],
+    arguments: list[str], sentence: str,
+) -> None:  # fmt: skip
+    server = serve(lambda path, body: models)
+    refused(foretell(*command(readable, prompts, tmp_path / "data", server.url, *arguments)), 1, sentence)
+    assert len(server.keys) == 1  # it would not pass: asked once
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"nonsense\nof a proxy",
+        {"choices": []},
+        {"choices": [{}]},
+        {"choices": [{"message": {}, "finish_reason": ""}]},
+        7,
+    ],
+)
+def test_answers_that_are_none_are_one_sentence(
+    foretell: Foretell, readable: str, prompts: str, serve: Serve, tmp_path: Path, said: Any
+) -> None:
+    server = serve(scripted(lambda body: (200, said)))
+    ran = foretell(*command(readable, prompts, tmp_path / "data", server.url))
+    refused(ran, 1, f"{re.escape(server.url)} answered with something else: ")
+    assert Store.open(tmp_path / "data").lines == SILENT
+
+
+def test_a_server_that_is_not_there_is_one_sentence(
+    foretell: Foretell, readable: str, prompts: str, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    ran = foretell(*command(readable, prompts, tmp_path / "data", address))
+    refused(ran, 1, f"{re.escape(address)} does not answer as .*; check the address and {KEY}")
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--served", "tiny"], "--served names a model of an endpoint; give --endpoint URL as well"),
+        (["--endpoint", "localhost:8000"], "The endpoint 'localhost:8000' is no address; give one such as http://"),
+        (["--endpoint", "file:///v1"], "The endpoint 'file:///v1' is no address"),
+    ],
+)
+def test_mistakes_are_one_line(
+    foretell: Foretell, readable: str, prompts: str, tmp_path: Path, arguments: list[str], sentence: str
+) -> None:
+    refused(foretell(*command(readable, prompts, tmp_path / "data", "", *arguments)), 2, sentence)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_library_caller_hears_of_it_too(llm: LLM, serve: Serve) -> None:
+    """The error of one conversation ends all of them, and the endpoint can be used again."""
+    broken = [True]
+    server = serve(scripted(lambda body: (403, b"no") if broken[0] else reply("qq", "length")))
+    endpoint = Endpoint(server.url, pause=0.001)
+    assert endpoint.connect() == "tiny"
+    talks, params = [Conversation((str(line),), line) for line in range(400)], SamplingParams(max_new_tokens=5)
+    with pytest.raises(ForetellError, match=r"\(403 no\)"):
+        list(endpoint.converse(llm, talks, params, rows=2))
+    assert len(server.asked) < len(talks)
+    broken[0] = False
+    assert {index for index, _ in endpoint.converse(llm, talks[:9], params, rows=2)} == set(range(9))

@@ -1,0 +1,141 @@
+"""Replay: decoding over states that are known takes the very steps that the engine takes with the same drafter."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from decoding import Output, decoder_of, finish, plainly
+from test_medusa import VOCAB, backbone_of, some_paths
+from toy_drafters import Oracle
+
+from foretell.backbone import Backbone
+from foretell.contracts import Draft, Drafter, Row, SamplingParams
+from foretell.drafters.hydra import Hydra, HydraPlus
+from foretell.drafters.medusa import Medusa
+from foretell.drafters.prompt_lookup import WithLookup
+from foretell.train.data import Distilled
+from foretell.train.features import Features
+from foretell.train.replay import Replay, by_size, replay
+from foretell.trees import TokenTree
+
+# features are kept in bfloat16, but the engine's drafters read float32: here nothing is rounded
+pytestmark = pytest.mark.usefixtures("in_float32")
+
+Drafted = list[tuple[list[int], TokenTree, list[int]]]
+"""A row's tokens, and what was drafted after them, step by step."""
+
+
+def random_tokens(count: int, seed: int = 0) -> list[int]:
+    return torch.randint(VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def conversations(backbone: Backbone) -> list[Distilled]:
+    """What the backbone says, every second time in two turns."""
+    found = []
+    for line in range(5):
+        tokens, answers = list[int](), list[tuple[int, int]]()
+        for turn in range(1 + line % 2):
+            tokens = tokens + random_tokens(2 + 3 * line, 10 * line + turn)
+            [said] = plainly(backbone, [(tokens, SamplingParams(max_new_tokens=20 + line, ignore_eos=True))])
+            answers.append((len(tokens), len(tokens) + len(said.ids)))
+            tokens = tokens + said.ids
+        found.append(Distilled(line, tokens, answers))
+    return found
+
+
+def drafter_of(kind: Any, backbone: Backbone, data: Sequence[Distilled], nodes: int = 16) -> Any:
+    """Random heads that choose from a dozen tokens of the text, so that many of their guesses come true."""
+    written = [token for told in data for start, end in told.answers for token in told.tokens[start:end]]
+    counts = torch.bincount(torch.tensor(written), minlength=VOCAB)
+    module = kind.trainable(backbone, counts, heads=3, draft_vocab=12).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
+    tensors, arch = module.checkpoint()
+    return kind(backbone, arch, tensors, some_paths(3, 6, 1), lambda rows, context: nodes)
+
+
+def watched(drafter: Drafter, monkeypatch: pytest.MonkeyPatch) -> Drafted:
+    """A list that fills with all that is drafted from now on."""
+    found: Drafted = []
+    draft = drafter.draft
+
+    def watching(rows: Sequence[Row]) -> Draft:
+        drafted = draft(rows)
+        found.append((list(rows[0].tokens), drafted.trees[0], list(drafted.tokens[0])))
+        return drafted
+
+    monkeypatch.setattr(drafter, "draft", watching)
+    return found
+
+
+def decoded(backbone: Backbone, drafter: Drafter, told: Distilled) -> list[Output]:
+    """The engine's way, each answer a request of its own. Its first token is the prompt's last: no guess was it."""
+    outputs = []
+    for start, end in told.answers:
+        params = SamplingParams(max_new_tokens=end - start - 1, ignore_eos=True)
+        outputs += finish(decoder_of(backbone, drafter), [(told.tokens[: start + 1], params)])
+        assert outputs[-1].ids == told.tokens[start + 1 : end]
+    return outputs
+
+
+@pytest.mark.parametrize("lookup", [False, True], ids=["alone", "with lookup"])
+@pytest.mark.parametrize("kind", [Medusa, Hydra, HydraPlus])
+def test_replay_takes_the_steps_that_the_engine_takes(
+    kind: type[Drafter], lookup: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = backbone_of()
+    data = conversations(backbone)
+    heads = drafter_of(kind, backbone, data)
+    drafter = WithLookup(heads) if lookup else heads
+    drafted = watched(drafter, monkeypatch)
+    outputs = [output for told in data for output in decoded(backbone, drafter, told)]
+    by_the_engine = drafted.copy()
+    drafted.clear()
+    done: list[int] = []
+    found = replay(drafter, Features(backbone, data, drafter.taps), range(len(data)), done.append)
+    assert drafted == by_the_engine
+    assert found.steps == sum(output.statistics.steps for output in outputs)
+    assert found.tokens == sum(output.statistics.new_tokens for output in outputs)
+    assert found.tokens_per_step == found.tokens / found.steps > 1
+    assert done == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("length", [1, 2, 6, 7, 8, 13, 20])
+def test_a_drafter_that_is_always_right_and_one_that_never_is(length: int) -> None:
+    """An answer's first token comes from the prompt's pass and needs no step; after the last one comes no bonus."""
+    tokens = random_tokens(4 + length)
+    stored = Features(backbone_of(), [Distilled(0, tokens, [(4, 4 + length)])], ())
+    for shift, each_step in ((0, 6), (1, 1)):  # five guesses and the bonus; the bonus alone
+        oracle = Oracle({tuple(tokens[:4]): tokens[4:]}, VOCAB, length=5, shift=shift)
+        assert replay(oracle, stored, [0]) == Replay(-(-(length - 1) // each_step), length - 1)
+
+
+def test_an_answer_without_a_prompt_is_skipped() -> None:
+    backbone = backbone_of()
+    tokens = random_tokens(24)
+    answers = [[(0, 6), (9, 24)], [(9, 24)], [(0, 24)]]
+    stored = Features(backbone, [Distilled(i, tokens, spans) for i, spans in enumerate(answers)], (1, 2, -1))
+    drafter = drafter_of(HydraPlus, backbone, stored.data)
+    both, second, first = (replay(drafter, stored, [i]) for i in range(3))
+    assert both == second
+    assert second.tokens == 14
+    assert (first, first.tokens_per_step) == (Replay(), 0.0)
+
+
+@pytest.mark.parametrize("kind", [Medusa, Hydra])
+def test_each_size_is_replayed_alone_and_the_drafters_own_rule_comes_back(kind: type[Drafter]) -> None:
+    backbone = backbone_of()
+    data = conversations(backbone)
+    drafter = drafter_of(kind, backbone, data)
+    stored, rule, fractions = Features(backbone, data, drafter.taps), drafter.size, list[float]()
+    earned = by_size(drafter, stored, [3, 1], [2, 4, 12], fractions.append)
+    assert drafter.size is rule
+    assert list(earned) == [2, 4, 12]
+    for size, tokens in earned.items():
+        alone = replay(drafter_of(kind, backbone, data, size), stored, [1, 3])
+        assert tokens == pytest.approx(alone.tokens_per_step, abs=1e-4)
+    assert len(set(earned.values())) > 1
+    assert fractions == pytest.approx([i / 6 for i in range(1, 7)])

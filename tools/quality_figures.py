@@ -1,0 +1,76 @@
+"""Measures what a backbone lost when it learnt together with heads, and writes docs/results/quality.json.
+
+    python tools/quality_figures.py BASE+ADAPTER --questions FILE [--every 5] [--new-tokens 128]
+
+On texts that people wrote (the references in FILE): perplexity of both models. On what the base model answers to the
+questions: the share of tokens that the changed model would have chosen too, and its perplexity there. On the sums
+among the questions (GSM8K): exact match of both models' own answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import core_figures as core
+import torch
+
+import foretell
+from foretell.api import LLM
+from foretell.backbone import Backbone, Nodes
+from foretell.bench.quality import judge
+from foretell.bench.suites import SUMS, load_suite
+
+
+def log_p_and_best(backbone: Backbone, tokens: list[int], start: int) -> tuple[float, int]:
+    """Sum of the log-probabilities of tokens[start:], and how many of them are the most probable ones."""
+    nodes = Nodes.chains([0], [0], [len(tokens) - 1])
+    states_Md = backbone.forward(torch.tensor(tokens[:-1]), nodes, backbone.new_cache(1, len(tokens)))
+    log_p_PV = backbone.logits(states_Md[start - 1 :]).log_softmax(-1)
+    told_P = torch.tensor(tokens[start:])
+    return float(log_p_PV.gather(1, told_P[:, None]).sum()), int((log_p_PV.argmax(1) == told_P).sum())
+
+
+def figures(llm: LLM, written: list[tuple[list[int], int]], human: list[tuple[list[int], int]]) -> dict[str, float]:
+    out = {}
+    for name, texts in (("human", human), ("own", written)):
+        found = [log_p_and_best(llm.backbone, tokens, start) for tokens, start in texts]
+        count = sum(len(tokens) - start for tokens, start in texts)
+        out[f"{name}_perplexity"] = round(math.exp(-sum(log_p for log_p, _ in found) / count), 4)
+        out[f"{name}_agreement"] = round(sum(best for _, best in found) / count, 4)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--questions", type=Path, required=True)
+    parser.add_argument("--every", type=int, default=5)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    args = parser.parse_args()
+    core.RESULTS = core.RESULTS.with_name("quality.json")
+    base, _, _ = args.model.partition("+")
+    questions = load_suite(str(args.questions)).questions
+    models = {name: foretell.load(name, dtype="bf16") for name in (base, args.model)}
+    llm = models[base]
+    prompts = [llm.encode(each.turns[0]) for each in questions[:: args.every]]
+    answers = llm.generate(prompts, max_new_tokens=args.new_tokens)
+    written = [([*prompt, *answer.ids], len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
+    records = [json.loads(line) for line in args.questions.read_text().splitlines()]
+    texts = [llm.encode(each["reference"][0], raw=True) for each in records if each.get("reference")]
+    human = [(tokens[:512], 1) for tokens in texts if len(tokens) > 1]
+    sums = [each for each in records if "####" in (each.get("reference") or [""])[0]]
+    asked = [SUMS.format(question=each["turns"][0]) for each in sums]
+    numbers = [each["reference"][0].rpartition("####")[2].strip() for each in sums]
+    out: dict[str, Any] = {"questions": len(prompts), "texts": len(human), "sums": len(sums)}
+    for name, each in models.items():
+        said = each.generate(asked, max_new_tokens=256)
+        out[name] = figures(each, written, human) | judge("number", [answer.text for answer in said], numbers)
+    core.save(args.model, out)
+
+
+if __name__ == "__main__":
+    main()
