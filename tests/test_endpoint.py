@@ -343,6 +343,14 @@ def test_trouble_that_does_not_pass_ends_the_run(
     assert not (tmp_path / "data").exists()
 
 
+def settled() -> None:
+    """What had been asked is waited for by nobody; then nothing more is asked."""
+    for each in threading.enumerate():
+        if each.name.startswith("ThreadPoolExecutor"):
+            each.join(20)
+            assert not each.is_alive()
+
+
 @pytest.mark.parametrize("rows", ["1", "3"])
 def test_a_run_that_broke_off_asks_for_nothing_twice(
     foretell: Foretell, readable: str, prompts: str, local: Path, llm: LLM, serve: Serve, tmp_path: Path, rows: str
@@ -356,6 +364,7 @@ def test_a_run_that_broke_off_asks_for_nothing_twice(
     server = serve(tired)
     given = command(readable, prompts, tmp_path / "data", server.url, "-b", rows)
     refused(foretell(*given), 1, r"\(401 your credit is used up\).*; check .* then give the same command: it goes on")
+    settled()
     done = Store.open(tmp_path / "data").lines
     assert SILENT < done < set(range(len(TALKS)))
     server.say = real
@@ -375,7 +384,7 @@ def test_an_interruption_asks_for_nothing_more(
 ) -> None:  # fmt: skip
     """Wherever it comes: here between two answers, while the main thread writes one down."""
     server, append = serve(spoken_by(llm)), Store.append
-    given, before = command(readable, prompts, tmp_path / "data", server.url, "-b", "2"), set(threading.enumerate())
+    given = command(readable, prompts, tmp_path / "data", server.url, "-b", "2")
 
     def interrupted(store: Store, line: int, found: Any) -> None:
         if len(store.lines) == 2:  # one of them was too long to ask
@@ -386,10 +395,7 @@ def test_an_interruption_asks_for_nothing_more(
         patched.setattr(Store, "append", interrupted)
         ran = foretell(*given)
     assert (ran.code, ran.err.strip()) == (130, "interrupted; the same command goes on from here")
-    for each in set(threading.enumerate()) - before:
-        if each.name.startswith("ThreadPoolExecutor"):
-            each.join(20)  # what had been asked is waited for by nobody
-            assert not each.is_alive()
+    settled()
     done = Store.open(tmp_path / "data").lines
     assert len(done) == 2
     server.asked.clear()
