@@ -2,7 +2,7 @@
 
     python tools/core_figures.py SECTION [--questions FILE] [--every 5] [--limit N]
 
-Sections: machine, step, attention, speed, batch, startup, reference, exactness. Everything that is compared runs in
+Sections: machine, step, attention, batch, startup, reference, exactness. Everything that is compared runs in
 one process and interleaved, prompt by prompt, because machines drift. What drafters gain is measured by `foretell
 bench`. Questions are JSON lines in Spec-Bench's layout (`turns` is a list; the first turn is asked).
 """
@@ -188,56 +188,6 @@ class Transformers:
                 prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, do_sample=False, **self.options
             )
         return out[0, len(ids) :].tolist(), time.perf_counter() - began, 0.0, 0
-
-
-def section_speed(args: argparse.Namespace) -> Any:
-    """Prompt by prompt, each in turn; totals, and medians over prompts."""
-    llm = foretell.load(MODEL, dtype="bf16")
-    runs: dict[str, Any] = {
-        "plain": Ours(llm, "plain"),
-        "prompt_lookup": Ours(llm, "prompt_lookup"),
-        "transformers": Transformers(torch.bfloat16),
-        "transformers prompt lookup": Transformers(torch.bfloat16, prompt_lookup_num_tokens=10),
-    }
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
-    warm = llm.encode("Hello there.")
-    for run in runs.values():
-        run(warm, 16)
-    different = []
-    for number, question in enumerate(args.prompts):
-        ids = llm.encode(question)
-        outputs: dict[str, list[int]] = {}
-        for name, run in runs.items():
-            outputs[name], seconds, prefill, steps = run(ids, args.new_tokens)
-            rows[name].append(
-                {"new_tokens": len(outputs[name]), "seconds": seconds, "prefill": prefill, "steps": steps}
-            )
-        if outputs["plain"] != outputs["prompt_lookup"]:
-            different.append(number)
-        print(number, {n: round(r[-1]["new_tokens"] / r[-1]["seconds"], 1) for n, r in rows.items()}, flush=True)
-    out: dict[str, Any] = {"prompts": len(args.prompts), "new_tokens": args.new_tokens, "plain != lookup": different}
-    base = rows["transformers"]
-    for name, values in rows.items():
-        tokens, seconds = sum(v["new_tokens"] for v in values), sum(v["seconds"] for v in values)
-        rates = [v["new_tokens"] / v["seconds"] for v in values]
-        against = [r / (b["new_tokens"] / b["seconds"]) for r, b in zip(rates, base, strict=True)]
-        out[name] = {
-            "tokens_per_s": round(tokens / seconds, 1),
-            "median_tokens_per_s": round(median(rates), 1),
-            "median_ratio_to_transformers": round(median(against), 2),
-        }
-        if values[0]["steps"]:
-            decode = seconds - sum(v["prefill"] for v in values)
-            out[name]["decode_tokens_per_s"] = round(tokens / decode, 1)
-            out[name]["tokens_per_step"] = round(tokens / sum(v["steps"] for v in values), 3)
-    lookup, plain = rows["prompt_lookup"], rows["plain"]
-    ratios = [
-        (a["new_tokens"] / a["seconds"]) / (b["new_tokens"] / b["seconds"]) for a, b in zip(lookup, plain, strict=True)
-    ]
-    out["prompt_lookup / plain, median and quartiles of prompts"] = [
-        round(x, 2) for x in (median(ratios), sorted(ratios)[len(ratios) // 4], sorted(ratios)[-len(ratios) // 4])
-    ]
-    return out
 
 
 def section_batch(args: argparse.Namespace) -> Any:
