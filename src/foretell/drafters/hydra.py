@@ -261,14 +261,15 @@ class Hydra(Drafter):
     def trainable(
         cls, backbone: Backbone, counts_V: Tensor, folder: Path | None = None, *, heads: int = 4,
         layers: int = 0, output: str = "tied",
-        draft_vocab: int = 8192, soft: float = 0.0, taps: int = 2, grounded: bool = True, tied: bool = False,
+        draft_vocab: int = 8192, soft: float = 0.5, taps: int = 2, grounded: bool = True, tied: bool = False,
         chained: bool = False, dropout: float = 0.0,
     ) -> HydraHeads:  # fmt: skip
         """Fresh heads; see `learning.Method`.
 
         Args:
             layers: blocks of each head; by default 1, and 2 of hydra++.
-            soft: share of the loss that is against the backbone's distribution instead of the written token.
+            soft: share of the loss that is against the backbone's distribution instead of the written token; in the
+                paper 0, and 1 of Hydra++.
             taps: how many streams part-way up are read, evenly spread over the layers.
             grounded: whether heads read the tokens of their path.
             tied: whether all but the first block of a head are one and the same.
