@@ -36,7 +36,7 @@ def test_belief_keeps_the_order_of_a_heads_guesses(kind: Any) -> None:
 @kinds
 def test_slope_one_and_bias_zero_leave_what_was_said(kind: Any) -> None:
     said = np.array([0.0, -1e-8, -1e-6, -0.01, -0.7, -5.0, -30.0, -50.0, -60.0, -np.inf, np.nan], dtype=kind)
-    left = np.clip(np.nan_to_num(said, nan=0.0), -50, -1e-6)  # nothing is certain, and nothing is impossible
+    left = np.clip(np.nan_to_num(said, nan=-50.0), -50, -1e-6)  # nothing is certain, and nothing is impossible
     np.testing.assert_allclose(believed(said, SAME), left, rtol=1e-4)
     p = np.exp(said[3:8].astype(np.float64))
     np.testing.assert_allclose(believed(said[3:8], (1.0, -1.0)), -np.log1p(np.e * (1 - p) / p), rtol=1e-4)

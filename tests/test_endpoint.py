@@ -346,7 +346,7 @@ def test_trouble_that_does_not_pass_ends_the_run(
 def settled() -> None:
     """What had been asked is waited for by nobody; then nothing more is asked."""
     for each in threading.enumerate():
-        if each.name.startswith("ThreadPoolExecutor"):
+        if each.name == "endpoint":
             each.join(20)
             assert not each.is_alive()
 

@@ -409,7 +409,7 @@ def test_a_cyclic_sequence_is_learnt_one_head_one_step_further(plus: bool) -> No
     batch = batch_of([tokens], [[True] * 60])
     batch.states |= states_of(backbone, tokens, (FINAL, 1, 2))
     kind = HydraPlus if plus else Hydra
-    module = kind.trainable(backbone, torch.ones(VOCAB), heads=3, draft_vocab=0, taps=1)
+    module = kind.trainable(backbone, torch.ones(VOCAB), heads=3, draft_vocab=0, taps=1, soft=0.0)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=0)
     for _ in range(60):
         optimizer.zero_grad()

@@ -29,7 +29,7 @@ from foretell.contracts import FINAL
 from foretell.drafters import checkpoint
 from foretell.drafters.learning import TrainingBatch
 from foretell.drafters.medusa import Medusa
-from foretell.drafters.medusa2 import LEAST, JointHeads, Medusa2
+from foretell.drafters.medusa2 import LEAST, RISE, JointHeads, Medusa2
 from foretell.errors import ForetellError, UsageError
 from foretell.train.data import Distilled
 from foretell.train.features import TEACHER, Features
@@ -279,7 +279,9 @@ def test_a_whole_backbone_learns_all_but_its_embedding(tmp_path: Path, tied: boo
 def test_the_backbone_is_slower_biases_included(backbone: Backbone, folder: Path, adapt: str) -> None:
     module = learning(backbone, folder, adapt=adapt, slower=0.1)
     (heads, one), (theirs, slower) = module.groups()
-    assert (one, slower) == (1.0, 0.1)
+    assert [one(done) for done in (0.0, 0.5, 1.0)] == [1.0] * 3
+    rates = [slower(done) for done in (0.0, module.warm, module.warm + RISE / 2, module.warm + RISE, 1.0)]
+    assert rates == pytest.approx([0.0, 0.01, 0.06, 0.1, 0.1])  # its moments are empty when it begins
     names = {id(p): name for name, p in module.model.named_parameters()}
     assert {names[id(p)] for p in theirs} == {n for n, p in module.model.named_parameters() if p.requires_grad}
     biases = {name for name in names.values() if "q_proj" in name and name.endswith("bias")}
@@ -340,7 +342,8 @@ def cyclic(backbone: Backbone, folder: Path, hold: bool) -> tuple[float, float, 
         return float((module.eval().guesses(batch)[0].ranks_PK[:-2] == 0).float().mean())
 
     before = right()
-    optimizer = torch.optim.AdamW([{"params": p, "lr": 0.02 * rate} for p, rate in module.groups()], weight_decay=0)
+    groups = [{"params": parameters, "lr": 0.02 * rate(1.0)} for parameters, rate in module.groups()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0)
     for step in range(80):
         module.begin(step / 80)
         terms = module.train().losses(batch)

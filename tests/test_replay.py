@@ -72,12 +72,12 @@ def watched(drafter: Drafter, monkeypatch: pytest.MonkeyPatch) -> Drafted:
 
 
 def decoded(backbone: Backbone, drafter: Drafter, told: Distilled) -> list[Output]:
-    """The engine's way, each answer a request of its own. Its first token is the prompt's last: no guess was it."""
+    """The engine's way, each answer a request of its own."""
     outputs = []
     for start, end in told.answers:
-        params = SamplingParams(max_new_tokens=end - start - 1, ignore_eos=True)
-        outputs += finish(decoder_of(backbone, drafter), [(told.tokens[: start + 1], params)])
-        assert outputs[-1].ids == told.tokens[start + 1 : end]
+        params = SamplingParams(max_new_tokens=end - start, ignore_eos=True)
+        outputs += finish(decoder_of(backbone, drafter), [(told.tokens[:start], params)])
+        assert outputs[-1].ids == told.tokens[start:end]
     return outputs
 
 
@@ -105,12 +105,12 @@ def test_replay_takes_the_steps_that_the_engine_takes(
 
 @pytest.mark.parametrize("length", [1, 2, 6, 7, 8, 13, 20])
 def test_a_drafter_that_is_always_right_and_one_that_never_is(length: int) -> None:
-    """An answer's first token comes from the prompt's pass and needs no step; after the last one comes no bonus."""
+    """After an answer's last token comes no bonus."""
     tokens = random_tokens(4 + length)
     stored = Features(backbone_of(), [Distilled(0, tokens, [(4, 4 + length)])], ())
     for shift, each_step in ((0, 6), (1, 1)):  # five guesses and the bonus; the bonus alone
         oracle = Oracle({tuple(tokens[:4]): tokens[4:]}, VOCAB, length=5, shift=shift)
-        assert replay(oracle, stored, [0]) == Replay(-(-(length - 1) // each_step), length - 1)
+        assert replay(oracle, stored, [0]) == Replay(-(-length // each_step), length)
 
 
 def test_an_answer_without_a_prompt_is_skipped() -> None:
@@ -121,7 +121,7 @@ def test_an_answer_without_a_prompt_is_skipped() -> None:
     drafter = drafter_of(HydraPlus, backbone, stored.data)
     both, second, first = (replay(drafter, stored, [i]) for i in range(3))
     assert both == second
-    assert second.tokens == 14
+    assert second.tokens == 15
     assert (first, first.tokens_per_step) == (Replay(), 0.0)
 
 
@@ -138,4 +138,4 @@ def test_each_size_is_replayed_alone_and_the_drafters_own_rule_comes_back(kind: 
         alone = replay(drafter_of(kind, backbone, data, size), stored, [1, 3])
         assert tokens == pytest.approx(alone.tokens_per_step, abs=1e-4)
     assert len(set(earned.values())) > 1
-    assert fractions == pytest.approx([i / 6 for i in range(1, 7)])
+    assert fractions == pytest.approx([i / 3 for i in range(1, 4)])

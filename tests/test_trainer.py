@@ -340,7 +340,7 @@ class Told(Toy):
 
 
 class Paced(Words):
-    """Learns at a quarter of the rate, and notes what it is told."""
+    """Learns at a quarter of the rate and slower later, and notes what it is told."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -349,8 +349,8 @@ class Paced(Words):
     def begin(self, done: float) -> None:
         self.told.append(done)
 
-    def groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        return [([self.table_KdV], 0.25)]
+    def groups(self) -> list[tuple[list[nn.Parameter], Callable[[float], float]]]:
+        return [([self.table_KdV], lambda done: 0.25 - 0.2 * done)]
 
 
 Made = Callable[..., Trainer]
@@ -690,7 +690,9 @@ def test_a_module_says_how_fast_its_parts_learn_and_is_told_how_far_it_is(traine
     straight.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
     straight.run()
     told = [step / straight.steps for step in range(straight.steps)]
-    assert used == [straight.learning_rate(step) * 0.25 for step in range(straight.steps)]
+    assert used == [
+        straight.learning_rate(step) * (0.25 - 0.2 * (step / straight.steps)) for step in range(straight.steps)
+    ]
     assert module.told == told
     cut = trainer("cut", module=Paced())
     with pytest.raises(KeyboardInterrupt):
@@ -1137,7 +1139,7 @@ def test_hydra_may_begin_with_what_medusa_has_learnt(
         ({}, "./nowhere", [], 2, "here is no folder ./nowhere"),
         ({}, "{start}/..", [], 1, "holds no drafter"),
         ({}, "medusa", [], 2, "No medusa drafter comes with foretell for this model"),
-        ({}, "{start}", ["-o", "layers=1"], 2, "cannot be begun with: It has more blocks in each head"),
+        ({}, "{start}", ["-o", "layers=1"], 2, "cannot be begun with: It has 2 blocks in each head"),
         ({}, "{start}", ["-o", "taps=1"], 2, "cannot be begun with: It reads other things"),
         ({"arch": {}}, "{start}", [], 1, "is damaged, or of another method"),
     ],

@@ -30,7 +30,7 @@ def log_p_and_best(backbone: Backbone, tokens: list[int], start: int) -> tuple[f
     nodes = Nodes.chains([0], [0], [len(tokens) - 1])
     states_Md = backbone.forward(torch.tensor(tokens[:-1]), nodes, backbone.new_cache(1, len(tokens)))
     log_p_PV = backbone.logits(states_Md[start - 1 :]).log_softmax(-1)
-    told_P = torch.tensor(tokens[start:])
+    told_P = torch.tensor(tokens[start:], device=log_p_PV.device)
     return float(log_p_PV.gather(1, told_P[:, None]).sum()), int((log_p_PV.argmax(1) == told_P).sum())
 
 
@@ -47,12 +47,13 @@ def figures(llm: LLM, written: list[tuple[list[int], int]], human: list[tuple[li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
+    parser.add_argument("--base", default=core.MODEL)
     parser.add_argument("--questions", type=Path, required=True)
     parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=128)
     args = parser.parse_args()
     core.RESULTS = core.RESULTS.with_name("quality.json")
-    base, _, _ = args.model.partition("+")
+    base = args.base
     questions = load_suite(str(args.questions)).questions
     models = {name: foretell.load(name, dtype="bf16") for name in (base, args.model)}
     llm = models[base]

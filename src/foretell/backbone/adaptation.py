@@ -5,6 +5,7 @@ Our own backbones compute, and compute exactly; gradients are transformers' work
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from foretell.backbone.adapters import copy_beside
+from foretell.backbone.files import staged_folder, write_errors
 from foretell.errors import UsageError
 
 PLACES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -52,10 +54,15 @@ def causal(model: Any) -> Any:
 
 def save(model: Any, folder: Path, base: str, out: Path) -> str:
     """Writes what became of the model `base` in `folder`; returns the name that it has now."""
-    if causal(model) is model:
-        model.to(torch.bfloat16).save_pretrained(out / "model")
-        copy_beside(folder, out / "model")
-        return str(out / "model")
-    model.save_pretrained(out / "adapter")
-    (out / "adapter/README.md").unlink(missing_ok=True)  # peft's template, all of it to be filled in
-    return f"{base}+{out}"
+    whole = causal(model) is model
+    target = out / ("model" if whole else "adapter")
+    with write_errors(out), staged_folder(target) as staging:
+        if whole:
+            model.to(torch.bfloat16).save_pretrained(staging)
+            copy_beside(folder, staging)
+        else:
+            model.peft_config["default"].base_model_name_or_path = base
+            model.save_pretrained(staging)
+            (staging / "README.md").unlink(missing_ok=True)  # peft's template, all of it to be filled in
+        shutil.rmtree(target, ignore_errors=True)
+    return str(target) if whole else f"{base}+{out}"

@@ -128,6 +128,9 @@ def _with_adapter(base: ModelFolder, adapter: Path, name: str, cache: Path, prog
     about = f"{base.path.resolve()} {changed} {adapters.identity(adapter)}"
     target = _target(cache, f"{Path(base.name).name}+{Path(adapter).name}", about)
 
+    if adapter.parent != adapters.SHIPPED:
+        name = f"{base.name}+{adapter.resolve()}"  # so it can be typed anywhere
+
     def make(folder: Path) -> None:
         adapters.merge(base.path, adapter, folder, progress)
         write_manifest(folder, name, "adapter", base.licence)

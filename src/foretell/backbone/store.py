@@ -30,7 +30,7 @@ class CachedModel:
     path: Path
     bytes: int
     licence: str | None
-    source: str  # "catalog", "gguf" or "hub"
+    source: str  # "catalog", "gguf", "adapter" or "hub"
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:

@@ -84,11 +84,12 @@ def run(
 
 
 def _say(results: dict[str, Any], out: Path) -> None:
-    from foretell.bench.report import main_table, sections
+    from foretell.bench.report import main_table, quality_table, sections
 
     for title, rows in sections(results):
         note(f"\n{title}")
-        _print_table(*main_table(rows, results["limits"]))
+        for head, body in [main_table(rows, results["limits"]), *quality_table(rows)]:
+            _print_table(head, body)
     note(f"\nIn {out}: report.html, results.md, results.json.")
 
 
@@ -266,8 +267,8 @@ def sweep(
     if exists(out / "results.json"):
         raise UsageError(f"{out} holds a finished benchmark; choose another --out, or delete it.")
     asked = load_suite(suite).chosen(1, limit, None)
-    if drafter:
-        _spec(drafter, base)  # refused before anything is loaded
+    if drafter and "typical" in _spec(drafter, base)[2]:  # refused before anything is loaded
+        raise UsageError(f"--drafter {drafter} has a threshold already; leave `typical` out.")
     llm = base.load()
     what = drafter or drafters.recommended(llm.backbone)
     join = "," if ":" in what else ":"

@@ -1,4 +1,4 @@
-"""`foretell train METHOD`: heads for a frozen backbone, from distilled data."""
+"""`foretell train METHOD`: a drafter for a model, from what the model wrote."""
 
 from __future__ import annotations
 

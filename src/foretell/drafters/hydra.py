@@ -38,8 +38,7 @@ from foretell.trees.calibration import Floats, believed
 from foretell.trees.grow import Growing
 
 LEAST = 0.08
-"""A level is asked if the step comes so far with this probability at least: a level costs some 4 % of a step, which
-earns two tokens."""
+"""Tokens that a level must be able to gain: it costs some 4 % of a step, which earns two."""
 BEAM = 8
 """Nodes of a level that are asked for more, at most: rows that the kernels multiply at the price of one."""
 WIDTH = 10
@@ -119,7 +118,9 @@ class HydraHeads(GuessingHeads):
             raise UsageError("It reads other things than these heads; train with the same method and options.")
         alike = arch["tied"] == self.tied and (not self.tied or arch["layers"] == self.layers)
         if theirs > ours or (theirs and not alike):
-            raise UsageError("It has more blocks in each head, or others; train with the same -o layers= and tied=.")
+            raise UsageError(
+                f"It has {arch['layers']} blocks in each head; train with the same -o layers= and -o tied=."
+            )
         for k in range(min(self.heads, arch["heads"])):
             first = tensors[f"first.{k}"]  # what they did not read begins with zeros
             self.first[k][:, : first.shape[1]] = first

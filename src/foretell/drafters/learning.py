@@ -83,9 +83,9 @@ class Trainable(nn.Module):
     def begin(self, done: float) -> None:
         """Told before each step which share of the training is done, for what changes with it."""
 
-    def groups(self) -> list[tuple[list[nn.Parameter], float]]:
-        """What learns, and how fast relative to the trainer's rate."""
-        return [([p for p in self.parameters() if p.requires_grad], 1.0)]
+    def groups(self) -> list[tuple[list[nn.Parameter], Callable[[float], float]]]:
+        """What learns, and how fast relative to the trainer's rate at a share of the training."""
+        return [([p for p in self.parameters() if p.requires_grad], lambda done: 1.0)]
 
     def save_backbone(self, base: str, out: Path) -> str:
         """Writes what it changed of the backbone `base`; returns the name of the model that it drafts for."""

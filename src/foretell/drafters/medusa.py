@@ -91,7 +91,8 @@ class MedusaHeads(GuessingHeads):
     def start(self, arch: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         ours = self.checkpoint()[0]
         names = [name for name in ours if name not in ("head", "vocabulary")]
-        if any(name not in tensors or tensors[name].shape != ours[name].shape for name in names):
+        others = arch["taps"] != list(self.taps[:-1]) or arch["root"] != (self.embed is not None)
+        if others or any(name not in tensors or tensors[name].shape != ours[name].shape for name in names):
             raise UsageError("It is made with other options; train with the same -o heads=, layers=, taps= and root=.")
         for layer, weight in enumerate(self.weights):
             weight.copy_(tensors[f"weight.{layer}"])

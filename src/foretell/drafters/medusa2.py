@@ -14,12 +14,14 @@ Legend: B conversations, T tokens, P positions, d hidden width, V vocabulary, m 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from foretell.backbone import Backbone
 from foretell.backbone.adaptation import WAYS, causal, learning, save
@@ -29,6 +31,8 @@ from foretell.drafters.medusa import Medusa, MedusaHeads
 from foretell.drafters.parts import check_options, draft_vocabulary, spread
 from foretell.errors import ForetellError, UsageError, check_numbers
 
+RISE = 0.03
+"""Share of the training in which the backbone's rate rises."""
 LEAST = 1e-6
 """Probability of all tokens besides the teacher's, at least: its logarithm is taken."""
 
@@ -74,10 +78,14 @@ class JointHeads(MedusaHeads):
     def begin(self, done: float) -> None:
         self._done = done
 
-    def groups(self) -> list[tuple[list[nn.Parameter], float]]:
+    def groups(self) -> list[tuple[list[nn.Parameter], Callable[[float], float]]]:
         theirs = set(map(id, self.backbone))
         heads = [p for p in self.parameters() if p.requires_grad and id(p) not in theirs]
-        return [(heads, 1.0), (list(self.backbone), self.slower)]
+        return [(heads, lambda done: 1.0), (list(self.backbone), self.backbone_rate)]
+
+    def backbone_rate(self, done: float) -> float:
+        """Learning rate of the backbone relative to the heads': its moments are empty when it begins, so it rises."""
+        return self.slower * min(1.0, max(0.0, (done - self.warm) / RISE + 0.1))
 
     @property
     def alone(self) -> bool:
@@ -92,8 +100,7 @@ class JointHeads(MedusaHeads):
         return self.weight * rise
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        learns = self.training and not self.alone and torch.is_grad_enabled()
-        with torch.set_grad_enabled(learns):
+        if not (self.training and self.alone):  # else the states are those that were stored
             batch = self._through(batch)
         terms = {name: self.heads_weight() * term for name, term in super().losses(batch).items()}
         if terms and not (self.training and self.alone):
@@ -120,18 +127,29 @@ class JointHeads(MedusaHeads):
         told = (batch.states[FINAL][before_BT], batch.teacher_p_BTm[before_BT], batch.teacher_ids_BTm[before_BT])
         weight_Vd: Tensor = causal(self.model).get_output_embeddings().weight
         total = told[0].new_zeros((), dtype=torch.float32)
-        for x_Pd, p_Pm, ids_Pm in zip(*(each.split(CHUNK) for each in told), strict=True):
-            logits_PV = (x_Pd.bfloat16() @ weight_Vd.bfloat16().T).float()
-            log_q_Pm = logits_PV.gather(-1, ids_Pm) - logits_PV.logsumexp(-1, keepdim=True)
-            p_Pm = p_Pm / p_Pm.sum(-1, keepdim=True).clamp(min=1.0)  # rounded, they may add up to more than one
-            rest_p, rest_q = ((1 - each.sum(-1)).clamp(min=LEAST) for each in (p_Pm, log_q_Pm.exp()))
-            total = total + (torch.xlogy(p_Pm, p_Pm) - p_Pm * log_q_Pm).sum() + (rest_p * (rest_p / rest_q).log()).sum()
+        for parts in zip(*(each.split(CHUNK) for each in told), strict=True):
+            total = total + checkpoint(_divergence, weight_Vd, *parts, use_reentrant=False)
         return total / before_BT.sum()
 
     # -- what comes out ---------------------------------------------------------------------------------------------
 
     def save_backbone(self, base: str, out: Path) -> str:
         return save(self.model, self.folder, base, out)
+
+
+def _divergence(weight_Vd: Tensor, x_Pd: Tensor, p_Pm: Tensor, ids_Pm: Tensor) -> Tensor:
+    """KL(p ‖ q) over the teacher's m tokens and all others as one, summed over positions.
+
+    The teacher's tokens are multiplied in float32, as the teacher's own were; the others may be rounded.
+    """
+    p_Pm = p_Pm / p_Pm.sum(-1, keepdim=True).clamp(min=1.0)  # rounded, they may add up to more than one
+    rest_p_P = (1 - p_Pm.sum(-1)).clamp(min=LEAST)
+    top_Pm = (x_Pd.float()[:, None] * weight_Vd[ids_Pm].float()).sum(-1)
+    logits_PV = (x_Pd.bfloat16() @ weight_Vd.bfloat16().T).float()
+    rest_P = logits_PV.scatter(-1, ids_Pm, -torch.inf).logsumexp(-1)
+    all_P = torch.logaddexp(top_Pm.logsumexp(-1), rest_P)
+    of_top = torch.xlogy(p_Pm, p_Pm) - p_Pm * (top_Pm - all_P[:, None])
+    return of_top.sum() + (rest_p_P * (rest_p_P.log() - (rest_P - all_P))).sum()
 
 
 class Medusa2(Medusa):

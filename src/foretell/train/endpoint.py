@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
+from queue import Queue
 from typing import Any
 
 import requests
@@ -88,19 +90,30 @@ class Endpoint:
             was full.
         """
         end, stopped = turn_end(llm), threading.Event()
-        pool = ThreadPoolExecutor(rows)
+        left, done = deque(enumerate(conversations)), Queue[tuple[int, list[Result] | Exception]]()
+
+        def work() -> None:
+            while left and not stopped.is_set():
+                with suppress(IndexError):  # another one took the last
+                    index, conversation = left.popleft()
+                    try:
+                        done.put((index, self._answer(llm, end, conversation, params, stopped)))
+                    except Exception as error:
+                        done.put((index, error))
+                        stopped.set()
+
         try:
-            asked = {
-                pool.submit(self._answer, llm, end, each, params, stopped): i for i, each in enumerate(conversations)
-            }
-            for done in as_completed(asked):
-                replies = done.result()
-                for reply in replies:
+            for _ in range(min(rows, len(conversations))):  # daemons: nobody waits for an answer that is not wanted
+                threading.Thread(target=work, name="endpoint", daemon=True).start()
+            for _ in conversations:
+                index, found = done.get()
+                if isinstance(found, Exception):
+                    raise found
+                for reply in found:
                     on_reply(reply)
-                yield asked.pop(done), replies
+                yield index, found
         finally:
             stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
 
     def _answer(
         self, llm: LLM, end: list[int], conversation: Conversation, params: SamplingParams, stopped: threading.Event
@@ -140,6 +153,8 @@ class Endpoint:
                 reply = requests.request(verb, self.url + path, json=body, headers=self._headers, timeout=(10, SECONDS))
             except requests.RequestException as error:
                 trouble = one_line(error)
+                if verb == "GET":  # nobody was ever there
+                    break
                 continue
             if reply.status_code in (200, 400):
                 return reply

@@ -9,12 +9,14 @@ Legend: T tokens of a conversation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from foretell.contracts import Drafter, Features, SamplingParams
+from foretell.drafters.learning import TrainingBatch
+from foretell.train.data import Distilled
 from foretell.train.features import Features as Stored
 
 
@@ -32,7 +34,7 @@ class Replayed:
 
 @dataclass
 class Replay:
-    """What the steps earned; the first token of an answer comes from the prompt's pass, and is not counted."""
+    """What the steps earned."""
 
     steps: int = 0
     tokens: int = 0
@@ -47,18 +49,21 @@ def replay(
     stored: Stored,
     conversations: Iterable[int],
     progress: Callable[[int], None] = lambda done: None,
+    known: Mapping[int, TrainingBatch] | None = None,
 ) -> Replay:
     """Decodes the answers of some conversations once more.
 
     Args:
         stored: their states, for a backbone whose text they are.
         conversations: indices of `stored.data`.
-        progress: told how many conversations are done.
+        progress: called with how many conversations are done.
+        known: batches of these conversations, one each, where they were made already.
     """
     drafter.bind(stored.backbone.new_cache(1, max(len(each.tokens) for each in stored.data)))
     found = Replay()
     for done, index in enumerate(conversations, start=1):
-        for emitted in _steps(drafter, stored, index):
+        batch = (known or {}).get(index) or stored.batch([index])
+        for emitted in _steps(drafter, stored.data[index], batch.to(stored.backbone.device)):
             found.steps += 1
             found.tokens += emitted
         progress(done)
@@ -70,13 +75,12 @@ def by_size(
 ) -> dict[int, float]:
     """Tokens per step with trees of each size; `drafter.size` is the drafter's rule for it."""
     found: dict[int, float] = {}
-    rule = drafter.size
+    rule, known = drafter.size, {index: stored.batch([index]) for index in conversations}
     try:
         for number, size in enumerate(sizes):
             drafter.size = partial(_always, size)
-            before, all_of_them = number * len(conversations), len(sizes) * len(conversations)
-            told = lambda done, b=before, a=all_of_them: progress((b + done) / a)  # noqa: E731
-            found[size] = round(replay(drafter, stored, conversations, told).tokens_per_step, 4)
+            found[size] = round(replay(drafter, stored, conversations, known=known).tokens_per_step, 4)
+            progress((number + 1) / len(sizes))
     finally:
         drafter.size = rule
     return found
@@ -86,9 +90,8 @@ def _always(size: int, rows: int, context: int) -> int:
     return size
 
 
-def _steps(drafter: Drafter, stored: Stored, index: int) -> Iterator[int]:
+def _steps(drafter: Drafter, text: Distilled, batch: TrainingBatch) -> Iterator[int]:
     """How many tokens each step over a conversation emits."""
-    told, batch = stored.data[index], stored.batch([index])
     row = Replayed([], 0, 0)
     drafter.reset([row])
     seen = 0  # tokens whose states the drafter knows: those before the newest
@@ -96,21 +99,22 @@ def _steps(drafter: Drafter, stored: Stored, index: int) -> Iterator[int]:
     def show(end: int) -> None:
         nonlocal seen
         taps = {tap: batch.states[tap][0, seen:end].float() for tap in drafter.taps}
-        row.tokens += told.tokens[len(row.tokens) : end + 1]
-        drafter.observe([row], Features([end - seen], taps))
+        row.tokens += text.tokens[len(row.tokens) : end + 1]
+        if end > seen:
+            drafter.observe([row], Features([end - seen], taps))
         seen = end
 
-    for start, end in told.answers:
+    for start, end in text.answers:
         if start == 0:
             continue  # there is no prompt to begin from
         row.prompt_length = start
-        show(start)
+        show(start - 1)  # a prompt's last token is the root of the first tree
         while seen + 1 < end:
             row.budget = end - seen - 1
             draft = drafter.draft([row])
             tree, tokens, node, accepted = draft.trees[0], draft.tokens[0], 0, 0
             while seen + 1 + accepted < end:
-                comes = told.tokens[seen + 1 + accepted]
+                comes = text.tokens[seen + 1 + accepted]
                 following = [child for child in tree.children[node] if tokens[child] == comes]
                 if not following:
                     break

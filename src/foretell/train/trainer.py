@@ -118,10 +118,11 @@ class Trainer:
         self._data = digest(features.data)
         self.steps_per_epoch = len(self._epoch(0)) / settings.accumulate
         self.steps = max(1, round(settings.epochs * self.steps_per_epoch))
-        groups = [{"params": parameters, "scale": scale} for parameters, scale in module.groups()]
+        self.groups = module.groups()
         self.optimizer = torch.optim.AdamW(
-            groups, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=settings.weight_decay
-        )
+            [{"params": parameters} for parameters, _ in self.groups], lr=settings.learning_rate, betas=(0.9, 0.98),
+            weight_decay=settings.weight_decay,
+        )  # fmt: skip
         self.step = 0
         self.skipped = 0
         self.seconds = 0.0  # of all runs that led here
@@ -155,8 +156,8 @@ class Trainer:
                 raise KeyboardInterrupt
             self.module.train()
             self.module.begin(self.step / self.steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate(self.step) * group.get("scale", 1.0)
+            for group, (_, rate) in zip(self.optimizer.param_groups, self.groups, strict=True):
+                group["lr"] = self.learning_rate(self.step) * rate(self.step / self.steps)
             terms = self._step(batches)
             tokens += sum(len(self.features.data[i].tokens) for batch in batches for i in batch)
             self.step += 1
@@ -166,11 +167,11 @@ class Trainer:
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value
             if self.step % REPORT == 0 or self.step == self.steps:
-                rate = tokens / (time.perf_counter() - began)
+                speed = tokens / (time.perf_counter() - began)
                 line = {
                     "step": self.step, "epoch": round(self.step / self.steps_per_epoch, 3),
                     "loss": {name: round(value / learned, 4) for name, value in sums.items()},
-                    "learning_rate": self.learning_rate(self.step), "tokens_per_s": round(rate),
+                    "learning_rate": self.learning_rate(self.step), "tokens_per_s": round(speed),
                 }  # fmt: skip
                 self.log(line)
                 progress(self.step, self.steps, line)
@@ -198,7 +199,8 @@ class Trainer:
             for name, term in terms.items():
                 out[name] = out.get(name, 0.0) + term.item() / len(batches)
         if out:
-            torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip)
+            for parameters, _ in self.groups:
+                torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
             self._updating = True
             self.optimizer.step()
         return out

@@ -36,7 +36,7 @@ def believed(said: Floats, scale: Scale) -> Floats:
 
 
 def _odds(said: Floats) -> Floats:
-    said = np.clip(np.nan_to_num(said, nan=0.0), -50.0, -1e-6)  # no number counts as certain
+    said = np.fmin(np.fmax(said, -50.0), -1e-6)  # what is no number counts as hopeless
     return said - np.log(-np.expm1(said))
 
 

@@ -128,12 +128,13 @@ class Growing:
         return sorted(range(1, len(self.parents)), key=lambda node: -self.values[node])[:count]
 
     def narrow(self, count: int, since: int, most: int, least: float) -> None:
-        """Chooses whom to ask next: of the `count` best nodes those from `since` on, `most` of them; nobody where the
-        step will hardly come so far, with a probability below `least`."""
+        """Chooses whom to ask next: of the `count` best nodes those from `since` on, `most` of them; nobody where that
+        can hardly gain anything: guesses behind them are no more probable, and have to push others out."""
         best = self.best(count)
         self.floor = self.values[best[-1]] if best and len(best) == count else -math.inf
         self.asked = [node for node in best if node >= since][:most]
-        if sum(math.exp(self.values[node]) for node in self.asked) < least:
+        displaced = len(self.asked) * math.exp(self.floor)
+        if sum(math.exp(self.values[node]) for node in self.asked) - displaced < least:
             self.asked = []
 
     def cut(self, nodes: Iterable[int]) -> tuple[TokenTree, list[int], list[float]]:
