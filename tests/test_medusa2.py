@@ -277,7 +277,7 @@ def test_a_whole_backbone_learns_all_but_its_embedding(tmp_path: Path, tied: boo
 
 @pytest.mark.parametrize("adapt", ["lora", "full"])
 def test_the_backbone_is_slower_biases_included(backbone: Backbone, folder: Path, adapt: str) -> None:
-    module = learning(backbone, folder, adapt=adapt, slower=0.1)
+    module = learning(backbone, folder, adapt=adapt, slower=0.1, warm=0.2)
     (heads, one), (theirs, slower) = module.groups()
     assert [one(done) for done in (0.0, 0.5, 1.0)] == [1.0] * 3
     rates = [slower(done) for done in (0.0, module.warm, module.warm + RISE / 2, module.warm + RISE, 1.0)]

@@ -31,7 +31,16 @@ from foretell.backbone.linear import DrafterHeads
 from foretell.contracts import FINAL, Draft, Drafter, Features, Row
 from foretell.drafters.checkpoint import find
 from foretell.drafters.learning import DecoderLayer, GuessingHeads, TrainingBatch
-from foretell.drafters.parts import check_options, check_scales, check_tree, draft_vocabulary, spread, tree_size
+from foretell.drafters.parts import (
+    Reading,
+    check_options,
+    check_shapes,
+    check_tree,
+    draft_vocabulary,
+    read_scales,
+    spread,
+    tree_size,
+)
 from foretell.errors import ForetellError, UsageError
 from foretell.trees import from_paths
 from foretell.trees.calibration import Floats, believed
@@ -56,7 +65,7 @@ class HydraHeads(GuessingHeads):
         grounded: whether heads read the tokens of their path; false makes them Medusa's.
         chained: whether heads read the state that the head before them ended in, too.
         prefix: the layer before the heads, if there is one.
-        dropout: of what every block reads.
+        dropout: of what every block, and the output matrix, reads.
     """
 
     def __init__(
@@ -89,7 +98,7 @@ class HydraHeads(GuessingHeads):
         for weight, bias in self.blocks(k):
             read = F.dropout(x_PI, self.dropout, self.training)
             out_Pd = x_PI = out_Pd + F.silu(F.linear(read.bfloat16(), weight.bfloat16()).float() + bias)
-        return out_Pd
+        return F.dropout(out_Pd, self.dropout, self.training)
 
     def read(self, batch: TrainingBatch, sources_P: Tensor) -> Tensor:
         streams = [batch.states[tap].float() for tap in reversed(self.taps)]
@@ -143,6 +152,18 @@ class HydraHeads(GuessingHeads):
         return self.stored(tensors), arch
 
 
+def _shapes(arch: dict[str, Any], d: int, choices: int) -> dict[str, tuple[int, ...]]:
+    """Of a checkpoint's tensors; the prefix layer's are checked where it is made."""
+    heads, stored = arch["heads"], min(1, arch["layers"] - 1) if arch["tied"] else arch["layers"] - 1
+    chained, parts = arch.get("chained", False), len(arch["taps"]) + 1
+    widths = [d * (parts + arch["grounded"] * (k + 1) + chained * (k > 0)) for k in range(heads)]
+    shapes: dict[str, tuple[int, ...]] = {f"first.{k}": (d, width) for k, width in enumerate(widths)}
+    shapes |= {"first_bias": (heads, d), "deep": (heads, stored, d, d), "deep_bias": (heads, stored, d)}
+    if arch["output"] != "shared":
+        shapes["head"] = (heads if arch["output"] == "own" else 1, choices, d)
+    return shapes
+
+
 def _as_hydra(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of Medusa's heads by the names of these."""
     weights = [tensors[f"weight.{layer}"] for layer in range(len(tensors["bias"]))]
@@ -155,35 +176,6 @@ def _as_hydra(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _normed(part_Pd: Tensor) -> Tensor:
     return F.rms_norm(part_Pd, part_Pd.shape[-1:], eps=1e-6)
-
-
-class _Reading:
-    """What heads read while a draft is made: rows of one store, so that levels share what they have in common.
-
-    Attributes:
-        parts: by (row of the batch, node): which of the store's rows are read there.
-        ended: by the same: which one holds the state that the head ended in.
-    """
-
-    def __init__(self, width: int, device: torch.device):
-        self.store_Nd, self.used = torch.empty(64, width, device=device), 0
-        self.parts: dict[tuple[int, int], list[int]] = {}
-        self.ended: dict[tuple[int, int], int] = {}
-
-    def room(self, count: int) -> tuple[Tensor, range]:
-        """So many rows to be filled, and their numbers."""
-        if self.used + count > len(self.store_Nd):
-            larger = self.store_Nd.new_empty(2 * (self.used + count), self.store_Nd.shape[1])
-            larger[: self.used] = self.store_Nd[: self.used]
-            self.store_Nd = larger
-        numbers = range(self.used, self.used + count)
-        self.used += count
-        return self.store_Nd[numbers.start : numbers.stop], numbers
-
-    def add(self, states_Fd: Tensor) -> range:
-        rows_Fd, numbers = self.room(len(states_Fd))
-        rows_Fd.copy_(states_Fd)
-        return numbers
 
 
 class Hydra(Drafter):
@@ -211,14 +203,14 @@ class Hydra(Drafter):
         grown: bool = True,
         scales: Sequence[Sequence[float]] = (),
     ):
-        self._scales = [(float(slope), float(bias)) for slope, bias in scales]
+        check_shapes(tensors, _shapes(arch, backbone.config.hidden, len(tensors["vocabulary"])))
+        self._scales = read_scales(scales, arch["heads"])
         self._earned, self.size, self.grown, self.paths = earned or {}, size, grown, [tuple(path) for path in paths]
         self.taps, self.grounded, self.heads = (*arch["taps"], FINAL), arch["grounded"], arch["heads"]
         self.chained = arch.get("chained", False)
         self._hidden, self._device = backbone.config.hidden, backbone.device
         self._embed, self._vocabulary_V = backbone.embed, tensors["vocabulary"].numpy()
         check_tree(self.paths, self.heads, len(self._vocabulary_V))
-        check_scales(self._scales, self.heads)
         self._shape = cache(lambda count: from_paths(self.paths[:count]))
         shared = arch["output"] == "shared"
         outputs = backbone.head_rows(tensors["vocabulary"].long())[None] if shared else tensors["head"]
@@ -254,7 +246,7 @@ class Hydra(Drafter):
         size = tree_size(backbone, nodes, earned)
         try:
             return cls(backbone, found.arch, tensors, found.paths, size, earned, grown, found.calibration)
-        except (KeyError, IndexError) as error:
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             where = checkpoint or f"The {cls.method} drafter that came with foretell"
             raise ForetellError(f"{where} is damaged: it lacks {error}; copy or train it again.") from error
 
@@ -341,7 +333,7 @@ class Hydra(Drafter):
         count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), self.most_nodes) - 1
         shape = None if self.grown else self._shape(count)
         trees = [Growing([row.tokens[-1]], [0] if row.slot in self._states else []) for row in rows]
-        reading = _Reading(self._hidden, self._device)
+        reading = Reading(self._hidden, self._device)
         for i, row in enumerate(rows):
             if row.slot in self._states:  # none after a prompt of one token
                 reading.parts[i, 0] = list(reading.add(self._states[row.slot]))
@@ -364,7 +356,7 @@ class Hydra(Drafter):
         cut = [tree.cut(range(1, len(tree.parents)) if shape else tree.best(count)) for tree in trees]
         return Draft([tree for tree, _, _ in cut], [tokens for _, tokens, _ in cut], [given for _, _, given in cut])
 
-    def _ask(self, k: int, trees: Sequence[Growing], reading: _Reading) -> tuple[Floats, list[list[int]]]:
+    def _ask(self, k: int, trees: Sequence[Growing], reading: Reading) -> tuple[Floats, list[list[int]]]:
         """Head k, at all nodes that are asked: log-probabilities and tokens of its guesses, best first."""
         asked = [(row, node) for row, tree in enumerate(trees) for node in tree.asked]
         above = [(row, max(0, trees[row].parents[node])) for row, node in asked]

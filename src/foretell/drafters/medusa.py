@@ -35,7 +35,7 @@ from foretell.backbone.linear import side_by_side
 from foretell.contracts import FINAL, Draft, Drafter, Features, Row
 from foretell.drafters.checkpoint import Checkpoint, find
 from foretell.drafters.learning import GuessingHeads, TrainingBatch
-from foretell.drafters.parts import check_options, check_scales, check_tree, draft_vocabulary, spread, tree_size
+from foretell.drafters.parts import check_options, check_tree, draft_vocabulary, read_scales, spread, tree_size
 from foretell.errors import ForetellError, UsageError
 from foretell.trees.grow import Candidates
 from foretell.trees.published import published
@@ -132,13 +132,12 @@ class Medusa(Drafter):
         grown: bool = True,
         scales: Sequence[Sequence[float]] = (),
     ):
-        self._scales = [(float(slope), float(bias)) for slope, bias in scales]
+        self._scales = read_scales(scales, arch["heads"])
         self._earned, self.size, self.grown, self.paths = earned or {}, size, grown, [tuple(path) for path in paths]
         self.taps = (*arch["taps"], FINAL)
         self._embed = backbone.embed if arch["root"] else None
         self._vocabulary_V = tensors["vocabulary"].numpy().astype(np.int64)
         check_tree(self.paths, arch["heads"], len(self._vocabulary_V))
-        check_scales(self._scales, arch["heads"])
         self._candidates = {0: Candidates(self.paths)}
         blocks = [
             list(zip(tensors[f"weight.{layer}"], tensors["bias"][layer].float(), strict=True))

@@ -1,4 +1,4 @@
-"""What trained drafters share when they draft: how large a tree, which tokens to choose from, checks of both.
+"""What trained drafters share when they draft: how large a tree, which tokens to choose from, what heads read.
 
 Legend: V (draft) vocabulary.
 """
@@ -16,6 +16,7 @@ from foretell.backbone import Backbone
 from foretell.backbone.costs import StepCosts
 from foretell.errors import UsageError, check_numbers
 from foretell.trees import from_paths
+from foretell.trees.calibration import Scale
 
 DEFAULT_NODES = 16
 
@@ -53,10 +54,23 @@ def check_tree(paths: Sequence[Sequence[int]], heads: int, choices: int) -> None
         )
 
 
-def check_scales(scales: Sequence[object], heads: int) -> None:
-    """Refuses a calibration of other heads (see `trees.calibration`)."""
+def read_scales(calibration: Sequence[Sequence[float]], heads: int) -> list[Scale]:
+    """A checkpoint's calibration (see `trees.calibration`); refuses one of other heads."""
+    scales = [(float(slope), float(bias)) for slope, bias in calibration]
     if len(scales) not in (0, heads):
         raise UsageError(f"The drafter is calibrated for {len(scales)} heads, but has {heads}; train it again.")
+    return scales
+
+
+def check_shapes(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuses tensors that are not what a config names: kernels would read past their ends.
+
+    Raises:
+        KeyError: naming one.
+    """
+    for name, shape in shapes.items():
+        if name not in tensors or tuple(tensors[name].shape) != shape:
+            raise KeyError(name)
 
 
 def check_options(backbone: Backbone, output: str, **numbers: float) -> None:
@@ -87,3 +101,32 @@ def places(vocabulary_V: Tensor, whole: int) -> Tensor:
     place = torch.full((whole,), -1)
     place[vocabulary_V] = torch.arange(len(vocabulary_V))
     return place
+
+
+class Reading:
+    """What heads read while a draft is made: rows of one store, so that levels share what they have in common.
+
+    Attributes:
+        parts: by (row of the batch, node): which of the store's rows are read there.
+        ended: by the same: which one holds the state that the head ended in.
+    """
+
+    def __init__(self, width: int, device: torch.device):
+        self.store_Nd, self.used = torch.empty(64, width, device=device), 0
+        self.parts: dict[tuple[int, int], list[int]] = {}
+        self.ended: dict[tuple[int, int], int] = {}
+
+    def room(self, count: int) -> tuple[Tensor, range]:
+        """So many rows to be filled, and their numbers."""
+        if self.used + count > len(self.store_Nd):
+            larger = self.store_Nd.new_empty(2 * (self.used + count), self.store_Nd.shape[1])
+            larger[: self.used] = self.store_Nd[: self.used]
+            self.store_Nd = larger
+        numbers = range(self.used, self.used + count)
+        self.used += count
+        return self.store_Nd[numbers.start : numbers.stop], numbers
+
+    def add(self, states_Fd: Tensor) -> range:
+        rows_Fd, numbers = self.room(len(states_Fd))
+        rows_Fd.copy_(states_Fd)
+        return numbers

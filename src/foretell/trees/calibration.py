@@ -32,10 +32,10 @@ PULL = 1.0
 def believed(said: Floats, scale: Scale) -> Floats:
     """Log-probabilities as they should have been said; the order stays."""
     slope, bias = scale
-    return -np.logaddexp(0.0, -(slope * _odds(said) + bias))
+    return -np.logaddexp(0.0, -(slope * _log_odds(said) + bias))
 
 
-def _odds(said: Floats) -> Floats:
+def _log_odds(said: Floats) -> Floats:
     said = np.fmin(np.fmax(said, -50.0), -1e-6)  # what is no number counts as hopeless
     return said - np.log(-np.expm1(said))
 
@@ -54,7 +54,7 @@ def fit(said: Sequence[Floats], ranks: Sequence[Ranks]) -> list[Scale]:
     for k in range(ranks_PK.shape[1]):
         there_P = reached_P & (ranks_PK[:, k] != ENDED)
         came_true = (ranks_PK[there_P, k, None] == np.arange(count)).ravel()
-        odds = _odds(said_PKR[there_P, k]).ravel()
+        odds = _log_odds(said_PKR[there_P, k]).ravel()
         slope, bias = _logistic(odds, came_true)
         if slope < FLATTEST:  # a head's own order is kept
             slope, bias = FLATTEST, _logistic(FLATTEST * odds, came_true, only_bias=True)[1]
@@ -70,8 +70,8 @@ def _logistic(odds_N: Floats, came_true_N: NDArray[np.bool_], only_bias: bool = 
     scale = start.copy()
     for _ in range(STEPS):
         p_N = 1 / (1 + np.exp(-np.clip(read_N2 @ scale, -60, 60)))
-        slope = read_N2.T @ (p_N - came_true_N) + PULL * (scale - start)
-        curve = (read_N2 * (p_N * (1 - p_N))[:, None]).T @ read_N2 + PULL * np.eye(2)
-        step = np.array([0.0, slope[1] / curve[1, 1]]) if only_bias else np.linalg.solve(curve, slope)
+        gradient = read_N2.T @ (p_N - came_true_N) + PULL * (scale - start)
+        hessian = (read_N2 * (p_N * (1 - p_N))[:, None]).T @ read_N2 + PULL * np.eye(2)
+        step = np.array([0.0, gradient[1] / hessian[1, 1]]) if only_bias else np.linalg.solve(hessian, gradient)
         scale = scale - step / max(1.0, float(np.abs(step).max()))  # far from the end, steps may be too long
     return float(scale[0]), float(scale[1])
