@@ -4,9 +4,11 @@ Tests marked `real` need the demo model (`smollm2-135m`): it is fetched once int
 FORETELL_CACHE names, or the default one. `pytest -m "not real"` runs without a network and in seconds.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import Foretell, runner, save_tiny_chat
 from torch import Tensor
 
@@ -23,6 +25,15 @@ def demo_folder() -> Path:
     from foretell.backbone.loading import resolve
 
     return resolve("smollm2-135m").path
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Idle threads spin; loading a model starts as many as there are cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

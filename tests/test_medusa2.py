@@ -8,7 +8,6 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from foretell.train.trainer import Settings, Trainer
 
 VOCAB = DIMENSIONS["vocab_size"]
 HEADS = {"weights.0", "weights.1", "bias_LKd", "head_KVd"}
+pytestmark = pytest.mark.usefixtures("one_thread")
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -50,15 +50,6 @@ def talks() -> list[Distilled]:
 
 
 DATA = talks()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Idle threads spin; loading a model starts as many as there are cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count, islice, pairwise
 from pathlib import Path
@@ -46,6 +46,7 @@ from foretell.train.trainer import SIZES, Settings, Trainer
 from foretell.trees import chain
 from foretell.trees.search import ENDED, MISSED
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB, WIDTH = DIMENSIONS["vocab_size"], DIMENSIONS["hidden_size"]
 TAPS = (FINAL, 0, 2)
 NEVER = VOCAB - 1
@@ -69,15 +70,6 @@ def some_data(size: int = 12, longest: int = 30, seed: int = 0) -> list[Distille
 
 
 DATA = some_data()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Idle threads spin; loading a model starts as many as there are cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

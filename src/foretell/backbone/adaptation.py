@@ -43,8 +43,8 @@ def learning(folder: Path, way: str, rank: int, dropout: float) -> nn.Module:
         for part in (model.get_input_embeddings(), model.get_output_embeddings()):
             part.weight.requires_grad_(False)
         return model
-    config = LoraConfig(r=rank, lora_alpha=rank / 2, lora_dropout=dropout, target_modules=PLACES, task_type="CAUSAL_LM")  # type: ignore[arg-type]  # peft divides by the rank: half of an odd one is as good
-    return get_peft_model(model, config)
+    numbers: dict[str, Any] = {"r": rank, "lora_alpha": rank / 2, "lora_dropout": dropout}
+    return get_peft_model(model, LoraConfig(target_modules=PLACES, task_type="CAUSAL_LM", **numbers))
 
 
 def causal(model: Any) -> Any:

@@ -37,6 +37,7 @@ from foretell.drafters.parts import (
     check_shapes,
     check_tree,
     draft_vocabulary,
+    output_shape,
     read_scales,
     spread,
     tree_size,
@@ -77,7 +78,7 @@ class HydraHeads(GuessingHeads):
         d = head_Vd.shape[1]
         self.taps, self.embed, self.grounded, self.prefix = (*taps, FINAL), embed, grounded, prefix
         self.tied, self.layers, self.dropout, self.chained = tied, layers, dropout, chained
-        widths = [d * (len(self.taps) + grounded * (k + 1) + chained * (k > 0)) for k in range(heads)]
+        widths = _widths(d, len(self.taps), heads, grounded, chained)
         self.first = nn.ParameterList([torch.zeros(d, width) for width in widths])
         self.first_bias_Kd = nn.Parameter(torch.zeros(heads, d))
         stored = min(1, layers - 1) if tied else layers - 1
@@ -152,16 +153,18 @@ class HydraHeads(GuessingHeads):
         return self.stored(tensors), arch
 
 
+def _widths(d: int, streams: int, heads: int, grounded: bool, chained: bool) -> list[int]:
+    """What each head reads: streams, the tokens of the path, the state of the head before."""
+    return [d * (streams + grounded * (k + 1) + chained * (k > 0)) for k in range(heads)]
+
+
 def _shapes(arch: dict[str, Any], d: int, choices: int) -> dict[str, tuple[int, ...]]:
     """Of a checkpoint's tensors; the prefix layer's are checked where it is made."""
     heads, stored = arch["heads"], min(1, arch["layers"] - 1) if arch["tied"] else arch["layers"] - 1
-    chained, parts = arch.get("chained", False), len(arch["taps"]) + 1
-    widths = [d * (parts + arch["grounded"] * (k + 1) + chained * (k > 0)) for k in range(heads)]
+    widths = _widths(d, len(arch["taps"]) + 1, heads, arch["grounded"], arch.get("chained", False))
     shapes: dict[str, tuple[int, ...]] = {f"first.{k}": (d, width) for k, width in enumerate(widths)}
     shapes |= {"first_bias": (heads, d), "deep": (heads, stored, d, d), "deep_bias": (heads, stored, d)}
-    if arch["output"] != "shared":
-        shapes["head"] = (heads if arch["output"] == "own" else 1, choices, d)
-    return shapes
+    return shapes | output_shape(arch, d, choices)
 
 
 def _as_hydra(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -352,7 +355,8 @@ class Hydra(Drafter):
                     tree.fill(*shape, said_FR[mine], tokens_FR[mine])
                 else:
                     tree.extend(said_FR[mine], tokens_FR[mine], count)
-                    tree.narrow(count, since, BEAM, LEAST)
+                    if k + 1 < self.heads:
+                        tree.narrow(count, since, BEAM, LEAST)
         cut = [tree.cut(range(1, len(tree.parents)) if shape else tree.best(count)) for tree in trees]
         return Draft([tree for tree, _, _ in cut], [tokens for _, tokens, _ in cut], [given for _, _, given in cut])
 

@@ -33,9 +33,18 @@ from torch.nn import functional as F
 from foretell.backbone import Backbone
 from foretell.backbone.linear import side_by_side
 from foretell.contracts import FINAL, Draft, Drafter, Features, Row
-from foretell.drafters.checkpoint import Checkpoint, find
+from foretell.drafters.checkpoint import find
 from foretell.drafters.learning import GuessingHeads, TrainingBatch
-from foretell.drafters.parts import check_options, check_tree, draft_vocabulary, read_scales, spread, tree_size
+from foretell.drafters.parts import (
+    check_options,
+    check_shapes,
+    check_tree,
+    draft_vocabulary,
+    output_shape,
+    read_scales,
+    spread,
+    tree_size,
+)
 from foretell.errors import ForetellError, UsageError
 from foretell.trees.grow import Candidates
 from foretell.trees.published import published
@@ -169,9 +178,13 @@ class Medusa(Drafter):
             any_backbone: accept heads of another model of the same sizes.
         """
         found, tensors = find(cls.method, backbone, checkpoint, any_backbone)
-        if not _whole(found, tensors):
+        try:
+            check_shapes(tensors, _shapes(found.arch, found.hidden, len(tensors["vocabulary"])))
+        except (KeyError, TypeError) as error:
             where = checkpoint or f"The {cls.method} drafter that came with foretell"
-            raise ForetellError(f"{where} is damaged: it lacks what its config names; copy or train it again.")
+            raise ForetellError(
+                f"{where} is damaged: it lacks what its config names; copy or train it again."
+            ) from error
         paths = published(tree) if tree else found.paths
         earned = {} if tree else {int(size): tokens for size, tokens in found.tokens_per_step.items()}
         size = tree_size(backbone, nodes or (len(paths) + 1 if tree else 0), earned)
@@ -257,15 +270,8 @@ class Medusa(Drafter):
         return said_BKR, self._vocabulary_V[best_BKR]
 
 
-def _whole(found: Checkpoint, tensors: dict[str, Tensor]) -> bool:
-    """Whether the tensors are those that the config names."""
-    try:
-        heads, layers, d, size = found.arch["heads"], found.arch["layers"], found.hidden, len(tensors["vocabulary"])
-        inputs = 1 + len(found.arch["taps"]) + found.arch["root"]
-        shapes = {f"weight.{layer}": (heads, d, d if layer else inputs * d) for layer in range(layers)}
-        shapes["bias"] = (layers, heads, d)
-        if found.arch["output"] != "shared":
-            shapes["head"] = (heads if found.arch["output"] == "own" else 1, size, d)
-        return all(tuple(tensors[name].shape) == shape for name, shape in shapes.items())
-    except (KeyError, TypeError):
-        return False
+def _shapes(arch: dict[str, Any], d: int, choices: int) -> dict[str, tuple[int, ...]]:
+    """Of a checkpoint's tensors."""
+    heads, layers, parts = arch["heads"], arch["layers"], 1 + len(arch["taps"]) + arch["root"]
+    shapes: dict[str, tuple[int, ...]] = {f"weight.{i}": (heads, d, d if i else parts * d) for i in range(layers)}
+    return shapes | {"bias": (layers, heads, d)} | output_shape(arch, d, choices)

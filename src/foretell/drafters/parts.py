@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,6 +72,12 @@ def check_shapes(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]])
     for name, shape in shapes.items():
         if name not in tensors or tuple(tensors[name].shape) != shape:
             raise KeyError(name)
+
+
+def output_shape(arch: dict[str, Any], d: int, choices: int) -> dict[str, tuple[int, ...]]:
+    """Of a checkpoint's output matrices; empty where they are the backbone's."""
+    copies = {"own": arch["heads"], "tied": 1}
+    return {} if arch["output"] == "shared" else {"head": (copies[arch["output"]], choices, d)}
 
 
 def check_options(backbone: Backbone, output: str, **numbers: float) -> None:

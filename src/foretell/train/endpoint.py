@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from queue import Queue
+from queue import Empty, Queue
 from typing import Any
 
 import requests
@@ -90,17 +88,21 @@ class Endpoint:
             was full.
         """
         end, stopped = turn_end(llm), threading.Event()
-        left, done = deque(enumerate(conversations)), Queue[tuple[int, list[Result] | Exception]]()
+        left, done = Queue[tuple[int, Conversation]](), Queue[tuple[int, list[Result] | Exception]]()
+        for numbered in enumerate(conversations):
+            left.put(numbered)
 
         def work() -> None:
-            while left and not stopped.is_set():
-                with suppress(IndexError):  # another one took the last
-                    index, conversation = left.popleft()
-                    try:
-                        done.put((index, self._answer(llm, end, conversation, params, stopped)))
-                    except Exception as error:
-                        done.put((index, error))
-                        stopped.set()
+            while not stopped.is_set():
+                try:
+                    index, conversation = left.get_nowait()
+                except Empty:
+                    return
+                try:
+                    done.put((index, self._answer(llm, end, conversation, params, stopped)))
+                except Exception as error:  # whatever it is, it is raised where the answers are read
+                    done.put((index, error))
+                    stopped.set()
 
         try:
             for _ in range(min(rows, len(conversations))):  # daemons: nobody waits for an answer that is not wanted
