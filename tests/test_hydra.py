@@ -212,8 +212,40 @@ def test_a_level_asks_no_more_than_the_beam_and_nobody_where_it_is_hardly_reache
     for least, asked in ((0.0, [1, BEAM, BEAM]), (1.1, [1])):  # nothing is reached with more than certainty
         monkeypatch.setattr(hydra, "LEAST", least)
         counts.clear()
-        drafter.draft([row])
+        drafter._by_level([row], 99)
         assert counts == asked
+
+
+@pytest.mark.skipif(not COMPILED, reason="the kernels were not compiled")
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied embedding", "embedding of its own"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"chained": True, "layers": 2}, {"grounded": False}, {"output": "own", "chained": True, "plus": True}],
+    ids=str,
+)  # fmt: skip
+def test_what_is_drafted_in_one_call_is_what_is_drafted_level_by_level(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], tied: bool, dtype: torch.dtype
+) -> None:
+    backbone = backbone_of(dtype, tie_word_embeddings=tied)
+    module = random_hydra(backbone, seed=3, **options)
+    for scales in ([], *ODD):
+        drafter = drafter_of(backbone, module, scales=scales)
+        decoder = decoder_of(backbone, drafter, max_rows=4)
+        for ids, params in requests(4):
+            decoder.submit([*ids, 7], params)
+        for _ in range(2):
+            decoder.step()
+        del drafter._states[decoder._rows[1].slot]  # as after a prompt of one token
+        for least, beam in ((0.0, 3), (0.1, BEAM), (0.5, BEAM)):
+            monkeypatch.setattr(hydra, "LEAST", least)
+            monkeypatch.setattr(hydra, "BEAM", beam)
+            for count in (1, 9, 40):
+                drafter.size = lambda rows, context, size=count + 1: size
+                ours, slow = drafter.draft(decoder._rows), drafter._by_level(decoder._rows, count)
+                assert (ours.trees, ours.tokens) == (slow.trees, slow.tokens)
+                for one, other in zip(ours.probabilities or [], slow.probabilities or [], strict=True):
+                    assert one == pytest.approx(other, rel=1e-5)
 
 
 @pytest.mark.usefixtures("in_float32")

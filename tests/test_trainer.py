@@ -1022,7 +1022,7 @@ def test_from_a_model_alone_to_a_trained_drafter(
     saved, tensors = checkpoint.load(drafter)
     assert saved.arch == {"heads": 3, "layers": 2, "output": "tied", "taps": [1, 2], "root": True}
     assert len(tensors["vocabulary"]) == 100
-    assert saved.provenance["data"] == Store.open(Path(data)).manifest
+    assert saved.provenance["data"] == [Store.open(Path(data)).manifest]
     assert len(saved.calibration) == 3
     assert saved.tokens_per_step == replayed(tiny, data, drafter)
     assert saved.tokens_per_step.keys() == saved.provenance["fixed_trees"].keys()

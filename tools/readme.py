@@ -112,19 +112,22 @@ def trained() -> list[str]:
     """How the heads that ship were made."""
     lines = []
     for config in sorted((ROOT / "src/foretell/drafters/trained").glob("*/config.json")):
-        made = json.loads(config.read_text())["provenance"]
-        data, name = made["data"], config.parent.name
+        made, name = json.loads(config.read_text())["provenance"], config.parent.name
+        data = made["data"] if isinstance(made["data"], list) else [made["data"]]  # one, at first
+        written, talks = (sum(each["counts"][what] for each in data) for what in ("written", "conversations"))
+        commands = "`, `".join(each["command"] for each in data)
         heads = ", ".join(f"{head['top1']:.0%} / {head['top5']:.0%}" for head in made["accuracy"])
         minutes = [
             f"{part} {seconds / 60:.0f} minutes"
             for part, seconds in (
-                ("data", data.get("seconds")), ("features", made.get("feature_seconds")), ("training", made["seconds"]),
+                ("data", sum(each.get("seconds", 0) for each in data)), ("features", made.get("feature_seconds")),
+                ("training", made["seconds"]),
             )
             if seconds
         ]  # fmt: skip
         lines += [
-            f"`{name}` on two cores: {data['counts']['written']:,} tokens in {data['counts']['conversations']:,} "
-            f"conversations (`{data['command']}`), then `{made['command']}`: {', '.join(minutes)}"
+            f"`{name}` on two cores: {written:,} tokens in {talks:,} "
+            f"conversations (`{commands}`), then `{made['command']}`: {', '.join(minutes)}"
             f"{' (' + made['note'] + ')' if 'note' in made else ''}. Held-out accuracy "
             f"by head, first / among five: {heads}.",
             "",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from foretell.backbone.cache import KVCache
 from foretell.backbone.config import ModelConfig
-from foretell.backbone.linear import DrafterHeads, DrafterLinear, StackedHeads
+from foretell.backbone.linear import DrafterHeads, DrafterLinear, LevelDrafting, StackedHeads, TreeGrower
 from foretell.backbone.nodes import Nodes
 from foretell.errors import UsageError
 
@@ -121,6 +121,10 @@ class Backbone(ABC):
                 matrices serve these too.
         """
         return StackedHeads(self.linear, blocks, outputs)
+
+    def grower(self, drafting: LevelDrafting) -> TreeGrower | None:
+        """What drafts trees in one call; None where asking level by level is as good."""
+        return None
 
     def layer(self, tensors: Mapping[str, Tensor]) -> Backbone:
         """A drafter's own layer of this backbone's shape and kernels, as a backbone of it alone.

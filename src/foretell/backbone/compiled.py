@@ -16,8 +16,8 @@ from foretell.backbone import kernels
 from foretell.backbone.base import Backbone
 from foretell.backbone.cache import KVCache
 from foretell.backbone.config import ModelConfig
-from foretell.backbone.kernels import PackedHeads, PackedLinear, ThreadedLinear, address
-from foretell.backbone.linear import DrafterHeads
+from foretell.backbone.kernels import PackedGrower, PackedHeads, PackedLinear, ThreadedLinear, address
+from foretell.backbone.linear import DrafterHeads, LevelDrafting
 from foretell.backbone.nodes import Nodes
 
 Reader = Callable[[str], Tensor]
@@ -154,6 +154,9 @@ class CompiledBackbone(Backbone):
         self, blocks: Sequence[Sequence[tuple[Tensor, Tensor]]], outputs: Sequence[Tensor] | DrafterHeads
     ) -> PackedHeads:
         return PackedHeads(blocks, outputs, self.dtype, self.threads, self.build)
+
+    def grower(self, drafting: LevelDrafting) -> PackedGrower:
+        return PackedGrower(drafting, self._head if self._embedding is None else self._embedding, self.build)
 
     def _alike(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> CompiledBackbone:
         return CompiledBackbone(config, weights.__getitem__, self.dtype, self.threads, self.build)

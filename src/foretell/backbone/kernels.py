@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foretell.backbone.linear import DrafterHeads
+from foretell.backbone.linear import DrafterHeads, LevelDrafting
 from foretell.errors import ForetellError
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
-LAYOUT = 6
+LAYOUT = 7
 """Of the structures below and of the calls; what `foretell_layout` in native.cpp must say too."""
 BUILDS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
 
@@ -60,6 +60,16 @@ class Heads(Structure):
     _fields_ = _words("heads hidden inputs layers outputs choices threads weight bias output")
 
 
+class Drafting(Structure):
+    _fields_ = _words("levels hidden streams width grounded chained heads embedding packed vocabulary scales")
+
+
+class Wanted(Structure):
+    _fields_ = [
+        *_words("rows count beam"), ("least", c_double), *_words("states roots sizes parents tokens given")
+    ]  # fmt: skip
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The loaded library, or None where it was not built."""
@@ -79,6 +89,7 @@ def library() -> ctypes.CDLL | None:
         pointer, pointer, size, size, pointer, size, pointer, pointer, size, pointer, pointer, size, flag
     ]  # fmt: skip
     lib.foretell_heads.argtypes = [pointer, pointer, pointer, size, size, pointer, pointer, pointer, flag]
+    lib.foretell_grow.argtypes = [pointer, pointer, pointer, flag]
     lib.foretell_attention.argtypes = [pointer] * 6 + [size, flag]
     return lib
 
@@ -247,3 +258,40 @@ class PackedHeads:
             address(best), address(states_BKd), self._bf16,
         )  # fmt: skip
         return values.transpose(0, 1), best.transpose(0, 1)
+
+
+class PackedGrower:
+    """`linear.TreeGrower` in one call."""
+
+    def __init__(self, drafting: LevelDrafting, embedding: Tensor | PackedLinear, build: Build):
+        d = drafting
+        levels = [level for level in d.levels if isinstance(level, PackedHeads)]
+        assert len(levels) == len(d.levels) and all(level._heads == 1 for level in levels)
+        self._kept = levels, embedding, (Heads * len(levels))(*(level._described for level in levels))
+        self._build, self._bf16, self.streams = build, levels[0]._bf16, d.streams
+        self._vocabulary_V = np.ascontiguousarray(d.vocabulary_V, dtype=np.int64)
+        self._scales = np.array(d.scales, dtype=np.float32) if d.scales else None
+        rows, packed = (embedding.packed, True) if isinstance(embedding, PackedLinear) else (embedding, False)
+        self._described = Drafting(
+            len(levels), levels[0]._described.hidden, d.streams, d.width, d.grounded, d.chained,
+            ctypes.addressof(self._kept[2]), address(rows), packed,
+            self._vocabulary_V.ctypes.data, 0 if self._scales is None else self._scales.ctypes.data,
+        )  # fmt: skip
+
+    def grow(
+        self, roots: Sequence[int], states: Sequence[Tensor | None], count: int, beam: int, least: float
+    ) -> list[tuple[list[int], list[int], list[float]]]:
+        rows, shape = len(roots), (self.streams, self._described.hidden)
+        assert all(each is None or (each.shape == shape and each.dtype == torch.float32) for each in states)
+        parents, tokens = np.empty((2, rows, count + 1), dtype=np.int64)
+        sizes, given = np.empty(rows, dtype=np.int64), np.empty((rows, count + 1))
+        pointers, newest = np.array([address(each) for each in states]), np.array(roots, dtype=np.int64)
+        wanted = Wanted(
+            rows, count, beam, least, pointers.ctypes.data, newest.ctypes.data, sizes.ctypes.data, parents.ctypes.data,
+            tokens.ctypes.data, given.ctypes.data,
+        )  # fmt: skip
+        require().foretell_grow(self._build.handle, ctypes.byref(self._described), ctypes.byref(wanted), self._bf16)
+        ends = sizes.tolist()
+        return [
+            (parents[b, :end].tolist(), tokens[b, :end].tolist(), given[b, :end].tolist()) for b, end in enumerate(ends)
+        ]

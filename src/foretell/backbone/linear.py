@@ -9,9 +9,12 @@ they are probed for, never used for training, and `F.linear` stands behind them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -38,6 +41,45 @@ class DrafterHeads(Protocol):
             store_Nd: float32, contiguous; rows read some of its N rows side by side (`side_by_side`).
             which_BS: which ones each row reads, S of them.
             states_BKd: float32; filled with what the output matrices read, if given.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class LevelDrafting:
+    """Heads that draft a tree level by level: each reads states of its row, then what its path adds.
+
+    Attributes:
+        levels: one head each.
+        streams: states of a row that are read; width: guesses of a node.
+        vocabulary_V: int64 tokens that the heads choose from.
+        scales: how far each head is believed (`trees.calibration`); none are all believed.
+        grounded, chained: whether the embeddings of the path's tokens, and the state that the head above ended in,
+            are read.
+    """
+
+    levels: Sequence[DrafterHeads]
+    streams: int
+    width: int
+    vocabulary_V: NDArray[np.int64]
+    scales: Sequence[tuple[float, float]]
+    grounded: bool
+    chained: bool
+
+
+class TreeGrower(Protocol):
+    def grow(
+        self, roots: Sequence[int], states: Sequence[Tensor | None], count: int, beam: int, least: float
+    ) -> list[tuple[list[int], list[int], list[float]]]:
+        """Trees of the most probable paths, `count` nodes at most besides the root.
+
+        Args:
+            roots: newest token of each row.
+            states: what the heads read of each row [S, d] float32; None makes a tree of its root alone.
+            beam: nodes that a level asks at most; least: tokens that it must be able to gain.
+
+        Returns:
+            Per row parents, tokens and how probable each node is given its parent.
         """
         ...
 

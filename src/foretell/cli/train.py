@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,7 +32,7 @@ def train(
     base: Base,
     training: Training,
     method: Annotated[str, typer.Argument(help="A drafter that can be trained: medusa, medusa2, hydra, hydra++.")],
-    data: Annotated[Path, typer.Option(help="Folder that `foretell distill` wrote.")],
+    data: Annotated[list[Path], typer.Option(help="Folder that `foretell distill` wrote; repeatable.")],
     out: Annotated[Path, typer.Option(help="Folder for the drafter; a run that was interrupted goes on in it.")],
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="key=value of the method; repeatable.")
@@ -45,25 +46,29 @@ def train(
     """Train a drafter for a model on what the model wrote."""
     from foretell.backbone.files import sole_writer
     from foretell.train.data import Store
-    from foretell.train.features import Features
+    from foretell.train.features import Features, Joined
     from foretell.train.trainer import Trainer
 
     cls = _trainable(method)
     options = _options(method, cls, option or [])
-    settings, store = training.settings(), Store.open(data)
-    if not store.conversations:
-        raise UsageError(f"{data} holds no conversations; distill some first.")
+    if len({folder.resolve() for folder in data}) < len(data):
+        raise UsageError("--data names a folder twice; give each once, and more --epochs to learn it longer.")
+    settings, stores = training.settings(), [Store.open(folder) for folder in data]
+    for store in stores:
+        if not store.conversations:
+            raise UsageError(f"{store.folder} holds no conversations; distill some first.")
     llm = base.load()
     backbone = llm.backbone
-    if store.manifest["fingerprint"] != backbone.fingerprint and not other_model:
-        raise UsageError(
-            f"{data} was written by {store.manifest['model']} (fingerprint {store.manifest['fingerprint']}), not by "
-            f"this model ({backbone.fingerprint}); distill with this one, or allow it with --other-model."
-        )
-    module = _fresh(cls, llm, store, options, settings.seed)
+    for store in stores:
+        _check(store, backbone, other_model)
+    module = _fresh(cls, llm, stores, options, settings.seed)
     begun = _begin(module, start, backbone) if start else {}
-    shards = None if no_cache else data / f"features-{backbone.fingerprint}-{'-'.join(map(str, module.taps))}"
-    features = Features(backbone, store.conversations, module.taps, shards)
+    name = f"features-{backbone.fingerprint}-{'-'.join(map(str, module.taps))}"
+    parts = [
+        Features(backbone, store.conversations, module.taps, None if no_cache else store.folder / name)
+        for store in stores
+    ]
+    features = Joined(parts) if len(parts) > 1 else parts[0]
     with sole_writer(out):
         whose = {"model": backbone.fingerprint, "dtype": str(backbone.dtype)}
         run = Trainer(module, features, settings, out / "run", options | whose | begun)
@@ -75,7 +80,8 @@ def train(
         report = run.evaluate()
         run.log({"held_out": {"epoch": settings.epochs, **_figures(report)}})
         provenance = {
-            "command": command_line(), "data": store.manifest, "settings": asdict(settings), "options": options,
+            "command": command_line(), "data": [store.manifest for store in stores],
+            "settings": asdict(settings), "options": options,
             "accuracy": report.accuracy, "loss": report.loss, "seconds": round(run.seconds),
             "feature_seconds": round(prepared), "skipped_batches": run.skipped, **begun,
         }  # fmt: skip
@@ -124,13 +130,29 @@ def _trainable(method: str) -> Any:
     return cls
 
 
-def _fresh(cls: Any, llm: LLM, store: Store, options: dict[str, Any], seed: int) -> Trainable:
+def _check(store: Store, backbone: Backbone, other_model: bool) -> None:
+    """Refuses what another model wrote, unless it is wanted."""
+    model, writer = store.manifest["model"], store.manifest["fingerprint"]
+    if writer != backbone.fingerprint and not other_model:
+        raise UsageError(
+            f"{store.folder} was written by {model} (fingerprint {writer}), not by this model "
+            f"({backbone.fingerprint}); distill with this one, or allow it with --other-model."
+        )
+    largest, vocab = max(max(each.tokens) for each in store.conversations), backbone.config.vocab
+    if largest >= vocab:
+        raise UsageError(
+            f"{store.folder} holds token {largest}, but this model's ids lie between 0 and {vocab - 1}; distill with "
+            "this model."
+        )
+
+
+def _fresh(cls: Any, llm: LLM, stores: Sequence[Store], options: dict[str, Any], seed: int) -> Trainable:
     """The untrained module; what it draws follows from the seed."""
     import torch
 
     torch.manual_seed(seed)
     folder = llm.folder.path if llm.folder else None
-    return cls.trainable(llm.backbone, _written(store, llm.backbone.config.vocab), folder, **options)
+    return cls.trainable(llm.backbone, _written(stores, llm.backbone.config.vocab), folder, **options)
 
 
 def _begin(module: Trainable, start: str, backbone: Backbone) -> dict[str, str]:
@@ -169,17 +191,12 @@ def _options(method: str, cls: Any, given: list[str]) -> dict[str, Any]:
     return defaults | dict(parse_options(f"{method} training", parameters, given))
 
 
-def _written(store: Store, vocab: int) -> Tensor:
-    """[V]: how often the model wrote each token; refuses tokens that this model does not have."""
+def _written(stores: Sequence[Store], vocab: int) -> Tensor:
+    """[V]: how often the model wrote each token."""
     import torch
 
-    largest = max(max(each.tokens) for each in store.conversations)
-    if largest >= vocab:
-        raise UsageError(
-            f"{store.folder} holds token {largest}, but this model's ids lie between 0 and {vocab - 1}; distill with "
-            "this model."
-        )
-    spans = [each.tokens[start:end] for each in store.conversations for start, end in each.answers]
+    talks = (each for store in stores for each in store.conversations)
+    spans = (each.tokens[start:end] for each in talks for start, end in each.answers)
     return torch.bincount(torch.tensor([token for span in spans for token in span]), minlength=vocab)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foretell.backbone import Backbone, KVCache, Nodes
-from foretell.backbone.linear import DrafterHeads
+from foretell.backbone.linear import DrafterHeads, LevelDrafting
 from foretell.contracts import FINAL, Draft, Drafter, Features, Row
 from foretell.drafters.checkpoint import find
 from foretell.drafters.learning import DecoderLayer, GuessingHeads, TrainingBatch
@@ -43,7 +43,7 @@ from foretell.drafters.parts import (
     tree_size,
 )
 from foretell.errors import ForetellError, UsageError
-from foretell.trees import from_paths
+from foretell.trees import TokenTree, from_paths
 from foretell.trees.calibration import Floats, believed
 from foretell.trees.grow import Growing
 
@@ -212,7 +212,7 @@ class Hydra(Drafter):
         self.taps, self.grounded, self.heads = (*arch["taps"], FINAL), arch["grounded"], arch["heads"]
         self.chained = arch.get("chained", False)
         self._hidden, self._device = backbone.config.hidden, backbone.device
-        self._embed, self._vocabulary_V = backbone.embed, tensors["vocabulary"].numpy()
+        self._embed, self._vocabulary_V = backbone.embed, tensors["vocabulary"].long().numpy()
         check_tree(self.paths, self.heads, len(self._vocabulary_V))
         self._shape = cache(lambda count: from_paths(self.paths[:count]))
         shared = arch["output"] == "shared"
@@ -226,6 +226,11 @@ class Hydra(Drafter):
             pairs += [(tensors["deep"][k, layer], tensors["deep_bias"][k, layer].float()) for layer in deep]
             matrices: Any = self._levels[0] if k and len(outputs) == 1 else [outputs[k]]
             self._levels.append(backbone.heads([[pair] for pair in pairs], matrices))
+        self._grower = backbone.grower(
+            LevelDrafting(
+                self._levels, len(self.taps), self._width, self._vocabulary_V, self._scales, self.grounded, self.chained
+            )
+        )
         layer = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("prefix.")}
         self._prefix = backbone.layer(layer) if arch["prefix"] else None
         self._cache: KVCache | None = None
@@ -334,6 +339,17 @@ class Hydra(Drafter):
 
     def draft(self, rows: Sequence[Row]) -> Draft:
         count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), self.most_nodes) - 1
+        if self.grown and self._grower:
+            states = [self._states.get(row.slot) for row in rows]
+            grown = self._grower.grow([row.tokens[-1] for row in rows], states, count, BEAM, LEAST)
+            return Draft(
+                [TokenTree(tuple(parents)) for parents, _, _ in grown], [tokens for _, tokens, _ in grown],
+                [given for _, _, given in grown],
+            )  # fmt: skip
+        return self._by_level(rows, count)
+
+    def _by_level(self, rows: Sequence[Row], count: int) -> Draft:
+        """The same, and static trees, one level at a time."""
         shape = None if self.grown else self._shape(count)
         trees = [Growing([row.tokens[-1]], [0] if row.slot in self._states else []) for row in rows]
         reading = Reading(self._hidden, self._device)

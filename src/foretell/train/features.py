@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,16 @@ class Features:
     Args:
         folder: where shards are kept; None computes each batch when it is asked for.
         taps: states to keep besides the teacher's distribution.
+
+    Attributes:
+        sets: index ranges of conversations that were distilled together.
     """
 
     def __init__(self, backbone: Backbone, data: Sequence[Distilled], taps: Sequence[int], folder: Path | None = None):
         if not data:
             raise UsageError("The data holds no conversations; distill some first.")
         self.backbone, self.data, self.taps, self.folder = backbone, data, tuple(taps), folder
+        self.sets = [range(len(data))]
         self._shards = list(_stretches([len(each.tokens) for each in data], SHARD))
         self._place = {i: (s, i - begin) for s, (begin, end) in enumerate(self._shards) for i in range(begin, end)}
         self._open: dict[int, dict[str, Tensor]] = {}
@@ -100,8 +105,7 @@ class Features:
 
     def batch(self, indices: Sequence[int]) -> TrainingBatch:
         """Conversations side by side."""
-        data = [self.data[i] for i in indices]
-        found = list(self._compute(data)) if self.folder is None else [self._read(i) for i in indices]
+        data, found = [self.data[i] for i in indices], self.tensors(indices)
         longest = max(len(each.tokens) for each in data)
         tokens_BT = torch.zeros(len(data), longest, dtype=torch.int64)
         supervised_BT = torch.zeros(len(data), longest, dtype=torch.bool)
@@ -114,6 +118,12 @@ class Features:
         return TrainingBatch(
             tokens_BT, supervised_BT, states, padded["teacher_ids"].long(), padded["teacher_p"].float()
         )
+
+    def tensors(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        """What a shard holds of each of these conversations."""
+        if self.folder is None:
+            return list(self._compute([self.data[i] for i in indices]))
+        return [self._read(i) for i in indices]
 
     def _path(self, number: int) -> Path:
         assert self.folder is not None
@@ -147,6 +157,28 @@ class Features:
             for i, count in enumerate(counts):
                 start = sum(counts[:i])
                 yield {name: tensor[start : start + count] for name, tensor in whole.items()}
+
+
+class Joined(Features):
+    """Those of several folders of data, one after the other."""
+
+    def __init__(self, parts: Sequence[Features]):
+        super().__init__(parts[0].backbone, [each for part in parts for each in part.data], parts[0].taps)
+        self._parts, ends = parts, list(accumulate(len(part.data) for part in parts))
+        self.sets = [range(end - len(part.data), end) for part, end in zip(parts, ends, strict=True)]
+
+    def prepare(self, progress: Callable[[float], None] = lambda fraction: None) -> float:
+        def of(before: int) -> Callable[[float], None]:
+            return lambda done: progress((before + done) / len(self._parts))
+
+        return sum(part.prepare(of(before)) for before, part in enumerate(self._parts))
+
+    def tensors(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        found: dict[int, dict[str, Tensor]] = {}
+        for part, those in zip(self._parts, self.sets, strict=True):
+            mine = [i for i in indices if i in those]
+            found |= zip(mine, part.tensors([i - those.start for i in mine]), strict=True)
+        return [found[i] for i in indices]
 
 
 def _before_written(data: Sequence[Distilled]) -> list[int]:

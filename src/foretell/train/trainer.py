@@ -24,7 +24,7 @@ import torch
 from foretell.backbone.files import one_line, whole_lines, write_errors, written_whole
 from foretell.drafters.learning import Trainable
 from foretell.errors import ForetellError, UsageError, check_numbers
-from foretell.train.data import digest
+from foretell.train.data import Distilled, digest
 from foretell.train.features import Features
 from foretell.trees.calibration import Floats, Scale, fit
 from foretell.trees.search import ENDED, Ranks, nested, replay
@@ -47,7 +47,7 @@ class Settings:
         epochs: passes over the data.
         batch_tokens: tokens (prompts included) of a batch; accumulate: batches per step.
         learning_rate: at its peak; warmup: share of all steps that lead up to it.
-        held_out: share of the conversations that is never trained on, at most 400 of them.
+        held_out: share of the conversations that is never trained on, at most 400 of each folder of data.
         save_seconds: time between saved states.
     """
 
@@ -110,11 +110,8 @@ class Trainer:
         self.device = features.backbone.device
         self.module, self.features, self.folder = module.to(self.device), features, folder
         self.settings, self.options = settings, options or {}
-        lines = sorted({each.line for each in features.data})  # a conversation may be in several pieces
-        order = np.random.default_rng(settings.seed).permutation(len(lines))
-        held = {lines[i] for i in order[: min(400, round(settings.held_out * len(lines)))]}
-        self.held_out = [i for i, each in enumerate(features.data) if each.line in held]
-        self.training = [i for i, each in enumerate(features.data) if each.line not in held]
+        self.held_out = [i for those in features.sets for i in _held_out(features.data, those, settings)]
+        self.training = sorted(set(range(len(features.data))).difference(self.held_out))
         self._data = digest(features.data)
         self.steps_per_epoch = len(self._epoch(0)) / settings.accumulate
         self.steps = max(1, round(settings.epochs * self.steps_per_epoch))
@@ -324,6 +321,15 @@ class Trainer:
         paths = nested(ranks[one], CANDIDATES)
         earned = {n: round(replay(ranks[other], paths[: n - 1]), 4) for n in sizes if n <= len(paths) + 1}
         return Report(sums, _accuracy(ranks), paths, earned, fit(said[one], ranks[one]), indices[other])
+
+
+def _held_out(data: Sequence[Distilled], those: range, settings: Settings) -> list[int]:
+    """A folder of data keeps back the same conversations with others beside it: a drafter that another begins with
+    may have learnt the rest."""
+    lines = sorted({data[i].line for i in those})  # a conversation may be in several pieces
+    order = np.random.default_rng(settings.seed).permutation(len(lines))
+    held = {lines[i] for i in order[: min(400, round(settings.held_out * len(lines)))]}
+    return [i for i in those if data[i].line in held]
 
 
 def _step_of(line: bytes) -> int:

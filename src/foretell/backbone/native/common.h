@@ -69,6 +69,29 @@ struct Heads {
     const void* const* output;  // [outputs] packed: `choices` outputs from `hidden`
 };
 
+// What drafts a tree level by level: heads of one level each, which read `streams` states of a row, then the embeddings
+// of a path's tokens (if grounded), then the state in which the head above ended (if chained).
+struct Drafting {
+    int64_t levels, hidden, streams, width, grounded, chained;  // width: guesses of a node
+    const Heads* heads;
+    const void* embedding;      // a row a token: packed, or as they are
+    int64_t packed;
+    const int64_t* vocabulary;  // tokens that the heads choose from
+    const float* scales;        // [levels][2] or null: how far each head is believed
+};
+
+// The trees to draft, and where they go: `count` nodes at most besides the root, [rows][count + 1].
+struct Wanted {
+    int64_t rows, count, beam;
+    double least;
+    const float* const* states;  // [rows] -> [streams][hidden], null for a row that has none yet
+    const int64_t* roots;
+    int64_t* sizes;
+    int64_t* parents;
+    int64_t* tokens;
+    double* given;
+};
+
 struct Kernels {
     const char* name;
     void (*pack)(const void* weight, int64_t outputs, int64_t inputs, void* packed, int bf16);
@@ -89,6 +112,8 @@ const Kernels* kernels_avx512bf16();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
 const Kernels* kernels_generic();
+
+void grow(const Kernels& build, const Drafting& drafting, const Wanted& wanted, int bf16);
 
 // Runs body(context, thread) on `threads` threads and waits; `wait` inside a body is a barrier of all of them.
 void parallel(int64_t threads, void (*body)(void*, int64_t), void* context);
