@@ -67,6 +67,8 @@ struct Heads {
     const void* const* weight;  // [layers][heads] packed: `hidden` outputs from `inputs` (first layer) or `hidden`
     const float* const* bias;   // [layers][heads]
     const void* const* output;  // [outputs] packed: `choices` outputs from `hidden`
+    const float* const* scale;         // [layers][heads] of columns, where weights are eighths; or null
+    const float* const* output_scale;  // [outputs]
 };
 
 // What drafts a tree level by level: heads of one level each, which read `streams` states of a row, then the embeddings
@@ -94,7 +96,7 @@ struct Wanted {
 
 struct Kernels {
     const char* name;
-    void (*pack)(const void* weight, int64_t outputs, int64_t inputs, void* packed, int bf16);
+    void (*pack)(const void* weight, int64_t outputs, int64_t inputs, void* packed, int bytes);
     void (*unpack_rows)(const void* packed, int64_t inputs, const int64_t* ids, int64_t count, float* out, int bf16);
     void (*layers)(const Model&, const Cache&, const Rows&, const Span&, float* hidden, int bf16);
     void (*norm)(const float* x, const float* weight, double eps, int64_t rows, int64_t width, float* out);

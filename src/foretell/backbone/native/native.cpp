@@ -164,8 +164,9 @@ int foretell_layout() { return 7; }
 const Kernels* foretell_build(const char* name) { return find(name); }
 const char* foretell_name(const Kernels* build) { return build->name; }
 
-void foretell_pack(const Kernels* build, const void* weight, int64_t outputs, int64_t inputs, void* packed, int bf16) {
-    build->pack(weight, outputs, inputs, packed, bf16);
+// weight: int8, bfloat16 or float32, by its size in bytes.
+void foretell_pack(const Kernels* build, const void* weight, int64_t outputs, int64_t inputs, void* packed, int bytes) {
+    build->pack(weight, outputs, inputs, packed, bytes);
 }
 
 void foretell_unpack_rows(const Kernels* build, const void* packed, int64_t inputs, const int64_t* ids, int64_t count,
