@@ -55,13 +55,17 @@ class Backbone(ABC):
     def rotation(self, positions_M: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine [M, D/2] float32, read from a table so that a position always gets the same bits."""
         last = int(positions_M.max()) + 1 if positions_M.device.type == "cpu" else self.config.max_positions
-        if last > len(self._cosine):
-            positions = torch.arange(max(last, 2 * len(self._cosine), 1024), dtype=torch.float32, device=self.device)
-            frequencies = torch.tensor(self.config.inv_freq, dtype=torch.float32, device=self.device)
-            angles = positions[:, None] * frequencies
-            self._cosine, self._sine = angles.cos() * self.config.rope_scale, angles.sin() * self.config.rope_scale
+        cosine, sine = self._rotations(last)
         at = positions_M.to(self.device)
-        return self._cosine.index_select(0, at), self._sine.index_select(0, at)  # indexing would wake PyTorch's team
+        return cosine.index_select(0, at), sine.index_select(0, at)  # indexing would wake PyTorch's team
+
+    def _rotations(self, positions: int) -> tuple[Tensor, Tensor]:
+        """The table: cosine and sine of so many positions at least."""
+        if positions > len(self._cosine):
+            every = torch.arange(max(positions, 2 * len(self._cosine), 1024), dtype=torch.float32, device=self.device)
+            angles = every[:, None] * torch.tensor(self.config.inv_freq, dtype=torch.float32, device=self.device)
+            self._cosine, self._sine = angles.cos() * self.config.rope_scale, angles.sin() * self.config.rope_scale
+        return self._cosine, self._sine
 
     def pad_rows(self, rows: int) -> bool:
         """Pads every linear call to at least `rows` rows; False if that is not how this backbone stays exact."""

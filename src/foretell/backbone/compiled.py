@@ -165,11 +165,11 @@ class CompiledBackbone(Backbone):
         return self._head.rows(ids_N).to(self.dtype)
 
     def _rows(self, nodes: Nodes) -> tuple[kernels.Rows, tuple[Tensor, Tensor]]:
-        cosine, sine = self.rotation(nodes.positions)
-        arrays = (nodes.sequence, nodes.node, nodes.cache_rows, nodes.lengths, nodes.offsets, nodes.parents)
-        pointers = [array.ctypes.data for array in arrays]
-        rows = kernels.Rows(len(nodes), len(nodes.trees), *pointers, address(cosine), address(sine))
-        return rows, (cosine, sine)  # the structure does not keep them alive
+        tables = self._rotations(nodes.last + 1)
+        words = nodes.words.ctypes.data
+        pointers = [words + 4 * place for place in nodes.places[:-1]]
+        rows = kernels.Rows(len(nodes), len(nodes.trees), *pointers, *map(address, tables))
+        return rows, tables  # the structure does not keep them alive
 
     @staticmethod
     def _cache(cache: KVCache) -> kernels.Cache:

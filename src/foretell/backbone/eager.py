@@ -113,7 +113,7 @@ class EagerBackbone(Backbone):
     ) -> tuple[Tensor, dict[int, Tensor]]:
         end = self.config.layers if end is None else end
         assert max(nodes.ends) <= cache.slots, "the engine reserves slots before a pass"
-        rotation = self.rotation(nodes.positions)
+        rotation = self.rotation(torch.from_numpy(nodes.positions).long())
         tapped = {begin: hidden_Md} if begin in taps else {}
         for index in range(begin, end):
             layer, plan = self.layers[index], skip[index] if skip else 0

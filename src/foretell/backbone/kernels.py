@@ -25,7 +25,7 @@ from foretell.backbone.linear import DrafterHeads, LevelDrafting
 from foretell.errors import ForetellError
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
-LAYOUT = 7
+LAYOUT = 8
 """Of the structures below and of the calls; what `foretell_layout` in native.cpp must say too."""
 BUILDS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
 
@@ -50,7 +50,7 @@ class Cache(Structure):
 
 
 class Rows(Structure):
-    _fields_ = _words("count sequences sequence node cache_row length offset parents cosine sine")
+    _fields_ = _words("count sequences sequence node cache_row length offset parents position cosine sine")
 
 
 class Span(Structure):

@@ -8,21 +8,18 @@ Legend: M nodes taking part, B rows of the batch, T keys of the longest path.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from foretell.trees import TokenTree, chain
-
-
-@lru_cache(maxsize=1024)
-def _shape(tree: TokenTree) -> tuple[np.ndarray, np.ndarray]:
-    """Parents and depths [N] int32 of a tree."""
-    return np.array(tree.parents, dtype=np.int32), np.array(tree.depths, dtype=np.int32)
+from foretell.trees import TokenTree
+from foretell.trees import chain as chain_of
 
 
 class Nodes:
@@ -34,6 +31,12 @@ class Nodes:
         lengths: committed slots of those rows: where their trees begin.
         first: per row the first node to run; earlier nodes have already left their keys and values in the cache.
         positions: [M] int64, if they are not length + depth.
+
+    Attributes:
+        words: sequence, node, cache_rows, lengths, offsets, parents and positions as the kernels read them (`Rows` of
+            native/common.h), int32, one after the other; `places` says where each begins.
+        ends: slots that each row's cache needs for this pass.
+        counts: nodes of each row that run; last: the greatest position.
     """
 
     def __init__(
@@ -46,27 +49,32 @@ class Nodes:
     ):
         self._on: dict[tuple[torch.device, int], tuple[Tensor, Tensor, Tensor]] = {}
         self.trees, self.first = list(trees), list(first or [0] * len(trees))
-        shapes = [_shape(tree) for tree in trees]
-        self.cache_rows = np.array(cache_rows, dtype=np.int32)
-        self.lengths = np.array(lengths, dtype=np.int32)
-        self.offsets = np.zeros(len(trees) + 1, dtype=np.int32)
-        np.cumsum([len(tree) for tree in trees], out=self.offsets[1:])
-        self.parents = np.concatenate([parents for parents, _ in shapes])
         self.counts = [len(tree) - start for tree, start in zip(trees, self.first, strict=True)]
-        self.sequence = np.repeat(np.arange(len(trees), dtype=np.int32), self.counts)
-        self.node = np.concatenate(
-            [np.arange(f, len(t), dtype=np.int32) for t, f in zip(trees, self.first, strict=True)]
-        )
-        depth = np.concatenate([depths[f:] for (_, depths), f in zip(shapes, self.first, strict=True)])
-        self.totals = self.lengths[self.sequence] + depth + 1  # keys on each node's path
-        self.positions = (
-            torch.from_numpy(self.totals.astype(np.int64) - 1) if positions is None else positions.to(torch.int64)
-        )
+        self.ends = [length + len(tree) for length, tree in zip(lengths, trees, strict=True)]
+        at = positions.tolist() if positions is not None else [p + length for p, length in self._depths(lengths)]
+        parts = (
+            [b for b, count in enumerate(self.counts) for _ in range(count)],
+            [node for tree, start in zip(trees, self.first, strict=True) for node in range(start, len(tree))],
+            cache_rows, lengths, [0, *accumulate(map(len, trees))],
+            [parent for tree in trees for parent in tree.parents], at,
+        )  # fmt: skip
+        # One array, filled once: after a pass the interpreter's own data has left the caches, and every call costs.
+        self.words = np.array(list(chain.from_iterable(parts)), dtype=np.int32)
+        self.last = max(at, default=0)
+        self.places = [0, *accumulate(map(len, parts))]
+        split = (self.words[a:b] for a, b in pairwise(self.places))
+        self.sequence, self.node, self.cache_rows, self.lengths, self.offsets, self.parents, self.positions = split
+
+    def _depths(self, lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Of each node, with the length of its row."""
+        for tree, start, length in zip(self.trees, self.first, lengths, strict=True):
+            for depth in tree.depths[start:] if start else tree.depths:
+                yield depth, length
 
     @classmethod
     def chains(cls, cache_rows: Sequence[int], lengths: Sequence[int], counts: Sequence[int]) -> Nodes:
         """`counts[b]` tokens in a row after the committed ones: a chunk of a prompt."""
-        return cls([chain(count - 1) for count in counts], cache_rows, lengths)
+        return cls([chain_of(count - 1) for count in counts], cache_rows, lengths)
 
     def extended(self, parents: Sequence[Sequence[int]]) -> tuple[Nodes, Tensor]:
         """Appends nodes to each tree, given their parents within it.
@@ -75,17 +83,17 @@ class Nodes:
             The new nodes, and where the old ones stand among them, int64 [M].
         """
         trees = [TokenTree((*tree.parents, *more)) for tree, more in zip(self.trees, parents, strict=True)]
-        nodes = Nodes(trees, self.cache_rows, self.lengths, self.first)  # type: ignore[arg-type]
+        nodes = Nodes(trees, self.cache_rows.tolist(), self.lengths.tolist(), self.first)
         kept = [np.arange(start, start + count) for start, count in zip(nodes.starts(), self.counts, strict=True)]
         return nodes, torch.from_numpy(np.concatenate(kept))
 
     def __len__(self) -> int:
         return len(self.sequence)
 
-    @property
-    def ends(self) -> list[int]:
-        """Slots that each row's cache needs for this pass."""
-        return [int(length) + len(tree) for length, tree in zip(self.lengths, self.trees, strict=True)]
+    @cached_property
+    def totals(self) -> NDArray[np.int32]:
+        """Keys on each node's path, [M]."""
+        return np.array([depth + length + 1 for depth, length in self._depths(self.lengths.tolist())], dtype=np.int32)
 
     @cached_property
     def slots_M(self) -> Tensor:
@@ -118,4 +126,4 @@ class Nodes:
 
     def starts(self) -> list[int]:
         """Index among the M nodes of each row's first."""
-        return np.cumsum([0, *self.counts[:-1]]).tolist()
+        return [0, *accumulate(self.counts[:-1])]

@@ -48,7 +48,8 @@ struct Rows {
     const int32_t* length;     // [sequences] committed slots
     const int32_t* offset;     // [sequences + 1]
     const int32_t* parents;
-    const float* cosine;  // [M, D/2]
+    const int32_t* position;   // [M]
+    const float* cosine;       // [positions, D/2]
     const float* sine;
 };
 
