@@ -18,8 +18,9 @@ from foretell.backbone.linear import side_by_side
 from foretell.contracts import FINAL, Row, SamplingParams
 from foretell.drafters import hydra
 from foretell.drafters.checkpoint import Checkpoint
-from foretell.drafters.hydra import BEAM, Hydra, HydraHeads, HydraPlus
+from foretell.drafters.hydra import BEAM, Hydra, HydraPlus
 from foretell.drafters.hydra import WIDTH as WIDTH_OF_A_NODE
+from foretell.drafters.hydra_heads import HydraHeads
 from foretell.drafters.learning import DecoderLayer, GuessingHeads, TrainingBatch
 from foretell.drafters.medusa import Medusa
 from foretell.drafters.prompt_lookup import WithLookup
@@ -66,7 +67,8 @@ def test_untrained_heads_change_no_token(grown: bool, plus: bool, dtype: torch.d
     backbone = backbone_of(dtype)
     truth = plainly(backbone, requests())
     every: list[dict[str, Any]] = [
-        {"layers": 2, "taps": 0}, {"output": "own"}, {"output": "shared", "tied": True}, {"chained": True}
+        {"layers": 2, "taps": 0}, {"output": "own"}, {"output": "shared", "tied": True},
+        {"chained": True, "linear": True},
     ]  # fmt: skip
     for seed, options in enumerate(every):
         module = random_hydra(backbone, plus, seed=seed, **options)
@@ -131,7 +133,7 @@ def said_after(backbone: Backbone, module: HydraHeads, tokens: list[int], path: 
     "options",
     [
         {"layers": 1}, {"layers": 3, "tied": True, "taps": 0}, {"output": "own"}, {"grounded": False},
-        {"chained": True}, {"chained": True, "grounded": False, "layers": 2},
+        {"chained": True}, {"chained": True, "grounded": False, "layers": 2}, {"linear": True, "chained": True},
     ],
     ids=str,
 )  # fmt: skip
@@ -221,7 +223,8 @@ def test_a_level_asks_no_more_than_the_beam_and_nobody_where_it_is_hardly_reache
 @pytest.mark.parametrize("tied", [True, False], ids=["tied embedding", "embedding of its own"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"chained": True, "layers": 2}, {"grounded": False}, {"output": "own", "chained": True, "plus": True}],
+    [{}, {"chained": True, "layers": 2}, {"grounded": False, "linear": True},
+     {"output": "own", "chained": True, "plus": True}],
     ids=str,
 )  # fmt: skip
 def test_what_is_drafted_in_one_call_is_what_is_drafted_level_by_level(
@@ -426,7 +429,7 @@ def test_heads_without_their_path_are_medusas() -> None:
 def test_gradients_reach_every_part_and_nothing_else(plus: bool, chained: bool) -> None:
     backbone = backbone_of()
     before = backbone.head_rows(torch.arange(VOCAB)).clone()
-    module = random_hydra(backbone, plus, layers=2, vocabulary=0, chained=chained).train()
+    module = random_hydra(backbone, plus, layers=2, vocabulary=0, chained=chained, linear=plus).train()
     torch.stack(list(module.losses(batch_of([[(7 * i) % VOCAB for i in range(20)]], [[True] * 20])).values())).sum().backward()  # fmt: skip  # noqa: E501
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in module.parameters())
     assert any(name.startswith("prefix") for name, _ in module.named_parameters()) == plus
@@ -499,6 +502,7 @@ def test_begun_with_medusas_heads_it_guesses_what_they_guess(plus: bool, layers:
         ({"chained": True, "layers": 2}, {"chained": True, "layers": 2}), ({"heads": 2}, {"heads": 3}),
         ({"heads": 3}, {"heads": 2}), ({"grounded": False}, {"grounded": True}), ({}, {"output": "own"}),
         ({"layers": 3, "tied": True}, {"layers": 3, "tied": True}), ({"tied": False}, {"layers": 2, "tied": True}),
+        ({}, {"linear": True}), ({"linear": True}, {"linear": True}),
     ],
     ids=str,
 )  # fmt: skip

@@ -104,6 +104,7 @@ def test_heads_side_by_side_are_their_blocks_one_after_the_other(kernel: str) ->
         parts: int,
         choices: int,
         own: bool,
+        linear: bool,
         count: int,
     ) -> None:
         generator = torch.Generator().manual_seed(rows + hidden)
@@ -124,13 +125,14 @@ def test_heads_side_by_side_are_their_blocks_one_after_the_other(kernel: str) ->
         for part in parts_BSd[:, 1:].unbind(1):
             x_BI = torch.cat([x_BI, part * (part.square().mean(1, keepdim=True) + 1e-6).rsqrt()], 1)
         count = min(count, choices)
-        together, states_BKd = backbone.heads(blocks, outputs), torch.full((rows, heads, hidden), torch.nan)
+        together, states_BKd = backbone.heads(blocks, outputs, linear), torch.full((rows, heads, hidden), torch.nan)
         values, ids = (t.contiguous() for t in together.top(store_Nd, which, count, states_BKd))
         kept = in_eighths if dtype == BF16 and kernel != "eager" else torch.Tensor.float
         for k in range(heads):
             x = x_BI
-            for layer in blocks:
-                x = x[:, :hidden] + torch.nn.functional.silu(x.to(dtype).float() @ kept(layer[k][0]).T + layer[k][1])
+            for i, layer in enumerate(blocks):
+                y = x.to(dtype).float() @ kept(layer[k][0]).T + layer[k][1]
+                x = x[:, :hidden] + (y if linear and i + 1 == layers else torch.nn.functional.silu(y))
             truth = (x.to(dtype).float() @ kept(outputs[k if own else 0]).T).log_softmax(-1)
             near = {"rtol": 1e-4, "atol": 1e-4} if dtype == FP32 else {"rtol": 2e-2, "atol": 5e-2}
             torch.testing.assert_close(states_BKd[:, k], x, **near)
@@ -148,7 +150,7 @@ def test_heads_side_by_side_are_their_blocks_one_after_the_other(kernel: str) ->
             assert same(states_B1Kd[:, 0], states_BKd)
 
     sizes = (st.integers(1, 40), st.integers(1, 4), st.integers(1, 3), st.integers(1, 70), st.integers(1, 3))
-    check(kernel, 25, holds, DTYPES, *sizes, st.integers(1, 100), st.booleans(), st.integers(1, 20))
+    check(kernel, 25, holds, DTYPES, *sizes, st.integers(1, 100), st.booleans(), st.booleans(), st.integers(1, 20))
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -114,8 +114,9 @@ class Backbone(ABC):
         """
 
     def heads(
-        self, blocks: Sequence[Sequence[tuple[Tensor, Tensor]]], outputs: Sequence[Tensor] | DrafterHeads
-    ) -> DrafterHeads:
+        self, blocks: Sequence[Sequence[tuple[Tensor, Tensor]]], outputs: Sequence[Tensor] | DrafterHeads,
+        linear: bool = False,
+    ) -> DrafterHeads:  # fmt: skip
         """A drafter's own heads through this backbone's kernels, K of them side by side.
 
         Args:
@@ -123,8 +124,9 @@ class Backbone(ABC):
                 I numbers (`linear.side_by_side`), whose first d are its x.
             outputs: the matrices [V, d] after the blocks, one per head or one for all; or other heads, whose
                 matrices serve these too.
+            linear: whether the last layer is x + W x + b.
         """
-        return StackedHeads(self.linear, blocks, outputs)
+        return StackedHeads(self.linear, blocks, outputs, linear)
 
     def grower(self, drafting: LevelDrafting) -> TreeGrower | None:
         """What drafts trees in one call; None where asking level by level is as good."""

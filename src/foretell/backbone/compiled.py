@@ -151,9 +151,10 @@ class CompiledBackbone(Backbone):
         return ThreadedLinear(self._packed(weight_NK, bias_N), self.threads)
 
     def heads(
-        self, blocks: Sequence[Sequence[tuple[Tensor, Tensor]]], outputs: Sequence[Tensor] | DrafterHeads
-    ) -> PackedHeads:
-        return PackedHeads(blocks, outputs, self.dtype, self.threads, self.build)
+        self, blocks: Sequence[Sequence[tuple[Tensor, Tensor]]], outputs: Sequence[Tensor] | DrafterHeads,
+        linear: bool = False,
+    ) -> PackedHeads:  # fmt: skip
+        return PackedHeads(blocks, outputs, linear, self.dtype, self.threads, self.build)
 
     def grower(self, drafting: LevelDrafting) -> PackedGrower:
         return PackedGrower(drafting, self._head if self._embedding is None else self._embedding, self.build)

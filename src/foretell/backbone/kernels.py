@@ -58,7 +58,7 @@ class Span(Structure):
 
 
 class Heads(Structure):
-    _fields_ = _words("heads hidden inputs layers outputs choices threads weight bias output scale output_scale")
+    _fields_ = _words("heads hidden inputs layers linear outputs choices threads weight bias output scale output_scale")
 
 
 class Drafting(Structure):
@@ -236,7 +236,7 @@ class PackedHeads:
 
     def __init__(
         self, blocks: Sequence[Sequence[tuple[Tensor, Tensor]]], outputs: Sequence[Tensor] | DrafterHeads,
-        dtype: torch.dtype, threads: int, build: Build,
+        linear: bool, dtype: torch.dtype, threads: int, build: Build,
     ):  # fmt: skip
         self._build, self._bf16, self._heads = build, int(dtype == torch.bfloat16), len(blocks[0])
 
@@ -261,7 +261,8 @@ class PackedHeads:
             )
         ]
         self._described = Heads(
-            self._heads, first.outputs, first.inputs, len(blocks), len(self._outputs), output.outputs, threads,
+            self._heads, first.outputs, first.inputs, len(blocks), linear, len(self._outputs), output.outputs,
+            threads,
             *(ctypes.addressof(table) if len(table) else 0 for table in self._tables),
         )  # fmt: skip
 

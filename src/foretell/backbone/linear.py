@@ -131,7 +131,11 @@ class StackedHeads:
         linear: Callable[[Tensor, Tensor | None], DrafterLinear],
         blocks: Sequence[Sequence[tuple[Tensor, Tensor]]],
         outputs: Sequence[Tensor] | DrafterHeads,
+        last_linear: bool = False,
     ):
+        self._bends: list[Callable[[Tensor], Tensor]] = [F.silu] * len(blocks)
+        if last_linear:
+            self._bends[-1] = lambda x: x
         self._blocks = [[linear(weight, bias) for weight, bias in layer] for layer in blocks]
         if isinstance(outputs, Sequence):
             self._outputs = [linear(weight, None) for weight in outputs]
@@ -146,8 +150,8 @@ class StackedHeads:
         which = torch.tensor(which_BS, device=store_Nd.device)
         parts_BSd = store_Nd.index_select(0, which.flatten()).unflatten(0, which.shape)
         inputs = [side_by_side(parts_BSd)] * len(self._blocks[0])
-        for layer in self._blocks:
-            inputs = [x[:, : self._hidden] + F.silu(block(x)) for block, x in zip(layer, inputs, strict=True)]
+        for layer, bend in zip(self._blocks, self._bends, strict=True):
+            inputs = [x[:, : self._hidden] + bend(block(x)) for block, x in zip(layer, inputs, strict=True)]
         if states_BKd is not None:
             states_BKd.copy_(torch.stack(inputs, 1))
         outputs = self._outputs if len(self._outputs) > 1 else self._outputs * len(inputs)
