@@ -40,7 +40,7 @@ from foretell.errors import ForetellError, UsageError
 from foretell.train import features as featuring
 from foretell.train import trainer as training
 from foretell.train.data import Distilled, Store
-from foretell.train.features import TEACHER, Features
+from foretell.train.features import TEACHER, Features, Joined
 from foretell.train.replay import by_size
 from foretell.train.trainer import SIZES, Settings, Trainer
 from foretell.trees import chain
@@ -150,6 +150,33 @@ def test_cached_features_are_those_made_on_the_fly(
     total = sum(len(each.tokens) for each in DATA)
     assert (len(names) == 1) == (shard > total)
     assert len(names) <= min(len(DATA), 2 * total / shard + 1)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_several_folders_are_as_one(backbone: Backbone, tmp_path: Path, kept: bool) -> None:
+    three, fractions = [DATA[:5], DATA[5:6], DATA[6:]], list[float]()
+    joined = Joined([
+        Features(backbone, data, TAPS, tmp_path / str(i) if kept else None) for i, data in enumerate(three)
+    ])  # fmt: skip
+    joined.prepare(fractions.append)
+    assert fractions == ([pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0] if kept else [])
+    assert joined.data == DATA
+    assert joined.sets == [range(5), range(5, 6), range(6, 12)]
+    whole = Features(backbone, DATA, TAPS)
+    for indices in [(0,), (11, 3, 5, 7), (4, 4), tuple(range(12))]:
+        assert_same_batches(joined.batch(indices), whole.batch(indices))
+
+
+def test_a_folder_holds_out_the_same_with_others_beside_it(backbone: Backbone, tmp_path: Path) -> None:
+    def made(*sets: Sequence[Distilled]) -> Trainer:
+        features = Joined([Features(backbone, data, (FINAL,)) for data in sets])
+        return Trainer(Words(), features, Settings(held_out=0.25), tmp_path)
+
+    one, other = some_data(20), some_data(8, seed=1)
+    alone, second, both = made(one), made(other), made(one, other)
+    assert both.held_out == [*alone.held_out, *(20 + i for i in second.held_out)]
+    assert sorted(both.held_out + both.training) == list(range(28))
+    assert (len(alone.held_out), len(second.held_out)) == (5, 2)
 
 
 def test_padding_holds_nothing_and_only_answers_are_supervised(backbone: Backbone) -> None:
@@ -579,7 +606,7 @@ def planned(lengths: Sequence[int], **settings: Any) -> Trainer:
     data = [Distilled(i, [0] * length, [(0, length)]) for i, length in enumerate(lengths)]
     return Trainer(
         Told(),
-        SimpleNamespace(data=data, backbone=SimpleNamespace(device="cpu")),
+        SimpleNamespace(data=data, sets=[range(len(data))], backbone=SimpleNamespace(device="cpu")),
         Settings(**settings),
         Path("nowhere"),
     )  # type: ignore[arg-type]
@@ -1155,6 +1182,17 @@ def test_data_of_another_model(foretell: Foretell, tiny: str, other: str, data: 
         "generate", "hi", "-m", tiny, *TINY, "-d", "medusa", "-o", f"checkpoint={tmp_path / 'out' / 'drafter'}"
     )
     refused(ran, 2, f"was trained for {other} .*not for this model")
+
+
+def test_several_folders_are_trained_on(foretell: Foretell, tiny: str, data: str, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "more")
+    assert foretell(*command(tiny, data, tmp_path / "out", "--data", str(tmp_path / "more"))).code == 0
+    saved, _ = checkpoint.load(tmp_path / "out/drafter")
+    assert saved.provenance["data"] == [Store.open(Path(data)).manifest] * 2
+    for folder in (Path(data), tmp_path / "more"):
+        assert len(list(folder.glob("features-*/[!.]*"))) == 1
+    ran = foretell(*command(tiny, data, tmp_path / "twice", "--data", f"{data}/../data"))
+    refused(ran, 2, "--data names a folder twice; give each once")
 
 
 def test_data_with_tokens_the_model_has_not(foretell: Foretell, tiny: str, data: str, tmp_path: Path) -> None:

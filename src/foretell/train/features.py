@@ -176,8 +176,8 @@ class Joined(Features):
     def tensors(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
         found: dict[int, dict[str, Tensor]] = {}
         for part, those in zip(self._parts, self.sets, strict=True):
-            mine = [i for i in indices if i in those]
-            found |= zip(mine, part.tensors([i - those.start for i in mine]), strict=True)
+            if mine := [i for i in indices if i in those]:
+                found |= zip(mine, part.tensors([i - those.start for i in mine]), strict=True)
         return [found[i] for i in indices]
 
 
