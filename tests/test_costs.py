@@ -19,9 +19,11 @@ from random_backbones import BF16, FP32, Model, examples
 from tiny_models import DIMENSIONS
 
 import foretell as package
+from foretell import drafters
 from foretell.backbone import Backbone, costs
 from foretell.backbone.costs import CONTEXTS, NODES, StepCosts, costs_file, measure
 from foretell.contracts import Draft, SamplingParams
+from foretell.drafters import checkpoint
 from foretell.drafters.checkpoint import Checkpoint
 from foretell.drafters.medusa import Medusa
 from foretell.drafters.parts import DEFAULT_NODES, tree_size
@@ -123,6 +125,33 @@ def test_what_was_never_measured_is_none(tmp_path: Path) -> None:
     assert StepCosts.load(tmp_path / "costs.json") is None
 
 
+def test_drafting_that_takes_long_makes_larger_trees_and_another_drafter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earned = {4: 1.6, 16: 2.4}
+    assert StepCosts(TABLE).best_size(1, 128, earned, "hydra") == 4
+    slow = StepCosts(TABLE, {"hydra": 20.0})
+    assert slow.best_size(1, 128, earned, "hydra") == 16
+    assert slow.best_size(1, 128, earned, "medusa") == 4
+    assert slow.rate(1, 128, 16, 2.4, "hydra") == pytest.approx(2.4 / 41)
+    assert slow.over(StepCosts({9: TABLE[1]}, {"hydra": 1.0, "medusa": 2.0})) == StepCosts(
+        {9: TABLE[1], **TABLE}, {"hydra": 20.0, "medusa": 2.0}
+    )
+    backbone = tiny_backbone()
+    backbone.costs = tmp_path / "costs.json"
+    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path / "trained")
+    assert drafters.recommended(backbone) == "prompt_lookup"
+    for method, tokens in (("medusa", 2.0), ("hydra", 2.4)):
+        config = {"fingerprint": "tiny", "method": method, "tokens_per_step": {"8": tokens}}
+        (tmp_path / "trained" / method).mkdir(parents=True)
+        (tmp_path / "trained" / method / "config.json").write_text(json.dumps(config))
+    assert drafters.recommended(backbone) == "hydra"  # of most tokens per step
+    for drafting, best in (({"hydra": 9.0}, "hydra"), ({"hydra": 9.0, "medusa": 1.0}, "medusa"),
+                           ({"hydra": 6.0, "medusa": 1.0}, "hydra")):  # fmt: skip
+        StepCosts(TABLE, drafting).save(backbone.costs)
+        assert drafters.recommended(backbone) == best
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -132,6 +161,9 @@ def test_what_was_never_measured_is_none(tmp_path: Path) -> None:
         '{"seconds": {"1": {"128": {"1": 0}}}}', '{"seconds": {"1": {"128": {"1": -1}}}}',
         '{"seconds": {"1": {"128": {"1": NaN}}}}', '{"seconds": {"1": {"128": {"1": 1}, "512": {}}}}',
         '{"seconds": {"1": {"128": {"1": Infinity}}}}', '{"seconds": {"1": 5}}', "\ufffd\0",
+        '{"seconds": {"1": {"128": {"1": 1}}}, "drafting": {"medusa": -1}}',
+        '{"seconds": {"1": {"128": {"1": 1}}}, "drafting": {"medusa": "long"}}',
+        '{"seconds": {"1": {"128": {"1": 1}}}, "drafting": 3}',
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_one_sentence(tmp_path: Path, content: str) -> None:
@@ -224,24 +256,24 @@ EARNED = {4: 1.6, 8: 1.8, 16: 2.2}
 
 def test_a_drafter_takes_the_size_that_pays_most(cache: Path) -> None:
     backbone = tiny_backbone()
-    assert tree_size(backbone, 0, EARNED)(1, 128) == DEFAULT_NODES  # nothing was measured yet
+    assert tree_size(backbone, 0, EARNED, "medusa")(1, 128) == DEFAULT_NODES  # nothing was measured yet
     step = StepCosts(TABLE)
     backbone.costs = costs_file(backbone)
     step.save(backbone.costs)
-    size = tree_size(backbone, 0, EARNED)
+    size = tree_size(backbone, 0, EARNED, "medusa")
     for rows in range(1, 7):
         for context in range(0, 640, 64):
             assert size(rows, context) == step.best_size(rows, context, EARNED)
             assert size(rows, context + 63) == size(rows, context)  # asked anew at each block of 64 only
     assert {size(rows, context) for rows in (1, 4) for context in (128, 512)} == {4, 8}
-    assert tree_size(backbone, 0, {})(1, 128) == DEFAULT_NODES
-    assert tree_size(backbone, 24, EARNED)(1, 128) == 24  # who says how many gets as many
+    assert tree_size(backbone, 0, {}, "medusa")(1, 128) == DEFAULT_NODES
+    assert tree_size(backbone, 24, EARNED, "medusa")(1, 128) == 24  # who says how many gets as many
 
 
 @pytest.mark.parametrize("nodes", [-1, 1, 257])
 def test_sizes_that_no_tree_has(cache: Path, nodes: int) -> None:
     with pytest.raises(UsageError, match=f"A tree has 2 to 256 nodes, not {nodes}"):
-        tree_size(tiny_backbone(), nodes, EARNED)
+        tree_size(tiny_backbone(), nodes, EARNED, "medusa")
 
 
 def untrained(backbone: Backbone, folder: Path) -> Path:
@@ -321,8 +353,9 @@ def test_tune_says_which_tree_a_drafter_will_take(foretell: Foretell, tiny: str,
     assert ran.code == 0
     kept = StepCosts.load(costs_file(backbone))
     assert kept is not None
-    best = kept.best_size(1, 128, EARNED)
-    gain = EARNED[best] * kept.of(1, 128, 1) / kept.of(1, 128, best)
+    best = kept.best_size(1, 128, EARNED, "medusa")
+    assert kept.drafting.keys() == {"medusa"}
+    gain = EARNED[best] * kept.of(1, 128, 1) / (kept.of(1, 128, best) + kept.drafting["medusa"])
     head, row = ran.out.splitlines()
     assert head.split()[-2:] == ["tree", "gain"]
     assert row.split()[-2:] == [str(best), f"{gain:.2f}"]

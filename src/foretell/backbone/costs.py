@@ -11,7 +11,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -31,9 +31,11 @@ REPEATS = 9
 
 @dataclass
 class StepCosts:
-    """Seconds of a step: rows -> context -> nodes a row -> seconds."""
+    """Seconds of a step: rows -> context -> nodes a row -> seconds; and what drafting for it takes besides, of one row,
+    by drafter."""
 
     seconds: dict[int, dict[int, dict[int, float]]]
+    drafting: dict[str, float] = field(default_factory=dict)
 
     def of(self, rows: int, context: int, nodes: int) -> float:
         """Seconds of a step; between measured sizes by interpolation, rows and contexts from the nearest measured."""
@@ -44,16 +46,22 @@ class StepCosts:
         share = (nodes - below) / (above - below) if above > below else 0.0
         return sizes[below] * (1 - share) + sizes[above] * share
 
-    def best_size(self, rows: int, context: int, tokens_per_step: dict[int, float]) -> int:
+    def best_size(self, rows: int, context: int, tokens_per_step: dict[int, float], drafter: str = "") -> int:
         """The tree size of the most tokens per second, where `tokens_per_step` says what each size earns."""
-        return max(tokens_per_step, key=lambda n: tokens_per_step[n] / self.of(rows, context, n))
+        return max(tokens_per_step, key=lambda n: self.rate(rows, context, n, tokens_per_step[n], drafter))
+
+    def rate(self, rows: int, context: int, nodes: int, tokens: float, drafter: str = "") -> float:
+        """Tokens per second of a row whose steps earn so many; drafting takes nothing where it was not measured."""
+        return tokens / (self.of(rows, context, nodes) + self.drafting.get(drafter, 0.0))
 
     def over(self, older: StepCosts | None) -> StepCosts:
-        """These, and what is known of other batch sizes."""
-        return StepCosts({**(older.seconds if older else {}), **self.seconds})
+        """These, and what is known of other batch sizes and drafters."""
+        if older is None:
+            return self
+        return StepCosts({**older.seconds, **self.seconds}, {**older.drafting, **self.drafting})
 
     def save(self, path: Path) -> None:
-        write_json(path, {"seconds": self.seconds})
+        write_json(path, {"seconds": self.seconds, "drafting": self.drafting})
 
     @classmethod
     def load(cls, path: Path) -> StepCosts | None:
@@ -65,17 +73,21 @@ class StepCosts:
         if not path.is_file():
             return None
         try:
-            raw = read_json(path)["seconds"]
+            raw = read_json(path)
             seconds = {
-                int(r): {int(c): {int(n): float(s) for n, s in x.items()} for c, x in y.items()} for r, y in raw.items()
+                int(r): {int(c): {int(n): float(s) for n, s in x.items()} for c, x in y.items()}
+                for r, y in raw["seconds"].items()
             }
+            drafting = {str(name): float(s) for name, s in raw.get("drafting", {}).items()}
             if not seconds or not all(y and all(y.values()) for y in seconds.values()):
                 raise ValueError("nothing was measured")
             if not all(0 < s < math.inf for y in seconds.values() for x in y.values() for s in x.values()):
                 raise ValueError("no time")
+            if not all(0 <= s < math.inf for s in drafting.values()):
+                raise ValueError("no time")
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ForetellError(f"{path} is damaged; delete it and run foretell tune again.") from error
-        return cls(seconds)
+        return cls(seconds, drafting)
 
 
 def costs_file(backbone: Backbone, cache_dir: str | Path | None = None) -> Path:

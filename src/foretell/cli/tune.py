@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,7 +13,12 @@ from foretell.cli.terminal import job_progress, note
 from foretell.errors import ForetellError
 
 if TYPE_CHECKING:
+    from foretell.api import LLM
     from foretell.backbone.costs import StepCosts
+    from foretell.contracts import Drafter
+
+PROMPT, NEW_TOKENS = "Explain how rain forms, step by step.", 48
+"""What is decoded to see how long drafting takes."""
 
 
 def tune(
@@ -30,16 +36,32 @@ def tune(
             repeats=5 if quick else REPEATS,
             progress=lambda fraction: progress(round(fraction * 100), 100, 0),
         )
+    costs.drafting = _drafting(llm, {loading.drafter: llm.drafter})
     path = costs_file(llm.backbone, loading.cache_dir)
     older = None
     with suppress(ForetellError):  # a damaged table is mended
         older = StepCosts.load(path)
     costs.over(older).save(path)
-    _table(costs, llm.drafter.tokens_per_step)
+    _table(costs, loading.drafter, llm.drafter.tokens_per_step)
     note(f"Kept in {path}; -o nodes=N overrides it.")
 
 
-def _table(costs: StepCosts, earned: dict[int, float]) -> None:
+def _drafting(llm: LLM, chosen: dict[str, Drafter]) -> dict[str, float]:
+    """Seconds a step that drafters take: the chosen one, and those that come with foretell for this model."""
+    from foretell import drafters
+    from foretell.api import LLM
+    from foretell.drafters.checkpoint import shipped
+
+    seconds = {}
+    for name in {**chosen, **shipped(llm.backbone)}:
+        drafter = chosen.get(name) or drafters.build(name, llm.backbone)
+        other = LLM(llm.backbone, llm.tokenizer, drafter)
+        found = [other.generate([PROMPT], max_new_tokens=NEW_TOKENS, adapt=False)[0].statistics for _ in range(3)]
+        seconds[name] = median(each.draft_seconds / max(1, each.steps) for each in found)
+    return seconds
+
+
+def _table(costs: StepCosts, drafter: str, earned: dict[int, float]) -> None:
     """Milliseconds of a step by nodes; with a drafter that has trees, its best size and what it should gain."""
     from rich.console import Console
     from rich.table import Table
@@ -51,13 +73,13 @@ def _table(costs: StepCosts, earned: dict[int, float]) -> None:
         for context, seconds in contexts.items():
             cells = [f"{seconds[1] * 1e3:.1f}", *(f"{seconds[n] / seconds[1]:.2f}" for n in sizes[1:])]
             if earned:
-                best = costs.best_size(rows, context, earned)
-                cells += [str(best), f"{earned[best] * seconds[1] / costs.of(rows, context, best):.2f}"]
+                best = costs.best_size(rows, context, earned, drafter)
+                cells += [str(best), f"{costs.rate(rows, context, best, earned[best], drafter) * seconds[1]:.2f}"]
             table.add_row(str(rows), str(context), *cells)
     Console().print(table)
     note("ms: a step of one node; 4, 8, ...: a step of so many nodes, relative to it.")
     if earned:
         note(
-            "tree: the nodes that pay most; gain: tokens per second with them, relative to one node; both leave out "
-            "the time that drafting takes."
+            "tree: the nodes that pay most; gain: tokens per second with them, relative to one node; drafting, "
+            f"{costs.drafting[drafter] * 1e3:.1f} ms a step, is counted as for one row."
         )

@@ -25,6 +25,9 @@ DRAFTERS: dict[str, tuple[str | type[Drafter], str]] = {
     "hydra++": ("foretell.drafters.hydra:HydraPlus", "and a layer that attends to the text before them"),
 }
 
+CONTEXT = 512
+"""Tokens of the text for which the recommended drafter is chosen."""
+
 
 def register(name: str, drafter: type[Drafter] | str, help: str) -> None:
     """Adds a drafter under a name: a class, or "module:Class" to be imported when it is used."""
@@ -71,7 +74,21 @@ def build(name: str, backbone: Backbone, lookup: bool = False, **options: Any) -
 
 
 def recommended(backbone: Backbone) -> str:
-    """The best drafter that needs nothing but foretell: one trained for this backbone, else prompt lookup."""
-    from foretell.drafters.checkpoint import shipped
+    """The best drafter that needs nothing but foretell: one trained for this backbone, else prompt lookup.
 
-    return next(iter(shipped(backbone)), "prompt_lookup")
+    Of several, the one of most tokens per second by what `foretell tune` measured here; where it did not, the one of
+    most tokens per step.
+    """
+    from foretell.backbone.costs import StepCosts
+    from foretell.drafters.checkpoint import shipped, tokens_per_step
+
+    mine = shipped(backbone)
+    costs = StepCosts.load(backbone.costs) if backbone.costs else None
+    if costs is None or not costs.drafting.keys() >= mine.keys():
+        return next(iter(mine), "prompt_lookup")
+
+    def rate(method: str) -> float:
+        earned = tokens_per_step(mine[method])
+        return max(costs.rate(1, CONTEXT, nodes, tokens, method) for nodes, tokens in earned.items())
+
+    return max(mine, key=rate, default="prompt_lookup")

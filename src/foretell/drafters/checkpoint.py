@@ -116,6 +116,11 @@ def shipped(backbone: Backbone) -> dict[str, Path]:
     return best
 
 
+def tokens_per_step(folder: Path) -> dict[int, float]:
+    """What trees of each size earned on held-out text."""
+    return {int(size): tokens for size, tokens in read_json(folder / "config.json")["tokens_per_step"].items()}
+
+
 def find(method: str, backbone: Backbone, folder: str = "", any_backbone: bool = False) -> tuple[Checkpoint, Any]:
     """The checkpoint in `folder`, or the shipped one for this backbone; refuses what does not fit.
 

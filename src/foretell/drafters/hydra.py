@@ -126,7 +126,7 @@ class Hydra(Drafter):
         """
         found, tensors = find(cls.method, backbone, checkpoint, any_backbone)
         earned = {int(size): tokens for size, tokens in found.tokens_per_step.items()}
-        size = tree_size(backbone, nodes, earned)
+        size = tree_size(backbone, nodes, earned, cls.method)
         try:
             return cls(backbone, found.arch, tensors, found.paths, size, earned, grown, found.calibration)
         except (KeyError, IndexError, TypeError, ValueError) as error:

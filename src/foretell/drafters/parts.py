@@ -22,9 +22,12 @@ from foretell.trees.calibration import Scale
 DEFAULT_NODES = 16
 
 
-def tree_size(backbone: Backbone, nodes: int, tokens_per_step: dict[int, float]) -> Callable[[int, int], int]:
+def tree_size(
+    backbone: Backbone, nodes: int, tokens_per_step: dict[int, float], method: str
+) -> Callable[[int, int], int]:
     """How large a tree to draft for (rows, context): `nodes` if given, else what pays most by the costs measured
-    on this machine and the `tokens_per_step` of each size, else 16 (one tile of the kernels).
+    on this machine (drafting with `method` included) and the `tokens_per_step` of each size, else 16 (one tile of the
+    kernels).
     """
     if nodes:
         if not 2 <= nodes <= 256:
@@ -36,7 +39,7 @@ def tree_size(backbone: Backbone, nodes: int, tokens_per_step: dict[int, float])
 
     @cache
     def best(rows: int, context: int) -> int:
-        return costs.best_size(rows, context, tokens_per_step)
+        return costs.best_size(rows, context, tokens_per_step, method)
 
     return lambda rows, context: best(rows, context // 64 * 64)
 
