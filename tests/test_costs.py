@@ -6,6 +6,7 @@ No test asserts how long something takes; the clock is only asked that it runs.
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +130,9 @@ def test_drafting_that_takes_long_makes_larger_trees_and_another_drafter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     earned = {4: 1.6, 16: 2.4}
-    assert StepCosts(TABLE).best_size(1, 128, earned, "hydra") == 4
     slow = StepCosts(TABLE, {"hydra": 20.0})
-    assert slow.best_size(1, 128, earned, "hydra") == 16
-    assert slow.best_size(1, 128, earned, "medusa") == 4
-    assert slow.rate(1, 128, 16, 2.4, "hydra") == pytest.approx(2.4 / 41)
+    assert [slow.best_size(1, 128, earned, drafting) for drafting in (0.0, 20.0)] == [4, 16]
+    assert slow.rate(1, 128, 16, 2.4, 20.0) == pytest.approx(2.4 / 41)
     assert slow.over(StepCosts({9: TABLE[1]}, {"hydra": 1.0, "medusa": 2.0})) == StepCosts(
         {9: TABLE[1], **TABLE}, {"hydra": 20.0, "medusa": 2.0}
     )
@@ -353,12 +352,24 @@ def test_tune_says_which_tree_a_drafter_will_take(foretell: Foretell, tiny: str,
     assert ran.code == 0
     kept = StepCosts.load(costs_file(backbone))
     assert kept is not None
-    best = kept.best_size(1, 128, EARNED, "medusa")
+    best = kept.best_size(1, 128, EARNED, kept.drafting["medusa"])
     assert kept.drafting.keys() == {"medusa"}
     gain = EARNED[best] * kept.of(1, 128, 1) / (kept.of(1, 128, best) + kept.drafting["medusa"])
     head, row = ran.out.splitlines()
     assert head.split()[-2:] == ["tree", "gain"]
     assert row.split()[-2:] == [str(best), f"{gain:.2f}"]
+
+
+def test_tune_needs_no_chat_template(foretell: Foretell, tiny: str, cache: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny, bare)
+    (bare / "tokenizer_config.json").write_text("{}")
+    heads = untrained(package.load(str(bare), dtype="fp32", threads=1).backbone, tmp_path / "heads")
+    options = ("-m", str(bare), "--dtype", "fp32", "--threads", "1", "-d", "medusa", "-o", f"checkpoint={heads}")
+    assert foretell("tune", "--quick", *options).code == 0
+    kept = StepCosts.load(next((cache / "costs").iterdir()))
+    assert kept is not None
+    assert kept.drafting.keys() == {"medusa"}
 
 
 def refused(ran: Ran, code: int, sentence: str) -> None:
@@ -390,7 +401,7 @@ def test_mistakes_are_one_line(
 
 
 def test_damaged_costs_are_one_line_wherever_they_are_read(
-    foretell: Foretell, tiny: str, cache: Path, tmp_path: Path
+    foretell: Foretell, tiny: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = package.load(tiny, dtype="fp32", threads=1).backbone
     heads, path = untrained(backbone, tmp_path / "heads"), costs_file(backbone)
@@ -399,5 +410,10 @@ def test_damaged_costs_are_one_line_wherever_they_are_read(
     options = ("-m", tiny, "--dtype", "fp32", "--threads", "1", "-n", "4")
     ran = foretell("generate", "hi", *options, "-d", "medusa", "-o", f"checkpoint={heads}")
     refused(ran, 1, f"{path} is damaged; delete it and run foretell tune again")
-    assert foretell("tune", "--quick", *options[:-2]).code == 0  # which needs no drafter, and mends it
+    shutil.copytree(heads, tmp_path / "trained/heads")
+    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path / "trained")
+    assert foretell("tune", "--quick", *options[:-2]).code == 0  # which mends it, though what ships would read it
+    mended = StepCosts.load(path)
+    assert mended is not None
+    assert mended.drafting.keys() == {"medusa"}
     assert foretell("generate", "hi", *options, "-d", "medusa", "-o", f"checkpoint={heads}").code == 0

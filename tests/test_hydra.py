@@ -234,12 +234,14 @@ def test_what_is_drafted_in_one_call_is_what_is_drafted_level_by_level(
     module = random_hydra(backbone, seed=3, **options)
     for scales in ([], *ODD):
         drafter = drafter_of(backbone, module, scales=scales)
+        assert drafter._grower
         decoder = decoder_of(backbone, drafter, max_rows=4)
         for ids, params in requests(4):
             decoder.submit([*ids, 7], params)
         for _ in range(2):
             decoder.step()
         del drafter._states[decoder._rows[1].slot]  # as after a prompt of one token
+        drafter._states[decoder._rows[2].slot].fill_(math.nan)
         for least, beam in ((0.0, 3), (0.1, BEAM), (0.5, BEAM)):
             monkeypatch.setattr(hydra, "LEAST", least)
             monkeypatch.setattr(hydra, "BEAM", beam)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from random_backbones import BF16, COMPILED, DTYPES, FP32, KERNELS, Model, build, check, examples, models, same, using
 from tiny_models import DIMENSIONS
 
-from foretell.backbone.kernels import PackedLinear
+from foretell.backbone.kernels import PackedHeads, PackedLinear
 from foretell.backbone.linear import Linear
 
 LLAMA = {"model_type": "llama", **DIMENSIONS}
@@ -139,6 +139,9 @@ def test_heads_side_by_side_are_their_blocks_one_after_the_other(kernel: str) ->
             torch.testing.assert_close(values[:, k], truth.topk(count).values, **near)
             torch.testing.assert_close(values[:, k], truth.gather(1, ids[:, k]), **near)
             assert all(len(set(row)) == count for row in ids[:, k].tolist())
+        if kept is in_eighths:
+            assert isinstance(together, PackedHeads)
+            assert {each.packed.dtype for each in (*together._blocks, *together._outputs)} == {torch.int8}
         unasked = together.top(store_Nd, which, count)  # the states cost nothing else
         assert same(unasked[0], values)
         assert same(unasked[1], ids)

@@ -46,7 +46,7 @@ class Backbone(ABC):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, threads: int):
         self.config, self.dtype, self.device, self.threads = config, dtype, device, threads
-        self._cosine = self._sine = torch.empty(0, config.head_dim // 2, device=device)
+        self._angles = (torch.empty(0, config.head_dim // 2, device=device),) * 2
 
     def new_cache(self, rows: int, slots: int) -> KVCache:
         c = self.config
@@ -61,11 +61,12 @@ class Backbone(ABC):
 
     def _rotations(self, positions: int) -> tuple[Tensor, Tensor]:
         """The table: cosine and sine of so many positions at least."""
-        if positions > len(self._cosine):
-            every = torch.arange(max(positions, 2 * len(self._cosine), 1024), dtype=torch.float32, device=self.device)
+        table, scale = self._angles, self.config.rope_scale
+        if positions > len(table[0]):
+            every = torch.arange(max(positions, 2 * len(table[0]), 1024), dtype=torch.float32, device=self.device)
             angles = every[:, None] * torch.tensor(self.config.inv_freq, dtype=torch.float32, device=self.device)
-            self._cosine, self._sine = angles.cos() * self.config.rope_scale, angles.sin() * self.config.rope_scale
-        return self._cosine, self._sine
+            self._angles = table = (angles.cos() * scale, angles.sin() * scale)
+        return table
 
     def pad_rows(self, rows: int) -> bool:
         """Pads every linear call to at least `rows` rows; False if that is not how this backbone stays exact."""

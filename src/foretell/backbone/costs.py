@@ -46,13 +46,13 @@ class StepCosts:
         share = (nodes - below) / (above - below) if above > below else 0.0
         return sizes[below] * (1 - share) + sizes[above] * share
 
-    def best_size(self, rows: int, context: int, tokens_per_step: dict[int, float], drafter: str = "") -> int:
+    def best_size(self, rows: int, context: int, tokens_per_step: dict[int, float], drafting: float = 0.0) -> int:
         """The tree size of the most tokens per second, where `tokens_per_step` says what each size earns."""
-        return max(tokens_per_step, key=lambda n: self.rate(rows, context, n, tokens_per_step[n], drafter))
+        return max(tokens_per_step, key=lambda n: self.rate(rows, context, n, tokens_per_step[n], drafting))
 
-    def rate(self, rows: int, context: int, nodes: int, tokens: float, drafter: str = "") -> float:
-        """Tokens per second of a row whose steps earn so many; drafting takes nothing where it was not measured."""
-        return tokens / (self.of(rows, context, nodes) + self.drafting.get(drafter, 0.0))
+    def rate(self, rows: int, context: int, nodes: int, tokens: float, drafting: float = 0.0) -> float:
+        """Tokens per second of a row whose steps earn so many, where drafting takes so many seconds a step."""
+        return tokens / (self.of(rows, context, nodes) + drafting)
 
     def over(self, older: StepCosts | None) -> StepCosts:
         """These, and what is known of other batch sizes and drafters."""

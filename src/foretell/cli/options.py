@@ -100,7 +100,7 @@ class Training:
     accumulate: int = flag(1, "Batches per step.")
     warmup: float = flag(0.05, "Share of the steps that lead up to the peak.")
     weight_decay: float = flag(0.0, "Of AdamW.")
-    held_out: float = flag(0.03, "Share of the conversations kept for measuring (400 at most).")
+    held_out: float = flag(0.03, "Share of the conversations kept for measuring (400 at most of each folder).")
     save_seconds: float = flag(300.0, "Seconds between saved states.")
     seed: int = flag(0, "Of the order of the data.")
 

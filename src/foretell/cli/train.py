@@ -100,7 +100,8 @@ def _publish(
     from foretell.train.trainer import SIZES
 
     tensors, arch = run.module.checkpoint()
-    model, features, told = run.module.save_backbone(base.model, out), run.features, report.replayed[:REPLAYED]
+    model, features, told = run.module.save_backbone(base.model, out), run.features, report.replayed
+    told = told[:: max(1, len(told) // REPLAYED)][:REPLAYED]  # of every folder
     if model != base.model:  # a model of its own now, with states of its own
         backbone = replace(base, model=model).load().backbone
         features = Features(backbone, [features.data[i] for i in told], run.module.taps, None)

@@ -25,7 +25,7 @@ def tune(
     loading: Loading,
     quick: Annotated[bool, typer.Option("--quick", help="Batch 1 only, fewer repeats.")] = False,
 ) -> None:
-    """Measure what steps cost here, by nodes, batch and context; drafters choose their trees by it from then on."""
+    """Measure what steps and drafting cost here; drafters choose their trees by it from then on."""
     from foretell.backbone.costs import REPEATS, ROWS, StepCosts, costs_file, measure
 
     llm = loading.load()
@@ -36,32 +36,40 @@ def tune(
             repeats=5 if quick else REPEATS,
             progress=lambda fraction: progress(round(fraction * 100), 100, 0),
         )
-    costs.drafting = _drafting(llm, {loading.drafter: llm.drafter})
     path = costs_file(llm.backbone, loading.cache_dir)
     older = None
     with suppress(ForetellError):  # a damaged table is mended
         older = StepCosts.load(path)
+    costs.over(older).save(path)  # before drafting, which reads it
+    earned = llm.drafter.tokens_per_step
+    costs.drafting = {name: _drafting(llm, drafter) for name, drafter in _trained(llm).items()}
+    own = 0.0
+    if earned:
+        own = _drafting(llm, llm.drafter)
+        costs.drafting.setdefault(loading.drafter, own)  # what ships is meant where both are of one method
     costs.over(older).save(path)
-    _table(costs, loading.drafter, llm.drafter.tokens_per_step)
+    _table(costs, own, earned)
     note(f"Kept in {path}; -o nodes=N overrides it.")
 
 
-def _drafting(llm: LLM, chosen: dict[str, Drafter]) -> dict[str, float]:
-    """Seconds a step that drafters take: the chosen one, and those that come with foretell for this model."""
+def _trained(llm: LLM) -> dict[str, Drafter]:
+    """The drafters that come with foretell for this model."""
     from foretell import drafters
-    from foretell.api import LLM
     from foretell.drafters.checkpoint import shipped
 
-    seconds = {}
-    for name in {**chosen, **shipped(llm.backbone)}:
-        drafter = chosen.get(name) or drafters.build(name, llm.backbone)
-        other = LLM(llm.backbone, llm.tokenizer, drafter)
-        found = [other.generate([PROMPT], max_new_tokens=NEW_TOKENS, adapt=False)[0].statistics for _ in range(3)]
-        seconds[name] = median(each.draft_seconds / max(1, each.steps) for each in found)
-    return seconds
+    return {name: drafters.build(name, llm.backbone) for name in shipped(llm.backbone)}
 
 
-def _table(costs: StepCosts, drafter: str, earned: dict[int, float]) -> None:
+def _drafting(llm: LLM, drafter: Drafter) -> float:
+    """Seconds a step that a drafter takes."""
+    from foretell.api import LLM
+
+    other, raw = LLM(llm.backbone, llm.tokenizer, drafter), not llm.tokenizer.has_chat_template
+    found = [other.generate([PROMPT], raw=raw, max_new_tokens=NEW_TOKENS, adapt=False)[0].statistics for _ in range(3)]
+    return median(each.draft_seconds / max(1, each.steps) for each in found)
+
+
+def _table(costs: StepCosts, drafting: float, earned: dict[int, float]) -> None:
     """Milliseconds of a step by nodes; with a drafter that has trees, its best size and what it should gain."""
     from rich.console import Console
     from rich.table import Table
@@ -73,13 +81,13 @@ def _table(costs: StepCosts, drafter: str, earned: dict[int, float]) -> None:
         for context, seconds in contexts.items():
             cells = [f"{seconds[1] * 1e3:.1f}", *(f"{seconds[n] / seconds[1]:.2f}" for n in sizes[1:])]
             if earned:
-                best = costs.best_size(rows, context, earned, drafter)
-                cells += [str(best), f"{costs.rate(rows, context, best, earned[best], drafter) * seconds[1]:.2f}"]
+                best = costs.best_size(rows, context, earned, drafting)
+                cells += [str(best), f"{costs.rate(rows, context, best, earned[best], drafting) * seconds[1]:.2f}"]
             table.add_row(str(rows), str(context), *cells)
     Console().print(table)
     note("ms: a step of one node; 4, 8, ...: a step of so many nodes, relative to it.")
     if earned:
         note(
             "tree: the nodes that pay most; gain: tokens per second with them, relative to one node; drafting, "
-            f"{costs.drafting[drafter] * 1e3:.1f} ms a step, is counted as for one row."
+            f"{drafting * 1e3:.1f} ms a step, is counted as for one row."
         )

@@ -83,12 +83,14 @@ def recommended(backbone: Backbone) -> str:
     from foretell.drafters.checkpoint import shipped, tokens_per_step
 
     mine = shipped(backbone)
+    if not mine:
+        return "prompt_lookup"
     costs = StepCosts.load(backbone.costs) if backbone.costs else None
     if costs is None or not costs.drafting.keys() >= mine.keys():
-        return next(iter(mine), "prompt_lookup")
+        return next(iter(mine))
 
     def rate(method: str) -> float:
-        earned = tokens_per_step(mine[method])
-        return max(costs.rate(1, CONTEXT, nodes, tokens, method) for nodes, tokens in earned.items())
+        earned, drafting = tokens_per_step(mine[method]), costs.drafting[method]
+        return max(costs.rate(1, CONTEXT, nodes, tokens, drafting) for nodes, tokens in earned.items())
 
-    return max(mine, key=rate, default="prompt_lookup")
+    return max(mine, key=rate)

@@ -92,9 +92,10 @@ class HydraHeads(GuessingHeads):
             arch = arch | {"grounded": arch["root"], "tied": False, "linear": False, "chained": False, "prefix": False}
         theirs, ours = tensors["deep"].shape[1], self.deep_KLdd.shape[1]
         more = arch["grounded"] > self.grounded or arch["chained"] > self.chained or arch["prefix"] > bool(self.prefix)
-        more = more or arch["linear"] > (self.last_Kdd is not None)
         if arch["taps"] != list(self.taps[:-1]) or more or (arch["chained"] and arch["grounded"] != self.grounded):
             raise UsageError("It reads other things than these heads; train with the same method and options.")
+        if arch["linear"] > (self.last_Kdd is not None):
+            raise UsageError("It has a last block without SiLU; train with -o linear=true.")
         alike = arch["tied"] == self.tied and (not self.tied or arch["layers"] == self.layers)
         if theirs > ours or (theirs and not alike):
             raise UsageError(
@@ -136,11 +137,11 @@ def shapes(arch: dict[str, Any], d: int, choices: int) -> dict[str, tuple[int, .
     """Of a checkpoint's tensors; the prefix layer's are checked where it is made."""
     heads, stored = arch["heads"], min(1, arch["layers"] - 1) if arch["tied"] else arch["layers"] - 1
     widths = _widths(d, len(arch["taps"]) + 1, heads, arch["grounded"], arch["chained"])
-    shapes: dict[str, tuple[int, ...]] = {f"first.{k}": (d, width) for k, width in enumerate(widths)}
-    shapes |= {"first_bias": (heads, d), "deep": (heads, stored, d, d), "deep_bias": (heads, stored, d)}
+    found: dict[str, tuple[int, ...]] = {f"first.{k}": (d, width) for k, width in enumerate(widths)}
+    found |= {"first_bias": (heads, d), "deep": (heads, stored, d, d), "deep_bias": (heads, stored, d)}
     if arch["linear"]:
-        shapes |= {"last": (heads, d, d), "last_bias": (heads, d)}
-    return shapes | output_shape(arch, d, choices)
+        found |= {"last": (heads, d, d), "last_bias": (heads, d)}
+    return found | output_shape(arch, d, choices)
 
 
 def _as_hydra(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ def tree_size(
 
     @cache
     def best(rows: int, context: int) -> int:
-        return costs.best_size(rows, context, tokens_per_step, method)
+        return costs.best_size(rows, context, tokens_per_step, costs.drafting.get(method, 0.0))
 
     return lambda rows, context: best(rows, context // 64 * 64)
 

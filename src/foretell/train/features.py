@@ -12,6 +12,7 @@ token that precedes one the model wrote is kept as its m most probable tokens.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -38,15 +39,54 @@ BLOCK = 64
 NOT_KEPT = "keep no features, with --no-cache"
 
 
-class Features:
-    """Batches of conversations with what the backbone computed for them.
+class Batches(ABC):
+    """Conversations side by side, with what the backbone computed for them.
+
+    Attributes:
+        data: the conversations, by whose indices batches are asked for.
+        taps: states that come with them, besides the teacher's distribution.
+        sets: index ranges of conversations that were distilled together.
+    """
+
+    backbone: Backbone
+    data: Sequence[Distilled]
+    taps: tuple[int, ...]
+    sets: list[range]
+
+    @abstractmethod
+    def prepare(self, progress: Callable[[float], None] = lambda fraction: None) -> float:
+        """Computes what is to be kept and is not there yet.
+
+        Returns:
+            Seconds that all of it took, today or earlier.
+        """
+
+    @abstractmethod
+    def tensors(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        """What a shard holds of each of these conversations."""
+
+    def batch(self, indices: Sequence[int]) -> TrainingBatch:
+        """Conversations side by side."""
+        data, found = [self.data[i] for i in indices], self.tensors(indices)
+        longest = max(len(each.tokens) for each in data)
+        tokens_BT = torch.zeros(len(data), longest, dtype=torch.int64)
+        supervised_BT = torch.zeros(len(data), longest, dtype=torch.bool)
+        for row, each in enumerate(data):
+            tokens_BT[row, : len(each.tokens)] = torch.tensor(each.tokens)
+            for start, end in each.answers:
+                supervised_BT[row, start:end] = True
+        padded = {name: _pad([tensors[name] for tensors in found], longest) for name in found[0]}
+        states = {tap: padded[f"states.{tap}"] for tap in self.taps}
+        return TrainingBatch(
+            tokens_BT, supervised_BT, states, padded["teacher_ids"].long(), padded["teacher_p"].float()
+        )
+
+
+class Features(Batches):
+    """Those of one folder of data.
 
     Args:
         folder: where shards are kept; None computes each batch when it is asked for.
-        taps: states to keep besides the teacher's distribution.
-
-    Attributes:
-        sets: index ranges of conversations that were distilled together.
     """
 
     def __init__(self, backbone: Backbone, data: Sequence[Distilled], taps: Sequence[int], folder: Path | None = None):
@@ -59,11 +99,7 @@ class Features:
         self._open: dict[int, dict[str, Tensor]] = {}
 
     def prepare(self, progress: Callable[[float], None] = lambda fraction: None) -> float:
-        """Computes the shards that are missing, or of other conversations.
-
-        Returns:
-            Seconds that all shards took, today or earlier.
-        """
+        """Computes the shards that are missing, or of other conversations."""
         if self.folder is None or not self._stale():
             return self._seconds()
         from safetensors.torch import save_file
@@ -103,24 +139,7 @@ class Features:
         kept = range(len(self._shards)) if self.folder else ()
         return sum(float(_about(self._path(number)).get("seconds", 0)) for number in kept)
 
-    def batch(self, indices: Sequence[int]) -> TrainingBatch:
-        """Conversations side by side."""
-        data, found = [self.data[i] for i in indices], self.tensors(indices)
-        longest = max(len(each.tokens) for each in data)
-        tokens_BT = torch.zeros(len(data), longest, dtype=torch.int64)
-        supervised_BT = torch.zeros(len(data), longest, dtype=torch.bool)
-        for row, each in enumerate(data):
-            tokens_BT[row, : len(each.tokens)] = torch.tensor(each.tokens)
-            for start, end in each.answers:
-                supervised_BT[row, start:end] = True
-        padded = {name: _pad([tensors[name] for tensors in found], longest) for name in found[0]}
-        states = {tap: padded[f"states.{tap}"] for tap in self.taps}
-        return TrainingBatch(
-            tokens_BT, supervised_BT, states, padded["teacher_ids"].long(), padded["teacher_p"].float()
-        )
-
     def tensors(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
-        """What a shard holds of each of these conversations."""
         if self.folder is None:
             return list(self._compute([self.data[i] for i in indices]))
         return [self._read(i) for i in indices]
@@ -159,11 +178,12 @@ class Features:
                 yield {name: tensor[start : start + count] for name, tensor in whole.items()}
 
 
-class Joined(Features):
-    """Those of several folders of data, one after the other."""
+class Joined(Batches):
+    """Those of several folders, one after the other."""
 
     def __init__(self, parts: Sequence[Features]):
-        super().__init__(parts[0].backbone, [each for part in parts for each in part.data], parts[0].taps)
+        self.backbone, self.taps = parts[0].backbone, parts[0].taps
+        self.data = [each for part in parts for each in part.data]
         self._parts, ends = parts, list(accumulate(len(part.data) for part in parts))
         self.sets = [range(end - len(part.data), end) for part, end in zip(parts, ends, strict=True)]
 

@@ -17,7 +17,7 @@ from typing import Any
 from foretell.contracts import Drafter, Features, SamplingParams
 from foretell.drafters.learning import TrainingBatch
 from foretell.train.data import Distilled
-from foretell.train.features import Features as Stored
+from foretell.train.features import Batches
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Replay:
 
 def replay(
     drafter: Drafter,
-    stored: Stored,
+    stored: Batches,
     conversations: Iterable[int],
     progress: Callable[[int], None] = lambda done: None,
     known: Mapping[int, TrainingBatch] | None = None,
@@ -71,7 +71,7 @@ def replay(
 
 
 def by_size(
-    drafter: Any, stored: Stored, conversations: Sequence[int], sizes: Sequence[int], progress: Callable[[float], None]
+    drafter: Any, stored: Batches, conversations: Sequence[int], sizes: Sequence[int], progress: Callable[[float], None]
 ) -> dict[int, float]:
     """Tokens per step with trees of each size; `drafter.size` is the drafter's rule for it."""
     found: dict[int, float] = {}

@@ -25,7 +25,7 @@ from foretell.backbone.files import one_line, whole_lines, write_errors, written
 from foretell.drafters.learning import Trainable
 from foretell.errors import ForetellError, UsageError, check_numbers
 from foretell.train.data import Distilled, digest
-from foretell.train.features import Features
+from foretell.train.features import Batches
 from foretell.trees.calibration import Floats, Scale, fit
 from foretell.trees.search import ENDED, Ranks, nested, replay
 
@@ -102,7 +102,7 @@ class Trainer:
     def __init__(
         self,
         module: Trainable,
-        features: Features,
+        features: Batches,
         settings: Settings,
         folder: Path,
         options: dict[str, Any] | None = None,

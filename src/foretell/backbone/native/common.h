@@ -62,12 +62,13 @@ struct Span {
 };
 
 // Draft heads side by side: `layers` residual blocks each (the last without SiLU if `linear`), then an output matrix
-// each or one for all. They read parts of `hidden` numbers, `inputs` together: the first as it is, the others divided by their root mean square.
+// each or one for all. They read parts of `hidden` numbers, `inputs` together: the first as it is, the others divided by
+// their root mean square.
 struct Heads {
     int64_t heads, hidden, inputs, layers, linear, outputs, choices, threads;
-    const void* const* weight;  // [layers][heads] packed: `hidden` outputs from `inputs` (first layer) or `hidden`
-    const float* const* bias;   // [layers][heads]
-    const void* const* output;  // [outputs] packed: `choices` outputs from `hidden`
+    const void* const* weight;         // [layers][heads] packed: `hidden` outputs from `inputs` (first layer) or `hidden`
+    const float* const* bias;          // [layers][heads]
+    const void* const* output;         // [outputs] packed: `choices` outputs from `hidden`
     const float* const* scale;         // [layers][heads] of columns, where weights are eighths; or null
     const float* const* output_scale;  // [outputs]
 };

@@ -129,7 +129,8 @@ void grow(const Kernels& build, const Drafting& d, const Wanted& w, int bf16) {
             }
         values.resize(rows * d.width), best.resize(rows * d.width);
         build.heads(d.heads[k], parts.data(), rows, d.width, values.data(), best.data(), ended, bf16);
-        for (float& said : values) said = d.scales ? believed(said, d.scales + 2 * k) : said;
+        if (d.scales)
+            for (float& said : values) said = believed(said, d.scales + 2 * k);
         for (int64_t& token : best) token = d.vocabulary[token];
         at = 0;
         for (Tree& tree : trees) {
