@@ -5,6 +5,7 @@ layers. Ids, log-probabilities, tapped states and caches of every drafter must b
 bit; and plain decoding in float32 must choose what transformers would.
 """
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from toy_drafters import Checker, EarlyExit, Inserter, Oracle, RandomTrees
 from foretell import drafters
 from foretell.backbone import Backbone, Tokenizer, assemble
 from foretell.contracts import Drafter, SamplingParams
+from foretell.drafters.checkpoint import SHIPPED
 from foretell.drafters.prompt_lookup import PromptLookup
 
 pytestmark = pytest.mark.real
@@ -59,12 +61,17 @@ TOYS: dict[str, Callable[[Backbone, dict[tuple[int, ...], list[int]]], Drafter]]
     "right paths": lambda backbone, right: Checker(RandomTrees(49152, 52, answers=right), backbone, always=False),
     "early exit": lambda backbone, right: EarlyExit(backbone, 10),
     "insertion": lambda backbone, right: Inserter(backbone, 20),
-    "medusa": lambda backbone, right: drafters.build("medusa", backbone, nodes=16),
-    "medusa, lookup": lambda backbone, right: drafters.build("medusa", backbone, nodes=40, lookup=True),
     "medusa, a published tree": lambda backbone, right: drafters.build(
         "medusa", backbone, tree="vicuna_7b_stage2", grown=False
     ),
 }
+TRAINED = sorted({json.loads(config.read_text())["method"] for config in SHIPPED.glob("*/config.json")})
+"""What comes with foretell for the demo model."""
+for method in TRAINED:
+    TOYS[method] = lambda backbone, right, name=method: drafters.build(name, backbone, nodes=16)
+    TOYS[f"{method}, lookup"] = lambda backbone, right, name=method: drafters.build(
+        name, backbone, nodes=40, lookup=True
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -98,11 +105,12 @@ def test_every_kernel_keeps_the_promise(demo_folder: Path, dtype: str, kernel: s
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_the_heads_that_come_with_foretell_foretell(demo_folder: Path, dtype: str) -> None:
+@pytest.mark.parametrize("method", TRAINED)
+def test_the_heads_that_come_with_foretell_foretell(demo_folder: Path, method: str, dtype: str) -> None:
     backbone = backbone_of(demo_folder, dtype)
     asked = [(ids, SamplingParams(max_new_tokens=64)) for ids in prompts(demo_folder)]
-    assert drafters.recommended(backbone) == "medusa"
-    outputs = finish(decoder_of(backbone, drafters.build("medusa", backbone, nodes=16)), asked)
+    assert drafters.recommended(backbone) in TRAINED
+    outputs = finish(decoder_of(backbone, drafters.build(method, backbone, nodes=16)), asked)
     tokens, steps = (sum(getattr(out.statistics, name) for out in outputs) for name in ("new_tokens", "steps"))
     assert tokens / steps > 1.6  # without heads 1
 

@@ -116,6 +116,7 @@ def trained() -> list[str]:
         data = made["data"] if isinstance(made["data"], list) else [made["data"]]  # one, at first
         written, talks = (sum(each["counts"][what] for each in data) for what in ("written", "conversations"))
         commands = "`, `".join(each["command"] for each in data)
+        begun = f" (begun with what `{made['started_by']}` had made)" if "started_by" in made else ""
         heads = ", ".join(f"{head['top1']:.0%} / {head['top5']:.0%}" for head in made["accuracy"])
         minutes = [
             f"{part} {seconds / 60:.0f} minutes"
@@ -127,7 +128,7 @@ def trained() -> list[str]:
         ]  # fmt: skip
         lines += [
             f"`{name}` on two cores: {written:,} tokens in {talks:,} "
-            f"conversations (`{commands}`), then `{made['command']}`: {', '.join(minutes)}"
+            f"conversations (`{commands}`), then `{made['command']}`{begun}: {', '.join(minutes)}"
             f"{' (' + made['note'] + ')' if 'note' in made else ''}. Held-out accuracy "
             f"by head, first / among five: {heads}.",
             "",
