@@ -6,6 +6,7 @@ Our own backbones compute, and compute exactly; gradients are transformers' work
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def learning(folder: Path, way: str, rank: int, dropout: float) -> nn.Module:
             part.weight.requires_grad_(False)
         return model
     numbers: dict[str, Any] = {"r": rank, "lora_alpha": rank / 2, "lora_dropout": dropout}
-    return get_peft_model(model, LoraConfig(target_modules=PLACES, task_type="CAUSAL_LM", **numbers))
+    with warnings.catch_warnings():  # peft asks transformers by a name of before; nobody here can mend that
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, LoraConfig(target_modules=PLACES, task_type="CAUSAL_LM", **numbers))
 
 
 def causal(model: Any) -> Any:
@@ -62,7 +65,9 @@ def save(model: Any, folder: Path, base: str, out: Path) -> str:
             copy_beside(folder, staging)
         else:
             model.peft_config["default"].base_model_name_or_path = base
-            model.save_pretrained(staging)
+            learnt = {name: tensor.bfloat16() for name, tensor in model.state_dict().items() if ".lora_" in name}
+            # the embedding did not change: else peft would ask the hub how large it was
+            model.save_pretrained(staging, state_dict=learnt, save_embedding_layers=False)
             (staging / "README.md").unlink(missing_ok=True)  # peft's template, all of it to be filled in
         shutil.rmtree(target, ignore_errors=True)
     return str(target) if whole else f"{base}+{out}"
