@@ -70,7 +70,7 @@ def test_untrained_heads_change_no_token(grown: bool, plus: bool, dtype: torch.d
         {"layers": 2, "taps": 0}, {"output": "own"}, {"output": "shared", "tied": True},
         {"chained": True, "linear": True},
     ]  # fmt: skip
-    for seed, options in enumerate(every):
+    for seed, options in enumerate([*every, {"fused": True}] if plus else every):
         module = random_hydra(backbone, plus, seed=seed, **options)
         drafter = drafter_of(backbone, module, None if grown else some_paths(3, 6, seed), 12 + 14 * seed)
         for each in (drafter, WithLookup(drafter)):
@@ -116,6 +116,10 @@ def said_after(backbone: Backbone, module: HydraHeads, tokens: list[int], path: 
     """[V]: log-probabilities of the head behind a path (the root first), written out for this path alone."""
     streams = states_of(backbone, tokens[:-1], module.taps)
     ordered = [streams[tap] for tap in reversed(module.taps)]
+    if module.fuse is not None:
+        following = backbone.embed(torch.tensor(tokens[1:]))[None]
+        beside = [x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() for x in (*ordered[1:], following)]
+        ordered = [ordered[0] + torch.cat(beside, -1) @ module.fuse.T]
     if module.prefix:
         ordered[0] = module.prefix(ordered[0])
     parts, states = [stream[0, -1] for stream in ordered], list[Tensor]()
@@ -134,10 +138,13 @@ def said_after(backbone: Backbone, module: HydraHeads, tokens: list[int], path: 
     [
         {"layers": 1}, {"layers": 3, "tied": True, "taps": 0}, {"output": "own"}, {"grounded": False},
         {"chained": True}, {"chained": True, "grounded": False, "layers": 2}, {"linear": True, "chained": True},
+        {"fused": True}, {"fused": True, "taps": 0},
     ],
     ids=str,
 )  # fmt: skip
 def test_each_node_is_what_the_heads_say_after_its_path(plus: bool, options: dict[str, Any]) -> None:
+    if not plus:
+        options = {name: value for name, value in options.items() if name != "fused"}
     backbone = backbone_of()
     module = random_hydra(backbone, plus, **options)
     drafter = drafter_of(backbone, module, nodes=20)
@@ -298,9 +305,10 @@ def test_heads_that_are_hardly_believed_hang_less_below_them() -> None:
 
 
 @pytest.mark.parametrize("chained", [False, True])
-def test_a_token_of_the_path_changes_only_what_comes_after_it(chained: bool) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_token_of_the_path_changes_only_what_comes_after_it(chained: bool, fused: bool) -> None:
     backbone = backbone_of()
-    module = random_hydra(backbone, layers=2, chained=chained)
+    module = random_hydra(backbone, plus=fused, layers=2, chained=chained, fused=fused)
     tokens = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3]]
     batch = batch_of(tokens, [[True] * 10])
     sources = torch.tensor([2])
@@ -381,9 +389,10 @@ def test_a_fresh_layer_is_the_identity() -> None:
     assert torch.equal(DecoderLayer(backbone.config, backbone.rotation)(states), states)
 
 
-def test_a_request_that_begins_like_an_earlier_one_is_drafted_like_a_new_one() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_request_that_begins_like_an_earlier_one_is_drafted_like_a_new_one(fused: bool) -> None:
     backbone = backbone_of()
-    module = random_hydra(backbone, plus=True)
+    module = random_hydra(backbone, plus=True, fused=fused)
     first, second = [1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 5, 9, 9, 9, 2]
     used, fresh = (decoder_of(backbone, drafter_of(backbone, module)) for _ in range(2))
     finish(used, [(first, SamplingParams(max_new_tokens=20))])
@@ -431,7 +440,7 @@ def test_heads_without_their_path_are_medusas() -> None:
 def test_gradients_reach_every_part_and_nothing_else(plus: bool, chained: bool) -> None:
     backbone = backbone_of()
     before = backbone.head_rows(torch.arange(VOCAB)).clone()
-    module = random_hydra(backbone, plus, layers=2, vocabulary=0, chained=chained, linear=plus).train()
+    module = random_hydra(backbone, plus, layers=2, vocabulary=0, chained=chained, linear=plus, fused=plus).train()
     torch.stack(list(module.losses(batch_of([[(7 * i) % VOCAB for i in range(20)]], [[True] * 20])).values())).sum().backward()  # fmt: skip  # noqa: E501
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in module.parameters())
     assert any(name.startswith("prefix") for name, _ in module.named_parameters()) == plus
@@ -505,6 +514,7 @@ def test_begun_with_medusas_heads_it_guesses_what_they_guess(plus: bool, layers:
         ({"heads": 3}, {"heads": 2}), ({"grounded": False}, {"grounded": True}), ({}, {"output": "own"}),
         ({"layers": 3, "tied": True}, {"layers": 3, "tied": True}), ({"tied": False}, {"layers": 2, "tied": True}),
         ({}, {"linear": True}), ({"linear": True}, {"linear": True}),
+        ({"plus": True, "fused": True}, {"plus": True, "fused": True}),
     ],
     ids=str,
 )  # fmt: skip

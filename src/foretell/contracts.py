@@ -187,11 +187,14 @@ class Drafter(ABC):
         taps: hidden states to hand to `observe` (see `FINAL`).
         cuts: layers after which `at_cut` may add rows to the verification pass.
         lossless: whether the output equals plain decoding's under exact verification.
+        ahead: tokens after a state that `observe` looks at: so many states before the end of what a slot holds are
+            computed again for the next request, whose tokens differ from there on.
     """
 
     taps: tuple[int, ...] = ()
     cuts: tuple[int, ...] = ()
     lossless: bool = True
+    ahead: int = 0
 
     @classmethod
     def build(cls, backbone: Backbone, *args: Any, **options: Any) -> Drafter:

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.backbone.linear import DrafterHeads, LevelDrafting
@@ -41,7 +42,7 @@ from foretell.drafters.parts import (
     spread,
     tree_size,
 )
-from foretell.errors import ForetellError
+from foretell.errors import ForetellError, UsageError
 from foretell.trees import TokenTree, from_paths
 from foretell.trees.calibration import Floats, believed
 from foretell.trees.grow import Growing
@@ -103,11 +104,19 @@ class Hydra(Drafter):
             self._levels.append(backbone.heads([[pair] for pair in pairs], matrices, arch["linear"]))
         self._grower = backbone.grower(
             LevelDrafting(
-                self._levels, len(self.taps), self._width, self._vocabulary_V, self._scales, self.grounded, self.chained
+                self._levels,
+                1 if arch["fused"] else len(self.taps),
+                self._width,
+                self._vocabulary_V,
+                self._scales,
+                self.grounded,
+                self.chained,
             )
         )
         layer = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("prefix.")}
         self._prefix = backbone.layer(layer) if arch["prefix"] else None
+        self._fuse = backbone.linear(tensors["fuse"], None) if arch["fused"] else None
+        self.ahead = int(arch["fused"])
         self._cache: KVCache | None = None
         self._parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
         self._states: dict[int, Tensor] = {}  # slot -> of the newest token but one: state, then streams [S, d]
@@ -138,7 +147,7 @@ class Hydra(Drafter):
         cls, backbone: Backbone, counts_V: Tensor, folder: Path | None = None, *, heads: int = 4,
         layers: int = 0, output: str = "tied",
         draft_vocab: int = 8192, soft: float = 0.5, taps: int = 2, grounded: bool = True, tied: bool = False,
-        linear: bool = False, chained: bool = False, dropout: float = 0.0,
+        linear: bool = False, chained: bool = False, fused: bool = False, dropout: float = 0.0,
     ) -> HydraHeads:  # fmt: skip
         """Fresh heads; see `learning.Method`.
 
@@ -153,17 +162,21 @@ class Hydra(Drafter):
             chained: whether heads read the state that the head before them ended in: they learn on what they said
                 themselves, as EAGLE-3 does (arXiv 2503.01840, training-time test). Tokens that they guessed wrongly
                 need not be learnt from: nothing behind one is ever accepted.
+            fused: whether the layer of hydra++ reads the streams part-way up, and the token after each state, and heads
+                its stream alone (EAGLE-3, §3.1).
         """
         layers = layers or 1 + cls.plus
         check_options(
             backbone, output, heads=heads, layers=layers, soft=soft, draft_vocab=draft_vocab, taps=taps, dropout=dropout
         )
+        if fused and not cls.plus:
+            raise UsageError("fused is an option of hydra++, whose layer reads what is fused; leave it out.")
         vocabulary_V = draft_vocabulary(counts_V, draft_vocab)
         return HydraHeads(
             backbone.head_rows(vocabulary_V).cpu(), vocabulary_V, len(counts_V), heads=heads, layers=layers,
             output=output, soft=soft, taps=spread(taps, backbone),
             embed=backbone.embed, grounded=grounded, tied=tied, linear=linear, chained=chained,
-            dropout=dropout,
+            fused=fused, dropout=dropout,
             prefix=DecoderLayer(backbone.config, backbone.rotation) if cls.plus else None,
         )  # fmt: skip
 
@@ -195,12 +208,26 @@ class Hydra(Drafter):
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
         streams = [features.taps[tap] for tap in reversed(self.taps)]
+        if self._fuse:
+            streams = [streams[0] + self._fuse(self._beside(rows, features.counts, streams[1:]))]
         if self._prefix:
             streams[0] = self._attended([row.slot for row in rows], features.counts, streams[0])
         end = 0
         for row, count in zip(rows, features.counts, strict=True):
             end += count
             self._states[row.slot] = torch.stack([stream[end - 1] for stream in streams])
+
+    def _beside(self, rows: Sequence[Row], counts: list[int], streams: list[Tensor]) -> Tensor:
+        """What the prefix layer reads besides the final states: other streams, and the token after each state."""
+        assert self._cache
+        self._cache.reserve(self._cache.slots, rows=max(row.slot for row in rows) + 1)
+        tokens: list[int] = []
+        for row, count in zip(rows, counts, strict=True):
+            begin = self._cache.lengths[row.slot] + 1
+            following = row.tokens[begin : begin + count]  # a stop may have cut them short: then nothing follows
+            tokens += following + row.tokens[-1:] * (count - len(following))
+        parts = [*streams, self._embed(torch.tensor(tokens))]
+        return torch.cat([F.rms_norm(part, part.shape[-1:], eps=1e-6) for part in parts], 1)
 
     def _attended(self, slots: list[int], counts: list[int], states_Md: Tensor) -> Tensor:
         """The prefix layer over newly committed states; it keeps their keys and values."""

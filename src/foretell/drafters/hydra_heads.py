@@ -30,19 +30,23 @@ class HydraHeads(GuessingHeads):
         grounded: whether heads read the tokens of their path; false makes them Medusa's.
         chained: whether heads read the state that the head before them ended in, too.
         prefix: the layer before the heads, if there is one.
+        fused: whether that layer reads, besides the final states, the other streams and the token after each; its
+            stream is then the only one that heads read.
         dropout: of what every block, and the output matrix, reads.
     """
 
     def __init__(
         self, head_Vd: Tensor, vocabulary_V: Tensor, whole: int, *, heads: int, layers: int, output: str, soft: float,
         taps: Sequence[int], embed: Callable[[Tensor], Tensor], grounded: bool = True, tied: bool = False,
-        linear: bool = False, chained: bool = False, prefix: DecoderLayer | None = None, dropout: float = 0.0,
+        linear: bool = False, chained: bool = False, prefix: DecoderLayer | None = None, fused: bool = False,
+        dropout: float = 0.0,
     ):  # fmt: skip
         super().__init__(head_Vd, vocabulary_V, whole, heads=heads, output=output, soft=soft)
         d = head_Vd.shape[1]
         self.taps, self.embed, self.grounded, self.prefix = (*taps, FINAL), embed, grounded, prefix
         self.tied, self.layers, self.dropout, self.chained = tied, layers, dropout, chained
-        widths = _widths(d, len(self.taps), heads, grounded, chained)
+        self.fuse = nn.Parameter(torch.zeros(d, d * len(self.taps))) if fused else None
+        widths = _widths(d, 1 if fused else len(self.taps), heads, grounded, chained)
         self.first = nn.ParameterList([torch.zeros(d, width) for width in widths])
         self.first_bias_Kd = nn.Parameter(torch.zeros(heads, d))
         stored = min(1, layers - 1) if tied else layers - 1
@@ -72,6 +76,12 @@ class HydraHeads(GuessingHeads):
 
     def read(self, batch: TrainingBatch, sources_P: Tensor) -> Tensor:
         streams = [batch.states[tap].float() for tap in reversed(self.taps)]
+        if self.fuse is not None:
+            following_BTd = self.embed(F.pad(batch.tokens_BT[:, 1:], (0, 1)).flatten()).view_as(streams[0])
+            read = F.dropout(
+                torch.cat([_normed(x) for x in (*streams[1:], following_BTd)], -1), self.dropout, self.training
+            )
+            streams = [streams[0] + F.linear(read.bfloat16(), self.fuse.bfloat16()).float()]
         if self.prefix:
             streams[0] = self.prefix(streams[0])
         first, *others = (stream.flatten(0, 1)[sources_P] for stream in streams)
@@ -89,9 +99,17 @@ class HydraHeads(GuessingHeads):
     def start(self, arch: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         if "weight.0" in tensors:  # Medusa's heads, which read no more than the root
             tensors = _as_hydra(tensors)
-            arch = arch | {"grounded": arch["root"], "tied": False, "linear": False, "chained": False, "prefix": False}
+            arch = arch | {
+                "grounded": arch["root"],
+                "tied": False,
+                "linear": False,
+                "chained": False,
+                "prefix": False,
+                "fused": False,
+            }
         theirs, ours = tensors["deep"].shape[1], self.deep_KLdd.shape[1]
         more = arch["grounded"] > self.grounded or arch["chained"] > self.chained or arch["prefix"] > bool(self.prefix)
+        more = more or arch["fused"] > (self.fuse is not None)
         if arch["taps"] != list(self.taps[:-1]) or more or (arch["chained"] and arch["grounded"] != self.grounded):
             raise UsageError("It reads other things than these heads; train with the same method and options.")
         if arch["linear"] > (self.last_Kdd is not None):
@@ -102,12 +120,17 @@ class HydraHeads(GuessingHeads):
                 f"It has {arch['layers']} blocks in each head; train with the same -o layers= and -o tied=."
             )
         for k in range(min(self.heads, arch["heads"])):
-            first = tensors[f"first.{k}"]  # what they did not read begins with zeros
+            parts = tensors[f"first.{k}"].split(len(self.first[k]), 1)
+            if self.fuse is not None and not arch["fused"]:  # streams that now come through the layer
+                parts = (parts[0], *parts[len(self.taps) :])
+            first = torch.cat(parts, 1)  # what they did not read begins with zeros
             self.first[k][:, : first.shape[1]] = first
             self.first_bias_Kd[k] = tensors["first_bias"][k]
             self.deep_KLdd[k, :theirs], self.deep_bias_KLd[k, :theirs] = tensors["deep"][k], tensors["deep_bias"][k]
             if self.last_Kdd is not None and self.last_bias_Kd is not None and arch["linear"]:
                 self.last_Kdd[k], self.last_bias_Kd[k] = tensors["last"][k], tensors["last_bias"][k]
+        if self.fuse is not None and arch["fused"]:
+            self.fuse.copy_(tensors["fuse"])
         if self.prefix and arch["prefix"]:
             for name, weight in self.prefix.named().items():
                 weight.copy_(tensors[f"prefix.{name}"])
@@ -118,12 +141,14 @@ class HydraHeads(GuessingHeads):
         tensors |= {"first_bias": self.first_bias_Kd, "deep": self.deep_KLdd, "deep_bias": self.deep_bias_KLd}
         if self.last_Kdd is not None and self.last_bias_Kd is not None:
             tensors |= {"last": self.last_Kdd, "last_bias": self.last_bias_Kd}
+        if self.fuse is not None:
+            tensors["fuse"] = self.fuse
         if self.prefix:
             tensors |= {f"prefix.{name}": weight for name, weight in self.prefix.named().items()}
         arch = {
             "heads": self.heads, "layers": self.layers, "output": self.output, "taps": list(self.taps[:-1]),
             "grounded": self.grounded, "tied": self.tied, "linear": self.last_Kdd is not None, "chained": self.chained,
-            "prefix": self.prefix is not None,
+            "prefix": self.prefix is not None, "fused": self.fuse is not None,
         }  # fmt: skip
         return self.stored(tensors), arch
 
@@ -136,11 +161,14 @@ def _widths(d: int, streams: int, heads: int, grounded: bool, chained: bool) -> 
 def shapes(arch: dict[str, Any], d: int, choices: int) -> dict[str, tuple[int, ...]]:
     """Of a checkpoint's tensors; the prefix layer's are checked where it is made."""
     heads, stored = arch["heads"], min(1, arch["layers"] - 1) if arch["tied"] else arch["layers"] - 1
-    widths = _widths(d, len(arch["taps"]) + 1, heads, arch["grounded"], arch["chained"])
+    streams = len(arch["taps"]) + 1
+    widths = _widths(d, 1 if arch["fused"] else streams, heads, arch["grounded"], arch["chained"])
     found: dict[str, tuple[int, ...]] = {f"first.{k}": (d, width) for k, width in enumerate(widths)}
     found |= {"first_bias": (heads, d), "deep": (heads, stored, d, d), "deep_bias": (heads, stored, d)}
     if arch["linear"]:
         found |= {"last": (heads, d, d), "last_bias": (heads, d)}
+    if arch["fused"]:
+        found["fuse"] = (d, d * streams)
     return found | output_shape(arch, d, choices)
 
 

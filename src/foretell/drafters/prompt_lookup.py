@@ -158,7 +158,7 @@ class WithLookup(Drafter):
 
     def __init__(self, inner: Drafter, **lookup: Any):
         self.inner, self.lookup = inner, PromptLookup(**lookup)
-        self.taps, self.cuts, self.lossless = inner.taps, inner.cuts, inner.lossless
+        self.taps, self.cuts, self.lossless, self.ahead = inner.taps, inner.cuts, inner.lossless, inner.ahead
 
     @property
     def most_nodes(self) -> int:
