@@ -102,16 +102,10 @@ class Hydra(Drafter):
                 pairs.append((tensors["last"][k], tensors["last_bias"][k].float()))
             matrices: Any = self._levels[0] if k and len(outputs) == 1 else [outputs[k]]
             self._levels.append(backbone.heads([[pair] for pair in pairs], matrices, arch["linear"]))
+        streams = 1 if arch["fused"] else len(self.taps)
+        vocabulary, reads = self._vocabulary_V, (self.grounded, self.chained)
         self._grower = backbone.grower(
-            LevelDrafting(
-                self._levels,
-                1 if arch["fused"] else len(self.taps),
-                self._width,
-                self._vocabulary_V,
-                self._scales,
-                self.grounded,
-                self.chained,
-            )
+            LevelDrafting(self._levels, streams, self._width, vocabulary, self._scales, *reads)
         )
         layer = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("prefix.")}
         self._prefix = backbone.layer(layer) if arch["prefix"] else None

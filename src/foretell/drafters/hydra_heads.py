@@ -99,14 +99,8 @@ class HydraHeads(GuessingHeads):
     def start(self, arch: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         if "weight.0" in tensors:  # Medusa's heads, which read no more than the root
             tensors = _as_hydra(tensors)
-            arch = arch | {
-                "grounded": arch["root"],
-                "tied": False,
-                "linear": False,
-                "chained": False,
-                "prefix": False,
-                "fused": False,
-            }
+            lacks = dict.fromkeys(("tied", "linear", "chained", "prefix", "fused"), False)
+            arch = arch | {"grounded": arch["root"]} | lacks
         theirs, ours = tensors["deep"].shape[1], self.deep_KLdd.shape[1]
         more = arch["grounded"] > self.grounded or arch["chained"] > self.chained or arch["prefix"] > bool(self.prefix)
         more = more or arch["fused"] > (self.fuse is not None)
