@@ -28,7 +28,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "distill": ("foretell.cli.distill:distill", "Let the model write training data."),
     "train": ("foretell.cli.train:train", "Train a drafter for a model."),
     "bench": ("foretell.cli.bench:app", "Measure drafters and peers over a suite."),
-    "tune": ("foretell.cli.tune:tune", "Measure what steps cost here."),
+    "tune": ("foretell.cli.tune:tune", "Measure what steps and drafting cost here."),
     "models": ("foretell.cli.models:models", "List the models that can be loaded by name."),
 }
 """Verb -> ("module:function", one line of help)."""
