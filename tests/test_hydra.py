@@ -225,7 +225,7 @@ def test_a_level_asks_no_more_than_the_beam_and_nobody_where_it_is_hardly_reache
         assert counts == asked
 
 
-@pytest.mark.skipif(not COMPILED, reason="the kernels were not compiled")
+@pytest.mark.parametrize("kernel", COMPILED)
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied embedding", "embedding of its own"])
 @pytest.mark.parametrize(
@@ -235,9 +235,11 @@ def test_a_level_asks_no_more_than_the_beam_and_nobody_where_it_is_hardly_reache
     ids=str,
 )  # fmt: skip
 def test_what_is_drafted_in_one_call_is_what_is_drafted_level_by_level(
-    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], tied: bool, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], tied: bool, dtype: torch.dtype, kernel: str
 ) -> None:
-    backbone = backbone_of(dtype, tie_word_embeddings=tied)
+    with using(kernel):
+        backbone = backbone_of(dtype, tie_word_embeddings=tied)
+    assert backbone.kernels == kernel
     module = random_hydra(backbone, seed=3, **options)
     for scales in ([], *ODD):
         drafter = drafter_of(backbone, module, scales=scales)

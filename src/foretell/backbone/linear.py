@@ -84,10 +84,14 @@ class TreeGrower(Protocol):
         ...
 
 
+def normed(parts: Tensor) -> Tensor:
+    """Each [..., d] divided by its root mean square, as heads read all but their first part."""
+    return F.rms_norm(parts, parts.shape[-1:], eps=1e-6)
+
+
 def side_by_side(parts_PSd: Tensor) -> Tensor:
     """What heads read, [P, S·d]: the first part as it is, the others divided by their root mean square."""
-    others_PSd = F.rms_norm(parts_PSd[:, 1:], parts_PSd.shape[-1:], eps=1e-6)
-    return torch.cat([parts_PSd[:, 0], others_PSd.flatten(1)], 1)
+    return torch.cat([parts_PSd[:, 0], normed(parts_PSd[:, 1:]).flatten(1)], 1)
 
 
 class Linear:

@@ -54,6 +54,11 @@ class Checkpoint:
     provenance: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
+    @property
+    def earned(self) -> dict[int, float]:
+        """`tokens_per_step` by number: JSON has none for keys."""
+        return {int(size): tokens for size, tokens in self.tokens_per_step.items()}
+
     def save(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         """Writes the folder whole or not at all; replaces a checkpoint that was there."""
         from safetensors.torch import save_file

@@ -24,10 +24,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from foretell.backbone import Backbone, KVCache, Nodes
-from foretell.backbone.linear import DrafterHeads, LevelDrafting
+from foretell.backbone.linear import DrafterHeads, LevelDrafting, normed
 from foretell.contracts import FINAL, Draft, Drafter, Features, Row
 from foretell.drafters.checkpoint import find
 from foretell.drafters.hydra_heads import HydraHeads, shapes
@@ -128,7 +127,7 @@ class Hydra(Drafter):
             any_backbone: accept heads of another model of the same sizes.
         """
         found, tensors = find(cls.method, backbone, checkpoint, any_backbone)
-        earned = {int(size): tokens for size, tokens in found.tokens_per_step.items()}
+        earned = found.earned
         size = tree_size(backbone, nodes, earned, cls.method)
         try:
             return cls(backbone, found.arch, tensors, found.paths, size, earned, grown, found.calibration)
@@ -221,7 +220,7 @@ class Hydra(Drafter):
             following = row.tokens[begin : begin + count]  # a stop may have cut them short: then nothing follows
             tokens += following + row.tokens[-1:] * (count - len(following))
         parts = [*streams, self._embed(torch.tensor(tokens))]
-        return torch.cat([F.rms_norm(part, part.shape[-1:], eps=1e-6) for part in parts], 1)
+        return torch.cat([normed(part) for part in parts], 1)
 
     def _attended(self, slots: list[int], counts: list[int], states_Md: Tensor) -> Tensor:
         """The prefix layer over newly committed states; it keeps their keys and values."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foretell.backbone.linear import normed
 from foretell.contracts import FINAL
 from foretell.drafters.learning import DecoderLayer, GuessingHeads, TrainingBatch
 from foretell.drafters.parts import output_shape
@@ -79,19 +80,19 @@ class HydraHeads(GuessingHeads):
         if self.fuse is not None:
             following_BTd = self.embed(F.pad(batch.tokens_BT[:, 1:], (0, 1)).flatten()).view_as(streams[0])
             read = F.dropout(
-                torch.cat([_normed(x) for x in (*streams[1:], following_BTd)], -1), self.dropout, self.training
+                torch.cat([normed(x) for x in (*streams[1:], following_BTd)], -1), self.dropout, self.training
             )
             streams = [streams[0] + F.linear(read.bfloat16(), self.fuse.bfloat16()).float()]
         if self.prefix:
             streams[0] = self.prefix(streams[0])
         first, *others = (stream.flatten(0, 1)[sources_P] for stream in streams)
-        parts = [first, *map(_normed, others)]  # as `side_by_side` does, each once
+        parts = [first, *map(normed, others)]  # as `side_by_side` does, each once
         tokens = batch.tokens_BT.flatten()
         out: list[Tensor] = []
         for k in range(self.heads):
             if self.grounded:  # beyond the end there is nothing to guess either
-                parts.append(_normed(self.embed(tokens[(sources_P + k + 1).clamp(max=len(tokens) - 1)])))
-            before = [_normed(out[-1])] if self.chained and k else []
+                parts.append(normed(self.embed(tokens[(sources_P + k + 1).clamp(max=len(tokens) - 1)])))
+            before = [normed(out[-1])] if self.chained and k else []
             out.append(self.states(k, torch.cat(parts + before, 1)))
         return torch.stack(out)
 
@@ -174,7 +175,3 @@ def _as_hydra(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     deep = torch.stack(weights[1:], 1) if weights[1:] else weights[0].new_zeros(heads, 0, d, d)
     biases = {"first_bias": tensors["bias"][0], "deep": deep, "deep_bias": tensors["bias"][1:].transpose(0, 1)}
     return {**tensors, **first, **biases}
-
-
-def _normed(part_Pd: Tensor) -> Tensor:
-    return F.rms_norm(part_Pd, part_Pd.shape[-1:], eps=1e-6)

@@ -186,7 +186,7 @@ class Medusa(Drafter):
                 f"{where} is damaged: it lacks what its config names; copy or train it again."
             ) from error
         paths = published(tree) if tree else found.paths
-        earned = {} if tree else {int(size): tokens for size, tokens in found.tokens_per_step.items()}
+        earned = {} if tree else found.earned
         size = tree_size(backbone, nodes or (len(paths) + 1 if tree else 0), earned, cls.method)
         return cls(backbone, found.arch, tensors, paths, size, earned, grown, found.calibration)
 

@@ -100,7 +100,7 @@ class Endpoint:
                     return
                 try:
                     done.put((index, self._answer(llm, end, conversation, params, stopped)))
-                except Exception as error:  # whatever it is, it is raised where the answers are read
+                except Exception as error:  # the reader raises it, whatever it is: left here, it would wait for ever
                     done.put((index, error))
                     stopped.set()
 
