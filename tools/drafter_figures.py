@@ -115,7 +115,7 @@ def _by_depth(answers: list[Answer]) -> list[float]:
 
 
 def section_tune(args: argparse.Namespace) -> Any:
-    """What `foretell tune` does, and how long it takes."""
+    """What `foretell tune` measures of steps, and how long that takes."""
     llm = foretell.load(args.model, dtype="bf16")
     began = time.perf_counter()
     costs = measure(llm.backbone)
