@@ -26,9 +26,9 @@ from foretell.backbone.loading import resolve
 from foretell.cli import main
 from foretell.contracts import FINAL
 from foretell.drafters import checkpoint
-from foretell.drafters.learning import TrainingBatch
+from foretell.drafters.learning import CHUNK, TrainingBatch
 from foretell.drafters.medusa import Medusa
-from foretell.drafters.medusa2 import LEAST, RISE, JointHeads, Medusa2
+from foretell.drafters.medusa2 import LEAST, RISE, JointHeads, Medusa2, divergence
 from foretell.errors import ForetellError, UsageError
 from foretell.train.data import Distilled
 from foretell.train.features import TEACHER, Features
@@ -178,6 +178,27 @@ def test_the_backbones_loss_is_the_divergence_written_out(
             terms[-1] += rest * math.log(rest / left)
     assert len(terms) == sum(each.written for each in DATA)
     assert held(module, batch) == pytest.approx(sum(terms) / len(terms), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("positions", [3, CHUNK + 5])
+def test_the_divergence_has_the_gradient_that_autograd_finds(positions: int) -> None:
+    """Its own is made with the logits at hand, in bfloat16; the twin is the formula, in float64."""
+    torch.manual_seed(0)
+    weight_Vd, x_Pd = torch.randn(VOCAB, 16), torch.randn(positions, 16)
+    p_Pm, ids_Pm = (torch.randn(positions, VOCAB)).softmax(-1).topk(TEACHER)
+    exact_Pd = x_Pd.double().requires_grad_()
+    log_q_PV = (exact_Pd @ weight_Vd.double().T).log_softmax(-1)
+    told = log_q_PV.gather(1, ids_Pm).exp()
+    rest_p, rest_q = 1 - p_Pm.double().sum(1), 1 - told.sum(1)
+    truth = (p_Pm * (p_Pm.double().log() - told.log())).sum() + (rest_p * (rest_p.log() - rest_q.log())).sum()
+    truth.backward()
+    x_Pd.requires_grad_()
+    loss = divergence(x_Pd, weight_Vd, ids_Pm, p_Pm)
+    (3 * loss).backward()
+    assert loss.item() == pytest.approx(truth.item(), rel=1e-2)
+    assert x_Pd.grad is not None
+    assert exact_Pd.grad is not None
+    assert (x_Pd.grad - 3 * exact_Pd.grad).norm() < 1e-2 * (3 * exact_Pd.grad).norm()
 
 
 def test_without_its_adapters_the_model_is_what_it_was(backbone: Backbone, folder: Path) -> None:

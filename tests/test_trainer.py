@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -1270,3 +1271,47 @@ def test_the_most_probable_tokens_are_those_of_a_whole_sort(rows: int, vocab: in
     assert torch.equal(values, logits.sort(descending=True).values[:, :count])
     assert torch.equal(logits.gather(1, ids), values)
     assert all(len(set(row)) == count for row in ids.tolist())
+
+
+def test_what_learning_begins_with_keeps_its_draft_vocabulary(
+    foretell: Foretell, tiny: str, data: str, trained: Path, tmp_path: Path
+) -> None:
+    """A token that it never chose from was never pushed down either: it would take half of what is said."""
+    found, tensors = checkpoint.load(trained / "drafter")
+    rare, head = torch.arange(1, tensors["head"].shape[1], 2), tensors["head"][:, 1::2]
+    found.save(tmp_path / "rare", tensors | {"vocabulary": rare.int(), "head": head})
+    few = ("-o", f"draft_vocab={len(rare)}")
+    ran = foretell(*begun(tiny, data, tmp_path / "out", *few, "--start", str(tmp_path / "rare")))
+    assert (ran.code, ran.out) == (0, "")
+    _, ours = checkpoint.load(tmp_path / "out" / "drafter")
+    assert torch.equal(ours["vocabulary"].long(), rare)
+    torch.testing.assert_close(ours["head"].float(), head.float(), rtol=0, atol=1e-6)
+
+    found.save(tmp_path / "none", {name: each for name, each in tensors.items() if name != "vocabulary"})
+    ran = foretell(*begun(tiny, data, tmp_path / "new", "--start", str(tmp_path / "none")))
+    refused(ran, 1, "is damaged, or of another method: it lacks a draft vocabulary")
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc is told")
+def test_a_step_takes_the_memory_that_the_step_before_gave_up() -> None:
+    """Counted in a process of its own: pages that the system had to clear."""
+    script = """if True:
+        import resource, sys, torch
+        from foretell.train import allocation
+        if sys.argv[1] == "keep":
+            assert allocation.keep()
+        counts = []
+        for _ in range(20):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.empty(100 << 20, dtype=torch.uint8).fill_(1)
+            counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        print(sorted(counts)[10])
+    """
+    told, as_it_was = (
+        int(subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("keep", "leave")
+    )
+    assert told < 20 < as_it_was  # 100 MiB are 25,600 pages, or 50 huge ones

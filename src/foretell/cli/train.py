@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from foretell.api import LLM
     from foretell.backbone import Backbone
+    from foretell.drafters.checkpoint import Checkpoint
     from foretell.drafters.learning import Trainable
     from foretell.train.data import Store
     from foretell.train.trainer import Report, Trainer
@@ -61,8 +62,11 @@ def train(
     backbone = llm.backbone
     for store in stores:
         _check(store, backbone, other_model)
-    module = _fresh(cls, llm, stores, options, settings.seed)
-    begun = _begin(module, start, backbone) if start else {}
+    counts_V, begin = _written(stores, backbone.config.vocab), _start(start, backbone) if start else None
+    if begin:  # what it has not learnt to choose from, it has not learnt to leave alone
+        counts_V[begin[1]["vocabulary"].long()] += counts_V.sum()
+    module = _fresh(cls, llm, counts_V, options, settings.seed)
+    begun = _begin(module, start, *begin) if begin else {}
     name = f"features-{backbone.fingerprint}-{'-'.join(map(str, module.taps))}"
     parts = [
         Features(backbone, store.conversations, module.taps, None if no_cache else store.folder / name)
@@ -147,19 +151,18 @@ def _check(store: Store, backbone: Backbone, other_model: bool) -> None:
         )
 
 
-def _fresh(cls: Any, llm: LLM, stores: Sequence[Store], options: dict[str, Any], seed: int) -> Trainable:
+def _fresh(cls: Any, llm: LLM, counts_V: Tensor, options: dict[str, Any], seed: int) -> Trainable:
     """The untrained module; what it draws follows from the seed."""
     import torch
 
     torch.manual_seed(seed)
     folder = llm.folder.path if llm.folder else None
-    return cls.trainable(llm.backbone, _written(stores, llm.backbone.config.vocab), folder, **options)
+    return cls.trainable(llm.backbone, counts_V, folder, **options)
 
 
-def _begin(module: Trainable, start: str, backbone: Backbone) -> dict[str, str]:
-    """Lets the module begin with what another drafter has learnt; says which."""
-    from foretell.backbone.files import one_line
-    from foretell.drafters.checkpoint import fingerprint, load, shipped
+def _start(start: str, backbone: Backbone) -> tuple[Checkpoint, dict[str, Tensor]]:
+    """The drafter to begin with."""
+    from foretell.drafters.checkpoint import load, shipped
 
     folder = shipped(backbone).get(start, Path(start).expanduser())
     if not folder.is_dir():
@@ -171,6 +174,16 @@ def _begin(module: Trainable, start: str, backbone: Backbone) -> dict[str, str]:
             f"{start} was trained for {checkpoint.backbone} (fingerprint {checkpoint.fingerprint}), not for this model "
             f"({backbone.fingerprint}); begin with a drafter of this one, or without --start."
         )
+    if "vocabulary" not in tensors:
+        raise ForetellError(f"{start} is damaged, or of another method: it lacks a draft vocabulary.")
+    return checkpoint, tensors
+
+
+def _begin(module: Trainable, start: str, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Lets the module begin with what another drafter has learnt; says which."""
+    from foretell.backbone.files import one_line
+    from foretell.drafters.checkpoint import fingerprint
+
     try:
         module.start(checkpoint.arch, tensors)
     except UsageError as error:

@@ -2,7 +2,7 @@
 
     config.json          format and method; the backbone's fingerprint and sizes; the module's numbers; trees and what
                          they earned on held-out text; the command and the data that made it
-    model.safetensors    the tensors
+    model.safetensors    the tensors; matrices as they are, or in eight bits a number (`eighths`)
 
 A drafter trained for one model drafts nonsense for another: its fingerprint must match, unless told otherwise.
 """
@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, uint8
+from torch import Tensor, int8, uint8
 
 from foretell.backbone.files import one_line, read_json, staged_folder, write_errors
 from foretell.errors import ForetellError, UsageError
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from foretell.backbone import Backbone
 
 FORMAT = 1
+SMALL = 1 << 16
+"""Numbers of a tensor up to which eight bits would save nothing."""
+SCALE = ".scale"
 SHIPPED = Path(__file__).parent / "trained"
 """Checkpoints that came with the package, in folders of any name."""
 
@@ -96,10 +99,32 @@ def load(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]]:
         )
     try:
         checkpoint = Checkpoint(**raw)
-        tensors = load_file(folder / "model.safetensors")
-    except (TypeError, SafetensorError, OSError) as error:
+        tensors = _whole(load_file(folder / "model.safetensors"))
+    except (TypeError, KeyError, RuntimeError, SafetensorError, OSError) as error:
         raise ForetellError(f"{folder} is damaged ({one_line(error)}); copy or train it again.") from error
     return checkpoint, tensors
+
+
+def eighths(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices in eight bits a number and one scale an output: half of bfloat16, and what heads are computed with."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim < 2 or tensor.numel() <= SMALL or not tensor.is_floating_point():
+            out[name] = tensor
+            continue
+        scale = tensor.float().abs().amax(-1).clamp(min=1e-30) / 127
+        out[name] = (tensor.float() / scale[..., None]).round().to(int8)
+        out[name + SCALE] = scale
+    return out
+
+
+def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Undoes `eighths`, in float32."""
+    return {
+        name: tensor.float() * tensors[name + SCALE][..., None] if tensor.dtype == int8 else tensor
+        for name, tensor in tensors.items()
+        if not name.endswith(SCALE)
+    }
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:

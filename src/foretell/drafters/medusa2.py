@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from foretell.backbone import Backbone
 from foretell.backbone.adaptation import WAYS, causal, learning, save
@@ -124,12 +123,9 @@ class JointHeads(MedusaHeads):
         """KL(before ‖ now) per written token, over the teacher's tokens and all others as one."""
         before_BT = torch.zeros_like(batch.supervised_BT)
         before_BT[:, :-1] = batch.supervised_BT[:, 1:]
-        told = (batch.states[FINAL][before_BT], batch.teacher_p_BTm[before_BT], batch.teacher_ids_BTm[before_BT])
+        told = (batch.teacher_ids_BTm[before_BT], batch.teacher_p_BTm[before_BT])
         weight_Vd: Tensor = causal(self.model).get_output_embeddings().weight
-        total = told[0].new_zeros((), dtype=torch.float32)
-        for parts in zip(*(each.split(CHUNK) for each in told), strict=True):
-            total = total + checkpoint(_divergence, weight_Vd, *parts, use_reentrant=False)
-        return total / before_BT.sum()
+        return divergence(batch.states[FINAL][before_BT], weight_Vd, *told) / before_BT.sum()
 
     # -- what comes out ---------------------------------------------------------------------------------------------
 
@@ -137,19 +133,47 @@ class JointHeads(MedusaHeads):
         return save(self.model, self.folder, base, out)
 
 
-def _divergence(weight_Vd: Tensor, x_Pd: Tensor, p_Pm: Tensor, ids_Pm: Tensor) -> Tensor:
-    """KL(p ‖ q) over the teacher's m tokens and all others as one, summed over positions.
+class _Divergence(torch.autograd.Function):
+    """Gradients are made while a chunk's logits are at hand, as those of `learning.soft_cross_entropy`."""
 
-    The teacher's tokens are multiplied in float32, as the teacher's own were; the others may be rounded.
+    @staticmethod
+    def forward(ctx: Any, x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor) -> Tensor:
+        assert not ctx.needs_input_grad[1]  # neither adapters nor a model that learns whole change the output matrix
+        p_Pm = p_Pm.float() / p_Pm.float().sum(-1, keepdim=True).clamp(min=1.0)  # rounded, they may add up to more
+        rest_p_P = (1 - p_Pm.sum(-1)).clamp(min=LEAST)
+        weight, grad_Pd, total = weight_Vd.bfloat16(), torch.empty_like(x_Pd), x_Pd.new_zeros((), dtype=torch.float32)
+        for at in range(0, len(x_Pd), CHUNK):
+            x, ids, p, rest_p = (each[at : at + CHUNK] for each in (x_Pd, ids_Pm, p_Pm, rest_p_P))
+            # the teacher's tokens are multiplied in float32, as the teacher's own were; the others may be rounded
+            top = (x.float()[:, None] * weight_Vd[ids].float()).sum(-1)
+            logits = (x.bfloat16() @ weight.T).float().scatter_(-1, ids, -torch.inf)
+            most = logits.amax(-1, keepdim=True)
+            shares = logits.sub_(most).exp_()  # in place: a chunk's logits are 100 MB
+            sums = shares.sum(-1)
+            rest = most[:, 0] + sums.log()
+            whole = torch.logaddexp(top.logsumexp(-1), rest)
+            total += (torch.xlogy(p, p) - p * (top - whole[:, None])).sum()
+            total += (rest_p * (rest_p.log() - (rest - whole))).sum()
+            mass = p.sum(-1) + rest_p
+            of_rest = (rest - whole).exp() * mass - rest_p  # slope of the loss in `rest`, shared as it is shared
+            slope = shares.mul_((of_rest / sums)[:, None])
+            slope.scatter_(-1, ids, (top - whole[:, None]).exp() * mass[:, None] - p)
+            grad_Pd[at : at + CHUNK] = slope.bfloat16() @ weight
+        ctx.save_for_backward(grad_Pd)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0] * ctx.saved_tensors[0], None, None, None
+
+
+def divergence(x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor) -> Tensor:
+    """KL(p ‖ softmax(x Wᵀ)) over the teacher's m tokens and all others as one, summed over positions.
+
+    Args:
+        ids_Pm, p_Pm: the teacher's tokens, all different, and their probabilities.
     """
-    p_Pm = p_Pm / p_Pm.sum(-1, keepdim=True).clamp(min=1.0)  # rounded, they may add up to more than one
-    rest_p_P = (1 - p_Pm.sum(-1)).clamp(min=LEAST)
-    top_Pm = (x_Pd.float()[:, None] * weight_Vd[ids_Pm].float()).sum(-1)
-    logits_PV = (x_Pd.bfloat16() @ weight_Vd.bfloat16().T).float()
-    rest_P = logits_PV.scatter(-1, ids_Pm, -torch.inf).logsumexp(-1)
-    all_P = torch.logaddexp(top_Pm.logsumexp(-1), rest_P)
-    of_top = torch.xlogy(p_Pm, p_Pm) - p_Pm * (top_Pm - all_P[:, None])
-    return of_top.sum() + (rest_p_P * (rest_p_P.log() - (rest_P - all_P))).sum()
+    return _Divergence.apply(x_Pd, weight_Vd, ids_Pm, p_Pm)
 
 
 class Medusa2(Medusa):
@@ -162,7 +186,7 @@ class Medusa2(Medusa):
         cls, backbone: Backbone, counts_V: Tensor, folder: Path | None = None, *, heads: int = 4, layers: int = 2,
         output: str = "tied", draft_vocab: int = 8192, soft: float = 0.5, taps: int = 2, root: bool = True,
         adapt: str = "lora", rank: int = 16, weight: float = 0.2, schedule: str = "constant", slower: float = 0.25,
-        warm: float = 0.1, dropout: float = 0.05,
+        warm: float = 0.1, dropout: float = 0.0,
     ) -> JointHeads:  # fmt: skip
         """Fresh heads over the backbone in `folder`; see `learning.Method`.
 
@@ -173,7 +197,7 @@ class Medusa2(Medusa):
             weight: λ0, of the heads' loss; schedule: constant or sine.
             slower: learning rate of the backbone relative to the heads'.
             warm: share of the training in which the heads learn alone.
-            dropout: of what adapters read.
+            dropout: of what adapters read; a pass or two over the data need none.
         """
         check_options(backbone, output, heads=heads, layers=layers, soft=soft, draft_vocab=draft_vocab, taps=taps)
         for name, value, allowed in (("adapt", adapt, WAYS), ("schedule", schedule, ("constant", "sine"))):

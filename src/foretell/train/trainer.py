@@ -24,6 +24,7 @@ import torch
 from foretell.backbone.files import one_line, whole_lines, write_errors, written_whole
 from foretell.drafters.learning import Trainable
 from foretell.errors import ForetellError, UsageError, check_numbers
+from foretell.train import allocation
 from foretell.train.data import Distilled, digest
 from foretell.train.features import Batches
 from foretell.trees.calibration import Floats, Scale, fit
@@ -138,6 +139,7 @@ class Trainer:
         if not self.resume():
             self.save()  # a folder that cannot be written is found out now
         self._updating = False
+        allocation.keep()
         try:
             self._run(progress, stop)
         finally:

@@ -1,0 +1,55 @@
+"""Puts a trained drafter into the package: its heads in eight bits a number, its curves, its adapter if it has one.
+
+python tools/ship.py FOLDER         the folder that `foretell train` wrote
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+from foretell.backbone import adapters
+from foretell.drafters import checkpoint
+
+IMAGES = Path(__file__).parents[1] / "docs/images"
+MIB = 1 << 20
+EACH, ALL = 36 * MIB, 120 * MIB
+"""How much one drafter, and all of them, may weigh."""
+
+
+def ship(folder: Path) -> Path:
+    """Returns the folder in the package."""
+    found, tensors = checkpoint.load(folder / "drafter")
+    base, _, adapter = found.backbone.partition("+")
+    if adapter:  # its name in the package is the method's, whatever the folder was called
+        found.backbone = f"{base}+{found.method}"
+        target = adapters.SHIPPED / found.method
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(folder / "adapter", target)
+    name = f"{found.method}-{base}"
+    found.save(checkpoint.SHIPPED / name, checkpoint.eighths(tensors))
+    shutil.copyfile(folder / "curves.png", IMAGES / f"{name}.png")
+    return checkpoint.SHIPPED / name
+
+
+def weigh() -> None:
+    """Refuses what is too heavy, drafters and adapters together."""
+    folders = [each.parent for each in checkpoint.SHIPPED.glob("*/config.json")]
+    folders += [each.parent for each in adapters.SHIPPED.glob(f"*/{adapters.CONFIG}")]
+    sizes = {each.name: sum(file.stat().st_size for file in each.iterdir()) for each in folders}
+    for name, size in sizes.items():
+        print(f"{name}: {size / MIB:.1f} MiB")
+    if max(sizes.values()) > EACH or sum(sizes.values()) > ALL:
+        raise SystemExit(f"Too heavy: at most {EACH // MIB} MiB each and {ALL // MIB} MiB in all may ship.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    print(f"shipped: {ship(parser.parse_args().folder)}")
+    weigh()
+
+
+if __name__ == "__main__":
+    main()
