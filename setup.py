@@ -25,8 +25,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     UNITS |= {
         "kernels_avx2": AVX2,
         "kernels_avx512": AVX512,
-        "kernels_avx512bf16": f"{AVX512} -mavx512bf16",
-        "kernels_amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
+        "kernels_avx512bf16": f"{AVX512} -mavx512vnni -mavx512bf16",
+        "kernels_amx": f"{AVX512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16",
     }
 
 

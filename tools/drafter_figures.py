@@ -1,9 +1,10 @@
-"""Measures a trained drafter's figures and writes them to docs/results/DRAFTER.json, section by section.
+"""Measures the drafters that ship for a model and writes their figures to docs/results/NAME.json, section by section.
 
-    python tools/drafter_figures.py SECTION [--drafter medusa] [--questions FILE] [--checkpoint FOLDER] [--model NAME]
+    python tools/drafter_figures.py SECTION [--drafters medusa hydra hydra++] [--questions FILE] [--model MODEL]
 
-Sections: sizes (tokens per step and per second by tree size, with and without merged lookup, against plain), tune
-(what steps cost, and how long that takes to find out), exactness (ids, log-probabilities and cache against plain).
+Sections: sizes (tokens per step and per second by tree size: grown, one tree, with lookup merged, against plain, all in
+one run), tune (what steps and drafting cost, and how long that takes to find out), exactness (ids, log-probabilities
+and cache against plain). NAME is `heads`, or what MODEL adds to the demo model.
 """
 
 from __future__ import annotations
@@ -26,9 +27,7 @@ from foretell.api import LLM
 from foretell.backbone.costs import StepCosts, measure
 from foretell.contracts import SamplingParams, Statistics
 
-SIZES = (4, 8, 16, 32, 64)
-ONE_TREE = (8, 16, 32)
-"""Sizes at which a fixed tree is tried besides the grown one."""
+SIZES = (8, 16, 32)
 WARM_UP = "Hello there."
 
 
@@ -62,12 +61,11 @@ def section_sizes(args: argparse.Namespace) -> Any:
     """Prompt by prompt, each in turn, and the cost of steps before each: the machine drifts."""
     llm = foretell.load(args.model, dtype="bf16")
     runs = {"plain": Run(llm, "plain"), "prompt_lookup": Run(llm, "prompt_lookup")}
-    for size in SIZES:
-        for lookup in (False, True):
-            name = f"{args.drafter} {size}{' with lookup' if lookup else ''}"
-            runs[name] = Run(llm, args.drafter, size, checkpoint=args.checkpoint, lookup=lookup)
-    for size in ONE_TREE:
-        runs[f"{args.drafter} {size}, one tree"] = Run(llm, args.drafter, size, checkpoint=args.checkpoint, grown=False)
+    for drafter in args.drafters:
+        for size in SIZES:
+            runs[f"{drafter} {size}"] = Run(llm, drafter, size)
+            runs[f"{drafter} {size} with lookup"] = Run(llm, drafter, size, lookup=True)
+            runs[f"{drafter} {size}, one tree"] = Run(llm, drafter, size, grown=False)
     rows: dict[str, list[Answer]] = {name: [] for name in runs}
     for number, question in enumerate([WARM_UP, *args.prompts]):
         ids = llm.encode(question)
@@ -135,15 +133,16 @@ def section_exactness(args: argparse.Namespace) -> Any:
         llm = foretell.load(args.model, dtype=dtype)
         prompts = [llm.encode(q) for q in args.prompts]
         for temperature in (0.0, 1.0):
-            settings = [f"{args.drafter} {dtype} T={temperature:g} batch {rows}" for rows in (1, 4)]
-            if all(setting in out for setting in settings):
+            runs = {
+                f"{drafter} {dtype} T={temperature:g} batch {rows}": (drafter, rows)
+                for drafter in args.drafters for rows in (1, 4)
+            }  # fmt: skip
+            if out.keys() >= runs.keys():
                 continue
             params = SamplingParams(max_new_tokens=args.new_tokens, temperature=temperature, seed=7, logprobs=0)
             truth = transcript(llm, drafters.build("plain", llm.backbone), prompts, 1, params)
-            for rows, setting in zip((1, 4), settings, strict=True):
-                drafter = drafters.build(
-                    args.drafter, llm.backbone, checkpoint=args.checkpoint, lookup=rows == 4, nodes=32
-                )
+            for setting, (name, rows) in runs.items():
+                drafter = drafters.build(name, llm.backbone, lookup=rows == 4, nodes=32)
                 out[setting] = compared(truth, transcript(llm, drafter, prompts, rows, params))
                 print(setting, out[setting], flush=True)
                 core.save("exactness", out)
@@ -154,17 +153,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     sections = {name[8:]: f for name, f in globals().items() if name.startswith("section_")}
     parser.add_argument("section", choices=sections)
-    parser.add_argument("--drafter", default="medusa")
+    parser.add_argument("--drafters", nargs="+", default=["medusa", "hydra", "hydra++"])
     parser.add_argument("--model", default=core.MODEL)
     parser.add_argument("--questions", type=Path)
-    parser.add_argument("--checkpoint", default="")
     parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--limit", type=int)
-    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"])
     args = parser.parse_args()
     args.prompts = core.load_questions(args.questions, args.every, args.limit) if args.questions else []
-    core.RESULTS = core.RESULTS.with_name(f"{args.drafter}.json")
+    core.RESULTS = core.RESULTS.with_name(f"{args.model.partition('+')[2] or 'heads'}.json")
     torch.manual_seed(0)
     core.save(args.section, sections[args.section](args))
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from foretell.bench.report import facts, main_table, markdown_table, sections
 from foretell.bench.results import read_results
-from foretell.drafters import DRAFTERS
 
 ROOT = Path(__file__).parent.parent
 BEGIN = "<!-- figures: written by tools/readme.py from docs/results -->"
+HEADS = {"heads.json": "smollm2-135m", "medusa2.json": "smollm2-135m+medusa2"}
+"""Results of tools/drafter_figures.py -> the model that they draft for."""
 END = "<!-- end of figures -->"
 
 
@@ -80,29 +81,34 @@ SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
 """Section of the results -> its sentence; a section not measured yet has none."""
 
 
-def drafter(name: str, results: dict[str, Any]) -> list[str]:
-    """Tokens per step and speed by tree size, of heads that ship."""
+def by_size(model: str, results: dict[str, Any]) -> list[str]:
+    """Tokens per step and speed by tree size, of the heads that ship for a model."""
     if "sizes" not in results:
         return []
     sizes = results["sizes"]["result"]
     lines = [
-        f"Tree sizes: `{name}`, the heads for SmolLM2-135M-Instruct that come with foretell; "
-        f"{results['sizes']['machine']}; "
+        f"Heads that come with foretell for {model}, by tree size; {results['sizes']['machine']}; "
         f"{sizes['prompts']} Spec-Bench questions, {sizes['new_tokens']} new tokens, bfloat16, greedy, batch 1, all in "
-        f"one interleaved run (commit {results['sizes']['commit']}, `{results['sizes']['command']}`).",
+        f"one interleaved run (commit {results['sizes']['commit']}, `{results['sizes']['command']}`). Tokens per step, "
+        "and decoding speed against plain decoding's; *possible* is the share of it that would be there if drafting "
+        "were free and a step cost what its nodes cost alone.",
         "",
-        "| | tokens per step | tokens/s, prefill included | against plain, median of prompts | with lookup merged: "
-        "tokens per step | tokens/s | against plain |",
-        "|---|---|---|---|---|---|---|",
+        "| nodes | grown at each step | possible | drafting | one tree | with lookup merged |",
+        "|---|---|---|---|---|---|",
     ]
-    alone = [each for each in sizes if each.startswith(f"{name} ") and "with" not in each]
-    for run in ("plain", "prompt_lookup", *alone):
-        found = [sizes[each] for each in (run, f"{run} with lookup") if each in sizes]
-        cells = [f"{row['tokens_per_step']} | {row['tokens_per_s']} | {row['median_speedup']}×" for row in found]
-        label = run.replace(f"{name} ", f"{name}, nodes: ")
-        lines.append(f"| {label} | {' | '.join(cells)} |" + " | | |" * (2 - len(found)))
+    for run in [each for each in sizes if isinstance(sizes[each], dict) and "with" not in each and "tree" not in each]:
+        row, others = sizes[run], [sizes.get(f"{run}{kind}") for kind in (", one tree", " with lookup")]
+        cells = [f"{row['tokens_per_step']:.2f}, {row['decode_speedup']:.2f}×"]
+        cells.append(f"{row['share_of_possible']:.0%}" if "share_of_possible" in row else "")
+        cells.append(f"{row['draft_ms'] / row['step_ms']:.0%}")
+        cells += [f"{each['tokens_per_step']:.2f}, {each['decode_speedup']:.2f}×" if each else "" for each in others]
+        lines.append(f"| {run} | {' | '.join(cells)} |")
+    lines += ["", "Share of the guesses offered that was accepted, by depth, 16 nodes: " + "; ".join(
+        f"{run.partition(' ')[0]} {', '.join(f'{share:.0%}' for share in sizes[run]['accepted_by_depth'])}"
+        for run in sizes if run.endswith(" 16")
+    ) + "."]  # fmt: skip
     if "tune" in results:
-        lines += ["", f"`foretell tune` took {results['tune']['result']['seconds']} seconds there."]
+        lines += ["", f"`foretell tune` measures a step's cost in {results['tune']['result']['seconds']} seconds."]
     if "exactness" in results:
         lines += ["", exactness(results["exactness"]["result"])]
     return [*lines, ""]
@@ -148,8 +154,8 @@ def pages() -> dict[Path, str]:
         ROOT / "docs/benchmarks.md": [*head, *(line for each in every for line in measured(each))],
         ROOT / "docs/training.md": [
             *head, *trained(),
-            *(line for name in DRAFTERS if (folder / f"{name}.json").exists()
-              for line in drafter(name, _json(folder / f"{name}.json"))),
+            *(line for name, model in HEADS.items() if (folder / name).exists()
+              for line in by_size(model, _json(folder / name))),
         ],
     }  # fmt: skip
     return {page: "\n".join(lines).rstrip() for page, lines in blocks.items()}

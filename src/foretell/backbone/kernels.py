@@ -25,8 +25,10 @@ from foretell.backbone.linear import DrafterHeads, LevelDrafting
 from foretell.errors import ForetellError
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
-LAYOUT = 8
+LAYOUT = 9
 """Of the structures below and of the calls; what `foretell_layout` in native.cpp must say too."""
+WIDENED, MET = 1, 8
+"""How eighths are packed (common.h)."""
 BUILDS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
 
 
@@ -214,9 +216,13 @@ class ThreadedLinear:
 
 
 class Eighths:
-    """W [N, K] in eight bits a number and one scale an output, for heads that draft: half the memory to read."""
+    """W [N, K] in eight bits a number and one scale an output, for heads that draft: half the memory to read.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, build: Build):
+    Args:
+        how: whether what it is multiplied with is rounded to eighths too, row by row, where the processor can.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, build: Build, how: int = WIDENED):
         self.outputs, self.inputs = weight.shape
         scale = weight.float().abs().amax(1).clamp(min=1e-30) / 127
         eighths = (weight.float() / scale[:, None]).round().to(torch.int8)
@@ -224,7 +230,7 @@ class Eighths:
         self.scale = F.pad(scale, (0, -self.outputs % 32))
         self.bias = None if bias is None else F.pad(bias.float(), (0, -self.outputs % 32))
         require().foretell_pack(
-            build.handle, address(eighths.contiguous()), self.outputs, self.inputs, address(self.packed), 1
+            build.handle, address(eighths.contiguous()), self.outputs, self.inputs, address(self.packed), how
         )
 
 
@@ -240,12 +246,13 @@ class PackedHeads:
     ):  # fmt: skip
         self._build, self._bf16, self._heads = build, int(dtype == torch.bfloat16), len(blocks[0])
 
-        def pack(weight: Tensor, bias: Tensor | None = None) -> Eighths | PackedLinear:
-            return Eighths(weight, bias, build) if self._bf16 else PackedLinear(weight.to(dtype), bias, build)
+        def pack(weight: Tensor, bias: Tensor | None, how: int) -> Eighths | PackedLinear:
+            return Eighths(weight, bias, build, how) if self._bf16 else PackedLinear(weight.to(dtype), bias, build)
 
-        self._blocks = [pack(weight, bias) for layer in blocks for weight, bias in layer]
+        # what the first block reads side by side differs too much in size for one step a row
+        self._blocks = [pack(weight, bias, WIDENED) for layer in blocks for weight, bias in layer]
         if isinstance(outputs, Sequence):
-            self._outputs = [pack(weight) for weight in outputs]
+            self._outputs = [pack(weight, None, MET) for weight in outputs]
         else:
             assert isinstance(outputs, PackedHeads)
             self._outputs = outputs._outputs

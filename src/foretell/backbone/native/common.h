@@ -96,9 +96,13 @@ struct Wanted {
     double* given;
 };
 
+// What is packed: 4 float32, 2 bfloat16, 1 eighths (int8) that are widened before they are multiplied, or eighths that
+// meet eighths, where the processor can.
+constexpr int kMet = 8;
+
 struct Kernels {
     const char* name;
-    void (*pack)(const void* weight, int64_t outputs, int64_t inputs, void* packed, int bytes);
+    void (*pack)(const void* weight, int64_t outputs, int64_t inputs, void* packed, int kind);
     void (*unpack_rows)(const void* packed, int64_t inputs, const int64_t* ids, int64_t count, float* out, int bf16);
     void (*layers)(const Model&, const Cache&, const Rows&, const Span&, float* hidden, int bf16);
     void (*norm)(const float* x, const float* weight, double eps, int64_t rows, int64_t width, float* out);

@@ -121,7 +121,7 @@ static bool tiles_allowed() {  // Linux hands out tile registers on request
 
 static const Kernels* find(const char* wanted) {
     unsigned a, b, c, d;
-    bool avx2 = false, avx512 = false, dot = false, tiles = false;
+    bool avx2 = false, avx512 = false, quads = false, dot = false, tiles = false;
     if (__get_cpuid(1, &a, &b, &c, &d) && (c >> 27 & 1)) {
         unsigned long long state = xgetbv0();
         bool fma3 = c >> 12 & 1, f16c = c >> 29 & 1;
@@ -129,8 +129,9 @@ static const Kernels* find(const char* wanted) {
             bool wide = (state & 0xe6) == 0xe6;
             avx2 = (state & 6) == 6 && (b >> 5 & 1) && fma3 && f16c;
             avx512 = avx2 && wide && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);
+            quads = c >> 11 & 1;
             bool amx = (d >> 22 & 1) && (d >> 24 & 1) && (state >> 17 & 3) == 3;
-            if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) dot = avx512 && (a >> 5 & 1);
+            if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) dot = avx512 && quads && (a >> 5 & 1);
             tiles = dot && amx;
         }
     }
@@ -158,15 +159,14 @@ using namespace foretell;
 extern "C" {
 
 // Counts changes of the structures in common.h and of the calls below; Python refuses a library with another number.
-int foretell_layout() { return 8; }
+int foretell_layout() { return 9; }
 
 // A build by name, or the best one for an empty name; null if this processor cannot run it.
 const Kernels* foretell_build(const char* name) { return find(name); }
 const char* foretell_name(const Kernels* build) { return build->name; }
 
-// weight: int8, bfloat16 or float32, by its size in bytes.
-void foretell_pack(const Kernels* build, const void* weight, int64_t outputs, int64_t inputs, void* packed, int bytes) {
-    build->pack(weight, outputs, inputs, packed, bytes);
+void foretell_pack(const Kernels* build, const void* weight, int64_t outputs, int64_t inputs, void* packed, int kind) {
+    build->pack(weight, outputs, inputs, packed, kind);
 }
 
 void foretell_unpack_rows(const Kernels* build, const void* packed, int64_t inputs, const int64_t* ids, int64_t count,
