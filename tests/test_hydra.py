@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from decoding import assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly
-from random_backbones import BF16, COMPILED, FP32, KERNELS, Model, build, using
+from random_backbones import BF16, COMPILED, FP32, KERNELS, Model, build, same, using
 from test_medusa import LLAMA, VOCAB, WIDTH, backbone_of, batch_of, random_heads, requests, some_paths
 from torch import Tensor
 
 from foretell import drafters
 from foretell.backbone import Backbone, Nodes
 from foretell.backbone.linear import side_by_side
+from foretell.backbone.prefix import PrefixLayer
 from foretell.contracts import FINAL, Row, SamplingParams
 from foretell.drafters import hydra
 from foretell.drafters.checkpoint import Checkpoint
@@ -376,13 +377,56 @@ def test_the_layer_reads_states_in_any_chunks(kernel: str, cuts: list[int]) -> N
         module = random_hydra(backbone, plus=True)
         drafter = drafter_of(backbone, module)
         assert module.prefix
+        assert drafter._prefix
         states = torch.randn(11, WIDTH, generator=torch.Generator().manual_seed(1))
         drafter.bind(backbone.new_cache(2, 4))
         found, begin = [], 0
         for count in cuts:
-            found.append(drafter._attended([1], [count], states[begin : begin + count]))
+            found.append(drafter._prefix([1], [count], states[begin : begin + count]))
             begin += count
         torch.testing.assert_close(torch.cat(found), module.prefix(states[None])[0].detach(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", COMPILED)
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("fused", [False, True])
+def test_one_call_is_the_layer_verb_by_verb(kernel: str, dtype: torch.dtype, tied: bool, fused: bool) -> None:
+    """Ragged rows that join late, in any order of slots; and bit for bit the same however many come at once."""
+    with using(kernel):
+        backbone = Model(LLAMA | {"tie_word_embeddings": tied}).build(kernel, dtype, 2)
+        module = random_hydra(backbone, plus=True, fused=fused, taps=2)
+        assert module.prefix
+        tensors = {name: each.to(dtype) for name, each in module.prefix.named().items()}
+        fuse = module.fuse.to(dtype) if module.fuse is not None else None
+        ours, alone = (backbone.prefix(tensors, fuse) for _ in range(2))
+        twin = PrefixLayer(backbone, backbone.layer(tensors), fuse)
+        assert type(ours) is not PrefixLayer
+        generator = torch.Generator().manual_seed(3)
+        for layer in (ours, alone, twin):
+            layer.bind(2, 4)
+        for rows, counts in (([1], [5]), ([4, 1], [3, 1]), ([1, 4, 0], [2, 1, 7]), ([0, 1], [1, 1])):
+            total = sum(counts)
+            states, *others = torch.randn(1 + 2 * fused, total, WIDTH, generator=generator).unbind()
+            following = torch.randint(VOCAB, (total,), generator=generator).tolist() if fused else []
+            found = ours(rows, counts, states, others, following)
+            one_by_one, at = [], 0
+            for row, count in zip(rows, counts, strict=True):
+                for i in range(at, at + count):
+                    one_by_one.append(alone([row], [1], *_at(i, states, others, following)))
+                at += count
+            assert same(torch.cat(one_by_one), found)
+            truth = twin(rows, counts, states, others, following)
+            # bfloat16 rounds what the norms give a last bit apart
+            torch.testing.assert_close(found, truth, **({} if dtype == FP32 else {"rtol": 2e-2, "atol": 2e-2}))
+            assert [ours.length(row) for row in range(5)] == [twin.length(row) for row in range(5)]
+        for layer in (ours, twin):
+            layer.begin(1, 3)
+        assert [ours.length(row) for row in range(6)] == [8, 3, 0, 0, 4, 0]
+
+
+def _at(i: int, states: Tensor, others: list[Tensor], following: list[int]) -> tuple[Tensor, list[Tensor], list[int]]:
+    return states[i : i + 1], [each[i : i + 1] for each in others], following[i : i + 1]
 
 
 def test_a_fresh_layer_is_the_identity() -> None:

@@ -21,6 +21,7 @@ from foretell.backbone.cache import KVCache
 from foretell.backbone.config import ModelConfig
 from foretell.backbone.linear import DrafterHeads, DrafterLinear, LevelDrafting, StackedHeads, TreeGrower
 from foretell.backbone.nodes import Nodes
+from foretell.backbone.prefix import PrefixLayer
 from foretell.errors import UsageError
 
 SKIP_ATTENTION, SKIP_MLP = 1, 2
@@ -132,6 +133,14 @@ class Backbone(ABC):
     def grower(self, drafting: LevelDrafting) -> TreeGrower | None:
         """What drafts trees in one call; None where asking level by level is as good."""
         return None
+
+    def prefix(self, tensors: Mapping[str, Tensor], fuse_dP: Tensor | None) -> PrefixLayer:
+        """A drafter's own layer over what was committed.
+
+        Args:
+            tensors: see `layer`; fuse_dP: see `PrefixLayer`.
+        """
+        return PrefixLayer(self, self.layer(tensors), fuse_dP)
 
     def layer(self, tensors: Mapping[str, Tensor]) -> Backbone:
         """A drafter's own layer of this backbone's shape and kernels, as a backbone of it alone.

@@ -25,7 +25,7 @@ from foretell.backbone.linear import DrafterHeads, LevelDrafting
 from foretell.errors import ForetellError
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
-LAYOUT = 9
+LAYOUT = 10
 """Of the structures below and of the calls; what `foretell_layout` in native.cpp must say too."""
 WIDENED, MET = 1, 8
 """How eighths are packed (common.h)."""
@@ -63,6 +63,12 @@ class Heads(Structure):
     _fields_ = _words("heads hidden inputs layers linear outputs choices threads weight bias output scale output_scale")
 
 
+class Committed(Structure):
+    _fields_ = _words(
+        "sequences cache_row length count cosine sine fuse others stream following embedding packed"
+    )  # fmt: skip
+
+
 class Drafting(Structure):
     _fields_ = _words("levels hidden streams width grounded chained heads embedding packed vocabulary scales")
 
@@ -92,6 +98,7 @@ def library() -> ctypes.CDLL | None:
         pointer, pointer, size, size, pointer, size, pointer, pointer, size, pointer, pointer, size, flag
     ]  # fmt: skip
     lib.foretell_heads.argtypes = [pointer, pointer, pointer, size, size, pointer, pointer, pointer, flag]
+    lib.foretell_observe.argtypes = [pointer] * 5 + [size, pointer, flag]
     lib.foretell_grow.argtypes = [pointer, pointer, pointer, flag]
     lib.foretell_attention.argtypes = [pointer] * 6 + [size, flag]
     return lib
@@ -106,7 +113,7 @@ def require() -> ctypes.CDLL:
 
 @dataclass(frozen=True)
 class Build:
-    """The kernels for one instruction set; all share one packed layout."""
+    """The kernels for one instruction set; all share one packed layout but that of eighths."""
 
     name: str
     handle: int

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foretell.backbone import Backbone, KVCache, Nodes
-from foretell.backbone.linear import DrafterHeads, LevelDrafting, normed
+from foretell.backbone import Backbone, KVCache
+from foretell.backbone.linear import DrafterHeads, LevelDrafting
 from foretell.contracts import FINAL, Draft, Drafter, Features, Row
 from foretell.drafters.checkpoint import find
 from foretell.drafters.hydra_heads import HydraHeads, shapes
@@ -107,10 +107,9 @@ class Hydra(Drafter):
             LevelDrafting(self._levels, streams, self._width, vocabulary, self._scales, *reads)
         )
         layer = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("prefix.")}
-        self._prefix = backbone.layer(layer) if arch["prefix"] else None
-        self._fuse = backbone.linear(tensors["fuse"], None) if arch["fused"] else None
+        fuse = tensors["fuse"] if arch["fused"] else None
+        self._prefix = backbone.prefix(layer, fuse) if arch["prefix"] else None
         self.ahead = int(arch["fused"])
-        self._cache: KVCache | None = None
         self._parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
         self._states: dict[int, Tensor] = {}  # slot -> of the newest token but one: state, then streams [S, d]
 
@@ -189,48 +188,37 @@ class Hydra(Drafter):
 
     def bind(self, cache: KVCache) -> None:
         if self._prefix:
-            self._cache = self._prefix.new_cache(cache.rows, cache.slots)
+            self._prefix.bind(cache.rows, cache.slots)
         self._states.clear()
 
     def reset(self, rows: Sequence[Row]) -> None:
         for row in rows:
             self._states.pop(row.slot, None)
-            if self._cache:  # an interruption may have kept the layer from what the engine had committed
-                self._cache.reserve(self._cache.slots, rows=row.slot + 1)
-                self._cache.rollback(row.slot, min(row.reused, self._cache.lengths[row.slot]))
+            if self._prefix:
+                self._prefix.begin(row.slot, row.reused)
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
         streams = [features.taps[tap] for tap in reversed(self.taps)]
-        if self._fuse:
-            streams = [streams[0] + self._fuse(self._beside(rows, features.counts, streams[1:]))]
         if self._prefix:
-            streams[0] = self._attended([row.slot for row in rows], features.counts, streams[0])
+            slots, (states, *others) = [row.slot for row in rows], streams
+            if self.ahead:
+                streams = [self._prefix(slots, features.counts, states, others, self._following(rows, features.counts))]
+            else:
+                streams[0] = self._prefix(slots, features.counts, states)
         end = 0
         for row, count in zip(rows, features.counts, strict=True):
             end += count
             self._states[row.slot] = torch.stack([stream[end - 1] for stream in streams])
 
-    def _beside(self, rows: Sequence[Row], counts: list[int], streams: list[Tensor]) -> Tensor:
-        """What the prefix layer reads besides the final states: other streams, and the token after each state."""
-        assert self._cache
-        self._cache.reserve(self._cache.slots, rows=max(row.slot for row in rows) + 1)
+    def _following(self, rows: Sequence[Row], counts: Sequence[int]) -> list[int]:
+        """The token after each newly committed state."""
+        assert self._prefix
         tokens: list[int] = []
         for row, count in zip(rows, counts, strict=True):
-            begin = self._cache.lengths[row.slot] + 1
+            begin = self._prefix.length(row.slot) + 1
             following = row.tokens[begin : begin + count]  # a stop may have cut them short: then nothing follows
             tokens += following + row.tokens[-1:] * (count - len(following))
-        parts = [*streams, self._embed(torch.tensor(tokens))]
-        return torch.cat([normed(part) for part in parts], 1)
-
-    def _attended(self, slots: list[int], counts: list[int], states_Md: Tensor) -> Tensor:
-        """The prefix layer over newly committed states; it keeps their keys and values."""
-        assert self._prefix and self._cache
-        self._cache.reserve(self._cache.slots, rows=max(slots) + 1)
-        lengths = [self._cache.lengths[slot] for slot in slots]
-        self._cache.reserve(max(length + count for length, count in zip(lengths, counts, strict=True)))
-        stream_Md, _ = self._prefix.run_layers(states_Md, Nodes.chains(slots, lengths, counts), self._cache)
-        self._cache.commit(slots, [range(count) for count in counts])
-        return stream_Md
+        return tokens
 
     # -- guesses ----------------------------------------------------------------------------------------------------
 

@@ -73,6 +73,21 @@ struct Heads {
     const float* const* output_scale;  // [outputs]
 };
 
+// States that were committed: count[b] of them behind the length[b] that a layer of a drafter's own holds in a row of its
+// cache. What joins them, if `fuse` is there: [d] outputs from `others` streams [M, d] and the embedding of the token after
+// each state.
+struct Committed {
+    int64_t sequences;
+    const int64_t *cache_row, *length, *count;  // [sequences]
+    const float *cosine, *sine;                 // [positions, D/2]
+    const void* fuse;                           // packed, or null
+    int64_t others;
+    const float* const* stream;  // [others]
+    const int64_t* following;    // [M]
+    const void* embedding;       // a row a token: packed, or as they are
+    int64_t packed;
+};
+
 // What drafts a tree level by level: heads of one level each, which read `streams` states of a row, then the embeddings
 // of a path's tokens (if grounded), then the state in which the head above ended (if chained).
 struct Drafting {
@@ -121,6 +136,11 @@ const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
 const Kernels* kernels_generic();
 
+// Rows of an embedding as float32, [count][width].
+void embed(const Kernels& build, const void* embedding, int packed, const int64_t* ids, int64_t count, int64_t width,
+           float* out, int bf16);
+void observe(const Kernels& build, const Model& model, const Cache& cache, const Committed& committed, float* hidden,
+             int bf16);
 void grow(const Kernels& build, const Drafting& drafting, const Wanted& wanted, int bf16);
 
 // Runs body(context, thread) on `threads` threads and waits; `wait` inside a body is a barrier of all of them.

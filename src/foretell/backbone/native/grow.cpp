@@ -31,18 +31,6 @@ float believed(float said, const float* scale) {
     return -(std::fmax(z, 0.0f) + std::log1p(std::exp(-std::fabs(z))));
 }
 
-void embed(const Kernels& build, const Drafting& d, const std::vector<int64_t>& ids, float* out, int bf16) {
-    if (d.packed) return build.unpack_rows(d.embedding, d.hidden, ids.data(), ids.size(), out, bf16);
-    for (size_t i = 0; i < ids.size(); i++, out += d.hidden)
-        if (bf16)
-            for (int64_t j = 0; j < d.hidden; j++) {
-                uint32_t bits = (uint32_t)((const uint16_t*)d.embedding)[ids[i] * d.hidden + j] << 16;
-                memcpy(out + j, &bits, 4);
-            }
-        else
-            memcpy(out, (const float*)d.embedding + ids[i] * d.hidden, d.hidden * 4);
-}
-
 struct Tree {
     std::vector<Node> nodes;
     std::vector<int32_t> asked;
@@ -110,7 +98,7 @@ void grow(const Kernels& build, const Drafting& d, const Wanted& w, int bf16) {
         float* embedded = nullptr;
         if (d.grounded) {
             embedded = kept.emplace_back(rows * d.hidden).data();
-            embed(build, d, ids, embedded, bf16);
+            embed(build, d.embedding, (int)d.packed, ids.data(), rows, d.hidden, embedded, bf16);
         }
         float* ended = d.chained ? kept.emplace_back(rows * d.hidden).data() : nullptr;
         parts.clear();

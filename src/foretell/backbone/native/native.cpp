@@ -159,7 +159,7 @@ using namespace foretell;
 extern "C" {
 
 // Counts changes of the structures in common.h and of the calls below; Python refuses a library with another number.
-int foretell_layout() { return 9; }
+int foretell_layout() { return 10; }
 
 // A build by name, or the best one for an empty name; null if this processor cannot run it.
 const Kernels* foretell_build(const char* name) { return find(name); }
@@ -200,6 +200,14 @@ void foretell_heads(const Kernels* build, const Heads* heads, const float* const
                     float* values, int64_t* best, float* states, int bf16) {
     std::lock_guard<std::mutex> lock(one_call);
     build->heads(*heads, parts, rows, count, values, best, states, bf16);
+}
+
+// states and hidden are [M, d]; states are left as they are.
+void foretell_observe(const Kernels* build, const Model* model, const Cache* cache, const Committed* committed,
+                      const float* states, int64_t count, float* hidden, int bf16) {
+    std::lock_guard<std::mutex> lock(one_call);
+    memcpy(hidden, states, count * model->hidden * 4);
+    observe(*build, *model, *cache, *committed, hidden, bf16);
 }
 
 void foretell_grow(const Kernels* build, const Drafting* drafting, const Wanted* wanted, int bf16) {
