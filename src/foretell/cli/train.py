@@ -62,11 +62,7 @@ def train(
     backbone = llm.backbone
     for store in stores:
         _check(store, backbone, other_model)
-    counts_V, begin = _written(stores, backbone.config.vocab), _start(start, backbone) if start else None
-    if begin:  # what it has not learnt to choose from, it has not learnt to leave alone
-        counts_V[begin[1]["vocabulary"].long()] += counts_V.sum()
-    module = _fresh(cls, llm, counts_V, options, settings.seed)
-    begun = _begin(module, start, *begin) if begin else {}
+    module, begun = _module(cls, llm, stores, options, settings.seed, start)
     name = f"features-{backbone.fingerprint}-{'-'.join(map(str, module.taps))}"
     parts = [
         Features(backbone, store.conversations, module.taps, None if no_cache else store.folder / name)
@@ -151,13 +147,19 @@ def _check(store: Store, backbone: Backbone, other_model: bool) -> None:
         )
 
 
-def _fresh(cls: Any, llm: LLM, counts_V: Tensor, options: dict[str, Any], seed: int) -> Trainable:
-    """The untrained module; what it draws follows from the seed."""
+def _module(
+    cls: Any, llm: LLM, stores: Sequence[Store], options: dict[str, Any], seed: int, start: str
+) -> tuple[Trainable, dict[str, str]]:
+    """What is to learn, and what it begins with; what a fresh one draws follows from the seed."""
     import torch
 
+    counts_V, folder = _written(stores, llm.backbone.config.vocab), llm.folder.path if llm.folder else None
+    begin = _start(start, llm.backbone) if start else None
+    if begin:  # what it has not learnt to choose from, it has not learnt to leave alone
+        counts_V[begin[1]["vocabulary"].long()] += counts_V.sum()
     torch.manual_seed(seed)
-    folder = llm.folder.path if llm.folder else None
-    return cls.trainable(llm.backbone, counts_V, folder, **options)
+    module = cls.trainable(llm.backbone, counts_V, folder, **options)
+    return module, _begin(module, start, *begin) if begin else {}
 
 
 def _start(start: str, backbone: Backbone) -> tuple[Checkpoint, dict[str, Tensor]]:
