@@ -1127,7 +1127,7 @@ def test_hydra_may_begin_with_what_medusa_has_learnt(
     assert (ran.code, ran.out) == (0, "")
     saved, tensors = checkpoint.load(tmp_path / "out" / "drafter")
     digest = checkpoint.fingerprint(checkpoint.load(Path(start))[1])
-    assert (saved.provenance["start"], saved.provenance["started_by"]) == (digest, told)
+    assert (saved.provenance["start"], saved.provenance["started_by"]) == (digest, [told])
     assert list(saved.tokens_per_step) == [str(size) for size in SIZES]
     assert all(1 <= tokens <= 4 for tokens in saved.tokens_per_step.values())
     medusa = checkpoint.load(trained / "drafter")[1]
@@ -1143,7 +1143,9 @@ def test_hydra_may_begin_with_what_medusa_has_learnt(
     before = files(tmp_path / "out")
     ran = foretell(*begun(tiny, data, tmp_path / "out"))
     refused(
-        ran, 2, rf"holds a run with start {digest} \(not None\), started_by {told} \(not None\); go on with the same"
+        ran,
+        2,
+        rf"holds a run with start {digest} \(not None\), started_by \['{told}'\] \(not None\); go on with the same",
     )
     found, tensors = checkpoint.load(trained / "drafter")
     replace(found, provenance={"command": told}).save(tmp_path / "other", tensors | {"bias": tensors["bias"] + 1})

@@ -122,7 +122,7 @@ def trained() -> list[str]:
         data = made["data"] if isinstance(made["data"], list) else [made["data"]]  # one, at first
         written, talks = (sum(each["counts"][what] for each in data) for what in ("written", "conversations"))
         commands = "`, `".join(each["command"] for each in data)
-        begun = f" (begun with what `{made['started_by']}` had made)" if "started_by" in made else ""
+        begun = f" (begun with what {_commands(made['started_by'])} had made)" if "started_by" in made else ""
         heads = ", ".join(f"{head['top1']:.0%} / {head['top5']:.0%}" for head in made["accuracy"])
         minutes = [
             f"{part} {seconds / 60:.0f} minutes"
@@ -142,6 +142,11 @@ def trained() -> list[str]:
             "",
         ]
     return lines
+
+
+def _commands(run: list[str]) -> str:
+    """In the order in which they were given, each going on with what came of the one before."""
+    return ", then ".join(f"`{each}`" for each in run)
 
 
 def pages() -> dict[Path, str]:

@@ -149,7 +149,7 @@ def _check(store: Store, backbone: Backbone, other_model: bool) -> None:
 
 def _module(
     cls: Any, llm: LLM, stores: Sequence[Store], options: dict[str, Any], seed: int, start: str
-) -> tuple[Trainable, dict[str, str]]:
+) -> tuple[Trainable, dict[str, Any]]:
     """What is to learn, and what it begins with; what a fresh one draws follows from the seed."""
     import torch
 
@@ -181,8 +181,8 @@ def _start(start: str, backbone: Backbone) -> tuple[Checkpoint, dict[str, Tensor
     return checkpoint, tensors
 
 
-def _begin(module: Trainable, start: str, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Lets the module begin with what another drafter has learnt; says which."""
+def _begin(module: Trainable, start: str, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Lets the module begin with what another drafter has learnt; says which, and by what commands it had learnt."""
     from foretell.backbone.files import one_line
     from foretell.drafters.checkpoint import fingerprint
 
@@ -192,7 +192,10 @@ def _begin(module: Trainable, start: str, checkpoint: Checkpoint, tensors: dict[
         raise UsageError(f"{start} cannot be begun with: {error}") from error
     except (KeyError, RuntimeError) as error:
         raise ForetellError(f"{start} is damaged, or of another method: {one_line(error)}.") from error
-    return {"start": fingerprint(tensors), "started_by": checkpoint.provenance.get("command", checkpoint.method)}
+    earlier = checkpoint.provenance.get("started_by", [])
+    return {
+        "start": fingerprint(tensors), "started_by": [*earlier, checkpoint.provenance.get("command", checkpoint.method)]
+    }  # fmt: skip
 
 
 def _figures(report: Report) -> dict[str, Any]:
