@@ -18,6 +18,7 @@ from toy_drafters import Checker, EarlyExit, Inserter, Oracle, RandomTrees
 
 from foretell import drafters
 from foretell.backbone import Backbone, Tokenizer, assemble
+from foretell.backbone.loading import resolve
 from foretell.contracts import Drafter, SamplingParams
 from foretell.drafters.checkpoint import SHIPPED
 from foretell.drafters.prompt_lookup import PromptLookup
@@ -65,21 +66,33 @@ TOYS: dict[str, Callable[[Backbone, dict[tuple[int, ...], list[int]]], Drafter]]
         "medusa", backbone, tree="vicuna_7b_stage2", grown=False
     ),
 }
-TRAINED = sorted({json.loads(config.read_text())["method"] for config in SHIPPED.glob("*/config.json")})
-"""What comes with foretell for the demo model."""
-for method in TRAINED:
+MADE_FOR = {
+    made["method"]: made["backbone"]
+    for made in (json.loads(config.read_text()) for config in sorted(SHIPPED.glob("*/config.json")))
+}
+"""What comes with foretell, and the model that it drafts for."""
+for method in MADE_FOR:
     TOYS[method] = lambda backbone, right, name=method: drafters.build(name, backbone, nodes=16)
     TOYS[f"{method}, lookup"] = lambda backbone, right, name=method: drafters.build(
         name, backbone, nodes=40, lookup=True
     )
 
 
+def folder_for(method: str) -> Path:
+    """Of the model that it drafts for; toys know the demo model."""
+    return resolve(MADE_FOR.get(method.removesuffix(", lookup"), "smollm2-135m")).path
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("toy", TOYS)
-def test_every_bit_is_that_of_plain_decoding(demo_folder: Path, toy: str, dtype: str, temperature: float) -> None:
-    backbone, right = backbone_of(demo_folder, dtype), truth(demo_folder, dtype, temperature)
-    asked = requests(demo_folder, temperature)
+def test_every_bit_is_that_of_plain_decoding(toy: str, dtype: str, temperature: float) -> None:
+    folder = folder_for(toy)
+    backbone, right, asked = (
+        backbone_of(folder, dtype),
+        truth(folder, dtype, temperature),
+        requests(folder, temperature),
+    )
     drafter = TOYS[toy](backbone, answers(asked, right))
     alone = (list(TOYS).index(toy) + (dtype == "bf16") + (temperature == 0)) % 2  # each toy alone and in a batch
     decoder = decoder_of(backbone, drafter, max_rows=1 if alone else 4)
@@ -105,11 +118,12 @@ def test_every_kernel_keeps_the_promise(demo_folder: Path, dtype: str, kernel: s
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("method", TRAINED)
-def test_the_heads_that_come_with_foretell_foretell(demo_folder: Path, method: str, dtype: str) -> None:
-    backbone = backbone_of(demo_folder, dtype)
-    asked = [(ids, SamplingParams(max_new_tokens=64)) for ids in prompts(demo_folder)]
-    assert drafters.recommended(backbone) in TRAINED
+@pytest.mark.parametrize("method", MADE_FOR)
+def test_the_heads_that_come_with_foretell_foretell(method: str, dtype: str) -> None:
+    folder = folder_for(method)
+    backbone = backbone_of(folder, dtype)
+    asked = [(ids, SamplingParams(max_new_tokens=64)) for ids in prompts(folder)]
+    assert MADE_FOR[drafters.recommended(backbone)] == MADE_FOR[method]
     outputs = finish(decoder_of(backbone, drafters.build(method, backbone, nodes=16)), asked)
     tokens, steps = (sum(getattr(out.statistics, name) for out in outputs) for name in ("new_tokens", "steps"))
     assert tokens / steps > 1.6  # without heads 1
