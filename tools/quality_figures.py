@@ -61,7 +61,8 @@ def main() -> None:
     answers = llm.generate(prompts, max_new_tokens=args.new_tokens)
     written = [([*prompt, *answer.ids], len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
     records = [json.loads(line) for line in args.questions.read_text().splitlines()]
-    texts = [llm.encode(each["reference"][0], raw=True) for each in records if each.get("reference")]
+    told = [text for each in records for text in (each.get("reference") or [])[:1]]  # others list words, or nothing
+    texts = [llm.encode(text, raw=True) for text in told if isinstance(text, str) and text.strip()]
     human = [(tokens[:512], 1) for tokens in texts if len(tokens) > 1]
     sums = [each for each in records if "####" in (each.get("reference") or [""])[0]]
     asked = [SUMS.format(question=each["turns"][0]) for each in sums]

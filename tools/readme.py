@@ -114,6 +114,23 @@ def by_size(model: str, results: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def quality(results: dict[str, Any]) -> list[str]:
+    """What models lost when they learnt together with heads."""
+    lines = []
+    for model, section in results.items():
+        r = section["result"]
+        base, after = r[model.rpartition("+")[0]], r[model]
+        lines += [
+            f"What `{model}` lost: on {r['texts']} texts that people wrote, perplexity {base['human_perplexity']:.2f} "
+            f"before and {after['human_perplexity']:.2f} after; on {r['questions']} answers of the model as it was, "
+            f"{base['own_perplexity']:.3f} and {after['own_perplexity']:.3f}, where it would now choose "
+            f"{after['own_agreement']:.1%} of the tokens; of {r['sums']} sums (GSM8K) right {base['exact_match']:.0%} and "
+            f"{after['exact_match']:.0%} (commit {section['commit']}, `{section['command']}`).",
+            "",
+        ]
+    return lines
+
+
 def trained() -> list[str]:
     """How the heads that ship were made."""
     lines = []
@@ -161,6 +178,7 @@ def pages() -> dict[Path, str]:
             *head, *trained(),
             *(line for name, model in HEADS.items() if (folder / name).exists()
               for line in by_size(model, _json(folder / name))),
+            *(quality(_json(folder / "quality.json")) if (folder / "quality.json").exists() else []),
         ],
     }  # fmt: skip
     return {page: "\n".join(lines).rstrip() for page, lines in blocks.items()}
