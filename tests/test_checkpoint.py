@@ -7,9 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from foretell.backbone import adapters
 from foretell.drafters import checkpoint
 from foretell.drafters.checkpoint import Checkpoint
 from foretell.errors import ForetellError
+
+
+def test_what_ships_is_light() -> None:
+    files = [file for shipped in (checkpoint.SHIPPED, adapters.SHIPPED) for file in shipped.glob("*/*.safetensors")]
+    sizes = [file.stat().st_size / (1 << 20) for file in files]
+    assert len(sizes) >= 5
+    assert max(sizes) <= 36
+    assert sum(sizes) <= 120
 
 
 def test_eight_bits_a_number_are_read_as_what_they_stand_for(tmp_path: Path) -> None:

@@ -383,7 +383,11 @@ def refused(ran: Ran, code: int, sentence: str) -> None:
     [
         (["-d", "medsua"], 2, "Unknown drafter 'medsua': did you mean 'medusa'"),
         (["-o", "nodes=5"], 2, "Drafter 'plain' has no option 'nodes'"),
-        (["-d", "medusa"], 2, "No medusa drafter comes with foretell for this model; train one"),
+        (
+            ["-d", "medusa"],
+            2,
+            r"No medusa drafter comes with foretell for this model \(one does for smollm2-135m\); train one",
+        ),
         (["-m", "./nowhere"], 2, "here is no folder ./nowhere"),
         (["--cache-dir", "{file}"], 1, "annot write to .*file"),
     ],

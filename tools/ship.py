@@ -13,9 +13,6 @@ from foretell.backbone import adapters
 from foretell.drafters import checkpoint
 
 IMAGES = Path(__file__).parents[1] / "docs/images"
-MIB = 1 << 20
-EACH, ALL = 36 * MIB, 120 * MIB
-"""How much one drafter, and all of them, may weigh."""
 
 
 def ship(folder: Path) -> Path:
@@ -33,22 +30,10 @@ def ship(folder: Path) -> Path:
     return checkpoint.SHIPPED / name
 
 
-def weigh() -> None:
-    """Refuses what is too heavy, drafters and adapters together."""
-    folders = [each.parent for each in checkpoint.SHIPPED.glob("*/config.json")]
-    folders += [each.parent for each in adapters.SHIPPED.glob(f"*/{adapters.CONFIG}")]
-    sizes = {each.name: sum(file.stat().st_size for file in each.iterdir()) for each in folders}
-    for name, size in sizes.items():
-        print(f"{name}: {size / MIB:.1f} MiB")
-    if max(sizes.values()) > EACH or sum(sizes.values()) > ALL:
-        raise SystemExit(f"Too heavy: at most {EACH // MIB} MiB each and {ALL // MIB} MiB in all may ship.")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     print(f"shipped: {ship(parser.parse_args().folder)}")
-    weigh()
 
 
 if __name__ == "__main__":

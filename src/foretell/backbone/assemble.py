@@ -110,7 +110,7 @@ def _build(name: str | None, device: torch.device) -> kernels.Build | None:
         return None
     build = kernels.find(asked)
     if asked and build is None:
-        reason = "this processor lacks them" if kernels.library() else "they were not compiled with the package"
+        reason = "this processor lacks them" if kernels.loaded() else "they were not compiled with the package"
         raise UsageError(f"Kernels {asked!r} cannot run here: {reason}; leave the choice out to take the best.")
     return build
 

@@ -80,7 +80,7 @@ class Wanted(Structure):
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def loaded() -> ctypes.CDLL | None:
     """The loaded library, or None where it was not built."""
     if not LIBRARY.exists():
         return None
@@ -106,7 +106,7 @@ def library() -> ctypes.CDLL | None:
 
 def require() -> ctypes.CDLL:
     """The library, where the caller knows that it was built."""
-    lib = library()
+    lib = loaded()
     assert lib is not None, "the kernels were not compiled"
     return lib
 
@@ -121,7 +121,7 @@ class Build:
 
 def find(name: str = "") -> Build | None:
     """A build by name (see BUILDS), or the best; None if this processor lacks it, or none was compiled."""
-    lib = library()
+    lib = loaded()
     handle = lib.foretell_build(name.encode()) if lib is not None else None
     return Build(lib.foretell_name(handle).decode(), handle) if lib is not None and handle else None
 

@@ -34,7 +34,7 @@ class PrefixLayer:
     def __init__(self, backbone: Backbone, layer: Backbone, fuse_dP: Tensor | None):
         self.layer, self._embed = layer, backbone.embed
         self._fuse = None if fuse_dP is None else backbone.linear(fuse_dP, None)
-        self.cache = layer.new_cache(1, 1)
+        self.fused, self.cache = fuse_dP is not None, layer.new_cache(1, 1)
 
     def bind(self, rows: int, slots: int) -> None:
         """Room for so many rows; what was kept is void."""

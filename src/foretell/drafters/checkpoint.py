@@ -161,8 +161,11 @@ def find(method: str, backbone: Backbone, folder: str = "", any_backbone: bool =
         mine = shipped(backbone)
         if method in mine:
             return load(mine[method])
+        made = (read_json(config) for config in sorted(SHIPPED.glob("*/config.json")))
+        others = ", ".join(raw["backbone"] for raw in made if raw["method"] == method)
         raise UsageError(
-            f"No {method} drafter comes with foretell for this model; train one (foretell distill, foretell train "
+            f"No {method} drafter comes with foretell for this model{f' (one does for {others})' if others else ''}; "
+            f"train one (foretell distill, foretell train "
             f"{method}) and name its folder with -o checkpoint=FOLDER."
         )
     path = Path(folder).expanduser()

@@ -201,7 +201,7 @@ class Hydra(Drafter):
         streams = [features.taps[tap] for tap in reversed(self.taps)]
         if self._prefix:
             slots, (states, *others) = [row.slot for row in rows], streams
-            if self.ahead:
+            if self._prefix.fused:
                 streams = [self._prefix(slots, features.counts, states, others, self._following(rows, features.counts))]
             else:
                 streams[0] = self._prefix(slots, features.counts, states)

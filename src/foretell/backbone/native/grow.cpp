@@ -5,7 +5,6 @@
 // a millisecond.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <deque>
 #include <vector>
 

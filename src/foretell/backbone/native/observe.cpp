@@ -1,6 +1,5 @@
 // A drafter's own layer over newly committed states (backbone/prefix.py), in one call: fusing, the nodes of the pass, the
 // layer. After a pass of the backbone each of them would cost the interpreter a tenth of a millisecond.
-#include <algorithm>
 #include <cstring>
 #include <vector>
 
