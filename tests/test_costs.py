@@ -255,24 +255,24 @@ EARNED = {4: 1.6, 8: 1.8, 16: 2.2}
 
 def test_a_drafter_takes_the_size_that_pays_most(cache: Path) -> None:
     backbone = tiny_backbone()
-    assert tree_size(backbone, 0, EARNED, "medusa")(1, 128) == DEFAULT_NODES  # nothing was measured yet
+    assert tree_size(backbone, 0, EARNED, "medusa", 64)(1, 128) == DEFAULT_NODES  # nothing was measured yet
     step = StepCosts(TABLE)
     backbone.costs = costs_file(backbone)
     step.save(backbone.costs)
-    size = tree_size(backbone, 0, EARNED, "medusa")
+    size = tree_size(backbone, 0, EARNED, "medusa", 64)
     for rows in range(1, 7):
         for context in range(0, 640, 64):
             assert size(rows, context) == step.best_size(rows, context, EARNED)
             assert size(rows, context + 63) == size(rows, context)  # asked anew at each block of 64 only
     assert {size(rows, context) for rows in (1, 4) for context in (128, 512)} == {4, 8}
-    assert tree_size(backbone, 0, {}, "medusa")(1, 128) == DEFAULT_NODES
-    assert tree_size(backbone, 24, EARNED, "medusa")(1, 128) == 24  # who says how many gets as many
+    assert tree_size(backbone, 0, {}, "medusa", 64)(1, 128) == DEFAULT_NODES
+    assert tree_size(backbone, 24, EARNED, "medusa", 64)(1, 128) == 24  # who says how many gets as many
 
 
-@pytest.mark.parametrize("nodes", [-1, 1, 257])
+@pytest.mark.parametrize("nodes", [-1, 1, 65])
 def test_sizes_that_no_tree_has(cache: Path, nodes: int) -> None:
-    with pytest.raises(UsageError, match=f"A tree has 2 to 256 nodes, not {nodes}"):
-        tree_size(tiny_backbone(), nodes, EARNED, "medusa")
+    with pytest.raises(UsageError, match=f"Its trees have 2 to 64 nodes, not {nodes}"):
+        tree_size(tiny_backbone(), nodes, EARNED, "medusa", 64)
 
 
 def untrained(backbone: Backbone, folder: Path) -> Path:

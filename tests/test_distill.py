@@ -112,6 +112,10 @@ def test_an_append_cut_anywhere_leaves_what_was_there_before(tmp_path: Path, las
         b'{"line": 0, "drop', b"[]", b"null", b"17", b"", b"\x00\x00\xff\xfe", b'{"dropped": "empty"}', b'{"line": 0}',
         b'{"line": [], "dropped": 1}', b'{"line": 0, "tokens": [1]}',
         b'{"line": 0, "tokens": [1], "answers": [[0]]}', b'{"line": 0, "tokens": [1], "answers": 5}',
+        b'{"line": 0, "tokens": [1, 2], "answers": [[2, 1]]}', b'{"line": 0, "tokens": [1, 2], "answers": [[0, 3]]}',
+        b'{"line": 0, "tokens": [1, 2], "answers": [[-1, 1]]}', b'{"line": 0, "tokens": [], "answers": []}',
+        b'{"line": 0, "tokens": [1.5], "answers": [[0, 1]]}', b'{"line": 0, "tokens": [-3], "answers": [[0, 1]]}',
+        b'{"line": "x", "tokens": [1], "answers": [[0, 1]]}', b'{"line": 0, "tokens": 3, "answers": [[0, 1]]}',
     ],
 )  # fmt: skip
 def test_a_damaged_line_is_named(tmp_path: Path, damage: bytes) -> None:

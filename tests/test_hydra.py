@@ -711,7 +711,41 @@ def test_an_interruption_before_the_layer_read_is_survived(monkeypatch: pytest.M
         with pytest.raises(KeyboardInterrupt):
             decoder.step()
     decoder.cancel(number)
+    assert drafter._prefix
+    assert drafter._prefix.length(0) < decoder.cache.lengths[0]
     assert_same(finish(decoder, [request]), plainly(backbone, [request]))
+    assert drafter._prefix.length(0) == decoder.cache.lengths[0]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_rows_that_come_and_go_keep_what_their_own_layer_read(fused: bool) -> None:
+    """Five requests of other lengths in three slots: after every step each slot's states are those of its tokens."""
+    backbone = backbone_of(FP32)
+    module = random_hydra(backbone, plus=True, fused=fused)
+    drafter = drafter_of(backbone, module, nodes=6)
+    decoder = decoder_of(backbone, drafter, max_rows=3)
+    for i in range(5):
+        decoder.submit(list(range(1 + i, 9 + 2 * i)), SamplingParams(max_new_tokens=4 + 5 * i, ignore_eos=True))
+    slots, steps = set(), 0
+    while decoder.busy:
+        decoder.step()
+        for row in decoder._rows:
+            held = decoder.cache.lengths[row.slot]
+            assert drafter._prefix
+            assert drafter._prefix.length(row.slot) == held
+            if held < row.prompt_length - 1:
+                continue
+            alone = drafter_of(backbone, module, nodes=6)
+            other = decoder_of(backbone, alone)
+            other.submit(row.tokens, SamplingParams(max_new_tokens=1))
+            other._admit()
+            other._prefill(other._rows)  # all but the newest
+            assert other.cache.lengths[0] == held
+            assert (drafter._states[row.slot] - alone._states[0]).abs().max() < 1e-4
+            slots.add(row.slot)
+            steps += 1
+    assert len(slots) == 3
+    assert steps > 20
 
 
 def test_what_cannot_be_is_one_sentence(tmp_path: Path) -> None:

@@ -187,14 +187,11 @@ class Drafter(ABC):
         taps: hidden states to hand to `observe` (see `FINAL`).
         cuts: layers after which `at_cut` may add rows to the verification pass.
         lossless: whether the output equals plain decoding's under exact verification.
-        ahead: tokens after a state that `observe` looks at: so many states before the end of what a slot holds are
-            computed again for the next request, whose tokens differ from there on.
     """
 
     taps: tuple[int, ...] = ()
     cuts: tuple[int, ...] = ()
     lossless: bool = True
-    ahead: int = 0
 
     @classmethod
     def build(cls, backbone: Backbone, *args: Any, **options: Any) -> Drafter:
@@ -226,6 +223,13 @@ class Drafter(ABC):
 
         What was kept for another engine's rows is void.
         """
+
+    def holds(self, slot: int, tokens: int) -> int:
+        """How many of the first `tokens` in a slot's cache need not come to `observe` again.
+
+        The rest is computed anew for the next request, which shares these tokens and may differ from there on.
+        """
+        return tokens
 
     def reset(self, rows: Sequence[Row]) -> None:  # noqa: B027
         """New sequences have taken these slots: forget what was there."""

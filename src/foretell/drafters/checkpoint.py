@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,7 +105,42 @@ def load(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]]:
         tensors = _whole(load_file(folder / "model.safetensors"))
     except (TypeError, KeyError, RuntimeError, SafetensorError, OSError) as error:
         raise ForetellError(f"{folder} is damaged ({one_line(error)}); copy or train it again.") from error
+    with damage_named(str(folder)):
+        _check(checkpoint, tensors)
     return checkpoint, tensors
+
+
+@contextmanager
+def damage_named(where: str) -> Iterator[None]:
+    """What fails inside fails because of a file that nobody's trainer wrote."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise ForetellError(f"{where} is damaged (at {one_line(error)}); copy or train it again.") from error
+
+
+def _check(c: Checkpoint, tensors: dict[str, Tensor]) -> None:
+    """Refuses numbers that no shape gives away: kernels take them as they are.
+
+    Raises:
+        ValueError: naming them, or one of its like.
+    """
+    sound = {
+        "hidden": c.hidden > 0,
+        "vocab": c.vocab > 0,
+        "taps": all(type(tap) is int and tap >= 0 for tap in c.arch.get("taps", [])),
+        "paths": all(path and all(type(rank) is int and rank >= 0 for rank in path) for path in c.paths),
+        "tokens_per_step": all(size > 0 and math.isfinite(tokens) for size, tokens in c.earned.items()),
+        "calibration": all(math.isfinite(slope) and math.isfinite(bias) for slope, bias in c.calibration),
+    }
+    sound |= {name: bool(each.isfinite().all()) for name, each in tensors.items() if each.is_floating_point()}
+    if "vocabulary" in tensors:  # ids are ascending
+        ids_V = tensors["vocabulary"].long()
+        sound["vocabulary"] = ids_V.ndim == 1 and int(ids_V[0]) >= 0 and int(ids_V[-1]) < c.vocab
+        sound["vocabulary"] &= not tensors["vocabulary"].is_floating_point() and bool((ids_V.diff() > 0).all())
+    for name, fine in sound.items():
+        if not fine:
+            raise ValueError(name)
 
 
 def eighths(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

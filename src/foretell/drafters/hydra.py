@@ -28,7 +28,7 @@ from torch import Tensor
 from foretell.backbone import Backbone, KVCache
 from foretell.backbone.linear import DrafterHeads, LevelDrafting
 from foretell.contracts import FINAL, Draft, Drafter, Features, Row
-from foretell.drafters.checkpoint import find
+from foretell.drafters.checkpoint import damage_named, find
 from foretell.drafters.hydra_heads import HydraHeads, shapes
 from foretell.drafters.learning import DecoderLayer
 from foretell.drafters.parts import (
@@ -41,7 +41,7 @@ from foretell.drafters.parts import (
     spread,
     tree_size,
 )
-from foretell.errors import ForetellError, UsageError
+from foretell.errors import UsageError
 from foretell.trees import TokenTree, from_paths
 from foretell.trees.calibration import Floats, believed
 from foretell.trees.grow import Growing
@@ -52,6 +52,8 @@ BEAM = 8
 """Nodes of a level that are asked for more, at most: rows that the kernels multiply at the price of one."""
 WIDTH = 10
 """Guesses that each of them makes."""
+MOST = 128
+"""Nodes of a tree."""
 
 
 class Hydra(Drafter):
@@ -109,7 +111,6 @@ class Hydra(Drafter):
         layer = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("prefix.")}
         fuse = tensors["fuse"] if arch["fused"] else None
         self._prefix = backbone.prefix(layer, fuse) if arch["prefix"] else None
-        self.ahead = int(arch["fused"])
         self._parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
         self._states: dict[int, Tensor] = {}  # slot -> of the newest token but one: state, then streams [S, d]
 
@@ -126,13 +127,12 @@ class Hydra(Drafter):
             any_backbone: accept heads of another model of the same sizes.
         """
         found, tensors = find(cls.method, backbone, checkpoint, any_backbone)
-        earned = found.earned
-        size = tree_size(backbone, nodes, earned, cls.method)
-        try:
-            return cls(backbone, found.arch, tensors, found.paths, size, earned, grown, found.calibration)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            where = checkpoint or f"The {cls.method} drafter that came with foretell"
-            raise ForetellError(f"{where} is damaged: it lacks {error}; copy or train it again.") from error
+        most = MOST if grown else min(MOST, len(found.paths) + 1)
+        size = tree_size(backbone, nodes, found.earned, cls.method, most)
+        with damage_named(checkpoint or f"The {cls.method} drafter that came with foretell"):
+            if found.arch["prefix"] != cls.plus:
+                raise KeyError("prefix")
+            return cls(backbone, found.arch, tensors, found.paths, size, found.earned, grown, found.calibration)
 
     @classmethod
     def trainable(
@@ -174,7 +174,7 @@ class Hydra(Drafter):
 
     @property
     def most_nodes(self) -> int:
-        return 128
+        return MOST
 
     @property
     def tokens_per_step(self) -> dict[int, float]:
@@ -190,6 +190,11 @@ class Hydra(Drafter):
         if self._prefix:
             self._prefix.bind(cache.rows, cache.slots)
         self._states.clear()
+
+    def holds(self, slot: int, tokens: int) -> int:
+        """An interruption may have kept states from the layer, and the last that a fused one read had another token
+        after it."""
+        return max(0, min(tokens - self._prefix.fused, self._prefix.length(slot))) if self._prefix else tokens
 
     def reset(self, rows: Sequence[Row]) -> None:
         for row in rows:

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from foretell.backbone import Backbone
 from foretell.backbone.linear import side_by_side
 from foretell.contracts import FINAL, Draft, Drafter, Features, Row
-from foretell.drafters.checkpoint import find
+from foretell.drafters.checkpoint import damage_named, find
 from foretell.drafters.learning import GuessingHeads, TrainingBatch
 from foretell.drafters.parts import (
     check_options,
@@ -45,7 +45,7 @@ from foretell.drafters.parts import (
     spread,
     tree_size,
 )
-from foretell.errors import ForetellError, UsageError
+from foretell.errors import UsageError
 from foretell.trees.grow import Candidates
 from foretell.trees.published import published
 from foretell.trees.tree import ROOT, TokenTree
@@ -122,7 +122,7 @@ class Medusa(Drafter):
         arch, tensors: as `MedusaHeads.checkpoint` gave them.
         paths: rank paths, prefixes first; every tree is a part of them.
         size: (rows, context) -> nodes of the tree to draft, root included.
-        earned: tree size -> tokens per step on held-out text, of trees that are not grown: those earn a little more.
+        earned: tree size -> tokens per step on held-out text.
         grown: whether each step takes its most probable paths of all; else the tree of n nodes is always the first
             n - 1 of them.
         scales: how far each head is believed.
@@ -141,6 +141,7 @@ class Medusa(Drafter):
         grown: bool = True,
         scales: Sequence[Sequence[float]] = (),
     ):
+        check_shapes(tensors, _shapes(arch, backbone.config.hidden, len(tensors["vocabulary"])))
         self._scales = read_scales(scales, arch["heads"])
         self._earned, self.size, self.grown, self.paths = earned or {}, size, grown, [tuple(path) for path in paths]
         self.taps = (*arch["taps"], FINAL)
@@ -178,17 +179,11 @@ class Medusa(Drafter):
             any_backbone: accept heads of another model of the same sizes.
         """
         found, tensors = find(cls.method, backbone, checkpoint, any_backbone)
-        try:
-            check_shapes(tensors, _shapes(found.arch, found.hidden, len(tensors["vocabulary"])))
-        except (KeyError, TypeError) as error:
-            where = checkpoint or f"The {cls.method} drafter that came with foretell"
-            raise ForetellError(
-                f"{where} is damaged: it lacks what its config names; copy or train it again."
-            ) from error
         paths = published(tree) if tree else found.paths
         earned = {} if tree else found.earned
-        size = tree_size(backbone, nodes or (len(paths) + 1 if tree else 0), earned, cls.method)
-        return cls(backbone, found.arch, tensors, paths, size, earned, grown, found.calibration)
+        size = tree_size(backbone, nodes or (len(paths) + 1 if tree else 0), earned, cls.method, len(paths) + 1)
+        with damage_named(checkpoint or f"The {cls.method} drafter that came with foretell"):
+            return cls(backbone, found.arch, tensors, paths, size, earned, grown, found.calibration)
 
     @classmethod
     def trainable(

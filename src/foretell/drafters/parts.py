@@ -23,15 +23,18 @@ DEFAULT_NODES = 16
 
 
 def tree_size(
-    backbone: Backbone, nodes: int, tokens_per_step: dict[int, float], method: str
+    backbone: Backbone, nodes: int, tokens_per_step: dict[int, float], method: str, most: int
 ) -> Callable[[int, int], int]:
     """How large a tree to draft for (rows, context): `nodes` if given, else what pays most by the costs measured
     on this machine (drafting with `method` included) and the `tokens_per_step` of each size, else 16 (one tile of the
     kernels).
+
+    Raises:
+        UsageError: `nodes` is more than the drafter's trees have.
     """
     if nodes:
-        if not 2 <= nodes <= 256:
-            raise UsageError(f"A tree has 2 to 256 nodes, not {nodes}.")
+        if not 2 <= nodes <= most:
+            raise UsageError(f"Its trees have 2 to {most} nodes, not {nodes}; choose another -o nodes=.")
         return lambda rows, context: nodes
     costs = StepCosts.load(backbone.costs) if backbone.costs else None
     if costs is None or not tokens_per_step:

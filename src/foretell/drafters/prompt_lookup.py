@@ -158,7 +158,7 @@ class WithLookup(Drafter):
 
     def __init__(self, inner: Drafter, **lookup: Any):
         self.inner, self.lookup = inner, PromptLookup(**lookup)
-        self.taps, self.cuts, self.lossless, self.ahead = inner.taps, inner.cuts, inner.lossless, inner.ahead
+        self.taps, self.cuts, self.lossless = inner.taps, inner.cuts, inner.lossless
 
     @property
     def most_nodes(self) -> int:
@@ -178,6 +178,9 @@ class WithLookup(Drafter):
 
     def bind(self, cache: KVCache) -> None:
         self.inner.bind(cache)
+
+    def holds(self, slot: int, tokens: int) -> int:
+        return self.inner.holds(slot, tokens)
 
     def reset(self, rows: Sequence[Row]) -> None:
         self.inner.reset(rows)

@@ -257,7 +257,7 @@ class SpeculativeDecoder:
         At least the last two tokens run again: the last is the root, and the one before gives the drafter its
         first features.
         """
-        shared = {slot: max(0, _common(held, prompt[:-2]) - self.drafter.ahead) for slot, held in self._parked.items()}
+        shared = {slot: self.drafter.holds(slot, _common(held, prompt[:-2])) for slot, held in self._parked.items()}
         best = max(shared, key=lambda slot: shared[slot], default=None)
         if best is not None and (shared[best] > 0 or not self.cache.has_free):
             del self._parked[best]

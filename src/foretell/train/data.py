@@ -94,6 +94,8 @@ class Store:
             raise ForetellError(
                 f"{folder} has data format {store.manifest.get('format')!r} where this version reads {FORMAT}."
             )
+        if not store.manifest.keys() >= {"model", "fingerprint"}:
+            raise ForetellError(f"{folder / MANIFEST} does not say who wrote the data; distill it again.")
         path = folder / CONVERSATIONS
         if path.exists() or not (folder / PACKED).exists():
             lines = whole_lines(path, unfinished=b'"more": true', cut=cut)
@@ -107,12 +109,17 @@ class Store:
     def _add(self, line: bytes, where: str) -> None:
         try:
             raw = json.loads(line)
-            self.lines.add(raw["line"])
+            number = int(raw["line"])
             if "dropped" in raw:
                 self.dropped[raw["dropped"]] += 1
             else:
-                spans = [(int(start), int(end)) for start, end in raw["answers"]]
-                self.conversations.append(Distilled(raw["line"], raw["tokens"], spans))
+                tokens, spans = raw["tokens"], [(int(start), int(end)) for start, end in raw["answers"]]
+                if set(map(type, tokens)) != {int} or min(tokens) < 0:
+                    raise ValueError("tokens")
+                if not all(0 <= start < end <= len(tokens) for start, end in spans):
+                    raise ValueError("answers")
+                self.conversations.append(Distilled(number, tokens, spans))
+            self.lines.add(number)
         except (ValueError, KeyError, TypeError) as error:
             raise ForetellError(f"{where} is damaged; delete the line, and distill will answer it again.") from error
 
