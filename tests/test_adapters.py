@@ -249,6 +249,8 @@ def test_adapters_that_are_not_there(tiny: str, cache: Path, name: str) -> None:
         ({"rank_pattern": {"q_proj": 2}}, "(rank_pattern)"),
         ({"alpha_pattern": {"q_proj": 2}}, "(alpha_pattern)"),
         ({"bias": "all"}, ""),
+        ({"alora_invocation_tokens": [1, 2]}, "(alora_invocation_tokens)"),
+        ({"what_comes_next": {"rank": 2}}, "(what_comes_next)"),
     ],
 )
 def test_adapters_of_another_kind(tiny: str, copy: Path, cache: Path, changes: dict[str, Any], what: str) -> None:
@@ -293,6 +295,10 @@ def test_damaged_adapters(tiny: str, copy: Path, cache: Path) -> None:
     for cut in (0, 7, len(whole) // 2, len(whole) - 1):
         weights.write_bytes(whole[:cut])
         assert f"The adapter {copy} is damaged (" in refusal(name)
+    weights.write_bytes(whole)
+    tell(copy, r=64)
+    assert f"The adapter {copy} is damaged (r is 64, but model.layers." in refusal(name)
+    config.write_text(said)
     del tensors["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"]
     save_file(tensors, weights, {"format": "pt"})
     assert f"The adapter {copy} is damaged (" in refusal(name)

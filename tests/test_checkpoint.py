@@ -30,7 +30,7 @@ def test_eight_bits_a_number_are_read_as_what_they_stand_for(tmp_path: Path) -> 
     large, stack = torch.randn(300, 400), torch.randn(3, 200, 150).bfloat16()
     large[7] = 0
     tensors = {"large": large, "stack": stack, "bias": torch.randn(4, 500), "vocabulary": torch.arange(70_000).int()}
-    small = checkpoint.eighths(tensors)
+    small = checkpoint.in_int8(tensors)
     assert {name for name, each in small.items() if each.dtype == torch.int8} == {"large", "stack"}
     kind = Checkpoint(method="medusa", backbone="x", fingerprint="x", hidden=1, vocab=70_000, arch={})
     kind.save(tmp_path / "small", small)
@@ -41,7 +41,7 @@ def test_eight_bits_a_number_are_read_as_what_they_stand_for(tmp_path: Path) -> 
     for name in ("large", "stack"):
         step = tensors[name].float().abs().amax(-1, keepdim=True) / 127
         assert ((back[name] - tensors[name].float()).abs() <= 0.501 * step).all()
-    again = checkpoint.eighths(back)
+    again = checkpoint.in_int8(back)
     assert all(torch.equal(again[name], small[name]) for name in ("large", "stack"))  # nothing is lost twice
 
     kind.save(tmp_path / "lacks", {name: each for name, each in small.items() if name != "large.scale"})

@@ -227,11 +227,13 @@ def test_a_cut_keeps_paths_and_probabilities(tree: Growing, count: int) -> None:
     assert (list(whole.parents), tokens, given) == (tree.parents, tree.tokens, tree.given)
 
 
-def test_what_is_no_probability_counts_as_certain() -> None:
+def test_what_is_too_probable_counts_as_certain_and_what_is_no_number_as_hopeless() -> None:
     tree = Growing([7], [0])
     for said in (math.nan, 0.5, -math.inf):
         tree.add(0, 1, said)
-    assert (tree.values, tree.given) == ([0.0, 0.0, 0.0, -math.inf], [1.0, 1.0, 1.0, 0.0])
+    assert (tree.values, tree.given) == ([0.0, -math.inf, 0.0, -math.inf], [1.0, 0.0, 1.0, 0.0])
+    ((_, chosen, _),) = Candidates([(0,), (1,)]).grow(np.array([[[math.nan, -3.0]]]), 2)
+    assert chosen == [(0, 1)]
     for said in (math.nan, 1e-8, -math.inf, -1e30):
         tree = Growing([7], [0])
         tree.extend(np.full((1, 3), said, dtype=np.float32), [[1, 2, 3]], 2)

@@ -88,10 +88,10 @@ def test_a_packed_linear_multiplies_and_no_row_sees_another(kernel: str) -> None
 
 
 MEETING = ("amx", "avx512bf16")
-"""Kernels that round to eighths what an output matrix in eighths reads."""
+"""Kernels that round to int8 what an output matrix in int8 reads."""
 
 
-def in_eighths(weight: torch.Tensor) -> torch.Tensor:
+def in_int8(weight: torch.Tensor) -> torch.Tensor:
     """The nearest of 255 even steps of each output's own size."""
     step = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
     return (weight.float() / step).round() * step
@@ -131,20 +131,20 @@ def test_heads_side_by_side_are_their_blocks_one_after_the_other(kernel: str) ->
         count = min(count, choices)
         together, states_BKd = backbone.heads(blocks, outputs, linear), torch.full((rows, heads, hidden), torch.nan)
         values, ids = (t.contiguous() for t in together.top(store_Nd, which, count, states_BKd))
-        kept = in_eighths if dtype == BF16 and kernel != "eager" else torch.Tensor.float
+        kept = in_int8 if dtype == BF16 and kernel != "eager" else torch.Tensor.float
         for k in range(heads):
             x = x_BI
             for i, layer in enumerate(blocks):
                 y = x.to(dtype).float() @ kept(layer[k][0]).T + layer[k][1]
                 x = x[:, :hidden] + (y if linear and i + 1 == layers else torch.nn.functional.silu(y))
-            met = in_eighths(x) if kept is in_eighths and kernel in MEETING else x.to(dtype).float()
+            met = in_int8(x) if kept is in_int8 and kernel in MEETING else x.to(dtype).float()
             truth = (met @ kept(outputs[k if own else 0]).T).log_softmax(-1)
             near = {"rtol": 1e-4, "atol": 1e-4} if dtype == FP32 else {"rtol": 2e-2, "atol": 5e-2}
             torch.testing.assert_close(states_BKd[:, k], x, **near)
             torch.testing.assert_close(values[:, k], truth.topk(count).values, **near)
             torch.testing.assert_close(values[:, k], truth.gather(1, ids[:, k]), **near)
             assert all(len(set(row)) == count for row in ids[:, k].tolist())
-        if kept is in_eighths:
+        if kept is in_int8:
             assert isinstance(together, PackedHeads)
             assert {each.packed.dtype for each in (*together._blocks, *together._outputs)} == {torch.int8}
         unasked = together.top(store_Nd, which, count)  # the states cost nothing else

@@ -25,7 +25,7 @@ def ship(folder: Path) -> Path:
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(folder / "adapter", target)
     name = f"{found.method}-{base}"
-    found.save(checkpoint.SHIPPED / name, checkpoint.eighths(tensors))
+    found.save(checkpoint.SHIPPED / name, checkpoint.in_int8(tensors))
     shutil.copyfile(folder / "curves.png", IMAGES / f"{name}.png")
     return checkpoint.SHIPPED / name
 

@@ -23,8 +23,12 @@ from foretell.errors import ForetellError, UsageError
 SHIPPED = Path(__file__).parent / "lora"
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _BEFORE = "base_model.model."
-_UNKNOWN = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication")
-"""Settings of peft that would need more than a sum."""
+_PLAIN = frozenset(
+    "peft_type r lora_alpha use_rslora bias init_lora_weights target_modules exclude_modules layers_to_transform "
+    "layers_pattern lora_dropout inference_mode task_type auto_mapping peft_version base_model_name_or_path revision "
+    "megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size".split()
+)
+"""Settings of peft that a sum needs, or that leave no trace in it; any other one that is set would need more."""
 _MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq")
 """Beginnings of an adapter that change the weights it is added to."""
 
@@ -96,7 +100,7 @@ class _Changes:
         from safetensors.torch import load_file
 
         self.adapter, config = adapter, read_json(adapter / CONFIG)
-        odd = [name for name in _UNKNOWN if config.get(name)]
+        odd = [name for name, value in config.items() if value and name not in _PLAIN]
         odd += ["bias"] if config.get("bias", "none") != "none" else []
         start = str(config.get("init_lora_weights", "")).lower()
         odd += [start] if start.startswith(_MOVES_THE_BASE) else []
@@ -111,6 +115,9 @@ class _Changes:
             self._pairs = {
                 f"{name.removeprefix(_BEFORE)}.weight": (tensors[name + one], tensors[name + other]) for name in found
             }
+            for name, (a_RI, _) in self._pairs.items():
+                if len(a_RI) != rank:
+                    raise ValueError(f"r is {rank}, but {name} has rank {len(a_RI)}")
             if others := sorted(set(tensors) - {name + end for name in found for end in (one, other)}):
                 raise self._not_plain(others[0])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:

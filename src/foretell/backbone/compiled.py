@@ -108,6 +108,7 @@ class CompiledBackbone(Backbone):
         end = self.config.layers if end is None else end
         assert max(nodes.ends) <= cache.slots, "the engine reserves slots before a pass"
         assert hidden_Md.shape == (len(nodes), self.config.hidden), "one state per node"
+        assert hidden_Md.dtype == torch.float32
         # Copies and edits of whole streams happen in the kernels: PyTorch would wake a team of its own for them.
         input_Md, out_Md = hidden_Md.contiguous(), torch.empty_like(hidden_Md)
         tapped = {tap: input_Md if tap == begin else torch.empty_like(out_Md) for tap in taps}

@@ -27,8 +27,8 @@ from foretell.errors import ForetellError
 LIBRARY = Path(__file__).with_name("_kernels.so")
 LAYOUT = 10
 """Of the structures below and of the calls; what `foretell_layout` in native.cpp must say too."""
-WIDENED, MET = 1, 8
-"""How eighths are packed (common.h)."""
+INT8, INT8_BOTH = 1, 8
+"""How numbers in int8 are packed: widened before they are multiplied, or with what they meet in int8 too (common.h)."""
 BUILDS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
 
 
@@ -113,7 +113,7 @@ def require() -> ctypes.CDLL:
 
 @dataclass(frozen=True)
 class Build:
-    """The kernels for one instruction set; all share one packed layout but that of eighths."""
+    """The kernels for one instruction set; all share one packed layout but that of `INT8_BOTH`."""
 
     name: str
     handle: int
@@ -133,10 +133,10 @@ def default() -> Build:
     return build
 
 
-def address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None, dtype: torch.dtype | None = None) -> int:
     if tensor is None:
         return 0
-    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    assert tensor.is_contiguous() and tensor.device.type == "cpu" and dtype in (None, tensor.dtype)
     return tensor.data_ptr()
 
 
@@ -191,8 +191,8 @@ class PackedLinear:
         """Rows of W [M, K] as float32: a tied embedding read back from the packed head."""
         out_MK = torch.empty(ids_M.shape[0], self.inputs)
         require().foretell_unpack_rows(
-            self.build.handle, address(self.packed), self.inputs, address(ids_M), ids_M.shape[0], address(out_MK),
-            self.bf16,
+            self.build.handle, address(self.packed), self.inputs, address(ids_M, torch.int64), ids_M.shape[0],
+            address(out_MK), self.bf16,
         )  # fmt: skip
         return out_MK
 
@@ -222,29 +222,29 @@ class ThreadedLinear:
         return self.packed.top(x_MK, count, self.threads)
 
 
-class Eighths:
-    """W [N, K] in eight bits a number and one scale an output, for heads that draft: half the memory to read.
+class Int8Linear:
+    """W [N, K] in int8 and one scale an output, for heads that draft: half the memory to read.
 
     Args:
-        how: whether what it is multiplied with is rounded to eighths too, row by row, where the processor can.
+        how: `INT8`, or `INT8_BOTH`: what it is multiplied with is rounded too, row by row, where the processor can.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, build: Build, how: int = WIDENED):
+    def __init__(self, weight: Tensor, bias: Tensor | None, build: Build, how: int = INT8):
         self.outputs, self.inputs = weight.shape
         scale = weight.float().abs().amax(1).clamp(min=1e-30) / 127
-        eighths = (weight.float() / scale[:, None]).round().to(torch.int8)
+        rounded = (weight.float() / scale[:, None]).round().to(torch.int8)
         self.packed = torch.empty(_up(self.outputs) * _up(self.inputs), dtype=torch.int8)
         self.scale = F.pad(scale, (0, -self.outputs % 32))
         self.bias = None if bias is None else F.pad(bias.float(), (0, -self.outputs % 32))
         require().foretell_pack(
-            build.handle, address(eighths.contiguous()), self.outputs, self.inputs, address(self.packed), how
+            build.handle, address(rounded.contiguous()), self.outputs, self.inputs, address(self.packed), how
         )
 
 
 class PackedHeads:
     """`linear.StackedHeads` in one call: the team of threads is woken once, not at every layer of every head.
 
-    Guesses need not be exact: of bfloat16 models they are computed with `Eighths`.
+    Guesses need not be exact: of bfloat16 models they are computed with `Int8Linear`.
     """
 
     def __init__(
@@ -253,16 +253,17 @@ class PackedHeads:
     ):  # fmt: skip
         self._build, self._bf16, self._heads = build, int(dtype == torch.bfloat16), len(blocks[0])
 
-        def pack(weight: Tensor, bias: Tensor | None, how: int) -> Eighths | PackedLinear:
-            return Eighths(weight, bias, build, how) if self._bf16 else PackedLinear(weight.to(dtype), bias, build)
+        def pack(weight: Tensor, bias: Tensor | None, how: int) -> Int8Linear | PackedLinear:
+            return Int8Linear(weight, bias, build, how) if self._bf16 else PackedLinear(weight.to(dtype), bias, build)
 
         # what the first block reads side by side differs too much in size for one step a row
-        self._blocks = [pack(weight, bias, WIDENED) for layer in blocks for weight, bias in layer]
+        self._blocks = [pack(weight, bias, INT8) for layer in blocks for weight, bias in layer]
         if isinstance(outputs, Sequence):
-            self._outputs = [pack(weight, None, MET) for weight in outputs]
+            self._outputs = [pack(weight, None, INT8_BOTH) for weight in outputs]
         else:
             assert isinstance(outputs, PackedHeads)
             self._outputs = outputs._outputs
+        assert len(self._outputs) in (1, self._heads)
         first, output = self._blocks[0], self._outputs[0]
         self._tables = [
             (c_uint64 * len(addresses))(*addresses)
@@ -270,8 +271,8 @@ class PackedHeads:
                 [address(block.packed) for block in self._blocks],
                 [address(block.bias) for block in self._blocks],
                 [address(each.packed) for each in self._outputs],
-                [address(each.scale) for each in self._blocks if isinstance(each, Eighths)],
-                [address(each.scale) for each in self._outputs if isinstance(each, Eighths)],
+                [address(each.scale) for each in self._blocks if isinstance(each, Int8Linear)],
+                [address(each.scale) for each in self._outputs if isinstance(each, Int8Linear)],
             )
         ]
         self._described = Heads(
@@ -293,7 +294,7 @@ class PackedHeads:
         assert states_BKd is None or states_BKd.shape == (rows, self._heads, about.hidden)
         require().foretell_heads(
             self._build.handle, ctypes.byref(about), pointers.ctypes.data, rows, count, address(values),
-            address(best), address(states_BKd), self._bf16,
+            address(best), address(states_BKd, torch.float32), self._bf16,
         )  # fmt: skip
         return values.transpose(0, 1), best.transpose(0, 1)
 
@@ -305,6 +306,9 @@ class PackedGrower:
         d = drafting
         levels = [level for level in d.levels if isinstance(level, PackedHeads)]
         assert len(levels) == len(d.levels) and all(level._heads == 1 for level in levels)
+        for k, about in enumerate(level._described for level in levels):
+            assert about.inputs == about.hidden * (d.streams + d.grounded * (k + 1) + d.chained * (k > 0))
+            assert 0 < d.width <= about.choices == len(d.vocabulary_V)
         self._kept = levels, embedding, (Heads * len(levels))(*(level._described for level in levels))
         self._build, self._bf16, self.streams = build, levels[0]._bf16, d.streams
         self._vocabulary_V = np.ascontiguousarray(d.vocabulary_V, dtype=np.int64)

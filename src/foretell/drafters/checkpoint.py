@@ -2,7 +2,7 @@
 
     config.json          format and method; the backbone's fingerprint and sizes; the module's numbers; trees and what
                          they earned on held-out text; the command and the data that made it
-    model.safetensors    the tensors; matrices as they are, or in eight bits a number (`eighths`)
+    model.safetensors    the tensors; matrices as they are, or in eight bits a number (`in_int8`)
 
 A drafter trained for one model drafts nonsense for another: its fingerprint must match, unless told otherwise.
 """
@@ -143,7 +143,7 @@ def _check(c: Checkpoint, tensors: dict[str, Tensor]) -> None:
             raise ValueError(name)
 
 
-def eighths(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def in_int8(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Matrices in eight bits a number and one scale an output: half of bfloat16, and what heads are computed with."""
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -157,7 +157,7 @@ def eighths(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Undoes `eighths`, in float32."""
+    """Undoes `in_int8`, in float32."""
     return {
         name: tensor.float() * tensors[name + SCALE][..., None] if tensor.dtype == int8 else tensor
         for name, tensor in tensors.items()

@@ -60,7 +60,7 @@ class Candidates:
 
     def _grown(self, said_KR: list[list[float]], count: int) -> Grown:
         """Best first: no path is more probable than its parent, so what the frontier lacks cannot come before it."""
-        said = [0.0, *(min(0.0, said_KR[head][rank]) for head, rank in self._guesses)]  # no number counts as certain
+        said = [0.0, *(_at_most_certain(said_KR[head][rank]) for head, rank in self._guesses)]
         children = self._tree.children
         frontier = [(-said[node], node) for node in children[0]]
         heapify(frontier)
@@ -74,6 +74,11 @@ class Candidates:
         place = {node: i for i, node in enumerate([0, *chosen])}
         tree = TokenTree((-1, *(place[self._tree.parents[node]] for node in chosen)))
         return tree, [self._guesses[node - 1] for node in chosen], [1.0, *(math.exp(said[node]) for node in chosen)]
+
+
+def _at_most_certain(said: float) -> float:
+    """What is no number counts as hopeless, as in `calibration`."""
+    return min(0.0, said) if said == said else -math.inf
 
 
 @dataclass
@@ -94,7 +99,7 @@ class Growing:
     values: list[float] = field(default_factory=lambda: [0.0])
 
     def add(self, parent: int, token: int, said: float) -> None:
-        said = min(0.0, said)  # no number counts as certain
+        said = _at_most_certain(said)
         self.parents.append(parent)
         self.tokens.append(token)
         self.given.append(math.exp(said))

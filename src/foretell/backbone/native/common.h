@@ -1,7 +1,8 @@
 // What every instruction-set build of the step shares: the description of a model, of a cache and of a call.
 //
 // Legend: M rows of the call, d hidden width, H query heads, G key/value heads, D head width, F MLP width,
-// S slots of a cache row. All pointers come from PyTorch tensors that the caller keeps alive.
+// S slots of a cache row. Pointers lead to tensors, NumPy arrays and tables that the caller keeps alive during a call, and
+// those of Layer, Model, Heads and Drafting to what it keeps as long as they are used.
 #pragma once
 #include <cstdint>
 
@@ -69,7 +70,7 @@ struct Heads {
     const void* const* weight;         // [layers][heads] packed: `hidden` outputs from `inputs` (first layer) or `hidden`
     const float* const* bias;          // [layers][heads]
     const void* const* output;         // [outputs] packed: `choices` outputs from `hidden`
-    const float* const* scale;         // [layers][heads] of columns, where weights are eighths; or null
+    const float* const* scale;         // [layers][heads] of columns, where weights are int8; or null
     const float* const* output_scale;  // [outputs]
 };
 
@@ -111,9 +112,8 @@ struct Wanted {
     double* given;
 };
 
-// What is packed: 4 float32, 2 bfloat16, 1 eighths (int8) that are widened before they are multiplied, or eighths that
-// meet eighths, where the processor can.
-constexpr int kMet = 8;
+// What is packed: floats; int8 that is widened before it is multiplied; or int8 that meets int8, where the processor can.
+enum Kind { kInt8 = 1, kBFloat16 = 2, kFloat32 = 4, kInt8Both = 8 };
 
 struct Kernels {
     const char* name;
