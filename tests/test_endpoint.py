@@ -7,8 +7,10 @@ import json
 import re
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +20,7 @@ import pytest
 import torch
 from command_line import Foretell, Ran, save_tiny_chat
 from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
 
 import foretell as package
 from foretell.api import LLM
@@ -27,7 +30,7 @@ from foretell.conversations import Conversation
 from foretell.errors import ForetellError, UsageError
 from foretell.train import endpoint as asking
 from foretell.train.data import Store
-from foretell.train.endpoint import KEY, TRIES, Endpoint, turn_end
+from foretell.train.endpoint import FLOOR, JUDGED, KEY, SECONDS, TRIES, Agreement, Endpoint, turn_end
 
 END = 256
 TINY = ("--dtype", "fp32", "--threads", "1")
@@ -39,12 +42,14 @@ TALKS = [
 ]  # fmt: skip
 """The fifth is too long to be asked; of the seventh the second turn is, which the server finds out."""
 SILENT = {4}
+ASKED = set(range(len(TALKS))) - SILENT
+OTHER = "--other-model"
 
 
 # --- a server -----------------------------------------------------------------------------------------------
 
-Say = Callable[[str, dict[str, Any]], tuple[int, Any]]
-"""From path and request to status and reply: an object, or bytes."""
+Say = Callable[[str, dict[str, Any]], tuple[Any, ...]]
+"""From path and request to status and reply, an object or bytes, and perhaps the seconds to wait before the next."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -60,10 +65,13 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.keys.append(self.headers["Authorization"])
             self.server.asked += [body] if self.path == CHAT else []
-            status, said = self.server.say(self.path, body)
+        with nullcontext() if self.server.at_once else self.server.lock:
+            status, said, *wait = self.server.say(self.path, body)
         data = said if isinstance(said, bytes) else json.dumps(said).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
+        for each in wait:
+            self.send_header("Retry-After", str(each))
         self.end_headers()
         self.wfile.write(data)
 
@@ -72,9 +80,13 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Served(ThreadingHTTPServer):
-    """Answers one request at a time; `asked` is what chats asked, `keys` what every request showed for a key."""
+    """Answers one request at a time, or all `at_once`.
+
+    `asked` is what chats asked, `keys` what every request showed for a key.
+    """
 
     request_queue_size = 64
+    at_once = False
 
     def __init__(self, say: Say):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -116,7 +128,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "127.0.0.1")
 
 
-def reply(text: str | None, reason: str = "stop") -> tuple[int, Any]:
+def reply(text: str | None, reason: str | None = "stop") -> tuple[int, Any]:
     return 200, {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": reason}]}
 
 
@@ -137,8 +149,8 @@ def spoken_by(llm: LLM) -> Say:
     return say
 
 
-def scripted(chat: Callable[[dict[str, Any]], tuple[int, Any]]) -> Say:
-    """A server of the model "tiny" that answers chats by a script."""
+def scripted(chat: Callable[[dict[str, Any]], tuple[Any, ...]]) -> Say:
+    """A server of the model "tiny" that answers chats by a script: as another model would, to be sure."""
     return lambda path, body: (200, {"data": [{"id": "tiny"}]}) if path == MODELS else chat(body)
 
 
@@ -254,8 +266,9 @@ def test_a_request_that_does_not_fit_ends_its_conversation_alone(
     foretell: Foretell, readable: str, prompts: str, serve: Serve, tmp_path: Path
 ) -> None:
     """At the second turn here; what was answered before it is kept."""
-    server = serve(scripted(lambda body: (400, b"no") if len(body["messages"]) > 1 else reply("abcdef")))
-    assert foretell(*command(readable, prompts, tmp_path / "data", server.url)).code == 0
+    full = (400, b"that is over the MAXIMUM")
+    server = serve(scripted(lambda body: full if len(body["messages"]) > 1 else reply("abcdef")))
+    assert foretell(*command(readable, prompts, tmp_path / "data", server.url, OTHER)).code == 0
     found, dropped, lines = written(tmp_path / "data")
     assert lines == set(range(len(TALKS)))
     assert {line: len(answers) for line, _, answers in found} == dict.fromkeys(lines - SILENT, 1)
@@ -268,7 +281,7 @@ def test_seeds_are_sent_where_something_is_sampled(
 ) -> None:
     def seeds(name: str, *more: str) -> dict[str, set[Any]]:
         server = serve(scripted(lambda body: reply("abcdef")))
-        assert foretell(*command(readable, prompts, tmp_path / name, server.url, *more)).code == 0
+        assert foretell(*command(readable, prompts, tmp_path / name, server.url, OTHER, *more)).code == 0
         sent: dict[str, set[Any]] = {}
         for body in server.asked:
             assert ("seed" in body) == bool(more)
@@ -294,7 +307,7 @@ def test_the_key_of_the_environment_is_sent_and_kept_nowhere(
     if key:
         monkeypatch.setenv(KEY, key)
     server = serve(scripted(lambda body: reply("abcdef")))
-    ran = foretell(*command(readable, prompts, tmp_path / "data", server.url))
+    ran = foretell(*command(readable, prompts, tmp_path / "data", server.url, OTHER))
     assert ran.code == 0
     assert len(server.keys) == 1 + len(server.asked) == 1 + 13  # the list of models was asked for too
     assert set(server.keys) == {key and f"Bearer {key}"}
@@ -349,6 +362,296 @@ def settled() -> None:
         if each.name == "endpoint":
             each.join(20)
             assert not each.is_alive()
+
+
+def test_so_many_are_asked_side_by_side(
+    foretell: Foretell, readable: str, prompts: str, serve: Serve, tmp_path: Path
+) -> None:
+    """The server answers nobody until three have asked; a fourth would find them answered, and wait in vain."""
+    meeting, last = threading.Barrier(3), {TALKS[line][0] for line in (0, 2, 5)}
+
+    def chat(body: dict[str, Any]) -> tuple[int, Any]:
+        meeting.wait(20)
+        return reply("abcdef")
+
+    alone = tmp_path / "prompts.jsonl"
+    alone.write_text("".join(json.dumps({"prompt": f"{turn} {part}"}) + "\n" for turn in last for part in "ab"))
+    server = serve(scripted(chat))
+    server.at_once = True
+    ran = foretell(*command(readable, str(alone), tmp_path / "data", server.url, OTHER, "-b", "3"))
+    assert (ran.code, ran.out) == (0, "")
+    assert len(written(tmp_path / "data")[0]) == len(server.asked) == 6
+    assert not meeting.broken
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that are waited between requests, none of which pass."""
+    found: list[float] = []
+
+    class Hasty(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout is not None
+            found.extend([timeout] if timeout else [])
+            return self.is_set()
+
+    monkeypatch.setattr(asking, "Event", Hasty)
+    return found
+
+
+def test_waits_grow_and_differ(serve: Serve, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = Endpoint(serve(lambda path, body: (429, b"slowly")).url, pause=3.0)
+    for luck in (0.0, 0.5, 1.0):
+        waits.clear()
+        monkeypatch.setattr(asking, "random", lambda luck=luck: luck)
+        with pytest.raises(ForetellError, match=r"\(429 slowly\)"):
+            endpoint.connect()
+        assert waits == [3.0 * 2**attempt * (1 + luck / 4) for attempt in range(TRIES - 1)]
+    assert sum(waits) / 3.0 > 60  # from a pause of a second it takes more than a minute
+
+
+def test_the_wait_that_a_server_asks_for_is_kept(
+    serve: Serve, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is the longer one. A date, which some send, is not read; chance makes it longer only."""
+    told: list[Any] = [7, "2.5", 0, "Wed, 21 Oct 2026 07:28:00 GMT"]
+    left = [*told]
+    monkeypatch.setattr(asking, "random", lambda: 1.0)
+    server = serve(
+        lambda path, body: (429, b"slowly", left.pop(0)) if left else (200, {"data": [{"id": "tiny"}]}),
+    )
+    assert Endpoint(server.url).connect() == "tiny"
+    assert waits == [seconds * 1.25 for seconds in (7.0, 2.5, 4.0, 8.0)]
+
+
+def test_a_server_that_wants_to_be_left_alone_for_long_is(serve: Serve, waits: list[float]) -> None:
+    server = serve(lambda path, body: (429, b"your day is over", SECONDS + 1))
+    with pytest.raises(
+        ForetellError, match=r"\(429 your day is over, to be asked again after 601 s\); check .* goes on"
+    ):
+        Endpoint(server.url).connect()
+    assert waits == []
+
+
+@pytest.mark.parametrize("quick", [(403, b"no"), (200, b"nonsense")])
+def test_a_failure_costs_no_answer_that_was_under_way(
+    foretell: Foretell, readable: str, prompts: str, serve: Serve, tmp_path: Path, quick: tuple[int, bytes]
+) -> None:
+    """When all are asked one fails at once; the others are answered after it, later turns and all."""
+    failing, meeting = TALKS[2][0], threading.Barrier(len(ASKED))
+
+    def chat(body: dict[str, Any]) -> tuple[int, Any]:
+        if len(body["messages"]) == 1:
+            meeting.wait(20)
+        if body["messages"][0]["content"] == failing:
+            return quick
+        time.sleep(0.3)
+        return reply("abcdef")
+
+    server = serve(scripted(chat))
+    server.at_once = True
+    ran = foretell(*command(readable, prompts, tmp_path / "data", server.url, OTHER, "-b", "7"))
+    refused(ran, 1, f"{quick[0]} {quick[1].decode()}")
+    found, dropped, lines = written(tmp_path / "data")
+    assert lines == set(range(len(TALKS))) - {2}
+    assert {line: len(answers) for line, _, answers in found} == {line: len(TALKS[line]) for line in ASKED - {2}}
+    assert dropped == {"too long": 1}
+    server.asked.clear()
+    server.say = scripted(lambda body: reply("abcdef"))
+    assert foretell(*command(readable, prompts, tmp_path / "data", server.url, OTHER, "-b", "7")).code == 0
+    assert [body["messages"][0]["content"] for body in server.asked] == [failing]
+
+
+def test_after_a_failure_nothing_new_is_asked(llm: LLM, serve: Serve) -> None:
+    """Two at a time: beside the one that fails another is answered, and yielded before the error is raised."""
+    meeting = threading.Barrier(2)
+
+    def chat(body: dict[str, Any]) -> tuple[int, Any]:
+        meeting.wait(20)
+        if body["messages"][0]["content"] == "0":
+            return 403, b"no"
+        time.sleep(0.3)
+        return reply("qqqq")
+
+    server = serve(scripted(chat))
+    server.at_once = True
+    talks = [Conversation((str(line),), line) for line in range(9)]
+    answers = Endpoint(server.url, "tiny").converse(llm, talks, SamplingParams(max_new_tokens=5), rows=2)
+    assert next(answers)[0] == 1
+    with pytest.raises(ForetellError, match=r"\(403 no\)"):
+        next(answers)
+    assert len(server.asked) == 2
+
+
+# --- what is dropped ----------------------------------------------------------------------------------------
+
+BAD = {"error": {"message": "Invalid 'messages[0].content': not allowed here"}}
+DROPS: list[tuple[tuple[int, Any], str]] = [
+    ((400, BAD), "rejected"),
+    ((400, {"error": {"message": "Unsupported parameter: top_p"}}), "rejected"),
+    ((422, {"detail": "no such role"}), "rejected"),
+    ((413, b"too large"), "rejected"),
+    ((400, {"error": {"message": "This model's Context window is 4096 tokens"}}), "too long"),
+    ((422, b"the prompt is too long"), "too long"),
+    ((413, b"over the maximum"), "too long"),
+    (reply("I cannot help with that", "content_filter"), "unfinished"),
+    (reply("look(it, up)", "tool_calls"), "unfinished"),
+    (reply("well", None), "unfinished"),
+]
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize(("said", "reason"), DROPS)
+def test_what_the_server_will_not_answer_is_dropped_alone(
+    foretell: Foretell, readable: str, prompts: str, serve: Serve, tmp_path: Path, said: tuple[int, Any], reason: str,
+    turn: int,
+) -> None:  # fmt: skip
+    """With the reason, and never asked again; what was answered before is kept."""
+
+    def chat(body: dict[str, Any]) -> tuple[int, Any]:
+        asked = [each["content"] for each in body["messages"] if each["role"] == "user"]
+        return said if asked == TALKS[1][: turn + 1] else reply("abcdef")
+
+    server = serve(scripted(chat))
+    given = command(readable, prompts, tmp_path / "data", server.url, OTHER, "-b", "3")
+    ran = foretell(*given)
+    assert (ran.code, ran.out) == (0, "")
+    found, dropped, lines = written(tmp_path / "data")
+    assert lines == set(range(len(TALKS)))
+    kept = {line: len(TALKS[line]) for line in ASKED} | {1: turn}
+    assert {line: len(answers) for line, _, answers in found} == {line: count for line, count in kept.items() if count}
+    assert dropped == Counter(["too long", reason])
+    assert Store.open(tmp_path / "data").manifest["counts"]["dropped"] == dict(dropped)
+    assert all(f"{count} {name}" in ran.err for name, count in dropped.items())
+    server.asked.clear()
+    assert foretell(*given).code == 0
+    assert not server.asked
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ((400, b"Unsupported parameter: top_p"), "400 Unsupported parameter: top_p"),
+        ((422, b"no"), "422 no"),
+        ((400, b"the context is 16"), "400 the context is 16"),
+        (reply("no", "content_filter"), "finish_reason 'content_filter'"),
+    ],
+)
+def test_a_server_that_answers_nothing_ends_the_run(
+    foretell: Foretell, readable: str, prompts: str, serve: Serve, tmp_path: Path, said: tuple[int, Any], words: str,
+    rows: int,
+) -> None:  # fmt: skip
+    """One sentence, and nothing is dropped for it: mended, it is asked for the same again."""
+
+    def chat(body: dict[str, Any]) -> tuple[int, Any]:
+        time.sleep(0.05)
+        return said
+
+    server = serve(scripted(chat))
+    given = command(readable, prompts, tmp_path / "data", server.url, OTHER, "-b", str(rows))
+    first = max(3, rows)
+    sentence = rf"answers none of the first {first} prompts \(the last: {words}\); mend .* then give the same command"
+    refused(foretell(*given), 1, f"{re.escape(server.url)} {sentence}")
+    assert first <= len(server.asked) < len(ASKED) + (rows > 1)  # what was under way when the last of them came
+    assert written(tmp_path / "data") == (set(), {"too long": 1}, SILENT)
+    server.say = scripted(lambda body: reply("abcdef"))
+    assert foretell(*given).code == 0
+    assert written(tmp_path / "data")[1:] == ({"too long": 1}, set(range(len(TALKS))))
+
+
+def test_two_rejections_and_nothing_else_are_no_broken_server(
+    foretell: Foretell, readable: str, serve: Serve, tmp_path: Path
+) -> None:
+    """Else a run that has only such prompts left would never end."""
+    two = tmp_path / "prompts.jsonl"
+    two.write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    server = serve(scripted(lambda body: (400, BAD)))
+    assert foretell(*command(readable, str(two), tmp_path / "data", server.url)).code == 0
+    assert written(tmp_path / "data") == (set(), {"rejected": 2}, {0, 1})
+
+
+# --- whose answers they are ---------------------------------------------------------------------------------
+
+
+def test_another_model_is_refused_unless_it_is_wanted(
+    foretell: Foretell, readable: str, prompts: str, serve: Serve, tmp_path: Path, llm: LLM
+) -> None:
+    """After the answers to a few prompts; what was written stays, says whose it is, and is gone on with."""
+
+    def say(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        time.sleep(0.02)
+        return (200, {"data": [{"id": "big"}]}) if path == MODELS else reply("abcdef")
+
+    server = serve(say)
+    many = tmp_path / "prompts.jsonl"
+    many.write_text("".join(json.dumps({"prompt": f"say {line}"}) + "\n" for line in range(40)))
+    given = command(readable, str(many), tmp_path / "data", server.url, "-b", "2")
+    sentence = (
+        rf"seems to serve another model \(big\): the local one agrees with its answers [0-9]+% as often as with its "
+        rf"own, where {FLOOR:.0%} is the least for the same model; serve the same one, or allow it with --other-model"
+    )
+    refused(foretell(*given), 1, f"{re.escape(server.url)} {sentence}")
+    before = written(tmp_path / "data")
+    assert JUDGED <= len(before[2]) == len(server.asked) < 40
+    manifest = Store.open(tmp_path / "data").manifest
+    assert manifest["model"] == "big"
+    assert manifest["fingerprint"] == f"not {llm.backbone.fingerprint} but big"  # training asks for --other-model too
+    assert foretell(*given, OTHER).code == 0
+    after = written(tmp_path / "data")
+    assert after[0] > before[0]
+    assert after[2] == set(range(40))
+    assert len(server.asked) == 40
+    assert Store.open(tmp_path / "data").manifest["fingerprint"] == manifest["fingerprint"]
+
+
+def test_a_short_run_is_judged_at_its_end(
+    foretell: Foretell, readable: str, prompts: str, serve: Serve, tmp_path: Path
+) -> None:
+    server = serve(scripted(lambda body: reply("abcdef")))
+    ran = foretell(*command(readable, prompts, tmp_path / "data", server.url))
+    assert ran.code == 1
+    assert f"\nerror: {server.url} seems to serve another model (tiny)" in ran.err  # after the progress of all of it
+    assert written(tmp_path / "data")[2] == set(range(len(TALKS)))
+
+
+def test_the_same_model_is_known_by_its_fingerprint(readable: str, llm: LLM, local: Path) -> None:
+    assert Store.open(local).manifest["fingerprint"] == llm.backbone.fingerprint
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_agreement_is_with_what_the_model_itself_would_write(llm: LLM, readable: str, temperature: float) -> None:
+    """All of its greedy answers; of sampled ones as many tokens as chance allows. Against transformers' reading."""
+    twin = AutoModelForCausalLM.from_pretrained(readable)
+    turns = [f"say {line}" for line in range(JUDGED)]
+    own = llm.generate(turns, max_new_tokens=60, temperature=temperature, seed=3)
+    found, chosen, expected = Agreement(), 0, 0.0
+    for turn, answer in zip(turns, own, strict=True):
+        found.add(llm, turn, answer, temperature)
+        prompt = llm.encode(turn)
+        with torch.no_grad():
+            logits_PV = twin(torch.tensor([[*prompt, *answer.ids]])).logits[0, len(prompt) - 1 : -1]
+        chosen += int((logits_PV.argmax(-1) == torch.tensor(answer.ids)).sum())
+        expected += float((logits_PV / (temperature or 1e-6)).softmax(-1).amax(-1).sum())
+    assert (found.conversations, found.tokens) == (JUDGED, sum(len(each.ids) for each in own))
+    assert (found.chosen, found.expected) == (chosen, pytest.approx(expected, rel=1e-4))
+    assert not found.poor
+    if not temperature:
+        assert (found.share, found.variance) == (1.0, 0.0)
+    else:
+        assert 0 < found.expected < found.tokens
+        assert abs(found.chosen - found.expected) < 4 * found.variance**0.5
+    enough = Agreement(**vars(found))
+    enough.add(llm, turns[0], own[0], temperature)
+    assert enough == found  # no more passes than are needed
+
+
+def test_chance_is_on_the_side_of_sampled_answers() -> None:
+    assert Agreement(8, 100, 79, 100.0, 0.0).poor
+    assert not Agreement(8, 100, 80, 100.0, 0.0).poor
+    assert not Agreement(8, 100, 35, 50.0, 25.0).poor
+    assert Agreement(8, 100, 29, 50.0, 25.0).poor
+    assert not Agreement(8, 31, 0, 31.0, 0.0).poor  # too few to tell
 
 
 @pytest.mark.parametrize("rows", ["1", "3"])
@@ -410,10 +713,10 @@ def test_data_begun_otherwise_is_not_gone_on_with(
     foretell: Foretell, readable: str, prompts: str, serve: Serve, tmp_path: Path
 ) -> None:
     server = serve(scripted(lambda body: reply("abcdef")))
-    assert foretell(*command(readable, prompts, tmp_path / "data", server.url)).code == 0
+    assert foretell(*command(readable, prompts, tmp_path / "data", server.url, OTHER)).code == 0
     before = written(tmp_path / "data")
     ran = foretell(*command(readable, prompts, tmp_path / "data"))
-    refused(ran, 2, r"was begun with served tiny \(not None\); go on")
+    refused(ran, 2, r"was begun with .*served tiny \(not None\); go on")
     assert written(tmp_path / "data") == before
 
 
@@ -474,7 +777,8 @@ def test_a_server_that_is_not_there_is_one_sentence(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--served", "tiny"], "--served names a model of an endpoint; give --endpoint URL as well"),
+        (["--served", "tiny"], "--served is about the model of an endpoint; give --endpoint URL as well"),
+        (["--other-model"], "--other-model is about the model of an endpoint; give --endpoint URL as well"),
         (["--endpoint", "localhost:8000"], "The endpoint 'localhost:8000' is no address; give one such as http://"),
         (["--endpoint", "file:///v1"], "The endpoint 'file:///v1' is no address"),
     ],

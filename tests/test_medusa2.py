@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import Foretell, Ran
-from random_backbones import prefilled
+from random_backbones import prefilled, same
 from tiny_models import DIMENSIONS, save_tiny
 from torch import Tensor
 
@@ -324,17 +324,31 @@ def test_a_module_that_is_moved_takes_its_backbone_along(backbone: Backbone, fol
 def test_the_heads_weight_follows_its_schedule(
     backbone: Backbone, folder: Path, schedule: str, done: float, expected: float
 ) -> None:
-    """Relative to the backbone's loss: while there is none, it is one."""
-    module = learning(backbone, folder, schedule=schedule, weight=0.3, warm=0.2).eval()
-    batch = batch_of(backbone, module)
+    """λ0, relative to the backbone's loss (while there is none, it is one), times 0.8^k of head k = 1, 2, 3.
+
+    It weighs what is learnt. What is told of a head is its plain loss, the same at any weight.
+    """
+    module = perturbed(learning(backbone, folder, schedule=schedule, weight=0.3, warm=0.2)).eval()
+    batch, theirs = batch_of(backbone, module), list(module.backbone)[-1]
+
+    def told_and_pulls() -> list[tuple[Tensor, Tensor]]:
+        terms = module.losses(batch)
+        assert list(terms) == ["head 1", "head 2", "head 3", "backbone"]
+        reads = (module.bias_LKd, module.bias_LKd, module.bias_LKd, theirs)
+        pulls = [torch.autograd.grad(t, x, retain_graph=True)[0] for t, x in zip(terms.values(), reads, strict=True)]
+        return list(zip(terms.values(), pulls, strict=True))
+
     module.begin(0.0)
-    whole = module.losses(batch)
+    module.decay = 1.0  # and no weight is any but one
+    plain = told_and_pulls()
+    del module.decay
     module.begin(done)
     assert module.heads_weight() == pytest.approx(expected)
-    terms = module.losses(batch)
-    assert terms.pop("backbone") == whole.pop("backbone")
-    for name, term in terms.items():
-        assert term.item() == pytest.approx(expected * whole[name].item(), rel=1e-5)
+    weights = [expected * 0.8, expected * 0.8**2, expected * 0.8**3, 1.0]
+    for weight, (term, pull), (plain_term, plain_pull) in zip(weights, told_and_pulls(), plain, strict=True):
+        assert torch.equal(term, plain_term)
+        assert plain_pull.any()
+        torch.testing.assert_close(pull, weight * plain_pull)
 
 
 def test_nothing_supervised_is_no_loss(backbone: Backbone, folder: Path) -> None:
@@ -383,19 +397,21 @@ def trainer(backbone: Backbone, folder: Path, out: Path, seed: int = 0, **option
     return Trainer(module, Features(backbone, DATA, module.taps), settings, out)
 
 
-@pytest.mark.parametrize("adapt", ["lora", "full"])
+@pytest.mark.parametrize(("adapt", "dropout"), [("lora", 0.0), ("lora", 0.3), ("full", 0.0)])
 def test_an_interrupted_run_ends_like_a_straight_one(
-    backbone: Backbone, folder: Path, tmp_path: Path, adapt: str
+    backbone: Backbone, folder: Path, tmp_path: Path, adapt: str, dropout: float
 ) -> None:
     """Whatever the fresh module is like that takes it up: the state holds all that learns, and dropout is seeded."""
-    straight = trainer(backbone, folder, tmp_path / "straight", adapt=adapt)
+    options: dict[str, Any] = {"adapt": adapt, "dropout": dropout}
+    straight = trainer(backbone, folder, tmp_path / "straight", **options)
     straight.run()
     assert straight.steps > 12
     for after, seed in ((2, 0), (9, 7)):  # while the heads learn alone, and later
-        cut = trainer(backbone, folder, tmp_path / "cut", seed, adapt=adapt)
+        cut = trainer(backbone, folder, tmp_path / "cut", seed, **options)
         with pytest.raises(KeyboardInterrupt):
             cut.run(stop=lambda cut=cut, after=after: cut.step == after)
-    final = trainer(backbone, folder, tmp_path / "cut", 9, adapt=adapt)
+    final = trainer(backbone, folder, tmp_path / "cut", 9, **options)
+    torch.manual_seed(99)  # whatever has been drawn in between
     final.run()
     assert final.step == straight.step == straight.steps
     ours, theirs = final.module, straight.module
@@ -412,6 +428,20 @@ def test_an_interrupted_run_ends_like_a_straight_one(
     assert all(torch.equal(states[i][name], truth[i][name]) for i in truth for name in truth[i])
     fresh = learning(backbone, folder, adapt=adapt)
     assert all(not torch.equal(a, b) for a, b in zip(ours.backbone, fresh.backbone, strict=True))
+
+
+def test_adapters_drop_what_they_read_while_they_learn(backbone: Backbone, folder: Path) -> None:
+    def states(module: JointHeads, seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return module._through(batch).states[FINAL]
+
+    plain, module = (perturbed(learning(backbone, folder, dropout=dropout)) for dropout in (0.0, 0.3))
+    batch = batch_of(backbone, module)
+    module.train()
+    assert torch.equal(states(module, 1), states(module, 1))
+    assert not torch.equal(states(module, 1), states(module, 2))
+    assert torch.equal(states(module.eval(), 1), states(plain.train(), 2))
 
 
 def test_figures_of_a_finished_run_that_is_opened_again_are_the_same(
@@ -435,16 +465,21 @@ def test_what_is_saved_is_the_model_that_learnt(
     made = trainer(backbone, folder, tmp_path / "out" / "run", adapt=adapt)
     made.run()
     module: Any = made.module.eval()
+    before = {name: tensor.clone() for name, tensor in module.model.state_dict().items()}
     name = module.save_backbone(str(folder), tmp_path / "out")
+    after = module.model.state_dict()
+    assert all(same(after[key], before[key]) for key in before | after)  # it may go on learning
     assert name == (f"{folder}+{tmp_path / 'out'}" if adapt == "lora" else str(tmp_path / "out" / "model"))
     assert not (tmp_path / "out" / "adapter" / "README.md").exists()
     tokens = torch.tensor(DATA[-1].tokens)
     ours = assemble(resolve(name).path, dtype="fp32", threads=1)
     with torch.no_grad():
-        theirs = module.model.float()(input_ids=tokens[None]).logits[0]  # a whole one was rounded when it was saved
-    logits, before = (each.logits(each.norm(prefilled(each, tokens)[1])) for each in (ours, backbone))
+        if adapt == "full":  # a whole one is rounded when it is saved
+            module.model.to(torch.bfloat16).float()
+        theirs = module.model(input_ids=tokens[None]).logits[0]
+    logits, unchanged = (each.logits(each.norm(prefilled(each, tokens)[1])) for each in (ours, backbone))
     torch.testing.assert_close(logits, theirs, atol=1e-4, rtol=1e-4)
-    assert (logits - before).abs().max() > 1e-2
+    assert (logits - unchanged).abs().max() > 1e-2
     assert ours.fingerprint != backbone.fingerprint
     assert torch.equal(ours.embed(tokens).bfloat16(), backbone.embed(tokens).bfloat16())
 

@@ -10,14 +10,27 @@ from hypothesis import strategies as st
 from foretell.errors import UsageError
 from foretell.trees import from_paths
 from foretell.trees.published import published, published_trees
-from foretell.trees.search import MISSED, Path, Ranks, accepted_P, nested, replay
+from foretell.trees.search import ENDED, MISSED, Path, Ranks, accepted_P, nested, replay
+
+
+def ended(ranks: list[tuple[int, ...]]) -> Ranks:
+    """An answer's ranks, those of the tokens beyond its end left out."""
+    ranks_PK = np.array(ranks)
+    P, K = ranks_PK.shape
+    ranks_PK[np.arange(P)[:, None] + np.arange(K) >= P] = ENDED
+    return ranks_PK
+
+
+def answers_of(heads: int, most: int) -> st.SearchStrategy[list[Ranks]]:
+    """The answers of one text."""
+    rows = st.tuples(*[st.sampled_from([0, 0, 0, 1, 2, MISSED])] * heads)
+    return st.lists(st.lists(rows, min_size=1, max_size=20).map(ended), min_size=1, max_size=most)
+
 
 texts = st.integers(1, 3).flatmap(
-    lambda heads: st.lists(
-        st.lists(st.tuples(*[st.sampled_from([0, 0, 0, 1, 2, MISSED])] * heads), min_size=1, max_size=20).map(np.array),
-        min_size=1, max_size=3,
-    )
-)  # fmt: skip
+    lambda heads: st.lists(answers_of(heads, 1).map(np.concatenate), min_size=1, max_size=3)
+)
+talks = st.integers(2, 4).flatmap(lambda heads: st.lists(answers_of(heads, 3), min_size=1, max_size=3))
 
 
 def value(ranks: list[Ranks], path: Path) -> int:
@@ -38,28 +51,43 @@ def test_the_search_finds_the_most_frequent_paths(ranks: list[Ranks], nodes: int
 
 
 def decode(ranks: Ranks, paths: list[Path]) -> list[int]:
-    """Slow twin of replay: tokens of each step, following the tree from the root."""
-    emitted, p = [], 0
-    while p < len(ranks):
+    """Slow twin of replay: tokens of each step over one answer, following the tree from the root."""
+    emitted: list[int] = []
+    while sum(emitted) < len(ranks):
+        p = sum(emitted)
         path: Path = ()
         while len(path) < ranks.shape[1] and (*path, int(ranks[p, len(path)])) in paths:
             path = (*path, int(ranks[p, len(path)]))
-        emitted.append(len(path) + 1)
-        p += len(path) + 1
+        emitted.append(min(len(path) + 1, len(ranks) - p))  # behind the last token comes no bonus
     return emitted
 
 
 @settings(max_examples=150, deadline=None)
+@given(talks, st.integers(1, 12))
+def test_replay_is_decoding_step_by_step(talks: list[list[Ranks]], nodes: int) -> None:
+    """Answer by answer, though the ranks of a text come without borders."""
+    joined = [np.concatenate(answers) for answers in talks]
+    paths = nested(joined, nodes)
+    steps = [tokens for answers in talks for each in answers for tokens in decode(each, paths)]
+    assert sum(steps) == sum(map(len, joined))
+    assert replay(joined, paths) == sum(steps) / len(steps)
+
+
+@settings(max_examples=50, deadline=None)
 @given(texts, st.integers(1, 12))
-def test_replay_is_decoding_step_by_step(ranks: list[Ranks], nodes: int) -> None:
+def test_guesses_are_accepted_as_far_as_the_tree_knows_them(ranks: list[Ranks], nodes: int) -> None:
     paths = nested(ranks, nodes)
-    steps = [tokens for each in ranks for tokens in decode(each, paths)]
-    assert replay(ranks, paths) == sum(steps) / len(steps)
     for each in ranks:
-        walked = [
-            len(decode(each[p : p + 1], paths)) and decode(each[p : p + 1], paths)[0] - 1 for p in range(len(each))
-        ]
-        assert accepted_P(each, paths).tolist() == walked
+        known = [[k for k in range(each.shape[1] + 1) if not k or tuple(row[:k].tolist()) in paths] for row in each]
+        assert accepted_P(each, paths).tolist() == list(map(max, known))
+
+
+@pytest.mark.parametrize(("lengths", "steps"), [([5, 5], 4), ([6, 6], 4), ([30, 30, 30], 24), ([4], 1), ([1, 1], 2)])
+def test_no_step_goes_beyond_the_end_of_an_answer(lengths: list[int], steps: int) -> None:
+    """Three heads that are always right: four tokens a step, and what is left at the end."""
+    ranks = np.concatenate([ended([(0, 0, 0)] * length) for length in lengths])
+    assert replay([ranks], [(0,), (0, 0), (0, 0, 0)]) == sum(lengths) / steps
+    assert replay([ranks], []) == 1.0
 
 
 def test_a_larger_tree_never_earns_less_on_its_own_positions() -> None:

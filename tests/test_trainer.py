@@ -743,6 +743,22 @@ def test_accumulated_batches_weigh_alike_and_gradients_are_clipped(
     assert torch.allclose(gradient, mean * min(1, clip / mean.norm()), rtol=1e-4, atol=1e-8)
 
 
+def test_weight_decay_shrinks_what_learns(trainer: Made) -> None:
+    """AdamW's first step written out: the moments are the gradient and its square, so what counts is its sign."""
+    made = trainer(epochs=0.01, weight_decay=4.0, clip=1e6)
+    assert made.steps == 1
+    [[batch]] = list(islice(made._remaining(), 1))
+    with torch.no_grad():
+        table(made).copy_(torch.randn(table(made).shape, generator=torch.Generator().manual_seed(0)))
+    slow = Words()
+    slow.load_state_dict(made.module.state_dict())
+    torch.stack(list(slow.losses(made.features.batch(batch)).values())).sum().backward()
+    before, gradient, rate = slow.table_KdV.detach(), gradient_of(slow.table_KdV), made.learning_rate(0)
+    made.run()
+    expected = before * (1 - rate * 4.0) - rate * gradient / (gradient.abs() + 1e-8)
+    torch.testing.assert_close(table(made).detach(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_module_knows_whether_it_learns(trainer: Made) -> None:
     module, seen = Told(), list[bool]()
     made = trainer(module=module, data=told(*[[0] * 12] * 8), epochs=1)

@@ -4,7 +4,8 @@
 
 On texts that people wrote (the references in FILE): perplexity of both models. On what the base model answers to the
 questions: the share of tokens that the changed model would have chosen too, and its perplexity there. On the sums
-among the questions (GSM8K): exact match of both models' own answers.
+among the questions (GSM8K): exact match of both models' own answers, and the perplexity of the worked solutions that
+they are asked for, since a small model may get no sum right before or after.
 """
 
 from __future__ import annotations
@@ -34,14 +35,25 @@ def log_p_and_best(backbone: Backbone, tokens: list[int], start: int) -> tuple[f
     return float(log_p_PV.gather(1, told_P[:, None]).sum()), int((log_p_PV.argmax(1) == told_P).sum())
 
 
-def figures(llm: LLM, written: list[tuple[list[int], int]], human: list[tuple[list[int], int]]) -> dict[str, float]:
+def figures(llm: LLM, texts: dict[str, list[tuple[list[int], int]]]) -> dict[str, float]:
+    """Of texts by kind: perplexity per token, and the share of tokens that the model would have chosen.
+
+    Args:
+        texts: kind -> tokens, and where in them it begins to count.
+    """
     out = {}
-    for name, texts in (("human", human), ("own", written)):
-        found = [log_p_and_best(llm.backbone, tokens, start) for tokens, start in texts]
-        count = sum(len(tokens) - start for tokens, start in texts)
+    for name, those in texts.items():
+        found = [log_p_and_best(llm.backbone, tokens, start) for tokens, start in those]
+        count = sum(len(tokens) - start for tokens, start in those)
         out[f"{name}_perplexity"] = round(math.exp(-sum(log_p for log_p, _ in found) / count), 4)
         out[f"{name}_agreement"] = round(sum(best for _, best in found) / count, 4)
     return out
+
+
+def answered(llm: LLM, question: str, answer: str) -> tuple[list[int], int]:
+    """A question that was answered so, and where the answer begins."""
+    prompt = llm.encode(question)
+    return [*prompt, *llm.tokenizer.encode(answer)], len(prompt)
 
 
 def main() -> None:
@@ -66,11 +78,14 @@ def main() -> None:
     human = [(tokens[:512], 1) for tokens in texts if len(tokens) > 1]
     sums = [each for each in records if "####" in (each.get("reference") or [""])[0]]
     asked = [SUMS.format(question=each["turns"][0]) for each in sums]
-    numbers = [each["reference"][0].rpartition("####")[2].strip() for each in sums]
+    solutions = [each["reference"][0] for each in sums]
+    numbers = [solution.rpartition("####")[2].strip() for solution in solutions]
+    solved = [answered(llm, question, solution) for question, solution in zip(asked, solutions, strict=True)]
+    measured = {"human": human, "own": written, "sums": solved}
     out: dict[str, Any] = {"questions": len(prompts), "texts": len(human), "sums": len(sums)}
     for name, each in models.items():
         said = each.generate(asked, max_new_tokens=256)
-        out[name] = figures(each, written, human) | judge("number", [answer.text for answer in said], numbers)
+        out[name] = figures(each, measured) | judge("number", [answer.text for answer in said], numbers)
     core.save(args.model, out)
 
 

@@ -5,6 +5,7 @@ Our own backbones compute, and compute exactly; gradients are transformers' work
 
 from __future__ import annotations
 
+import copy
 import shutil
 import warnings
 from pathlib import Path
@@ -61,7 +62,7 @@ def save(model: Any, folder: Path, base: str, out: Path) -> str:
     target = out / ("model" if whole else "adapter")
     with write_errors(out), staged_folder(target) as staging:
         if whole:
-            model.to(torch.bfloat16).save_pretrained(staging)
+            copy.deepcopy(model).to(torch.bfloat16).save_pretrained(staging)  # ours may go on learning
             copy_beside(folder, staging)
         else:
             model.peft_config["default"].base_model_name_or_path = base

@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +15,7 @@ from foretell.cli.terminal import command_line, job_progress, note
 from foretell.errors import UsageError
 
 if TYPE_CHECKING:
-    from foretell.api import LLM
+    from foretell.api import LLM, Result
     from foretell.contracts import SamplingParams
     from foretell.conversations import Conversation
     from foretell.train.data import Store
@@ -46,6 +46,7 @@ def distill(
         str, typer.Option(help="Let an OpenAI-compatible server of the same model answer: its address, up to /v1.")
     ] = "",
     served: Annotated[str, typer.Option(help="The model's name there; by default the first that it lists.")] = "",
+    other_model: Annotated[bool, typer.Option("--other-model", help="Let another model answer there.")] = False,
 ) -> None:
     """Let the model write training data: prompts, if none are given, and its answers.
 
@@ -53,7 +54,6 @@ def distill(
     """
     from foretell.backbone.files import sole_writer
     from foretell.contracts import SamplingParams
-    from foretell.train.data import Store
     from foretell.train.distill import read_prompts
 
     if prompts is None and not write:
@@ -62,7 +62,7 @@ def distill(
         raise UsageError("--limit and --every are for the lines of a file; give --prompts FILE.jsonl, or --write N.")
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     asked = read_prompts(prompts, every, limit) if prompts else []
-    server = _connected(endpoint, served)
+    server = _connected(endpoint, served, other_model)
     llm = base.load()
     settings = {
         "prompts": prompts.name if prompts else None, "limit": limit, "every": every, "write": write, "tasks": tasks,
@@ -71,8 +71,7 @@ def distill(
     }  # fmt: skip
     _check_lengths(llm, max_new_tokens, tasks)
     with sole_writer(out):
-        about = {"model": base.model, "fingerprint": llm.backbone.fingerprint, "vocab": llm.backbone.config.vocab}
-        store = Store.create(out, {**about, "settings": settings, "command": command_line()})
+        store = _store(out, base.model, llm, server, settings)
         began = time.perf_counter()
         try:
             if write:
@@ -80,8 +79,32 @@ def distill(
             Random(seed).shuffle(asked)  # what an interrupted run leaves is a fair sample
             _answer(llm, store, asked, tasks, params, batch_size, keep_repetitive, server)
         finally:
-            store.write_manifest(time.perf_counter() - began)
+            _close(store, llm, server, time.perf_counter() - began)
     _say(store, out)
+
+
+def _store(out: Path, model: str, llm: LLM, endpoint: Endpoint | None, settings: dict[str, Any]) -> Store:
+    """The folder, begun by the local model; by another one where it was seen before that the endpoint serves such."""
+    from foretell.backbone.files import read_json
+    from foretell.train.data import MANIFEST, Store
+
+    about = {"model": model, "fingerprint": llm.backbone.fingerprint, "vocab": llm.backbone.config.vocab}
+    if endpoint and (out / MANIFEST).is_file():
+        foreign = _foreign(llm, endpoint)
+        about |= foreign if read_json(out / MANIFEST).get("fingerprint") == foreign["fingerprint"] else {}
+    return Store.create(out, {**about, "settings": settings, "command": command_line()})
+
+
+def _close(store: Store, llm: LLM, endpoint: Endpoint | None, seconds: float) -> None:
+    """Writes down what there is, and who answered if that was another model."""
+    if endpoint and endpoint.agreement.poor:
+        store.manifest |= _foreign(llm, endpoint)
+    store.write_manifest(seconds)
+
+
+def _foreign(llm: LLM, endpoint: Endpoint) -> dict[str, str]:
+    """How data name a model that is not the local one, and whose fingerprint nobody here knows."""
+    return {"model": endpoint.model, "fingerprint": f"not {llm.backbone.fingerprint} but {endpoint.model}"}
 
 
 def _say(store: Store, out: Path) -> None:
@@ -90,16 +113,17 @@ def _say(store: Store, out: Path) -> None:
     note(f"{counts['conversations']} conversations, {counts['written']} tokens written; dropped: {dropped}. In {out}.")
 
 
-def _connected(url: str, model: str) -> Endpoint | None:
+def _connected(url: str, model: str, other_model: bool) -> Endpoint | None:
     if not url:
-        if model:
-            raise UsageError("--served names a model of an endpoint; give --endpoint URL as well.")
+        if model or other_model:
+            name = "--served" if model else "--other-model"
+            raise UsageError(f"{name} is about the model of an endpoint; give --endpoint URL as well.")
         return None
     try:
         from foretell.train.endpoint import Endpoint
     except ImportError as error:
         raise UsageError("An endpoint needs requests; pip install 'foretell[train]'.") from error
-    endpoint = Endpoint(url, model)
+    endpoint = Endpoint(url, model, other_model=other_model)
     endpoint.connect()
     return endpoint
 
@@ -133,8 +157,15 @@ def _answer(
     endpoint: Endpoint | None,
 ) -> None:  # fmt: skip
     """The prompts, then tasks in two halves: later ones are about the answers to earlier ones too."""
-    from foretell.train.distill import distill, next_tasks
+    from foretell.train.distill import _kept, distill, next_tasks
 
+    def drop(conversation: Conversation, replies: list[Result], reason: str) -> None:
+        """What was answered before is kept."""
+        answered = replace(conversation, turns=conversation.turns[: len(replies)])
+        store.append(conversation.line, [*_kept(llm, answered, replies, circles), reason])
+
+    if endpoint:
+        endpoint.on_drop = drop
     todo = asked
     for count in (tasks // 2, tasks - tasks // 2, 0):
         if todo:

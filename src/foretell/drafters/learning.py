@@ -101,7 +101,10 @@ class Trainable(nn.Module):
 
     @abstractmethod
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        """Named terms, each a scalar; the trainer minimises their sum. {} where nothing is supervised."""
+        """Named terms, each a scalar; the trainer minimises their sum. {} where nothing is supervised.
+
+        A term that counts for more or less than others is `weighed`.
+        """
 
     @abstractmethod
     def guesses(self, batch: TrainingBatch) -> list[Guessed]:
@@ -162,11 +165,16 @@ def soft_cross_entropy(x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Te
     return _SoftCrossEntropy.apply(x_Pd, weight_Vd, ids_Pm, p_Pm)
 
 
+def weighed(term: Tensor, weight: float) -> Tensor:
+    """The same number with `weight` times its gradient: runs of different weights learn otherwise, and log alike."""
+    return term.detach() + weight * (term - term.detach())
+
+
 class GuessingHeads(Trainable):
     """K heads: the k-th (from 0) guesses, at position p, token p + k + 2 out of a draft vocabulary.
 
-    Their loss is a cross-entropy each, times decay^k, against the written token and the backbone's own distribution
-    where it was written. A method says what the output matrices read.
+    Their loss is a cross-entropy each, weighed by decay^(k + 1), against the written token and the backbone's own
+    distribution where it was written. A method says what the output matrices read.
 
     Args:
         head_Vd: the backbone's output rows of the draft vocabulary.
@@ -226,7 +234,7 @@ class GuessingHeads(Trainable):
             p_Pm = p_Pm * (place_Pm >= 0)  # what the draft vocabulary cannot say is not taught
             taught = p_Pm.sum(1) > 0
             loss = soft_cross_entropy(x_KPd[k, live][taught], self.head(k), place_Pm[taught].clamp(min=0), p_Pm[taught])
-            out[f"head {k + 1}"] = self.decay**k * loss / live.sum()
+            out[f"head {k + 1}"] = weighed(loss / live.sum(), self.decay ** (k + 1))
         return out
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from foretell.backbone import Backbone
 from foretell.backbone.adaptation import WAYS, causal, learning, save
 from foretell.contracts import FINAL
-from foretell.drafters.learning import CHUNK, Guessed, TrainingBatch
+from foretell.drafters.learning import CHUNK, Guessed, TrainingBatch, weighed
 from foretell.drafters.medusa import Medusa, MedusaHeads
 from foretell.drafters.parts import check_options, draft_vocabulary, spread
 from foretell.errors import ForetellError, UsageError, check_numbers
@@ -101,7 +101,7 @@ class JointHeads(MedusaHeads):
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         if not (self.training and self.alone):  # else the states are those that were stored
             batch = self._through(batch)
-        terms = {name: self.heads_weight() * term for name, term in super().losses(batch).items()}
+        terms = {name: weighed(term, self.heads_weight()) for name, term in super().losses(batch).items()}
         if terms and not (self.training and self.alone):
             terms["backbone"] = self._held(batch)
         return terms

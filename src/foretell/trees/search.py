@@ -6,7 +6,8 @@ the joint frequency of those ranks; no independence is assumed. A path never occ
 hence taking the most frequent path again and again gives the best tree of every size at once, each nested in the
 next (Medusa §3.3 and its appendix multiply accuracies instead).
 
-What a tree earns is then replayed: a step starts where the last one ended, which no average over positions knows.
+What a tree earns is then replayed: a step starts where the last one ended, which no average over positions knows,
+and none goes beyond the end of an answer.
 
 Legend: P positions, K heads.
 """
@@ -72,14 +73,24 @@ def replay(ranks: Sequence[Ranks], paths: Sequence[Path]) -> float:
     """Tokens per step (bonus included) of decoding the texts with the tree of `paths`.
 
     A step whose features are those of position p has p + 1 for its root and emits p + 2 onward: a accepted guesses
-    and the bonus, after which the features are those of p + a + 1.
+    and the bonus, after which the features are those of p + a + 1. Each position stands for one token, and the last
+    step of an answer emits no more than are left of it: the next answer begins with a step of its own.
     """
-    tokens = steps = 0
+    steps = 0
     for each in ranks:
         deepest = accepted_P(each, paths).tolist()
         p = 0
-        while p < len(deepest):
-            steps += 1
-            tokens += deepest[p] + 1
-            p += deepest[p] + 1
-    return tokens / steps if steps else 0.0
+        for end in _ends(each):
+            while p < end:
+                steps += 1
+                p = min(p + deepest[p] + 1, end)
+    return sum(map(len, ranks)) / steps if steps else 0.0
+
+
+def _ends(ranks: Ranks) -> list[int]:
+    """Where each answer of a text ends: the second head has nothing to guess at the last position of one.
+
+    Of a single head alone the ranks do not tell: they are taken for one answer.
+    """
+    last = (ranks[:-1, 1:2] == ENDED).any(1)
+    return [*(np.flatnonzero(last) + 1).tolist(), len(ranks)]
