@@ -200,7 +200,7 @@ def test_fresh_heads_say_what_the_output_head_says() -> None:
 
 @pytest.mark.parametrize("reads", [PAPER, {"taps": 2}])
 def test_the_loss_is_the_one_of_the_paper_written_out(reads: dict[str, Any]) -> None:
-    """Weights 0.8^k (in the gradient alone), shifts, masks, the teacher, the draft vocabulary: position by position in float64."""
+    """Shifts, masks, the teacher, the draft vocabulary, and 0.8^k in the gradient: position by position in float64."""
     backbone = backbone_of()
     module = random_heads(backbone, 3, 2, "own", 30, **reads)
     generator = torch.Generator().manual_seed(3)

@@ -132,6 +132,25 @@ def quality(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def ablation(section: dict[str, Any]) -> list[str]:
+    """What each option of Hydra++ is worth after the same training."""
+    runs = section["result"]
+    common = next(iter(runs.values()))["command"].partition(" -o ")[0]
+    lines = [
+        f"What the options of Hydra++ are worth after little training (`{common}` and the options named), "
+        "on held-out conversations: how often each head's first guess is right, and tokens per step by tree size.",
+        "",
+        "| options | head 1 | 2 | 3 | 4 | 8 nodes | 16 | 32 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run in runs.values():
+        options = " ".join(word for word in run["command"].split() if "=" in word)
+        right = [f"{share:.1%}" for share in run["accuracy"]]
+        earned = [f"{run['tokens_per_step'][size]:.2f}" for size in ("8", "16", "32")]
+        lines.append(f"| {options or 'none'} | {' | '.join(right + earned)} |")
+    return [*lines, ""]
+
+
 def trained() -> list[str]:
     """How the heads that ship were made."""
     lines = []
@@ -180,6 +199,7 @@ def pages() -> dict[Path, str]:
             *(line for name, model in HEADS.items() if (folder / name).exists()
               for line in by_size(model, _json(folder / name))),
             *(quality(_json(folder / "quality.json")) if (folder / "quality.json").exists() else []),
+            *(ablation(_json(folder / "ablation.json")["ablation"]) if (folder / "ablation.json").exists() else []),
         ],
     }  # fmt: skip
     return {page: "\n".join(lines).rstrip() for page, lines in blocks.items()}

@@ -15,7 +15,7 @@ from foretell.cli.terminal import command_line, job_progress, note
 from foretell.errors import UsageError
 
 if TYPE_CHECKING:
-    from foretell.api import LLM, Result
+    from foretell.api import LLM
     from foretell.contracts import SamplingParams
     from foretell.conversations import Conversation
     from foretell.train.data import Store
@@ -157,15 +157,8 @@ def _answer(
     endpoint: Endpoint | None,
 ) -> None:  # fmt: skip
     """The prompts, then tasks in two halves: later ones are about the answers to earlier ones too."""
-    from foretell.train.distill import _kept, distill, next_tasks
+    from foretell.train.distill import distill, next_tasks
 
-    def drop(conversation: Conversation, replies: list[Result], reason: str) -> None:
-        """What was answered before is kept."""
-        answered = replace(conversation, turns=conversation.turns[: len(replies)])
-        store.append(conversation.line, [*_kept(llm, answered, replies, circles), reason])
-
-    if endpoint:
-        endpoint.on_drop = drop
     todo = asked
     for count in (tasks // 2, tasks - tasks // 2, 0):
         if todo:

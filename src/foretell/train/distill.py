@@ -34,6 +34,8 @@ SHORTEST = 4
 DISTINCT = 0.3
 """Least share of different 4-grams among those of an answer's second half: below, the model runs in a circle."""
 CIRCLES = "repetitive"
+REFUSED = ("rejected", "unfinished", "too long")
+"""How a reply ends that is none: the conversation is kept up to it."""
 SHORTEST_TEXT = 40
 """Tokens of an answer worth asking about."""
 OWN_LINES, TASK_LINES = 1 << 20, 1 << 21
@@ -156,7 +158,11 @@ def _kept(llm: LLM, conversation: Conversation, replies: Sequence[Result], circl
     messages: list[dict[str, str]] = []
     tokens: list[int] = []
     answers: list[tuple[int, int]] = []
+    ended = "too long" if len(replies) < len(conversation.turns) else ""
     for turn, reply in zip(conversation.turns, replies, strict=False):
+        if reply.finish_reason in REFUSED:
+            ended = reply.finish_reason
+            break
         messages.append({"role": "user", "content": turn})
         prompt = llm.encode(messages)
         if answers and prompt[: len(tokens)] != tokens:  # read back, an answer's text may become other tokens
@@ -171,8 +177,8 @@ def _kept(llm: LLM, conversation: Conversation, replies: Sequence[Result], circl
             answers.append((len(prompt), len(tokens)))
     if answers:
         yield Distilled(conversation.line, tokens, answers)
-    if len(replies) < len(conversation.turns):
-        yield "too long"
+    if ended:
+        yield ended
 
 
 def unfit(ids: Sequence[int]) -> str | None:

@@ -28,6 +28,7 @@ from foretell.backbone.files import one_line
 from foretell.contracts import SamplingParams
 from foretell.conversations import Conversation
 from foretell.errors import ForetellError, UsageError
+from foretell.train.distill import REFUSED
 
 KEY = "OPENAI_API_KEY"
 """Environment variable with the key to send, if the endpoint wants one."""
@@ -97,21 +98,6 @@ class Agreement:
 
 
 @dataclass
-class Answer:
-    """What became of a conversation.
-
-    Attributes:
-        replies: as many as there are turns, or fewer.
-        dropped: why the next turn is not among them; empty where the context was full.
-        said: the server's words to that.
-    """
-
-    replies: list[Result] = field(default_factory=list)
-    dropped: str = ""
-    said: str = ""
-
-
-@dataclass
 class Endpoint:
     """Where the model is served.
 
@@ -120,7 +106,6 @@ class Endpoint:
         model: the name it is served by; by default the first that the endpoint lists.
         pause: seconds before the first repetition; doubled at each.
         other_model: go on where another model than the local one answers.
-        on_drop: told of conversations that the server would not answer to their end: the replies so far, and why.
         agreement: with the local model, of the first answers.
     """
 
@@ -128,7 +113,6 @@ class Endpoint:
     model: str = ""
     pause: float = 1.0
     other_model: bool = False
-    on_drop: Callable[[Conversation, list[Result], str], None] = lambda *_: None
     agreement: Agreement = field(default_factory=Agreement, init=False)
 
     def __post_init__(self) -> None:
@@ -173,36 +157,37 @@ class Endpoint:
         After an error nothing new is asked, and it is raised when what was under way has ended and been yielded.
 
         Returns:
-            (place, the replies) in the order in which conversations end; fewer replies than turns where the context
-            was full. Those dropped for another reason go to `on_drop` instead.
+            (place, the replies) in the order in which conversations end; the last is `REFUSED`, with the server's
+            words, where it would not answer.
 
         Raises:
             ForetellError: the endpoint fails, refuses the first conversations all alike, or serves another model.
         """
         end, left = turn_end(llm), deque(enumerate(conversations))
         few = max(SILENT, min(rows, len(left)))
-        waiting: list[tuple[int, Answer]] = []  # until something is answered: that of a broken server drops nothing
+        waiting: list[tuple[int, list[Result]]] = []  # until something is answered: a broken server drops nothing
         failed: Exception | None = None
         heard = False
         found = side_by_side(left, rows, lambda each, stopped: self._answer(llm, end, each, params, stopped))
         with closing(found):
-            for index, answer in found:
-                if isinstance(answer, Exception):
-                    failed = failed or answer
+            for index, replies in found:
+                if isinstance(replies, Exception):
+                    failed = failed or replies
                     continue
-                for reply in answer.replies:
+                for reply in replies:
                     on_reply(reply)
-                heard = heard or bool(answer.replies)
-                waiting.append((index, answer))
+                answered = replies[0].finish_reason not in REFUSED
+                heard = heard or answered
+                waiting.append((index, replies))
                 if heard:
-                    yield from self._told(conversations, waiting)
-                    if answer.replies and not failed:
-                        turn = conversations[index].turns[0]
-                        self.agreement.add(llm, turn, answer.replies[0], params.temperature)
+                    yield from waiting
+                    waiting.clear()
+                    if answered and not failed:
+                        self.agreement.add(llm, conversations[index].turns[0], replies[0], params.temperature)
                         failed = self._other() if self.agreement.conversations >= JUDGED else None
                 elif len(waiting) == few:
                     failed = failed or ForetellError(
-                        f"{self.url} answers none of the first {few} prompts (the last: {answer.said}); mend what it "
+                        f"{self.url} answers none of the first {few} prompts (the last: {replies[0].text}); mend what it "
                         "complains of, then give the same command: it asks them again."
                     )
                 if failed:
@@ -210,17 +195,7 @@ class Endpoint:
         failed = failed or self._other()
         if failed:
             raise failed
-        yield from self._told(conversations, waiting)
-
-    def _told(
-        self, conversations: Sequence[Conversation], waiting: list[tuple[int, Answer]]
-    ) -> Generator[tuple[int, list[Result]], None, None]:
-        while waiting:
-            index, answer = waiting.pop(0)
-            if answer.dropped:
-                self.on_drop(conversations[index], answer.replies, answer.dropped)
-            else:
-                yield index, answer.replies
+        yield from waiting
 
     def _other(self) -> ForetellError | None:
         """What is to be said where another model than the local one answers."""
@@ -234,7 +209,7 @@ class Endpoint:
 
     def _answer(
         self, llm: LLM, end: list[int], conversation: Conversation, params: SamplingParams, stopped: Event
-    ) -> Answer:
+    ) -> list[Result]:
         messages: list[dict[str, str]] = []
         replies: list[Result] = []
         for turn in conversation.turns:
@@ -247,19 +222,19 @@ class Endpoint:
                 body["seed"] = (params.seed * 1_000_003 + conversation.line) % 2**31
             reply = self._reply("POST", "/chat/completions", body, stopped)
             if reply.status_code in REJECTED:
-                reason = "" if TOO_LONG.search(reply.text) else "rejected"
-                return Answer(replies, reason, f"{reply.status_code} {_said(reply)}")
+                reason = "too long" if TOO_LONG.search(reply.text) else "rejected"
+                return [*replies, Result([], f"{reply.status_code} {_said(reply)}", reason)]
             try:
                 choice = reply.json()["choices"][0]
                 text, finished = choice["message"]["content"] or "", choice["finish_reason"]
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 raise self._odd(reply) from error
             if finished not in ("stop", "length"):  # a filter's words, or a tool's, are not the model's
-                return Answer(replies, "unfinished", f"finish_reason {finished!r}")
+                return [*replies, Result([], f"finish_reason {finished!r}", "unfinished")]
             ids = llm.tokenizer.encode(text) + (end if finished == "stop" else [])
             replies.append(Result(ids, text, finished))
             messages.append({"role": "assistant", "content": text})
-        return Answer(replies)
+        return replies
 
     def _reply(
         self, verb: str, path: str, body: dict[str, Any] | None = None, stopped: Event | None = None
@@ -304,13 +279,13 @@ def _retry_after(reply: requests.Response) -> float:
 
 
 def side_by_side(
-    left: deque[tuple[int, Conversation]], rows: int, act: Callable[[Conversation, Event], Answer]
-) -> Generator[tuple[int, Answer | Exception], None, None]:
+    left: deque[tuple[int, Conversation]], rows: int, act: Callable[[Conversation, Event], list[Result]]
+) -> Generator[tuple[int, list[Result] | Exception], None, None]:
     """What `act` makes of all that is left, by `rows` threads, in the order of ending.
 
     After an exception no more is taken, and what was taken is done to its end; the same if `left` is cleared.
     """
-    done, stopped, working = Queue[tuple[int, Answer | Exception] | None](), Event(), min(rows, len(left))
+    done, stopped, working = Queue[tuple[int, list[Result] | Exception] | None](), Event(), min(rows, len(left))
 
     def work() -> None:
         while not stopped.is_set():
