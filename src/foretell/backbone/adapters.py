@@ -26,8 +26,8 @@ _BEFORE = "base_model.model."
 _PLAIN = {
     "peft_type", "r", "lora_alpha", "use_rslora", "bias", "init_lora_weights", "target_modules", "exclude_modules",
     "layers_to_transform", "layers_pattern", "lora_dropout", "inference_mode", "task_type", "auto_mapping",
-    "peft_version", "base_model_name_or_path", "revision", "megatron_core", "loftq_config", "eva_config", "corda_config",
-    "lora_ga_config", "qalora_group_size",
+    "peft_version", "base_model_name_or_path", "revision", "megatron_core", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "qalora_group_size",
 }  # fmt: skip
 """Settings of peft that a sum needs, or that leave no trace in it; any other one that is set would need more."""
 _MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq")

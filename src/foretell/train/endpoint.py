@@ -187,8 +187,8 @@ class Endpoint:
                         failed = self._other() if self.agreement.conversations >= JUDGED else None
                 elif len(waiting) == few:
                     failed = failed or ForetellError(
-                        f"{self.url} answers none of the first {few} prompts (the last: {replies[0].text}); mend what it "
-                        "complains of, then give the same command: it asks them again."
+                        f"{self.url} answers none of the first {few} prompts (the last: {replies[0].text}); mend what "
+                        "it complains of, then give the same command: it asks them again."
                     )
                 if failed:
                     left.clear()
