@@ -290,7 +290,7 @@ BEFORE = 1.2, 2.0, 3.5, 1.5, 2.2
         (result(*BEFORE), []),
         (result(1.0, 2.2, 3.6, 1.4, 2.2), []),  # some up, some down
         (result(*(0.99 * each for each in BEFORE)), []),  # everywhere, but by too little
-        (result(*(0.9 * each for each in BEFORE)), ["speed against plain, question by question"]),
+        (result(*(0.9 * each for each in BEFORE)), ["speed-up over the first's, question by question"]),
         (result(*(1.5 * each for each in BEFORE)), []),
         (result(*BEFORE, tokens=1.9), ["tokens per step"]),
         (result(*BEFORE, same=4), ["share of answers with plain's ids"]),

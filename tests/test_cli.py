@@ -204,7 +204,7 @@ def test_text_is_streamed_and_statistics_go_to_stderr(foretell: Foretell, tiny: 
     as_json = foretell("generate", "hello", *options, "--json").lines[0]
     ran = foretell("generate", "hello", *options, "--stats")
     assert ran.out == as_json["text"] + "\n"
-    assert re.search(r"16 tokens in .* tokens/s, acceptance length 1.00", ran.err)
+    assert re.search(r"16 tokens in .* tokens/s, 1.00 tokens per step", ran.err)
     assert foretell("generate", "-", *options, stdin=b"hello").out == ran.out
     assert foretell("generate", "hello", *options, "--raw", "--json").lines[0]["prompt_tokens"] == 5
 
@@ -325,7 +325,11 @@ def test_models_lists_what_is_here_and_what_could_be(foretell: Foretell, cache: 
         {
             "name": "smollm2-135m", "bytes": 273_000_000, "licence": "Apache-2.0", "source": "catalog",
             "cached": False, "path": None,
-        }
+        },
+        {
+            "name": "smollm2-135m+medusa2", "bytes": 273_000_000, "licence": "Apache-2.0",
+            "source": "catalog, with an adapter", "cached": False, "path": None,
+        },
     ]  # fmt: skip
 
 

@@ -34,7 +34,8 @@ class Change:
 
     def __str__(self) -> str:
         change = self.after / self.before - 1 if self.before else 0.0
-        verdict = "worse" if self.worse else "same within noise" if abs(change) < SPEED_FLOOR else "changed"
+        within = "better" if change > 0 else "less, which may be chance"
+        verdict = "worse" if self.worse else "same within noise" if abs(change) < SPEED_FLOOR else within
         return (
             f"{self.contender}, {self.setting}: {self.figure} {self.before:.3f} -> {self.after:.3f} "
             f"({change:+.1%}): {verdict}"
@@ -62,7 +63,14 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> Iterator[Change]:
             ratios = sorted(ups[1][key] / ups[0][key] for key in shared)
             if ratios:
                 worse = median(ratios) < 1 - SPEED_FLOOR and ratios[-1 - len(ratios) // 4] < 1
-                yield Change(name, setting, "speed against plain, question by question", 1.0, median(ratios), worse)
+                yield Change(
+                    name,
+                    setting,
+                    "speed-up over the first's, question by question",
+                    1.0,
+                    median(ratios),
+                    worse,
+                )
         elif before["machine"] == after["machine"]:
             x, y = was["tokens_per_s"], row["tokens_per_s"]
             yield Change(PLAIN, setting, "tokens/s", x, y, y < x * (1 - MACHINE_FLOOR))

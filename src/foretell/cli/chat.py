@@ -112,7 +112,7 @@ class Talk:
                 sums = total(finished)
                 note(
                     f"answers: {len(finished)}, tokens: {sums.new_tokens} at {sums.tokens_per_second:.1f}/s, "
-                    f"acceptance length {sums.acceptance_length:.2f}; in the cache already: "
+                    f"{sums.acceptance_length:.2f} tokens per step; in the cache already: "
                     f"{sums.reused_tokens} of {sums.prompt_tokens} prompt tokens"
                 )
             case _:

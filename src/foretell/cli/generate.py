@@ -80,7 +80,7 @@ def generate(
         sums, seconds = total(done), time.perf_counter() - began
         note(
             f"{sums.new_tokens} tokens in {seconds:.2f} s, prompts included: {sums.new_tokens / seconds:.1f} "
-            f"tokens/s, acceptance length {sums.acceptance_length:.2f}"
+            f"tokens/s, {sums.acceptance_length:.2f} tokens per step"
         )
     if failed:
         raise ForetellError(f"{len(failed)} of {len(asked)} conversations could not be answered to their end.")

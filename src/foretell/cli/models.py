@@ -40,7 +40,9 @@ def models(
 
 
 def _rows(cache_dir: Path | None) -> list[_Row]:
+    from foretell.backbone import adapters
     from foretell.backbone.catalog import CATALOG
+    from foretell.backbone.files import read_json
     from foretell.backbone.store import cached_models
 
     cached = [
@@ -53,6 +55,11 @@ def _rows(cache_dir: Path | None) -> list[_Row]:
         for entry in CATALOG.values()
         if entry.name not in here
     ]
+    for config in adapters.SHIPPED.glob(f"*/{adapters.CONFIG}"):
+        base = CATALOG[read_json(config)["base_model_name_or_path"]]
+        name = f"{base.name}+{config.parent.name}"
+        if name not in here:
+            absent.append(_Row(name, base.stored_bytes, base.licence, "catalog, with an adapter", False, None))
     return sorted(cached + absent, key=lambda row: (row.source != "catalog", row.name))
 
 

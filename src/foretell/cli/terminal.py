@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
@@ -20,12 +19,12 @@ def note(text: str) -> None:
 
 
 def command_line() -> str:
-    """The command as it was typed, to be kept with what it made; of paths their last part only."""
+    """The command as it was typed, to be kept with what it made; of paths that lead elsewhere their last part only."""
 
     def bare(argument: str) -> str:
         head, equals, value = argument.rpartition("=")
         path = Path(value)
-        return head + equals + (path.name if os.sep in value and (path.is_absolute() or path.exists()) else value)
+        return head + equals + (path.name if path.is_absolute() or ".." in path.parts else value)
 
     return " ".join(["foretell", *map(bare, sys.argv[1:])])
 

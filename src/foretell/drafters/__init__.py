@@ -20,9 +20,9 @@ DRAFTERS: dict[str, tuple[str | type[Drafter], str]] = {
     "plain": ("foretell.drafters.plain:Plain", "one token per step: the baseline"),
     "prompt_lookup": ("foretell.drafters.prompt_lookup:PromptLookup", "repeats what followed the same words before"),
     "medusa": ("foretell.drafters.medusa:Medusa", "trained heads that guess the tokens after the next"),
-    "medusa2": ("foretell.drafters.medusa2:Medusa2", "such heads, with a backbone that learnt together with them"),
+    "medusa2": ("foretell.drafters.medusa2:Medusa2", "Medusa's heads, and a backbone that learnt with them"),
     "hydra": ("foretell.drafters.hydra:Hydra", "heads that read the guesses before theirs"),
-    "hydra++": ("foretell.drafters.hydra:HydraPlus", "and a layer that attends to the text before them"),
+    "hydra++": ("foretell.drafters.hydra:HydraPlus", "Hydra's heads behind a layer that attends to the whole text"),
 }
 
 CONTEXT = 512
