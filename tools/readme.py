@@ -114,6 +114,19 @@ def by_size(model: str, results: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
+def fastest(model: str, results: dict[str, Any]) -> str:
+    """The heads that decode fastest, in a sentence."""
+    sizes = results["sizes"]["result"]
+    rows = {run: row for run, row in sizes.items() if isinstance(row, dict) and run.rpartition(" ")[0]}
+    run = max(rows, key=lambda run: rows[run]["decode_speedup"])
+    drafter, nodes, *lookup = run.split(maxsplit=2)
+    return (
+        f"The fastest heads for {model}: {' '.join([drafter, *lookup])}, {nodes} nodes: "
+        f"{rows[run]['tokens_per_step']:.2f} tokens per step, {rows[run]['decode_speedup']:.2f} times plain decoding's "
+        f"speed ({sizes['prompts']} of these questions, batch 1, greedy)."
+    )
+
+
 def quality(results: dict[str, Any]) -> list[str]:
     """What models lost when they learnt together with heads."""
     lines = []
@@ -192,7 +205,13 @@ def pages() -> dict[Path, str]:
     head = ["## Measured", ""]
     every = sorted(path.parent for path in folder.glob("*/results.json"))
     blocks = {
-        ROOT / "README.md": [*head, *measured(folder / "bench"), *core(_json(folder / "core.json"))],
+        ROOT / "README.md": [
+            *head, *measured(folder / "bench"),
+            *(f"- {fastest(model, _json(folder / name))}" for name, model in HEADS.items()),
+            "", "How each method does by tree size, and how its heads were made: [docs/training.md](docs/training.md).",
+            "",
+            *core(_json(folder / "core.json")),
+        ],
         ROOT / "docs/benchmarks.md": [*head, *(line for each in every for line in measured(each))],
         ROOT / "docs/training.md": [
             *head, *trained(),
