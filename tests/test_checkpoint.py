@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,27 @@ def test_eight_bits_a_number_are_read_as_what_they_stand_for(tmp_path: Path) -> 
     kind.save(tmp_path / "lacks", {name: each for name, each in small.items() if name != "large.scale"})
     with pytest.raises(ForetellError, match="is damaged .*large.scale"):
         checkpoint.load(tmp_path / "lacks")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_all_who_may_read_its_config_may_read_its_tensors(tmp_path: Path, mask: int) -> None:
+    kind = Checkpoint(method="medusa", backbone="x", fingerprint="x", hidden=1, vocab=9, arch={})
+    before = os.umask(mask)
+    try:
+        kind.save(tmp_path / "heads", {"bias": torch.zeros(3)})
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "heads").iterdir()}
+    assert modes == dict.fromkeys(["config.json", "model.safetensors"], 0o666 & ~mask)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "[" * 9999])
+def test_a_config_that_is_none_is_damage_that_nothing_can_be_fetched_for(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ForetellError, match=r"is damaged \(.+\); copy or train it again\.$") as error:
+        checkpoint.load(tmp_path)
+    assert "\n" not in str(error.value)
+    assert "fetch" not in str(error.value)
 
 
 DAMAGES: dict[str, dict[str, Any]] = {

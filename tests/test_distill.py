@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -585,8 +586,7 @@ def test_tasks_come_from_long_straight_first_answers(llm: LLM, tmp_path: Path) -
     assert found == next_tasks(llm, store, asked[3::-1], 40, 0)
     later = next_tasks(llm, store, [*asked, *found], 3, 0)
     assert min(each.line for each in later) > max(each.line for each in found)
-    with pytest.raises(ForetellError, match=r"No answer is long enough \(40 tokens\).*leave out --tasks"):
-        next_tasks(llm, store, asked[:2], 4, 0)
+    assert next_tasks(llm, store, asked[:2], 4, 0) == []
 
 
 # --- foretell distill ---------------------------------------------------------------------------------------
@@ -731,6 +731,31 @@ def test_tasks_are_answered_after_what_they_are_about(
             assert foretell(*command, "--out", str(tmp_path / f"cut{stop}")).code == 130
         assert foretell(*command, "--out", str(tmp_path / f"cut{stop}")).code == 0
         assert as_set(Store.open(tmp_path / f"cut{stop}")) == as_set(straight)
+
+
+@pytest.mark.parametrize("tasks", ["1", "3"])
+def test_where_no_answer_is_long_enough_no_tasks_are_made(
+    foretell: Foretell, tiny: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tasks: str
+) -> None:
+    monkeypatch.setattr(distilling, "SHORTEST_TEXT", 41)
+    options = ("--prompts", str(prompts), "-n", "41", "--tasks", tasks, "--out", str(tmp_path / "data"))
+    monkeypatch.setattr(distilling, "unfit", lambda ids: "empty")  # none is
+    ran = foretell("distill", "-m", tiny, *TINY, *options)
+    assert (ran.code, ran.out) == (0, "")
+    assert ran.err.count("note: no tasks were made: no answer is long enough (41 tokens)\n") == 1
+    assert len(Store.open(tmp_path / "data").lines) == 4
+
+
+def test_a_model_without_a_chat_template_is_refused(
+    foretell: Foretell, tiny: str, prompts: Path, tmp_path: Path
+) -> None:
+    bare = shutil.copytree(tiny, tmp_path / "bare")
+    (bare / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>"}))
+    ran = foretell("distill", "-m", str(bare), *TINY, "--prompts", str(prompts), "--out", str(tmp_path / "data"))
+    assert (ran.code, ran.out) == (2, "")
+    sentence = r"error: .*bare has no chat template; distill needs .* add chat_template\.jinja to its folder\.\n"
+    assert re.fullmatch(sentence, ran.err)
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize(

@@ -596,6 +596,30 @@ def test_heads_of_other_options_are_no_beginning(theirs: dict[str, Any], ours: d
 
 
 @pytest.mark.parametrize(
+    ("theirs", "ours", "sentence"),
+    [
+        ({"layers": 2}, {"layers": 1}, "2 blocks in each head, these would have 1 block; train with -o layers=2."),
+        (
+            {"layers": 3, "tied": True}, {"layers": 3},
+            "3 blocks (tied) in each head, these would have 3 blocks; train with -o layers=3 -o tied=true.",
+        ),
+        (
+            {"layers": 3}, {"layers": 3, "tied": True},
+            "3 blocks in each head, these would have 3 blocks (tied); train with -o layers=3 -o tied=false.",
+        ),
+    ],
+)  # fmt: skip
+def test_a_beginning_of_other_blocks_says_what_to_train_with(
+    theirs: dict[str, Any], ours: dict[str, Any], sentence: str
+) -> None:
+    backbone = backbone_of()
+    tensors, arch = random_hydra(backbone, **theirs).checkpoint()
+    with pytest.raises(UsageError) as error:
+        random_hydra(backbone, **ours).start(arch, tensors)
+    assert str(error.value) == f"It has {sentence}"
+
+
+@pytest.mark.parametrize(
     ("layers", "reads", "ours"),
     [(2, {"root": True}, {"layers": 2, "grounded": False}), (2, {"taps": 1}, {"layers": 2}), (2, {}, {"layers": 1})],
     ids=str,

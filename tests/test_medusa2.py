@@ -6,6 +6,7 @@ What comes out is another model: without its adapters it is the old one bit for 
 import json
 import math
 import re
+import shlex
 import shutil
 import sys
 from dataclasses import replace
@@ -607,7 +608,10 @@ def test_its_heads_draft_for_no_other_model(foretell: Foretell, tiny: str, train
     drafter = f"checkpoint={trained / 'out' / 'drafter'}"
     whose = re.escape(f"{tiny}+{trained / 'out'}")
     ran = foretell("generate", "hi", "-m", tiny, *TINY, "-d", "medusa2", "-o", drafter)
-    refused(ran, 2, rf"was trained for {whose} \(fingerprint \w+\), not for this model \(\w+\); train one for it, or")
+    sentence = (
+        rf"was trained for {whose} \(fingerprint \w+\), not for this model \(\w+\); use --model {whose}, train one"
+    )
+    refused(ran, 2, rf"{sentence} for this model, or allow it with -o any_backbone=true")
     ran = foretell("generate", "hi", "-m", tiny, *TINY, "-d", "medusa", "-o", drafter)
     refused(ran, 2, "holds a medusa2 drafter, not medusa; use --drafter medusa2")
     ran = foretell("generate", "hi", "-m", tiny, *TINY, "-d", "medusa2")
@@ -641,6 +645,16 @@ def test_a_backbone_that_learnt_whole_is_a_folder(foretell: Foretell, tiny: str,
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (out / "model" / name).read_bytes() == (Path(tiny) / name).read_bytes()
     assert_lossless(foretell, str(out / "model"), trained, out / "drafter")
+    words = shlex.split(ran.err.splitlines()[-1].partition("use it with ")[2])
+    kept = ["--cache-dir", str(trained / "cache")]
+    drafter = ["--drafter", "medusa2", "-o", f"checkpoint={out / 'drafter'}"]
+    assert words == ["foretell", "chat", "--model", str(out / "model"), *kept, *drafter]
+    assert foretell(*words[1:], *TINY, "-n", "4", stdin=b"hi\n").code == 0
+    for folder in (out, out / "drafter"):
+        ran = foretell("generate", "hi", "-m", tiny, *TINY, "-d", "medusa2", "-o", f"checkpoint={folder}")
+        refused(
+            ran, 2, rf"was trained for {re.escape(str(out / 'model'))} .*; use --model {re.escape(str(out / 'model'))},"
+        )
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ import math
 import os
 import platform
 import re
+import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,7 +38,8 @@ from foretell.backbone import Backbone, Nodes
 from foretell.backbone import files as files_of_ours
 from foretell.cli import main
 from foretell.contracts import FINAL
-from foretell.drafters import checkpoint
+from foretell.drafters import checkpoint, drafter_class
+from foretell.drafters.checkpoint import Checkpoint
 from foretell.drafters.learning import Guessed, Trainable, TrainingBatch
 from foretell.errors import ForetellError, UsageError
 from foretell.train import features as featuring
@@ -885,7 +888,10 @@ def test_another_run_is_not_gone_on_with(trainer: Made, options: dict[str, Any],
     assert {path.name: path.read_bytes() for path in made.folder.iterdir()} == before
 
 
-def test_a_full_disk_ends_the_run_and_keeps_the_last_state(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("room", [0, 1000, 5000])
+def test_a_full_disk_ends_the_run_and_keeps_the_last_state(
+    trainer: Made, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
     straight, made = trainer("straight"), trainer("cut")
     straight.run()
     with pytest.raises(KeyboardInterrupt):
@@ -894,7 +900,9 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_state(trainer: Made, monkey
 
     class Full(io.BytesIO):
         def write(self, data: Any) -> int:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self.tell() + len(data) > room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
 
     def full(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
         return Full() if mode == "wb" else opens(path, mode, *args, **options)
@@ -908,6 +916,38 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_state(trainer: Made, monkey
     final = trainer("cut")
     final.run()
     assert_same_ends(final, straight)
+
+
+def test_a_state_that_outgrows_what_files_may_hold_is_one_sentence(trainer: Made) -> None:
+    made = trainer()
+    made.save()
+    path = made.folder / "state.pt"
+    before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(ForetellError, match=r"^Cannot write to .*run \(.*File too large\); choose another folder"):
+            made.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    assert [each.name for each in made.folder.iterdir()] == ["state.pt"]
+
+
+def test_a_run_of_another_method_is_named_first(trainer: Made) -> None:
+    made = trainer()
+    made.options = {"method": "medusa", "heads": 4}
+    made.save()
+    other = trainer(seed=1)
+    other.options = {"method": "hydra", "taps": 2}
+    with pytest.raises(UsageError, match=r"run holds a run of medusa; choose another --out\.$"):
+        other.resume()
+    made.options = {"heads": 4}  # as earlier versions wrote it
+    made.save()
+    with pytest.raises(UsageError, match=r"holds a run with seed 0 \(not 1\), heads 4 \(not None\), taps None"):
+        other.resume()
+    same = trainer()
+    same.options = {"method": "medusa", "heads": 4}
+    assert same.resume()
 
 
 def test_a_folder_that_cannot_be_is_found_out_at_once(trainer: Made, tmp_path: Path) -> None:
@@ -1063,7 +1103,10 @@ def test_from_a_model_alone_to_a_trained_drafter(
     drafter = tmp_path / "out" / "drafter"
     assert re.search(r"head 3: \d+\.\d% first, \d+\.\d% among five\n", ran.err)
     assert re.search(r"tokens per step on training text, for none was held out: 4 nodes [1-4]\.\d\d", ran.err)
-    assert ran.err.endswith(f"use it with -o checkpoint={drafter}\n")
+    words = ["foretell", "chat", "--model", tiny, "--drafter", "medusa", "-o", f"checkpoint={drafter}"]
+    assert ran.err.endswith(f"The drafter is in {drafter}; use it with {shlex.join(words)}\n")
+    used = foretell(*words[1:], *TINY, "-n", "4", stdin=b"hi\n")
+    assert (used.code, "error" in used.err) == (0, False)
     saved, tensors = checkpoint.load(drafter)
     assert saved.arch == {"heads": 3, "layers": 2, "output": "tied", "taps": [1, 2], "root": True}
     assert len(tensors["vocabulary"]) == 100
@@ -1178,8 +1221,21 @@ def test_hydra_may_begin_with_what_medusa_has_learnt(
         ({}, "./nowhere", [], 2, "here is no folder ./nowhere"),
         ({}, "{start}/..", [], 1, "holds no drafter"),
         ({}, "medusa", [], 2, "No medusa drafter comes with foretell for this model"),
-        ({}, "{start}", ["-o", "layers=1"], 2, "cannot be begun with: It has 2 blocks in each head"),
-        ({}, "{start}", ["-o", "taps=1"], 2, "cannot be begun with: It reads other things"),
+        (
+            {},
+            "{start}",
+            ["-o", "layers=1"],
+            2,
+            "start has 2 blocks in each head, these would have 1 block; train with -o layers=2",
+        ),
+        ({}, "{start}", ["-o", "taps=1"], 2, "start reads other things than these heads; train with the same"),
+        (
+            {"method": "hydra++"},
+            "{start}",
+            [],
+            2,
+            r"is a hydra\+\+ drafter, with which hydra cannot begin; begin with one of medusa, medusa2, hydra, or",
+        ),
         ({"arch": {}}, "{start}", [], 1, "is damaged, or of another method"),
     ],
 )
@@ -1191,6 +1247,62 @@ def test_a_start_that_does_not_fit_is_one_sentence(
     ran = foretell(*begun(tiny, data, tmp_path / "out", "--start", start.format(start=where), *more))
     refused(ran, code, sentence)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("method", "options"), [("hydra", {}), ("hydra++", {"linear": True}), ("medusa", {})])
+def test_what_is_not_said_of_a_start_is_as_it_has_it(
+    foretell: Foretell, tiny: str, data: str, tmp_path: Path, method: str, options: dict[str, Any]
+) -> None:
+    kind, llm = drafter_class(method), load(tiny, dtype="fp32", threads=1)
+    odd = {"heads": 2, "layers": 3, "taps": 1, "output": "own"} | options
+    tensors, arch = kind.trainable(
+        llm.backbone, torch.ones(llm.backbone.config.vocab), draft_vocab=100, **odd
+    ).checkpoint()
+    size = {"hidden": llm.backbone.config.hidden, "vocab": llm.backbone.config.vocab}
+    made = Checkpoint(method=method, backbone=tiny, fingerprint=llm.backbone.fingerprint, arch=arch, **size)
+    made.save(tmp_path / "start", tensors)
+    hardly = ["--epochs", "0.001", "--lr", "1e-8", "-o", "draft_vocab=100", "--start", str(tmp_path / "start")]
+    given = ["train", method, "-m", tiny, *TINY, "--data", data, "--out", str(tmp_path / "out"), *hardly]
+    ran = foretell(*given)
+    assert (ran.code, ran.out) == (0, ""), ran.err
+    found = checkpoint.load(tmp_path / "out/drafter")[0]
+    assert found.arch == arch
+    assert found.provenance["options"].items() >= odd.items()
+    assert foretell(*given).code == 0  # nothing is left to do
+
+
+def test_medusa_cannot_begin_with_hydra(
+    foretell: Foretell, tiny: str, data: str, trained: Path, tmp_path: Path
+) -> None:
+    start = copied(trained / "drafter", tmp_path / "start", method="hydra")
+    ran = foretell(*command(tiny, data, tmp_path / "out", "--start", start))
+    refused(ran, 2, "start is a hydra drafter, with which medusa cannot begin; begin with one of medusa, medusa2, or")
+
+
+def test_nothing_is_lost_in_the_folder_of_a_drafter(
+    foretell: Foretell, tiny: str, prompts: str, data: str, trained: Path, tmp_path: Path
+) -> None:
+    def left_as_it_was(sentence: str, folder: Path, *arguments: str) -> None:
+        before = files(folder)
+        refused(foretell(*(arguments or command(tiny, data, folder))), 2, sentence)
+        assert files(folder) == before
+
+    left_as_it_was(r"data holds other things \(conversations.jsonl, distill.json\); choose another --out", Path(data))
+    out = shutil.copytree(trained, tmp_path / "out")
+    distilling = ("distill", "-m", tiny, *TINY, "--prompts", prompts, "--out", str(out))
+    left_as_it_was("out holds a drafter, or a run that makes one; choose another --out", out, *distilling)
+    (out / "drafter/notes.txt").touch()
+    left_as_it_was("drafter holds notes.txt, which would be lost; move it elsewhere", out)
+    (out / "drafter/notes.txt").unlink()
+    assert foretell(*command(tiny, data, out)).code == 0  # nothing is left to do
+    left_as_it_was("out holds a run of medusa; choose another --out", out, *begun(tiny, data, out))
+    shutil.rmtree(out / "run")
+    left_as_it_was("out holds a finished medusa drafter; choose another --out, or delete it", out)
+    left_as_it_was("out holds a finished medusa drafter", out, *begun(tiny, data, out))
+    (out / "drafter/config.json").write_text("{")
+    left_as_it_was("out holds a finished drafter; choose another --out, or delete it", out)
+    (tmp_path / "empty").mkdir()
+    assert foretell(*command(tiny, data, tmp_path / "empty")).code == 0
 
 
 def test_data_of_another_model(foretell: Foretell, tiny: str, other: str, data: str, tmp_path: Path) -> None:
@@ -1278,7 +1390,7 @@ def test_training_does_without_plots(
     ran = foretell(*command(tiny, data, tmp_path / "out"))
     assert ran.code == 0
     assert "Plots need matplotlib; pip install 'foretell[train]'" in ran.err
-    assert ran.err.endswith(f"use it with -o checkpoint={tmp_path / 'out' / 'drafter'}\n")
+    assert ran.err.endswith(f"-o checkpoint={tmp_path / 'out' / 'drafter'}\n")
     assert not (tmp_path / "out" / "curves.png").exists()
 
 

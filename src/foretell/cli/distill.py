@@ -62,6 +62,7 @@ def distill(
         raise UsageError("--limit and --every are for the lines of a file; give --prompts FILE.jsonl, or --write N.")
     params = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     asked = read_prompts(prompts, every, limit) if prompts else []
+    _check_out(out)
     server = _connected(endpoint, served, other_model)
     llm = base.load()
     settings = {
@@ -69,7 +70,7 @@ def distill(
         "keep_repetitive": keep_repetitive, "temperature": temperature, "top_p": top_p,
         "max_new_tokens": max_new_tokens, "seed": seed, **({"served": server.model} if server else {}),
     }  # fmt: skip
-    _check_lengths(llm, max_new_tokens, tasks)
+    _check_model(llm, base.model, max_new_tokens, tasks)
     with sole_writer(out):
         store = _store(out, base.model, llm, server, settings)
         began = time.perf_counter()
@@ -81,6 +82,15 @@ def distill(
         finally:
             _close(store, llm, server, time.perf_counter() - began)
     _say(store, out)
+
+
+def _check_out(out: Path) -> None:
+    """Refuses a drafter's folder: data may be gone on with, but not begun in one."""
+    from foretell.backbone.files import exists
+    from foretell.train.data import MANIFEST
+
+    if not exists(out / MANIFEST) and (exists(out / "drafter") or exists(out / "run")):
+        raise UsageError(f"{out} holds a drafter, or a run that makes one; choose another --out.")
 
 
 def _store(out: Path, model: str, llm: LLM, endpoint: Endpoint | None, settings: dict[str, Any]) -> Store:
@@ -128,9 +138,15 @@ def _connected(url: str, model: str, other_model: bool) -> Endpoint | None:
     return endpoint
 
 
-def _check_lengths(llm: LLM, max_new_tokens: int, tasks: int) -> None:
+def _check_model(llm: LLM, name: str, max_new_tokens: int, tasks: int) -> None:
+    """Refuses one that cannot be asked, and answers of no use."""
     from foretell.train.distill import SHORTEST_TEXT
 
+    if not llm.tokenizer.has_chat_template:
+        raise UsageError(
+            f"{name} has no chat template; distill needs a model with a chat template: add chat_template.jinja to its "
+            "folder."
+        )
     context = llm.backbone.config.max_positions
     if tasks and max_new_tokens < SHORTEST_TEXT:
         raise UsageError(
@@ -157,7 +173,7 @@ def _answer(
     endpoint: Endpoint | None,
 ) -> None:  # fmt: skip
     """The prompts, then tasks in two halves: later ones are about the answers to earlier ones too."""
-    from foretell.train.distill import distill, next_tasks
+    from foretell.train.distill import SHORTEST_TEXT, distill, next_tasks
 
     todo = asked
     for count in (tasks // 2, tasks - tasks // 2, 0):
@@ -165,4 +181,7 @@ def _answer(
             with job_progress("answering", "tokens/s") as progress:
                 distill(llm, todo, store, params, rows=rows, circles=circles, endpoint=endpoint, progress=progress)
         todo = next_tasks(llm, store, asked, count, params.seed) if count else []
+        if count and not todo:
+            note(f"note: no tasks were made: no answer is long enough ({SHORTEST_TEXT} tokens)")
+            break
         asked = asked + todo

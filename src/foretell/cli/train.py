@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,23 +48,22 @@ def train(
 ) -> None:
     """Train a drafter for a model on what the model wrote."""
     from foretell.backbone.files import sole_writer
-    from foretell.train.data import Store
     from foretell.train.features import Features, Joined
     from foretell.train.trainer import Trainer
 
     cls = _trainable(method)
-    options = _options(method, cls, option or [])
-    if len({folder.resolve() for folder in data}) < len(data):
-        raise UsageError("--data names a folder twice; give each once, and more --epochs to learn it longer.")
-    settings, stores = training.settings(), [Store.open(folder) for folder in data]
-    for store in stores:
-        if not store.conversations:
-            raise UsageError(f"{store.folder} holds no conversations; distill some first.")
+    options, given = _options(method, cls, option or [])
+    settings, stores = training.settings(), _stores(data)
+    _check_out(out, method)
     llm = base.load()
     backbone = llm.backbone
     for store in stores:
         _check(store, backbone, other_model)
-    module, begun = _module(cls, llm, stores, options, settings.seed, start)
+    begin = _start(start, backbone, cls) if start else None
+    if begin:
+        options |= _taken(options, begin[0]) | given
+    module = _module(cls, llm, stores, options, settings.seed, begin)
+    begun = _begin(module, start, *begin) if begin else {}
     name = f"features-{backbone.fingerprint}-{'-'.join(map(str, module.taps))}"
     parts = [
         Features(backbone, store.conversations, module.taps, None if no_cache else store.folder / name)
@@ -70,7 +71,7 @@ def train(
     ]
     features = Joined(parts) if len(parts) > 1 else parts[0]
     with sole_writer(out):
-        whose = {"model": backbone.fingerprint, "dtype": str(backbone.dtype)}
+        whose = {"method": method, "model": backbone.fingerprint, "dtype": str(backbone.dtype)}
         run = Trainer(module, features, settings, out / "run", options | whose | begun)
         run.resume()  # a run that cannot be gone on with is refused before any work
         with job_progress("features, %", "") as progress:
@@ -85,15 +86,16 @@ def train(
             "accuracy": report.accuracy, "loss": report.loss, "seconds": round(run.seconds),
             "feature_seconds": round(prepared), "skipped_batches": run.skipped, **begun,
         }  # fmt: skip
-        report.tokens_per_step = _publish(cls, base, backbone, run, report, provenance, out)
+        checkpoint = _publish(cls, base, backbone, run, report, provenance, out)
     _draw(out)
-    _say(report, "held-out text" if run.held_out else "training text, for none was held out", out)
+    _say(report, checkpoint, "held-out text" if run.held_out else "training text, for none was held out")
+    _say_how(base, checkpoint, out)
 
 
 def _publish(
     cls: Any, base: Base, backbone: Backbone, run: Trainer, report: Report, provenance: dict[str, Any], out: Path
-) -> dict[int, float]:
-    """Writes the drafter; returns the tokens per step of the trees that it will draft, by size."""
+) -> Checkpoint:
+    """Writes the drafter, with the tokens per step of the trees that it will draft."""
     from foretell.drafters.checkpoint import Checkpoint
     from foretell.train.features import Features
     from foretell.train.replay import by_size
@@ -119,7 +121,7 @@ def _publish(
         earned = by_size(drafter, features, told, sizes, lambda done: progress(round(done * 100), 100, 0))
     checkpoint.tokens_per_step = {str(size): tokens for size, tokens in earned.items()}
     checkpoint.save(out / "drafter", tensors)
-    return earned
+    return checkpoint
 
 
 def _trainable(method: str) -> Any:
@@ -129,6 +131,48 @@ def _trainable(method: str) -> Any:
         able = [name for name in drafters.DRAFTERS if hasattr(drafters.drafter_class(name), "trainable")]
         raise UsageError(f"Drafter {method!r} has nothing to train; those that have are {', '.join(able)}.")
     return cls
+
+
+def _stores(data: list[Path]) -> list[Store]:
+    from foretell.train.data import Store
+
+    if len({folder.resolve() for folder in data}) < len(data):
+        raise UsageError("--data names a folder twice; give each once, and more --epochs to learn it longer.")
+    stores = [Store.open(folder) for folder in data]
+    for store in stores:
+        if not store.conversations:
+            raise UsageError(f"{store.folder} holds no conversations; distill some first.")
+    return stores
+
+
+def _check_out(out: Path, method: str) -> None:
+    """Refuses a folder in which a drafter, or anything else, would be lost."""
+    from foretell.backbone.files import read_json, write_errors
+
+    with write_errors(out):
+        names, inside = ([each.name for each in _visible(folder)] for folder in (out, out / "drafter"))
+    theirs = ""
+    if "config.json" in inside:
+        with suppress(ForetellError):  # a damaged one is a drafter all the same
+            theirs = str(read_json(out / "drafter/config.json").get("method", ""))
+    if "run" not in names and "drafter" in names:
+        kind = f"{theirs} drafter" if theirs else "drafter"
+        raise UsageError(f"{out} holds a finished {kind}; choose another --out, or delete it.")
+    if "run" not in names and names:
+        some = ", ".join(names[:3]) + (", …" if names[3:] else "")
+        raise UsageError(f"{out} holds other things ({some}); choose another --out.")
+    if theirs not in ("", method):
+        raise UsageError(f"{out} holds a run of {theirs}; choose another --out.")
+    if others := sorted({*inside} - {"config.json", "model.safetensors"}):
+        raise UsageError(
+            f"{out / 'drafter'} holds {', '.join(others)}, which would be lost; move it elsewhere, or choose another "
+            "--out."
+        )
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What lies in a folder, if it is one, but for locks and what an interruption left."""
+    return sorted(each for each in folder.iterdir() if each.name[0] != ".") if folder.is_dir() else []
 
 
 def _check(store: Store, backbone: Backbone, other_model: bool) -> None:
@@ -148,21 +192,20 @@ def _check(store: Store, backbone: Backbone, other_model: bool) -> None:
 
 
 def _module(
-    cls: Any, llm: LLM, stores: Sequence[Store], options: dict[str, Any], seed: int, start: str
-) -> tuple[Trainable, dict[str, Any]]:
-    """What is to learn, and what it begins with; what a fresh one draws follows from the seed."""
+    cls: Any, llm: LLM, stores: Sequence[Store], options: dict[str, Any], seed: int,
+    begin: tuple[Checkpoint, dict[str, Tensor]] | None,
+) -> Trainable:  # fmt: skip
+    """What is to learn; what a fresh one draws follows from the seed."""
     import torch
 
     counts_V, folder = _written(stores, llm.backbone.config.vocab), llm.folder.path if llm.folder else None
-    begin = _start(start, llm.backbone) if start else None
     if begin:  # what it has not learnt to choose from, it has not learnt to leave alone
         counts_V[begin[1]["vocabulary"].long()] += counts_V.sum()
     torch.manual_seed(seed)
-    module = cls.trainable(llm.backbone, counts_V, folder, **options)
-    return module, _begin(module, start, *begin) if begin else {}
+    return cls.trainable(llm.backbone, counts_V, folder, **options)
 
 
-def _start(start: str, backbone: Backbone) -> tuple[Checkpoint, dict[str, Tensor]]:
+def _start(start: str, backbone: Backbone, cls: Any) -> tuple[Checkpoint, dict[str, Tensor]]:
     """The drafter to begin with."""
     from foretell.drafters.checkpoint import load, shipped
 
@@ -171,6 +214,12 @@ def _start(start: str, backbone: Backbone) -> tuple[Checkpoint, dict[str, Tensor
         lacks = f"No {start} drafter comes with foretell for this model" if start in drafters.DRAFTERS else ""
         raise UsageError(f"{lacks or f'There is no folder {start}'}; begin with the folder of a drafter.")
     checkpoint, tensors = load(folder / "drafter" if (folder / "drafter/config.json").is_file() else folder)
+    able = getattr(cls, "STARTS", (checkpoint.method,))
+    if checkpoint.method not in able:
+        raise UsageError(
+            f"{start} is a {checkpoint.method} drafter, with which {cls.method} cannot begin; begin with one of "
+            f"{', '.join(able)}, or without --start."
+        )
     if checkpoint.fingerprint != backbone.fingerprint:
         raise UsageError(
             f"{start} was trained for {checkpoint.backbone} (fingerprint {checkpoint.fingerprint}), not for this model "
@@ -181,6 +230,12 @@ def _start(start: str, backbone: Backbone) -> tuple[Checkpoint, dict[str, Tensor
     return checkpoint, tensors
 
 
+def _taken(options: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+    """Options that a drafter was made with, as far as what begins with it has them too."""
+    theirs = {name: value for name, value in checkpoint.arch.items() if name in options}
+    return theirs | ({"taps": len(theirs["taps"])} if "taps" in theirs else {})
+
+
 def _begin(module: Trainable, start: str, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Lets the module begin with what another drafter has learnt; says which, and by what commands it had learnt."""
     from foretell.backbone.files import one_line
@@ -189,7 +244,9 @@ def _begin(module: Trainable, start: str, checkpoint: Checkpoint, tensors: dict[
     try:
         module.start(checkpoint.arch, tensors)
     except UsageError as error:
-        raise UsageError(f"{start} cannot be begun with: {error}") from error
+        text = str(error)
+        said = f"{start} {text[3:]}" if text.startswith("It ") else f"{start} cannot be begun with: {text}"
+        raise UsageError(said) from error
     except (KeyError, RuntimeError) as error:
         raise ForetellError(f"{start} is damaged, or of another method: {one_line(error)}.") from error
     earlier = checkpoint.provenance.get("started_by", [])
@@ -202,12 +259,13 @@ def _figures(report: Report) -> dict[str, Any]:
     return {name: value for name, value in asdict(report).items() if name != "replayed"}
 
 
-def _options(method: str, cls: Any, given: list[str]) -> dict[str, Any]:
-    """What the module is made with, defaults included: they are written down, and may change later."""
+def _options(method: str, cls: Any, texts: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the module is made with, defaults included: they are written down, and may change later; what was given."""
     parameters = dict(inspect.signature(cls.trainable).parameters)
     parameters = {name: each for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
     defaults = {name: each.default for name, each in parameters.items()}
-    return defaults | dict(parse_options(f"{method} training", parameters, given))
+    given = dict(parse_options(f"{method} training", parameters, texts))
+    return defaults | given, given
 
 
 def _written(stores: Sequence[Store], vocab: int) -> Tensor:
@@ -229,8 +287,15 @@ def _draw(out: Path) -> None:
         note(f"note: {error}")
 
 
-def _say(report: Report, text: str, out: Path) -> None:
+def _say(report: Report, checkpoint: Checkpoint, text: str) -> None:
     for k, accuracy in enumerate(report.accuracy, start=1):
         note(f"head {k}: {accuracy['top1']:.1%} first, {accuracy['top5']:.1%} among five")
-    note(f"tokens per step on {text}: " + ", ".join(f"{n} nodes {t:.2f}" for n, t in report.tokens_per_step.items()))
-    note(f"The drafter is in {out / 'drafter'}: use it with -o checkpoint={out / 'drafter'}")
+    note(f"tokens per step on {text}: " + ", ".join(f"{n} nodes {t:.2f}" for n, t in checkpoint.earned.items()))
+
+
+def _say_how(base: Base, checkpoint: Checkpoint, out: Path) -> None:
+    """The command that uses the drafter."""
+    words = ["foretell", "chat", *(["--model", checkpoint.backbone] if checkpoint.backbone != Base.model else [])]
+    words += ["--cache-dir", str(base.cache_dir)] if base.cache_dir else []
+    words += ["--drafter", checkpoint.method, "-o", f"checkpoint={out / 'drafter'}"]
+    note(f"The drafter is in {out / 'drafter'}; use it with {shlex.join(words)}")

@@ -77,6 +77,7 @@ class Checkpoint:
                     {name: tensor.contiguous() for name, tensor in tensors.items()}, staging / "model.safetensors"
                 )
                 (staging / "config.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+                shutil.copymode(staging / "config.json", staging / "model.safetensors")  # written for us alone
                 if folder.exists():
                     shutil.rmtree(old, ignore_errors=True)
                     folder.rename(old)
@@ -94,7 +95,11 @@ def load(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]]:
 
     if not (folder / "config.json").is_file():
         raise ForetellError(f"{folder} holds no drafter (no config.json); give the folder that `foretell train` wrote.")
-    raw = read_json(folder / "config.json")
+    try:
+        raw = read_json(folder / "config.json")
+    except ForetellError as error:  # no model that could be fetched again
+        reason = one_line(error.__cause__ or error)
+        raise ForetellError(f"{folder} is damaged ({reason}); copy or train it again.") from error
     if raw.get("format") != FORMAT:
         raise ForetellError(
             f"{folder} has checkpoint format {raw.get('format')!r} where this version reads {FORMAT}; train it again, "
@@ -221,9 +226,12 @@ def find(method: str, backbone: Backbone, folder: str = "", any_backbone: bool =
             f"one has {c.hidden} and {c.vocab}; train a drafter for this model."
         )
     if checkpoint.fingerprint != backbone.fingerprint and not any_backbone:
+        model = checkpoint.backbone  # one that learnt with its heads is an adapter's, or lies beside them
+        beside = Path(model).resolve() in {(each / "model").resolve() for each in (path, path.parent)}
+        use = f"use --model {model}, " if "+" in model or beside else ""
         raise UsageError(
-            f"{folder} was trained for {checkpoint.backbone} (fingerprint {checkpoint.fingerprint}), not for this "
-            f"model ({backbone.fingerprint}); train one for it, or allow it with -o any_backbone=true."
+            f"{folder} was trained for {model} (fingerprint {checkpoint.fingerprint}), not for this model "
+            f"({backbone.fingerprint}); {use}train one for this model, or allow it with -o any_backbone=true."
         )
     if (deepest := max(checkpoint.arch.get("taps", []), default=0)) > c.layers:
         raise UsageError(f"{folder} reads layer {deepest}, but this model has {c.layers}; train a drafter for it.")

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -69,6 +69,7 @@ class Hydra(Drafter):
     """
 
     method, plus = "hydra", False
+    STARTS: ClassVar[tuple[str, ...]] = ("medusa", "medusa2", "hydra")  # whose numbers its heads may begin with
 
     def __init__(
         self,
@@ -294,3 +295,4 @@ class HydraPlus(Hydra):
     """With a layer before the heads."""
 
     method, plus = "hydra++", True
+    STARTS = (*Hydra.STARTS, method)

@@ -111,8 +111,10 @@ class HydraHeads(GuessingHeads):
             raise UsageError("It has a last block without SiLU; train with -o linear=true.")
         alike = arch["tied"] == self.tied and (not self.tied or arch["layers"] == self.layers)
         if theirs > ours or (theirs and not alike):
+            same = f"-o layers={arch['layers']}" + ("" if alike else f" -o tied={str(arch['tied']).lower()}")
             raise UsageError(
-                f"It has {arch['layers']} blocks in each head; train with the same -o layers= and -o tied=."
+                f"It has {_blocks(arch['layers'], arch['tied'])} in each head, these would have "
+                f"{_blocks(self.layers, self.tied)}; train with {same}."
             )
         for k in range(min(self.heads, arch["heads"])):
             parts = tensors[f"first.{k}"].split(len(self.first[k]), 1)
@@ -146,6 +148,11 @@ class HydraHeads(GuessingHeads):
             "prefix": self.prefix is not None, "fused": self.fuse is not None,
         }  # fmt: skip
         return self.stored(tensors), arch
+
+
+def _blocks(layers: int, tied: bool) -> str:
+    """In words."""
+    return f"{layers} block{'s' * (layers != 1)}{' (tied)' if tied and layers > 1 else ''}"
 
 
 def _widths(d: int, streams: int, heads: int, grounded: bool, chained: bool) -> list[int]:

@@ -129,6 +129,7 @@ class Medusa(Drafter):
     """
 
     method = "medusa"
+    STARTS = ("medusa", "medusa2")  # whose numbers its heads may begin with
 
     def __init__(
         self,

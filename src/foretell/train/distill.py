@@ -193,11 +193,8 @@ def unfit(ids: Sequence[int]) -> str | None:
 
 
 def next_tasks(llm: LLM, store: Store, asked: Sequence[Conversation], count: int, seed: int) -> list[Conversation]:
-    """`count` tasks about the first turns of `asked` and the first of the model's answers that was kept.
-
-    Raises:
-        ForetellError: no answer is long enough to ask about.
-    """
+    """`count` tasks about the first turns of `asked` and the first of the model's answers that was kept; none where no
+    answer is long enough to ask about."""
     turns = {each.line: each.turns[0] for each in asked}
     answers = {each.line: each.tokens[slice(*each.answers[0])] for each in reversed(store.conversations)}
     texts = [
@@ -206,10 +203,7 @@ def next_tasks(llm: LLM, store: Store, asked: Sequence[Conversation], count: int
         if line in turns and len(ids) >= SHORTEST_TEXT and not unfit(ids)
     ]
     if not texts:
-        raise ForetellError(
-            f"No answer is long enough ({SHORTEST_TEXT} tokens) to make tasks from; leave out --tasks, or give more "
-            "prompts."
-        )
+        return []
     first = max([TASK_LINES - 1, *(line for line in turns)]) + 1
     return tasks(texts, count, Random(f"{seed} {first}"), first)
 

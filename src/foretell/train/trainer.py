@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, count, islice
 from pathlib import Path
@@ -246,7 +247,7 @@ class Trainer:
             "settings": asdict(self.settings) | self.options, "data": self._data, "skipped": self.skipped,
             "seconds": self.seconds,
         }  # fmt: skip
-        with written_whole(self.folder / "state.pt") as partial, partial.open("wb") as file:
+        with written_whole(self.folder / "state.pt") as partial, partial.open("wb") as file, _system_errors():
             torch.save(state, file)  # into our file: torch itself does not say that a disk is full
 
     def resume(self) -> bool:
@@ -269,6 +270,9 @@ class Trainer:
         except Exception as error:  # a foreign file may fail in any way, inside the unpickler or after it
             raise ForetellError(f"{path} is damaged; delete it to start anew.") from error
         ours = asdict(self.settings) | self.options
+        method, our_method = settings.pop("method", None), ours.pop("method", None)
+        if method not in (None, our_method):  # earlier versions did not write it down
+            raise UsageError(f"{self.folder} holds a run of {method}; choose another --out.")
         differ = [name for name in {**settings, **ours} if settings.get(name) != ours.get(name)]
         other = ", ".join(f"{name} {settings.get(name)} (not {ours.get(name)})" for name in differ)
         if other or data != self._data:
@@ -323,6 +327,17 @@ class Trainer:
         paths = nested(ranks[one], CANDIDATES)
         earned = {n: round(replay(ranks[other], paths[: n - 1]), 4) for n in sizes if n <= len(paths) + 1}
         return Report(sums, _accuracy(ranks), paths, earned, fit(said[one], ranks[one]), indices[other])
+
+
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """Brings out the system's error that torch's archive covers with one of its own as it is given up."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _held_out(data: Sequence[Distilled], those: range, settings: Settings) -> list[int]:
