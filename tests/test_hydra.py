@@ -24,12 +24,14 @@ from foretell.drafters.hydra import WIDTH as WIDTH_OF_A_NODE
 from foretell.drafters.hydra_heads import HydraHeads
 from foretell.drafters.learning import DecoderLayer, GuessingHeads, TrainingBatch
 from foretell.drafters.medusa import Medusa
+from foretell.drafters.parts import Reading
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.errors import UsageError
 from foretell.train.data import Distilled
 from foretell.train.features import Features
 from foretell.train.trainer import Settings, Trainer
 from foretell.trees.calibration import Scale
+from foretell.trees.grow import Growing
 from foretell.trees.search import nested, replay
 
 ODD: list[list[Scale]] = [[(0.05, 3.0)] * 3, [(1.0, 0.0), (4.0, -6.0), (0.3, 2.0)], [(20.0, 40.0)] * 3]
@@ -185,6 +187,28 @@ def test_a_static_tree_holds_the_paths_it_was_given() -> None:
             said.append(int(module.vocabulary_V[best[rank]]))
         expected.add(tuple(said))
     assert guessed == expected
+
+
+def test_the_published_tree_asks_one_ten_ten_and_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its 63 guesses, level by level: only nodes that have children are asked (github.com/zankner/Hydra)."""
+    backbone = backbone_of()
+    folder = saved(tmp_path / "heads", backbone, random_hydra(backbone, heads=4), "hydra")
+    drafter = drafters.build("hydra", backbone, checkpoint=folder, tree="mc_sim_7b_63")
+    assert isinstance(drafter, Hydra)
+    asked: list[int] = []
+    ask = drafter._ask
+
+    def counted(k: int, trees: list[Growing], reading: Reading) -> Any:
+        asked.append(sum(len(tree.asked) for tree in trees))
+        return ask(k, trees, reading)
+
+    row = after_some_steps(backbone, drafter)
+    monkeypatch.setattr(drafter, "_ask", counted)
+    (tree,) = drafter.draft([row]).trees
+    assert asked == [1, 10, 10, 1]
+    assert [tree.depths.count(depth) for depth in range(5)] == [1, 10, 28, 23, 2]
+    with pytest.raises(UsageError, match="Its trees have 2 to 64 nodes, not 65"):
+        drafters.build("hydra", backbone, checkpoint=folder, tree="mc_sim_7b_63", nodes=65)
 
 
 def test_rows_drafted_together_are_drafted_as_alone() -> None:

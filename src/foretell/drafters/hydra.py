@@ -45,6 +45,7 @@ from foretell.errors import UsageError
 from foretell.trees import TokenTree, from_paths
 from foretell.trees.calibration import Floats, believed
 from foretell.trees.grow import Growing
+from foretell.trees.published import published
 
 LEAST = 0.08
 """Tokens that a level must be able to gain: it costs some 4 % of a step, which earns two."""
@@ -117,23 +118,26 @@ class Hydra(Drafter):
 
     @classmethod
     def build(
-        cls, backbone: Backbone, checkpoint: str = "", nodes: int = 0, grown: bool = True, any_backbone: bool = False
-    ) -> Hydra:
+        cls, backbone: Backbone, checkpoint: str = "", nodes: int = 0, tree: str = "", grown: bool = True,
+        any_backbone: bool = False,
+    ) -> Hydra:  # fmt: skip
         """See `Drafter.build`.
 
         Args:
             checkpoint: folder of trained heads; by default those that came with foretell for this backbone.
             nodes: tree size; by default what `foretell tune` found best here, else 16.
+            tree: a published tree by name, drafted as it is.
             grown: grow each step's tree anew from what the heads say; false takes the one found for the heads.
             any_backbone: accept heads of another model of the same sizes.
         """
         found, tensors = find(cls.method, backbone, checkpoint, any_backbone)
-        most = MOST if grown else min(MOST, len(found.paths) + 1)
-        size = tree_size(backbone, nodes, found.earned, cls.method, most)
+        paths, grown = published(tree) if tree else found.paths, grown and not tree
+        most = MOST if grown else min(MOST, len(paths) + 1)
+        size = tree_size(backbone, nodes or (most if tree else 0), found.earned, cls.method, most)
         with damage_named(checkpoint or f"The {cls.method} drafter that came with foretell"):
             if found.arch["prefix"] != cls.plus:
                 raise KeyError("prefix")
-            return cls(backbone, found.arch, tensors, found.paths, size, found.earned, grown, found.calibration)
+            return cls(backbone, found.arch, tensors, paths, size, found.earned, grown, found.calibration)
 
     @classmethod
     def trainable(
