@@ -23,7 +23,8 @@ def measured(folder: Path) -> list[str]:
     results = read_results(folder)
     settings = results["settings"]
     lines = [f"{settings['model']}, suite {settings['suite']}: {' '.join(facts(results))}", ""]
-    for _, rows in sections(results):
+    for title, rows in sections(results):
+        lines += [f"{title}:", ""]
         lines += [*markdown_table(*main_table(rows, results["limits"])), ""]
     return lines
 
