@@ -18,7 +18,6 @@ from torch import Tensor
 from foretell.contracts import Draft, Verdict
 from foretell.errors import UsageError
 
-
 Array = npt.NDArray[np.float32]
 
 
