@@ -138,7 +138,8 @@ def quality(results: dict[str, Any]) -> list[str]:
             f"What `{model}` lost: on {r['texts']} texts that people wrote, perplexity {base['human_perplexity']:.2f} "
             f"before and {after['human_perplexity']:.2f} after; on {r['questions']} answers of the model as it was, "
             f"{base['own_perplexity']:.3f} and {after['own_perplexity']:.3f}, where it would now choose "
-            f"{after['own_agreement']:.1%} of the tokens; of {r['sums']} sums (GSM8K) right "
+            f"{after['own_agreement']:.1%} of the tokens; on the worked solutions of {r['sums']} sums (GSM8K) "
+            f"{base['sums_perplexity']:.2f} and {after['sums_perplexity']:.2f}, its own answers to them right in "
             f"{base['exact_match']:.0%} and {after['exact_match']:.0%} (commit {section['commit']}, "
             f"`{section['command']}`).",
             "",
