@@ -1433,11 +1433,11 @@ def test_a_step_takes_the_memory_that_the_step_before_gave_up() -> None:
         from foretell.train import allocation
         kept = sys.argv[1] == "keep" and allocation.keep()
         counts = []
-        for _ in range(20):
+        for _ in range(40):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             torch.empty(100 << 20, dtype=torch.uint8).fill_(1)
             counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-        print(int(kept), sorted(counts)[10])
+        print(int(kept), sorted(counts[20:])[10])  # the first steps still find their places
     """
     (kept, told), (_, as_it_was) = (
         map(
