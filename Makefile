@@ -10,7 +10,7 @@ NATIVE := $(wildcard src/foretell/backbone/native/*)
 
 help:
 	@echo "make demo   set up, fetch the demo model, answer a question plain and with speculation"
-	@echo "make test   every test, the real model included      make fast   without the real model"
+	@echo "make test   every test, the real model included      make fast   the quick ones"
 	@echo "make check  ruff and types, generated docs up to date  make docs   regenerate them"
 
 $(VENV)/done: pyproject.toml setup.py constraints.txt $(NATIVE)
@@ -29,7 +29,7 @@ test: venv
 	$(BIN)/python -m pytest
 
 fast: venv
-	$(BIN)/python -m pytest -m "not real"
+	$(BIN)/python -m pytest -m "not real and not slow"
 
 check: venv
 	$(BIN)/ruff check .

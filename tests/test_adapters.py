@@ -88,6 +88,7 @@ def tell(folder: Path, **changes: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("rslora", [False, True], ids=["by the rank", "by its root"])
+@pytest.mark.slow
 def test_the_sum_is_the_one_written_out(tiny: str, tmp_path: Path, rslora: bool, dtype: torch.dtype) -> None:
     base, folder, target = (tmp_path / name for name in ("base", "adapter", "sum"))
     shutil.copytree(tiny, base)

@@ -224,6 +224,7 @@ def test_the_bound_follows_from_the_median_bandwidth_of_a_run() -> None:
 # -- peers -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_transformers_says_the_same_in_float32(llm: LLM, tiny: str, tmp_path: Path) -> None:
     contenders: list[Contender] = [contenders_of(llm)[0]]
     for name, parts in (("transformers", []), ("transformers:prompt_lookup", ["prompt_lookup"])):
@@ -247,6 +248,7 @@ def test_transformers_says_the_same_in_float32(llm: LLM, tiny: str, tmp_path: Pa
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux tells a process's state in a file")
+@pytest.mark.slow
 def test_a_peer_is_stopped_while_others_answer(llm: LLM, tmp_path: Path) -> None:
     peer = Peer(llm, "transformers", "transformers", [], rows=1, cache_dir=tmp_path)
     try:
@@ -279,6 +281,7 @@ def test_peers_that_are_not_there_say_how_to_get_them(llm: LLM, tmp_path: Path) 
         Peer(llm, "x", "transformers", ["prompt_lookup", "nodes=3"], rows=1, cache_dir=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_peer_that_fails_says_why(llm: LLM, tmp_path: Path) -> None:
     peer = Peer(llm, "transformers", "transformers", [], rows=1, cache_dir=tmp_path)
     try:
@@ -322,6 +325,7 @@ def suite(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_report(
     foretell: Foretell, tiny: str, suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

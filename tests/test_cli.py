@@ -63,6 +63,7 @@ def test_a_verb_says_what_its_row_says(verb: str) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)])
+@pytest.mark.slow
 def test_help_does_not_load_torch(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom foretell.cli import main\n"
@@ -108,6 +109,7 @@ def test_a_registered_drafter_is_in_the_help_and_decodes(foretell: Foretell, tin
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_page_of_help_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "tools"))
     import cli_help
@@ -225,6 +227,7 @@ def test_lossy_decoding_says_so(foretell: Foretell, tiny: str) -> None:
 # --- leaving early ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_ends_it_quietly(tiny: str, tmp_path: Path) -> None:
     path = tmp_path / "many.jsonl"
     path.write_text('{"prompt": "hello"}\n' * 400)
@@ -237,6 +240,7 @@ def test_a_reader_that_leaves_ends_it_quietly(tiny: str, tmp_path: Path) -> None
     assert process.stderr.read() == ""
 
 
+@pytest.mark.slow
 def test_an_interruption_is_one_line(tiny: str, tmp_path: Path) -> None:
     path = tmp_path / "many.jsonl"
     path.write_text('{"prompt": "hello"}\n' * 4000)
@@ -274,6 +278,7 @@ def test_a_conversation_that_outgrows_the_context(foretell: Foretell, tiny: str)
     assert ran.out == once.out * 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_not_the_chat(tiny: str) -> None:
     process = in_a_process("chat", "-m", tiny, "-n", "400", "--ignore-eos", bufsize=1)
     assert process.stdin is not None

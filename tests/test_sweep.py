@@ -37,6 +37,7 @@ def suite(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_sweep_has_a_contender_for_each_threshold_and_the_exact_one(
     foretell: Foretell, tiny: str, cache: Path, suite: str, tmp_path: Path
 ) -> None:

@@ -216,6 +216,7 @@ def test_without_tokenizer_json_transformers_rebuilds_it(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("where", ["tokenizer_config.json", "config.json"])
+@pytest.mark.slow
 def test_code_that_comes_with_a_folder_is_never_run(where: str, tmp_path: Path) -> None:
     """transformers would ask on stdin whether to run it, and a pipe may well say yes."""
     folder = tmp_path / "model"

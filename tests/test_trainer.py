@@ -1426,6 +1426,7 @@ def test_what_learning_begins_with_keeps_its_draft_vocabulary(
 # --- memory -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_step_takes_the_memory_that_the_step_before_gave_up() -> None:
     """Counted in a process of its own: pages that the system had to clear."""
     script = """if True:
