@@ -63,14 +63,8 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> Iterator[Change]:
             ratios = sorted(ups[1][key] / ups[0][key] for key in shared)
             if ratios:
                 worse = median(ratios) < 1 - SPEED_FLOOR and ratios[-1 - len(ratios) // 4] < 1
-                yield Change(
-                    name,
-                    setting,
-                    "speed-up over the first's, question by question",
-                    1.0,
-                    median(ratios),
-                    worse,
-                )
+                figure = "speed-up over the first's, question by question"
+                yield Change(name, setting, figure, 1.0, median(ratios), worse)
         elif before["machine"] == after["machine"]:
             x, y = was["tokens_per_s"], row["tokens_per_s"]
             yield Change(PLAIN, setting, "tokens/s", x, y, y < x * (1 - MACHINE_FLOOR))

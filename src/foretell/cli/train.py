@@ -244,9 +244,7 @@ def _begin(module: Trainable, start: str, checkpoint: Checkpoint, tensors: dict[
     try:
         module.start(checkpoint.arch, tensors)
     except UsageError as error:
-        text = str(error)
-        said = f"{start} {text[3:]}" if text.startswith("It ") else f"{start} cannot be begun with: {text}"
-        raise UsageError(said) from error
+        raise UsageError(str(error).replace("It", start, 1)) from error
     except (KeyError, RuntimeError) as error:
         raise ForetellError(f"{start} is damaged, or of another method: {one_line(error)}.") from error
     earlier = checkpoint.provenance.get("started_by", [])

@@ -95,7 +95,7 @@ class Trainable(nn.Module):
         """Takes over what a checkpoint of a related drafter has learnt.
 
         Raises:
-            UsageError: it does not fit.
+            UsageError: it does not fit; the sentence says "It".
         """
         raise UsageError("This drafter cannot begin with another's numbers; leave out --start.")
 
