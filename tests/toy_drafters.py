@@ -12,7 +12,7 @@ from random_backbones import same
 from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache, Nodes
-from foretell.contracts import FINAL, Draft, Drafter, Features, Row
+from foretell.contracts import FINAL, Draft, Drafter, Features, Resume, Row
 from foretell.trees import Guesses, TokenTree, chain, most_probable
 
 Answers = dict[tuple[int, ...], list[int]]
@@ -103,7 +103,8 @@ class EarlyExit(Drafter):
                     best = logits[b].topk(1 + (level == 0)).indices  # two guesses after the root, then one each
                     trees[b] = TokenTree((*trees[b].parents, *(start + i for i, row in enumerate(best) for _ in row)))
                     tokens[b] = [*tokens[b], *best.flatten().tolist()]
-        return Draft(trees, tokens, resume=(self.layer, torch.cat([torch.cat(states) for states in grown])))
+        hidden_Rd = torch.cat([torch.cat(states) for states in grown])
+        return Draft(trees, tokens, resume=Resume(self.layer, list(map(len, trees)), hidden_Rd))
 
 
 class Inserter(Drafter):

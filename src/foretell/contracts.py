@@ -127,6 +127,25 @@ class Row(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Resume:
+    """Where verification may go on: drafting has run the lower layers over the first nodes of each tree.
+
+    Their keys and values lie in the slots of these nodes. The engine runs the others up to the same layer.
+
+    Attributes:
+        layer: layers that were run.
+        ran: per row how many nodes, the root first; 0 for none.
+        hidden_Rd: the streams that they ended in, float32, row after row.
+        taps: tap -> states [R, d] of the same nodes, for those of the drafter's taps that lie below `layer`.
+    """
+
+    layer: int
+    ran: list[int]
+    hidden_Rd: Tensor
+    taps: dict[int, Tensor] = field(default_factory=dict)
+
+
 @dataclass
 class Draft:
     """Guesses for B rows.
@@ -136,14 +155,13 @@ class Draft:
         tokens: ids node by node, one list per row; the root holds the row's newest token.
         probabilities: per row how probable each node is given its parent (1 for the root), or None where that is
             not known. Verification never needs them; trees that are merged or cut keep the most probable guesses.
-        resume: (layer, hidden [M, d]) when the drafter has already run the lower layers over all nodes and written
-            their keys and values; verification starts at that layer.
+        resume: given when the drafter has already run lower layers over some of the nodes.
     """
 
     trees: list[TokenTree]
     tokens: list[list[int]]
     probabilities: list[list[float]] | None = None
-    resume: tuple[int, Tensor] | None = None
+    resume: Resume | None = None
 
     def __post_init__(self) -> None:
         for tree, ids in zip(self.trees, self.tokens, strict=True):
@@ -187,11 +205,13 @@ class Drafter(ABC):
         taps: hidden states to hand to `observe` (see `FINAL`).
         cuts: layers after which `at_cut` may add rows to the verification pass.
         lossless: whether the output equals plain decoding's under exact verification.
+        depth: layers of the backbone that drafting runs, in the engine's cache (see `bind`).
     """
 
     taps: tuple[int, ...] = ()
     cuts: tuple[int, ...] = ()
     lossless: bool = True
+    depth: int = 0
 
     @classmethod
     def build(cls, backbone: Backbone, *args: Any, **options: Any) -> Drafter:

@@ -28,6 +28,21 @@ SKIP_ATTENTION, SKIP_MLP = 1, 2
 """Bits of a skip plan: `bytes` with one entry per layer."""
 
 
+def layer_shapes(c: ModelConfig, mlp: bool) -> dict[str, tuple[int, ...]]:
+    """Of a layer's weights, by their names in a checkpoint; without `mlp`, of attention alone."""
+    d = c.hidden
+    shapes: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (c.q_width, d), "self_attn.k_proj": (c.kv_width, d), "self_attn.v_proj": (c.kv_width, d),
+        "self_attn.o_proj": (d, c.q_width), "input_layernorm": (d,),
+    }  # fmt: skip
+    if mlp:
+        shapes |= {
+            "mlp.gate_proj": (c.mlp, d), "mlp.up_proj": (c.mlp, d), "mlp.down_proj": (d, c.mlp),
+            "post_attention_layernorm": (d,),
+        }  # fmt: skip
+    return shapes
+
+
 class Backbone(ABC):
     """A loaded model.
 
@@ -123,7 +138,7 @@ class Backbone(ABC):
 
         Args:
             blocks: by layer and head, weight [d, I or d] and bias [d] of x + SiLU(W x + b); the first layer reads
-                I numbers (`linear.side_by_side`), whose first d are its x.
+                I numbers (`linear.side_by_side`), whose first d are its x. None at all: matrices read what comes.
             outputs: the matrices [V, d] after the blocks, one per head or one for all; or other heads, whose
                 matrices serve these too.
             linear: whether the last layer is x + W x + b.
@@ -142,28 +157,30 @@ class Backbone(ABC):
         """
         return PrefixLayer(self, self.layer(tensors), fuse_dP)
 
-    def layer(self, tensors: Mapping[str, Tensor]) -> Backbone:
+    def layer(self, tensors: Mapping[str, Tensor], norm_d: Tensor | None = None) -> Backbone:
         """A drafter's own layer of this backbone's shape and kernels, as a backbone of it alone.
 
         Args:
             tensors: by their names in a checkpoint, without "model.layers.0.". No biases, no norms within heads.
+                Without those of the MLP it is attention alone, and `run_layers` has to `skip` the MLP.
+            norm_d: weight of its own final norm.
         """
-        c, d = self.config, self.config.hidden
-        shapes = {
-            "self_attn.q_proj": (c.q_width, d), "self_attn.k_proj": (c.kv_width, d),
-            "self_attn.v_proj": (c.kv_width, d), "self_attn.o_proj": (d, c.q_width), "mlp.gate_proj": (c.mlp, d),
-            "mlp.up_proj": (c.mlp, d), "mlp.down_proj": (d, c.mlp), "input_layernorm": (d,),
-            "post_attention_layernorm": (d,),
-        }  # fmt: skip
+        c = self.config
+        mlp = any(name.startswith("mlp.") for name in tensors)
+        shapes = layer_shapes(c, mlp)
         found = {name: tuple(each.shape) for name, each in tensors.items()}
-        if found != {f"{name}.weight": shape for name, shape in shapes.items()}:
+        norm_d = torch.ones(c.hidden) if norm_d is None else norm_d
+        if found != {f"{name}.weight": shape for name, shape in shapes.items()} or norm_d.shape != (c.hidden,):
             raise UsageError("The drafter's own layer has not this model's shape; train a drafter for this model.")
         config = replace(
-            self.config, layers=1, vocab=32, tied=True, windows=(0,), attention_bias=False, out_bias=False,
-            mlp_bias=False, qk_norm=False,
+            c, layers=1, vocab=32, tied=True, windows=(0,), attention_bias=False, out_bias=False, mlp_bias=False,
+            qk_norm=False, mlp=c.mlp if mlp else 32,
         )  # fmt: skip
-        rest = {"model.embed_tokens.weight": torch.zeros(config.vocab, d), "model.norm.weight": torch.ones(d)}
-        return self._alike(config, {f"model.layers.0.{name}": each for name, each in tensors.items()} | rest)
+        weights = {f"model.layers.0.{name}": each for name, each in tensors.items()}
+        weights |= {"model.embed_tokens.weight": torch.zeros(32, c.hidden), "model.norm.weight": norm_d}
+        for name, shape in layer_shapes(config, True).items():  # what is skipped has to be there, and is small
+            weights.setdefault(f"model.layers.0.{name}.weight", torch.zeros(shape))
+        return self._alike(config, weights)
 
     @abstractmethod
     def _alike(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> Backbone:

@@ -251,7 +251,7 @@ class PackedHeads:
         self, blocks: Sequence[Sequence[tuple[Tensor, Tensor]]], outputs: Sequence[Tensor] | DrafterHeads,
         linear: bool, dtype: torch.dtype, threads: int, build: Build,
     ):  # fmt: skip
-        self._build, self._bf16, self._heads = build, int(dtype == torch.bfloat16), len(blocks[0])
+        self._build, self._bf16 = build, int(dtype == torch.bfloat16)
 
         def pack(weight: Tensor, bias: Tensor | None, how: int) -> Int8Linear | PackedLinear:
             return Int8Linear(weight, bias, build, how) if self._bf16 else PackedLinear(weight.to(dtype), bias, build)
@@ -263,8 +263,9 @@ class PackedHeads:
         else:
             assert isinstance(outputs, PackedHeads)
             self._outputs = outputs._outputs
+        self._heads = len(blocks[0]) if blocks else len(self._outputs)
         assert len(self._outputs) in (1, self._heads)
-        first, output = self._blocks[0], self._outputs[0]
+        first, output = (self._blocks or self._outputs)[0], self._outputs[0]
         self._tables = [
             (c_uint64 * len(addresses))(*addresses)
             for addresses in (
@@ -276,7 +277,7 @@ class PackedHeads:
             )
         ]
         self._described = Heads(
-            self._heads, first.outputs, first.inputs, len(blocks), linear, len(self._outputs), output.outputs,
+            self._heads, output.inputs, first.inputs, len(blocks), linear, len(self._outputs), output.outputs,
             threads,
             *(ctypes.addressof(table) if len(table) else 0 for table in self._tables),
         )  # fmt: skip

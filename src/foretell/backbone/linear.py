@@ -146,16 +146,16 @@ class StackedHeads:
         else:
             assert isinstance(outputs, StackedHeads)
             self._outputs = outputs._outputs
-        self._hidden = len(blocks[0][0][0])
+        self._heads = len(self._blocks[0]) if blocks else len(self._outputs)
 
     def top(
         self, store_Nd: Tensor, which_BS: Sequence[Sequence[int]], count: int, states_BKd: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         which = torch.tensor(which_BS, device=store_Nd.device)
         parts_BSd = store_Nd.index_select(0, which.flatten()).unflatten(0, which.shape)
-        inputs = [side_by_side(parts_BSd)] * len(self._blocks[0])
+        inputs, d = [side_by_side(parts_BSd)] * self._heads, store_Nd.shape[1]
         for layer, bend in zip(self._blocks, self._bends, strict=True):
-            inputs = [x[:, : self._hidden] + bend(block(x)) for block, x in zip(layer, inputs, strict=True)]
+            inputs = [x[:, :d] + bend(block(x)) for block, x in zip(layer, inputs, strict=True)]
         if states_BKd is not None:
             states_BKd.copy_(torch.stack(inputs, 1))
         outputs = self._outputs if len(self._outputs) > 1 else self._outputs * len(inputs)

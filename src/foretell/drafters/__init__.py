@@ -23,6 +23,7 @@ DRAFTERS: dict[str, tuple[str | type[Drafter], str]] = {
     "medusa2": ("foretell.drafters.medusa2:Medusa2", "Medusa's heads, and a backbone that learnt with them"),
     "hydra": ("foretell.drafters.hydra:Hydra", "heads that read the guesses before theirs"),
     "hydra++": ("foretell.drafters.hydra:HydraPlus", "Hydra's heads behind a layer that attends to the whole text"),
+    "kangaroo": ("foretell.drafters.kangaroo:Kangaroo", "the lower layers draft, through a trained adapter"),
 }
 
 CONTEXT = 512

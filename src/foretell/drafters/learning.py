@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foretell.backbone.base import layer_shapes
 from foretell.backbone.config import ModelConfig
 from foretell.drafters.parts import places
 from foretell.errors import UsageError
@@ -171,7 +172,7 @@ def weighed(term: Tensor, weight: float) -> Tensor:
 
 
 class GuessingHeads(Trainable):
-    """K heads: the k-th (from 0) guesses, at position p, token p + k + 2 out of a draft vocabulary.
+    """K heads: the k-th (from 0) guesses, at position p, token p + k + `ahead` out of a draft vocabulary.
 
     Their loss is a cross-entropy each, weighed by decay^(k + 1), against the written token and the backbone's own
     distribution where it was written. A method says what the output matrices read.
@@ -184,6 +185,7 @@ class GuessingHeads(Trainable):
     """
 
     decay = 1.0
+    ahead = 2  # heads beside the output head begin where it ends; who guesses in its place begins with 1
     head_Vd: Tensor
     vocabulary_V: Tensor
     place: Tensor
@@ -213,7 +215,7 @@ class GuessingHeads(Trainable):
         return self.head_KVd[k if self.output == "own" else 0]
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        targets_PK, sources_P = _positions(batch, self.heads)
+        targets_PK, sources_P = _positions(batch, self.heads, self.ahead)
         if not len(sources_P):
             return {}
         x_KPd = self.read(batch, sources_P)
@@ -224,7 +226,8 @@ class GuessingHeads(Trainable):
             if not live.any():
                 continue
             teacher = [
-                each.flatten(0, 1)[sources_P[live] + k + 1] for each in (batch.teacher_ids_BTm, batch.teacher_p_BTm)
+                each.flatten(0, 1)[sources_P[live] + k + self.ahead - 1]
+                for each in (batch.teacher_ids_BTm, batch.teacher_p_BTm)
             ]
             ids_Pm = torch.cat([token_P[live][:, None], teacher[0]], 1)
             p_Pm = torch.cat(
@@ -239,7 +242,7 @@ class GuessingHeads(Trainable):
 
     @torch.no_grad()
     def guesses(self, batch: TrainingBatch) -> list[Guessed]:
-        targets_PK, sources_P = _positions(batch, self.heads)
+        targets_PK, sources_P = _positions(batch, self.heads, self.ahead)
         x_KPd, ranks_PK = self.read(batch, sources_P), torch.full_like(targets_PK, MISSED)
         said_PKR = x_KPd.new_zeros(*targets_PK.shape, min(SAID, len(self.vocabulary_V)))
         for k in range(self.heads):
@@ -274,8 +277,8 @@ class GuessingHeads(Trainable):
         }
 
 
-def _positions(batch: TrainingBatch, heads: int) -> tuple[Tensor, Tensor]:
-    """Where the first head has something to learn.
+def _positions(batch: TrainingBatch, heads: int, ahead: int) -> tuple[Tensor, Tensor]:
+    """Where the first head, which guesses the token so far `ahead`, has something to learn.
 
     Returns:
         Targets [P, K], -1 where the token is missing or not supervised; places in the flattened batch [P].
@@ -283,7 +286,7 @@ def _positions(batch: TrainingBatch, heads: int) -> tuple[Tensor, Tensor]:
     tokens_BT, supervised_BT = batch.tokens_BT, batch.supervised_BT
     targets_BTK = torch.full((*tokens_BT.shape, heads), -1, device=tokens_BT.device)
     for k in range(heads):
-        shift = k + 2
+        shift = k + ahead
         if shift < tokens_BT.shape[1]:
             targets_BTK[:, :-shift, k] = torch.where(supervised_BT[:, shift:], tokens_BT[:, shift:], -1)
     sources = (targets_BTK[..., 0] >= 0).flatten().nonzero()[:, 0]
@@ -297,20 +300,17 @@ class DecoderLayer(nn.Module):
 
     Args:
         rotation: of the backbone: positions -> cosine and sine.
+        mlp: false leaves attention alone.
     """
 
-    def __init__(self, config: ModelConfig, rotation: Callable[[Tensor], tuple[Tensor, Tensor]]):
+    def __init__(self, config: ModelConfig, rotation: Callable[[Tensor], tuple[Tensor, Tensor]], mlp: bool = True):
         super().__init__()
-        c, self.config, self.rotation = config, config, rotation
-        shapes = {
-            "self_attn.q_proj": (c.q_width, c.hidden), "self_attn.k_proj": (c.kv_width, c.hidden),
-            "self_attn.v_proj": (c.kv_width, c.hidden), "self_attn.o_proj": (c.hidden, c.q_width),
-            "mlp.gate_proj": (c.mlp, c.hidden), "mlp.up_proj": (c.mlp, c.hidden), "mlp.down_proj": (c.hidden, c.mlp),
-        }  # fmt: skip
-        weights = {name: torch.randn(shape) / math.sqrt(shape[1]) for name, shape in shapes.items()}
-        for last in ("self_attn.o_proj", "mlp.down_proj"):
-            weights[last].zero_()  # the stream starts as it came
-        weights |= {name: torch.ones(c.hidden) for name in ("input_layernorm", "post_attention_layernorm")}
+        self.config, self.rotation, self.mlp = config, rotation, mlp
+        weights: dict[str, Tensor] = {}
+        for name, shape in layer_shapes(config, mlp).items():
+            weights[name] = torch.randn(shape) / math.sqrt(shape[-1]) if len(shape) > 1 else torch.ones(shape)
+            if name in ("self_attn.o_proj", "mlp.down_proj"):
+                weights[name].zero_()  # the stream starts as it came
         self.weights = nn.ParameterDict({name.replace(".", "/"): weight for name, weight in weights.items()})
 
     def named(self) -> dict[str, Tensor]:
@@ -328,6 +328,8 @@ class DecoderLayer(nn.Module):
             _rotated(q, cosine_TD, sine_TD), _rotated(k, cosine_TD, sine_TD), v, is_causal=True, enable_gqa=True
         )
         h_BTd = h_BTd + self._linear("self_attn/o_proj", mixed.transpose(1, 2).flatten(2))
+        if not self.mlp:
+            return h_BTd
         x_BTd = self._norm("post_attention_layernorm", h_BTd)
         gated = F.silu(self._linear("mlp/gate_proj", x_BTd)) * self._linear("mlp/up_proj", x_BTd)
         return h_BTd + self._linear("mlp/down_proj", gated)

@@ -97,6 +97,14 @@ def check_options(backbone: Backbone, output: str, **numbers: float) -> None:
     check_numbers(SimpleNamespace(**numbers), [(name, *ranges[name]) for name in numbers])
 
 
+def check_exit(exit: int, backbone: Backbone) -> int:
+    """Refuses an exit that leaves no layer to draft with, or none to verify with."""
+    most = backbone.config.layers - 1
+    if not 1 <= exit <= most:
+        raise UsageError(f"The exit is layer {exit}; this model can leave after layer 1 to {most}.")
+    return exit
+
+
 def spread(taps: int, backbone: Backbone) -> list[int]:
     """So many layers, evenly spread."""
     return [round(backbone.config.layers * (i + 1) / (taps + 1)) for i in range(taps)]

@@ -158,7 +158,7 @@ class WithLookup(Drafter):
 
     def __init__(self, inner: Drafter, **lookup: Any):
         self.inner, self.lookup = inner, PromptLookup(**lookup)
-        self.taps, self.cuts, self.lossless = inner.taps, inner.cuts, inner.lossless
+        self.taps, self.cuts, self.lossless, self.depth = inner.taps, inner.cuts, inner.lossless, inner.depth
 
     @property
     def most_nodes(self) -> int:
@@ -193,22 +193,24 @@ class WithLookup(Drafter):
         return self.inner.at_cut(layer, hidden_Md, nodes)
 
     def draft(self, rows: Sequence[Row]) -> Draft:
-        draft = self.inner.draft(rows)
-        if draft.resume is not None:
-            raise UsageError("This drafter has run its trees through lower layers already; leave out --lookup.")
-        merged = []
+        draft, merged = self.inner.draft(rows), []
         for i, row in enumerate(rows):
             given = draft.probabilities[i] if draft.probabilities else None
-            merged.append(self._merged(draft.trees[i], draft.tokens[i], given, self.lookup.guesses(row)))
-        return Draft([g.tree for g in merged], [g.tokens for g in merged], [g.probabilities for g in merged])
+            ran = draft.resume.ran[i] if draft.resume else 0
+            merged.append(self._merged(draft.trees[i], draft.tokens[i], given, self.lookup.guesses(row), ran))
+        trees, tokens, probabilities = zip(*((g.tree, g.tokens, g.probabilities) for g in merged), strict=True)
+        return Draft(list(trees), list(tokens), list(probabilities), draft.resume)
 
-    def _merged(self, tree: TokenTree, tokens: list[int], given: list[float] | None, found: Guesses) -> Guesses:
+    def _merged(
+        self, tree: TokenTree, tokens: list[int], given: list[float] | None, found: Guesses, ran: int
+    ) -> Guesses:
+        """The union, in which the `ran` first nodes stay where they are."""
         size = len(tree) if len(tree) > 1 else self.lookup.nodes
         if given is None:
-            other = min(len(found.tokens) - 1, size // 2)
+            other = min(len(found.tokens) - 1, size // 2, size - ran)
             kept = TokenTree(tree.parents[: size - other])
             # certain, so that all of them stay, and in their order
             ours = Guesses(kept, tokens[: len(kept)], [1.0] * len(kept))
             theirs = Guesses(TokenTree(found.tree.parents[: other + 1]), found.tokens[: other + 1], [1.0] * (other + 1))
-            return most_probable(ours, theirs, size)
-        return most_probable(Guesses(tree, tokens, given), found, size)
+            return most_probable(ours, theirs, size, ran)
+        return most_probable(Guesses(tree, tokens, given), found, size, ran)

@@ -155,8 +155,10 @@ class SpeculativeDecoder:
         draft = self.drafter.draft(rows)
         _check(draft, rows, self.drafter.most_nodes, self.backbone.config.vocab)
         for i, row in enumerate(rows):
-            if draft.resume is None and draft.trees[i].height >= row.budget:
+            if draft.trees[i].height >= row.budget:
                 kept = draft.trees[i].keep(row.budget - 1)
+                if draft.resume and kept[: draft.resume.ran[i]] != list(range(draft.resume.ran[i])):
+                    continue  # what ran holds the slots behind it
                 draft.trees[i] = draft.trees[i].pruned(row.budget - 1)
                 draft.tokens[i] = [draft.tokens[i][node] for node in kept]
         return draft
@@ -165,12 +167,8 @@ class SpeculativeDecoder:
         """One pass over all nodes: their final states [M, d], tapped states, and what a drafter's cuts inserted."""
         backbone, drafter = self.backbone, self.drafter
         nodes = Nodes(draft.trees, [row.slot for row in rows], [self.cache.lengths[row.slot] for row in rows])
-        if draft.resume is None:
-            layer, hidden_Md = 0, backbone.embed(torch.tensor([t for ids in draft.tokens for t in ids]))
-        else:
-            layer, hidden_Md = draft.resume
+        layer, hidden_Md, taps = self._begun(rows, draft)
         whole, real = nodes, None
-        taps: dict[int, Tensor] = {}
         for cut in dict.fromkeys((*drafter.cuts, backbone.config.layers)):
             wanted = [tap for tap in drafter.taps if tap not in taps and layer <= tap <= cut]
             hidden_Md, tapped = backbone.run_layers(hidden_Md, whole, self.cache, layer, cut, taps=wanted)
@@ -187,6 +185,33 @@ class SpeculativeDecoder:
         if FINAL in drafter.taps:
             taps[FINAL] = states_Md
         return states_Md, taps, extra
+
+    def _begun(self, rows: list[state.Sequence], draft: Draft) -> tuple[int, Tensor, dict[int, Tensor]]:
+        """All nodes at the layer that drafting has run, their streams [M, d] and what was tapped below it."""
+        backbone, resume = self.backbone, draft.resume
+        ran = resume.ran if resume else [0] * len(rows)
+        rest = torch.tensor([t for ids, done in zip(draft.tokens, ran, strict=True) for t in ids[done:]])
+        if resume is None:
+            return 0, backbone.embed(rest), {}
+        if not len(rest):
+            return resume.layer, resume.hidden_Rd, dict(resume.taps)
+        lengths = [self.cache.lengths[row.slot] for row in rows]
+        nodes = Nodes(draft.trees, [row.slot for row in rows], lengths, ran)
+        hidden_Rd, taps = backbone.run_layers(
+            backbone.embed(rest), nodes, self.cache, 0, resume.layer, taps=list(resume.taps)
+        )
+        order: list[int] = []  # first what ran, then the rest, of each row
+        begin, end = 0, sum(ran)
+        for done, left in zip(ran, nodes.counts, strict=True):
+            order += [*range(begin, begin + done), *range(end, end + left)]
+            begin, end = begin + done, end + left
+        index = torch.tensor(order, device=hidden_Rd.device)
+
+        def joined(one: Tensor, other: Tensor) -> Tensor:
+            return torch.cat([one, other]).index_select(0, index)
+
+        tapped = {tap: joined(states, taps[tap]) for tap, states in resume.taps.items()}
+        return resume.layer, joined(resume.hidden_Rd, hidden_Rd), tapped
 
     def _verify(
         self, rows: list[state.Sequence], draft: Draft, states_Md: Tensor

@@ -5,15 +5,16 @@ every further epoch. A shard holds the conversations of a stretch of the data, i
 
     features-00007.safetensors   states.<tap> [n, d] bf16, teacher_ids [n, m] int32, teacher_p [n, m] bf16
 
-A shard says of which conversations it is, and is computed again for others. The teacher's distribution after each
-token that precedes one the model wrote is kept as its m most probable tokens.
+A shard says of which conversations it is, and is computed again for others. What lies in a shard for other taps is
+taken from there, and then only layers up to the highest tap that is missing are run. The teacher's distribution after
+each token that precedes one the model wrote is kept as its m most probable tokens.
 """
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ TEACHER = 12
 """Most probable tokens kept per position."""
 SHARD, PASS = 1 << 16, 1024
 """Tokens of a shard (at least), and of one pass of the backbone (at most, but for a longer conversation)."""
+
+_TEACHING = ("teacher_ids", "teacher_p")
 
 BLOCK = 64
 """Logits that one maximum stands for."""
@@ -110,7 +113,9 @@ class Features(Batches):
                 pass  # better to know that there is no room before the work than in its midst
             for done, number in enumerate(stale, start=1):
                 began = time.perf_counter()
-                tensors = _joined(list(self._compute(self.data[slice(*self._shards[number])])))
+                lent = self._lent(number)
+                made = _joined(list(self._compute(self.data[slice(*self._shards[number])], set(lent))))
+                tensors = made | lent
                 about = self._wanted(number) | {"seconds": str(round(time.perf_counter() - began, 1))}
                 with written_whole(self._path(number), self._bytes(number), NOT_KEPT) as partial:
                     save_file(tensors, partial, about)
@@ -134,6 +139,24 @@ class Features(Batches):
             for number in range(len(self._shards))
             if not (self._wanted(number).items() <= _about(self._path(number)).items())
         ]
+
+    def _lent(self, number: int) -> dict[str, Tensor]:
+        """What is wanted of a shard and was kept for other taps."""
+        from safetensors import safe_open
+
+        assert self.folder is not None
+        lent: dict[str, Tensor] = {}
+        for folder in sorted(self.folder.parent.glob(f"features-{self.backbone.fingerprint}-*")):
+            path = folder / self._path(number).name
+            if self._wanted(number).items() <= _about(path).items():
+                with safe_open(path, "pt") as file:
+                    names = set(file.keys()) & set(self._names())
+                    lent |= {name: file.get_tensor(name) for name in names.difference(lent)}
+        return lent
+
+    def _names(self) -> list[str]:
+        """Of the tensors in a shard."""
+        return [*(f"states.{tap}" for tap in self.taps), *_TEACHING]
 
     def _seconds(self) -> float:
         kept = range(len(self._shards)) if self.folder else ()
@@ -160,22 +183,28 @@ class Features(Batches):
         end = start + len(self.data[index].tokens)
         return {name: tensor[start:end] for name, tensor in self._open[shard].items()}
 
-    def _compute(self, data: Sequence[Distilled]) -> Iterator[dict[str, Tensor]]:
-        backbone = self.backbone
-        layers = [tap for tap in self.taps if tap != FINAL]
+    def _compute(self, data: Sequence[Distilled], lent: Set[str] = frozenset()) -> Iterator[dict[str, Tensor]]:
+        """All tensors but those that are `lent`, conversation by conversation."""
+        backbone, every = self.backbone, self.backbone.config.layers
+        wanted = [tap for tap in self.taps if f"states.{tap}" not in lent]
+        layers = [tap for tap in wanted if tap != FINAL]
+        whole = FINAL in wanted or not lent >= set(_TEACHING)
         for begin, end in _stretches([len(each.tokens) for each in data], PASS):
             part = data[begin:end]
             counts = [len(each.tokens) for each in part]
             cache = backbone.new_cache(len(part), max(counts))
             nodes = Nodes.chains(list(range(len(part))), [0] * len(part), counts)
             tokens = torch.tensor([token for each in part for token in each.tokens])
-            hidden, taps = backbone.run_layers(backbone.embed(tokens), nodes, cache, taps=layers)
-            taps[FINAL] = backbone.norm(hidden)
-            whole = {f"states.{tap}": taps[tap].bfloat16().cpu() for tap in self.taps}
-            whole |= _teacher(backbone, taps[FINAL], _before_written(part))
+            highest = every if whole else max(layers, default=0)
+            hidden, taps = backbone.run_layers(backbone.embed(tokens), nodes, cache, 0, highest, taps=layers)
+            made: dict[str, Tensor] = {}
+            if whole:
+                taps[FINAL] = backbone.norm(hidden)
+                made = _teacher(backbone, taps[FINAL], _before_written(part))
+            made |= {f"states.{tap}": taps[tap].bfloat16().cpu() for tap in wanted}
             for i, count in enumerate(counts):
                 start = sum(counts[:i])
-                yield {name: tensor[start : start + count] for name, tensor in whole.items()}
+                yield {name: tensor[start : start + count] for name, tensor in made.items()}
 
 
 class Joined(Batches):

@@ -1,8 +1,9 @@
 """Decoding replayed: the drafter itself, over text whose backbone states are known.
 
 Verification keeps exactly those guesses that the backbone's own text goes on with. So what a drafter earns on text that
-the backbone wrote needs no pass of the backbone: the drafter is shown the states of what was committed, drafts, and is
-told how far it came, as in decoding. Everything of it runs: levels, grown trees, merged lookup, its own caches.
+the backbone wrote needs no pass of the backbone, but for layers that drafting itself runs: the drafter is shown the
+states of what was committed, drafts, and is told how far it came, as in decoding. Everything of it runs: levels, grown
+trees, merged lookup, its own caches.
 
 Legend: T tokens of a conversation.
 """
@@ -14,9 +15,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
+
+from foretell.backbone import KVCache, Nodes
 from foretell.contracts import Drafter, Features, SamplingParams
 from foretell.drafters.learning import TrainingBatch
-from foretell.train.data import Distilled
 from foretell.train.features import Batches
 
 
@@ -59,11 +62,12 @@ def replay(
         progress: called with how many conversations are done.
         known: batches of these conversations, one each, where they were made already.
     """
-    drafter.bind(stored.backbone.new_cache(1, max(len(each.tokens) for each in stored.data)))
-    found = Replay()
+    longest = max(len(each.tokens) for each in stored.data)
+    cache, found = stored.backbone.new_cache(1, longest + drafter.most_nodes), Replay()
+    drafter.bind(cache)
     for done, index in enumerate(conversations, start=1):
         batch = (known or {}).get(index) or stored.batch([index])
-        for emitted in _steps(drafter, stored.data[index], batch.to(stored.backbone.device)):
+        for emitted in _steps(drafter, stored, cache, index, batch.to(stored.backbone.device)):
             found.steps += 1
             found.tokens += emitted
         progress(done)
@@ -90,9 +94,10 @@ def _always(size: int, rows: int, context: int) -> int:
     return size
 
 
-def _steps(drafter: Drafter, text: Distilled, batch: TrainingBatch) -> Iterator[int]:
+def _steps(drafter: Drafter, stored: Batches, cache: KVCache, conversation: int, batch: TrainingBatch) -> Iterator[int]:
     """How many tokens each step over a conversation emits."""
-    row = Replayed([], 0, 0)
+    backbone, text, row = stored.backbone, stored.data[conversation], Replayed([], 0, 0)
+    cache.rollback(0, 0)
     drafter.reset([row])
     seen = 0  # tokens whose states the drafter knows: those before the newest
 
@@ -100,6 +105,10 @@ def _steps(drafter: Drafter, text: Distilled, batch: TrainingBatch) -> Iterator[
         nonlocal seen
         taps = {tap: batch.states[tap][0, seen:end].float() for tap in drafter.taps}
         row.tokens += text.tokens[len(row.tokens) : end + 1]
+        if end > seen and drafter.depth:  # the keys that it attends to while it drafts
+            nodes = Nodes.chains([0], [seen], [end - seen])
+            backbone.run_layers(backbone.embed(torch.tensor(row.tokens[seen:end])), nodes, cache, 0, drafter.depth)
+            cache.commit([0], [range(end - seen)])
         if end > seen:
             drafter.observe([row], Features([end - seen], taps))
         seen = end

@@ -153,11 +153,12 @@ class Guesses:
     probabilities: list[float]
 
 
-def most_probable(one: Guesses, other: Guesses, size: int) -> Guesses:
+def most_probable(one: Guesses, other: Guesses, size: int, fixed: int = 1) -> Guesses:
     """The `size` most probable nodes of the union of two trees over one root, the most probable first.
 
     Paths that guess the same tokens share their nodes, with the higher probability of the two. A node is as probable
-    as its path, so that no path is cut off from its root; of equals, those of `one` stay.
+    as its path, so that no path is cut off from its root; of equals, those of `one` stay. Its `fixed` first nodes stay
+    in any case, where they are; their siblings must differ.
 
     Raises:
         UsageError: the roots hold different tokens.
@@ -180,7 +181,8 @@ def most_probable(one: Guesses, other: Guesses, size: int) -> Guesses:
     values = [1.0]
     for node in range(1, len(parents)):
         values.append(values[parents[node]] * given[node])
-    chosen = [0, *sorted(range(1, len(parents)), key=lambda node: -values[node])[: size - 1]]
+    fixed = max(1, fixed)
+    chosen = [*range(fixed), *sorted(range(fixed, len(parents)), key=lambda node: -values[node])[: size - fixed]]
     new = {node: i for i, node in enumerate(chosen)}
     tree = TokenTree((-1, *(new[parents[node]] for node in chosen[1:])))
     return Guesses(tree, [tokens[node] for node in chosen], [given[node] for node in chosen])

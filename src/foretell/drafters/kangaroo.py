@@ -1,0 +1,261 @@
+"""Kangaroo: the model's lower layers draft, through an adapter that reads what they end in.
+
+A guess costs the layers up to the exit, the adapter (one block of attention with a cache of its own, a norm before and
+after it) and the output head, here over a draft vocabulary. What the lower layers compute is what verification would
+compute, so it goes on above them. arXiv 2404.18911, §3.1; the early exits while drafting (drafts end where the adapter
+is unsure) §3.2.
+
+As published, a draft is a chain: the adapter's best token, until its probability falls below a threshold, γ tokens at
+most. Or a tree that grows best first (`trees.grow`): lower layers cost the same for one node and for sixteen, and they
+are asked once more only where that can gain more tokens than it costs.
+
+The adapter begins as the identity and its last norm as the backbone's; in the paper both begin as PyTorch makes them.
+It has the backbone's heads and key/value heads, where the paper's has one key/value head for each head.
+
+Legend: B rows, F nodes that are asked, P positions, d hidden width, V draft vocabulary, R guesses of a node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foretell.backbone import Backbone, KVCache, Nodes
+from foretell.backbone.base import SKIP_MLP
+from foretell.backbone.config import ModelConfig
+from foretell.contracts import Draft, Drafter, Features, Row
+from foretell.drafters.checkpoint import damage_named, find
+from foretell.drafters.learning import DecoderLayer, GuessingHeads, TrainingBatch
+from foretell.drafters.lower import Lower, lasts
+from foretell.drafters.parts import (
+    check_exit,
+    check_options,
+    check_shapes,
+    draft_vocabulary,
+    output_shape,
+    read_scales,
+    tree_size,
+)
+from foretell.errors import check_numbers
+from foretell.trees.calibration import Floats, believed
+
+BEAM, WIDTH = 8, 10
+"""Nodes of a level that are asked for more, and guesses that each of them makes."""
+MOST = 64
+"""Nodes of a tree."""
+KEPT = 256
+"""States that may wait for the adapter: it reads them with the next root."""
+OVERHEAD = 0.06
+"""What adapter, output matrix and calls add to a level, as a share of a step."""
+
+
+class KangarooAdapter(GuessingHeads):
+    """The adapter while it learns: at position p it guesses token p + 1, as the output head does (§3.1).
+
+    Args:
+        head_Vd, vocabulary_V, whole, output, soft: see `GuessingHeads`.
+        exit: the layer whose stream it reads.
+        mlp: whether an MLP follows its attention.
+    """
+
+    ahead = 1
+
+    def __init__(
+        self, head_Vd: Tensor, vocabulary_V: Tensor, whole: int, *, output: str, soft: float, exit: int, mlp: bool,
+        config: ModelConfig, rotation: Callable[[Tensor], tuple[Tensor, Tensor]], norm_d: Tensor,
+    ):  # fmt: skip
+        super().__init__(head_Vd, vocabulary_V, whole, heads=1, output=output, soft=soft)
+        self.taps, self.exit, self.mlp = (exit,), exit, mlp
+        self.layer, self.norm = DecoderLayer(config, rotation, mlp), nn.Parameter(norm_d.clone().float())
+        self.eps = config.eps
+
+    def read(self, batch: TrainingBatch, sources_P: Tensor) -> Tensor:
+        stream_Pd = self.layer(batch.states[self.exit].float()).flatten(0, 1)[sources_P]
+        return F.rms_norm(stream_Pd, stream_Pd.shape[-1:], self.norm, self.eps)[None]
+
+    def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"adapter.{name}": weight for name, weight in self.layer.named().items()} | {"norm": self.norm}
+        return self.stored(tensors), {"heads": 1, "output": self.output, "taps": [self.exit], "mlp": self.mlp}
+
+
+class Kangaroo(Drafter):
+    """Drafts with the lower layers and a trained adapter.
+
+    Args:
+        arch, tensors: as `KangarooAdapter.checkpoint` gave them.
+        size: (rows, context) -> nodes of a tree, root included.
+        earned: tree size -> tokens per step on held-out text.
+        chain: drafts are chains, as published.
+        steps: γ, tokens of a chain and levels of a tree at most.
+        threshold: η, a chain ends behind a token less probable.
+        scales: how far the adapter is believed when trees grow.
+    """
+
+    method = "kangaroo"
+
+    def __init__(
+        self, backbone: Backbone, arch: dict[str, Any], tensors: dict[str, Tensor], size: Callable[[int, int], int],
+        earned: dict[int, float] | None = None, chain: bool = False, steps: int = 6, threshold: float = 0.6,
+        scales: Sequence[Sequence[float]] = (),
+    ):  # fmt: skip
+        d = backbone.config.hidden
+        check_shapes(tensors, {"norm": (d,)} | output_shape(arch, d, len(tensors["vocabulary"])))
+        (self.exit,) = self.taps = (check_exit(arch["taps"][0], backbone),)
+        self.depth, self._backbone, self._earned, self.size = self.exit, backbone, earned or {}, size
+        self.chain, self.steps, self.threshold, self._scales = chain, steps, threshold, read_scales(scales, 1)
+        self._vocabulary_V = tensors["vocabulary"].long().numpy()
+        layer = {name[8:]: tensor for name, tensor in tensors.items() if name.startswith("adapter.")}
+        self._adapter = backbone.layer(layer, tensors["norm"].float())
+        self._skip = None if arch["mlp"] else bytes([SKIP_MLP])
+        shared = arch["output"] == "shared"
+        self._head = backbone.heads(
+            [], [backbone.head_rows(tensors["vocabulary"].long()) if shared else tensors["head"][0]]
+        )
+        self._width = 1 if chain else min(WIDTH, len(self._vocabulary_V))
+        self._least = 2 * (self.exit / backbone.config.layers + OVERHEAD)  # a step earns two tokens
+        self._parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
+        self._cache: KVCache | None = None
+        self._own = self._adapter.new_cache(1, 1)
+        self._waiting: dict[int, list[Tensor]] = {}  # slot -> committed states that the adapter has not read
+
+    @classmethod
+    def build(
+        cls, backbone: Backbone, checkpoint: str = "", nodes: int = 0, chain: bool = False, steps: int = 6,
+        threshold: float = 0.6, any_backbone: bool = False,
+    ) -> Kangaroo:  # fmt: skip
+        """See `Drafter.build`.
+
+        Args:
+            checkpoint: folder of a trained adapter; by default the one that came with foretell for this backbone.
+            nodes: tree size; by default what `foretell tune` found best here, else 16.
+            chain: draft chains, as in the paper, instead of trees.
+            steps: how often the lower layers are run for a draft, at most.
+            threshold: a chain ends behind a token less probable than this; 0 never, 1 always.
+            any_backbone: accept an adapter of another model of the same sizes.
+        """
+        options = SimpleNamespace(threshold=threshold, steps=steps)
+        check_numbers(options, [("threshold", 0, 1), ("steps", 0, MOST - 1)], whole=("steps",))
+        found, tensors = find(cls.method, backbone, checkpoint, any_backbone)
+        size = tree_size(backbone, nodes, found.earned, cls.method, MOST)
+        with damage_named(checkpoint or f"The {cls.method} drafter that came with foretell"):
+            return cls(backbone, found.arch, tensors, size, found.earned, chain, steps, threshold, found.calibration)
+
+    @classmethod
+    def trainable(
+        cls, backbone: Backbone, counts_V: Tensor, folder: Path | None = None, *, exit: int = 0, output: str = "shared",
+        draft_vocab: int = 8192, soft: float = 1.0, mlp: bool = False,
+    ) -> KangarooAdapter:  # fmt: skip
+        """A fresh adapter; see `learning.Method`.
+
+        Args:
+            exit: layers that draft; by default a tenth of them.
+            output: shared (the backbone's, frozen, as in the paper) or tied (a copy that learns).
+            draft_vocab: how many of the most frequent tokens it chooses from; 0 for all, as in the paper.
+            soft: share of the loss that is against the backbone's distribution instead of the written token.
+            mlp: whether an MLP follows its attention; not in the paper.
+        """
+        check_options(backbone, output, soft=soft, draft_vocab=draft_vocab)
+        exit = check_exit(exit or max(1, round(backbone.config.layers / 10)), backbone)
+        vocabulary_V = draft_vocabulary(counts_V, draft_vocab)
+        return KangarooAdapter(
+            backbone.head_rows(vocabulary_V).cpu(), vocabulary_V, len(counts_V), output=output, soft=soft, exit=exit,
+            mlp=mlp, config=backbone.config, rotation=backbone.rotation,
+            norm_d=backbone.norm(torch.ones(1, backbone.config.hidden, device=backbone.device))[0].cpu(),
+        )  # fmt: skip
+
+    @property
+    def most_nodes(self) -> int:
+        return MOST
+
+    @property
+    def tokens_per_step(self) -> dict[int, float]:
+        return self._earned
+
+    @property
+    def parameters(self) -> int:
+        return self._parameters
+
+    # -- what was committed -----------------------------------------------------------------------------------------
+
+    def bind(self, cache: KVCache) -> None:
+        self._cache, self._own = cache, self._adapter.new_cache(cache.rows, cache.slots)
+        self._waiting.clear()
+
+    def _known(self, slot: int) -> int:
+        """Committed states of a slot that the adapter has read or will."""
+        return self._own.lengths[slot] + sum(map(len, self._waiting.get(slot, []))) if slot < self._own.rows else 0
+
+    def holds(self, slot: int, tokens: int) -> int:
+        """An interruption may have kept states from coming here."""
+        return min(tokens, self._known(slot))
+
+    def reset(self, rows: Sequence[Row]) -> None:
+        self._own.reserve(self._own.slots, rows=max(row.slot for row in rows) + 1)
+        for row in rows:
+            length, reused = self._own.lengths[row.slot], min(row.reused, self._known(row.slot))
+            waiting = self._waiting.pop(row.slot, None)
+            self._own.rollback(row.slot, min(length, reused))
+            if waiting and reused > length:
+                self._waiting[row.slot] = [torch.cat(waiting)[: reused - length]]
+
+    def observe(self, rows: Sequence[Row], features: Features) -> None:
+        for row, states_Pd in zip(rows, features.taps[self.exit].split(features.counts), strict=True):
+            waiting = self._waiting.setdefault(row.slot, [])
+            waiting.append(states_Pd)
+            if sum(map(len, waiting)) > KEPT:
+                self._read([row.slot], [torch.cat(waiting)])
+
+    def _read(self, slots: Sequence[int], states: Sequence[Tensor]) -> Tensor:
+        """Committed states pass the adapter, into its cache: its streams [P, d]."""
+        lengths, counts = [self._own.lengths[slot] for slot in slots], list(map(len, states))
+        # room for the tree to come, too: growing keeps what is committed, and a root is not
+        self._own.reserve(MOST + max(length + count for length, count in zip(lengths, counts, strict=True)))
+        stream_Pd = self._attend(torch.cat(list(states)), Nodes.chains(slots, lengths, counts))
+        self._own.commit(slots, [range(count) for count in counts])
+        for slot in slots:
+            self._waiting.pop(slot, None)
+        return stream_Pd
+
+    def _attend(self, states_Pd: Tensor, nodes: Nodes) -> Tensor:
+        return self._adapter.run_layers(states_Pd, nodes, self._own, skip=self._skip)[0]
+
+    # -- guesses ----------------------------------------------------------------------------------------------------
+
+    def draft(self, rows: Sequence[Row]) -> Draft:
+        assert self._cache is not None, "the engine binds its cache first"
+        lower = Lower(self._backbone, self._cache, rows)
+        count = self.steps if self.chain else min(self.size(len(rows), max(len(r.tokens) for r in rows)), MOST) - 1
+        while lower.asking and lower.level < self.steps:
+            hidden_Fd, nodes = lower.run(self.exit)
+            since = lower.extend(*self._guesses(hidden_Fd, nodes, lower.level == 1), count)
+            if self.chain:
+                lower.follow(since, self.threshold)
+            elif lower.level < self.steps:
+                lower.narrow(since, count, BEAM, self._least)
+        return lower.draft(count)
+
+    def _guesses(self, hidden_Fd: Tensor, nodes: Nodes, roots: bool) -> tuple[Floats, list[list[int]]]:
+        """Log-probabilities and tokens of what comes after nodes that have passed the lower layers, best first."""
+        slots = nodes.cache_rows.tolist()
+        if roots:  # with them the adapter reads what was committed since
+            parts = [[*self._waiting.get(slot, []), h] for slot, h in zip(slots, hidden_Fd.split(1), strict=True)]
+            states = [torch.cat(each) for each in parts]
+            stream_Fd = lasts(self._read(slots, states), list(map(len, states)))
+            for slot in slots:  # the root is not committed yet
+                self._own.rollback(slot, self._own.lengths[slot] - 1)
+        else:
+            lengths = [self._own.lengths[slot] for slot in slots]
+            stream_Fd = self._attend(hidden_Fd, Nodes(nodes.trees, slots, lengths, nodes.first))
+        which = np.arange(len(stream_Fd))[:, None].tolist()
+        said_FKR, best_FKR = self._head.top(self._adapter.norm(stream_Fd), which, self._width)
+        said_FR, best_FR = said_FKR[:, 0].cpu().numpy(), best_FKR[:, 0].cpu().numpy()
+        if self._scales and not self.chain:
+            said_FR = believed(said_FR, self._scales[0])
+        return said_FR, self._vocabulary_V[best_FR].tolist()

@@ -1,0 +1,139 @@
+"""Drafting with layers of the model itself: trees whose nodes pass them while they grow.
+
+Nodes are run level by level, in the engine's own cache and in the very slots in which verification expects them: their
+keys and values, and the streams that they ended in, are what verification would compute, bit for bit, so it goes on
+from there. A slot follows from a node's number, so nodes that ran come first, in the order in which they did; guesses
+that nobody asked come after them, and the engine runs them.
+
+Legend: B rows, F nodes that are asked, A of them in one row, R guesses of a node, d hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from foretell.backbone import Backbone, KVCache, Nodes
+from foretell.contracts import Draft, Resume, Row
+from foretell.trees import TokenTree
+from foretell.trees.calibration import Floats
+from foretell.trees.grow import Growing
+
+
+class Lower:
+    """The trees of one draft.
+
+    Args:
+        cache: the engine's.
+        taps: states that are to be kept of the nodes that run, for `observe`.
+        skip: a plan of sublayers to leave out; what was run so verification has to run again.
+
+    Attributes:
+        trees: one per row. Nobody is asked in a row that may emit one token only.
+    """
+
+    def __init__(
+        self, backbone: Backbone, cache: KVCache, rows: Sequence[Row], taps: Sequence[int] = (),
+        skip: bytes | None = None,
+    ):  # fmt: skip
+        self._backbone, self._cache, self._rows, self._taps, self._skip = backbone, cache, rows, tuple(taps), skip
+        self.trees = [Growing([row.tokens[-1]], [0] if row.budget > 1 else []) for row in rows]
+        self._ran: list[list[int]] = [[] for _ in rows]  # nodes in the order in which they ran
+        self._at: list[list[int]] = [[] for _ in rows]  # and where their states stand among all
+        self._hidden: list[Tensor] = []
+        self._tapped: dict[int, list[Tensor]] = {tap: [] for tap in self._taps}
+        self._layer = self._total = self.level = 0
+
+    @property
+    def asking(self) -> list[int]:
+        """Rows in which some node is asked."""
+        return [i for i, tree in enumerate(self.trees) if tree.asked]
+
+    def run(self, layers: int) -> tuple[Tensor, Nodes]:
+        """Runs the nodes that are asked through the first `layers`: their streams [F, d], row after row."""
+        rows, parents, first, tokens = self.asking, [], [], []
+        for i in rows:
+            tree, ran = self.trees[i], self._ran[i]
+            first.append(len(ran))
+            ran += tree.asked
+            place = {node: at for at, node in enumerate(ran)} | {-1: -1}
+            parents.append(TokenTree(tuple(place[tree.parents[node]] for node in ran)))
+            tokens += [tree.tokens[node] for node in tree.asked]
+            self._at[i] += range(self._total, self._total + len(tree.asked))
+            self._total += len(tree.asked)
+        slots = [self._rows[i].slot for i in rows]
+        nodes = Nodes(parents, slots, [self._cache.lengths[slot] for slot in slots], first)
+        hidden_Fd, tapped = self._backbone.run_layers(
+            self._backbone.embed(torch.tensor(tokens)), nodes, self._cache, 0, layers, skip=self._skip, taps=self._taps
+        )
+        self._hidden.append(hidden_Fd)
+        for tap, states in tapped.items():
+            self._tapped[tap].append(states)
+        self._layer, self.level = layers, self.level + 1
+        return hidden_Fd, nodes
+
+    def extend(self, said_FR: Floats, tokens_FR: Sequence[Sequence[int]], count: int) -> list[int]:
+        """Adds guesses behind the nodes that are asked, as far as they might be among the `count` best of their tree.
+
+        Returns:
+            Of each row, how many nodes its tree had before.
+        """
+        since, at = [len(tree.parents) for tree in self.trees], 0
+        for i in self.asking:
+            tree, mine = self.trees[i], slice(at, at + len(self.trees[i].asked))
+            at = mine.stop
+            tree.extend(said_FR[mine], tokens_FR[mine], count)
+        return since
+
+    def narrow(self, since: Sequence[int], count: int, beam: int, least: float) -> None:
+        """Chooses whom to ask next (see `Growing.narrow`); nobody where the row could not emit what they guess."""
+        for i in self.asking:
+            self.trees[i].narrow(count, since[i], beam, least)
+            self._stop_at_budget(i)
+
+    def follow(self, since: Sequence[int], least: float) -> None:
+        """Asks the best of the newest guesses, where it is at least so probable: a chain."""
+        for i in self.asking:
+            tree = self.trees[i]
+            sure = len(tree.parents) > since[i] and tree.given[since[i]] >= least
+            tree.asked = [since[i]] if sure else []
+            self._stop_at_budget(i)
+
+    def _stop_at_budget(self, i: int) -> None:
+        if self.level + 1 >= self._rows[i].budget:
+            self.trees[i].asked = []
+
+    def draft(self, count: int) -> Draft:
+        """Trees of the nodes that ran and the best of the others, `count` besides the root where fewer ran."""
+        trees: list[TokenTree] = []
+        tokens: list[list[int]] = []
+        given: list[list[float]] = []
+        for tree, ran in zip(self.trees, self._ran, strict=True):
+            done = set(ran)
+            others = [node for node in tree.best(len(tree.parents)) if node not in done]
+            order = [*(ran or [0]), *sorted(others[: max(0, count + 1 - max(1, len(ran)))])]
+            place = {node: at for at, node in enumerate(order)} | {-1: -1}
+            trees.append(TokenTree(tuple(place[tree.parents[node]] for node in order)))
+            tokens.append([tree.tokens[node] for node in order])
+            given.append([tree.given[node] for node in order])
+        return Draft(trees, tokens, given, self._resume())
+
+    def _resume(self) -> Resume | None:
+        if self._skip is not None or not self._hidden:
+            return None
+        index = torch.tensor([at for those in self._at for at in those], device=self._hidden[0].device)
+
+        def in_order(parts: list[Tensor]) -> Tensor:
+            whole = torch.cat(parts)
+            return whole if len(self._rows) == 1 else whole.index_select(0, index)
+
+        taps = {tap: in_order(parts) for tap, parts in self._tapped.items()}
+        return Resume(self._layer, [len(ran) for ran in self._ran], in_order(self._hidden), taps)
+
+
+def lasts(tensor_Md: Tensor, counts: Sequence[int]) -> Tensor:
+    """The last of each row's states [B, d], where `counts` states of one follow those of another."""
+    return tensor_Md.index_select(0, torch.tensor(list(accumulate(counts)), device=tensor_Md.device) - 1)
