@@ -10,7 +10,8 @@ Shapes: keys and values [L layers, R rows, G key/value heads, S slots, D head wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,22 @@ class KVCache:
                 f"Cannot roll a cache row back to {length} slots: it holds {self.lengths[row]}; choose 0 up to that."
             )
         self.lengths[row] = length
+
+    @contextmanager
+    def lent(self, row: int, length: int) -> Iterator[None]:
+        """Forgets, for a while, all but the first `length` slots of a row: what passes write meanwhile is undone.
+
+        They may write as many slots as were forgotten.
+        """
+        held = self.lengths[row]
+        kept = [tensor[:, row, :, length:held].clone() for tensor in (self.keys, self.values)]
+        self.rollback(row, length)
+        try:
+            yield
+        finally:
+            for tensor, before in zip((self.keys, self.values), kept, strict=True):
+                tensor[:, row, :, length:held] = before
+            self.lengths[row] = held
 
     def read(self, row: int) -> tuple[Tensor, Tensor]:
         """Committed keys and values of a row, each [L, G, length, D]."""

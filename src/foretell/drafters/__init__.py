@@ -24,6 +24,7 @@ DRAFTERS: dict[str, tuple[str | type[Drafter], str]] = {
     "hydra": ("foretell.drafters.hydra:Hydra", "heads that read the guesses before theirs"),
     "hydra++": ("foretell.drafters.hydra:HydraPlus", "Hydra's heads behind a layer that attends to the whole text"),
     "kangaroo": ("foretell.drafters.kangaroo:Kangaroo", "the lower layers draft, through a trained adapter"),
+    "swift": ("foretell.drafters.swift:Swift", "drafts with sublayers left out, chosen while decoding"),
 }
 
 CONTEXT = 512

@@ -11,6 +11,7 @@ Legend: B rows, F nodes that are asked, A of them in one row, R guesses of a nod
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
@@ -132,6 +133,39 @@ class Lower:
 
         taps = {tap: in_order(parts) for tap, parts in self._tapped.items()}
         return Resume(self._layer, [len(ran) for ran in self._ran], in_order(self._hidden), taps)
+
+
+def main_chain(tree: TokenTree) -> list[int]:
+    """The best guess behind the root, the best behind that, and so on: ranks follow the numbers of siblings."""
+    chain, node = [], 0
+    while tree.children[node]:
+        node = tree.children[node][0]
+        chain.append(node)
+    return chain
+
+
+@dataclass
+class Threshold:
+    """Probability below which a chain ends, fixed or adaptive: drafts shall be accepted as often as not to end early.
+
+    Draft & Verify, arXiv 2309.08168, §3.3, with its numbers.
+    """
+
+    value: float
+    adaptive: bool = False
+    accepted: float = 0.0  # share of the drafted tokens, smoothed
+
+    def told(self, kept: int, drafted: int, most: int) -> None:
+        """Of a chain of `drafted` tokens, where `most` would have been allowed, so many were right."""
+        if not self.adaptive or not drafted:
+            return
+        self.accepted = 0.5 * self.accepted + 0.5 * kept / drafted
+        wanted = self.value
+        if self.accepted < 0.9:
+            wanted += 0.01
+        elif drafted < most:
+            wanted -= 0.01
+        self.value = min(1.0, max(0.0, 0.9 * self.value + 0.1 * wanted))
 
 
 def lasts(tensor_Md: Tensor, counts: Sequence[int]) -> Tensor:

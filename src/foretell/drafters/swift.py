@@ -1,0 +1,155 @@
+"""SWIFT: the model drafts with some of its sublayers left out, and finds out while decoding which it can spare.
+
+Nothing is trained. A draft is a chain: token by token the whole model runs under a plan of sublayers to skip
+(`skipping`), until a token is less probable than a threshold. The layers that are kept attend to what the whole model
+wrote for the committed tokens, and to the draft's own keys, which verification writes anew. Beside each token of the
+chain stand the next best ones, more of them where the model was unsure: a comb, of which the chain takes the first
+slots. SWIFT, arXiv 2410.06916, §4.
+
+Skipping half of the sublayers still costs half a step a token, so plans must be right nine times in ten to pay; large
+models have such plans, small ones hardly (docs/benchmarks.md).
+
+Legend: F nodes that are asked, one a row; R guesses of a node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from foretell.backbone import Backbone, KVCache, Nodes
+from foretell.contracts import Draft, Drafter, Features, Row
+from foretell.drafters.lower import Lower, Threshold, main_chain
+from foretell.drafters.skipping import Plan, PlanSearch
+from foretell.errors import check_numbers
+
+SIBLINGS = ((0.95, 3), (0.8, 5), (0.5, 8), (0.0, 10))
+"""Guesses at a place of the chain, itself included, where the model holds it more probable than that (greedy, §4.2)."""
+MOST = 64
+"""Nodes of a tree."""
+
+
+class Swift(Drafter):
+    """Drafts with a part of the sublayers.
+
+    Args:
+        search: for the plan.
+        window: tokens that candidates are scored on; every: steps between two candidates.
+        steps: tokens of a chain at most; nodes: of a tree, root included.
+        threshold: a chain ends behind a token less probable.
+        path: where the plan is kept.
+    """
+
+    def __init__(
+        self, backbone: Backbone, search: PlanSearch, window: int = 32, every: int = 1, steps: int = 25,
+        nodes: int = 16, threshold: Threshold | None = None, path: Path | None = None,
+    ):  # fmt: skip
+        self.depth, self._backbone, self.search, self.window, self.every = (
+            backbone.config.layers, backbone, search, window, every,
+        )  # fmt: skip
+        self.steps, self.nodes, self.threshold, self._path = steps, nodes, threshold or Threshold(0.8), path
+        self._head = backbone.heads([], [backbone.head_rows(torch.arange(backbone.config.vocab))])
+        self._width = min(SIBLINGS[-1][1], backbone.config.vocab)
+        self._cache: KVCache | None = None
+        self._round = 0
+        self._chains: dict[int, list[int]] = {}  # slot -> nodes of the last draft's chain
+
+    @classmethod
+    def build(
+        cls, backbone: Backbone, plan: str = "", search: bool = True, ratio: float = 0.45, window: int = 32,
+        every: int = 1, nodes: int = 16, steps: int = 25, threshold: float = 0.8, adaptive: bool = False,
+    ) -> Swift:  # fmt: skip
+        """See `Drafter.build`.
+
+        Args:
+            plan: file that the plan is read from, if there is one, and written to when a better one is found.
+            search: look for plans while decoding: at first without a plan, and again when the text changes.
+            ratio: share of the sublayers between first and last layer that are skipped.
+            window: tokens that candidates are scored on.
+            every: steps between two candidates.
+            nodes: tree size.
+            steps: tokens of a chain, at most.
+            threshold: a chain ends behind a token less probable than this.
+            adaptive: let that follow how many drafts are accepted, as Draft & Verify does.
+        """
+        options = SimpleNamespace(
+            ratio=ratio, window=window, every=every, nodes=nodes, steps=steps, threshold=threshold
+        )
+        ranges = [("ratio", 0, 1), ("window", 1, 1024), ("every", 1, 1 << 20), ("nodes", 2, MOST)]
+        whole = ("window", "every", "nodes", "steps")
+        check_numbers(options, [*ranges, ("steps", 0, MOST - 1), ("threshold", 0, 1)], whole=whole)
+        path, found, score = Path(plan).expanduser() if plan else None, None, -1.0
+        if path and path.exists():
+            found, score = Plan.load(path, backbone)
+        plans = PlanSearch(backbone.config.layers, ratio, found, score, search)
+        return cls(backbone, plans, window, every, steps, nodes, Threshold(threshold, adaptive), path)
+
+    @property
+    def most_nodes(self) -> int:
+        return MOST
+
+    def bind(self, cache: KVCache) -> None:
+        self._cache = cache
+        self._chains.clear()
+
+    def observe(self, rows: Sequence[Row], features: Features) -> None:
+        for row, path in zip(rows, features.paths, strict=False):  # none while a prompt is read
+            chain = self._chains.pop(row.slot, [])
+            kept = sum(one == other for one, other in zip(path[1:], chain, strict=False))
+            if chain:
+                self.search.accepted(kept, len(chain))
+                self.threshold.told(kept, len(chain), self.steps)
+
+    def draft(self, rows: Sequence[Row]) -> Draft:
+        assert self._cache is not None, "the engine binds its cache first"
+        self._round += 1
+        if self.search.searching and self._round % self.every == 0:
+            self._try(rows)
+        layers = self._backbone.config.layers
+        lower = Lower(self._backbone, self._cache, rows, skip=self.search.plan.bits(layers))
+        while lower.asking and lower.level < min(self.steps, self.nodes - 1):
+            hidden_Fd, _ = lower.run(layers)
+            which = np.arange(len(hidden_Fd))[:, None].tolist()
+            said_FKR, best_FKR = self._head.top(self._backbone.norm(hidden_Fd), which, self._width)
+            said_FR = said_FKR[:, 0].cpu().numpy().copy()
+            for said_R in said_FR:
+                said_R[siblings(float(np.exp(said_R[0]))) :] = -np.inf
+            since = lower.extend(said_FR, best_FKR[:, 0].tolist(), self.nodes - 1)
+            lower.follow(since, self.threshold.value)
+        draft = lower.draft(self.nodes - 1)
+        for row, tree in zip(rows, draft.trees, strict=True):
+            self._chains[row.slot] = main_chain(tree)
+        return draft
+
+    def _try(self, rows: Sequence[Row]) -> None:
+        """Scores one candidate on what the row of the longest answer has just said."""
+        row = max(rows, key=lambda row: len(row.tokens) - row.prompt_length)
+        if len(row.tokens) - row.prompt_length <= self.window:
+            return
+        score = self.matchness(self.search.candidate(), row)
+        if self.search.told(score) and self._path:
+            self.search.plan.save(self._path, self._backbone, score)
+
+    def matchness(self, plan: Plan, row: Row) -> float:
+        """Share of the last `window` tokens that the model writes under a plan as it wrote them whole."""
+        assert self._cache is not None
+        backbone, layers = self._backbone, self._backbone.config.layers
+        known = self._cache.lengths[row.slot]
+        begin = known - min(self.window, known)
+        with self._cache.lent(row.slot, begin):
+            nodes = Nodes.chains([row.slot], [begin], [known - begin])
+            ids = torch.tensor(row.tokens[begin:known])
+            hidden_Wd, _ = backbone.run_layers(backbone.embed(ids), nodes, self._cache, skip=plan.bits(layers))
+        which = np.arange(len(hidden_Wd))[:, None].tolist()
+        best_W = self._head.top(backbone.norm(hidden_Wd), which, 1)[1].flatten().tolist()
+        came = row.tokens[begin + 1 : known + 1]
+        return sum(one == other for one, other in zip(best_W, came, strict=True)) / len(came)
+
+
+def siblings(confidence: float) -> int:
+    """Guesses at a place of the chain, itself included."""
+    return next(count for least, count in SIBLINGS if confidence > least or not least)
