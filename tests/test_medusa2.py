@@ -29,7 +29,8 @@ from foretell.contracts import FINAL
 from foretell.drafters import checkpoint
 from foretell.drafters.learning import CHUNK, TrainingBatch
 from foretell.drafters.medusa import Medusa
-from foretell.drafters.medusa2 import LEAST, RISE, JointHeads, Medusa2, divergence
+from foretell.drafters.medusa2 import RISE, JointHeads, Medusa2
+from foretell.drafters.pupil import LEAST, divergence
 from foretell.errors import ForetellError, UsageError
 from foretell.train.data import Distilled
 from foretell.train.features import TEACHER, Features
@@ -231,7 +232,7 @@ def reached(module: JointHeads, batch: TrainingBatch) -> tuple[set[str], set[str
     module.zero_grad()
     module.model.zero_grad()
     total(module.train().losses(batch)).backward()
-    heads = {name for name, p in module.named_parameters() if not name.startswith("backbone.") and moved(p)}
+    heads = {name for name, p in module.named_parameters() if not name.startswith("pupil.") and moved(p)}
     return heads, {name for name, p in module.model.named_parameters() if moved(p)}
 
 

@@ -64,7 +64,7 @@ def train(
         options |= _taken(options, begin[0]) | given
     module = _module(cls, llm, stores, options, settings.seed, begin)
     begun = _begin(module, start, *begin) if begin else {}
-    name = f"features-{backbone.fingerprint}-{'-'.join(map(str, module.taps))}"
+    name = f"features-{backbone.fingerprint}-{'-'.join(map(str, module.taps)) or 'teacher'}"
     parts = [
         Features(backbone, store.conversations, module.taps, None if no_cache else store.folder / name)
         for store in stores

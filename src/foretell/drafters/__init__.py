@@ -25,6 +25,8 @@ DRAFTERS: dict[str, tuple[str | type[Drafter], str]] = {
     "hydra++": ("foretell.drafters.hydra:HydraPlus", "Hydra's heads behind a layer that attends to the whole text"),
     "kangaroo": ("foretell.drafters.kangaroo:Kangaroo", "the lower layers draft, through a trained adapter"),
     "swift": ("foretell.drafters.swift:Swift", "drafts with sublayers left out, chosen while decoding"),
+    "layerskip": ("foretell.drafters.layerskip:LayerSkip", "drafts by leaving the model at an early layer"),
+    "del": ("foretell.drafters.dynamic_exit:DEL", "leaves at whichever layer has lately paid best"),
 }
 
 CONTEXT = 512

@@ -231,20 +231,15 @@ class Kangaroo(Drafter):
     def draft(self, rows: Sequence[Row]) -> Draft:
         assert self._cache is not None, "the engine binds its cache first"
         lower = Lower(self._backbone, self._cache, rows)
-        count = self.steps if self.chain else min(self.size(len(rows), max(len(r.tokens) for r in rows)), MOST) - 1
-        while lower.asking and lower.level < self.steps:
-            hidden_Fd, nodes = lower.run(self.exit)
-            since = lower.extend(*self._guesses(hidden_Fd, nodes, lower.level == 1), count)
-            if self.chain:
-                lower.follow(since, self.threshold)
-            elif lower.level < self.steps:
-                lower.narrow(since, count, BEAM, self._least)
-        return lower.draft(count)
+        if self.chain:
+            return lower.grow(self.exit, self._guesses, self.steps, self.steps, thresholds=[self.threshold] * len(rows))
+        count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), MOST) - 1
+        return lower.grow(self.exit, self._guesses, count, self.steps, beam=BEAM, least=self._least)
 
-    def _guesses(self, hidden_Fd: Tensor, nodes: Nodes, roots: bool) -> tuple[Floats, list[list[int]]]:
+    def _guesses(self, hidden_Fd: Tensor, nodes: Nodes) -> tuple[Floats, list[list[int]]]:
         """Log-probabilities and tokens of what comes after nodes that have passed the lower layers, best first."""
         slots = nodes.cache_rows.tolist()
-        if roots:  # with them the adapter reads what was committed since
+        if not any(nodes.first):  # roots: with them the adapter reads what was committed since
             parts = [[*self._waiting.get(slot, []), h] for slot, h in zip(slots, hidden_Fd.split(1), strict=True)]
             states = [torch.cat(each) for each in parts]
             stream_Fd = lasts(self._read(slots, states), list(map(len, states)))

@@ -215,34 +215,35 @@ class GuessingHeads(Trainable):
         return self.head_KVd[k if self.output == "own" else 0]
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        targets_PK, sources_P = _positions(batch, self.heads, self.ahead)
+        targets_PK, sources_P = targets(batch, self.heads, self.ahead)
         if not len(sources_P):
             return {}
         x_KPd = self.read(batch, sources_P)
         out = {}
         for k in range(self.heads):
-            token_P = targets_PK[:, k]
-            live = token_P >= 0
-            if not live.any():
-                continue
-            teacher = [
-                each.flatten(0, 1)[sources_P[live] + k + self.ahead - 1]
-                for each in (batch.teacher_ids_BTm, batch.teacher_p_BTm)
-            ]
-            ids_Pm = torch.cat([token_P[live][:, None], teacher[0]], 1)
-            p_Pm = torch.cat(
-                [torch.full((len(ids_Pm), 1), 1 - self.soft, device=ids_Pm.device), self.soft * teacher[1]], 1
-            )
-            place_Pm = self.place[ids_Pm]
-            p_Pm = p_Pm * (place_Pm >= 0)  # what the draft vocabulary cannot say is not taught
-            taught = p_Pm.sum(1) > 0
-            loss = soft_cross_entropy(x_KPd[k, live][taught], self.head(k), place_Pm[taught].clamp(min=0), p_Pm[taught])
-            out[f"head {k + 1}"] = weighed(loss / live.sum(), self.decay ** (k + 1))
+            if (targets_PK[:, k] >= 0).any():
+                term = self.term(batch, x_KPd[k], k, targets_PK[:, k], sources_P)
+                out[f"head {k + 1}"] = weighed(term, self.decay ** (k + 1))
         return out
+
+    def term(self, batch: TrainingBatch, x_Pd: Tensor, k: int, token_P: Tensor, sources_P: Tensor) -> Tensor:
+        """Cross-entropy of what head k says, averaged over the places that have a token to guess."""
+        live = token_P >= 0
+        teacher = [
+            each.flatten(0, 1)[sources_P[live] + k + self.ahead - 1]
+            for each in (batch.teacher_ids_BTm, batch.teacher_p_BTm)
+        ]
+        ids_Pm = torch.cat([token_P[live][:, None], teacher[0]], 1)
+        p_Pm = torch.cat([torch.full((len(ids_Pm), 1), 1 - self.soft, device=ids_Pm.device), self.soft * teacher[1]], 1)
+        place_Pm = self.place[ids_Pm]
+        p_Pm = p_Pm * (place_Pm >= 0)  # what the draft vocabulary cannot say is not taught
+        taught = p_Pm.sum(1) > 0
+        loss = soft_cross_entropy(x_Pd[live][taught], self.head(k), place_Pm[taught].clamp(min=0), p_Pm[taught])
+        return loss / live.sum()
 
     @torch.no_grad()
     def guesses(self, batch: TrainingBatch) -> list[Guessed]:
-        targets_PK, sources_P = _positions(batch, self.heads, self.ahead)
+        targets_PK, sources_P = targets(batch, self.heads, self.ahead)
         x_KPd, ranks_PK = self.read(batch, sources_P), torch.full_like(targets_PK, MISSED)
         said_PKR = x_KPd.new_zeros(*targets_PK.shape, min(SAID, len(self.vocabulary_V)))
         for k in range(self.heads):
@@ -277,7 +278,7 @@ class GuessingHeads(Trainable):
         }
 
 
-def _positions(batch: TrainingBatch, heads: int, ahead: int) -> tuple[Tensor, Tensor]:
+def targets(batch: TrainingBatch, heads: int, ahead: int) -> tuple[Tensor, Tensor]:
     """Where the first head, which guesses the token so far `ahead`, has something to learn.
 
     Returns:

@@ -10,7 +10,7 @@ Legend: B rows, F nodes that are asked, A of them in one row, R guesses of a nod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -22,6 +22,9 @@ from foretell.contracts import Draft, Resume, Row
 from foretell.trees import TokenTree
 from foretell.trees.calibration import Floats
 from foretell.trees.grow import Growing
+
+Guess = Callable[[Tensor, Nodes], tuple[Floats, Sequence[Sequence[int]]]]
+"""Streams [F, d] of nodes -> log-probabilities and tokens of what comes after each, [F, R], best first."""
 
 
 class Lower:
@@ -95,13 +98,32 @@ class Lower:
             self.trees[i].narrow(count, since[i], beam, least)
             self._stop_at_budget(i)
 
-    def follow(self, since: Sequence[int], least: float) -> None:
-        """Asks the best of the newest guesses, where it is at least so probable: a chain."""
+    def follow(self, since: Sequence[int], least: Sequence[float]) -> None:
+        """Asks the best of a row's newest guesses, where it is at least so probable: a chain."""
         for i in self.asking:
             tree = self.trees[i]
-            sure = len(tree.parents) > since[i] and tree.given[since[i]] >= least
+            sure = len(tree.parents) > since[i] and tree.given[since[i]] >= least[i]
             tree.asked = [since[i]] if sure else []
             self._stop_at_budget(i)
+
+    def grow(
+        self, layers: int, guess: Guess, count: int, steps: int, *, thresholds: Sequence[float] = (), beam: int = 0,
+        least: float = 0.0,
+    ) -> Draft:  # fmt: skip
+        """Trees of `count` guesses at most; the first `layers` are run `steps` times at most.
+
+        Args:
+            guess: what a method makes of the streams that nodes ended in.
+            thresholds: per row the probability below which its chain ends; none make trees.
+            beam, least: of trees, see `Growing.narrow`.
+        """
+        while self.asking and self.level < steps:
+            since = self.extend(*guess(*self.run(layers)), count)
+            if thresholds:
+                self.follow(since, thresholds)
+            elif self.level < steps:
+                self.narrow(since, count, beam, least)
+        return self.draft(count)
 
     def _stop_at_budget(self, i: int) -> None:
         if self.level + 1 >= self._rows[i].budget:

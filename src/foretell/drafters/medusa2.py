@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,17 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from foretell.backbone import Backbone
-from foretell.backbone.adaptation import WAYS, causal, learning, save
-from foretell.contracts import FINAL
-from foretell.drafters.learning import CHUNK, Guessed, TrainingBatch, weighed
+from foretell.backbone.adaptation import WAYS, learning
+from foretell.drafters.learning import Guessed, TrainingBatch, weighed
 from foretell.drafters.medusa import Medusa, MedusaHeads
 from foretell.drafters.parts import check_options, draft_vocabulary, spread
+from foretell.drafters.pupil import Pupil
 from foretell.errors import ForetellError, UsageError, check_numbers
 
 RISE = 0.03
 """Share of the training in which the backbone's rate rises."""
-LEAST = 1e-6
-"""Probability of all tokens besides the teacher's, at least: its logarithm is taken."""
 
 
 class JointHeads(MedusaHeads):
@@ -54,23 +53,18 @@ class JointHeads(MedusaHeads):
         schedule: str, slower: float, warm: float, **rest: Any,
     ):  # fmt: skip
         super().__init__(head_Vd, vocabulary_V, whole, **rest)
-        self.folder, self._frozen = folder, (model,)  # out of the module's sight: most of it does not learn
-        learns = [p for p in model.parameters() if p.requires_grad]
-        self.backbone = nn.ParameterList(learns)
+        self.pupil = Pupil(model, folder)
         self.weight, self.schedule, self.slower, self.warm = weight, schedule, slower, warm
         self._done = 0.0
 
     @property
     def model(self) -> nn.Module:
-        return self._frozen[0]
+        return self.pupil.model
 
-    def _apply(self, fn: Any, recurse: bool = True) -> JointHeads:
-        self.model._apply(fn)
-        return super()._apply(fn, recurse)
-
-    def train(self, mode: bool = True) -> JointHeads:
-        self.model.train(mode)
-        return super().train(mode)
+    @property
+    def backbone(self) -> list[nn.Parameter]:
+        """What of the backbone learns."""
+        return list(self.pupil.learns)
 
     # -- learning ---------------------------------------------------------------------------------------------------
 
@@ -80,7 +74,7 @@ class JointHeads(MedusaHeads):
     def groups(self) -> list[tuple[list[nn.Parameter], Callable[[float], float]]]:
         theirs = set(map(id, self.backbone))
         heads = [p for p in self.parameters() if p.requires_grad and id(p) not in theirs]
-        return [(heads, lambda done: 1.0), (list(self.backbone), self.backbone_rate)]
+        return [(heads, lambda done: 1.0), (self.backbone, self.backbone_rate)]
 
     def backbone_rate(self, done: float) -> float:
         """Learning rate of the backbone relative to the heads': its moments are empty when it begins, so it rises."""
@@ -112,68 +106,15 @@ class JointHeads(MedusaHeads):
 
     def _through(self, batch: TrainingBatch) -> TrainingBatch:
         """The batch with the states that the backbone computes now. Padding stands behind all that is attended to."""
-        bf16 = torch.autocast(batch.tokens_BT.device.type, torch.bfloat16)
-        with bf16:
-            hidden = causal(self.model).model(input_ids=batch.tokens_BT, output_hidden_states=True, use_cache=False)
-        hidden = hidden.hidden_states
-        states = {tap: hidden[-1 if tap == FINAL else tap] for tap in self.taps}
-        return TrainingBatch(batch.tokens_BT, batch.supervised_BT, states, batch.teacher_ids_BTm, batch.teacher_p_BTm)
+        return replace(batch, states=self.pupil.states(batch.tokens_BT, self.taps))
 
     def _held(self, batch: TrainingBatch) -> Tensor:
-        """KL(before ‖ now) per written token, over the teacher's tokens and all others as one."""
-        before_BT = torch.zeros_like(batch.supervised_BT)
-        before_BT[:, :-1] = batch.supervised_BT[:, 1:]
-        told = (batch.teacher_ids_BTm[before_BT], batch.teacher_p_BTm[before_BT])
-        weight_Vd: Tensor = causal(self.model).get_output_embeddings().weight
-        return divergence(batch.states[FINAL][before_BT], weight_Vd, *told) / before_BT.sum()
+        return self.pupil.held(batch)
 
     # -- what comes out ---------------------------------------------------------------------------------------------
 
     def save_backbone(self, base: str, out: Path) -> str:
-        return save(self.model, self.folder, base, out)
-
-
-class _Divergence(torch.autograd.Function):
-    """Gradients are made while a chunk's logits are at hand, as those of `learning.soft_cross_entropy`."""
-
-    @staticmethod
-    def forward(ctx: Any, x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor) -> Tensor:
-        assert not ctx.needs_input_grad[1]  # neither adapters nor a model that learns whole change the output matrix
-        p_Pm = p_Pm.float() / p_Pm.float().sum(-1, keepdim=True).clamp(min=1.0)  # rounded, they may add up to more
-        rest_p_P = (1 - p_Pm.sum(-1)).clamp(min=LEAST)
-        weight, grad_Pd, total = weight_Vd.bfloat16(), torch.empty_like(x_Pd), x_Pd.new_zeros((), dtype=torch.float32)
-        for at in range(0, len(x_Pd), CHUNK):
-            x, ids, p, rest_p = (each[at : at + CHUNK] for each in (x_Pd, ids_Pm, p_Pm, rest_p_P))
-            # the teacher's tokens are multiplied in float32, as the teacher's own were; the others may be rounded
-            top = (x.float()[:, None] * weight_Vd[ids].float()).sum(-1)
-            logits = (x.bfloat16() @ weight.T).float().scatter_(-1, ids, -torch.inf)
-            most = logits.amax(-1, keepdim=True)
-            shares = logits.sub_(most).exp_()  # in place: a chunk's logits are 100 MB
-            sums = shares.sum(-1)
-            rest = most[:, 0] + sums.log()
-            whole = torch.logaddexp(top.logsumexp(-1), rest)
-            total += (torch.xlogy(p, p) - p * (top - whole[:, None])).sum()
-            total += (rest_p * (rest_p.log() - (rest - whole))).sum()
-            mass = p.sum(-1) + rest_p
-            of_rest = (rest - whole).exp() * mass - rest_p  # slope of the loss in `rest`, shared as it is shared
-            slope = shares.mul_((of_rest / sums)[:, None])
-            slope.scatter_(-1, ids, (top - whole[:, None]).exp() * mass[:, None] - p)
-            grad_Pd[at : at + CHUNK] = slope.bfloat16() @ weight
-        ctx.save_for_backward(grad_Pd)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0] * ctx.saved_tensors[0], None, None, None
-
-
-def divergence(x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor) -> Tensor:
-    """KL(p ‖ softmax(x Wᵀ)) over the teacher's m tokens and all others as one, summed over positions.
-
-    Args:
-        ids_Pm, p_Pm: the teacher's tokens, all different, and their probabilities.
-    """
-    return _Divergence.apply(x_Pd, weight_Vd, ids_Pm, p_Pm)
+        return self.pupil.save(base, out)
 
 
 class Medusa2(Medusa):

@@ -20,12 +20,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.contracts import Draft, Drafter, Features, Row
 from foretell.drafters.lower import Lower, Threshold, main_chain
 from foretell.drafters.skipping import Plan, PlanSearch
 from foretell.errors import check_numbers
+from foretell.trees.calibration import Floats
 
 SIBLINGS = ((0.95, 3), (0.8, 5), (0.5, 8), (0.0, 10))
 """Guesses at a place of the chain, itself included, where the model holds it more probable than that (greedy, §4.2)."""
@@ -109,21 +111,22 @@ class Swift(Drafter):
         self._round += 1
         if self.search.searching and self._round % self.every == 0:
             self._try(rows)
-        layers = self._backbone.config.layers
-        lower = Lower(self._backbone, self._cache, rows, skip=self.search.plan.bits(layers))
-        while lower.asking and lower.level < min(self.steps, self.nodes - 1):
-            hidden_Fd, _ = lower.run(layers)
-            which = np.arange(len(hidden_Fd))[:, None].tolist()
-            said_FKR, best_FKR = self._head.top(self._backbone.norm(hidden_Fd), which, self._width)
-            said_FR = said_FKR[:, 0].cpu().numpy().copy()
-            for said_R in said_FR:
-                said_R[siblings(float(np.exp(said_R[0]))) :] = -np.inf
-            since = lower.extend(said_FR, best_FKR[:, 0].tolist(), self.nodes - 1)
-            lower.follow(since, self.threshold.value)
-        draft = lower.draft(self.nodes - 1)
+        lower = Lower(self._backbone, self._cache, rows, skip=self.search.plan.bits(self.depth))
+        count = self.nodes - 1
+        thresholds = [self.threshold.value] * len(rows)
+        draft = lower.grow(self.depth, self._guesses, count, min(self.steps, count), thresholds=thresholds)
         for row, tree in zip(rows, draft.trees, strict=True):
             self._chains[row.slot] = main_chain(tree)
         return draft
+
+    def _guesses(self, hidden_Fd: Tensor, nodes: Nodes) -> tuple[Floats, list[list[int]]]:
+        """The best tokens of each node, as many as `siblings` allows."""
+        which = np.arange(len(hidden_Fd))[:, None].tolist()
+        said_FKR, best_FKR = self._head.top(self._backbone.norm(hidden_Fd), which, self._width)
+        said_FR = said_FKR[:, 0].cpu().numpy().copy()
+        for said_R in said_FR:
+            said_R[siblings(float(np.exp(said_R[0]))) :] = -np.inf
+        return said_FR, best_FKR[:, 0].tolist()
 
     def _try(self, rows: Sequence[Row]) -> None:
         """Scores one candidate on what the row of the longest answer has just said."""
@@ -137,13 +140,13 @@ class Swift(Drafter):
     def matchness(self, plan: Plan, row: Row) -> float:
         """Share of the last `window` tokens that the model writes under a plan as it wrote them whole."""
         assert self._cache is not None
-        backbone, layers = self._backbone, self._backbone.config.layers
+        backbone = self._backbone
         known = self._cache.lengths[row.slot]
         begin = known - min(self.window, known)
         with self._cache.lent(row.slot, begin):
             nodes = Nodes.chains([row.slot], [begin], [known - begin])
             ids = torch.tensor(row.tokens[begin:known])
-            hidden_Wd, _ = backbone.run_layers(backbone.embed(ids), nodes, self._cache, skip=plan.bits(layers))
+            hidden_Wd, _ = backbone.run_layers(backbone.embed(ids), nodes, self._cache, skip=plan.bits(self.depth))
         which = np.arange(len(hidden_Wd))[:, None].tolist()
         best_W = self._head.top(backbone.norm(hidden_Wd), which, 1)[1].flatten().tolist()
         came = row.tokens[begin + 1 : known + 1]

@@ -1,0 +1,290 @@
+"""LayerSkip: a model that learnt to say what it will say before its last layer drafts by leaving early.
+
+Drafting runs the layers up to an exit, the final norm and the output head; verification goes on above the exit. Nothing
+is added to the model, but it has to be one whose layers can exit: continued training drops layers, the later the more
+often, and has the streams after earlier layers say the next token through the same norm and head. LayerSkip, arXiv
+2404.16710, §4.1 (dropout, early-exit loss) and §4.3 (self-speculation). What comes out is another model,
+`BASE+ADAPTER`, and its own plain decoding is the reference for its drafts.
+
+Differences: the last layer's loss is KL(p before ‖ p now), so that the text stays what it was; exits learn what the
+backbone would have said, over a draft vocabulary; only a set of candidate exits learns, and of them a few a step.
+
+As published, a draft is a chain of a fixed length; it may end where a token is less probable than a threshold, fixed or
+adaptive (Draft & Verify), or be a tree that grows best first. Any model drafts so; without training, rarely right.
+
+Legend: B conversations, T tokens, P positions, d hidden width, V (draft) vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from foretell.backbone import Backbone, KVCache, Nodes
+from foretell.backbone.adaptation import WAYS, learning
+from foretell.contracts import FINAL, Draft, Drafter, Features, Row
+from foretell.drafters.checkpoint import damage_named, find, shipped
+from foretell.drafters.learning import GuessingHeads, TrainingBatch, targets, weighed
+from foretell.drafters.lower import Lower, Threshold, main_chain
+from foretell.drafters.parts import check_exit, check_options, draft_vocabulary, tree_size
+from foretell.drafters.pupil import Pupil
+from foretell.errors import ForetellError, UsageError, check_numbers
+from foretell.trees.calibration import Floats
+
+BEAM, WIDTH = 8, 10
+"""Nodes of a level that are asked for more, and guesses that each of them makes."""
+MOST = 64
+"""Nodes of a tree."""
+OVERHEAD = 0.04
+"""What output matrix and calls add to a level, as a share of a step."""
+SHAPES, CURRICULA = ("uniform", "cumulative"), ("rotational", "gradual")
+
+
+def drop_rates(layers: int, most: float) -> list[float]:
+    """p_max · D(l), D(l) = exp(l · ln 2 / (L - 1)) - 1: the first layer always stays (§4.1.1)."""
+    return [most * (math.exp(layer * math.log(2) / max(1, layers - 1)) - 1) for layer in range(layers)]
+
+
+def exit_scales(layers: int, scale: float, shape: str = "cumulative") -> list[float]:
+    """e(l), how much the loss after layer l counts before shares are taken (§4.1.2).
+
+    Cumulative, as published: scale · Σ_{i ≤ l} i, and of the last L - 1 + scale · Σ_{i ≤ L - 2} i. Uniform: scale,
+    and 1 of the last.
+    """
+    if shape == "uniform":
+        return [scale] * (layers - 1) + [1.0]
+    sums = [scale * layer * (layer + 1) / 2 for layer in range(layers)]
+    return [*sums[:-1], layers - 1 + (sums[-2] if layers > 1 else 0.0)]
+
+
+class ExitingModel(GuessingHeads):
+    """A backbone that learns to exit.
+
+    Args:
+        model: a transformers model, with peft's adapters or whole; folder: where it lay.
+        head_Vd, vocabulary_V, whole, soft: see `GuessingHeads`.
+        exits: layers after which it shall say the next token; exit: the one whose accuracy is reported.
+        dropout: p_max of the last layer.
+        scale, shape: see `exit_scales`.
+        curriculum: rotational, one exit in `period` learns in a step, or gradual, from the last to the first.
+    """
+
+    ahead = 1
+
+    def __init__(
+        self, model: nn.Module, folder: Path, head_Vd: Tensor, vocabulary_V: Tensor, whole: int, *, soft: float,
+        exits: Sequence[int], exit: int, layers: int, dropout: float, scale: float, shape: str, curriculum: str,
+        period: int,
+    ):  # fmt: skip
+        super().__init__(head_Vd, vocabulary_V, whole, heads=1, output="shared", soft=soft)
+        self.pupil, self.exits, self.exit = Pupil(model, folder), list(exits), exit
+        self.dropped, self.scales = drop_rates(layers, dropout), exit_scales(layers, scale, shape)
+        self.curriculum, self.period, self._done = curriculum, period, 0.0
+
+    def begin(self, done: float) -> None:
+        self._done = done
+
+    def taught(self) -> list[int]:
+        """Exits that learn in this step; what is drawn follows from the step, so that a resumed run sees the same."""
+        if not self.training:
+            return self.exits
+        if self.curriculum == "rotational":
+            turn = int(torch.randint(self.period, ()))
+            return [exit for i, exit in enumerate(self.exits) if (i + turn) % self.period == 0]
+        layers = len(self.scales)
+        return [exit for exit in self.exits if self._done >= 0.5 * (layers - exit + 1) / layers]
+
+    def shares(self, exits: Sequence[int]) -> list[float]:
+        """What each of the exits, and then the last layer, counts in the loss: they add up to 1."""
+        scales = [self.scales[exit - 1] for exit in exits] + [self.scales[-1]]
+        return [scale / sum(scales) for scale in scales]
+
+    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        targets_PK, sources_P = targets(batch, 1, self.ahead)
+        if not len(sources_P):
+            return {}
+        exits = self.taught()
+        *shares, last = self.shares(exits)
+        states = self.pupil.states(batch.tokens_BT, [*exits, FINAL], self.dropped if self.training else ())
+        out: dict[str, Tensor] = {}
+        for exit, share in zip(exits, shares, strict=True):
+            x_Pd = self.pupil.normed(states[exit].flatten(0, 1)[sources_P]).float()
+            out[f"exit {exit}"] = weighed(self.term(batch, x_Pd, 0, targets_PK[:, 0], sources_P), share)
+        return out | {"backbone": weighed(self.pupil.held(replace(batch, states={FINAL: states[FINAL]})), last)}
+
+    def read(self, batch: TrainingBatch, sources_P: Tensor) -> Tensor:
+        states = self.pupil.states(batch.tokens_BT, [self.exit])
+        return self.pupil.normed(states[self.exit].flatten(0, 1)[sources_P]).float()[None]
+
+    def save_backbone(self, base: str, out: Path) -> str:
+        return self.pupil.save(base, out)
+
+    def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return self.stored({}), {"exits": self.exits, "exit": self.exit}
+
+
+class LayerSkip(Drafter):
+    """Drafts with the layers up to one exit.
+
+    Args:
+        ids_V: tokens to choose from, ascending; None for all.
+        exit: layers that draft.
+        size: (rows, context) -> nodes of a tree, root included.
+        chain: drafts are chains, as published.
+        steps: γ, tokens of a chain and levels of a tree at most.
+        threshold: a chain ends behind a token less probable.
+    """
+
+    method = "layerskip"
+
+    def __init__(
+        self, backbone: Backbone, ids_V: Tensor | None, exit: int, size: Callable[[int, int], int],
+        earned: dict[int, float] | None = None, chain: bool = False, steps: int = 6, threshold: Threshold | None = None,
+    ):  # fmt: skip
+        self.depth = self.exit = check_exit(exit, backbone)
+        self._backbone, self.size, self._earned, self.chain, self.steps = backbone, size, earned or {}, chain, steps
+        self.threshold = threshold or Threshold(0.0)
+        ids_V = torch.arange(backbone.config.vocab) if ids_V is None else ids_V.long()
+        self._vocabulary_V = ids_V.numpy()
+        self._head = backbone.heads([], [backbone.head_rows(ids_V)])
+        self._width = 1 if chain else min(WIDTH, len(ids_V))
+        self._cache: KVCache | None = None
+        self._chains: dict[int, list[int]] = {}  # slot -> nodes of the last draft's chain
+
+    @classmethod
+    def build(
+        cls, backbone: Backbone, checkpoint: str = "", exit: int = 0, nodes: int = 0, chain: bool = False,
+        steps: int = 6, threshold: float = 0.0, adaptive: bool = False, any_backbone: bool = False,
+    ) -> LayerSkip:  # fmt: skip
+        """See `Drafter.build`.
+
+        Args:
+            checkpoint: folder that `foretell train layerskip` wrote: its draft vocabulary and exit; by default those
+                that came with foretell for this backbone, else the whole vocabulary.
+            exit: layers that draft; by default the checkpoint's, else a quarter of them.
+            nodes: tree size; by default what `foretell tune` found best here, else 16.
+            chain: draft chains, as in the paper, instead of trees.
+            steps: how often the lower layers are run for a draft, at most.
+            threshold: a chain ends behind a token less probable than this; 0 never.
+            adaptive: let that follow how many drafts are accepted, as Draft & Verify does.
+            any_backbone: accept a checkpoint of another model of the same sizes.
+        """
+        options = SimpleNamespace(threshold=threshold, steps=steps)
+        check_numbers(options, [("threshold", 0, 1), ("steps", 0, MOST - 1)], whole=("steps",))
+        ids_V, arch, earned = candidates(backbone, checkpoint, any_backbone)
+        size = tree_size(backbone, nodes, earned, cls.method, MOST)
+        exit = exit or arch.get("exit") or max(1, backbone.config.layers // 4)
+        return cls(backbone, ids_V, exit, size, earned, chain, steps, Threshold(threshold, adaptive))
+
+    @classmethod
+    def trainable(
+        cls, backbone: Backbone, counts_V: Tensor, folder: Path | None = None, *, exit: int = 0, stride: int = 2,
+        deepest: int = 0, draft_vocab: int = 8192, soft: float = 1.0, adapt: str = "lora", rank: int = 32,
+        dropout: float = 0.1, scale: float = 1.0, shape: str = "uniform", curriculum: str = "rotational",
+        period: int = 4,
+    ) -> ExitingModel:  # fmt: skip
+        """The backbone in `folder`, that is to learn; see `learning.Method`.
+
+        Args:
+            exit: the one whose accuracy is reported and that drafts by default; else a quarter of the layers.
+            stride, deepest: every so many layers up to this one (half of them by default) become exits.
+            draft_vocab: how many of the most frequent tokens exits choose from; 0 for all, as in the paper.
+            soft: share of the exits' loss that is against the backbone's distribution instead of the written token.
+            adapt: what of the backbone learns: lora, or full.
+            rank: of the adapters; their scale α/r is 1/2.
+            dropout: how often the last layer is dropped, p_max; others less.
+            scale, shape: what exits count beside the last layer: uniform, or cumulative as in the paper.
+            curriculum: rotational or gradual.
+            period: rotational: one exit in so many learns in a step.
+        """
+        layers = backbone.config.layers
+        check_options(backbone, "shared", soft=soft, draft_vocab=draft_vocab)
+        for name, value, allowed in (
+            ("adapt", adapt, WAYS),
+            ("shape", shape, SHAPES),
+            ("curriculum", curriculum, CURRICULA),
+        ):
+            if value not in allowed:
+                raise UsageError(f"{name} is {value!r}; it must be {' or '.join(allowed)}.")
+        numbers = SimpleNamespace(rank=rank, dropout=dropout, scale=scale, period=period, stride=stride)
+        ranges = [
+            ("rank", 1, 1024),
+            ("dropout", 0, 0.9),
+            ("scale", 0, 100),
+            ("period", 1, 1024),
+            ("stride", 1, layers - 1),
+        ]
+        check_numbers(numbers, ranges, whole=("rank", "period", "stride"))
+        exit = check_exit(exit or max(1, layers // 4 // stride * stride), backbone)
+        deepest = check_exit(deepest or max(stride, layers // 2), backbone)
+        exits = sorted({exit, *range(stride, deepest + 1, stride)})
+        if folder is None:
+            raise ForetellError("LayerSkip changes the backbone, and needs the folder that it lies in.")
+        vocabulary_V = draft_vocabulary(counts_V, draft_vocab)
+        return ExitingModel(
+            learning(folder, adapt, rank, 0.0), folder, backbone.head_rows(vocabulary_V).cpu(), vocabulary_V,
+            len(counts_V), soft=soft, exits=exits, exit=exit, layers=layers, dropout=dropout, scale=scale, shape=shape,
+            curriculum=curriculum, period=period,
+        )  # fmt: skip
+
+    @property
+    def most_nodes(self) -> int:
+        return MOST
+
+    @property
+    def tokens_per_step(self) -> dict[int, float]:
+        return self._earned
+
+    def bind(self, cache: KVCache) -> None:
+        self._cache = cache
+        self._chains.clear()
+
+    def observe(self, rows: Sequence[Row], features: Features) -> None:
+        for row, path in zip(rows, features.paths, strict=False):  # none while a prompt is read
+            chain = self._chains.pop(row.slot, [])
+            kept = sum(one == other for one, other in zip(path[1:], chain, strict=False))
+            self.threshold.told(kept, len(chain), self.steps)
+
+    def draft(self, rows: Sequence[Row]) -> Draft:
+        draft = self._drafted(rows, self.exit, [self.threshold.value] * len(rows))
+        for row, tree in zip(rows, draft.trees, strict=True):
+            self._chains[row.slot] = main_chain(tree)
+        return draft
+
+    def _drafted(self, rows: Sequence[Row], exit: int, thresholds: Sequence[float], taps: Sequence[int] = ()) -> Draft:
+        assert self._cache is not None, "the engine binds its cache first"
+        lower = Lower(self._backbone, self._cache, rows, taps)
+        if self.chain:
+            return lower.grow(exit, self._guesses, self.steps, self.steps, thresholds=thresholds)
+        count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), MOST) - 1
+        least = 2 * (exit / self._backbone.config.layers + OVERHEAD)  # a step earns two tokens
+        return lower.grow(exit, self._guesses, count, self.steps, beam=BEAM, least=least)
+
+    def _guesses(self, hidden_Fd: Tensor, nodes: Nodes) -> tuple[Floats, list[list[int]]]:
+        return self._says(hidden_Fd, self._width)
+
+    def _says(self, streams_Fd: Tensor, width: int) -> tuple[Floats, list[list[int]]]:
+        """Log-probabilities and tokens that the output head reads off a stream, best first."""
+        which = np.arange(len(streams_Fd))[:, None].tolist()
+        said_FKR, best_FKR = self._head.top(self._backbone.norm(streams_Fd), which, width)
+        return said_FKR[:, 0].cpu().numpy(), self._vocabulary_V[best_FKR[:, 0].cpu().numpy()].tolist()
+
+
+def candidates(
+    backbone: Backbone, checkpoint: str, any_backbone: bool
+) -> tuple[Tensor | None, dict[str, Any], dict[int, float]]:
+    """Of a checkpoint, given or shipped: draft vocabulary, exits and tokens per step. Without one, nothing."""
+    if not checkpoint and LayerSkip.method not in shipped(backbone):
+        return None, {}, {}
+    found, tensors = find(LayerSkip.method, backbone, checkpoint, any_backbone)
+    with damage_named(checkpoint or "The layerskip drafter that came with foretell"):
+        exits = [check_exit(exit, backbone) for exit in (found.arch["exit"], *found.arch["exits"])]
+        return tensors["vocabulary"], {"exit": exits[0], "exits": exits[1:]}, found.earned

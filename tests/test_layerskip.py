@@ -1,0 +1,377 @@
+"""LayerSkip and DEL: whichever exit drafts, no answer changes; what they learn and count is what the papers say."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from decoding import assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly
+from random_backbones import BF16, FP32
+from test_kangaroo import drafts_of, shallow, sure_backbone
+from test_medusa import VOCAB, WIDTH, backbone_of, requests
+from test_medusa2 import DATA, batch_of, save_tiny
+from torch import Tensor
+
+from foretell import drafters
+from foretell.backbone import Backbone
+from foretell.backbone.assemble import assemble
+from foretell.contracts import FINAL, SamplingParams
+from foretell.drafters.checkpoint import Checkpoint
+from foretell.drafters.dynamic_exit import DEL, Shadows, tokens_per_layer
+from foretell.drafters.layerskip import ExitingModel, LayerSkip, drop_rates, exit_scales
+from foretell.drafters.lower import Threshold, main_chain
+from foretell.drafters.prompt_lookup import WithLookup
+from foretell.errors import UsageError
+from foretell.train.features import Features
+from foretell.train.trainer import Settings, Trainer
+
+LAYERS = 5
+SOME = torch.arange(0, VOCAB, 2)
+
+
+def deep(dtype: torch.dtype = FP32) -> Backbone:
+    return backbone_of(dtype, num_hidden_layers=LAYERS)
+
+
+def always(nodes: int) -> Any:
+    return lambda rows, context: nodes
+
+
+def skipping(backbone: Backbone, exit: int, nodes: int = 16, **options: Any) -> LayerSkip:
+    return LayerSkip(backbone, options.pop("ids_V", None), exit, always(nodes), **options)
+
+
+def dynamic(backbone: Backbone, exits: tuple[int, ...] = (1, 2, 4), nodes: int = 16, **options: Any) -> DEL:
+    return DEL(backbone, options.pop("ids_V", None), exits, always(nodes), **options)
+
+
+# -- exactness ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_no_exit_changes_a_token(dtype: torch.dtype, rows: int) -> None:
+    backbone = deep(dtype)
+    truth = plainly(backbone, requests())
+    for steps in (0, 1, 3, 8):
+        for exit in range(1, LAYERS):
+            chain, ids_V = bool((exit + steps) % 2), SOME if exit == 2 else None
+            threshold = Threshold(0.1 * exit, adaptive=exit == 3)
+            drafter = skipping(backbone, exit, 5 * exit, steps=steps, chain=chain, threshold=threshold, ids_V=ids_V)
+            for each in (drafter, WithLookup(drafter)):
+                decoder = decoder_of(backbone, each, max_rows=rows)
+                assert decoder.lossless
+                assert_same(finish(decoder, requests()), truth)
+                assert held_like_a_fresh_prefill(decoder) > 0
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_exits_that_move_change_no_token(dtype: torch.dtype, rows: int) -> None:
+    backbone = deep(dtype)
+    truth = plainly(backbone, requests())
+    for chain in (True, False):
+        for ids_V in (None, SOME):
+            drafter = dynamic(backbone, chain=chain, ids_V=ids_V, steps=5)
+            for each in (drafter, WithLookup(drafter)):
+                decoder = decoder_of(backbone, each, max_rows=rows)
+                for _ in range(2):
+                    assert_same(finish(decoder, requests()), truth)
+                assert held_like_a_fresh_prefill(decoder) > 0
+
+
+def test_whoever_knows_is_accepted_whole() -> None:
+    """The last of three layers adds nothing: the exit before it says what the model says."""
+    backbone = sure_backbone()
+    request = ([1, 2, 3, 4], SamplingParams(max_new_tokens=30, ignore_eos=True))
+    (out,) = finish(decoder_of(backbone, skipping(backbone, 2, chain=True, steps=4)), [request])
+    assert out.statistics.acceptance_length == 5.0
+    (out,) = finish(decoder_of(backbone, dynamic(backbone, (2,), steps=4)), [request])
+    assert out.statistics.acceptance_length == 5.0
+
+
+# -- what drafting hands over ---------------------------------------------------------------------------------------
+
+
+def test_streams_below_the_exit_come_back_as_a_prefill_has_them() -> None:
+    """Taps below the exit are handed on by the drafter, those of the last guess by the engine, others come later."""
+    backbone = deep()
+    drafter = dynamic(backbone, (1, 2, 4), steps=3)
+    drafter.shadows.best = lambda slots: 2  # type: ignore[method-assign] # layer 4
+    seen: list[dict[int, Tensor]] = []
+    told = drafter.observe
+
+    def observe(rows: Any, features: Any) -> None:
+        seen.append(features.taps)
+        told(rows, features)
+
+    drafter.observe = observe  # type: ignore[method-assign]
+    decoder = decoder_of(backbone, drafter)
+    decoder.submit([1, 2, 3, 4, 5, 6], SamplingParams(max_new_tokens=20, ignore_eos=True))
+    for _ in range(4):
+        decoder.step()
+    tokens = decoder._rows[0].tokens
+    for tap in (1, 2, 4):
+        ours = torch.cat([taps[tap] for taps in seen])
+        assert torch.equal(ours, shallow(backbone, tokens[: len(ours)], tap))
+
+
+def test_what_an_exit_would_have_guessed_is_what_it_guesses() -> None:
+    """Shadow tokens of the exit that drafts are its drafts: whom it got right is whom verification accepted."""
+    backbone = deep()
+    drafter = dynamic(backbone, (2,), steps=4)
+    drafter.shadows.decay = 1.0
+    drafts = drafts_of(drafter)
+    decoder = decoder_of(backbone, drafter)
+    decoder.submit([1, 2, 3, 4, 5, 6], SamplingParams(max_new_tokens=25, ignore_eos=True))
+    decoder.step()
+    right, wrong = (float(drafter.shadows._rows[0][0, each, 0]) for each in (0, 1))
+    while decoder.busy:
+        drafts.clear()
+        before = drafter.shadows._rows.get(0, torch.zeros(1, 2, 2)).clone()
+        (event,) = decoder.step()
+        if not decoder.busy:
+            break
+        counts = (drafter.shadows._rows[0] - before)[0, :, 0].tolist()
+        chain, accepted = main_chain(drafts[0].trees[0]), sum(event.drafted)
+        assert accepted <= counts[0] <= accepted + (accepted == len(chain))  # behind a whole chain stands one more
+        assert sum(counts) == accepted + 1
+        right, wrong = right + counts[0], wrong + counts[1]
+    assert right > 0 or wrong > 0
+
+
+# -- what DEL counts ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("alpha", "exit", "gamma", "tpl"),
+    [(0.5, 4, 2, 0.04375), (0.7, 7, 3, 0.0477925), (0.9, 16, 3, 0.0429875), (0.3, 7, 1, 1 / 30), (0.0, 5, 0, 1 / 32)],
+)
+def test_tokens_per_layer_are_those_of_the_formula(alpha: float, exit: int, gamma: int, tpl: float) -> None:
+    grid = tokens_per_layer(torch.tensor([alpha]), torch.tensor([exit]), 32)[0]
+    assert int(grid.argmax()) == gamma
+    assert float(grid[gamma]) == pytest.approx(tpl, rel=1e-5)
+
+
+def test_tokens_per_layer_of_the_certain_are_a_sum() -> None:
+    grid = tokens_per_layer(torch.tensor([0.8, 1.0]), torch.tensor([8, 8]), 32)
+    assert float(grid[0, 4]) == pytest.approx(0.052525, rel=1e-4)
+    assert grid[1].tolist() == pytest.approx([(g + 1) / (32 + 8 * g) for g in range(18)])
+
+
+def test_counts_decay_and_rows_are_apart() -> None:
+    shadows = Shadows([1, 3], 4, torch.device("cpu"), decay=0.5)
+    assert shadows.best([0]) is None
+    assert shadows.threshold(0, 0) == 0.0
+    right = torch.tensor([[True, False, True], [True, True, True]])
+    sure = torch.tensor([[0.9, 0.2, 0.5], [0.8, 0.6, 0.7]])
+    shadows.told(0, right, sure)
+    assert shadows.alpha([0]).tolist() == [[pytest.approx(2 / 3), 1.0]]
+    assert shadows.threshold(0, 0) == pytest.approx((0.7 + 0.2) / 2)
+    assert shadows.threshold(0, 1) == 0.0  # it was never wrong
+    shadows.told(0, ~right[:, :1], sure[:, :1])
+    counts = shadows._rows[0][..., 0]
+    assert counts.tolist() == [[1.0, 1.5], [1.5, 1.0]]
+    assert shadows.alpha([0, 1]).isnan().tolist() == [[False, False], [True, True]]
+    last = Shadows([1, 3], 4, torch.device("cpu"), decay=0.0)
+    last.told(0, right, sure)
+    last.told(0, right[:, :1], sure[:, :1])
+    assert last._rows[0][..., 0].tolist() == [[1.0, 0.0], [1.0, 0.0]]
+    shadows.forget(0)
+    assert shadows.best([0]) is None
+
+
+def test_the_exit_that_pays_best_is_chosen() -> None:
+    shadows = Shadows([2, 4, 8], 32, torch.device("cpu"))
+
+    def told(slot: int, *shares: float) -> None:
+        right = torch.stack([torch.arange(100) < 100 * share for share in shares])
+        shadows.told(slot, right, torch.full((3, 100), 0.5))
+
+    told(0, 0.1, 0.7, 0.8)
+    assert shadows.best([0]) == 1
+    told(1, 0.1, 0.2, 0.99)
+    assert shadows.best([1]) == 2
+    assert shadows.best([0, 1]) == 2  # of a batch the best for all together
+    told(2, 0.5, 0.5, 0.5)
+    assert shadows.best([2]) == 0
+    dear = Shadows([2, 4, 8], 32, torch.device("cpu"), cost=30.0)
+    dear._rows = shadows._rows
+    assert dear.best([2]) == 0
+
+
+def test_a_chain_ends_where_its_exit_is_unsure() -> None:
+    backbone = deep()
+    drafter = dynamic(backbone, (2,), steps=8)
+    drafts = drafts_of(drafter)
+    decoder = decoder_of(backbone, drafter)
+    decoder.submit([1, 2, 3, 4, 5, 6], SamplingParams(max_new_tokens=40, ignore_eos=True))
+    ended = 0
+    while decoder.busy:
+        threshold = drafter.shadows.threshold(0, 0)
+        budget = decoder._rows[0].budget if decoder._rows else 40
+        decoder.step()
+        (given,) = drafts[-1].probabilities or []
+        if budget > 9 and len(drafts) > 1:
+            assert all(p >= threshold for p in given[1:-1])
+            assert given[-1] < threshold or len(given) == 9
+            ended += len(given) < 9
+    assert ended
+
+
+# -- learning -------------------------------------------------------------------------------------------------------
+
+
+def test_drop_rates_and_scales_are_those_of_the_paper() -> None:
+    rates = drop_rates(32, 1.0)
+    assert [round(rates[layer], 4) for layer in (0, 8, 16, 24, 31)] == [0.0, 0.1959, 0.4301, 0.7102, 1.0]
+    assert exit_scales(4, 0.5) == [0.0, 0.5, 1.5, 4.5]
+    assert exit_scales(4, 0.5, "uniform") == [0.5, 0.5, 0.5, 1.0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    save_tiny(folder, num_hidden_layers=LAYERS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backbone(folder: Path) -> Backbone:
+    return assemble(folder, dtype="fp32", threads=1)
+
+
+def learner(backbone: Backbone, folder: Path, **options: Any) -> ExitingModel:
+    torch.manual_seed(0)
+    given = {"draft_vocab": 0, "rank": 4, "stride": 1, "deepest": 4, "exit": 2} | options
+    return LayerSkip.trainable(backbone, torch.ones(backbone.config.vocab), folder, **given)
+
+
+def test_shares_add_up_and_rotate(backbone: Backbone, folder: Path) -> None:
+    module = learner(backbone, folder, period=2, shape="cumulative").train()
+    turns = {tuple(module.taught()) for _ in range(30)}
+    assert turns == {(1, 3), (2, 4)}
+    for exits in turns:
+        shares = module.shares(exits)
+        assert sum(shares) == pytest.approx(1.0)
+        assert shares == sorted(shares)  # the later, the more
+    assert module.eval().taught() == [1, 2, 3, 4]
+    gradual = learner(backbone, folder, curriculum="gradual").train()
+    found = []
+    for done in (0.0, 0.2, 0.3, 0.45, 0.55):
+        gradual.begin(done)
+        found.append(gradual.taught())
+    assert found == [[], [4], [3, 4], [2, 3, 4], [1, 2, 3, 4]]
+
+
+def test_exits_learn_what_the_head_says_of_their_stream(backbone: Backbone, folder: Path) -> None:
+    """Written out: cross-entropy against the teacher, of the norm and head over the stream of a pass of our own."""
+    module = learner(backbone, folder).eval()
+    batch = batch_of(backbone, module)  # type: ignore[arg-type]
+    with torch.no_grad():
+        terms = module.losses(batch)
+    assert list(terms) == ["exit 1", "exit 2", "exit 3", "exit 4", "backbone"]
+    assert abs(float(terms["backbone"])) < 1e-3
+    for exit in (1, 2, 3, 4):
+        total, places = 0.0, 0
+        for row, each in enumerate(DATA):
+            said = backbone.logits(backbone.norm(shallow(backbone, each.tokens, exit))).log_softmax(-1)
+            for start, end in each.answers:
+                for p in range(start - 1, end - 1):
+                    ids, weights = batch.teacher_ids_BTm[row, p], batch.teacher_p_BTm[row, p]
+                    total -= float((said[p, ids] * weights).sum())
+                    places += 1
+        assert float(terms[f"exit {exit}"]) == pytest.approx(total / places, rel=1e-2)
+
+
+def test_layers_are_dropped_as_often_as_they_should(backbone: Backbone, folder: Path) -> None:
+    module = learner(backbone, folder).train()
+    tokens_BT = torch.randint(VOCAB, (400, 2))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        states = module.pupil.states(tokens_BT, range(1, LAYERS + 1), [0.0, 0.3, 1.0, 0.0, 0.0])
+        gone = [(states[tap] == states[tap - 1]).all(-1).all(-1) for tap in range(2, LAYERS + 1)]
+        assert float(gone[0].float().mean()) == pytest.approx(0.3, abs=0.06)  # whole conversations
+        assert [bool(each.all()) for each in gone[1:]] == [True, False, False]
+        twice = [module.eval().pupil.states(tokens_BT[:3], [LAYERS])[LAYERS] for _ in range(2)]
+    assert torch.equal(*twice)
+
+
+def test_training_makes_exits_better_and_leaves_the_text(backbone: Backbone, folder: Path, tmp_path: Path) -> None:
+    module = learner(backbone, folder, dropout=0.0, period=1, rank=16, adapt="full")
+    features = Features(backbone, DATA, module.taps)
+    trainer = Trainer(
+        module, features, Settings(epochs=30, batch_tokens=512, learning_rate=3e-3, held_out=0), tmp_path / "run"
+    )
+    before = trainer.evaluate().loss
+    trainer.run()
+    after = trainer.evaluate().loss
+    assert all(after[f"exit {exit}"] < before[f"exit {exit}"] - 0.04 for exit in (1, 2, 3, 4))
+    assert after["backbone"] < 0.01
+    name = module.save_backbone(str(folder), tmp_path)
+    changed = assemble(Path(name), dtype="fp32", threads=1)
+    request = ([1, 2, 3, 4], SamplingParams(max_new_tokens=12, ignore_eos=True))
+    drafter = skipping(changed, 2, chain=True)
+    assert_same(finish(decoder_of(changed, drafter), [request]), plainly(changed, [request]))
+
+
+def test_a_checkpoint_says_where_to_exit(backbone: Backbone, folder: Path, tmp_path: Path) -> None:
+    module = learner(backbone, folder, draft_vocab=20)
+    tensors, arch = module.checkpoint()
+    checkpoint = Checkpoint("layerskip", "tiny", backbone.fingerprint, WIDTH, VOCAB, arch)
+    checkpoint.save(tmp_path / "drafter", tensors)
+    fixed = drafters.build("layerskip", backbone, checkpoint=str(tmp_path), nodes=16)
+    moving = drafters.build("del", backbone, checkpoint=str(tmp_path), nodes=16)
+    assert isinstance(fixed, LayerSkip)
+    assert isinstance(moving, DEL)
+    assert fixed.exit == 2
+    assert moving.exits == [1, 2, 3, 4]
+    assert moving.taps == (1, 2, 3, 4, FINAL)
+    assert len(fixed._vocabulary_V) == 20
+    truth = plainly(backbone, requests())
+    for each in (fixed, moving):
+        assert_same(finish(decoder_of(backbone, each, max_rows=2), requests()), truth)
+
+
+# -- what cannot be -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("layerskip", {"exit": LAYERS}, "The exit is layer 5; this model can leave after layer 1 to 4"),
+        ("layerskip", {"exit": -1}, "The exit is layer -1"),
+        ("layerskip", {"threshold": 1.01}, "threshold is 1.01; it must lie between 0 and 1"),
+        ("layerskip", {"steps": -1}, "steps is -1"),
+        ("layerskip", {"nodes": 100}, "2 to 64 nodes, not 100"),
+        ("del", {"stride": LAYERS}, "stride is 5; it must lie between 0 and 4"),
+        ("del", {"steps": 64}, "steps is 64"),
+    ],
+)
+def test_options_that_cannot_be_are_one_sentence(name: str, options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        drafters.build(name, deep(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"shape": "square"}, "shape is 'square'; it must be uniform or cumulative"),
+        ({"curriculum": "none"}, "curriculum is 'none'; it must be rotational or gradual"),
+        ({"adapt": "some"}, "adapt is 'some'; it must be lora or full"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"exit": 9}, "The exit is layer 9"),
+        ({"deepest": 5}, "The exit is layer 5"),
+    ],
+)
+def test_training_that_cannot_be_is_one_sentence(
+    backbone: Backbone, folder: Path, options: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        learner(backbone, folder, **options)
+
+
+def test_a_threshold_of_nan_never_gets_here() -> None:
+    with pytest.raises(UsageError, match="threshold is nan"):
+        drafters.build("layerskip", deep(), threshold=math.nan)
