@@ -6,14 +6,20 @@ from typing import Any
 import pytest
 import torch
 from decoding import Output, decoder_of, finish, plainly
+from test_kangaroo import drafter_of as kangaroo_of
+from test_kangaroo import random_adapter
 from test_medusa import VOCAB, backbone_of, some_paths
 from toy_drafters import Oracle
 
 from foretell.backbone import Backbone
 from foretell.contracts import Draft, Drafter, Row, SamplingParams
 from foretell.drafters.hydra import Hydra, HydraPlus
+from foretell.drafters.layerskip import LayerSkip
+from foretell.drafters.lower import Threshold
 from foretell.drafters.medusa import Medusa
 from foretell.drafters.prompt_lookup import WithLookup
+from foretell.drafters.skipping import Plan, PlanSearch
+from foretell.drafters.swift import Swift
 from foretell.train.data import Distilled
 from foretell.train.features import Features
 from foretell.train.replay import Replay, by_size, replay
@@ -21,6 +27,8 @@ from foretell.trees import TokenTree
 
 # features are kept in bfloat16, but the engine's drafters read float32: here nothing is rounded
 pytestmark = pytest.mark.usefixtures("in_float32")
+
+SURE = Threshold(0.0)
 
 Drafted = list[tuple[list[int], TokenTree, list[int]]]
 """A row's tokens, and what was drafted after them, step by step."""
@@ -101,6 +109,30 @@ def test_replay_takes_the_steps_that_the_engine_takes(
     assert found.tokens == sum(output.statistics.new_tokens for output in outputs)
     assert found.tokens_per_step == found.tokens / found.steps > 1
     assert done == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("lookup", [False, True], ids=["alone", "with lookup"])
+@pytest.mark.parametrize("kind", ["kangaroo", "layerskip", "swift"])
+def test_replay_runs_the_layers_that_drafting_runs(kind: str, lookup: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept features are rounded, and so is what an adapter reads of them: its guesses are nearly the engine's."""
+    backbone = backbone_of(num_hidden_layers=4)
+    data = conversations(backbone)
+    own: dict[str, Any] = {
+        "kangaroo": lambda: kangaroo_of(backbone, random_adapter(backbone, draft_vocab=0), steps=3),
+        "layerskip": lambda: LayerSkip(backbone, None, 3, lambda rows, context: 12, chain=True, steps=4),
+        "swift": lambda: Swift(backbone, PlanSearch(4, plan=Plan((), (2,)), enabled=False), steps=4, threshold=SURE),
+    }
+    drafter: Drafter = own[kind]()
+    drafter = WithLookup(drafter) if lookup else drafter
+    drafted = watched(drafter, monkeypatch)
+    outputs = [output for told in data for output in decoded(backbone, drafter, told)]
+    by_the_engine = drafted.copy()
+    drafted.clear()
+    found = replay(drafter, Features(backbone, data, drafter.taps), range(len(data)))
+    assert drafted == by_the_engine
+    assert found.steps == sum(output.statistics.steps for output in outputs)
+    assert found.tokens == sum(output.statistics.new_tokens for output in outputs)
+    assert found.tokens_per_step > 1
 
 
 @pytest.mark.parametrize("length", [1, 2, 6, 7, 8, 13, 20])

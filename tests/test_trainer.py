@@ -157,6 +157,40 @@ def test_cached_features_are_those_made_on_the_fly(
     assert len(names) <= min(len(DATA), 2 * total / shard + 1)
 
 
+def test_what_is_kept_for_other_taps_is_not_computed_again(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(featuring, "SHARD", 40)
+    backbone.fingerprint = "f00d"
+    kept = Features(backbone, DATA, (2, FINAL), tmp_path / "features-f00d-2--1")
+    kept.prepare()
+    ran: list[int] = []
+    run, said = backbone.run_layers, backbone.logits
+
+    def run_layers(hidden_Md: Tensor, nodes: Any, cache: Any, begin: int, end: int, **options: Any) -> Any:
+        ran.append(end)
+        return run(hidden_Md, nodes, cache, begin, end, **options)
+
+    def logits(states_Md: Tensor) -> Tensor:
+        ran.append(-1)
+        return said(states_Md)
+
+    monkeypatch.setattr(backbone, "run_layers", run_layers)
+    monkeypatch.setattr(backbone, "logits", logits)
+    for taps, layers in (((1,), {1}), ((), set()), ((1, 2, FINAL), set())):  # all is there by now
+        ran.clear()
+        features = Features(backbone, DATA, taps, tmp_path / f"features-f00d-{taps}")
+        features.prepare()
+        assert set(ran) == layers
+        fresh = Features(backbone, DATA, taps)
+        assert_same_batches(features.batch([0, 11, 3]), fresh.batch([0, 11, 3]))
+    other = Features(
+        backbone, DATA[1:], (1,), tmp_path / "features-f00d-other"
+    )  # of these conversations nothing is kept
+    other.prepare()
+    assert_same_batches(other.batch([2]), Features(backbone, DATA[1:], (1,)).batch([2]))
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_several_folders_are_as_one(backbone: Backbone, tmp_path: Path, kept: bool) -> None:
     three, fractions = [DATA[:5], DATA[5:6], DATA[6:]], list[float]()

@@ -1,7 +1,9 @@
 """A tree is its parents; everything else about it follows, and is held here against the definition."""
 
 import math
+import random
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -111,12 +113,38 @@ def test_the_most_probable_futures_of_two_trees(one: Guesses, two: Guesses, size
     both, found = path_values(one), most_probable(one, two, size)
     for path, p in path_values(two).items():
         both[path] = max(both.get(path, 0.0), p)
-    values = {path: math.prod(both[path[: n + 1]] for n in range(len(path))) for path in both}
+    values = path_worth(one, two)
     paths = [tuple(found.tokens[n] for n in found.tree.path(node)) for node in range(len(found.tokens))]
     assert len(set(paths)) == len(paths) == len(found.tree) == min(size, len(values))  # each once: prefixes are shared
     assert [found.probabilities[node] for node in range(len(paths))] == [both[path] for path in paths]
     chosen = [values[path] for path in paths]
     assert chosen == sorted(values.values(), reverse=True)[: len(paths)]
+
+
+@examples(150)
+@given(guesses(), guesses(), st.integers(1, 45), st.randoms(use_true_random=False))
+def test_the_first_nodes_stay_where_they_are(one: Guesses, two: Guesses, size: int, rng: random.Random) -> None:
+    """Whatever they are worth; the rest are the best of all others."""
+    one = replace(one, tokens=[7, *range(100, 99 + len(one.tokens))])  # siblings differ
+    two = replace(two, tokens=[7, *rng.choices(range(100, 110), k=len(two.tokens) - 1)])
+    fixed = rng.randint(0, min(size, len(one.tokens)))
+    found = most_probable(one, two, size, fixed)
+    assert found.tokens[: max(1, fixed)] == one.tokens[: max(1, fixed)]
+    assert found.tree.parents[: max(1, fixed)] == one.tree.parents[: max(1, fixed)]
+    values = path_worth(one, two)
+    paths = [tuple(found.tokens[n] for n in found.tree.path(node)) for node in range(len(found.tokens))]
+    assert len(set(paths)) == len(paths) == max(1, fixed, min(size, len(values)))
+    kept = set(paths[: max(1, fixed)])
+    others = sorted((p for path, p in values.items() if path not in kept), reverse=True)
+    assert [values[path] for path in paths[max(1, fixed) :]] == others[: len(paths) - max(1, fixed)]
+
+
+def path_worth(one: Guesses, two: Guesses) -> dict[tuple[int, ...], float]:
+    """Guessed future -> how probable the whole of it is, in the union of two trees."""
+    both = path_values(one)
+    for path, p in path_values(two).items():
+        both[path] = max(both.get(path, 0.0), p)
+    return {path: math.prod(both[path[: n + 1]] for n in range(len(path))) for path in both}
 
 
 def test_of_equal_guesses_those_of_the_first_tree_stay() -> None:

@@ -138,7 +138,7 @@ class StackedHeads:
         last_linear: bool = False,
     ):
         self._bends: list[Callable[[Tensor], Tensor]] = [F.silu] * len(blocks)
-        if last_linear:
+        if last_linear and blocks:
             self._bends[-1] = lambda x: x
         self._blocks = [[linear(weight, bias) for weight, bias in layer] for layer in blocks]
         if isinstance(outputs, Sequence):

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 def train(
     base: Base,
     training: Training,
-    method: Annotated[str, typer.Argument(help="A drafter that can be trained: medusa, medusa2, hydra, hydra++.")],
+    method: Annotated[
+        str, typer.Argument(help="A drafter that can be trained: medusa, medusa2, hydra, hydra++, kangaroo, layerskip.")
+    ],
     data: Annotated[list[Path], typer.Option(help="Folder that `foretell distill` wrote; repeatable.")],
     out: Annotated[Path, typer.Option(help="Folder for the drafter; a run that was interrupted goes on in it.")],
     option: Annotated[
