@@ -20,7 +20,7 @@ NATIVE = Path("src/foretell/backbone/native")
 COMMON = ["-O3", "-std=c++20", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
-UNITS = {"native": "", "grow": "", "observe": "", "kernels_generic": ""}
+UNITS = {"native": "", "grow": "", "climb": "", "observe": "", "kernels_generic": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     UNITS |= {
         "kernels_avx2": AVX2,

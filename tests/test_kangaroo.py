@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from decoding import assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly
-from random_backbones import BF16, FP32, KERNELS, Model, build, same, using
+from random_backbones import BF16, COMPILED, FP32, KERNELS, Model, build, same, using
 from test_medusa import LLAMA, VOCAB, WIDTH, backbone_of, batch_of, requests
 from torch import Tensor
 
@@ -129,6 +129,43 @@ def test_each_guess_is_what_the_learning_form_says_after_its_path(options: dict[
             assert given[node] == pytest.approx(float(said[place].exp()), rel=2e-2)
             if chained:
                 assert float(said[place]) >= float(said.max()) - 1e-3
+
+
+@pytest.mark.parametrize("kernel", COMPILED)
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("chained", [True, False], ids=["chain", "tree"])
+def test_what_is_drafted_in_one_call_is_what_is_drafted_level_by_level(
+    kernel: str, dtype: torch.dtype, chained: bool
+) -> None:
+    """The slow twin of the kernels' growth: trees, probabilities, streams and the adapter's cache, bit for bit."""
+    with using(kernel):
+        backbone = backbone_of(dtype)
+    for seed, options in enumerate(({}, {"exit": 2, "mlp": True}, {"output": "tied"})):
+        module, said = random_adapter(backbone, seed=seed, **options), []
+        for slow in (False, True):
+            drafter = drafter_of(
+                backbone, module, 6 + 6 * seed, chain=chained, steps=4, threshold=0.02, scales=[(0.9, 0.2)]
+            )
+            drafter._least = 0.05
+            if slow:
+                drafter._climber = None
+            assert (drafter._climber is None) == slow
+            seen = drafts_of(drafter)
+            decoder = decoder_of(backbone, drafter, max_rows=3)
+            outputs = finish(decoder, requests())
+            said.append((seen, outputs, [drafter._own.read(slot) for slot in range(3)]))
+        fast, slow_ = said
+        assert_same(fast[1], slow_[1])
+        for one, other in zip(fast[0], slow_[0], strict=True):
+            assert (one.trees, one.tokens) == (other.trees, other.tokens)
+            pairs = zip(one.probabilities or [], other.probabilities or [], strict=True)
+            assert all(ours == pytest.approx(theirs) for ours, theirs in pairs)  # libraries' logarithms differ
+            assert (one.resume is None) == (other.resume is None)
+            if one.resume and other.resume:
+                assert (one.resume.layer, one.resume.ran) == (other.resume.layer, other.resume.ran)
+                assert same(one.resume.hidden_Rd.contiguous(), other.resume.hidden_Rd)
+        for ours, theirs in zip(fast[2], slow_[2], strict=True):
+            assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_what_was_drafted_is_what_verification_would_compute() -> None:

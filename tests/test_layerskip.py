@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from decoding import assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly
-from random_backbones import BF16, FP32
+from random_backbones import BF16, COMPILED, FP32, same, using
 from test_kangaroo import drafts_of, shallow, sure_backbone
 from test_medusa import VOCAB, WIDTH, backbone_of, requests
 from test_medusa2 import DATA, batch_of, save_tiny
@@ -139,6 +139,31 @@ def test_what_an_exit_would_have_guessed_is_what_it_guesses() -> None:
         assert sum(counts) == accepted + 1
         right, wrong = right + counts[0], wrong + counts[1]
     assert right > 0 or wrong > 0
+
+
+@pytest.mark.parametrize("kernel", COMPILED)
+@pytest.mark.parametrize("chain", [True, False], ids=["chain", "tree"])
+def test_what_is_drafted_in_one_call_is_what_is_drafted_level_by_level(kernel: str, chain: bool) -> None:
+    """The slow twin of the kernels' growth, with streams handed on from several exits."""
+    with using(kernel):
+        backbone = deep(BF16)
+    said = []
+    for slow in (False, True):
+        drafter = dynamic(backbone, (1, 2, 4), nodes=12, chain=chain, steps=5)
+        drafter.exit, drafter.shadows.best = 4, lambda slots: 2  # type: ignore[method-assign]
+        drafter._climber = None if slow else drafter._climber
+        seen = drafts_of(drafter)
+        finish(decoder_of(backbone, drafter, max_rows=3), requests())
+        said.append(seen)
+    for one, other in zip(*said, strict=True):
+        assert (one.trees, one.tokens, one.probabilities) == (other.trees, other.tokens, other.probabilities)
+        assert (one.resume is None) == (other.resume is None)
+        if one.resume and other.resume:
+            assert one.resume.ran == other.resume.ran
+            assert list(one.resume.taps) == list(other.resume.taps) == [1, 2]
+            pairs = [(one.resume.hidden_Rd, other.resume.hidden_Rd)]
+            pairs += [(one.resume.taps[tap], other.resume.taps[tap]) for tap in (1, 2)]
+            assert all(same(a.contiguous(), b.contiguous()) for a, b in pairs)
 
 
 # -- what DEL counts ------------------------------------------------------------------------------------------------

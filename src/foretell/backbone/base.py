@@ -19,7 +19,15 @@ from torch import Tensor
 
 from foretell.backbone.cache import KVCache
 from foretell.backbone.config import ModelConfig
-from foretell.backbone.linear import DrafterHeads, DrafterLinear, LevelDrafting, StackedHeads, TreeGrower
+from foretell.backbone.linear import (
+    DrafterHeads,
+    DrafterLinear,
+    LevelDrafting,
+    LowerDrafting,
+    StackedHeads,
+    TreeClimber,
+    TreeGrower,
+)
 from foretell.backbone.nodes import Nodes
 from foretell.backbone.prefix import PrefixLayer
 from foretell.errors import UsageError
@@ -147,6 +155,10 @@ class Backbone(ABC):
 
     def grower(self, drafting: LevelDrafting) -> TreeGrower | None:
         """What drafts trees in one call; None where asking level by level is as good."""
+        return None
+
+    def climber(self, drafting: LowerDrafting) -> TreeClimber | None:
+        """What drafts with lower layers in one call; None where running them level by level is as good."""
         return None
 
     def prefix(self, tensors: Mapping[str, Tensor], fuse_dP: Tensor | None) -> PrefixLayer:

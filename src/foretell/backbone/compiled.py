@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from ctypes import addressof, byref, c_uint64
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from foretell.backbone.base import Backbone
 from foretell.backbone.cache import KVCache
 from foretell.backbone.config import ModelConfig
 from foretell.backbone.kernels import PackedGrower, PackedHeads, PackedLinear, ThreadedLinear, address
-from foretell.backbone.linear import DrafterHeads, LevelDrafting
+from foretell.backbone.linear import DrafterHeads, LevelDrafting, LowerDrafting, TreeClimber
 from foretell.backbone.nodes import Nodes
 from foretell.backbone.prefix import PrefixLayer
 
@@ -162,7 +161,14 @@ class CompiledBackbone(Backbone):
     def grower(self, drafting: LevelDrafting) -> PackedGrower:
         return PackedGrower(drafting, self._head if self._embedding is None else self._embedding, self.build)
 
-    def prefix(self, tensors: Mapping[str, Tensor], fuse_dP: Tensor | None) -> CompiledPrefix:
+    def climber(self, drafting: LowerDrafting) -> TreeClimber:
+        from foretell.backbone.drafting import CompiledClimber
+
+        return CompiledClimber(self, drafting)
+
+    def prefix(self, tensors: Mapping[str, Tensor], fuse_dP: Tensor | None) -> PrefixLayer:
+        from foretell.backbone.drafting import CompiledPrefix
+
         return CompiledPrefix(self, self.layer(tensors), fuse_dP)
 
     def _alike(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> CompiledBackbone:
@@ -170,6 +176,11 @@ class CompiledBackbone(Backbone):
 
     def head_rows(self, ids_N: Tensor) -> Tensor:
         return self._head.rows(ids_N).to(self.dtype)
+
+    @property
+    def embedding(self) -> tuple[Tensor, bool]:
+        """A row a token, and whether they are packed."""
+        return (self._head.packed, True) if self._embedding is None else (self._embedding, False)
 
     def _rows(self, nodes: Nodes) -> tuple[kernels.Rows, tuple[Tensor, Tensor]]:
         tables = self._rotations(nodes.last + 1)
@@ -181,44 +192,6 @@ class CompiledBackbone(Backbone):
     @staticmethod
     def _cache(cache: KVCache) -> kernels.Cache:
         return kernels.Cache(address(cache.keys), address(cache.values), *cache.keys.stride()[:3])
-
-
-class CompiledPrefix(PrefixLayer):
-    """In one call of the kernels."""
-
-    def __init__(self, backbone: CompiledBackbone, layer: Backbone, fuse_dP: Tensor | None):
-        super().__init__(backbone, layer, fuse_dP)
-        table = backbone._head if backbone._embedding is None else backbone._embedding
-        packed = isinstance(table, PackedLinear)
-        self._embedding, self._packed = (table.packed if isinstance(table, PackedLinear) else table), packed
-
-    def _run(
-        self, rows: Sequence[int], lengths: Sequence[int], counts: Sequence[int], states_Md: Tensor,
-        others: Sequence[Tensor], following: Sequence[int],
-    ) -> Tensor:  # fmt: skip
-        layer, fuse = self.layer, self._fuse
-        assert isinstance(layer, CompiledBackbone)
-        assert fuse is None or isinstance(fuse, ThreadedLinear)
-        parts = [each.contiguous() for each in (states_Md, *others)]
-        assert all(each.shape == (sum(counts), layer.config.hidden) and each.dtype == torch.float32 for each in parts)
-        wide = fuse.packed.inputs if fuse else 0
-        assert not wide or (len(following) == sum(counts) and wide == len(parts) * layer.config.hidden)
-        ends = [length + count for length, count in zip(lengths, counts, strict=True)]
-        assert max(ends) <= self.cache.slots
-        cosine, sine = layer._rotations(max(ends))
-        words = np.array([*rows, *lengths, *counts, *following, *map(address, parts[1:])], dtype=np.int64)
-        B, at = len(rows), words.ctypes.data
-        committed = kernels.Committed(
-            B, at, at + 8 * B, at + 16 * B, address(cosine), address(sine),
-            address(fuse.packed.packed) if fuse else 0, len(others), at + 8 * (3 * B + len(following)), at + 24 * B,
-            address(self._embedding), self._packed,
-        )  # fmt: skip
-        out_Md = torch.empty_like(parts[0])
-        kernels.require().foretell_observe(
-            layer.build.handle, byref(layer._model), byref(layer._cache(self.cache)), byref(committed),
-            address(parts[0]), len(out_Md), address(out_Md), layer._bf16,
-        )  # fmt: skip
-        return out_Md
 
 
 def _interleave(gate: Tensor, up: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from foretell.backbone.linear import DrafterHeads, LevelDrafting
 from foretell.errors import ForetellError
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
-LAYOUT = 10
+LAYOUT = 11
 """Of the structures below and of the calls; what `foretell_layout` in native.cpp must say too."""
 INT8, INT8_BOTH = 1, 8
 """How numbers in int8 are packed: widened before they are multiplied, or with what they meet in int8 too (common.h)."""
@@ -79,6 +79,20 @@ class Wanted(Structure):
     ]  # fmt: skip
 
 
+class Lower(Structure):
+    _fields_ = [
+        *_words("model adapter skip norm"), ("eps", c_double), *_words("head width vocabulary scale embedding packed")
+    ]  # fmt: skip
+
+
+class Climb(Structure):
+    _fields_ = [
+        *_words("rows layers count steps beam"), ("least", c_double),
+        *_words("thresholds roots budget cache_row length own_length waiting states cosine sine cache own"),
+        *_words("sizes ran at parents tokens given hidden tapped"),
+    ]  # fmt: skip
+
+
 @cache
 def loaded() -> ctypes.CDLL | None:
     """The loaded library, or None where it was not built."""
@@ -99,7 +113,7 @@ def loaded() -> ctypes.CDLL | None:
     ]  # fmt: skip
     lib.foretell_heads.argtypes = [pointer, pointer, pointer, size, size, pointer, pointer, pointer, flag]
     lib.foretell_observe.argtypes = [pointer] * 5 + [size, pointer, flag]
-    lib.foretell_grow.argtypes = [pointer, pointer, pointer, flag]
+    lib.foretell_grow.argtypes = lib.foretell_climb.argtypes = [pointer, pointer, pointer, flag]
     lib.foretell_attention.argtypes = [pointer] * 6 + [size, flag]
     return lib
 

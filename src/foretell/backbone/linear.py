@@ -10,13 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from foretell.backbone.base import Backbone
+    from foretell.backbone.cache import KVCache
 
 MOST_ROWS = 64
 
@@ -80,6 +84,77 @@ class TreeGrower(Protocol):
 
         Returns:
             Per row parents, tokens and how probable each node is given its parent.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class LowerDrafting:
+    """What guesses behind the model's own lower layers.
+
+    Attributes:
+        head: output matrices alone, of one head; width: guesses of a node.
+        vocabulary_V: int64 tokens that it chooses from.
+        scale: how far it is believed (`trees.calibration`); None is believed.
+        adapter: a layer of the drafter's own between, and its final norm; None is the backbone's norm alone.
+        skip: of the adapter, see `Backbone.run_layers`.
+    """
+
+    head: DrafterHeads
+    width: int
+    vocabulary_V: NDArray[np.int64]
+    scale: tuple[float, float] | None = None
+    adapter: Backbone | None = None
+    skip: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A draft that is wanted of B rows; see `drafters.lower.Lower`.
+
+    Attributes:
+        layers: those that draft; slots: cache rows; roots: newest tokens; budgets: tokens that may still be emitted.
+        count: nodes besides the root; steps: levels; both at most.
+        thresholds: per row the probability below which its chain ends; none make trees.
+        beam, least: of trees, see `Growing.narrow`.
+        taps: layers whose streams are wanted of the nodes that run.
+        waiting: per row states [W, d] that the adapter has still to read, or None.
+    """
+
+    layers: int
+    slots: Sequence[int]
+    roots: Sequence[int]
+    budgets: Sequence[int]
+    count: int
+    steps: int
+    thresholds: Sequence[float] = ()
+    beam: int = 0
+    least: float = 0.0
+    taps: Sequence[int] = ()
+    waiting: Sequence[Tensor | None] = ()
+
+
+@dataclass(frozen=True)
+class Climbed:
+    """Trees, of which the `ran` first nodes of each passed the layers.
+
+    Attributes:
+        trees: per row parents, tokens and how probable each node is given its parent.
+        hidden_Rd, taps: streams of the nodes that passed, row after row, and those after `Asked.taps` layers.
+    """
+
+    trees: list[tuple[list[int], list[int], list[float]]]
+    ran: list[int]
+    hidden_Rd: Tensor
+    taps: dict[int, Tensor]
+
+
+class TreeClimber(Protocol):
+    def climb(self, asked: Asked, cache: KVCache, own: KVCache | None) -> Climbed:
+        """Drafts in one call what `drafters.lower` drafts level by level.
+
+        Args:
+            cache: the engine's; own: the adapter's, which has read `waiting` too afterwards.
         """
         ...
 

@@ -30,10 +30,11 @@ from torch.nn import functional as F
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.backbone.base import SKIP_MLP
 from foretell.backbone.config import ModelConfig
+from foretell.backbone.linear import LowerDrafting
 from foretell.contracts import Draft, Drafter, Features, Row
 from foretell.drafters.checkpoint import damage_named, find
 from foretell.drafters.learning import DecoderLayer, GuessingHeads, TrainingBatch
-from foretell.drafters.lower import Lower, lasts
+from foretell.drafters.lower import Lower, climbed, lasts
 from foretell.drafters.parts import (
     check_exit,
     check_options,
@@ -119,6 +120,10 @@ class Kangaroo(Drafter):
             [], [backbone.head_rows(tensors["vocabulary"].long()) if shared else tensors["head"][0]]
         )
         self._width = 1 if chain else min(WIDTH, len(self._vocabulary_V))
+        self._climber = backbone.climber(LowerDrafting(
+            self._head, self._width, self._vocabulary_V, None if chain or not self._scales else self._scales[0],
+            self._adapter, self._skip,
+        ))  # fmt: skip
         self._least = 2 * (self.exit / backbone.config.layers + OVERHEAD)  # a step earns two tokens
         self._parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
         self._cache: KVCache | None = None
@@ -230,11 +235,21 @@ class Kangaroo(Drafter):
 
     def draft(self, rows: Sequence[Row]) -> Draft:
         assert self._cache is not None, "the engine binds its cache first"
-        lower = Lower(self._backbone, self._cache, rows)
-        if self.chain:
-            return lower.grow(self.exit, self._guesses, self.steps, self.steps, thresholds=[self.threshold] * len(rows))
-        count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), MOST) - 1
-        return lower.grow(self.exit, self._guesses, count, self.steps, beam=BEAM, least=self._least)
+        count, how = self.steps, dict[str, Any]({"thresholds": [self.threshold] * len(rows)})
+        if not self.chain:
+            count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), MOST) - 1
+            how = {"beam": BEAM, "least": self._least}
+        if self._climber is None:
+            return Lower(self._backbone, self._cache, rows).grow(self.exit, self._guesses, count, self.steps, **how)
+        waiting = [self._waiting.pop(row.slot, None) if row.budget > 1 else None for row in rows]
+        states = [None if each is None else torch.cat(each) for each in waiting]
+        known = [
+            self._own.lengths[row.slot] + (0 if w is None else len(w)) for row, w in zip(rows, states, strict=True)
+        ]
+        self._own.reserve(max(known) + count + 1)
+        return climbed(
+            self._climber, self._cache, rows, self.exit, count, self.steps, own=self._own, waiting=states, **how
+        )
 
     def _guesses(self, hidden_Fd: Tensor, nodes: Nodes) -> tuple[Floats, list[list[int]]]:
         """Log-probabilities and tokens of what comes after nodes that have passed the lower layers, best first."""

@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.backbone.adaptation import WAYS, learning
+from foretell.backbone.linear import LowerDrafting
 from foretell.contracts import FINAL, Draft, Drafter, Features, Row
 from foretell.drafters.checkpoint import damage_named, find, shipped
 from foretell.drafters.learning import GuessingHeads, TrainingBatch, targets, weighed
-from foretell.drafters.lower import Lower, Threshold, main_chain
+from foretell.drafters.lower import Lower, Threshold, climbed, main_chain
 from foretell.drafters.parts import check_exit, check_options, draft_vocabulary, tree_size
 from foretell.drafters.pupil import Pupil
 from foretell.errors import ForetellError, UsageError, check_numbers
@@ -156,6 +157,7 @@ class LayerSkip(Drafter):
         self._vocabulary_V = ids_V.numpy()
         self._head = backbone.heads([], [backbone.head_rows(ids_V)])
         self._width = 1 if chain else min(WIDTH, len(ids_V))
+        self._climber = backbone.climber(LowerDrafting(self._head, self._width, self._vocabulary_V))
         self._cache: KVCache | None = None
         self._chains: dict[int, list[int]] = {}  # slot -> nodes of the last draft's chain
 
@@ -261,12 +263,14 @@ class LayerSkip(Drafter):
 
     def _drafted(self, rows: Sequence[Row], exit: int, thresholds: Sequence[float], taps: Sequence[int] = ()) -> Draft:
         assert self._cache is not None, "the engine binds its cache first"
-        lower = Lower(self._backbone, self._cache, rows, taps)
-        if self.chain:
-            return lower.grow(exit, self._guesses, self.steps, self.steps, thresholds=thresholds)
-        count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), MOST) - 1
-        least = 2 * (exit / self._backbone.config.layers + OVERHEAD)  # a step earns two tokens
-        return lower.grow(exit, self._guesses, count, self.steps, beam=BEAM, least=least)
+        count, how = self.steps, dict[str, Any](thresholds=thresholds)
+        if not self.chain:
+            count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), MOST) - 1
+            least = 2 * (exit / self._backbone.config.layers + OVERHEAD)  # a step earns two tokens
+            how = {"beam": BEAM, "least": least}
+        if self._climber:
+            return climbed(self._climber, self._cache, rows, exit, count, self.steps, taps=taps, **how)
+        return Lower(self._backbone, self._cache, rows, taps).grow(exit, self._guesses, count, self.steps, **how)
 
     def _guesses(self, hidden_Fd: Tensor, nodes: Nodes) -> tuple[Floats, list[list[int]]]:
         return self._says(hidden_Fd, self._width)

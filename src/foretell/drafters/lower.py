@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache, Nodes
+from foretell.backbone.linear import Asked, TreeClimber
 from foretell.contracts import Draft, Resume, Row
 from foretell.trees import TokenTree
 from foretell.trees.calibration import Floats
@@ -95,7 +96,7 @@ class Lower:
     def narrow(self, since: Sequence[int], count: int, beam: int, least: float) -> None:
         """Chooses whom to ask next (see `Growing.narrow`); nobody where the row could not emit what they guess."""
         for i in self.asking:
-            self.trees[i].narrow(count, since[i], beam, least)
+            self.trees[i].narrow(count, since[i], min(beam, count + 1 - len(self._ran[i])), least)
             self._stop_at_budget(i)
 
     def follow(self, since: Sequence[int], least: Sequence[float]) -> None:
@@ -107,7 +108,7 @@ class Lower:
             self._stop_at_budget(i)
 
     def grow(
-        self, layers: int, guess: Guess, count: int, steps: int, *, thresholds: Sequence[float] = (), beam: int = 0,
+        self, layers: int, guess: Guess, count: int, steps: int, thresholds: Sequence[float] = (), beam: int = 0,
         least: float = 0.0,
     ) -> Draft:  # fmt: skip
         """Trees of `count` guesses at most; the first `layers` are run `steps` times at most.
@@ -155,6 +156,20 @@ class Lower:
 
         taps = {tap: in_order(parts) for tap, parts in self._tapped.items()}
         return Resume(self._layer, [len(ran) for ran in self._ran], in_order(self._hidden), taps)
+
+
+def climbed(
+    climber: TreeClimber, cache: KVCache, rows: Sequence[Row], layers: int, count: int, steps: int,
+    thresholds: Sequence[float] = (), beam: int = 0, least: float = 0.0, taps: Sequence[int] = (),
+    own: KVCache | None = None, waiting: Sequence[Tensor | None] = (),
+) -> Draft:  # fmt: skip
+    """What `Lower.grow` drafts, in one call of the kernels; `own` and `waiting` as `linear.Asked` says."""
+    slots, roots, budgets = ([row.slot for row in rows], [row.tokens[-1] for row in rows], [row.budget for row in rows])
+    asked = Asked(layers, slots, roots, budgets, count, steps, list(thresholds), beam, least, list(taps), list(waiting))
+    found = climber.climb(asked, cache, own)
+    trees, tokens, given = zip(*found.trees, strict=True)
+    resume = Resume(layers, found.ran, found.hidden_Rd, found.taps) if any(found.ran) else None
+    return Draft([TokenTree(tuple(parents)) for parents in trees], list(tokens), list(given), resume)
 
 
 def main_chain(tree: TokenTree) -> list[int]:

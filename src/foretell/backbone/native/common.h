@@ -112,6 +112,40 @@ struct Wanted {
     double* given;
 };
 
+// What drafts with the model's own lower layers: an adapter over the streams that they end in (or none), and the output
+// matrix that reads them behind a norm.
+struct Lower {
+    const Model* model;
+    const Model* adapter;  // one layer with a cache of its own, or null
+    const uint8_t* skip;   // of the adapter, see Span
+    const float* norm;     // [d]
+    double eps;
+    const Heads* head;  // of no blocks
+    int64_t width;      // guesses of a node
+    const int64_t* vocabulary;
+    const float* scale;     // [2] or null: how far it is believed
+    const void* embedding;  // a row a token: packed, or as they are
+    int64_t packed;
+};
+
+// The trees to draft so: `count` nodes at most besides the root, of which the first ones pass `layers` while they grow, in
+// `steps` levels at most. Chains end behind a token less probable than the row's threshold.
+struct Climb {
+    int64_t rows, layers, count, steps, beam;
+    double least;
+    const double* thresholds;  // [rows], or null for trees
+    const int64_t *roots, *budget, *cache_row, *length;  // [rows]
+    const int64_t *own_length, *waiting;  // [rows] of the adapter's cache, and states that it has not read yet
+    const float* const* states;           // [rows] -> [waiting][d]
+    const float *cosine, *sine;           // [positions, D/2]
+    const Cache *cache, *own;
+    int64_t *sizes, *ran;                 // [rows]: nodes of the tree, and how many of them passed the layers
+    int64_t *at, *parents, *tokens;       // [rows][count + 1]; at: where the stream of a node that passed them stands
+    double* given;
+    float* hidden;         // the streams that the layers ended in, as they ran
+    float* const* tapped;  // [layers + 1] those after so many layers, or null
+};
+
 // What is packed: floats; int8 that is widened before it is multiplied; or int8 that meets int8, where the processor can.
 enum Kind { kInt8 = 1, kBFloat16 = 2, kFloat32 = 4, kInt8Both = 8 };
 
@@ -142,6 +176,7 @@ void embed(const Kernels& build, const void* embedding, int packed, const int64_
 void observe(const Kernels& build, const Model& model, const Cache& cache, const Committed& committed, float* hidden,
              int bf16);
 void grow(const Kernels& build, const Drafting& drafting, const Wanted& wanted, int bf16);
+void climb(const Kernels& build, const Lower& lower, const Climb& climb, int bf16);
 
 // Runs body(context, thread) on `threads` threads and waits; `wait` inside a body is a barrier of all of them.
 void parallel(int64_t threads, void (*body)(void*, int64_t), void* context);

@@ -3,80 +3,11 @@
 // What is grown, and why, is written out in trees/grow.py and drafters/hydra.py, which this follows step by step:
 // after a pass of the backbone the interpreter's own data has left the caches, and every call of it costs tenths of
 // a millisecond.
-#include <algorithm>
-#include <cmath>
 #include <deque>
-#include <vector>
 
-#include "common.h"
+#include "tree.h"
 
 namespace foretell {
-
-namespace {
-
-struct Node {
-    int32_t parent;
-    int64_t token;
-    float said;     // log-probability given its parent
-    double value;   // of its path
-    const float* embedded;
-    const float* ended;  // the state that its head ended in
-};
-
-// Log-probabilities as they should have been said (trees/calibration.py).
-float believed(float said, const float* scale) {
-    said = std::fmin(std::fmax(said, -50.0f), -1e-6f);
-    float odds = said - std::log(-std::expm1(said)), z = -(scale[0] * odds + scale[1]);
-    return -(std::fmax(z, 0.0f) + std::log1p(std::exp(-std::fabs(z))));
-}
-
-struct Tree {
-    std::vector<Node> nodes;
-    std::vector<int32_t> asked;
-    double floor = -INFINITY;
-
-    // Guesses behind `asked` that might be among the `count` best; of equals, the earlier.
-    void extend(const float* said, const int64_t* tokens, int64_t width, int64_t count) {
-        struct Guess { double value; int64_t at; };
-        std::vector<Guess> guesses;
-        for (int64_t i = 0; i < (int64_t)asked.size() * width; i++)
-            if (!std::isnan(said[i])) guesses.push_back({nodes[asked[i / width]].value + said[i], i});
-        std::stable_sort(guesses.begin(), guesses.end(), [](auto& a, auto& b) { return a.value > b.value; });
-        if ((int64_t)guesses.size() > count) guesses.resize(count);
-        std::sort(guesses.begin(), guesses.end(), [](auto& a, auto& b) { return a.at < b.at; });
-        for (auto& each : guesses) {
-            if (!(each.value > floor)) continue;
-            int32_t parent = asked[each.at / width];
-            float certain = std::min(0.0f, said[each.at]);
-            nodes.push_back({parent, tokens[each.at], certain, nodes[parent].value + certain, nullptr, nullptr});
-        }
-    }
-
-    // Without the root; none is less probable than its child, and of equals the older come first: they are a tree.
-    std::vector<int32_t> best(int64_t count) const {
-        std::vector<int32_t> order;
-        for (int32_t i = 1; i < (int32_t)nodes.size(); i++) order.push_back(i);
-        std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return nodes[a].value > nodes[b].value; });
-        if ((int64_t)order.size() > count) order.resize(count);
-        return order;
-    }
-
-    // Whom to ask next: nobody where that can hardly gain anything.
-    void narrow(int64_t count, int32_t since, int64_t most, double least) {
-        std::vector<int32_t> order = best(count);
-        floor = !order.empty() && (int64_t)order.size() == count ? nodes[order.back()].value : -INFINITY;
-        asked.clear();
-        double gained = 0;
-        for (int32_t node : order)
-            if (node >= since && (int64_t)asked.size() < most) {
-                asked.push_back(node);
-                gained += std::exp(nodes[node].value);
-            }
-        if (gained - asked.size() * std::exp(floor) < least) asked.clear();
-    }
-};
-
-}  // namespace
 
 void grow(const Kernels& build, const Drafting& d, const Wanted& w, int bf16) {
     std::vector<Tree> trees(w.rows);
@@ -129,18 +60,12 @@ void grow(const Kernels& build, const Drafting& d, const Wanted& w, int bf16) {
         }
     }
     for (int64_t b = 0; b < w.rows; b++) {
-        std::vector<int32_t> chosen = trees[b].best(w.count), place(trees[b].nodes.size());
+        std::vector<int32_t> chosen = trees[b].best(w.count);
         chosen.push_back(0);
         std::sort(chosen.begin(), chosen.end());
         w.sizes[b] = chosen.size();
-        for (int64_t i = 0; i < (int64_t)chosen.size(); i++) {
-            const Node& node = trees[b].nodes[chosen[i]];
-            place[chosen[i]] = (int32_t)i;
-            int64_t to = b * (w.count + 1) + i;
-            w.parents[to] = i ? place[node.parent] : -1;
-            w.tokens[to] = node.token;
-            w.given[to] = std::exp((double)node.said);
-        }
+        int64_t to = b * (w.count + 1);
+        put_tree(trees[b], chosen, w.parents + to, w.tokens + to, w.given + to);
     }
 }
 

@@ -159,7 +159,7 @@ using namespace foretell;
 extern "C" {
 
 // Counts changes of the structures in common.h and of the calls below; Python refuses a library with another number.
-int foretell_layout() { return 10; }
+int foretell_layout() { return 11; }
 
 // A build by name, or the best one for an empty name; null if this processor cannot run it.
 const Kernels* foretell_build(const char* name) { return find(name); }
@@ -213,6 +213,11 @@ void foretell_observe(const Kernels* build, const Model* model, const Cache* cac
 void foretell_grow(const Kernels* build, const Drafting* drafting, const Wanted* wanted, int bf16) {
     std::lock_guard<std::mutex> lock(one_call);
     grow(*build, *drafting, *wanted, bf16);
+}
+
+void foretell_climb(const Kernels* build, const Lower* lower, const Climb* wanted, int bf16) {
+    std::lock_guard<std::mutex> lock(one_call);
+    climb(*build, *lower, *wanted, bf16);
 }
 
 void foretell_attention(const Kernels* build, const Model* model, const Cache* cache, const Rows* rows,
