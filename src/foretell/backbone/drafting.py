@@ -86,13 +86,13 @@ class CompiledClimber:
         lengths = [cache.lengths[slot] for slot in asked.slots]
         waiting = [0 if each is None else len(each) for each in asked.waiting] or [0] * rows
         ours = [own.lengths[slot] for slot in asked.slots] if own else [0] * rows
-        last = max(max(lengths), max(map(sum, zip(ours, waiting, strict=True)))) + count + 1
-        assert max(lengths) + count < cache.slots and (own is None or last <= own.slots)
+        ends = [max(each) + count + 1 for each in (lengths, [a + b for a, b in zip(ours, waiting, strict=True)])]
+        assert ends[0] <= cache.slots and (own is None or ends[1] <= own.slots)
         assert 0 < asked.layers <= backbone.config.layers and all(0 < tap <= asked.layers for tap in asked.taps)
         d = backbone.config.hidden
         states = [None if each is None else each.contiguous() for each in asked.waiting] or [None] * rows
         assert all(each is None or (each.shape[1] == d and each.dtype == torch.float32) for each in states)
-        cosine, sine = backbone._rotations(last)
+        cosine, sine = backbone._rotations(max(ends))
         each_row = (asked.roots, asked.budgets, asked.slots, lengths, ours, waiting, list(map(address, states)))
         told, numbers = np.array(each_row, dtype=np.int64), np.empty((2, rows), dtype=np.int64)
         places, given = np.empty((3, rows, count + 1), dtype=np.int64), np.empty((rows, count + 1))
