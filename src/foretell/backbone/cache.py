@@ -79,11 +79,16 @@ class KVCache:
 
     def commit(self, rows: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
         """Keeps, in each row, the nodes of a path (root first) of the tree that the last pass wrote there."""
-        moved: list[tuple[int, int, int]] = []
+        self.gather(rows, paths)
         for row, path in zip(rows, paths, strict=True):
+            self.lengths[row] += len(path)
+
+    def gather(self, rows: Sequence[int], nodes: Sequence[Sequence[int]], layers: int | None = None) -> None:
+        """Moves nodes of the trees behind the committed slots to the front of them, of the first `layers`."""
+        moved: list[tuple[int, int, int]] = []
+        for row, path in zip(rows, nodes, strict=True):
             length = self.lengths[row]
             moved += [(row, length + node, length + i) for i, node in enumerate(path) if node != i]
-            self.lengths[row] = length + len(path)
         if not moved:
             return
         at, source, target = np.array(moved).T
@@ -91,6 +96,7 @@ class KVCache:
         for tensor in (self.keys, self.values):
             # through NumPy where it can be: PyTorch would wake a team of its own, which then spins on our cores
             held: Any = tensor.view(whole).numpy() if tensor.is_cpu else tensor
+            held = held[:layers]
             held[:, at, :, target] = held[:, at, :, source]
 
     def rollback(self, row: int, length: int) -> None:

@@ -86,7 +86,8 @@ class CompiledClimber:
         lengths = [cache.lengths[slot] for slot in asked.slots]
         waiting = [0 if each is None else len(each) for each in asked.waiting] or [0] * rows
         ours = [own.lengths[slot] for slot in asked.slots] if own else [0] * rows
-        ends = [max(each) + count + 1 for each in (lengths, [a + b for a, b in zip(ours, waiting, strict=True)])]
+        ran = max(count + 1, min(asked.room, 1 + asked.beam * max(0, asked.steps - 1)))  # at most, of a row
+        ends = [max(each) + ran for each in (lengths, [a + b for a, b in zip(ours, waiting, strict=True)])]
         assert ends[0] <= cache.slots and (own is None or ends[1] <= own.slots)
         assert 0 < asked.layers <= backbone.config.layers and all(0 < tap <= asked.layers for tap in asked.taps)
         d = backbone.config.hidden
@@ -96,7 +97,7 @@ class CompiledClimber:
         each_row = (asked.roots, asked.budgets, asked.slots, lengths, ours, waiting, list(map(address, states)))
         told, numbers = np.array(each_row, dtype=np.int64), np.empty((2, rows), dtype=np.int64)
         places, given = np.empty((3, rows, count + 1), dtype=np.int64), np.empty((rows, count + 1))
-        hidden_Rd = torch.empty(rows * (count + 1), d)
+        hidden_Rd = torch.empty(rows * ran, d)
         tapped = {tap: torch.empty_like(hidden_Rd) for tap in asked.taps}
         pointers = (c_uint64 * (asked.layers + 1))()
         for tap, tensor in tapped.items():
@@ -104,31 +105,28 @@ class CompiledClimber:
         thresholds = np.array(asked.thresholds)
         caches = backbone._cache(cache), backbone._cache(own or cache)
         wanted = kernels.Climb(
-            rows, asked.layers, count, asked.steps, asked.beam, asked.least,
+            rows, asked.layers, count, asked.steps, asked.room, asked.beam, asked.least,
             thresholds.ctypes.data if len(thresholds) else 0, *_lines(told), address(cosine), address(sine),
             addressof(caches[0]), addressof(caches[1]), *_lines(numbers), *_lines(places), given.ctypes.data,
             address(hidden_Rd), addressof(pointers),
         )  # fmt: skip
         kernels.require().foretell_climb(backbone.build.handle, byref(self._described), byref(wanted), backbone._bf16)
-        sizes, ran = numbers.tolist()
+        sizes, kept = numbers.tolist()
         at, parents, tokens = places
         if own:
             read = [
                 (slot, new) for slot, new, budget in zip(asked.slots, waiting, asked.budgets, strict=True) if budget > 1
             ]
             own.commit([slot for slot, _ in read], [range(new) for _, new in read])
-        order = torch.from_numpy(np.concatenate([at[b, :count] for b, count in enumerate(ran)]))
-        whole = rows == 1  # then they ran in order
-
-        def of_rows(streams_Rd: Tensor) -> Tensor:
-            return streams_Rd[: len(order)] if whole else streams_Rd.index_select(0, order)
+        order = torch.from_numpy(np.concatenate([at[b, :count] for b, count in enumerate(kept)]))
 
         return Climbed(
             [
                 (parents[b, :size].tolist(), tokens[b, :size].tolist(), given[b, :size].tolist())
                 for b, size in enumerate(sizes)
             ],
-            ran, of_rows(hidden_Rd), {tap: of_rows(streams) for tap, streams in tapped.items()},
+            kept, hidden_Rd.index_select(0, order),
+            {tap: streams.index_select(0, order) for tap, streams in tapped.items()},
         )  # fmt: skip
 
 

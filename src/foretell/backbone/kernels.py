@@ -87,7 +87,7 @@ class Lower(Structure):
 
 class Climb(Structure):
     _fields_ = [
-        *_words("rows layers count steps beam"), ("least", c_double),
+        *_words("rows layers count steps room beam"), ("least", c_double),
         *_words("thresholds roots budget cache_row length own_length waiting states cosine sine cache own"),
         *_words("sizes ran at parents tokens given hidden tapped"),
     ]  # fmt: skip

@@ -114,7 +114,7 @@ class Asked:
 
     Attributes:
         layers: those that draft; slots: cache rows; roots: newest tokens; budgets: tokens that may still be emitted.
-        count: nodes besides the root; steps: levels; both at most.
+        count: nodes besides the root; steps: levels; room: nodes of a row that run; all at most.
         thresholds: per row the probability below which its chain ends; none make trees.
         beam, least: of trees, see `Growing.narrow`.
         taps: layers whose streams are wanted of the nodes that run.
@@ -127,6 +127,7 @@ class Asked:
     budgets: Sequence[int]
     count: int
     steps: int
+    room: int
     thresholds: Sequence[float] = ()
     beam: int = 0
     least: float = 0.0

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache
 from foretell.contracts import FINAL, Draft, Features, Row
-from foretell.drafters.layerskip import MOST, OVERHEAD, LayerSkip, candidates
+from foretell.drafters.layerskip import OVERHEAD, LayerSkip, candidates
+from foretell.drafters.lower import MOST
 from foretell.drafters.parts import tree_size
 from foretell.errors import check_numbers
 

@@ -34,7 +34,7 @@ from foretell.backbone.linear import LowerDrafting
 from foretell.contracts import Draft, Drafter, Features, Row
 from foretell.drafters.checkpoint import damage_named, find
 from foretell.drafters.learning import DecoderLayer, GuessingHeads, TrainingBatch
-from foretell.drafters.lower import Lower, climbed, lasts
+from foretell.drafters.lower import MOST, Lower, climbed, lasts
 from foretell.drafters.parts import (
     check_exit,
     check_options,
@@ -49,8 +49,6 @@ from foretell.trees.calibration import Floats, believed
 
 BEAM, WIDTH = 8, 10
 """Nodes of a level that are asked for more, and guesses that each of them makes."""
-MOST = 64
-"""Nodes of a tree."""
 KEPT = 256
 """States that may wait for the adapter: it reads them with the next root."""
 OVERHEAD = 0.06
@@ -246,7 +244,7 @@ class Kangaroo(Drafter):
         known = [
             self._own.lengths[row.slot] + (0 if w is None else len(w)) for row, w in zip(rows, states, strict=True)
         ]
-        self._own.reserve(max(known) + count + 1)
+        self._own.reserve(max(known) + MOST)
         return climbed(
             self._climber, self._cache, rows, self.exit, count, self.steps, own=self._own, waiting=states, **how
         )

@@ -34,7 +34,7 @@ from foretell.backbone.linear import LowerDrafting
 from foretell.contracts import FINAL, Draft, Drafter, Features, Row
 from foretell.drafters.checkpoint import damage_named, find, shipped
 from foretell.drafters.learning import GuessingHeads, TrainingBatch, targets, weighed
-from foretell.drafters.lower import Lower, Threshold, climbed, main_chain
+from foretell.drafters.lower import MOST, Lower, Threshold, climbed, main_chain
 from foretell.drafters.parts import check_exit, check_options, draft_vocabulary, tree_size
 from foretell.drafters.pupil import Pupil
 from foretell.errors import ForetellError, UsageError, check_numbers
@@ -42,8 +42,6 @@ from foretell.trees.calibration import Floats
 
 BEAM, WIDTH = 8, 10
 """Nodes of a level that are asked for more, and guesses that each of them makes."""
-MOST = 64
-"""Nodes of a tree."""
 OVERHEAD = 0.04
 """What output matrix and calls add to a level, as a share of a step."""
 SHAPES, CURRICULA = ("uniform", "cumulative"), ("rotational", "gradual")
@@ -76,6 +74,8 @@ class ExitingModel(GuessingHeads):
         dropout: p_max of the last layer.
         scale, shape: see `exit_scales`.
         curriculum: rotational, one exit in `period` learns in a step, or gradual, from the last to the first.
+        hold: share of the steps in which the last layer is held to what it said, by so much more; in the others layers
+            above the exits need not be run.
     """
 
     ahead = 1
@@ -83,12 +83,12 @@ class ExitingModel(GuessingHeads):
     def __init__(
         self, model: nn.Module, folder: Path, head_Vd: Tensor, vocabulary_V: Tensor, whole: int, *, soft: float,
         exits: Sequence[int], exit: int, layers: int, dropout: float, scale: float, shape: str, curriculum: str,
-        period: int,
+        period: int, hold: float,
     ):  # fmt: skip
         super().__init__(head_Vd, vocabulary_V, whole, heads=1, output="shared", soft=soft)
         self.pupil, self.exits, self.exit = Pupil(model, folder), list(exits), exit
         self.dropped, self.scales = drop_rates(layers, dropout), exit_scales(layers, scale, shape)
-        self.curriculum, self.period, self._done = curriculum, period, 0.0
+        self.curriculum, self.period, self.hold, self._done = curriculum, period, hold, 0.0
 
     def begin(self, done: float) -> None:
         self._done = done
@@ -112,14 +112,19 @@ class ExitingModel(GuessingHeads):
         targets_PK, sources_P = targets(batch, 1, self.ahead)
         if not len(sources_P):
             return {}
-        exits = self.taught()
+        exits, hold = self.taught(), self.hold if self.training else 1.0
         *shares, last = self.shares(exits)
-        states = self.pupil.states(batch.tokens_BT, [*exits, FINAL], self.dropped if self.training else ())
+        holding = not exits or float(torch.rand(())) < hold
+        taps = [*exits, FINAL] if holding else exits
+        states = self.pupil.states(batch.tokens_BT, taps, self.dropped if self.training else ())
         out: dict[str, Tensor] = {}
         for exit, share in zip(exits, shares, strict=True):
             x_Pd = self.pupil.normed(states[exit].flatten(0, 1)[sources_P]).float()
             out[f"exit {exit}"] = weighed(self.term(batch, x_Pd, 0, targets_PK[:, 0], sources_P), share)
-        return out | {"backbone": weighed(self.pupil.held(replace(batch, states={FINAL: states[FINAL]})), last)}
+        if holding:
+            held = self.pupil.held(replace(batch, states={FINAL: states[FINAL]}))
+            out["backbone"] = weighed(held, last / (hold if exits else 1.0))
+        return out
 
     def read(self, batch: TrainingBatch, sources_P: Tensor) -> Tensor:
         states = self.pupil.states(batch.tokens_BT, [self.exit])
@@ -191,7 +196,7 @@ class LayerSkip(Drafter):
         cls, backbone: Backbone, counts_V: Tensor, folder: Path | None = None, *, exit: int = 0, stride: int = 2,
         deepest: int = 0, draft_vocab: int = 8192, soft: float = 1.0, adapt: str = "lora", rank: int = 32,
         dropout: float = 0.1, scale: float = 1.0, shape: str = "uniform", curriculum: str = "rotational",
-        period: int = 4,
+        period: int = 4, hold: float = 0.25,
     ) -> ExitingModel:  # fmt: skip
         """The backbone in `folder`, that is to learn; see `learning.Method`.
 
@@ -206,6 +211,7 @@ class LayerSkip(Drafter):
             scale, shape: what exits count beside the last layer: uniform, or cumulative as in the paper.
             curriculum: rotational or gradual.
             period: rotational: one exit in so many learns in a step.
+            hold: share of the steps in which all layers are run, and the last is held to what it said.
         """
         layers = backbone.config.layers
         check_options(backbone, "shared", soft=soft, draft_vocab=draft_vocab)
@@ -216,7 +222,7 @@ class LayerSkip(Drafter):
         ):
             if value not in allowed:
                 raise UsageError(f"{name} is {value!r}; it must be {' or '.join(allowed)}.")
-        numbers = SimpleNamespace(rank=rank, dropout=dropout, scale=scale, period=period, stride=stride)
+        numbers = SimpleNamespace(rank=rank, dropout=dropout, scale=scale, period=period, stride=stride, hold=hold)
         ranges = [
             ("rank", 1, 1024),
             ("dropout", 0, 0.9),
@@ -234,7 +240,7 @@ class LayerSkip(Drafter):
         return ExitingModel(
             learning(folder, adapt, rank, 0.0), folder, backbone.head_rows(vocabulary_V).cpu(), vocabulary_V,
             len(counts_V), soft=soft, exits=exits, exit=exit, layers=layers, dropout=dropout, scale=scale, shape=shape,
-            curriculum=curriculum, period=period,
+            curriculum=curriculum, period=period, hold=hold,
         )  # fmt: skip
 
     @property

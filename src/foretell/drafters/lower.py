@@ -1,8 +1,8 @@
 """Drafting with layers of the model itself: trees whose nodes pass them while they grow.
 
-Nodes are run level by level, in the engine's own cache and in the very slots in which verification expects them: their
-keys and values, and the streams that they ended in, are what verification would compute, bit for bit, so it goes on
-from there. A slot follows from a node's number, so nodes that ran come first, in the order in which they did; guesses
+Nodes are run level by level in the engine's own cache: their keys and values, and the streams that they ended in, are
+what verification would compute, bit for bit, so it goes on from there. A slot follows from a node's number, so nodes
+that ran come first, in the order in which they did, and move up where others of them are not drafted after all; guesses
 that nobody asked come after them, and the engine runs them.
 
 Legend: B rows, F nodes that are asked, A of them in one row, R guesses of a node, d hidden width.
@@ -23,6 +23,9 @@ from foretell.contracts import Draft, Resume, Row
 from foretell.trees import TokenTree
 from foretell.trees.calibration import Floats
 from foretell.trees.grow import Growing
+
+MOST = 64
+"""Nodes of a tree, and nodes that run while it grows."""
 
 Guess = Callable[[Tensor, Nodes], tuple[Floats, Sequence[Sequence[int]]]]
 """Streams [F, d] of nodes -> log-probabilities and tokens of what comes after each, [F, R], best first."""
@@ -96,7 +99,7 @@ class Lower:
     def narrow(self, since: Sequence[int], count: int, beam: int, least: float) -> None:
         """Chooses whom to ask next (see `Growing.narrow`); nobody where the row could not emit what they guess."""
         for i in self.asking:
-            self.trees[i].narrow(count, since[i], min(beam, count + 1 - len(self._ran[i])), least)
+            self.trees[i].narrow(count, since[i], min(beam, MOST - len(self._ran[i])), least)
             self._stop_at_budget(i)
 
     def follow(self, since: Sequence[int], least: Sequence[float]) -> None:
@@ -124,38 +127,44 @@ class Lower:
                 self.follow(since, thresholds)
             elif self.level < steps:
                 self.narrow(since, count, beam, least)
-        return self.draft(count)
+        return self.draft(count, whole=bool(thresholds))
 
     def _stop_at_budget(self, i: int) -> None:
         if self.level + 1 >= self._rows[i].budget:
             self.trees[i].asked = []
 
-    def draft(self, count: int) -> Draft:
-        """Trees of the nodes that ran and the best of the others, `count` besides the root where fewer ran."""
+    def draft(self, count: int, whole: bool) -> Draft:
+        """Trees of the best nodes, `count` besides the root; `whole` keeps all that ran."""
         trees: list[TokenTree] = []
         tokens: list[list[int]] = []
         given: list[list[float]] = []
+        kept: list[list[int]] = []  # of the nodes that ran, by the order in which they did
         for tree, ran in zip(self.trees, self._ran, strict=True):
-            done = set(ran)
-            others = [node for node in tree.best(len(tree.parents)) if node not in done]
-            order = [*(ran or [0]), *sorted(others[: max(0, count + 1 - max(1, len(ran)))])]
+            chosen = {0, *tree.best(count)}
+            if whole:
+                others = [node for node in tree.best(len(tree.parents)) if node not in ran]
+                chosen = {0, *ran, *others[: max(0, count + 1 - max(1, len(ran)))]}
+            kept.append([at for at, node in enumerate(ran) if node in chosen])
+            order = [ran[at] for at in kept[-1]] or [0]
+            order += sorted(chosen.difference(ran, [0]))
             place = {node: at for at, node in enumerate(order)} | {-1: -1}
             trees.append(TokenTree(tuple(place[tree.parents[node]] for node in order)))
             tokens.append([tree.tokens[node] for node in order])
             given.append([tree.given[node] for node in order])
-        return Draft(trees, tokens, given, self._resume())
+        return Draft(trees, tokens, given, self._resume(kept))
 
-    def _resume(self) -> Resume | None:
+    def _resume(self, kept: Sequence[Sequence[int]]) -> Resume | None:
         if self._skip is not None or not self._hidden:
             return None
-        index = torch.tensor([at for those in self._at for at in those], device=self._hidden[0].device)
+        self._cache.gather([row.slot for row in self._rows], kept, self._layer)
+        places = [at[i] for at, those in zip(self._at, kept, strict=True) for i in those]
+        index = torch.tensor(places, device=self._hidden[0].device)
 
-        def in_order(parts: list[Tensor]) -> Tensor:
-            whole = torch.cat(parts)
-            return whole if len(self._rows) == 1 else whole.index_select(0, index)
+        def chosen(parts: list[Tensor]) -> Tensor:
+            return torch.cat(parts).index_select(0, index)
 
-        taps = {tap: in_order(parts) for tap, parts in self._tapped.items()}
-        return Resume(self._layer, [len(ran) for ran in self._ran], in_order(self._hidden), taps)
+        taps = {tap: chosen(parts) for tap, parts in self._tapped.items()}
+        return Resume(self._layer, list(map(len, kept)), chosen(self._hidden), taps)
 
 
 def climbed(
@@ -165,7 +174,9 @@ def climbed(
 ) -> Draft:  # fmt: skip
     """What `Lower.grow` drafts, in one call of the kernels; `own` and `waiting` as `linear.Asked` says."""
     slots, roots, budgets = ([row.slot for row in rows], [row.tokens[-1] for row in rows], [row.budget for row in rows])
-    asked = Asked(layers, slots, roots, budgets, count, steps, list(thresholds), beam, least, list(taps), list(waiting))
+    asked = Asked(
+        layers, slots, roots, budgets, count, steps, MOST, list(thresholds), beam, least, list(taps), list(waiting)
+    )
     found = climber.climb(asked, cache, own)
     trees, tokens, given = zip(*found.trees, strict=True)
     resume = Resume(layers, found.ran, found.hidden_Rd, found.taps) if any(found.ran) else None

@@ -49,6 +49,8 @@ class Pupil(nn.Module):
     def states(self, tokens_BT: Tensor, taps: Sequence[int], dropped: Sequence[float] = ()) -> dict[int, Tensor]:
         """What it computes now, tap -> [B, T, d]. Padding stands behind all that is attended to.
 
+        Layers above the highest tap are not run.
+
         Args:
             dropped: per layer how probable it is that a conversation goes by it.
         """
@@ -65,11 +67,14 @@ class Pupil(nn.Module):
             return hook
 
         model = causal(self.model).model
+        every = model.config.num_hidden_layers
         hooks = [each.register_forward_hook(after(layer)) for layer, each in enumerate(model.layers)]
         try:
+            model.config.num_hidden_layers = every if FINAL in taps else max(taps)  # as many as transformers runs
             with torch.autocast(tokens_BT.device.type, torch.bfloat16):
                 final_BTd = model(input_ids=tokens_BT, use_cache=False).last_hidden_state
         finally:
+            model.config.num_hidden_layers = every
             for hook in hooks:
                 hook.remove()
         return {tap: final_BTd if tap == FINAL else seen[tap] for tap in taps}

@@ -24,15 +24,13 @@ from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.contracts import Draft, Drafter, Features, Row
-from foretell.drafters.lower import Lower, Threshold, main_chain
+from foretell.drafters.lower import MOST, Lower, Threshold, main_chain
 from foretell.drafters.skipping import Plan, PlanSearch
 from foretell.errors import check_numbers
 from foretell.trees.calibration import Floats
 
 SIBLINGS = ((0.95, 3), (0.8, 5), (0.5, 8), (0.0, 10))
 """Guesses at a place of the chain, itself included, where the model holds it more probable than that (greedy, §4.2)."""
-MOST = 64
-"""Nodes of a tree."""
 
 
 class Swift(Drafter):

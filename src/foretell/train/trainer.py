@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, count, islice
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -148,8 +149,8 @@ class Trainer:
                 self.save()
 
     def _run(self, progress: Callable[[int, int, dict[str, Any]], None], stop: Callable[[], object]) -> None:
-        sums: dict[str, float] = {}
-        tokens, learned, began, saved = 0, 0, time.perf_counter(), time.perf_counter()
+        found: dict[str, list[float]] = {}  # of each term, in the steps that had it
+        tokens, began, saved = 0, time.perf_counter(), time.perf_counter()
         timed = began
         for batches in self._remaining():
             if stop():
@@ -163,19 +164,18 @@ class Trainer:
             self.step += 1
             self.seconds, timed = self.seconds + time.perf_counter() - timed, time.perf_counter()
             self._updating = False
-            learned += bool(terms)
             for name, value in terms.items():
-                sums[name] = sums.get(name, 0.0) + value
+                found.setdefault(name, []).append(value)
             if self.step % REPORT == 0 or self.step == self.steps:
                 speed = tokens / (time.perf_counter() - began)
                 line = {
                     "step": self.step, "epoch": round(self.step / self.steps_per_epoch, 3),
-                    "loss": {name: round(value / learned, 4) for name, value in sums.items()},
+                    "loss": {name: round(mean(values), 4) for name, values in found.items()},
                     "learning_rate": self.learning_rate(self.step), "tokens_per_s": round(speed),
                 }  # fmt: skip
                 self.log(line)
                 progress(self.step, self.steps, line)
-                sums, tokens, learned, began = {}, 0, 0, time.perf_counter()
+                found, tokens, began = {}, 0, time.perf_counter()
             if time.perf_counter() - saved > self.settings.save_seconds:
                 self.save()
                 saved = time.perf_counter()

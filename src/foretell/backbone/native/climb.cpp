@@ -33,14 +33,16 @@ struct Pass {
 struct Row {
     Tree tree;
     std::vector<int32_t> ran, place, parents, depth;  // place: of the tree's nodes among those that ran; depth of these
+    std::vector<int64_t> at;                          // where the streams of those that ran stand
     int64_t known = 0;                                // of them, before this level
 
-    void run() {
+    void run(int64_t begin) {
         known = ran.size();
         place.resize(tree.nodes.size(), -1);
         for (int32_t node : tree.asked) {
             int32_t parent = tree.nodes[node].parent, above = parent < 0 ? -1 : place[parent];
             place[node] = (int32_t)ran.size();
+            at.push_back(begin++);
             ran.push_back(node), parents.push_back(above), depth.push_back(above < 0 ? 0 : depth[above] + 1);
         }
     }
@@ -80,6 +82,39 @@ static void adapt(const Kernels& build, const Lower& l, const Climb& c, std::vec
     for (int64_t i = 0; i < at; i++) memcpy(stream.data() + i * d, states.data() + last[i] * d, d * 4);
 }
 
+// What is drafted of a row: first those nodes that ran, their keys and values moved up to their slots, then the others.
+static void choose(const Climb& c, Row& row, int64_t b, const Model& model, int64_t size) {
+    row.place.resize(row.tree.nodes.size(), -1);
+    std::vector<char> chosen(row.tree.nodes.size());
+    chosen[0] = 1;
+    if (c.thresholds)
+        for (int32_t node : row.ran) chosen[node] = 1;
+    int64_t room = c.count - (c.thresholds ? std::max<int64_t>(0, (int64_t)row.ran.size() - 1) : 0);
+    for (int32_t node : row.tree.best(row.tree.nodes.size()))
+        if (!chosen[node] && room-- > 0) chosen[node] = 1;
+    std::vector<int32_t> nodes;
+    int64_t to = b * (c.count + 1);
+    for (int64_t i = 0; i < (int64_t)row.ran.size(); i++) {
+        if (!chosen[row.ran[i]]) continue;
+        int64_t place = nodes.size();
+        c.at[to + place] = row.at[i];
+        nodes.push_back(row.ran[i]);
+        for (int64_t l = 0; place != i && l < c.layers; l++)
+            for (int64_t g = 0; g < model.kv_heads; g++)
+                for (void* tensor : {c.cache->keys, c.cache->values}) {
+                    int64_t head = l * c.cache->layer_stride + c.cache_row[b] * c.cache->row_stride + g * c.cache->head_stride;
+                    char* slots = (char*)tensor + (head + c.length[b] * model.head_dim) * size;
+                    memcpy(slots + place * model.head_dim * size, slots + i * model.head_dim * size, model.head_dim * size);
+                }
+    }
+    c.ran[b] = nodes.size();
+    if (nodes.empty()) nodes.push_back(0);
+    for (int32_t node = 1; node < (int32_t)row.tree.nodes.size(); node++)
+        if (chosen[node] && row.place[node] < 0) nodes.push_back(node);
+    c.sizes[b] = nodes.size();
+    put_tree(row.tree, nodes, c.parents + to, c.tokens + to, c.given + to);
+}
+
 void climb(const Kernels& build, const Lower& l, const Climb& c, int bf16) {
     int64_t d = l.model->hidden, total = 0;
     std::vector<Row> trees(c.rows);
@@ -97,12 +132,8 @@ void climb(const Kernels& build, const Lower& l, const Climb& c, int bf16) {
         for (int64_t b = 0; b < c.rows; b++) {
             Row& row = trees[b];
             if (row.tree.asked.empty()) continue;
-            int64_t* at = c.at + b * (c.count + 1) + row.ran.size();
-            for (int32_t node : row.tree.asked) {
-                *at++ = total + (int64_t)ids.size();
-                ids.push_back(row.tree.nodes[node].token);
-            }
-            row.run();
+            row.run(total + (int64_t)ids.size());
+            for (int32_t node : row.tree.asked) ids.push_back(row.tree.nodes[node].token);
             pass.add(c.cache_row[b], c.length[b], row.parents, row.depth, row.known);
         }
         int64_t rows = ids.size();
@@ -135,26 +166,12 @@ void climb(const Kernels& build, const Lower& l, const Climb& c, int bf16) {
                 if ((int32_t)row.tree.nodes.size() > since && std::exp((double)row.tree.nodes[since].said) >= c.thresholds[b])
                     row.tree.asked.push_back(since);
             } else if (level < c.steps) {
-                row.tree.narrow(c.count, since, std::min(c.beam, c.count + 1 - (int64_t)row.ran.size()), c.least);
+                row.tree.narrow(c.count, since, std::min(c.beam, c.room - (int64_t)row.ran.size()), c.least);
             }
             if (level + 1 >= c.budget[b]) row.tree.asked.clear();
         }
     }
-    for (int64_t b = 0; b < c.rows; b++) {
-        Row& row = trees[b];
-        std::vector<int32_t> nodes = row.ran, others;
-        if (nodes.empty()) nodes.push_back(0);
-        row.place.resize(row.tree.nodes.size(), -1);
-        row.place[0] = 0;
-        int64_t room = c.count + 1 - (int64_t)nodes.size();
-        for (int32_t node : row.tree.best(row.tree.nodes.size()))
-            if (row.place[node] < 0 && (int64_t)others.size() < room) others.push_back(node);
-        std::sort(others.begin(), others.end());
-        nodes.insert(nodes.end(), others.begin(), others.end());
-        c.sizes[b] = nodes.size(), c.ran[b] = row.ran.size();
-        int64_t to = b * (c.count + 1);
-        put_tree(row.tree, nodes, c.parents + to, c.tokens + to, c.given + to);
-    }
+    for (int64_t b = 0; b < c.rows; b++) choose(c, trees[b], b, *l.model, bf16 ? 2 : 4);
 }
 
 }  // namespace foretell

@@ -128,10 +128,11 @@ struct Lower {
     int64_t packed;
 };
 
-// The trees to draft so: `count` nodes at most besides the root, of which the first ones pass `layers` while they grow, in
-// `steps` levels at most. Chains end behind a token less probable than the row's threshold.
+// The trees to draft so: `count` nodes at most besides the root. They grow in `steps` levels at most, and `room` nodes of a
+// row pass the `layers` meanwhile; those that are drafted come first. Chains keep all of them, and end behind a token less
+// probable than the row's threshold.
 struct Climb {
-    int64_t rows, layers, count, steps, beam;
+    int64_t rows, layers, count, steps, room, beam;
     double least;
     const double* thresholds;  // [rows], or null for trees
     const int64_t *roots, *budget, *cache_row, *length;  // [rows]
@@ -139,8 +140,8 @@ struct Climb {
     const float* const* states;           // [rows] -> [waiting][d]
     const float *cosine, *sine;           // [positions, D/2]
     const Cache *cache, *own;
-    int64_t *sizes, *ran;                 // [rows]: nodes of the tree, and how many of them passed the layers
-    int64_t *at, *parents, *tokens;       // [rows][count + 1]; at: where the stream of a node that passed them stands
+    int64_t *sizes, *ran;            // [rows]: nodes of the tree, and how many of them passed the layers
+    int64_t *at, *parents, *tokens;  // [rows][count + 1]; at: where the stream of a node that passed them stands
     double* given;
     float* hidden;         // the streams that the layers ended in, as they ran
     float* const* tapped;  // [layers + 1] those after so many layers, or null
