@@ -14,7 +14,7 @@ from random_backbones import examples, trees
 
 from foretell.errors import UsageError
 from foretell.trees import Guesses, TokenTree, cartesian, chain, from_paths, most_probable
-from foretell.trees.tree import ROOT
+from foretell.trees.tree import ROOT, merged
 
 MEDUSA = [(0,), (0, 0), (0, 1), (0, 2), (1,), (1, 0), (1, 1), (1, 2)]
 
@@ -123,20 +123,18 @@ def test_the_most_probable_futures_of_two_trees(one: Guesses, two: Guesses, size
 
 @examples(150)
 @given(guesses(), guesses(), st.integers(1, 45), st.randoms(use_true_random=False))
-def test_the_first_nodes_stay_where_they_are(one: Guesses, two: Guesses, size: int, rng: random.Random) -> None:
-    """Whatever they are worth; the rest are the best of all others."""
+def test_the_first_nodes_that_are_chosen_come_first(one: Guesses, two: Guesses, size: int, rng: random.Random) -> None:
+    """The same futures as without an order, and these in the order in which they were."""
     one = replace(one, tokens=[7, *range(100, 99 + len(one.tokens))])  # siblings differ
     two = replace(two, tokens=[7, *rng.choices(range(100, 110), k=len(two.tokens) - 1)])
-    fixed = rng.randint(0, min(size, len(one.tokens)))
-    found = most_probable(one, two, size, fixed)
-    assert found.tokens[: max(1, fixed)] == one.tokens[: max(1, fixed)]
-    assert found.tree.parents[: max(1, fixed)] == one.tree.parents[: max(1, fixed)]
-    values = path_worth(one, two)
-    paths = [tuple(found.tokens[n] for n in found.tree.path(node)) for node in range(len(found.tokens))]
-    assert len(set(paths)) == len(paths) == max(1, fixed, min(size, len(values)))
-    kept = set(paths[: max(1, fixed)])
-    others = sorted((p for path, p in values.items() if path not in kept), reverse=True)
-    assert [values[path] for path in paths[max(1, fixed) :]] == others[: len(paths) - max(1, fixed)]
+    first = rng.randint(1, len(one.tokens))
+    (found, kept), chosen = merged(one, two, size, first), most_probable(one, two, size)
+    assert path_values(found) == path_values(chosen)
+    assert kept == sorted(kept)
+    assert found.tokens[: len(kept)] == [one.tokens[node] for node in kept]
+    assert set(kept) == {node for node in range(first) if one.tokens[node] in found.tokens[: len(kept)]}
+    paths = [tuple(one.tokens[n] for n in one.tree.path(node)) for node in range(first)]
+    assert len(kept) == sum(path in path_values(chosen) for path in paths)
 
 
 def path_worth(one: Guesses, two: Guesses) -> dict[tuple[int, ...], float]:

@@ -51,7 +51,7 @@ BEAM, WIDTH = 8, 10
 """Nodes of a level that are asked for more, and guesses that each of them makes."""
 KEPT = 256
 """States that may wait for the adapter: it reads them with the next root."""
-OVERHEAD = 0.06
+OVERHEAD = 0.12
 """What adapter, output matrix and calls add to a level, as a share of a step."""
 
 

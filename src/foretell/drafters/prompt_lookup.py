@@ -14,14 +14,16 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from foretell.contracts import Draft, Drafter, Features, Row
+from foretell.contracts import Draft, Drafter, Features, Resume, Row
 from foretell.errors import UsageError
-from foretell.trees import Guesses, TokenTree, most_probable
-from foretell.trees.tree import ROOT
+from foretell.trees import Guesses, TokenTree
+from foretell.trees.tree import ROOT, merged
 
 if TYPE_CHECKING:
     from foretell.backbone import KVCache
@@ -158,6 +160,7 @@ class WithLookup(Drafter):
 
     def __init__(self, inner: Drafter, **lookup: Any):
         self.inner, self.lookup = inner, PromptLookup(**lookup)
+        self._cache: KVCache | None = None
         self.taps, self.cuts, self.lossless, self.depth = inner.taps, inner.cuts, inner.lossless, inner.depth
 
     @property
@@ -177,6 +180,7 @@ class WithLookup(Drafter):
         return self.inner.extra_nodes
 
     def bind(self, cache: KVCache) -> None:
+        self._cache = cache
         self.inner.bind(cache)
 
     def holds(self, slot: int, tokens: int) -> int:
@@ -193,24 +197,36 @@ class WithLookup(Drafter):
         return self.inner.at_cut(layer, hidden_Md, nodes)
 
     def draft(self, rows: Sequence[Row]) -> Draft:
-        draft, merged = self.inner.draft(rows), []
+        draft, found, kept = self.inner.draft(rows), list[Guesses](), list[list[int]]()
         for i, row in enumerate(rows):
             given = draft.probabilities[i] if draft.probabilities else None
-            ran = draft.resume.ran[i] if draft.resume else 0
-            merged.append(self._merged(draft.trees[i], draft.tokens[i], given, self.lookup.guesses(row), ran))
-        trees, tokens, probabilities = zip(*((g.tree, g.tokens, g.probabilities) for g in merged), strict=True)
-        return Draft(list(trees), list(tokens), list(probabilities), draft.resume)
+            ran = max(1, draft.resume.ran[i]) if draft.resume else 1
+            both, stay = self._merged(draft.trees[i], draft.tokens[i], given, self.lookup.guesses(row), ran)
+            found.append(both)
+            kept.append(stay if draft.resume and draft.resume.ran[i] else [])
+        resume = draft.resume and self._left(draft.resume, rows, kept)
+        return Draft([g.tree for g in found], [g.tokens for g in found], [g.probabilities for g in found], resume)
+
+    def _left(self, resume: Resume, rows: Sequence[Row], kept: Sequence[Sequence[int]]) -> Resume:
+        """What ran of the nodes that are still there; they move up in the cache."""
+        assert self._cache is not None, "the engine binds its cache first"
+        self._cache.gather([row.slot for row in rows], kept, resume.layer)
+        begins = [0, *accumulate(resume.ran)]
+        index = torch.tensor([begin + node for begin, nodes in zip(begins, kept, strict=False) for node in nodes])
+        index = index.to(resume.hidden_Rd.device)
+        taps = {tap: states.index_select(0, index) for tap, states in resume.taps.items()}
+        return Resume(resume.layer, list(map(len, kept)), resume.hidden_Rd.index_select(0, index), taps)
 
     def _merged(
         self, tree: TokenTree, tokens: list[int], given: list[float] | None, found: Guesses, ran: int
-    ) -> Guesses:
-        """The union, in which the `ran` first nodes stay where they are."""
+    ) -> tuple[Guesses, list[int]]:
+        """The union, the nodes that ran first, and which of them are left."""
         size = len(tree) if len(tree) > 1 else self.lookup.nodes
         if given is None:
-            other = min(len(found.tokens) - 1, size // 2, size - ran)
+            other = min(len(found.tokens) - 1, size // 2)
             kept = TokenTree(tree.parents[: size - other])
             # certain, so that all of them stay, and in their order
             ours = Guesses(kept, tokens[: len(kept)], [1.0] * len(kept))
             theirs = Guesses(TokenTree(found.tree.parents[: other + 1]), found.tokens[: other + 1], [1.0] * (other + 1))
-            return most_probable(ours, theirs, size, ran)
-        return most_probable(Guesses(tree, tokens, given), found, size, ran)
+            return merged(ours, theirs, size, ran)
+        return merged(Guesses(tree, tokens, given), found, size, ran)

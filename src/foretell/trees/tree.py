@@ -153,15 +153,25 @@ class Guesses:
     probabilities: list[float]
 
 
-def most_probable(one: Guesses, other: Guesses, size: int, fixed: int = 1) -> Guesses:
+def most_probable(one: Guesses, other: Guesses, size: int) -> Guesses:
     """The `size` most probable nodes of the union of two trees over one root, the most probable first.
 
     Paths that guess the same tokens share their nodes, with the higher probability of the two. A node is as probable
-    as its path, so that no path is cut off from its root; of equals, those of `one` stay. Its `fixed` first nodes stay
-    in any case, where they are; their siblings must differ.
+    as its path, so that no path is cut off from its root; of equals, those of `one` stay.
 
     Raises:
         UsageError: the roots hold different tokens.
+    """
+    return merged(one, other, size, 1)[0]
+
+
+def merged(one: Guesses, other: Guesses, size: int, first: int) -> tuple[Guesses, list[int]]:
+    """What `most_probable` chooses, where the `first` nodes of `one` that are chosen come first and keep their order.
+
+    Siblings among these must differ.
+
+    Returns:
+        The union, and which of these nodes are in it.
     """
     if one.tokens[0] != other.tokens[0]:
         raise UsageError(f"Trees with different roots cannot merge: token {one.tokens[0]} against {other.tokens[0]}.")
@@ -181,8 +191,9 @@ def most_probable(one: Guesses, other: Guesses, size: int, fixed: int = 1) -> Gu
     values = [1.0]
     for node in range(1, len(parents)):
         values.append(values[parents[node]] * given[node])
-    fixed = max(1, fixed)
-    chosen = [*range(fixed), *sorted(range(fixed, len(parents)), key=lambda node: -values[node])[: size - fixed]]
+    chosen = [0, *sorted(range(1, len(parents)), key=lambda node: -values[node])[: size - 1]]
+    kept = sorted(node for node in chosen if node < first)
+    chosen = kept + [node for node in chosen if node >= first]
     new = {node: i for i, node in enumerate(chosen)}
     tree = TokenTree((-1, *(new[parents[node]] for node in chosen[1:])))
-    return Guesses(tree, [tokens[node] for node in chosen], [given[node] for node in chosen])
+    return Guesses(tree, [tokens[node] for node in chosen], [given[node] for node in chosen]), kept
