@@ -140,14 +140,14 @@ def test_drafting_that_takes_long_makes_larger_trees_and_another_drafter(
     backbone.costs = tmp_path / "costs.json"
     monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path / "trained")
     assert drafters.recommended(backbone) == "prompt_lookup"
-    for method, tokens in (("medusa", 2.0), ("hydra", 2.4)):
+    for method, tokens in (("medusa", 2.0), ("hydra", 2.4), ("kangaroo", 2.5)):
         config = {"fingerprint": "tiny", "method": method, "tokens_per_step": {"8": tokens}}
         (tmp_path / "trained" / method).mkdir(parents=True)
         (tmp_path / "trained" / method / "config.json").write_text(json.dumps(config))
-    assert drafters.recommended(backbone) == "hydra"  # of most tokens per step
+    assert drafters.recommended(backbone) == "hydra"  # kangaroo's few tokens more cost more than they are worth
     for drafting, best in (({"hydra": 9.0}, "hydra"), ({"hydra": 9.0, "medusa": 1.0}, "medusa"),
                            ({"hydra": 6.0, "medusa": 1.0}, "hydra")):  # fmt: skip
-        StepCosts(TABLE, drafting).save(backbone.costs)
+        StepCosts(TABLE, drafting | ({"kangaroo": 9.0} if "medusa" in drafting else {})).save(backbone.costs)
         assert drafters.recommended(backbone) == best
 
 

@@ -76,6 +76,12 @@ for method in MADE_FOR:
     TOYS[f"{method}, lookup"] = lambda backbone, right, name=method: drafters.build(
         name, backbone, nodes=40, lookup=True
     )
+TOYS |= {
+    "kangaroo, chain": lambda backbone, right: drafters.build("kangaroo", backbone, chain=True, threshold=0.3),
+    "layerskip, untrained": lambda backbone, right: drafters.build("layerskip", backbone, exit=6, nodes=16),
+    "del, untrained": lambda backbone, right: drafters.build("del", backbone, stride=5, lookup=True),
+    "swift": lambda backbone, right: drafters.build("swift", backbone, window=8, threshold=0.3, nodes=24),
+}
 
 
 def folder_for(method: str) -> Path:

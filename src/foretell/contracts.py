@@ -206,12 +206,14 @@ class Drafter(ABC):
         cuts: layers after which `at_cut` may add rows to the verification pass.
         lossless: whether the output equals plain decoding's under exact verification.
         depth: layers of the backbone that drafting runs, in the engine's cache (see `bind`).
+        usual_cost: what drafting takes, as a share of a plain step, where nobody has measured it.
     """
 
     taps: tuple[int, ...] = ()
     cuts: tuple[int, ...] = ()
     lossless: bool = True
     depth: int = 0
+    usual_cost: float = 0.15
 
     @classmethod
     def build(cls, backbone: Backbone, *args: Any, **options: Any) -> Drafter:

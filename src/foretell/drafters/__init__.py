@@ -29,6 +29,8 @@ DRAFTERS: dict[str, tuple[str | type[Drafter], str]] = {
     "del": ("foretell.drafters.dynamic_exit:DEL", "leaves at whichever layer has lately paid best"),
 }
 
+USUAL = {8: 1.25, 16: 1.3}
+"""Nodes -> what a step of so many costs beside one of one node, on machines that were measured."""
 CONTEXT = 512
 """Tokens of the text for which the recommended drafter is chosen."""
 
@@ -80,8 +82,8 @@ def build(name: str, backbone: Backbone, lookup: bool = False, **options: Any) -
 def recommended(backbone: Backbone) -> str:
     """The best drafter that needs nothing but foretell: one trained for this backbone, else prompt lookup.
 
-    Of several, the one of most tokens per second by what `foretell tune` measured here; where it did not, the one of
-    most tokens per step.
+    Of several, the one of most tokens per second by what `foretell tune` measured here; where it did not, by what
+    drafting and a tree of the usual size cost elsewhere.
     """
     from foretell.backbone.costs import StepCosts
     from foretell.drafters.checkpoint import shipped, tokens_per_step
@@ -91,10 +93,16 @@ def recommended(backbone: Backbone) -> str:
         return "prompt_lookup"
     costs = StepCosts.load(backbone.costs) if backbone.costs else None
     if costs is None or not costs.drafting.keys() >= mine.keys():
-        return next(iter(mine))
+        return max(mine, key=lambda method: _usual_rate(method, tokens_per_step(mine[method])))
 
     def rate(method: str) -> float:
         earned, drafting = tokens_per_step(mine[method]), costs.drafting[method]
         return max(costs.rate(1, CONTEXT, nodes, tokens, drafting) for nodes, tokens in earned.items())
 
     return max(mine, key=rate)
+
+
+def _usual_rate(method: str, earned: dict[int, float]) -> float:
+    """Tokens in the time of a step of one node."""
+    usual = drafter_class(method).usual_cost
+    return max((earned[nodes] / (cost + usual) for nodes, cost in USUAL.items() if nodes in earned), default=0.0)

@@ -97,7 +97,7 @@ class Kangaroo(Drafter):
         scales: how far the adapter is believed when trees grow.
     """
 
-    method = "kangaroo"
+    method, usual_cost = "kangaroo", 0.35
 
     def __init__(
         self, backbone: Backbone, arch: dict[str, Any], tensors: dict[str, Tensor], size: Callable[[int, int], int],

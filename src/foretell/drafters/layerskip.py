@@ -149,7 +149,7 @@ class LayerSkip(Drafter):
         threshold: a chain ends behind a token less probable.
     """
 
-    method = "layerskip"
+    method, usual_cost = "layerskip", 0.5
 
     def __init__(
         self, backbone: Backbone, ids_V: Tensor | None, exit: int, size: Callable[[int, int], int],
