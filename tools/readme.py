@@ -26,7 +26,23 @@ def measured(folder: Path) -> list[str]:
     for title, rows in sections(results):
         lines += [f"{title}:", ""]
         lines += [*markdown_table(*main_table(rows, results["limits"])), ""]
+        lines += drafting(rows)
     return lines
+
+
+def drafting(rows: list[dict[str, Any]]) -> list[str]:
+    """What drafts cost and how deep they came, of those who say so."""
+    told = [
+        f"{row['contender']} {row['draft_share']:.0%}, {' '.join(f'{p:.0%}' for p in row['acceptance_by_depth'][:6])}"
+        for row in rows
+        if "acceptance_by_depth" in row and "draft_share" in row
+    ]
+    if not told:
+        return []
+    return [
+        f"Drafting's share of the time, and the guesses that were accepted at depth 1, 2, ...: {'; '.join(told)}.",
+        "",
+    ]
 
 
 def core(results: dict[str, Any]) -> list[str]:
