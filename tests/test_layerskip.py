@@ -98,7 +98,7 @@ def test_streams_below_the_exit_come_back_as_a_prefill_has_them() -> None:
     """Taps below the exit are handed on by the drafter, those of the last guess by the engine, others come later."""
     backbone = deep()
     drafter = dynamic(backbone, (1, 2, 4), steps=3)
-    drafter.shadows.best = lambda slots: 2  # type: ignore[method-assign] # layer 4
+    drafter.shadows.choose = lambda slots: (2, [0.0])  # type: ignore[method-assign] # layer 4
     seen: list[dict[int, Tensor]] = []
     told = drafter.observe
 
@@ -150,7 +150,7 @@ def test_what_is_drafted_in_one_call_is_what_is_drafted_level_by_level(kernel: s
     said = []
     for slow in (False, True):
         drafter = dynamic(backbone, (1, 2, 4), nodes=12, chain=chain, steps=5)
-        drafter.exit, drafter.shadows.best = 4, lambda slots: 2  # type: ignore[method-assign]
+        drafter.shadows.choose = lambda slots: (2, [0.05] * len(slots))  # type: ignore[method-assign] # layer 4
         drafter._climber = None if slow else drafter._climber
         seen = drafts_of(drafter)
         finish(decoder_of(backbone, drafter, max_rows=3), requests())
@@ -187,14 +187,15 @@ def test_tokens_per_layer_of_the_certain_are_a_sum() -> None:
 
 def test_counts_decay_and_rows_are_apart() -> None:
     shadows = Shadows([1, 3], 4, torch.device("cpu"), decay=0.5)
-    assert shadows.best([0]) is None
-    assert shadows.threshold(0, 0) == 0.0
+    assert shadows.choose([0]) == (None, [0.0])
     right = torch.tensor([[True, False, True], [True, True, True]])
     sure = torch.tensor([[0.9, 0.2, 0.5], [0.8, 0.6, 0.7]])
     shadows.told(0, right, sure)
     assert shadows.alpha([0]).tolist() == [[pytest.approx(2 / 3), 1.0]]
-    assert shadows.threshold(0, 0) == pytest.approx((0.7 + 0.2) / 2)
-    assert shadows.threshold(0, 1) == 0.0  # it was never wrong
+    assert shadows.choose([0, 5]) == (0, [pytest.approx((0.7 + 0.2) / 2), 0.0])
+    one = Shadows([3], 4, torch.device("cpu"))
+    one.told(0, right[1:], sure[1:])
+    assert one.choose([0]) == (0, [0.0])  # it was never wrong
     shadows.told(0, ~right[:, :1], sure[:, :1])
     counts = shadows._rows[0][..., 0]
     assert counts.tolist() == [[1.0, 1.5], [1.5, 1.0]]
@@ -204,7 +205,7 @@ def test_counts_decay_and_rows_are_apart() -> None:
     last.told(0, right[:, :1], sure[:, :1])
     assert last._rows[0][..., 0].tolist() == [[1.0, 0.0], [1.0, 0.0]]
     shadows.forget(0)
-    assert shadows.best([0]) is None
+    assert shadows.choose([0])[0] is None
 
 
 def test_the_exit_that_pays_best_is_chosen() -> None:
@@ -215,15 +216,18 @@ def test_the_exit_that_pays_best_is_chosen() -> None:
         shadows.told(slot, right, torch.full((3, 100), 0.5))
 
     told(0, 0.1, 0.7, 0.8)
-    assert shadows.best([0]) == 1
+    assert shadows.choose([0])[0] == 1
     told(1, 0.1, 0.2, 0.99)
-    assert shadows.best([1]) == 2
-    assert shadows.best([0, 1]) == 2  # of a batch the best for all together
+    assert shadows.choose([1])[0] == 2
+    assert shadows.choose([0, 1])[0] == 2  # of a batch the best for all together
+    assert shadows.choose([0, 7])[0] == 1  # of whom nothing is known does not count
     told(2, 0.5, 0.5, 0.5)
-    assert shadows.best([2]) == 0
-    dear = Shadows([2, 4, 8], 32, torch.device("cpu"), cost=30.0)
+    assert shadows.choose([2])[0] == 0
+    told(3, 0.55, 0.6, 0.78)
+    assert shadows.choose([3])[0] == 0
+    dear = Shadows([2, 4, 8], 32, torch.device("cpu"), cost=12.0)
     dear._rows = shadows._rows
-    assert dear.best([2]) == 0
+    assert dear.choose([3])[0] == 2  # where a guess costs much besides its layers, it had better be right
 
 
 def test_a_chain_ends_where_its_exit_is_unsure() -> None:
@@ -234,7 +238,7 @@ def test_a_chain_ends_where_its_exit_is_unsure() -> None:
     decoder.submit([1, 2, 3, 4, 5, 6], SamplingParams(max_new_tokens=40, ignore_eos=True))
     ended = 0
     while decoder.busy:
-        threshold = drafter.shadows.threshold(0, 0)
+        (threshold,) = drafter.shadows.choose([0])[1]
         budget = decoder._rows[0].budget if decoder._rows else 40
         decoder.step()
         (given,) = drafts[-1].probabilities or []

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,25 +81,28 @@ class Shadows:
 
     def alpha(self, slots: Sequence[int]) -> Tensor:
         """How often each exit is right in each row, [B, C]; NaN where nothing is known."""
-        unknown = torch.full((len(self.exits), 2), torch.nan, device=self.exits_C.device)
-        counts_BC2 = torch.stack([self._rows[slot][..., 0] if slot in self._rows else unknown for slot in slots])
+        counts_BC2 = self._of(slots)[..., 0]
         return counts_BC2[..., 0] / counts_BC2.sum(-1)
 
-    def best(self, slots: Sequence[int]) -> int | None:
-        """Index of the exit that earns the rows most tokens a layer; None where nothing is known."""
-        alpha_BC = self.alpha(slots)
-        tpl_BCG = tokens_per_layer(alpha_BC, self.exits_C, self.layers, cost=self.cost)
-        sums_C = tpl_BCG.amax(-1).nansum(0)
-        at = int(sums_C.argmax())  # of equals the smallest exit
-        return at if float(sums_C[at]) > 0 else None
+    def choose(self, slots: Sequence[int]) -> tuple[int | None, list[float]]:
+        """The exit that earns the rows most tokens a layer, and the confidences below which their chains end.
 
-    def threshold(self, slot: int, at: int) -> float:
-        """Confidence halfway between right and wrong guesses of an exit; 0 where one kind has not been seen."""
-        if slot not in self._rows:
-            return 0.0
-        counts_2, sums_2 = self._rows[slot][at].unbind(-1)
-        halfway = float((sums_2 / counts_2).mean())
-        return halfway if halfway == halfway else 0.0
+        The only transfer from the device in a round.
+
+        Returns:
+            Index of the exit, None where nothing is known; per row what lies halfway between the mean confidences of
+            right and wrong guesses there, 0 where one kind has not been seen.
+        """
+        tpl_BCG = tokens_per_layer(self.alpha(slots), self.exits_C, self.layers, cost=self.cost)
+        most, at = tpl_BCG.amax(-1).nansum(0).max(0)  # of equals the smallest exit
+        counts_B2, sums_B2 = self._of(slots).index_select(1, at[None])[:, 0].unbind(-1)
+        halfway_B = (sums_B2 / counts_B2).mean(-1).nan_to_num(0.0)
+        known, chosen, *thresholds = torch.cat([most[None], at[None].float(), halfway_B]).tolist()
+        return int(chosen) if known > 0 else None, thresholds
+
+    def _of(self, slots: Sequence[int]) -> Tensor:
+        unknown = torch.full((len(self.exits), 2, 2), torch.nan, device=self.exits_C.device)
+        return torch.stack([self._rows.get(slot, unknown) for slot in slots])
 
 
 class DEL(LayerSkip):
@@ -118,6 +122,7 @@ class DEL(LayerSkip):
         super().__init__(backbone, ids_V, exits[0], size, earned, chain, steps)
         self.exits, self.depth = sorted(exits), max(exits)
         self.taps = (*self.exits, FINAL)
+        self._ids_V = torch.from_numpy(self._vocabulary_V).to(backbone.device)
         cost = OVERHEAD * backbone.config.layers
         self.shadows = Shadows(self.exits, backbone.config.layers, backbone.device, cost=cost)
 
@@ -159,11 +164,10 @@ class DEL(LayerSkip):
         reading, exits = not features.paths, len(self.exits)  # a prompt is read
         kept = [min(count, CONTEXT) if reading else count for count in features.counts]
         of_rows = [features.taps[tap].split(features.counts) for tap in self.taps]
-        streams = [each[i][-count:] for i, count in enumerate(kept) for each in of_rows[:exits]]
-        said_FR, tokens_FR = self._says(torch.cat(streams), 1)
-        device = self.shadows.exits_C.device
-        said_F = torch.from_numpy(said_FR[:, 0].copy()).exp().to(device)
-        tokens_F = torch.tensor(tokens_FR, device=device)[:, 0]
+        streams_Fd = torch.cat([each[i][-count:] for i, count in enumerate(kept) for each in of_rows[:exits]])
+        which = np.arange(len(streams_Fd))[:, None].tolist()
+        said_F, best_F = (each.flatten() for each in self._head.top(self._backbone.norm(streams_Fd), which, 1))
+        sure_F, tokens_F = said_F.exp(), self._ids_V.index_select(0, best_F)
         at = 0
         for i, (row, count) in enumerate(zip(rows, kept, strict=True)):
             mine = slice(at, at + count * exits)
@@ -171,14 +175,12 @@ class DEL(LayerSkip):
             if reading:
                 comes_T = self._backbone.argmax(of_rows[exits][i][-count:])
             else:
-                comes_T = torch.tensor(row.tokens[len(row.tokens) - count :], device=device)
-            guessed_CT, sure_CT = (each[mine].view(exits, count) for each in (tokens_F, said_F))
+                comes_T = torch.tensor(row.tokens[len(row.tokens) - count :], device=sure_F.device)
+            guessed_CT, sure_CT = (each[mine].view(exits, count) for each in (tokens_F, sure_F))
             self.shadows.told(row.slot, guessed_CT == comes_T, sure_CT)
 
     def draft(self, rows: Sequence[Row]) -> Draft:
-        slots = [row.slot for row in rows]
-        at = self.shadows.best(slots)
+        at, thresholds = self.shadows.choose([row.slot for row in rows])
         if at is not None:
             self.exit = self.exits[at]
-        thresholds = [self.shadows.threshold(slot, self.exits.index(self.exit)) for slot in slots]
         return self._drafted(rows, self.exit, thresholds, [tap for tap in self.exits if tap < self.exit])
