@@ -13,9 +13,10 @@ Legend: B rows, N nodes of one tree, M nodes of all trees, V vocabulary, d hidde
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -207,6 +208,8 @@ class Drafter(ABC):
         lossless: whether the output equals plain decoding's under exact verification.
         depth: layers of the backbone that drafting runs, in the engine's cache (see `bind`).
         usual_cost: what drafting takes, as a share of a plain step, where nobody has measured it.
+        parameters: numbers that it adds to the model.
+        tokens_per_step: what its tree of each size earned on held-out text, where that was measured.
     """
 
     taps: tuple[int, ...] = ()
@@ -214,6 +217,8 @@ class Drafter(ABC):
     lossless: bool = True
     depth: int = 0
     usual_cost: float = 0.15
+    parameters: int = 0
+    tokens_per_step: Mapping[int, float] = MappingProxyType({})
 
     @classmethod
     def build(cls, backbone: Backbone, *args: Any, **options: Any) -> Drafter:
@@ -224,16 +229,6 @@ class Drafter(ABC):
     def most_nodes(self) -> int:
         """The largest tree it will draft, root included: the engine reserves that many cache slots."""
         return 64
-
-    @property
-    def tokens_per_step(self) -> dict[int, float]:
-        """What its tree of each size earned on held-out text, where that was measured."""
-        return {}
-
-    @property
-    def parameters(self) -> int:
-        """Numbers that it adds to the model."""
-        return 0
 
     @property
     def extra_nodes(self) -> int:

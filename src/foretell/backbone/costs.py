@@ -10,7 +10,7 @@ import hashlib
 import math
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -46,7 +46,7 @@ class StepCosts:
         share = (nodes - below) / (above - below) if above > below else 0.0
         return sizes[below] * (1 - share) + sizes[above] * share
 
-    def best_size(self, rows: int, context: int, tokens_per_step: dict[int, float], drafting: float = 0.0) -> int:
+    def best_size(self, rows: int, context: int, tokens_per_step: Mapping[int, float], drafting: float = 0.0) -> int:
         """The tree size of the most tokens per second, where `tokens_per_step` says what each size earns."""
         return max(tokens_per_step, key=lambda n: self.rate(rows, context, n, tokens_per_step[n], drafting))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from statistics import median
 from typing import TYPE_CHECKING, Annotated
@@ -69,7 +70,7 @@ def _drafting(llm: LLM, drafter: Drafter) -> float:
     return median(each.draft_seconds / max(1, each.steps) for each in found)
 
 
-def _table(costs: StepCosts, drafting: float, earned: dict[int, float]) -> None:
+def _table(costs: StepCosts, drafting: float, earned: Mapping[int, float]) -> None:
     """Milliseconds of a step by nodes; with a drafter that has trees, its best size and what it should gain."""
     from rich.console import Console
     from rich.table import Table

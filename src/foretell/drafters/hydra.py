@@ -85,7 +85,12 @@ class Hydra(Drafter):
     ):
         check_shapes(tensors, shapes(arch, backbone.config.hidden, len(tensors["vocabulary"])))
         self._scales = read_scales(scales, arch["heads"])
-        self._earned, self.size, self.grown, self.paths = earned or {}, size, grown, [tuple(path) for path in paths]
+        self.tokens_per_step, self.size, self.grown, self.paths = (
+            earned or {},
+            size,
+            grown,
+            [tuple(path) for path in paths],
+        )
         self.taps, self.grounded, self.heads = (*arch["taps"], FINAL), arch["grounded"], arch["heads"]
         self.chained = arch["chained"]
         self._hidden, self._device = backbone.config.hidden, backbone.device
@@ -113,7 +118,7 @@ class Hydra(Drafter):
         layer = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("prefix.")}
         fuse = tensors["fuse"] if arch["fused"] else None
         self._prefix = backbone.prefix(layer, fuse) if arch["prefix"] else None
-        self._parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
+        self.parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
         self._states: dict[int, Tensor] = {}  # slot -> of the newest token but one: state, then streams [S, d]
 
     @classmethod
@@ -180,14 +185,6 @@ class Hydra(Drafter):
     @property
     def most_nodes(self) -> int:
         return MOST
-
-    @property
-    def tokens_per_step(self) -> dict[int, float]:
-        return self._earned
-
-    @property
-    def parameters(self) -> int:
-        return self._parameters
 
     # -- what was committed -----------------------------------------------------------------------------------------
 

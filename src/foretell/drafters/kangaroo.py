@@ -107,7 +107,7 @@ class Kangaroo(Drafter):
         d = backbone.config.hidden
         check_shapes(tensors, {"norm": (d,)} | output_shape(arch, d, len(tensors["vocabulary"])))
         (self.exit,) = self.taps = (check_exit(arch["taps"][0], backbone),)
-        self.depth, self._backbone, self._earned, self.size = self.exit, backbone, earned or {}, size
+        self.depth, self._backbone, self.tokens_per_step, self.size = self.exit, backbone, earned or {}, size
         self.chain, self.steps, self.threshold, self._scales = chain, steps, threshold, read_scales(scales, 1)
         self._vocabulary_V = tensors["vocabulary"].long().numpy()
         layer = {name[8:]: tensor for name, tensor in tensors.items() if name.startswith("adapter.")}
@@ -123,7 +123,7 @@ class Kangaroo(Drafter):
             self._adapter, self._skip,
         ))  # fmt: skip
         self._least = 2 * (self.exit / backbone.config.layers + OVERHEAD)  # a step earns two tokens
-        self._parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
+        self.parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
         self._cache: KVCache | None = None
         self._own = self._adapter.new_cache(1, 1)
         self._waiting: dict[int, list[Tensor]] = {}  # slot -> committed states that the adapter has not read
@@ -176,14 +176,6 @@ class Kangaroo(Drafter):
     @property
     def most_nodes(self) -> int:
         return MOST
-
-    @property
-    def tokens_per_step(self) -> dict[int, float]:
-        return self._earned
-
-    @property
-    def parameters(self) -> int:
-        return self._parameters
 
     # -- what was committed -----------------------------------------------------------------------------------------
 

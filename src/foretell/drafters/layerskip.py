@@ -156,7 +156,13 @@ class LayerSkip(Drafter):
         earned: dict[int, float] | None = None, chain: bool = False, steps: int = 6, threshold: Threshold | None = None,
     ):  # fmt: skip
         self.depth = self.exit = check_exit(exit, backbone)
-        self._backbone, self.size, self._earned, self.chain, self.steps = backbone, size, earned or {}, chain, steps
+        self._backbone, self.size, self.tokens_per_step, self.chain, self.steps = (
+            backbone,
+            size,
+            earned or {},
+            chain,
+            steps,
+        )
         self.threshold = threshold or Threshold(0.0)
         ids_V = torch.arange(backbone.config.vocab) if ids_V is None else ids_V.long()
         self._vocabulary_V = ids_V.numpy()
@@ -246,10 +252,6 @@ class LayerSkip(Drafter):
     @property
     def most_nodes(self) -> int:
         return MOST
-
-    @property
-    def tokens_per_step(self) -> dict[int, float]:
-        return self._earned
 
     def bind(self, cache: KVCache) -> None:
         self._cache = cache

@@ -144,7 +144,12 @@ class Medusa(Drafter):
     ):
         check_shapes(tensors, _shapes(arch, backbone.config.hidden, len(tensors["vocabulary"])))
         self._scales = read_scales(scales, arch["heads"])
-        self._earned, self.size, self.grown, self.paths = earned or {}, size, grown, [tuple(path) for path in paths]
+        self.tokens_per_step, self.size, self.grown, self.paths = (
+            earned or {},
+            size,
+            grown,
+            [tuple(path) for path in paths],
+        )
         self.taps = (*arch["taps"], FINAL)
         self._embed = backbone.embed if arch["root"] else None
         self._vocabulary_V = tensors["vocabulary"].numpy().astype(np.int64)
@@ -157,7 +162,7 @@ class Medusa(Drafter):
         shared = arch["output"] == "shared"
         outputs = backbone.head_rows(tensors["vocabulary"].long())[None] if shared else tensors["head"]
         self._heads = backbone.heads(blocks, list(outputs))
-        self._parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
+        self.parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
         self._states: dict[int, list[Tensor]] = {}  # slot -> of the newest token but one: state, then streams [d]
 
     @classmethod
@@ -214,14 +219,6 @@ class Medusa(Drafter):
     @property
     def most_nodes(self) -> int:
         return len(self.paths) + 1
-
-    @property
-    def tokens_per_step(self) -> dict[int, float]:
-        return self._earned
-
-    @property
-    def parameters(self) -> int:
-        return self._parameters
 
     def reset(self, rows: Sequence[Row]) -> None:
         for row in rows:

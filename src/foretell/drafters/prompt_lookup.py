@@ -162,18 +162,11 @@ class WithLookup(Drafter):
         self.inner, self.lookup = inner, PromptLookup(**lookup)
         self._cache: KVCache | None = None
         self.taps, self.cuts, self.lossless, self.depth = inner.taps, inner.cuts, inner.lossless, inner.depth
+        self.parameters, self.tokens_per_step = inner.parameters, inner.tokens_per_step
 
     @property
     def most_nodes(self) -> int:
         return max(self.inner.most_nodes, self.lookup.nodes)
-
-    @property
-    def tokens_per_step(self) -> dict[int, float]:
-        return self.inner.tokens_per_step
-
-    @property
-    def parameters(self) -> int:
-        return self.inner.parameters
 
     @property
     def extra_nodes(self) -> int:
