@@ -326,6 +326,28 @@ def test_drafted_tokens_keep_the_distribution_and_drawing_again_does_not() -> No
     assert chi_square(*second_tokens(redraw=True)) < 1e-9
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("parents", [(-1, 0, 1), (-1, 0, 1, 0, 0, 1, 1)], ids=["chain", "comb"])
+def test_chains_and_combs_keep_the_joint_distribution(parents: tuple[int, ...]) -> None:
+    """Of two tokens: both drafted, the second a bonus, or the first one already; truncated, and 20,000 times."""
+    params = SamplingParams(temperature=0.8, top_p=0.9)
+    tokens = [1, 2, 3, 0, 4, 1, 2][: len(parents)]  # siblings differ
+    drawn: list[int] = []
+    for key in range(20_000):
+        state = State([0, 1], params)
+        said = verify(Draft([TokenTree(parents)], [tokens]), state, key)[:2]
+        if len(said) < 2:
+            said += plain(State([0, 1, *said], params), 1, key)
+        drawn.append(said[0] * VOCAB + said[1])
+    first = distribution_twin(target_logits([0, 1]).double().tolist(), params)
+    pairs = [
+        p * q
+        for token, p in enumerate(first)
+        for q in distribution_twin(target_logits([0, 1, token]).double().tolist(), params)
+    ]
+    assert chi_square(drawn, pairs) > 1e-3
+
+
 # -- processors -----------------------------------------------------------------------------------------------------
 
 
