@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cost_model
+
 from foretell.bench.report import facts, main_table, markdown_table, sections
 from foretell.bench.results import read_results
 
@@ -163,6 +165,23 @@ def quality(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def own_layers(folder: Path) -> list[str]:
+    """Drafters without heads: what was measured, and what it would come to at other sizes."""
+    lines = ["## Measured", ""]
+    for each in sorted(folder.glob("own_layers*/results.json")):
+        lines += measured(each.parent)
+        rows = {row["contender"]: row for row in read_results(each.parent)["table"]}
+        if row := rows.get("kangaroo"):
+            tokens, levels = row["tokens_per_step"], row["levels_per_step"]
+            lines += [
+                f"At other sizes (`python tools/cost_model.py`): what a guess would cost where a step costs the reading of "
+                f"the weights and nothing else, and what Kangaroo's {tokens:.2f} tokens and {levels:.2f} levels a step "
+                "would gain there.",
+                "", *cost_model.table(tokens, levels), "",
+            ]  # fmt: skip
+    return lines
+
+
 def ablation(section: dict[str, Any]) -> list[str]:
     """What each option of Hydra++ is worth after the same training."""
     runs = section["result"]
@@ -231,6 +250,7 @@ def pages() -> dict[Path, str]:
             *core(_json(folder / "core.json")),
         ],
         ROOT / "docs/benchmarks.md": [*head, *(line for each in every for line in measured(each))],
+        ROOT / "docs/own-layers.md": own_layers(folder),
         ROOT / "docs/training.md": [
             *head, *trained(),
             *(line for name, model in HEADS.items() if (folder / name).exists()

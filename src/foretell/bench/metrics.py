@@ -92,6 +92,7 @@ def _steps(mine: Sequence[Record], seconds: float) -> dict[str, Any]:
             [sum(d[depth][i] for d in depths if depth < len(d)) for i in (0, 1)] for depth in range(deepest)
         ]  # fmt: skip
         out["acceptance_by_depth"] = [kept / offered for offered, kept in sums]
+        out["levels_per_step"] = sum(offered for offered, _ in sums) / steps
         out["tokens_of_steps"] = histogram(sums, steps)
     if _one_by_one(mine) and all("draft_seconds" in r for r in mine):
         shares = {
