@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from random_backbones import prefilled, same
-from toy_drafters import Answers, EarlyExit
+from toy_drafters import Answers
 
 from foretell.backbone import Backbone
 from foretell.contracts import Drafter, Event, SamplingParams, Statistics, TokenLogprob
@@ -82,10 +82,7 @@ def assert_adds_up(output: Output) -> None:
 
 def decoder_of(backbone: Backbone, drafter: Drafter, tokenizer: Any = None, **options: Any) -> SpeculativeDecoder:
     """Always speculating: what the governor decides depends on the clock."""
-    decoder = SpeculativeDecoder(backbone, drafter, tokenizer, **({"adapt": False} | options))
-    if isinstance(drafter, EarlyExit):
-        drafter.cache = decoder.cache
-    return decoder
+    return SpeculativeDecoder(backbone, drafter, tokenizer, **({"adapt": False} | options))
 
 
 def held_like_a_fresh_prefill(decoder: SpeculativeDecoder) -> int:

@@ -18,12 +18,13 @@ from random_backbones import BF16, DTYPES, FP32, KERNELS, Model, check, models, 
 from tiny_models import DIMENSIONS, VARIANTS
 from toy_drafters import Answers, Checker, EarlyExit, Inserter, Oracle, RandomTrees
 
+from foretell import drafters
 from foretell.api import LLM
 from foretell.backbone import Backbone
 from foretell.contracts import Decoder, Draft, Drafter, SamplingParams
 from foretell.conversations import Conversation, converse
 from foretell.drafters.plain import Plain
-from foretell.drafters.prompt_lookup import PromptLookup
+from foretell.drafters.prompt_lookup import PromptLookup, WithLookup
 from foretell.engine import SpeculativeDecoder
 from foretell.errors import UsageError
 from foretell.trees import TokenTree, chain
@@ -498,6 +499,44 @@ def test_streams_of_one_model_may_take_turns_and_be_left_unfinished() -> None:
     left.close()
     assert not llm.decoder().undelivered
     assert not llm.decoder().busy
+
+
+@pytest.mark.parametrize("name", ["early exit", "kangaroo", "layerskip", "del", "swift"])
+def test_engines_may_share_a_drafter_that_runs_layers(name: str) -> None:
+    """Each finds its own cache bound when it is its turn."""
+    from test_kangaroo import drafter_of as kangaroo_of
+    from test_kangaroo import random_adapter
+
+    backbone = tiny(num_hidden_layers=4)
+    drafter = {
+        "early exit": lambda: EarlyExit(backbone, 1),
+        "kangaroo": lambda: kangaroo_of(backbone, random_adapter(backbone)),
+        "layerskip": lambda: drafters.build("layerskip", backbone, exit=2),
+        "del": lambda: drafters.build("del", backbone, stride=1),
+        "swift": lambda: drafters.build("swift", backbone, window=4, threshold=0.0),
+    }[name]()
+    requests = mixed_requests()[:5]
+    truth = plainly(backbone, requests)
+    one, other = (SpeculativeDecoder(backbone, drafter, adapt=False, max_rows=rows) for rows in (1, 2))
+    told: list[tuple[SpeculativeDecoder, dict[int, tuple[int, Output]]]] = []
+    for decoder, mine in ((one, (0, 3)), (other, (1, 2, 4))):
+        told.append((decoder, {decoder.submit(*requests[i], i): (i, Output()) for i in mine}))
+    while one.busy or other.busy:
+        for decoder, outputs in told:
+            for event in decoder.step() if decoder.busy else []:
+                outputs[event.request][1].add(event)
+    for _, outputs in told:
+        assert_same([output for _, output in outputs.values()], [truth[i] for i, _ in outputs.values()])
+
+
+def test_lookup_joins_drafts_that_say_nothing_of_their_worth() -> None:
+    backbone = tiny(num_hidden_layers=4)
+    requests = mixed_requests()
+    truth = plainly(backbone, requests)
+    drafter = WithLookup(EarlyExit(backbone, 2))
+    decoder = decoder_of(backbone, drafter, max_rows=3)
+    assert_same(finish(decoder, requests), truth)
+    assert held_like_a_fresh_prefill(decoder) > 0
 
 
 def test_conversations_beside_an_open_stream_get_their_own_events() -> None:

@@ -16,7 +16,7 @@ from test_medusa import backbone_of, requests
 from foretell import drafters
 from foretell.backbone import Backbone, Nodes
 from foretell.contracts import SamplingParams
-from foretell.drafters import skipping
+from foretell.drafters import skipping, swift
 from foretell.drafters.lower import Threshold, main_chain
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.drafters.skipping import Plan, PlanSearch
@@ -190,28 +190,36 @@ def test_a_search_ends_when_it_is_good_enough_or_in_vain(monkeypatch: pytest.Mon
             assert search.trials == most + 1 + (name == "TOLERANCE")
 
 
-def test_another_kind_of_text_begins_the_search_anew() -> None:
-    search = PlanSearch(8)
-    search.candidate()
-    search.told(0.99)
-    for _ in range(40):
-        search.accepted(9, 10)
-    assert not search.searching  # as usual
-    for _ in range(10):
-        search.accepted(5, 10)
-    assert search.searching
-    assert search.score == -1.0
-    kept = search.plan
-    assert search.candidate() == kept
+def drafting(search: PlanSearch, right: float, steps: int, rng: random.Random) -> int:
+    """Steps of chains of five whose guesses are right so often, until the search begins; `steps` at most."""
+    for step in range(steps):
+        kept = next((i for i in range(5) if rng.random() >= right), 5)
+        search.accepted(kept, 5)
+        if search.searching:
+            return step
+    return steps
+
+
+@pytest.mark.parametrize("right", [0.3, 0.6, 0.9, 0.98])
+def test_chance_does_not_begin_the_search_anew_and_another_text_does(right: float) -> None:
+    for seed in range(5):
+        rng, search = random.Random(seed), PlanSearch(8)
+        search.candidate()
+        search.told(0.99)
+        assert drafting(search, right, 3000, rng) == 3000
+        kept = search.plan
+        if right > 0.5:
+            assert drafting(search, right - 0.35, 300, rng) < 150
+            assert search.score == -1.0
+            assert search.candidate() == kept
     quiet = PlanSearch(8, plan=kept, score=0.9, enabled=False)
-    for share in (9, 0):
-        for _ in range(40):
-            quiet.accepted(share, 10)
-    assert not quiet.searching
+    assert drafting(quiet, right, 500, rng) == drafting(quiet, 0.0, 500, rng) == 500
 
 
 def test_a_text_that_changes_is_noticed_while_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(skipping, "RECENT", 8)
+    for name in ("USUAL", "RECENT"):
+        monkeypatch.setattr(skipping, name, 8)
+    monkeypatch.setattr(skipping, "SURE", 0)
     backbone = deep()
     drafter = swift_of(backbone, search=True, window=4, steps=4, nodes=40, threshold=Threshold(0.0))
     drafter.search = PlanSearch(LAYERS, 0.5, NOTHING, 1.0)
@@ -222,6 +230,32 @@ def test_a_text_that_changes_is_noticed_while_decoding(monkeypatch: pytest.Monke
     drafter.search.plan = Plan(tuple(range(1, LAYERS - 1)), tuple(range(1, LAYERS - 1)))  # the text it errs on
     finish(decoder, [request])
     assert drafter.search.trials > 0
+
+
+@pytest.mark.parametrize("lookup", [False, True])
+def test_what_is_accepted_is_counted_by_its_tokens(lookup: bool) -> None:
+    """Nothing is skipped, so every guess of a chain is right, whatever lookup adds to the tree."""
+    backbone, told = deep(), list[tuple[int, int]]()
+    drafter = swift_of(backbone, NOTHING, steps=3, nodes=24, threshold=Threshold(0.0))
+    drafter.search.accepted = lambda kept, drafted: told.append((kept, drafted))  # type: ignore[method-assign]
+    request = ([1, 2, 3] * 6, SamplingParams(max_new_tokens=40, ignore_eos=True))
+    finish(decoder_of(backbone, WithLookup(drafter) if lookup else drafter), [request])
+    assert len(told) > 5
+    assert all(kept == known for kept, known in told)
+
+
+def test_the_adaptive_threshold_is_told_while_decoding() -> None:
+    backbone = deep()
+    request = ([1, 2, 3, 4], SamplingParams(max_new_tokens=40, ignore_eos=True))
+    for plan, nodes in ((NOTHING, 5), (random_plan(2), 40)):
+        drafter = swift_of(backbone, plan, steps=8, nodes=nodes, threshold=Threshold(0.0, adaptive=True))
+        finish(decoder_of(backbone, drafter), [request])
+        if plan == NOTHING:  # all is accepted, and four guesses are all that the tree has room for
+            assert drafter.threshold.accepted > 0.9
+            assert drafter.threshold.value > 0.0
+        else:
+            assert drafter.threshold.accepted < 0.9
+            assert drafter.threshold.value > 0.002
 
 
 # -- plans in files -------------------------------------------------------------------------------------------------
@@ -238,6 +272,33 @@ def test_a_plan_is_kept_and_used_again(tmp_path: Path) -> None:
     assert isinstance(again, Swift)
     assert again.search.plan == drafter.search.plan
     assert not again.search.searching
+
+
+def test_a_plan_in_a_file_makes_room_for_better_ones_only(tmp_path: Path) -> None:
+    backbone, path = deep(), tmp_path / "plan.json"
+    Plan((1,), (2,)).save(path, backbone, 0.99)
+    drafter = drafters.build("swift", backbone, plan=str(path), window=4, threshold=0.0)
+    assert isinstance(drafter, Swift)
+    drafter.search._begin_anew()
+    request = ([1, 2, 3, 4], SamplingParams(max_new_tokens=60, ignore_eos=True))
+    finish(decoder_of(backbone, drafter), [request])
+    assert drafter.search.trials > 0
+    assert Plan.load(path, backbone)[1] >= 0.99
+
+
+def test_what_a_search_needs_is_asked_for_at_the_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = deep()
+    with pytest.raises(UsageError, match="There is no plan"):
+        drafters.build("swift", backbone, plan=str(tmp_path / "plan.json"), search=False)
+    with pytest.raises(ForetellError, match="No plan can be kept in"):
+        drafters.build("swift", backbone, plan=str(tmp_path / "no" / "plan.json"))
+    monkeypatch.setattr(swift, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"needs optuna"):
+        drafters.build("swift", backbone)
+    Plan((1,), (2,)).save(tmp_path / "plan.json", backbone, 0.9)
+    drafter = drafters.build("swift", backbone, plan=str(tmp_path / "plan.json"))
+    assert isinstance(drafter, Swift)
+    assert not drafter.search.enabled
 
 
 def test_plans_that_do_not_fit_are_one_sentence(tmp_path: Path) -> None:

@@ -83,7 +83,10 @@ class EarlyExit(Drafter):
 
     def __init__(self, backbone: Backbone, layer: int, levels: int = 3):
         self.backbone, self.layer, self.levels = backbone, layer, levels
-        self.cache: KVCache | None = None  # the engine's own, handed over by the test
+        self.cache: KVCache | None = None
+
+    def bind(self, cache: KVCache) -> None:
+        self.cache = cache
 
     def draft(self, rows: Sequence[Row]) -> Draft:
         assert self.cache is not None

@@ -210,6 +210,7 @@ class Drafter(ABC):
         usual_cost: what drafting takes, as a share of a plain step, where nobody has measured it.
         parameters: numbers that it adds to the model.
         tokens_per_step: what its tree of each size earned on held-out text, where that was measured.
+        bound: the cache that it was bound to last; engines that share a drafter bind it anew when it is their turn.
     """
 
     taps: tuple[int, ...] = ()
@@ -219,6 +220,7 @@ class Drafter(ABC):
     usual_cost: float = 0.15
     parameters: int = 0
     tokens_per_step: Mapping[int, float] = MappingProxyType({})
+    bound: KVCache | None = None
 
     @classmethod
     def build(cls, backbone: Backbone, *args: Any, **options: Any) -> Drafter:
@@ -236,9 +238,9 @@ class Drafter(ABC):
         return 0
 
     def bind(self, cache: KVCache) -> None:  # noqa: B027
-        """The engine's cache, before the first step: for methods that run layers themselves while drafting.
+        """The engine's cache, before a step if another engine's was bound: for methods that run layers while drafting.
 
-        What was kept for another engine's rows is void.
+        What was kept for that engine's rows is void.
         """
 
     def holds(self, slot: int, tokens: int) -> int:

@@ -10,8 +10,7 @@ Shapes: keys and values [L layers, R rows, G key/value heads, S slots, D head wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -92,11 +91,8 @@ class KVCache:
         if not moved:
             return
         at, source, target = np.array(moved).T
-        whole = torch.int16 if self.keys.itemsize == 2 else torch.int32
         for tensor in (self.keys, self.values):
-            # through NumPy where it can be: PyTorch would wake a team of its own, which then spins on our cores
-            held: Any = tensor.view(whole).numpy() if tensor.is_cpu else tensor
-            held = held[:layers]
+            held = _bits(tensor)[:layers]
             held[:, at, :, target] = held[:, at, :, source]
 
     def rollback(self, row: int, length: int) -> None:
@@ -107,25 +103,22 @@ class KVCache:
             )
         self.lengths[row] = length
 
-    @contextmanager
-    def lent(self, row: int, length: int) -> Iterator[None]:
-        """Forgets, for a while, all but the first `length` slots of a row: what passes write meanwhile is undone.
-
-        They may write as many slots as were forgotten.
-        """
-        held = self.lengths[row]
-        kept = [tensor[:, row, :, length:held].clone() for tensor in (self.keys, self.values)]
-        self.rollback(row, length)
-        try:
-            yield
-        finally:
-            for tensor, before in zip((self.keys, self.values), kept, strict=True):
-                tensor[:, row, :, length:held] = before
-            self.lengths[row] = held
+    def copy(self, other: KVCache, row: int, length: int) -> None:
+        """Begins row 0 anew with the first `length` committed slots of another cache's row."""
+        self.lengths[0] = 0
+        self.reserve(length, rows=1)
+        for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            _bits(ours)[:, 0, :, :length] = _bits(theirs)[:, row, :, :length]
+        self.lengths[0] = length
 
     def read(self, row: int) -> tuple[Tensor, Tensor]:
         """Committed keys and values of a row, each [L, G, length, D]."""
         return self.keys[:, row, :, : self.lengths[row]], self.values[:, row, :, : self.lengths[row]]
+
+
+def _bits(tensor: Tensor) -> Any:
+    """Through NumPy where it can be: PyTorch would wake a team of its own, which then spins on our cores."""
+    return tensor.view(torch.int16 if tensor.itemsize == 2 else torch.int32).numpy() if tensor.is_cpu else tensor
 
 
 def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:

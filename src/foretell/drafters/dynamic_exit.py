@@ -30,7 +30,7 @@ from foretell.backbone import Backbone, KVCache
 from foretell.contracts import FINAL, Draft, Features, Row
 from foretell.drafters.layerskip import OVERHEAD, LayerSkip, candidates
 from foretell.drafters.lower import MOST
-from foretell.drafters.parts import tree_size
+from foretell.drafters.parts import check_exit, tree_size
 from foretell.errors import check_numbers
 
 DECAY = 0.95
@@ -119,8 +119,9 @@ class DEL(LayerSkip):
         self, backbone: Backbone, ids_V: Tensor | None, exits: Sequence[int], size: Callable[[int, int], int],
         earned: dict[int, float] | None = None, chain: bool = True, steps: int = LONGEST,
     ):  # fmt: skip
-        super().__init__(backbone, ids_V, exits[0], size, earned, chain, steps)
-        self.exits, self.depth = sorted(exits), max(exits)
+        super().__init__(backbone, ids_V, exits[0] if exits else backbone.config.layers, size, earned, chain, steps)
+        self.exits = sorted(check_exit(exit, backbone) for exit in exits)
+        self.depth = self.exits[-1]
         self.taps = (*self.exits, FINAL)
         self._ids_V = torch.from_numpy(self._vocabulary_V).to(backbone.device)
         cost = OVERHEAD * backbone.config.layers

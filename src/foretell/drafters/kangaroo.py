@@ -127,6 +127,7 @@ class Kangaroo(Drafter):
         self._cache: KVCache | None = None
         self._own = self._adapter.new_cache(1, 1)
         self._waiting: dict[int, list[Tensor]] = {}  # slot -> committed states that the adapter has not read
+        self._lost: set[int] = set()  # slots whose row it has not seen from its beginning
 
     @classmethod
     def build(
@@ -182,19 +183,21 @@ class Kangaroo(Drafter):
     def bind(self, cache: KVCache) -> None:
         self._cache, self._own = cache, self._adapter.new_cache(cache.rows, cache.slots)
         self._waiting.clear()
+        self._lost = set(range(cache.rows))
 
     def _known(self, slot: int) -> int:
         """Committed states of a slot that the adapter has read or will."""
         return self._own.lengths[slot] + sum(map(len, self._waiting.get(slot, []))) if slot < self._own.rows else 0
 
     def holds(self, slot: int, tokens: int) -> int:
-        """An interruption may have kept states from coming here."""
-        return min(tokens, self._known(slot))
+        """Nothing where an interruption, or another engine, kept states from coming here."""
+        return 0 if slot in self._lost else min(tokens, self._known(slot))
 
     def reset(self, rows: Sequence[Row]) -> None:
         self._own.reserve(self._own.slots, rows=max(row.slot for row in rows) + 1)
         for row in rows:
             length, reused = self._own.lengths[row.slot], min(row.reused, self._known(row.slot))
+            self._lost.discard(row.slot)
             waiting = self._waiting.pop(row.slot, None)
             self._own.rollback(row.slot, min(length, reused))
             if waiting and reused > length:
@@ -202,8 +205,7 @@ class Kangaroo(Drafter):
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
         for row, states_Pd in zip(rows, features.taps[self.exit].split(features.counts), strict=True):
-            waiting = self._waiting.setdefault(row.slot, [])
-            waiting.append(states_Pd)
+            self._waiting[row.slot] = waiting = [*self._waiting.get(row.slot, []), states_Pd]
             if sum(map(len, waiting)) > KEPT:
                 self._read([row.slot], [torch.cat(waiting)])
 
@@ -225,21 +227,26 @@ class Kangaroo(Drafter):
 
     def draft(self, rows: Sequence[Row]) -> Draft:
         assert self._cache is not None, "the engine binds its cache first"
+        self._lost |= {row.slot for row in rows if self._known(row.slot) != self._cache.lengths[row.slot]}
         count, how = self.steps, dict[str, Any]({"thresholds": [self.threshold] * len(rows)})
         if not self.chain:
             count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), MOST) - 1
             how = {"beam": BEAM, "least": self._least}
         if self._climber is None:
             return Lower(self._backbone, self._cache, rows).grow(self.exit, self._guesses, count, self.steps, **how)
-        waiting = [self._waiting.pop(row.slot, None) if row.budget > 1 else None for row in rows]
+        waiting = [self._waiting.get(row.slot) if row.budget > 1 else None for row in rows]
         states = [None if each is None else torch.cat(each) for each in waiting]
         known = [
             self._own.lengths[row.slot] + (0 if w is None else len(w)) for row, w in zip(rows, states, strict=True)
         ]
         self._own.reserve(max(known) + MOST)
-        return climbed(
+        draft = climbed(
             self._climber, self._cache, rows, self.exit, count, self.steps, own=self._own, waiting=states, **how
         )
+        for row in rows:
+            if row.budget > 1:
+                self._waiting.pop(row.slot, None)
+        return draft
 
     def _guesses(self, hidden_Fd: Tensor, nodes: Nodes) -> tuple[Floats, list[list[int]]]:
         """Log-probabilities and tokens of what comes after nodes that have passed the lower layers, best first."""

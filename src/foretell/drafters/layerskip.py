@@ -7,7 +7,8 @@ often, and has the streams after earlier layers say the next token through the s
 `BASE+ADAPTER`, and its own plain decoding is the reference for its drafts.
 
 Differences: the last layer's loss is KL(p before ‖ p now), so that the text stays what it was; exits learn what the
-backbone would have said, over a draft vocabulary; only a set of candidate exits learns, and of them a few a step.
+backbone would have said, over a draft vocabulary; only a set of candidate exits learns, and of them a few a step, drawn
+anew each time where the paper takes turns.
 
 As published, a draft is a chain of a fixed length; it may end where a token is less probable than a threshold, fixed or
 adaptive (Draft & Verify), or be a tree that grows best first. Any model drafts so; without training, rarely right.
@@ -34,7 +35,7 @@ from foretell.backbone.linear import LowerDrafting
 from foretell.contracts import FINAL, Draft, Drafter, Features, Row
 from foretell.drafters.checkpoint import damage_named, find, shipped
 from foretell.drafters.learning import GuessingHeads, TrainingBatch, targets, weighed
-from foretell.drafters.lower import MOST, Lower, Threshold, climbed, main_chain
+from foretell.drafters.lower import MOST, Chain, Lower, Threshold, climbed
 from foretell.drafters.parts import check_exit, check_options, draft_vocabulary, tree_size
 from foretell.drafters.pupil import Pupil
 from foretell.errors import ForetellError, UsageError, check_numbers
@@ -170,7 +171,7 @@ class LayerSkip(Drafter):
         self._width = 1 if chain else min(WIDTH, len(ids_V))
         self._climber = backbone.climber(LowerDrafting(self._head, self._width, self._vocabulary_V))
         self._cache: KVCache | None = None
-        self._chains: dict[int, list[int]] = {}  # slot -> nodes of the last draft's chain
+        self._chains: dict[int, Chain] = {}  # slot -> the last draft's
 
     @classmethod
     def build(
@@ -235,6 +236,7 @@ class LayerSkip(Drafter):
             ("scale", 0, 100),
             ("period", 1, 1024),
             ("stride", 1, layers - 1),
+            ("hold", 0.01, 1),
         ]
         check_numbers(numbers, ranges, whole=("rank", "period", "stride"))
         exit = check_exit(exit or max(1, layers // 4 // stride * stride), backbone)
@@ -258,15 +260,17 @@ class LayerSkip(Drafter):
         self._chains.clear()
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
-        for row, path in zip(rows, features.paths, strict=False):  # none while a prompt is read
-            chain = self._chains.pop(row.slot, [])
-            kept = sum(one == other for one, other in zip(path[1:], chain, strict=False))
-            self.threshold.told(kept, len(chain), self.steps)
+        for row, count, _ in zip(
+            rows, features.counts, features.paths, strict=False
+        ):  # no paths while a prompt is read
+            if chain := self._chains.pop(row.slot, None):
+                kept, known = chain.judged(row.tokens[len(row.tokens) - count :])
+                self.threshold.told(kept, len(chain.tokens) if kept < known else kept, chain.most)
 
     def draft(self, rows: Sequence[Row]) -> Draft:
         draft = self._drafted(rows, self.exit, [self.threshold.value] * len(rows))
-        for row, tree in zip(rows, draft.trees, strict=True):
-            self._chains[row.slot] = main_chain(tree)
+        for row, tree, tokens in zip(rows, draft.trees, draft.tokens, strict=True):
+            self._chains[row.slot] = Chain.of(tree, tokens, min(self.steps, row.budget - 1))
         return draft
 
     def _drafted(self, rows: Sequence[Row], exit: int, thresholds: Sequence[float], taps: Sequence[int] = ()) -> Draft:

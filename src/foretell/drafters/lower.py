@@ -134,7 +134,7 @@ class Lower:
             self.trees[i].asked = []
 
     def draft(self, count: int, whole: bool) -> Draft:
-        """Trees of the best nodes, `count` besides the root; `whole` keeps all that ran."""
+        """Trees of the best nodes, `count` besides the root; `whole` keeps chains, with their last guesses."""
         trees: list[TokenTree] = []
         tokens: list[list[int]] = []
         given: list[list[float]] = []
@@ -142,8 +142,11 @@ class Lower:
         for tree, ran in zip(self.trees, self._ran, strict=True):
             chosen = {0, *tree.best(count)}
             if whole:
-                others = [node for node in tree.best(len(tree.parents)) if node not in ran]
-                chosen = {0, *ran, *others[: max(0, count + 1 - max(1, len(ran)))]}
+                chain = {0, *ran}
+                if ran and ran[-1] in tree.parents:
+                    chain.add(tree.parents.index(ran[-1]))  # what the last one guessed first
+                others = [node for node in tree.best(len(tree.parents)) if node not in chain]
+                chosen = chain.union(others[: max(0, count + 1 - len(chain))])
             kept.append([at for at, node in enumerate(ran) if node in chosen])
             order = [ran[at] for at in kept[-1]] or [0]
             order += sorted(chosen.difference(ran, [0]))
@@ -190,6 +193,25 @@ def main_chain(tree: TokenTree) -> list[int]:
         node = tree.children[node][0]
         chain.append(node)
     return chain
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The best guesses of a draft, one behind the other, and how many there could have been."""
+
+    tokens: list[int]
+    most: int
+
+    @classmethod
+    def of(cls, tree: TokenTree, tokens: Sequence[int], most: int) -> Chain:
+        return cls([tokens[node] for node in main_chain(tree)], most)
+
+    def judged(self, came: Sequence[int]) -> tuple[int, int]:
+        """How many of them came true, of how many that is known: behind what came nobody has looked."""
+        seen = min(len(self.tokens), len(came))
+        pairs = enumerate(zip(self.tokens, came, strict=False))
+        kept = next((at for at, (ours, theirs) in pairs if ours != theirs), seen)
+        return kept, min(seen, kept + 1)
 
 
 @dataclass

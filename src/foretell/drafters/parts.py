@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foretell.backbone import Backbone
 from foretell.backbone.costs import StepCosts
-from foretell.errors import UsageError, check_numbers
+from foretell.errors import UsageError, check_numbers, is_number
 from foretell.trees import from_paths
 from foretell.trees.calibration import Scale
 
@@ -33,7 +33,7 @@ def tree_size(
         UsageError: `nodes` is more than the drafter's trees have.
     """
     if nodes:
-        if not 2 <= nodes <= most:
+        if not is_number(nodes, whole=True) or not 2 <= nodes <= most:
             raise UsageError(f"Its trees have 2 to {most} nodes, not {nodes}; choose another -o nodes=.")
         return lambda rows, context: nodes
     costs = StepCosts.load(backbone.costs) if backbone.costs else None
@@ -100,7 +100,7 @@ def check_options(backbone: Backbone, output: str, **numbers: float) -> None:
 def check_exit(exit: int, backbone: Backbone) -> int:
     """Refuses an exit that leaves no layer to draft with, or none to verify with."""
     most = backbone.config.layers - 1
-    if not 1 <= exit <= most:
+    if not is_number(exit, whole=True) or not 1 <= exit <= most:
         raise UsageError(f"The exit is layer {exit}; this model can leave after layer 1 to {most}.")
     return exit
 

@@ -5,12 +5,14 @@ scored by matchness: run once over tokens that the whole model has just written,
 written too. Most candidates are random; every so often a sampler (optuna's TPE) proposes one from all scores so far;
 the best is kept. A search ends when a plan is good enough or nothing better has come for long.
 
-Where the reference never looks again, this search begins anew when the text changes: once drafts are accepted clearly
-less often than after the plan was found.
+Differences: the tokens are the latest, where the reference takes the first of an answer, and the sampler is no Gaussian
+process. And where the reference never looks again, this search begins anew when the text changes: once drafts are
+accepted clearly less often than after the plan was found.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +32,9 @@ TOLERANCE, TRIALS = 300, 1000
 """Candidates in a row that were no better, and candidates in all, after which it ends."""
 BAYES = 25
 """One candidate in so many is the sampler's."""
-RECENT, DROP = 64, 0.15
-"""Drafted tokens whose acceptance is compared, and the fall that is taken for another kind of text."""
+USUAL, RECENT, DROP, SURE = 256, 128, 0.15, 4
+"""Drafted tokens whose acceptance is held to be usual, and of late; the fall that is taken for another kind of text,
+and standard errors that it must be at least."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class PlanSearch:
         self._rng, self._seed = np.random.default_rng(seed), seed
         self._asked: tuple[Plan, Any] | None = None
         self._study: Any = None
-        self._recent: deque[bool] = deque(maxlen=RECENT)
+        self._recent: deque[bool] = deque()
         self._usual: float | None = None  # acceptance after the search ended
 
     def candidate(self) -> Plan:
@@ -142,20 +145,21 @@ class PlanSearch:
         """How many of a step's drafted tokens were right: the search begins anew where that falls."""
         if self.searching or not self.enabled:
             return
-        self._recent += [True] * kept + [False] * (drafted - kept)
-        if len(self._recent) < RECENT:
+        self._recent += [True] * kept + [False] * (kept < drafted)  # what follows a miss says nothing
+        if self._usual is None and len(self._recent) >= USUAL:
+            self._usual = sum(self._recent) / len(self._recent)
+            self._recent = deque(maxlen=RECENT)
+        if self._usual is None or len(self._recent) < RECENT:
             return
-        share = sum(self._recent) / RECENT
-        if self._usual is None:
-            self._usual = share
-        elif share < self._usual - DROP:
+        error = math.sqrt(self._usual * (1 - self._usual) * (1 / USUAL + 1 / RECENT))
+        if sum(self._recent) / RECENT < self._usual - max(DROP, SURE * error):
             self._begin_anew()
 
     def _begin_anew(self) -> None:
         """What was found out about other text counts no more."""
         self.searching, self.score, self.trials, self._in_vain = True, -1.0, 0, 0
         self._study, self._usual = None, None
-        self._recent.clear()
+        self._recent = deque()
 
     def _of(self, values: Any) -> Plan:
         """The plan that leaves out the sublayers of the greatest values."""

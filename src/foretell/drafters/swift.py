@@ -4,17 +4,19 @@ Nothing is trained. A draft is a chain: token by token the whole model runs unde
 (`skipping`), until a token is less probable than a threshold. The layers that are kept attend to what the whole model
 wrote for the committed tokens, and to the draft's own keys, which verification writes anew. Beside each token of the
 chain stand the next best ones, more of them where the model was unsure: a comb, of which the chain takes the first
-slots. SWIFT, arXiv 2410.06916, §4.
+slots. SWIFT, arXiv 2410.06916, §4. Here trees have a size: the chain stays, and the most probable others fill them.
 
 Skipping half of the sublayers still costs half a step a token, so plans must be right nine times in ten to pay; large
-models have such plans, small ones hardly (docs/benchmarks.md).
+models have such plans, small ones hardly (docs/own-layers.md).
 
 Legend: F nodes that are asked, one a row; R guesses of a node.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,9 +26,9 @@ from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.contracts import Draft, Drafter, Features, Row
-from foretell.drafters.lower import MOST, Lower, Threshold, main_chain
+from foretell.drafters.lower import MOST, Chain, Lower, Threshold
 from foretell.drafters.skipping import Plan, PlanSearch
-from foretell.errors import check_numbers
+from foretell.errors import ForetellError, UsageError, check_numbers
 from foretell.trees.calibration import Floats
 
 SIBLINGS = ((0.95, 3), (0.8, 5), (0.5, 8), (0.0, 10))
@@ -52,11 +54,13 @@ class Swift(Drafter):
             backbone.config.layers, backbone, search, window, every,
         )  # fmt: skip
         self.steps, self.nodes, self.threshold, self._path = steps, nodes, threshold or Threshold(0.8), path
+        self._kept = search.score  # matchness of the plan in the file
         self._head = backbone.heads([], [backbone.head_rows(torch.arange(backbone.config.vocab))])
         self._width = min(SIBLINGS[-1][1], backbone.config.vocab)
         self._cache: KVCache | None = None
         self._round = 0
-        self._chains: dict[int, list[int]] = {}  # slot -> nodes of the last draft's chain
+        self._scratch = backbone.new_cache(1, 0)  # where candidates run
+        self._chains: dict[int, Chain] = {}  # slot -> the last draft's
 
     @classmethod
     def build(
@@ -66,7 +70,7 @@ class Swift(Drafter):
         """See `Drafter.build`.
 
         Args:
-            plan: file that the plan is read from, if there is one, and written to when a better one is found.
+            plan: file that the plan is read from, if there is one, and that one of higher matchness is written to.
             search: look for plans while decoding: at first without a plan, and again when the text changes.
             ratio: share of the sublayers between first and last layer that are skipped.
             window: tokens that candidates are scored on.
@@ -85,6 +89,17 @@ class Swift(Drafter):
         path, found, score = Path(plan).expanduser() if plan else None, None, -1.0
         if path and path.exists():
             found, score = Plan.load(path, backbone)
+        elif path and not search:
+            raise UsageError(f"There is no plan {path}; let one be found (search=true), or name another file.")
+        if path and search and not os.access(path.parent, os.W_OK):
+            raise ForetellError(f"No plan can be kept in {path.parent}; name a file in a folder that can be written.")
+        if search and find_spec("optuna") is None:
+            if found is None:
+                raise UsageError(
+                    "A search for plans needs optuna (pip install 'foretell[search]'); or name a plan found earlier "
+                    "with -o plan=FILE."
+                )
+            search = False
         plans = PlanSearch(backbone.config.layers, ratio, found, score, search)
         return cls(backbone, plans, window, every, steps, nodes, Threshold(threshold, adaptive), path)
 
@@ -97,12 +112,13 @@ class Swift(Drafter):
         self._chains.clear()
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
-        for row, path in zip(rows, features.paths, strict=False):  # none while a prompt is read
-            chain = self._chains.pop(row.slot, [])
-            kept = sum(one == other for one, other in zip(path[1:], chain, strict=False))
-            if chain:
-                self.search.accepted(kept, len(chain))
-                self.threshold.told(kept, len(chain), self.steps)
+        for row, count, _ in zip(
+            rows, features.counts, features.paths, strict=False
+        ):  # no paths while a prompt is read
+            if chain := self._chains.pop(row.slot, None):
+                kept, known = chain.judged(row.tokens[len(row.tokens) - count :])
+                self.search.accepted(kept, known)
+                self.threshold.told(kept, len(chain.tokens) if kept < known else kept, chain.most)
 
     def draft(self, rows: Sequence[Row]) -> Draft:
         assert self._cache is not None, "the engine binds its cache first"
@@ -113,8 +129,8 @@ class Swift(Drafter):
         count = self.nodes - 1
         thresholds = [self.threshold.value] * len(rows)
         draft = lower.grow(self.depth, self._guesses, count, min(self.steps, count), thresholds=thresholds)
-        for row, tree in zip(rows, draft.trees, strict=True):
-            self._chains[row.slot] = main_chain(tree)
+        for row, tree, tokens in zip(rows, draft.trees, draft.tokens, strict=True):
+            self._chains[row.slot] = Chain.of(tree, tokens, min(self.steps, count, row.budget - 1))
         return draft
 
     def _guesses(self, hidden_Fd: Tensor, nodes: Nodes) -> tuple[Floats, list[list[int]]]:
@@ -132,8 +148,9 @@ class Swift(Drafter):
         if len(row.tokens) - row.prompt_length <= self.window:
             return
         score = self.matchness(self.search.candidate(), row)
-        if self.search.told(score) and self._path:
+        if self.search.told(score) and self._path and score > self._kept:
             self.search.plan.save(self._path, self._backbone, score)
+            self._kept = score
 
     def matchness(self, plan: Plan, row: Row) -> float:
         """Share of the last `window` tokens that the model writes under a plan as it wrote them whole."""
@@ -141,10 +158,10 @@ class Swift(Drafter):
         backbone = self._backbone
         known = self._cache.lengths[row.slot]
         begin = known - min(self.window, known)
-        with self._cache.lent(row.slot, begin):
-            nodes = Nodes.chains([row.slot], [begin], [known - begin])
-            ids = torch.tensor(row.tokens[begin:known])
-            hidden_Wd, _ = backbone.run_layers(backbone.embed(ids), nodes, self._cache, skip=plan.bits(self.depth))
+        self._scratch.copy(self._cache, row.slot, begin)
+        self._scratch.reserve(known)
+        nodes, ids = Nodes.chains([0], [begin], [known - begin]), torch.tensor(row.tokens[begin:known])
+        hidden_Wd, _ = backbone.run_layers(backbone.embed(ids), nodes, self._scratch, skip=plan.bits(self.depth))
         which = np.arange(len(hidden_Wd))[:, None].tolist()
         best_W = self._head.top(backbone.norm(hidden_Wd), which, 1)[1].flatten().tolist()
         came = row.tokens[begin + 1 : known + 1]

@@ -57,7 +57,7 @@ class SpeculativeDecoder:
         self.max_rows = max_rows
         self.undelivered: dict[int, list[Event]] = {}
         self.cache = backbone.new_cache(max_rows, 0)
-        drafter.bind(self.cache)
+        self._bind()
         self.governor = Governor(adapt and drafter.lossless and rule is None)
         self._waiting: deque[state.Sequence] = deque()
         self._rows: list[state.Sequence] = []
@@ -102,16 +102,22 @@ class SpeculativeDecoder:
             self.cache.free(slot)
         self._parked.clear()
         if not self._rows:
-            self.drafter.bind(self.cache)  # another engine may have used it since
+            self._bind()
 
     def step(self) -> list[Event]:
         """One chunk of prompts for the rows that still read theirs, and one step for the others."""
+        if self.drafter.bound is not self.cache:  # another engine has used it since
+            self._bind()
         self._admit()
         reading = [row for row in self._rows if self.cache.lengths[row.slot] < row.prompt_length - 1]
         if reading:
             self._prefill(reading)
         ready = [row for row in self._rows if self.cache.lengths[row.slot] == len(row.tokens) - 1]
         return self._decode(ready) if ready else []
+
+    def _bind(self) -> None:
+        self.drafter.bind(self.cache)
+        self.drafter.bound = self.cache
 
     # -- one step ---------------------------------------------------------------------------------------------------
 

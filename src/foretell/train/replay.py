@@ -101,7 +101,7 @@ def _steps(drafter: Drafter, stored: Batches, cache: KVCache, conversation: int,
     drafter.reset([row])
     seen = 0  # tokens whose states the drafter knows: those before the newest
 
-    def show(end: int) -> None:
+    def show(end: int, paths: list[list[int]]) -> None:
         nonlocal seen
         taps = {tap: batch.states[tap][0, seen:end].float() for tap in drafter.taps}
         row.tokens += text.tokens[len(row.tokens) : end + 1]
@@ -110,24 +110,25 @@ def _steps(drafter: Drafter, stored: Batches, cache: KVCache, conversation: int,
             backbone.run_layers(backbone.embed(torch.tensor(row.tokens[seen:end])), nodes, cache, 0, drafter.depth)
             cache.commit([0], [range(end - seen)])
         if end > seen:
-            drafter.observe([row], Features([end - seen], taps))
+            drafter.observe([row], Features([end - seen], taps, paths=paths))
         seen = end
 
     for start, end in text.answers:
         if start == 0:
             continue  # there is no prompt to begin from
         row.prompt_length = start
-        show(start - 1)  # a prompt's last token is the root of the first tree
+        show(start - 1, [])  # a prompt's last token is the root of the first tree
         while seen + 1 < end:
             row.budget = end - seen - 1
             draft = drafter.draft([row])
-            tree, tokens, node, accepted = draft.trees[0], draft.tokens[0], 0, 0
-            while seen + 1 + accepted < end:
-                comes = text.tokens[seen + 1 + accepted]
+            tree, tokens, node, path = draft.trees[0], draft.tokens[0], 0, [0]
+            while seen + len(path) < end:
+                comes = text.tokens[seen + len(path)]
                 following = [child for child in tree.children[node] if tokens[child] == comes]
                 if not following:
                     break
-                node, accepted = following[0], accepted + 1
-            emitted = min(accepted + 1, end - seen - 1)  # after the text's end comes no bonus
-            show(seen + emitted)
+                node = following[0]
+                path.append(node)
+            emitted = min(len(path), end - seen - 1)  # after the text's end comes no bonus
+            show(seen + emitted, [path[:emitted]])
             yield emitted

@@ -168,7 +168,7 @@ def most_probable(one: Guesses, other: Guesses, size: int) -> Guesses:
 def merged(one: Guesses, other: Guesses, size: int, first: int) -> tuple[Guesses, list[int]]:
     """What `most_probable` chooses, where the `first` nodes of `one` that are chosen come first and keep their order.
 
-    Siblings among these must differ.
+    That ends at a node whose sibling before it holds the same token.
 
     Returns:
         The union, and which of these nodes are in it.
@@ -188,6 +188,9 @@ def merged(one: Guesses, other: Guesses, size: int, first: int) -> tuple[Guesses
                 given.append(source.probabilities[node])
             given[at] = max(given[at], source.probabilities[node])
             moved[node] = at
+            if source is one and at != node:  # a sibling's twin: nodes from here on have other numbers
+                first = min(first, node)
+    first = min(first, len(one.tokens))
     values = [1.0]
     for node in range(1, len(parents)):
         values.append(values[parents[node]] * given[node])
