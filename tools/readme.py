@@ -174,9 +174,9 @@ def own_layers(folder: Path) -> list[str]:
         if row := rows.get("kangaroo"):
             tokens, levels = row["tokens_per_step"], row["levels_per_step"]
             lines += [
-                "At other sizes (`python tools/cost_model.py`): what a guess would cost where a step costs the reading of "
-                f"the weights and nothing else, and what the {tokens:.2f} tokens and {levels:.2f} levels a step that "
-                "Kangaroo had would gain there.",
+                "At other sizes (`python tools/cost_model.py`): what a guess would cost where a step costs the reading "
+                f"of the weights and nothing else, and what the {tokens:.2f} tokens and {levels:.2f} levels a step "
+                "that Kangaroo had would gain there.",
                 "", *cost_model.table(tokens, levels), "",
             ]  # fmt: skip
     return lines

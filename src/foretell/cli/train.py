@@ -20,6 +20,9 @@ from foretell.errors import ForetellError, UsageError
 REPLAYED = 40
 """Held-out conversations that are decoded once more for each tree size."""
 
+ABLE = "medusa, medusa2, hydra, hydra++, kangaroo, layerskip"
+Method = Annotated[str, typer.Argument(help=f"A drafter that can be trained: {ABLE}.")]
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -34,9 +37,7 @@ if TYPE_CHECKING:
 def train(
     base: Base,
     training: Training,
-    method: Annotated[
-        str, typer.Argument(help="A drafter that can be trained: medusa, medusa2, hydra, hydra++, kangaroo, layerskip.")
-    ],
+    method: Method,
     data: Annotated[list[Path], typer.Option(help="Folder that `foretell distill` wrote; repeatable.")],
     out: Annotated[Path, typer.Option(help="Folder for the drafter; a run that was interrupted goes on in it.")],
     option: Annotated[
