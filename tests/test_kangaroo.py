@@ -1,5 +1,6 @@
 """Kangaroo: whatever the adapter says, no answer changes; what drafting computes is what a prefill would."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from foretell import drafters
 from foretell.backbone import Backbone, Nodes
 from foretell.backbone.base import SKIP_MLP
 from foretell.contracts import Draft, SamplingParams
+from foretell.drafters import kangaroo
 from foretell.drafters.checkpoint import Checkpoint
 from foretell.drafters.kangaroo import Kangaroo, KangarooAdapter
 from foretell.drafters.learning import TrainingBatch
+from foretell.drafters.lower import MOST, Lower
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.errors import UsageError
 
@@ -166,6 +169,74 @@ def test_what_is_drafted_in_one_call_is_what_is_drafted_level_by_level(
                 assert same(one.resume.hidden_Rd.contiguous(), other.resume.hidden_Rd)
         for ours, theirs in zip(fast[2], slow_[2], strict=True):
             assert all(same(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_many_nodes_may_run_and_no_more_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty levels of forty would be 800; the cache has room for 64, and so have the kernels' tables."""
+    backbone, ran, drafted = backbone_of(), list[int](), list[list[Draft]]()
+    chosen = Lower.draft
+
+    def draft(self: Lower, count: int, whole: bool) -> Draft:
+        ran.extend(map(len, self._ran))
+        return chosen(self, count, whole)
+
+    monkeypatch.setattr(Lower, "draft", draft)
+    monkeypatch.setattr(kangaroo, "BEAM", 40)
+    request = ([1, 2, 3], SamplingParams(max_new_tokens=60, ignore_eos=True))
+    for slow in (True, False):
+        drafter = drafter_of(backbone, random_adapter(backbone, draft_vocab=0), 64, steps=20)
+        drafter._least = -1.0
+        drafter._climber = None if slow else drafter._climber
+        drafted.append(drafts_of(drafter))
+        decoder = decoder_of(backbone, drafter)
+        assert_same(finish(decoder, [request]), plainly(backbone, [request]))
+        assert held_like_a_fresh_prefill(decoder) > 0
+    assert max(ran) == MOST
+    assert [draft.tokens for draft in drafted[0]] == [draft.tokens for draft in drafted[1]]
+
+
+@pytest.mark.parametrize("place", range(12))
+def test_interrupted_anywhere_while_drafting_it_goes_on_and_says_what_it_lacks(
+    place: int,
+) -> None:
+    """The answer stays right; the next request that begins alike is drafted like a new one."""
+    backbone = backbone_of()
+    module = random_adapter(backbone)
+    drafter = drafter_of(backbone, module, 12)
+    drafter._climber = None if place % 2 else drafter._climber
+    decoder = decoder_of(backbone, drafter)
+    request = ([1, 2, 3, 4, 5], SamplingParams(max_new_tokens=25, ignore_eos=True))
+    decoder.submit(*request)
+    for _ in range(3):
+        decoder.step()
+    left = place
+
+    def interrupted(frame: Any, event: str, _: Any) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename == kangaroo.__file__ and event == "line":
+            left -= 1
+            if left < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return interrupted
+
+    sys.settrace(interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            decoder.step()
+    finally:
+        sys.settrace(None)
+    ids: list[int] = []
+    while decoder.busy:
+        for event in decoder.step():
+            ids += event.tokens
+    right = plainly(backbone, [request])[0].ids
+    assert ids == right[len(right) - len(ids) :]
+    fresh = drafter_of(backbone, module, 12)
+    ours, theirs = drafts_of(drafter), drafts_of(fresh)
+    finish(decoder, [request])
+    finish(decoder_of(backbone, fresh), [request])
+    assert [draft.tokens for draft in ours] == [draft.tokens for draft in theirs]
 
 
 def test_what_was_drafted_is_what_verification_would_compute() -> None:
