@@ -237,9 +237,9 @@ class Counting(Features):
         super().__init__(*args)
         self.computed = Counter[int]()
 
-    def _compute(self, data: Sequence[Distilled]) -> Any:
+    def _compute(self, data: Sequence[Distilled], *lent: Any) -> Any:
         self.computed.update(each.line for each in data)
-        return super()._compute(data)
+        return super()._compute(data, *lent)
 
 
 def stop(*_: Any) -> None:
