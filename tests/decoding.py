@@ -3,7 +3,7 @@
 The truth is one request at a time, one token at a time, each with a cache of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from random_backbones import prefilled, same
 from toy_drafters import Answers
 
 from foretell.backbone import Backbone
-from foretell.contracts import Drafter, Event, SamplingParams, Statistics, TokenLogprob
+from foretell.contracts import Draft, Drafter, Event, Row, SamplingParams, Statistics, TokenLogprob
 from foretell.drafters.plain import Plain
 from foretell.engine import SpeculativeDecoder
 
@@ -83,6 +83,34 @@ def assert_adds_up(output: Output) -> None:
 def decoder_of(backbone: Backbone, drafter: Drafter, tokenizer: Any = None, **options: Any) -> SpeculativeDecoder:
     """Always speculating: what the governor decides depends on the clock."""
     return SpeculativeDecoder(backbone, drafter, tokenizer, **({"adapt": False} | options))
+
+
+def put(owner: Any, name: str, value: Any) -> None:
+    """Another method in the place of one."""
+    setattr(owner, name, value)
+
+
+def drafts_of(drafter: Drafter) -> list[Draft]:
+    """A list that fills with all that it drafts from now on."""
+    seen: list[Draft] = []
+    made = drafter.draft
+
+    def draft(rows: Sequence[Row]) -> Draft:
+        seen.append(made(rows))
+        return seen[-1]
+
+    put(drafter, "draft", draft)
+    return seen
+
+
+def texts_and_drafts(backbone: Backbone, drafter: Drafter, steps: int) -> Iterator[tuple[list[int], Draft]]:
+    """What a row holds before each of its first steps, and what is drafted then."""
+    seen, decoder, text = drafts_of(drafter), decoder_of(backbone, drafter), [1, 2, 3, 4, 5, 6]
+    decoder.submit(text, SamplingParams(max_new_tokens=40, ignore_eos=True))
+    for _ in range(steps):
+        decoder.step()
+        yield text, seen[-1]
+        text = list(decoder._rows[0].tokens)
 
 
 def held_like_a_fresh_prefill(decoder: SpeculativeDecoder) -> int:

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from decoding import assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly
+from decoding import (
+    assert_same,
+    decoder_of,
+    drafts_of,
+    finish,
+    held_like_a_fresh_prefill,
+    plainly,
+    texts_and_drafts,
+)
 from random_backbones import BF16, COMPILED, FP32, KERNELS, Model, build, same, using
 from test_medusa import LLAMA, VOCAB, WIDTH, backbone_of, batch_of, requests
 from torch import Tensor
@@ -39,19 +47,6 @@ def random_adapter(backbone: Backbone, noise: float = 0.15, seed: int = 0, **opt
 def drafter_of(backbone: Backbone, module: KangarooAdapter, nodes: int = 16, **options: Any) -> Kangaroo:
     tensors, arch = module.checkpoint()
     return Kangaroo(backbone, arch, tensors, lambda rows, context: nodes, **options)
-
-
-def drafts_of(drafter: Kangaroo) -> list[Draft]:
-    """Every draft that it will make."""
-    seen: list[Draft] = []
-    made = drafter.draft
-
-    def draft(rows: Any) -> Draft:
-        seen.append(made(rows))
-        return seen[-1]
-
-    drafter.draft = draft  # type: ignore[method-assign]
-    return seen
 
 
 # -- exactness ------------------------------------------------------------------------------------------------------
@@ -116,14 +111,8 @@ def test_each_guess_is_what_the_learning_form_says_after_its_path(options: dict[
     module = random_adapter(backbone, **options)
     drafter = drafter_of(backbone, module, 12, chain=chained, steps=4, threshold=0.0)
     drafter._least = 0.0  # whether a level pays is not the question
-    seen = drafts_of(drafter)
-    decoder = decoder_of(backbone, drafter)
-    decoder.submit([1, 2, 3, 4, 5, 6], SamplingParams(max_new_tokens=30, ignore_eos=True))
-    for _ in range(4):
-        row = decoder._rows[0] if decoder._rows else None
-        before = list(row.tokens) if row else [1, 2, 3, 4, 5, 6]
-        decoder.step()
-        tree, tokens, given = seen[-1].trees[0], seen[-1].tokens[0], (seen[-1].probabilities or [[]])[0]
+    for before, draft in texts_and_drafts(backbone, drafter, 4):
+        tree, tokens, given = draft.trees[0], draft.tokens[0], (draft.probabilities or [[]])[0]
         assert tree.height > 1
         for node in range(1, len(tree)):
             path = [tokens[each] for each in tree.path(tree.parents[node])]
@@ -244,14 +233,8 @@ def test_what_was_drafted_is_what_verification_would_compute() -> None:
     backbone = backbone_of(BF16)
     drafter = drafter_of(backbone, random_adapter(backbone, exit=2), 24)
     drafter._least = 0.0  # whether a level pays is not the question
-    seen = drafts_of(drafter)
-    decoder = decoder_of(backbone, drafter)
-    decoder.submit([1, 2, 3, 4, 5, 6], SamplingParams(max_new_tokens=30, ignore_eos=True))
-    decoder.step()
-    for _ in range(3):
-        before = list(decoder._rows[0].tokens)
-        decoder.step()
-        draft, resume = seen[-1], seen[-1].resume
+    for before, draft in texts_and_drafts(backbone, drafter, 4):
+        resume = draft.resume
         assert resume is not None
         assert resume.layer == 2
         assert 1 < resume.ran[0] < len(draft.trees[0])

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from decoding import assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly
+from decoding import assert_same, decoder_of, drafts_of, finish, held_like_a_fresh_prefill, plainly, put
 from random_backbones import BF16, COMPILED, FP32, same, using
-from test_kangaroo import drafts_of, shallow, sure_backbone
+from test_kangaroo import shallow, sure_backbone
 from test_medusa import VOCAB, WIDTH, backbone_of, requests
 from test_medusa2 import DATA, batch_of, save_tiny
 from torch import Tensor
@@ -98,7 +98,7 @@ def test_streams_below_the_exit_come_back_as_a_prefill_has_them() -> None:
     """Taps below the exit are handed on by the drafter, those of the last guess by the engine, others come later."""
     backbone = deep()
     drafter = dynamic(backbone, (1, 2, 4), steps=3)
-    drafter.shadows.choose = lambda slots: (2, [0.0])  # type: ignore[method-assign] # layer 4
+    put(drafter.shadows, "choose", lambda slots: (2, [0.0]))  # layer 4
     seen: list[dict[int, Tensor]] = []
     told = drafter.observe
 
@@ -106,7 +106,7 @@ def test_streams_below_the_exit_come_back_as_a_prefill_has_them() -> None:
         seen.append(features.taps)
         told(rows, features)
 
-    drafter.observe = observe  # type: ignore[method-assign]
+    put(drafter, "observe", observe)
     decoder = decoder_of(backbone, drafter)
     decoder.submit([1, 2, 3, 4, 5, 6], SamplingParams(max_new_tokens=20, ignore_eos=True))
     for _ in range(4):
@@ -147,7 +147,7 @@ def test_what_is_drafted_in_one_call_is_what_is_drafted_level_by_level(kernel: s
     said = []
     for slow in (False, True):
         drafter = dynamic(backbone, (1, 2, 4), nodes=12, chain=chain, steps=5)
-        drafter.shadows.choose = lambda slots: (2, [0.05] * len(slots))  # type: ignore[method-assign] # layer 4
+        put(drafter.shadows, "choose", lambda slots: (2, [0.05] * len(slots)))  # layer 4
         drafter._climber = None if slow else drafter._climber
         seen = drafts_of(drafter)
         finish(decoder_of(backbone, drafter, max_rows=3), requests())
@@ -327,7 +327,7 @@ def test_shares_add_up_and_rotate(backbone: Backbone, folder: Path) -> None:
 def test_exits_learn_what_the_head_says_of_their_stream(backbone: Backbone, folder: Path) -> None:
     """Written out: cross-entropy against the teacher, of the norm and head over the stream of a pass of our own."""
     module = learner(backbone, folder).eval()
-    batch = batch_of(backbone, module)  # type: ignore[arg-type]
+    batch = batch_of(backbone, module)
     with torch.no_grad():
         terms = module.losses(batch)
     assert list(terms) == ["exit 1", "exit 2", "exit 3", "exit 4", "backbone"]

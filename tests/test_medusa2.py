@@ -27,7 +27,7 @@ from foretell.backbone.loading import resolve
 from foretell.cli import main
 from foretell.contracts import FINAL
 from foretell.drafters import checkpoint
-from foretell.drafters.learning import CHUNK, TrainingBatch
+from foretell.drafters.learning import CHUNK, Trainable, TrainingBatch
 from foretell.drafters.medusa import Medusa
 from foretell.drafters.medusa2 import RISE, JointHeads, Medusa2
 from foretell.drafters.pupil import LEAST, divergence
@@ -73,7 +73,7 @@ def learning(backbone: Backbone, folder: Path, seed: int = 0, **options: Any) ->
     return Medusa2.trainable(backbone, torch.ones(backbone.config.vocab), folder, **given)
 
 
-def batch_of(backbone: Backbone, module: JointHeads, data: list[Distilled] = DATA) -> TrainingBatch:
+def batch_of(backbone: Backbone, module: Trainable, data: list[Distilled] = DATA) -> TrainingBatch:
     return Features(backbone, data, module.taps).batch(range(len(data)))
 
 

@@ -8,9 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decoding import assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly
+from decoding import (
+    assert_same,
+    decoder_of,
+    drafts_of,
+    finish,
+    held_like_a_fresh_prefill,
+    plainly,
+    put,
+    texts_and_drafts,
+)
 from random_backbones import BF16, FP32, prefilled, same
-from test_kangaroo import drafts_of
 from test_medusa import backbone_of, requests
 
 from foretell import drafters
@@ -80,14 +88,8 @@ def test_a_chain_is_what_the_model_writes_without_these_sublayers() -> None:
     """The slow twin: the whole model reads the committed tokens, then the rest of it writes on, token by token."""
     backbone, plan = deep(), random_plan(3)
     drafter = swift_of(backbone, plan, steps=5, nodes=40, threshold=Threshold(0.0))
-    seen = drafts_of(drafter)
-    decoder = decoder_of(backbone, drafter)
-    decoder.submit([1, 2, 3, 4, 5, 6], SamplingParams(max_new_tokens=30, ignore_eos=True))
-    decoder.step()
-    for _ in range(3):
-        text = list(decoder._rows[0].tokens)
-        decoder.step()
-        tree, tokens, given = seen[-1].trees[0], seen[-1].tokens[0], (seen[-1].probabilities or [[]])[0]
+    for text, draft in texts_and_drafts(backbone, drafter, 4):
+        tree, tokens, given = draft.trees[0], draft.tokens[0], (draft.probabilities or [[]])[0]
         chain = main_chain(tree)
         cache, _ = prefilled(backbone, text[:-1])
         cache.reserve(len(text) + 8)
@@ -237,7 +239,7 @@ def test_what_is_accepted_is_counted_by_its_tokens(lookup: bool) -> None:
     """Nothing is skipped, so every guess of a chain is right, whatever lookup adds to the tree."""
     backbone, told = deep(), list[tuple[int, int]]()
     drafter = swift_of(backbone, NOTHING, steps=3, nodes=24, threshold=Threshold(0.0))
-    drafter.search.accepted = lambda kept, drafted: told.append((kept, drafted))  # type: ignore[method-assign]
+    put(drafter.search, "accepted", lambda kept, drafted: told.append((kept, drafted)))
     request = ([1, 2, 3] * 6, SamplingParams(max_new_tokens=40, ignore_eos=True))
     finish(decoder_of(backbone, WithLookup(drafter) if lookup else drafter), [request])
     assert len(told) > 5
@@ -251,11 +253,11 @@ def test_the_adaptive_threshold_is_told_while_decoding() -> None:
         drafter = swift_of(backbone, plan, steps=8, nodes=nodes, threshold=Threshold(0.0, adaptive=True))
         finish(decoder_of(backbone, drafter), [request])
         if plan == NOTHING:  # all is accepted, and four guesses are all that the tree has room for
-            assert drafter.threshold.accepted > 0.9
-            assert drafter.threshold.value > 0.0
+            assert drafter.judge.threshold.accepted > 0.9
+            assert drafter.judge.threshold.value > 0.0
         else:
-            assert drafter.threshold.accepted < 0.9
-            assert drafter.threshold.value > 0.002
+            assert drafter.judge.threshold.accepted < 0.9
+            assert drafter.judge.threshold.value > 0.002
 
 
 # -- plans in files -------------------------------------------------------------------------------------------------

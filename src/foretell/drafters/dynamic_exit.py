@@ -22,13 +22,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache
 from foretell.contracts import FINAL, Draft, Features, Row
-from foretell.drafters.layerskip import OVERHEAD, LayerSkip, candidates
+from foretell.drafters.exiting import OVERHEAD, Exiting, candidates
 from foretell.drafters.lower import MOST
 from foretell.drafters.parts import check_exit, tree_size
 from foretell.errors import check_numbers
@@ -81,8 +80,7 @@ class Shadows:
 
     def alpha(self, slots: Sequence[int]) -> Tensor:
         """How often each exit is right in each row, [B, C]; NaN where nothing is known."""
-        counts_BC2 = self._of(slots)[..., 0]
-        return counts_BC2[..., 0] / counts_BC2.sum(-1)
+        return _right(self._of(slots))
 
     def choose(self, slots: Sequence[int]) -> tuple[int | None, list[float]]:
         """The exit that earns the rows most tokens a layer, and the confidences below which their chains end.
@@ -93,9 +91,10 @@ class Shadows:
             Index of the exit, None where nothing is known; per row what lies halfway between the mean confidences of
             right and wrong guesses there, 0 where one kind has not been seen.
         """
-        tpl_BCG = tokens_per_layer(self.alpha(slots), self.exits_C, self.layers, cost=self.cost)
+        told_BC22 = self._of(slots)
+        tpl_BCG = tokens_per_layer(_right(told_BC22), self.exits_C, self.layers, cost=self.cost)
         most, at = tpl_BCG.amax(-1).nansum(0).max(0)  # of equals the smallest exit
-        counts_B2, sums_B2 = self._of(slots).index_select(1, at[None])[:, 0].unbind(-1)
+        counts_B2, sums_B2 = told_BC22.index_select(1, at[None])[:, 0].unbind(-1)
         halfway_B = (sums_B2 / counts_B2).mean(-1).nan_to_num(0.0)
         known, chosen, *thresholds = torch.cat([most[None], at[None].float(), halfway_B]).tolist()
         return int(chosen) if known > 0 else None, thresholds
@@ -105,30 +104,35 @@ class Shadows:
         return torch.stack([self._rows.get(slot, unknown) for slot in slots])
 
 
-class DEL(LayerSkip):
+def _right(told_BC22: Tensor) -> Tensor:
+    """Share of right guesses."""
+    return told_BC22[..., 0, 0] / told_BC22[..., 0].sum(-1)
+
+
+class DEL(Exiting):
     """Drafts at the exit that pays best.
 
     Args:
         exits: candidates.
-        ids_V, size, earned, chain, steps: see `LayerSkip`.
+        ids_V, size, chain, steps: see `Exiting`.
     """
 
     method = "del"
 
     def __init__(
         self, backbone: Backbone, ids_V: Tensor | None, exits: Sequence[int], size: Callable[[int, int], int],
-        earned: dict[int, float] | None = None, chain: bool = True, steps: int = LONGEST,
+        chain: bool = True, steps: int = LONGEST,
     ):  # fmt: skip
-        super().__init__(backbone, ids_V, exits[0] if exits else backbone.config.layers, size, earned, chain, steps)
-        self.exits = sorted(check_exit(exit, backbone) for exit in exits)
-        self.depth = self.exits[-1]
+        super().__init__(backbone, ids_V, size, chain, steps)
+        self.exits = sorted(check_exit(exit, backbone) for exit in exits or [backbone.config.layers])
+        self.exit, self.depth = self.exits[0], self.exits[-1]
         self.taps = (*self.exits, FINAL)
         self._ids_V = torch.from_numpy(self._vocabulary_V).to(backbone.device)
         cost = OVERHEAD * backbone.config.layers
         self.shadows = Shadows(self.exits, backbone.config.layers, backbone.device, cost=cost)
 
     @classmethod
-    def build(  # type: ignore[override]
+    def build(
         cls, backbone: Backbone, checkpoint: str = "", stride: int = 0, nodes: int = 0, chain: bool = True,
         steps: int = LONGEST, any_backbone: bool = False,
     ) -> DEL:  # fmt: skip
@@ -149,7 +153,7 @@ class DEL(LayerSkip):
         ids_V, arch, earned = candidates(backbone, checkpoint, any_backbone)
         exits = arch.get("exits") if not stride else None
         exits = exits or list(range(stride or max(1, layers // 10), layers, stride or max(1, layers // 10)))
-        return cls(backbone, ids_V, exits, tree_size(backbone, nodes, earned, cls.method, MOST), {}, chain, steps)
+        return cls(backbone, ids_V, exits, tree_size(backbone, nodes, earned, cls.method, MOST), chain, steps)
 
     def bind(self, cache: KVCache) -> None:
         super().bind(cache)
@@ -166,8 +170,7 @@ class DEL(LayerSkip):
         kept = [min(count, CONTEXT) if reading else count for count in features.counts]
         of_rows = [features.taps[tap].split(features.counts) for tap in self.taps]
         streams_Fd = torch.cat([each[i][-count:] for i, count in enumerate(kept) for each in of_rows[:exits]])
-        which = np.arange(len(streams_Fd))[:, None].tolist()
-        said_F, best_F = (each.flatten() for each in self._head.top(self._backbone.norm(streams_Fd), which, 1))
+        said_F, best_F = (each.flatten() for each in self._read_off(streams_Fd, 1))
         sure_F, tokens_F = said_F.exp(), self._ids_V.index_select(0, best_F)
         at = 0
         for i, (row, count) in enumerate(zip(rows, kept, strict=True)):

@@ -25,26 +25,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foretell.backbone import Backbone, KVCache, Nodes
+from foretell.backbone import Backbone, KVCache
 from foretell.backbone.adaptation import WAYS, learning
-from foretell.backbone.linear import LowerDrafting
-from foretell.contracts import FINAL, Draft, Drafter, Features, Row
-from foretell.drafters.checkpoint import damage_named, find, shipped
+from foretell.contracts import FINAL, Draft, Features, Row
+from foretell.drafters.exiting import Exiting, candidates
 from foretell.drafters.learning import GuessingHeads, TrainingBatch, targets, weighed
-from foretell.drafters.lower import MOST, Chain, Lower, Threshold, climbed
+from foretell.drafters.lower import MOST, Judge, Threshold
 from foretell.drafters.parts import check_exit, check_options, draft_vocabulary, tree_size
 from foretell.drafters.pupil import Pupil
 from foretell.errors import ForetellError, UsageError, check_numbers
-from foretell.trees.calibration import Floats
 
-BEAM, WIDTH = 8, 10
-"""Nodes of a level that are asked for more, and guesses that each of them makes."""
-OVERHEAD = 0.04
-"""What output matrix and calls add to a level, as a share of a step."""
 SHAPES, CURRICULA = ("uniform", "cumulative"), ("rotational", "gradual")
 
 
@@ -138,40 +131,25 @@ class ExitingModel(GuessingHeads):
         return self.stored({}), {"exits": self.exits, "exit": self.exit}
 
 
-class LayerSkip(Drafter):
+class LayerSkip(Exiting):
     """Drafts with the layers up to one exit.
 
     Args:
-        ids_V: tokens to choose from, ascending; None for all.
+        ids_V, size, chain, steps: see `Exiting`.
         exit: layers that draft.
-        size: (rows, context) -> nodes of a tree, root included.
-        chain: drafts are chains, as published.
-        steps: γ, tokens of a chain and levels of a tree at most.
+        earned: tree size -> tokens per step on held-out text.
         threshold: a chain ends behind a token less probable.
     """
 
-    method, usual_cost = "layerskip", 0.5
+    method = "layerskip"
 
     def __init__(
         self, backbone: Backbone, ids_V: Tensor | None, exit: int, size: Callable[[int, int], int],
         earned: dict[int, float] | None = None, chain: bool = False, steps: int = 6, threshold: Threshold | None = None,
     ):  # fmt: skip
+        super().__init__(backbone, ids_V, size, chain, steps)
         self.depth = self.exit = check_exit(exit, backbone)
-        self._backbone, self.size, self.tokens_per_step, self.chain, self.steps = (
-            backbone,
-            size,
-            earned or {},
-            chain,
-            steps,
-        )
-        self.threshold = threshold or Threshold(0.0)
-        ids_V = torch.arange(backbone.config.vocab) if ids_V is None else ids_V.long()
-        self._vocabulary_V = ids_V.numpy()
-        self._head = backbone.heads([], [backbone.head_rows(ids_V)])
-        self._width = 1 if chain else min(WIDTH, len(ids_V))
-        self._climber = backbone.climber(LowerDrafting(self._head, self._width, self._vocabulary_V))
-        self._cache: KVCache | None = None
-        self._chains: dict[int, Chain] = {}  # slot -> the last draft's
+        self.tokens_per_step, self.judge = earned or {}, Judge(threshold or Threshold(0.0))
 
     @classmethod
     def build(
@@ -251,56 +229,14 @@ class LayerSkip(Drafter):
             curriculum=curriculum, period=period, hold=hold,
         )  # fmt: skip
 
-    @property
-    def most_nodes(self) -> int:
-        return MOST
-
     def bind(self, cache: KVCache) -> None:
-        self._cache = cache
-        self._chains.clear()
+        super().bind(cache)
+        self.judge.forget()
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
-        for row, count, _ in zip(
-            rows, features.counts, features.paths, strict=False
-        ):  # no paths while a prompt is read
-            if chain := self._chains.pop(row.slot, None):
-                kept, known = chain.judged(row.tokens[len(row.tokens) - count :])
-                self.threshold.told(kept, len(chain.tokens) if kept < known else kept, chain.most)
+        self.judge.observed(rows, features)
 
     def draft(self, rows: Sequence[Row]) -> Draft:
-        draft = self._drafted(rows, self.exit, [self.threshold.value] * len(rows))
-        for row, tree, tokens in zip(rows, draft.trees, draft.tokens, strict=True):
-            self._chains[row.slot] = Chain.of(tree, tokens, min(self.steps, row.budget - 1))
+        draft = self._drafted(rows, self.exit, [self.judge.threshold.value] * len(rows))
+        self.judge.drafted(rows, draft, self.steps)
         return draft
-
-    def _drafted(self, rows: Sequence[Row], exit: int, thresholds: Sequence[float], taps: Sequence[int] = ()) -> Draft:
-        assert self._cache is not None, "the engine binds its cache first"
-        count, how = self.steps, dict[str, Any](thresholds=thresholds)
-        if not self.chain:
-            count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), MOST) - 1
-            least = 2 * (exit / self._backbone.config.layers + OVERHEAD)  # a step earns two tokens
-            how = {"beam": BEAM, "least": least}
-        if self._climber:
-            return climbed(self._climber, self._cache, rows, exit, count, self.steps, taps=taps, **how)
-        return Lower(self._backbone, self._cache, rows, taps).grow(exit, self._guesses, count, self.steps, **how)
-
-    def _guesses(self, hidden_Fd: Tensor, nodes: Nodes) -> tuple[Floats, list[list[int]]]:
-        return self._says(hidden_Fd, self._width)
-
-    def _says(self, streams_Fd: Tensor, width: int) -> tuple[Floats, list[list[int]]]:
-        """Log-probabilities and tokens that the output head reads off a stream, best first."""
-        which = np.arange(len(streams_Fd))[:, None].tolist()
-        said_FKR, best_FKR = self._head.top(self._backbone.norm(streams_Fd), which, width)
-        return said_FKR[:, 0].cpu().numpy(), self._vocabulary_V[best_FKR[:, 0].cpu().numpy()].tolist()
-
-
-def candidates(
-    backbone: Backbone, checkpoint: str, any_backbone: bool
-) -> tuple[Tensor | None, dict[str, Any], dict[int, float]]:
-    """Of a checkpoint, given or shipped: draft vocabulary, exits and tokens per step. Without one, nothing."""
-    if not checkpoint and LayerSkip.method not in shipped(backbone):
-        return None, {}, {}
-    found, tensors = find(LayerSkip.method, backbone, checkpoint, any_backbone)
-    with damage_named(checkpoint or "The layerskip drafter that came with foretell"):
-        exits = [check_exit(exit, backbone) for exit in (found.arch["exit"], *found.arch["exits"])]
-        return tensors["vocabulary"], {"exit": exits[0], "exits": exits[1:]}, found.earned

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.backbone.linear import Asked, TreeClimber
-from foretell.contracts import Draft, Resume, Row
+from foretell.contracts import Draft, Features, Resume, Row
 from foretell.trees import TokenTree
 from foretell.trees.calibration import Floats
 from foretell.trees.grow import Growing
@@ -236,6 +236,32 @@ class Threshold:
         elif drafted < most:
             wanted -= 0.01
         self.value = min(1.0, max(0.0, 0.9 * self.value + 0.1 * wanted))
+
+
+class Judge:
+    """Keeps what was drafted until it is known which of it came true, and tells a threshold."""
+
+    def __init__(self, threshold: Threshold):
+        self.threshold = threshold
+        self._chains: dict[int, Chain] = {}  # slot -> the last draft's
+
+    def forget(self) -> None:
+        self._chains.clear()
+
+    def drafted(self, rows: Sequence[Row], draft: Draft, most: int) -> None:
+        """A draft whose chains have `most` tokens at most."""
+        for row, tree, tokens in zip(rows, draft.trees, draft.tokens, strict=True):
+            self._chains[row.slot] = Chain.of(tree, tokens, min(most, row.budget - 1))
+
+    def observed(self, rows: Sequence[Row], features: Features) -> list[tuple[int, int]]:
+        """Of each chain how many guesses were right, of how many that is known."""
+        found = []
+        for row, count, _ in zip(rows, features.counts, features.paths, strict=False):  # a prompt has no paths
+            if chain := self._chains.pop(row.slot, None):
+                kept, known = chain.judged(row.tokens[len(row.tokens) - count :])
+                self.threshold.told(kept, len(chain.tokens) if kept < known else kept, chain.most)
+                found.append((kept, known))
+        return found
 
 
 def lasts(tensor_Md: Tensor, counts: Sequence[int]) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.contracts import Draft, Drafter, Features, Row
-from foretell.drafters.lower import MOST, Chain, Lower, Threshold
+from foretell.drafters.lower import MOST, Judge, Lower, Threshold
 from foretell.drafters.skipping import Plan, PlanSearch
 from foretell.errors import ForetellError, UsageError, check_numbers
 from foretell.trees.calibration import Floats
@@ -50,17 +50,16 @@ class Swift(Drafter):
         self, backbone: Backbone, search: PlanSearch, window: int = 32, every: int = 1, steps: int = 25,
         nodes: int = 16, threshold: Threshold | None = None, path: Path | None = None,
     ):  # fmt: skip
-        self.depth, self._backbone, self.search, self.window, self.every = (
-            backbone.config.layers, backbone, search, window, every,
-        )  # fmt: skip
-        self.steps, self.nodes, self.threshold, self._path = steps, nodes, threshold or Threshold(0.8), path
+        self._backbone, self.depth = backbone, backbone.config.layers
+        self.search, self.window, self.every, self._path = search, window, every, path
+        self.steps, self.nodes = steps, nodes
+        self.judge = Judge(threshold or Threshold(0.8))
         self._kept = search.score  # matchness of the plan in the file
         self._head = backbone.heads([], [backbone.head_rows(torch.arange(backbone.config.vocab))])
         self._width = min(SIBLINGS[-1][1], backbone.config.vocab)
         self._cache: KVCache | None = None
         self._round = 0
         self._scratch = backbone.new_cache(1, 0)  # where candidates run
-        self._chains: dict[int, Chain] = {}  # slot -> the last draft's
 
     @classmethod
     def build(
@@ -109,16 +108,11 @@ class Swift(Drafter):
 
     def bind(self, cache: KVCache) -> None:
         self._cache = cache
-        self._chains.clear()
+        self.judge.forget()
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
-        for row, count, _ in zip(
-            rows, features.counts, features.paths, strict=False
-        ):  # no paths while a prompt is read
-            if chain := self._chains.pop(row.slot, None):
-                kept, known = chain.judged(row.tokens[len(row.tokens) - count :])
-                self.search.accepted(kept, known)
-                self.threshold.told(kept, len(chain.tokens) if kept < known else kept, chain.most)
+        for kept, known in self.judge.observed(rows, features):
+            self.search.accepted(kept, known)
 
     def draft(self, rows: Sequence[Row]) -> Draft:
         assert self._cache is not None, "the engine binds its cache first"
@@ -127,10 +121,9 @@ class Swift(Drafter):
             self._try(rows)
         lower = Lower(self._backbone, self._cache, rows, skip=self.search.plan.bits(self.depth))
         count = self.nodes - 1
-        thresholds = [self.threshold.value] * len(rows)
+        thresholds = [self.judge.threshold.value] * len(rows)
         draft = lower.grow(self.depth, self._guesses, count, min(self.steps, count), thresholds=thresholds)
-        for row, tree, tokens in zip(rows, draft.trees, draft.tokens, strict=True):
-            self._chains[row.slot] = Chain.of(tree, tokens, min(self.steps, count, row.budget - 1))
+        self.judge.drafted(rows, draft, min(self.steps, count))
         return draft
 
     def _guesses(self, hidden_Fd: Tensor, nodes: Nodes) -> tuple[Floats, list[list[int]]]:
