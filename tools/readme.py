@@ -179,7 +179,76 @@ def own_layers(folder: Path) -> list[str]:
                 "that Kangaroo had would gain there.",
                 "", *cost_model.table(tokens, levels), "",
             ]  # fmt: skip
+    if (folder / "exits.json").exists():
+        lines += exits(_json(folder / "exits.json")["exits"])
+    if (folder / "layers.json").exists():
+        found = _json(folder / "layers.json")
+        lines += [line for name, tell in (("spare", spare), ("control", control)) if name in found
+                  for line in tell(found[name])]  # fmt: skip
     return lines
+
+
+def exits(section: dict[str, Any]) -> list[str]:
+    """Kangaroo's adapter at each exit after the same little training."""
+    r = section["result"]
+    lines = [
+        f"Where Kangaroo leaves {r['model']} ({r['layers']} layers): adapters after {r['tokens'] / 1e3:.0f} thousand "
+        f"tokens ({r['conversations']:,} conversations, learning rate {r['settings']['learning_rate']:g}; commit "
+        f"{section['commit']}, `{section['command']}`), in the paper's form and with more; on held-out conversations.",
+        "",
+        "| adapter | numbers that learn | right first | among five | tokens per step, 8 nodes | 16 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, run in r.items():
+        if isinstance(run, dict) and "top1" in run:
+            earned = " | ".join(f"{tokens:.2f}" for tokens in run["tokens_per_step"].values())
+            cells = f"{run['parameters'] / 1e6:.1f} M | {run['top1']:.1%} | {run['top5']:.1%} | {earned}"
+            lines.append(f"| {name} | {cells} |")
+    return [*lines, ""]
+
+
+def spare(section: dict[str, Any]) -> list[str]:
+    """What SWIFT has to work with."""
+    r = section["result"]
+    alone = sorted(share for kind in r["alone"].values() for share in kind)
+    counts = (5, 10, 15, 20, 25)
+    greedy = ", ".join(
+        f"{count} {r['greedy'][count - 1]:.0%} ({r['cost'][f'{count} left out']:.0%})" for count in counts
+    )
+    lines = [
+        f"What {r['model']} can spare (matchness on {r['tokens']:,} tokens that it wrote; commit {section['commit']}, "
+        f"`{section['command']}`): any one of {r['sublayers']} sublayers left out alone {alone[0]:.0%} to "
+        f"{alone[-1]:.0%}, half of them {alone[len(alone) // 2]:.0%} or more; greedily the best to leave out (and what "
+        f"a token then costs, of a step): {greedy}. Both sublayers of every second layer, where the search begins: "
+        f"{r['every second layer']:.0%}.",
+        "",
+    ]
+    for name, plan in r["found"].items():
+        lines += [
+            f"The plan `{name}` that a search found while it decoded leaves out {plan['skipped']} sublayers: matchness "
+            f"{plan['matchness_then']:.0%} on the window that it was chosen by, {plan['matchness']:.0%} on these "
+            f"tokens, and a token costs {r['cost'][name]:.0%} of a step.",
+            "",
+        ]
+    return [*lines, "![what can be left out, and what would pay](images/spare.png)", ""]
+
+
+def control(section: dict[str, Any]) -> list[str]:
+    """What it costs DEL to know which exit pays."""
+    r = section["result"]
+    lines = [
+        f"What DEL's statistics cost on {r['model']} ({r['questions']} development questions, {r['new_tokens']} new "
+        f"tokens, a plain step {r['plain_step_ms']:.1f} ms; commit {section['commit']}, `{section['command']}`), in a "
+        "round: reading what was committed off at the exits, and choosing one.",
+        "",
+        "| | exits | reading off | choosing | of a plain step | tokens per step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, run in r.items():
+        if isinstance(run, dict):
+            times = f"{run['observe_ms']:.2f} ms | {run['choose_ms']:.2f} ms | {run['share_of_a_plain_step']:.0%}"
+            lines.append(f"| {name} | {run['exits']} | {times} | {run['tokens_per_step']:.2f} |")
+    return [*lines, ""]
 
 
 def ablation(section: dict[str, Any]) -> list[str]:

@@ -1,0 +1,88 @@
+"""Trains a small Kangaroo adapter at each of several exits and writes docs/results/exits.json.
+
+    python tools/exit_sweep.py DATA --exits 1,2,3,5,7,10 [--conversations 2500]
+
+Every one learns from the same conversations, in the same order and for as many steps, in the paper's form (attention
+alone, the output head frozen) and, at one exit, with what foretell adds to it. The keys of all exits are kept once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import core_figures as core
+import torch
+
+import foretell
+from foretell.backbone import Backbone
+from foretell.cli.terminal import job_progress
+from foretell.cli.train import REPLAYED
+from foretell.drafters.kangaroo import Kangaroo
+from foretell.train.data import Store
+from foretell.train.features import Features
+from foretell.train.replay import by_size
+from foretell.train.trainer import Settings, Trainer
+
+NODES = (8, 16)
+ADDED: dict[str, dict[str, Any]] = {
+    "an MLP": {"mlp": True}, "an output matrix of its own": {"output": "tied"},
+    "both": {"mlp": True, "output": "tied"},
+}  # fmt: skip
+
+
+def learnt(backbone: Backbone, features: Features, settings: Settings, options: dict[str, Any]) -> dict[str, Any]:
+    """How good an adapter is after a training."""
+    counts_V = torch.bincount(
+        torch.tensor([t for each in features.data for start, end in each.answers for t in each.tokens[start:end]]),
+        minlength=backbone.config.vocab,
+    )
+    torch.manual_seed(settings.seed)
+    module = Kangaroo.trainable(backbone, counts_V, None, **options)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Trainer(module, features, settings, Path(folder), options)
+        with job_progress(f"exit {options['exit']}", "") as progress:
+            run.run(lambda step, steps, line: progress(step, steps, 0))
+        report = run.evaluate()
+    tensors, arch = module.checkpoint()
+    drafter = Kangaroo(backbone, arch, tensors, lambda rows, context: NODES[0], scales=report.calibration)
+    told = report.replayed[:: max(1, len(report.replayed) // REPLAYED)][:REPLAYED]
+    earned = by_size(drafter, features, told, NODES, lambda done: None)
+    return {
+        "options": options, "parameters": sum(each.numel() for each in module.parameters()),
+        "top1": report.accuracy[0]["top1"], "top5": report.accuracy[0]["top5"],
+        "tokens_per_step": {str(nodes): tokens for nodes, tokens in earned.items()}, "seconds": round(run.seconds),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--exits", default="1,2,3,5,7,10", help="layers")
+    parser.add_argument("--varied", type=int, default=2, help="the exit at which more is added to the adapter")
+    parser.add_argument("--conversations", type=int, default=2500)
+    parser.add_argument("--epochs", type=float, default=1.0)
+    args = parser.parse_args()
+    exits = [int(each) for each in args.exits.split(",")]
+    backbone = foretell.load(core.MODEL, dtype="bf16").backbone
+    store = Store.open(args.data)
+    name = f"features-{backbone.fingerprint}-{'-'.join(map(str, exits))}-{args.conversations}"
+    features = Features(backbone, store.conversations[: args.conversations], exits, store.folder / name)
+    with job_progress("features, %", "") as progress:
+        features.prepare(lambda fraction: progress(round(fraction * 100), 100, 0))
+    settings = Settings(epochs=args.epochs, batch_tokens=2048, learning_rate=2e-3)
+    runs = {f"exit {exit}": {"exit": exit} for exit in exits}
+    runs |= {f"exit {args.varied}, {added}": {"exit": args.varied, **more} for added, more in ADDED.items()}
+    core.RESULTS = core.RESULTS.with_name("exits.json")
+    out = {
+        "model": core.MODEL, "layers": backbone.config.layers, "conversations": len(features.data),
+        "tokens": sum(len(each.tokens) for each in features.data), "settings": asdict(settings),
+    }  # fmt: skip
+    core.save("exits", out | {name: learnt(backbone, features, settings, options) for name, options in runs.items()})
+
+
+if __name__ == "__main__":
+    main()
