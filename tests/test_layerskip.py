@@ -91,6 +91,20 @@ def test_whoever_knows_is_accepted_whole() -> None:
     assert out.statistics.acceptance_length == 5.0
 
 
+def test_the_adaptive_threshold_is_told_while_decoding() -> None:
+    """Chains of whoever is hardly ever right end earlier and earlier; where it is fixed, nothing moves."""
+    request = ([1, 2, 3, 4], SamplingParams(max_new_tokens=40, ignore_eos=True))
+    sure, unsure = (skipping(sure_backbone(), 2, chain=True, steps=4, threshold=Threshold(0.5, True)),
+                    skipping(deep(), 1, chain=True, steps=4, threshold=Threshold(0.0, True)))  # fmt: skip
+    still = skipping(deep(), 1, chain=True, steps=4, threshold=Threshold(0.0))
+    for drafter in (sure, unsure, still):
+        finish(decoder_of(drafter._backbone, drafter), [request])
+    assert sure.judge.threshold.accepted > 0.9
+    assert unsure.judge.threshold.accepted < 0.9
+    assert unsure.judge.threshold.value > 0.002
+    assert still.judge.threshold.value == 0.0
+
+
 # -- what drafting hands over ---------------------------------------------------------------------------------------
 
 

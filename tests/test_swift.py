@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from test_medusa import backbone_of, requests
 
 from foretell import drafters
 from foretell.backbone import Backbone, Nodes
-from foretell.contracts import SamplingParams
+from foretell.contracts import Draft, Row, SamplingParams
 from foretell.drafters import skipping, swift
 from foretell.drafters.lower import Threshold, main_chain
 from foretell.drafters.prompt_lookup import WithLookup
@@ -39,9 +40,7 @@ def deep(dtype: torch.dtype = FP32) -> Backbone:
     return backbone_of(dtype, num_hidden_layers=LAYERS)
 
 
-def swift_of(
-    backbone: Backbone, plan: Plan | None = None, ratio: float = 0.5, search: bool = False, **options: Any
-) -> Swift:
+def swift_of(backbone: Backbone, plan: Plan | None = None, search: bool = False, **options: Any) -> Swift:
     return Swift(backbone, PlanSearch(backbone.config.layers, 0.5, plan, enabled=search), **options)
 
 
@@ -244,6 +243,27 @@ def test_what_is_accepted_is_counted_by_its_tokens(lookup: bool) -> None:
     finish(decoder_of(backbone, WithLookup(drafter) if lookup else drafter), [request])
     assert len(told) > 5
     assert all(kept == known for kept, known in told)
+
+
+def test_candidates_come_every_so_often_and_run_on_the_longest_answer() -> None:
+    backbone = deep()
+    drafter = swift_of(backbone, search=True, window=4, every=3, threshold=Threshold(0.0), steps=2)
+    rounds, scored = [list[tuple[int, list[int]]]() for _ in range(2)]
+    draft, matchness = drafter.draft, drafter.matchness
+
+    def watched(rows: Sequence[Row]) -> Draft:
+        rounds.append((drafter._round + 1, [len(row.tokens) - row.prompt_length for row in rows]))
+        return draft(rows)
+
+    def score(plan: Plan, row: Row) -> float:
+        scored.append((drafter._round, [len(row.tokens) - row.prompt_length]))
+        return matchness(plan, row)
+
+    put(drafter, "draft", watched)
+    put(drafter, "matchness", score)
+    finish(decoder_of(backbone, drafter, max_rows=3), requests())
+    assert scored == [(number, [max(said)]) for number, said in rounds if number % 3 == 0 and max(said) > 4]
+    assert any(len(said) > 1 and max(said) > said[0] for _, said in rounds)  # not always the first row
 
 
 def test_the_adaptive_threshold_is_told_while_decoding() -> None:
