@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from decoding import assert_same, decoder_of, drafts_of, finish, held_like_a_fresh_prefill, plainly, put
@@ -142,11 +143,11 @@ def test_what_an_exit_would_have_guessed_is_what_it_guesses() -> None:
     decoder.step()
     while decoder.busy:
         drafts.clear()
-        before = drafter.shadows._rows.get(0, torch.zeros(1, 2, 2)).clone()
+        before = drafter.shadows._told_SC22[0].clone()
         (event,) = decoder.step()
         if not decoder.busy:
             break
-        counts = (drafter.shadows._rows[0] - before)[0, :, 0].tolist()
+        counts = (drafter.shadows._told_SC22[0] - before)[0, :, 0].tolist()
         chain, accepted = main_chain(drafts[0].trees[0]), sum(event.drafted)
         assert accepted <= counts[0] <= accepted + (accepted == len(chain))  # behind a whole chain stands one more
         assert sum(counts) == accepted + 1
@@ -195,19 +196,19 @@ def test_every_exit_is_counted_at_every_position() -> None:
         for i, exit in enumerate(exits):
             sure, guessed = backbone.logits(backbone.norm(shallow(backbone, row.tokens[:n], exit))).softmax(-1).max(-1)
             right = (guessed == comes)[mine]
-            counts, sums = drafter.shadows._rows[row.slot][i].unbind(-1)
+            counts, sums = drafter.shadows._told_SC22[row.slot, i].unbind(-1)
             assert counts.tolist() == [int(right.sum()), int((~right).sum())]
             assert sums.tolist() == pytest.approx([float(sure[mine][right].sum()), float(sure[mine][~right].sum())])
-        alpha = torch.tensor([drafter.shadows._rows[row.slot][i, 0, 0] for i in range(3)]) / (n - mine.start)
-        assert torch.allclose(drafter.shadows.alpha([row.slot])[0], alpha)
+        alpha = drafter.shadows._told_SC22[row.slot, :, 0, 0] / (n - mine.start)
+        assert drafter.shadows.alpha([row.slot])[0] == pytest.approx(alpha.numpy())
     best = tokens_per_layer(
         drafter.shadows.alpha([row.slot for row in decoder._rows]),
-        torch.tensor(exits),
+        exits,
         LAYERS,
         cost=drafter.shadows.cost,
     )
     decoder.step()
-    assert drafter.exit == exits[int(best.amax(-1).sum(0).argmax())]
+    assert drafter.exit == exits[int(best.max(-1).sum(0).argmax())]
 
 
 # -- what DEL counts ------------------------------------------------------------------------------------------------
@@ -218,13 +219,13 @@ def test_every_exit_is_counted_at_every_position() -> None:
     [(0.5, 4, 2, 0.04375), (0.7, 7, 3, 0.0477925), (0.9, 16, 3, 0.0429875), (0.3, 7, 1, 1 / 30), (0.0, 5, 0, 1 / 32)],
 )
 def test_tokens_per_layer_are_those_of_the_formula(alpha: float, exit: int, gamma: int, tpl: float) -> None:
-    grid = tokens_per_layer(torch.tensor([alpha]), torch.tensor([exit]), 32)[0]
+    grid = tokens_per_layer(np.array([alpha]), [exit], 32)[0]
     assert int(grid.argmax()) == gamma
     assert float(grid[gamma]) == pytest.approx(tpl, rel=1e-5)
 
 
 def test_tokens_per_layer_of_the_certain_are_a_sum() -> None:
-    grid = tokens_per_layer(torch.tensor([0.8, 1.0]), torch.tensor([8, 8]), 32)
+    grid = tokens_per_layer(np.array([0.8, 1.0]), [8, 8], 32)
     assert float(grid[0, 4]) == pytest.approx(0.052525, rel=1e-4)
     assert grid[1].tolist() == pytest.approx([(g + 1) / (32 + 8 * g) for g in range(18)])
 
@@ -232,32 +233,45 @@ def test_tokens_per_layer_of_the_certain_are_a_sum() -> None:
 def test_counts_decay_and_rows_are_apart() -> None:
     shadows = Shadows([1, 3], 4, torch.device("cpu"), decay=0.5)
     assert shadows.choose([0]) == (None, [0.0])
-    right = torch.tensor([[True, False, True], [True, True, True]])
-    sure = torch.tensor([[0.9, 0.2, 0.5], [0.8, 0.6, 0.7]])
-    shadows.told(0, right, sure)
+    right = torch.tensor([[True, True], [False, True], [True, True]])  # [T, C]
+    sure = torch.tensor([[0.9, 0.8], [0.2, 0.6], [0.5, 0.7]])
+    shadows.told([0] * 3, right, sure)
     assert shadows.alpha([0]).tolist() == [[pytest.approx(2 / 3), 1.0]]
-    assert shadows.choose([0, 5]) == (0, [pytest.approx((0.7 + 0.2) / 2), 0.0])
+    at, halfway = shadows.choose([0, 5])
+    assert (at, halfway) == (0, [pytest.approx((0.7 + 0.2) / 2), 0.0])
     one = Shadows([3], 4, torch.device("cpu"))
-    one.told(0, right[1:], sure[1:])
+    one.told([0] * 3, right[:, 1:], sure[:, 1:])
     assert one.choose([0]) == (0, [0.0])  # it was never wrong
-    shadows.told(0, ~right[:, :1], sure[:, :1])
-    counts = shadows._rows[0][..., 0]
-    assert counts.tolist() == [[1.0, 1.5], [1.5, 1.0]]
-    assert shadows.alpha([0, 1]).isnan().tolist() == [[False, False], [True, True]]
+    shadows.told([0], ~right[:1], sure[:1])
+    assert shadows._told_SC22[0, ..., 0].tolist() == [[1.0, 1.5], [1.5, 1.0]]
+    assert np.isnan(shadows.alpha([0, 1])).tolist() == [[False, False], [True, True]]
     last = Shadows([1, 3], 4, torch.device("cpu"), decay=0.0)
-    last.told(0, right, sure)
-    last.told(0, right[:, :1], sure[:, :1])
-    assert last._rows[0][..., 0].tolist() == [[1.0, 0.0], [1.0, 0.0]]
+    last.told([0] * 3, right, sure)
+    last.told([0], right[:1], sure[:1])
+    assert last._told_SC22[0, ..., 0].tolist() == [[1.0, 0.0], [1.0, 0.0]]
     shadows.forget(0)
     assert shadows.choose([0])[0] is None
+
+
+def test_rows_that_are_told_together_are_told_apart() -> None:
+    together, apart = (Shadows([1, 3], 4, torch.device("cpu"), decay=0.5) for _ in range(2))
+    torch.manual_seed(0)
+    for slots in ([2, 2, 0], [0], [0, 0, 2, 1]):
+        right, sure = torch.rand(len(slots), 2) < 0.5, torch.rand(len(slots), 2)
+        together.told(slots, right, sure)
+        for slot in dict.fromkeys(slots):
+            mine = torch.tensor(slots) == slot
+            apart.told([slot] * int(mine.sum()), right[mine], sure[mine])
+    assert torch.allclose(together._told_SC22, apart._told_SC22)
+    assert together._told_SC22.any(-1).any(-1).all()
 
 
 def test_the_exit_that_pays_best_is_chosen() -> None:
     shadows = Shadows([2, 4, 8], 32, torch.device("cpu"))
 
     def told(slot: int, *shares: float) -> None:
-        right = torch.stack([torch.arange(100) < 100 * share for share in shares])
-        shadows.told(slot, right, torch.full((3, 100), 0.5))
+        right = torch.stack([torch.arange(100) < 100 * share for share in shares], 1)
+        shadows.told([slot] * 100, right, torch.full((100, 3), 0.5))
 
     told(0, 0.1, 0.7, 0.8)
     assert shadows.choose([0])[0] == 1
@@ -270,7 +284,7 @@ def test_the_exit_that_pays_best_is_chosen() -> None:
     told(3, 0.55, 0.6, 0.78)
     assert shadows.choose([3])[0] == 0
     dear = Shadows([2, 4, 8], 32, torch.device("cpu"), cost=12.0)
-    dear._rows = shadows._rows
+    dear._told_SC22 = shadows._told_SC22
     assert dear.choose([3])[0] == 2  # where a guess costs much besides its layers, it had better be right
 
 

@@ -14,16 +14,19 @@ vocabulary costs a small model more than a step); only committed positions count
 c, what output matrix and calls cost in layers, is 0 in the paper; rows of a batch share the exit of the best sum; and
 prompts are read off before the first draft, which is therefore made at an exit that is known to pay.
 
-Legend: B rows, C candidate exits, T committed positions, d hidden width, L layers.
+Legend: B rows, C candidate exits, S slots, T committed positions of all rows, d hidden width, L layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from foretell.backbone import Backbone, KVCache
 from foretell.contracts import FINAL, Draft, Features, Row
@@ -31,6 +34,7 @@ from foretell.drafters.exiting import OVERHEAD, Exiting, candidates
 from foretell.drafters.lower import MOST
 from foretell.drafters.parts import check_exit, tree_size
 from foretell.errors import check_numbers
+from foretell.trees.calibration import Floats
 
 DECAY = 0.95
 """ω, of all counts at every step."""
@@ -41,21 +45,23 @@ CONTEXT = 32
 
 
 def tokens_per_layer(
-    alpha_C: Tensor, exits_C: Tensor, layers: int, longest: int = LONGEST, cost: float = 0.0
-) -> Tensor:
+    alpha_C: Floats, exits_C: Sequence[int], layers: int, longest: int = LONGEST, cost: float = 0.0
+) -> Floats:
     """TPL [..., C, γ]: tokens that a step earns for each layer that it runs, γ from 0.
 
     Args:
         alpha_C: how often guesses at the exits [C] are right, [..., C].
         cost: what a guess costs beside its layers, in layers.
     """
-    gamma = torch.arange(longest, device=alpha_C.device)
+    gamma = np.arange(longest)
     earned = (alpha_C[..., None] ** gamma).cumsum(-1)  # the sum, for (1 - α^(γ + 1)) / (1 - α) is nothing at α = 1
-    return earned / (layers + gamma * (exits_C[:, None] + cost))
+    return earned / (layers + gamma * (np.asarray(exits_C)[:, None] + cost))
 
 
 class Shadows:
     """What the exits would have guessed, row by row: decayed counts and confidences, on the backbone's device.
+
+    They grow there; once a round four numbers for each exit and row come over, and an exit is chosen.
 
     Args:
         exits: candidates, ascending.
@@ -65,48 +71,54 @@ class Shadows:
         self, exits: Sequence[int], layers: int, device: torch.device, decay: float = DECAY, cost: float = 0.0
     ):
         self.exits, self.layers, self.decay, self.cost = list(exits), layers, decay, cost
-        self.exits_C = torch.tensor(self.exits, device=device)
-        self._rows: dict[int, Tensor] = {}  # slot -> [C, right or wrong, count or sum of confidences]
+        self._told_SC22 = torch.zeros(0, len(exits), 2, 2, device=device)  # right or wrong, count or sum of confidences
 
     def forget(self, slot: int) -> None:
-        self._rows.pop(slot, None)
+        self._reserve(slot)
+        self._told_SC22[slot] = 0.0
 
-    def told(self, slot: int, right_CT: Tensor, confidence_CT: Tensor) -> None:
-        """What the exits guessed at newly committed positions, and how sure they were."""
-        each_C2T = torch.stack([right_CT, ~right_CT], 1).float()
-        new_C22 = torch.stack([each_C2T.sum(-1), (each_C2T * confidence_CT[:, None]).sum(-1)], -1)
-        old = self._rows.get(slot)
-        self._rows[slot] = new_C22 if old is None else self.decay * old + new_C22
+    def told(self, slots_T: Sequence[int], right_TC: Tensor, sure_TC: Tensor) -> None:
+        """What the exits guessed at newly committed positions, of the rows of these slots, and how sure they were."""
+        self._reserve(max(slots_T))
+        device, slots = right_TC.device, list(dict.fromkeys(slots_T))
+        both_TC2 = torch.stack([right_TC, ~right_TC], -1)
+        each_TC22 = both_TC2[..., None] * torch.stack([torch.ones_like(sure_TC), sure_TC], -1)[:, :, None]
+        self._told_SC22[slots] *= self.decay
+        self._told_SC22.index_add_(0, torch.tensor(slots_T, device=device), each_TC22)
 
-    def alpha(self, slots: Sequence[int]) -> Tensor:
+    def alpha(self, slots: Sequence[int]) -> Floats:
         """How often each exit is right in each row, [B, C]; NaN where nothing is known."""
         return _right(self._of(slots))
 
     def choose(self, slots: Sequence[int]) -> tuple[int | None, list[float]]:
         """The exit that earns the rows most tokens a layer, and the confidences below which their chains end.
 
-        The only transfer from the device in a round.
-
         Returns:
             Index of the exit, None where nothing is known; per row what lies halfway between the mean confidences of
             right and wrong guesses there, 0 where one kind has not been seen.
         """
         told_BC22 = self._of(slots)
-        tpl_BCG = tokens_per_layer(_right(told_BC22), self.exits_C, self.layers, cost=self.cost)
-        most, at = tpl_BCG.amax(-1).nansum(0).max(0)  # of equals the smallest exit
-        counts_B2, sums_B2 = told_BC22.index_select(1, at[None])[:, 0].unbind(-1)
-        halfway_B = (sums_B2 / counts_B2).mean(-1).nan_to_num(0.0)
-        known, chosen, *thresholds = torch.cat([most[None], at[None].float(), halfway_B]).tolist()
-        return int(chosen) if known > 0 else None, thresholds
+        tpl_BCG = tokens_per_layer(_right(told_BC22), self.exits, self.layers, cost=self.cost)
+        most_C = np.nansum(tpl_BCG.max(-1), 0)
+        at = int(most_C.argmax())  # of equals the smallest exit
+        with np.errstate(invalid="ignore"):
+            halfway_B = (told_BC22[:, at, :, 1] / told_BC22[:, at, :, 0]).mean(-1)
+        return at if most_C[at] > 0 else None, np.nan_to_num(halfway_B).tolist()
 
-    def _of(self, slots: Sequence[int]) -> Tensor:
-        unknown = torch.full((len(self.exits), 2, 2), torch.nan, device=self.exits_C.device)
-        return torch.stack([self._rows.get(slot, unknown) for slot in slots])
+    def _of(self, slots: Sequence[int]) -> Floats:
+        """The only transfer from the device in a round."""
+        self._reserve(max(slots))
+        return self._told_SC22[list(slots)].double().cpu().numpy()
+
+    def _reserve(self, slot: int) -> None:
+        if missing := max(0, slot + 1 - len(self._told_SC22)):
+            self._told_SC22 = F.pad(self._told_SC22, (0, 0) * 3 + (0, missing))
 
 
-def _right(told_BC22: Tensor) -> Tensor:
+def _right(told_BC22: Floats) -> Floats:
     """Share of right guesses."""
-    return told_BC22[..., 0, 0] / told_BC22[..., 0].sum(-1)
+    with np.errstate(invalid="ignore"):
+        return told_BC22[..., 0, 0] / told_BC22[..., 0].sum(-1)
 
 
 class DEL(Exiting):
@@ -166,22 +178,21 @@ class DEL(Exiting):
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
         """Reads the new streams off at every exit: what the whole model says there tells who was right."""
-        reading, exits = not features.paths, len(self.exits)  # a prompt is read
-        kept = [min(count, CONTEXT) if reading else count for count in features.counts]
-        of_rows = [features.taps[tap].split(features.counts) for tap in self.taps]
-        streams_Fd = torch.cat([each[i][-count:] for i, count in enumerate(kept) for each in of_rows[:exits]])
-        said_F, best_F = (each.flatten() for each in self._read_off(streams_Fd, 1))
-        sure_F, tokens_F = said_F.exp(), self._ids_V.index_select(0, best_F)
-        at = 0
-        for i, (row, count) in enumerate(zip(rows, kept, strict=True)):
-            mine = slice(at, at + count * exits)
-            at = mine.stop
-            if reading:
-                comes_T = self._backbone.argmax(of_rows[exits][i][-count:])
-            else:
-                comes_T = torch.tensor(row.tokens[len(row.tokens) - count :], device=sure_F.device)
-            guessed_CT, sure_CT = (each[mine].view(exits, count) for each in (tokens_F, sure_F))
-            self.shadows.told(row.slot, guessed_CT == comes_T, sure_CT)
+        counts, reading = features.counts, not features.paths  # a prompt is read
+        kept = [min(count, CONTEXT) if reading else count for count in counts]
+        slots_T = [row.slot for row, count in zip(rows, kept, strict=True) for _ in range(count)]
+        streams_TCd = torch.stack([features.taps[exit] for exit in self.exits], 1)
+        if reading:
+            ends = zip(accumulate(counts), kept, strict=True)
+            places_T = torch.tensor([at for end, count in ends for at in range(end - count, end)])
+            streams_TCd = streams_TCd[places_T]
+            comes_T = self._backbone.argmax(features.taps[FINAL][places_T])
+        else:
+            came = (token for row, count in zip(rows, counts, strict=True) for token in row.tokens[-count:])
+            comes_T = torch.tensor(list(came), device=streams_TCd.device)
+        said_F, best_F = (each.flatten() for each in self._read_off(streams_TCd.flatten(0, 1), 1))
+        guessed_TC, sure_TC = (each.view(len(slots_T), -1) for each in (self._ids_V[best_F], said_F.exp()))
+        self.shadows.told(slots_T, guessed_TC == comes_T[:, None], sure_TC)
 
     def draft(self, rows: Sequence[Row]) -> Draft:
         at, thresholds = self.shadows.choose([row.slot for row in rows])
