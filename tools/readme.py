@@ -171,6 +171,7 @@ def own_layers(folder: Path) -> list[str]:
     for each in sorted(folder.glob("own_layers*/results.json")):
         lines += measured(each.parent)
         rows = {row["contender"]: row for row in read_results(each.parent)["table"]}
+        lines += step_costs(rows)
         if row := rows.get("kangaroo"):
             tokens, levels = row["tokens_per_step"], row["levels_per_step"]
             lines += [
@@ -186,6 +187,22 @@ def own_layers(folder: Path) -> list[str]:
         lines += [line for name, tell in (("spare", spare), ("control", control)) if name in found
                   for line in tell(found[name])]  # fmt: skip
     return lines
+
+
+def step_costs(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """What a step of each drafter costs beside a plain one, part by part, and what that asks of it."""
+
+    def seconds(row: dict[str, Any], share: float = 1.0) -> float:
+        return share * row["seconds"] / row["steps"]
+
+    plain = seconds(rows["plain"], 1 - rows["plain"]["prefill_share"])
+    lines = ["| in plain steps | drafting | verification | the rest | tokens a step must earn to lose nothing |"]
+    lines += ["|---" * 5 + "|"]
+    for name, row in rows.items():
+        if name != "plain" and "draft_share" in row:
+            parts = [seconds(row, row[f"{part}_share"]) / plain for part in ("draft", "verify", "other")]
+            lines.append(f"| {name} | {' | '.join(f'{part:.2f}' for part in (*parts, sum(parts)))} |")
+    return [*lines, ""]
 
 
 def exits(section: dict[str, Any]) -> list[str]:
