@@ -44,7 +44,7 @@ def skipping(backbone: Backbone, exit: int, nodes: int = 16, **options: Any) -> 
 
 
 def dynamic(backbone: Backbone, exits: tuple[int, ...] = (1, 2, 4), nodes: int = 16, **options: Any) -> DEL:
-    return DEL(backbone, options.pop("ids_V", None), exits, always(nodes), **options)
+    return DEL(backbone, options.pop("ids_V", None), exits, always(nodes), **{"every": 1} | options)
 
 
 # -- exactness ------------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def test_exits_that_move_change_no_token(dtype: torch.dtype, rows: int) -> None:
     truth = plainly(backbone, requests())
     for chain in (True, False):
         for ids_V in (None, SOME):
-            drafter = dynamic(backbone, chain=chain, ids_V=ids_V, steps=5)
+            drafter = dynamic(backbone, chain=chain, ids_V=ids_V, steps=5, every=1 if ids_V is None else 3)
             for each in (drafter, WithLookup(drafter)):
                 decoder = decoder_of(backbone, each, max_rows=rows)
                 for _ in range(2):
@@ -212,6 +212,27 @@ def test_every_exit_is_counted_at_every_position() -> None:
 
 
 # -- what DEL counts ------------------------------------------------------------------------------------------------
+
+
+def test_a_reading_holds_for_as_many_steps_as_it_is_said_to() -> None:
+    """The prompt is read, then every third step; between two readings nobody chooses anew, but for other rows."""
+    backbone = deep()
+    drafter = dynamic(backbone, (1, 2, 4), steps=3, every=3)
+    told, chosen = list[int](), list[tuple[int, ...]]()
+    shadows = drafter.shadows
+    tell, choose = shadows.told, shadows.choose
+    put(shadows, "told", lambda slots, *rest: (told.append(len(slots)), tell(slots, *rest)))
+    put(shadows, "choose", lambda slots: (chosen.append(tuple(slots)), choose(slots))[1])
+    decoder = decoder_of(backbone, drafter, max_rows=2)
+    decoder.submit([1, 2, 3, 4], SamplingParams(max_new_tokens=60, ignore_eos=True))
+    for _ in range(10):  # the first reads the prompt
+        decoder.step()
+    assert len(told) == 1 + 3
+    assert chosen == [(0,)] * 4
+    decoder.submit([5, 6, 7], SamplingParams(max_new_tokens=60, ignore_eos=True))
+    for _ in range(3):
+        decoder.step()
+    assert chosen[4:] == [(0, 1)] * (len(told) - 4)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@
 
 `spare` scores plans by matchness, as SWIFT does, on answers of DATA: each sublayer left out alone, then greedily one
 more at a time (drawn in docs/images/spare.png), and plans that `foretell generate --drafter swift -o plan=FILE` found.
-`control` decodes questions with the exits that have learnt and their draft vocabulary, with the whole vocabulary, and
-with every layer as an exit.
+`control` decodes questions with DEL as it comes, reading its exits every fourth step, and reading them at every step:
+those that learnt with their draft vocabulary, over the whole vocabulary, and with every layer as an exit.
 """
 
 from __future__ import annotations
@@ -181,10 +181,11 @@ def section_control(args: argparse.Namespace) -> Any:
     ids_V, arch, _ = candidates(backbone, "", False)
     every, size = list(range(1, backbone.config.layers)), lambda rows, context: 16
     kinds: dict[str, Drafter] = {
-        "the exits that learnt": DEL(backbone, ids_V, arch["exits"], size),
-        "over the whole vocabulary": DEL(backbone, None, arch["exits"], size),
-        "every layer an exit": DEL(backbone, ids_V, every, size),
-        "every layer, over the whole vocabulary": DEL(backbone, None, every, size),
+        "the exits that learnt, every fourth step": DEL(backbone, ids_V, arch["exits"], size),
+        "the same, every step": DEL(backbone, ids_V, arch["exits"], size, every=1),
+        "over the whole vocabulary, every step": DEL(backbone, None, arch["exits"], size, every=1),
+        "every layer an exit, every step": DEL(backbone, ids_V, every, size, every=1),
+        "both, every step, as published": DEL(backbone, None, every, size, every=1),
     }
     runs = {"plain": llm} | {name: LLM(backbone, llm.tokenizer, each, llm.folder) for name, each in kinds.items()}
     clocks: dict[str, tuple[Timed, Timed]] = {}

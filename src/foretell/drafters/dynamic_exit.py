@@ -1,6 +1,6 @@
 """DEL: leave at the layer that pays best just now, and stop drafting when that layer becomes unsure.
 
-After every step the streams of what was committed are read off at every candidate exit: which token would each have
+Every so many steps the streams of what was committed are read off at every candidate exit: which token would each have
 guessed, and how sure was it (shadow tokens). How often each was right, decayed, says how many tokens a layer it would
 earn as the drafter:
 
@@ -9,8 +9,8 @@ earn as the drafter:
 and the best exit drafts next. A chain ends where a guess is less sure than halfway between the mean confidences of
 right and of wrong guesses at that exit. DEL, arXiv 2504.05598, §3.
 
-Differences: candidates are a set of exits and their guesses come out of a draft vocabulary (every layer over the whole
-vocabulary costs a small model more than a step); only committed positions count, which are those that the paper keeps;
+Differences: candidates are a set of exits and their guesses come out of a draft vocabulary, and one step in `every` is
+read (every layer over the whole vocabulary at every step costs a small model half a step); only committed positions count, which are those that the paper keeps;
 c, what output matrix and calls cost in layers, is 0 in the paper; rows of a batch share the exit of the best sum; and
 prompts are read off before the first draft, which is therefore made at an exit that is known to pay.
 
@@ -40,6 +40,8 @@ DECAY = 0.95
 """ω, of all counts at every step."""
 LONGEST = 18
 """Tokens of a chain at most: γ is 0 up to one less."""
+EVERY = 4
+"""Steps for which a reading of the exits holds."""
 CONTEXT = 32
 """Positions of a chunk of a prompt that are read off."""
 
@@ -127,15 +129,18 @@ class DEL(Exiting):
     Args:
         exits: candidates.
         ids_V, size, chain, steps: see `Exiting`.
+        every: steps between two readings of the exits.
     """
 
     method = "del"
 
     def __init__(
         self, backbone: Backbone, ids_V: Tensor | None, exits: Sequence[int], size: Callable[[int, int], int],
-        chain: bool = True, steps: int = LONGEST,
+        chain: bool = True, steps: int = LONGEST, every: int = EVERY,
     ):  # fmt: skip
         super().__init__(backbone, ids_V, size, chain, steps)
+        self.every, self._steps = every, 0
+        self._chosen: dict[tuple[int, ...], tuple[int | None, list[float]]] = {}  # slots -> what the last reading says
         self.exits = sorted(check_exit(exit, backbone) for exit in exits or [backbone.config.layers])
         self.exit, self.depth = self.exits[0], self.exits[-1]
         self.taps = (*self.exits, FINAL)
@@ -146,7 +151,7 @@ class DEL(Exiting):
     @classmethod
     def build(
         cls, backbone: Backbone, checkpoint: str = "", stride: int = 0, nodes: int = 0, chain: bool = True,
-        steps: int = LONGEST, any_backbone: bool = False,
+        steps: int = LONGEST, every: int = EVERY, any_backbone: bool = False,
     ) -> DEL:  # fmt: skip
         """See `Drafter.build`.
 
@@ -157,28 +162,36 @@ class DEL(Exiting):
             nodes: size of trees; by default what `foretell tune` found best here, else 16.
             chain: draft chains, as in the paper; false grows trees.
             steps: how often the lower layers are run for a draft, at most.
+            every: steps between two readings of the exits; 1 as in the paper.
             any_backbone: accept a checkpoint of another model of the same sizes.
         """
         layers = backbone.config.layers
-        options = SimpleNamespace(stride=stride, steps=steps)
-        check_numbers(options, [("stride", 0, layers - 1), ("steps", 0, MOST - 1)], whole=("stride", "steps"))
+        options = SimpleNamespace(stride=stride, steps=steps, every=every)
+        ranges = [("stride", 0, layers - 1), ("steps", 0, MOST - 1), ("every", 1, 1 << 20)]
+        check_numbers(options, ranges, whole=("stride", "steps", "every"))
         ids_V, arch, earned = candidates(backbone, checkpoint, any_backbone)
         exits = arch.get("exits") if not stride else None
         exits = exits or list(range(stride or max(1, layers // 10), layers, stride or max(1, layers // 10)))
-        return cls(backbone, ids_V, exits, tree_size(backbone, nodes, earned, cls.method, MOST), chain, steps)
+        return cls(backbone, ids_V, exits, tree_size(backbone, nodes, earned, cls.method, MOST), chain, steps, every)
 
     def bind(self, cache: KVCache) -> None:
         super().bind(cache)
+        self._chosen.clear()
         for slot in range(cache.rows):
             self.shadows.forget(slot)
 
     def reset(self, rows: Sequence[Row]) -> None:
+        self._chosen.clear()
         for row in rows:
             self.shadows.forget(row.slot)
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
         """Reads the new streams off at every exit: what the whole model says there tells who was right."""
         counts, reading = features.counts, not features.paths  # a prompt is read
+        self._steps += not reading
+        if not reading and self._steps % self.every:
+            return
+        self._chosen.clear()
         kept = [min(count, CONTEXT) if reading else count for count in counts]
         slots_T = [row.slot for row, count in zip(rows, kept, strict=True) for _ in range(count)]
         streams_TCd = torch.stack([features.taps[exit] for exit in self.exits], 1)
@@ -195,7 +208,8 @@ class DEL(Exiting):
         self.shadows.told(slots_T, guessed_TC == comes_T[:, None], sure_TC)
 
     def draft(self, rows: Sequence[Row]) -> Draft:
-        at, thresholds = self.shadows.choose([row.slot for row in rows])
+        slots = tuple(row.slot for row in rows)
+        at, thresholds = self._chosen.get(slots) or self._chosen.setdefault(slots, self.shadows.choose(slots))
         if at is not None:
             self.exit = self.exits[at]
         return self._drafted(rows, self.exit, thresholds, [tap for tap in self.exits if tap < self.exit])
