@@ -9,10 +9,11 @@ earn as the drafter:
 and the best exit drafts next. A chain ends where a guess is less sure than halfway between the mean confidences of
 right and of wrong guesses at that exit. DEL, arXiv 2504.05598, §3.
 
-Differences: candidates are a set of exits and their guesses come out of a draft vocabulary, and one step in `every` is
-read (every layer over the whole vocabulary at every step costs a small model half a step); only committed positions count, which are those that the paper keeps;
-c, what output matrix and calls cost in layers, is 0 in the paper; rows of a batch share the exit of the best sum; and
-prompts are read off before the first draft, which is therefore made at an exit that is known to pay.
+Differences: candidates are a set of exits, their guesses come out of a draft vocabulary, and one step in `every` is
+read (every layer over the whole vocabulary at every step costs a small model half a step); only committed positions
+count, which are those that the paper keeps; c, what output matrix and calls cost in layers, is 0 in the paper; rows of
+a batch share the exit of the best sum; and prompts are read off before the first draft, which is therefore made at an
+exit that is known to pay.
 
 Legend: B rows, C candidate exits, S slots, T committed positions of all rows, d hidden width, L layers.
 """
