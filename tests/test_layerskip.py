@@ -106,6 +106,28 @@ def test_the_adaptive_threshold_is_told_while_decoding() -> None:
     assert still.judge.threshold.value == 0.0
 
 
+@pytest.mark.parametrize("prompt", [[1], [1, 2, 3, 4]])
+def test_an_answer_that_ends_within_what_was_accepted_is_judged_as_far_as_it_goes(prompt: list[int]) -> None:
+    """Guesses behind the end are neither right nor wrong; those before it were right."""
+    backbone = sure_backbone()
+    (whole,) = plainly(backbone, [(prompt, SamplingParams(max_new_tokens=20, ignore_eos=True))])
+    at = next(i for i in range(2, 20) if whole.ids[i] not in whole.ids[:i])
+    request = (prompt, SamplingParams(max_new_tokens=20, ignore_eos=True, stop_ids=(whole.ids[at],)))
+    told = list[tuple[int, int]]()
+    fixed = skipping(backbone, 2, chain=True, steps=8)
+    put(fixed.judge.threshold, "told", lambda kept, drafted, most: told.append((kept, drafted)))
+    moving = dynamic(backbone, (2,), steps=8)
+    moving.shadows.decay = 1.0
+    truth = plainly(backbone, [request])
+    for drafter in (fixed, moving):
+        decoder = decoder_of(backbone, drafter)
+        assert_same(finish(decoder, [request]), truth)
+    assert told
+    assert all(kept == drafted > 0 for kept, drafted in told)
+    right, wrong = moving.shadows._told_SC22[0, 0, :, 0].tolist()
+    assert (right, wrong) == (len(prompt) - 1 + len(truth[0].ids), 0)
+
+
 # -- what drafting hands over ---------------------------------------------------------------------------------------
 
 

@@ -10,10 +10,10 @@ and the best exit drafts next. A chain ends where a guess is less sure than half
 right and of wrong guesses at that exit. DEL, arXiv 2504.05598, §3.
 
 Differences: candidates are a set of exits, their guesses come out of a draft vocabulary, and one step in `every` is
-read (every layer over the whole vocabulary at every step costs a small model half a step); only committed positions
-count, which are those that the paper keeps; c, what output matrix and calls cost in layers, is 0 in the paper; rows of
-a batch share the exit of the best sum; and prompts are read off before the first draft, which is therefore made at an
-exit that is known to pay.
+read (every layer over the whole vocabulary at every step costs a small model half a step), so that ω counts readings;
+only committed positions count, which are those that the paper keeps; c, what output matrix and calls cost in layers,
+is 0 in the paper; rows of a batch share the exit of the best sum; and prompts are read off before the first draft,
+which is therefore made at an exit that is known to pay.
 
 Legend: B rows, C candidate exits, S slots, T committed positions of all rows, d hidden width, L layers.
 """
@@ -21,7 +21,6 @@ Legend: B rows, C candidate exits, S slots, T committed positions of all rows, d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from types import SimpleNamespace
 
 import numpy as np
@@ -38,11 +37,11 @@ from foretell.errors import check_numbers
 from foretell.trees.calibration import Floats
 
 DECAY = 0.95
-"""ω, of all counts at every step."""
+"""ω, of all counts at every reading."""
 LONGEST = 18
 """Tokens of a chain at most: γ is 0 up to one less."""
 EVERY = 4
-"""Steps for which a reading of the exits holds."""
+"""Steps for which a reading of the exits holds, at most: one that knows too little is made anew at the next."""
 CONTEXT = 32
 """Positions of a chunk of a prompt that are read off."""
 
@@ -64,7 +63,7 @@ def tokens_per_layer(
 class Shadows:
     """What the exits would have guessed, row by row: decayed counts and confidences, on the backbone's device.
 
-    They grow there; once a round four numbers for each exit and row come over, and an exit is chosen.
+    They grow there; at each reading four numbers for each exit and row come over, and an exit is chosen.
 
     Args:
         exits: candidates, ascending.
@@ -109,7 +108,7 @@ class Shadows:
         return at if most_C[at] > 0 else None, np.nan_to_num(halfway_B).tolist()
 
     def _of(self, slots: Sequence[int]) -> Floats:
-        """The only transfer from the device in a round."""
+        """The only transfer from the device."""
         self._reserve(max(slots))
         return self._told_SC22[list(slots)].double().cpu().numpy()
 
@@ -140,7 +139,7 @@ class DEL(Exiting):
         chain: bool = True, steps: int = LONGEST, every: int = EVERY,
     ):  # fmt: skip
         super().__init__(backbone, ids_V, size, chain, steps)
-        self.every, self._steps = every, 0
+        self.every, self._steps, self._sure = every, 0, False  # whether right and wrong guesses are known of every row
         self._chosen: dict[tuple[int, ...], tuple[int | None, list[float]]] = {}  # slots -> what the last reading says
         self.exits = sorted(check_exit(exit, backbone) for exit in exits or [backbone.config.layers])
         self.exit, self.depth = self.exits[0], self.exits[-1]
@@ -188,22 +187,30 @@ class DEL(Exiting):
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
         """Reads the new streams off at every exit: what the whole model says there tells who was right."""
-        counts, reading = features.counts, not features.paths  # a prompt is read
+        assert self._cache is not None, "the engine binds its cache first"
+        reading = not features.paths  # a prompt is read
         self._steps += not reading
-        if not reading and self._steps % self.every:
+        if not reading and self._sure and self._steps % self.every:
             return
         self._chosen.clear()
-        kept = [min(count, CONTEXT) if reading else count for count in counts]
-        slots_T = [row.slot for row, count in zip(rows, kept, strict=True) for _ in range(count)]
-        streams_TCd = torch.stack([features.taps[exit] for exit in self.exits], 1)
+        places, slots_T, came, at = list[int](), list[int](), list[int](), 0
+        for row, count in zip(rows, features.counts, strict=True):
+            those = range(max(0, count - CONTEXT), count)
+            if not reading:
+                begin = self._cache.lengths[row.slot] - count + 1
+                came += row.tokens[begin : begin + count]
+                those = range(min(count, len(row.tokens) - begin))  # an answer's end cuts what was accepted
+            places += [at + each for each in those]
+            slots_T += [row.slot] * len(those)
+            at += count
+        if not places:
+            return
+        places_T = torch.tensor(places, device=self._ids_V.device)
+        streams_TCd = torch.stack([features.taps[exit].index_select(0, places_T) for exit in self.exits], 1)
         if reading:
-            ends = zip(accumulate(counts), kept, strict=True)
-            places_T = torch.tensor([at for end, count in ends for at in range(end - count, end)])
-            streams_TCd = streams_TCd[places_T]
-            comes_T = self._backbone.argmax(features.taps[FINAL][places_T])
+            comes_T = self._backbone.argmax(features.taps[FINAL].index_select(0, places_T))
         else:
-            came = (token for row, count in zip(rows, counts, strict=True) for token in row.tokens[-count:])
-            comes_T = torch.tensor(list(came), device=streams_TCd.device)
+            comes_T = torch.tensor(came, device=streams_TCd.device)
         said_F, best_F = (each.flatten() for each in self._read_off(streams_TCd.flatten(0, 1), 1))
         guessed_TC, sure_TC = (each.view(len(slots_T), -1) for each in (self._ids_V[best_F], said_F.exp()))
         self.shadows.told(slots_T, guessed_TC == comes_T[:, None], sure_TC)
@@ -211,6 +218,7 @@ class DEL(Exiting):
     def draft(self, rows: Sequence[Row]) -> Draft:
         slots = tuple(row.slot for row in rows)
         at, thresholds = self._chosen.get(slots) or self._chosen.setdefault(slots, self.shadows.choose(slots))
+        self._sure = all(thresholds)
         if at is not None:
             self.exit = self.exits[at]
         return self._drafted(rows, self.exit, thresholds, [tap for tap in self.exits if tap < self.exit])

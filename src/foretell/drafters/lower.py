@@ -243,7 +243,7 @@ class Judge:
 
     def __init__(self, threshold: Threshold):
         self.threshold = threshold
-        self._chains: dict[int, Chain] = {}  # slot -> the last draft's
+        self._chains: dict[int, tuple[int, Chain]] = {}  # slot -> the last draft's, and how long the text was
 
     def forget(self) -> None:
         self._chains.clear()
@@ -251,14 +251,15 @@ class Judge:
     def drafted(self, rows: Sequence[Row], draft: Draft, most: int) -> None:
         """A draft whose chains have `most` tokens at most."""
         for row, tree, tokens in zip(rows, draft.trees, draft.tokens, strict=True):
-            self._chains[row.slot] = Chain.of(tree, tokens, min(most, row.budget - 1))
+            self._chains[row.slot] = len(row.tokens), Chain.of(tree, tokens, min(most, row.budget - 1))
 
     def observed(self, rows: Sequence[Row], features: Features) -> list[tuple[int, int]]:
         """Of each chain how many guesses were right, of how many that is known."""
         found = []
-        for row, count, _ in zip(rows, features.counts, features.paths, strict=False):  # a prompt has no paths
-            if chain := self._chains.pop(row.slot, None):
-                kept, known = chain.judged(row.tokens[len(row.tokens) - count :])
+        for row, _ in zip(rows, features.paths, strict=False):  # a prompt has no paths
+            if row.slot in self._chains:
+                length, chain = self._chains.pop(row.slot)
+                kept, known = chain.judged(row.tokens[length:])  # less than was accepted, where the answer has ended
                 self.threshold.told(kept, len(chain.tokens) if kept < known else kept, chain.most)
                 found.append((kept, known))
         return found
