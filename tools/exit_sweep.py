@@ -3,7 +3,8 @@
     python tools/exit_sweep.py DATA --exits 1,2,3,5,7,10 [--conversations 2500]
 
 Every one learns from the same conversations, in the same order and for as many steps, in the paper's form (attention
-alone, the output head frozen) and, at one exit, with what foretell adds to it. The keys of all exits are kept once.
+alone, the output head frozen) and, at one exit, with what foretell adds to it. What all exits read is computed in one
+pass.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=1.0)
     args = parser.parse_args()
     exits = [int(each) for each in args.exits.split(",")]
+    if args.varied not in exits:
+        parser.error(f"--varied {args.varied} is none of the exits {args.exits}")
     backbone = foretell.load(core.MODEL, dtype="bf16").backbone
     store = Store.open(args.data)
     name = f"features-{backbone.fingerprint}-{'-'.join(map(str, exits))}-{args.conversations}"

@@ -1,7 +1,7 @@
 """Measures what drafting with a model's own layers rests on, and writes docs/results/layers.json, section by section.
 
     python tools/layer_figures.py spare DATA [--plans FILE ...]       which sublayers the demo model can do without
-    python tools/layer_figures.py control QUESTIONS --model MODEL     what DEL's statistics cost in a round
+    python tools/layer_figures.py control QUESTIONS                   what DEL's statistics cost in a round
 
 `spare` scores plans by matchness, as SWIFT does, on answers of DATA: each sublayer left out alone, then greedily one
 more at a time (drawn in docs/images/spare.png), and plans that `foretell generate --drafter swift -o plan=FILE` found.
@@ -230,11 +230,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("section", choices=["spare", "control"])
     parser.add_argument("path", type=Path, help="folder of distilled data, or questions")
-    parser.add_argument("--model", default=core.MODEL)
+    parser.add_argument("--model", default="", help="by default the demo model, for `control` with its exits trained")
     parser.add_argument("--plans", type=Path, nargs="*", default=[])
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--new-tokens", type=int, default=128)
     args = parser.parse_args()
+    args.model = args.model or core.MODEL + ("+layerskip" if args.section == "control" else "")
     torch.manual_seed(0)
     core.RESULTS = core.RESULTS.with_name("layers.json")
     core.save(args.section, {"spare": section_spare, "control": section_control}[args.section](args))

@@ -170,8 +170,9 @@ def own_layers(folder: Path) -> list[str]:
     lines = ["## Measured", ""]
     for each in sorted(folder.glob("own_layers*/results.json")):
         lines += measured(each.parent)
-        rows = {row["contender"]: row for row in read_results(each.parent)["table"]}
-        lines += step_costs(rows)
+        results = read_results(each.parent)
+        rows = {row["contender"]: row for row in results["table"]}
+        lines += step_costs(results)
         if row := rows.get("kangaroo"):
             tokens, levels = row["tokens_per_step"], row["levels_per_step"]
             lines += [
@@ -189,19 +190,27 @@ def own_layers(folder: Path) -> list[str]:
     return lines
 
 
-def step_costs(rows: dict[str, dict[str, Any]]) -> list[str]:
+def step_costs(results: dict[str, Any]) -> list[str]:
     """What a step of each drafter costs beside a plain one, part by part, and what that asks of it."""
 
     def seconds(row: dict[str, Any], share: float = 1.0) -> float:
         return share * row["seconds"] / row["steps"]
 
+    rows = {row["contender"]: row for row in results["table"]}
     plain = seconds(rows["plain"], 1 - rows["plain"]["prefill_share"])
-    lines = ["| in plain steps | drafting | verification | the rest | tokens a step must earn to lose nothing |"]
-    lines += ["|---" * 5 + "|"]
+    lines = [
+        "Steps taken apart. Where drafting does not pay, foretell holds it back: such steps are plain ones, and count "
+        "here too. Rows with `lookup=true` owe to lookup what they have more than the same without.",
+        "",
+        "| in plain steps | drafting | verification | the rest | tokens a step must earn to lose nothing | held back |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, row in rows.items():
         if name != "plain" and "draft_share" in row:
             parts = [seconds(row, row[f"{part}_share"]) / plain for part in ("draft", "verify", "other")]
-            lines.append(f"| {name} | {' | '.join(f'{part:.2f}' for part in (*parts, sum(parts)))} |")
+            held = sum(each["suspended_steps"] for each in results["requests"] if each["contender"] == name)
+            cells = [*(f"{part:.2f}" for part in (*parts, sum(parts))), f"{held / row['steps']:.0%}"]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -209,9 +218,10 @@ def exits(section: dict[str, Any]) -> list[str]:
     """Kangaroo's adapter at each exit after the same little training."""
     r = section["result"]
     lines = [
-        f"Where Kangaroo leaves {r['model']} ({r['layers']} layers): adapters after {r['tokens'] / 1e3:.0f} thousand "
-        f"tokens ({r['conversations']:,} conversations, learning rate {r['settings']['learning_rate']:g}; commit "
-        f"{section['commit']}, `{section['command']}`), in the paper's form and with more; on held-out conversations.",
+        f"Where Kangaroo leaves {r['model']} ({r['layers']} layers): adapters that read {r['conversations']:,} "
+        f"conversations ({r['tokens'] / 1e3:.0f} thousand tokens, prompts included; {r['settings']['epochs']:g} epochs, "
+        f"learning rate {r['settings']['learning_rate']:g}; commit {section['commit']}, `{section['command']}`), in the "
+        "paper's form and with more; on those held out. Trees get a level only where it pays: from deeper exits fewer.",
         "",
         "| adapter | numbers that learn | right first | among five | tokens per step, 8 nodes | 16 |",
         "|---|---|---|---|---|---|",
@@ -256,7 +266,7 @@ def control(section: dict[str, Any]) -> list[str]:
     lines = [
         f"What DEL's statistics cost on {r['model']} ({r['questions']} development questions, {r['new_tokens']} new "
         f"tokens, a plain step {r['plain_step_ms']:.1f} ms; commit {section['commit']}, `{section['command']}`), in a "
-        "round: reading what was committed off at the exits, and choosing one.",
+        "round: reading what was committed off at the exits (the end of a prompt not counted), and choosing one.",
         "",
         "| | exits | reading off | choosing | of a plain step | tokens per step |",
         "|---|---|---|---|---|---|",
