@@ -219,8 +219,8 @@ def exits(section: dict[str, Any]) -> list[str]:
     r = section["result"]
     lines = [
         f"Where Kangaroo leaves {r['model']} ({r['layers']} layers): adapters that read {r['conversations']:,} "
-        f"conversations ({r['tokens'] / 1e3:.0f} thousand tokens, prompts included; {r['settings']['epochs']:g} epochs, "
-        f"learning rate {r['settings']['learning_rate']:g}; commit {section['commit']}, `{section['command']}`), in the "
+        f"conversations ({r['tokens'] / 1e3:.0f} thousand tokens, prompts included; epochs: "
+        f"{r['settings']['epochs']:g}; commit {section['commit']}, `{section['command']}`), in the "
         "paper's form and with more; on those held out. Trees get a level only where it pays: from deeper exits fewer.",
         "",
         "| adapter | numbers that learn | right first | among five | tokens per step, 8 nodes | 16 |",
