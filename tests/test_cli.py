@@ -331,10 +331,13 @@ def test_models_lists_what_is_here_and_what_could_be(foretell: Foretell, cache: 
             "name": "smollm2-135m", "bytes": 273_000_000, "licence": "Apache-2.0", "source": "catalog",
             "cached": False, "path": None,
         },
-        {
-            "name": "smollm2-135m+medusa2", "bytes": 273_000_000, "licence": "Apache-2.0",
-            "source": "catalog, with an adapter", "cached": False, "path": None,
-        },
+        *(
+            {
+                "name": f"smollm2-135m+{adapter}", "bytes": 273_000_000, "licence": "Apache-2.0",
+                "source": "catalog, with an adapter", "cached": False, "path": None,
+            }
+            for adapter in ("layerskip", "medusa2")
+        ),
     ]  # fmt: skip
 
 
