@@ -185,9 +185,7 @@ def test_many_nodes_may_run_and_no_more_than_there_is_room_for(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("place", range(12))
-def test_interrupted_anywhere_while_drafting_it_goes_on_and_says_what_it_lacks(
-    place: int,
-) -> None:
+def test_interrupted_anywhere_while_drafting_it_goes_on_and_says_what_it_lacks(place: int) -> None:
     """The answer stays right; the next request that begins alike is drafted like a new one."""
     backbone = backbone_of()
     module = random_adapter(backbone)

@@ -292,7 +292,7 @@ def test_counts_decay_and_rows_are_apart() -> None:
     last.told([0] * 3, right, sure)
     last.told([0], right[:1], sure[:1])
     assert last._told_SC22[0, ..., 0].tolist() == [[1.0, 0.0], [1.0, 0.0]]
-    shadows.forget(0)
+    shadows.forget([0])
     assert shadows.choose([0])[0] is None
 
 

@@ -21,7 +21,7 @@ import torch
 import foretell
 from foretell.backbone import Backbone
 from foretell.cli.terminal import job_progress
-from foretell.cli.train import REPLAYED
+from foretell.cli.train import replayed, written
 from foretell.drafters.kangaroo import Kangaroo
 from foretell.train.data import Store
 from foretell.train.features import Features
@@ -37,10 +37,7 @@ ADDED: dict[str, dict[str, Any]] = {
 
 def learnt(backbone: Backbone, features: Features, settings: Settings, options: dict[str, Any]) -> dict[str, Any]:
     """How good an adapter is after a training."""
-    counts_V = torch.bincount(
-        torch.tensor([t for each in features.data for start, end in each.answers for t in each.tokens[start:end]]),
-        minlength=backbone.config.vocab,
-    )
+    counts_V = written(features.data, backbone.config.vocab)
     torch.manual_seed(settings.seed)
     module = Kangaroo.trainable(backbone, counts_V, None, **options)
     with tempfile.TemporaryDirectory() as folder:
@@ -50,8 +47,7 @@ def learnt(backbone: Backbone, features: Features, settings: Settings, options: 
         report = run.evaluate()
     tensors, arch = module.checkpoint()
     drafter = Kangaroo(backbone, arch, tensors, lambda rows, context: NODES[0], scales=report.calibration)
-    told = report.replayed[:: max(1, len(report.replayed) // REPLAYED)][:REPLAYED]
-    earned = by_size(drafter, features, told, NODES, lambda done: None)
+    earned = by_size(drafter, features, replayed(report.replayed), NODES, lambda done: None)
     return {
         "options": options, "parameters": sum(each.numel() for each in module.parameters()),
         "top1": report.accuracy[0]["top1"], "top5": report.accuracy[0]["top5"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from foretell.backbone import Backbone
     from foretell.drafters.checkpoint import Checkpoint
     from foretell.drafters.learning import Trainable
-    from foretell.train.data import Store
+    from foretell.train.data import Distilled, Store
     from foretell.train.trainer import Report, Trainer
 
 
@@ -105,8 +105,7 @@ def _publish(
     from foretell.train.trainer import SIZES
 
     tensors, arch = run.module.checkpoint()
-    model, features, told = run.module.save_backbone(base.model, out), run.features, report.replayed
-    told = told[:: max(1, len(told) // REPLAYED)][:REPLAYED]  # of every folder
+    model, features, told = run.module.save_backbone(base.model, out), run.features, replayed(report.replayed)
     if model != base.model:  # a model of its own now, with states of its own
         backbone = replace(base, model=model).load().backbone
         features = Features(backbone, [features.data[i] for i in told], run.module.taps, None)
@@ -201,7 +200,10 @@ def _module(
     """What is to learn; what a fresh one draws follows from the seed."""
     import torch
 
-    counts_V, folder = _written(stores, llm.backbone.config.vocab), llm.folder.path if llm.folder else None
+    counts_V, folder = (
+        written((each for store in stores for each in store.conversations), llm.backbone.config.vocab),
+        llm.folder.path if llm.folder else None,
+    )
     if begin:  # what it has not learnt to choose from, it has not learnt to leave alone
         counts_V[begin[1]["vocabulary"].long()] += counts_V.sum()
     torch.manual_seed(seed)
@@ -269,13 +271,17 @@ def _options(method: str, cls: Any, texts: list[str]) -> tuple[dict[str, Any], d
     return defaults | given, given
 
 
-def _written(stores: Sequence[Store], vocab: int) -> Tensor:
+def written(talks: Iterable[Distilled], vocab: int) -> Tensor:
     """[V]: how often the model wrote each token."""
     import torch
 
-    talks = (each for store in stores for each in store.conversations)
     spans = (each.tokens[start:end] for each in talks for start, end in each.answers)
     return torch.bincount(torch.tensor([token for span in spans for token in span]), minlength=vocab)
+
+
+def replayed(told: list[int]) -> list[int]:
+    """Those of the held-out conversations that are decoded once more, of every folder of data."""
+    return told[:: max(1, len(told) // REPLAYED)][:REPLAYED]
 
 
 def _draw(out: Path) -> None:

@@ -75,9 +75,9 @@ class Shadows:
         self.exits, self.layers, self.decay, self.cost = list(exits), layers, decay, cost
         self._told_SC22 = torch.zeros(0, len(exits), 2, 2, device=device)  # right or wrong, count or sum of confidences
 
-    def forget(self, slot: int) -> None:
-        self._reserve(slot)
-        self._told_SC22[slot] = 0.0
+    def forget(self, slots: Sequence[int]) -> None:
+        self._reserve(max(slots))
+        self._told_SC22[list(slots)] = 0.0
 
     def told(self, slots_T: Sequence[int], right_TC: Tensor, sure_TC: Tensor) -> None:
         """What the exits guessed at newly committed positions, of the rows of these slots, and how sure they were."""
@@ -177,13 +177,11 @@ class DEL(Exiting):
     def bind(self, cache: KVCache) -> None:
         super().bind(cache)
         self._chosen.clear()
-        for slot in range(cache.rows):
-            self.shadows.forget(slot)
+        self.shadows.forget(range(cache.rows))
 
     def reset(self, rows: Sequence[Row]) -> None:
         self._chosen.clear()
-        for row in rows:
-            self.shadows.forget(row.slot)
+        self.shadows.forget([row.slot for row in rows])
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
         """Reads the new streams off at every exit: what the whole model says there tells who was right."""
