@@ -4,13 +4,13 @@ The truth is one request at a time, one token at a time, each with a cache of it
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from random_backbones import prefilled, same
 from toy_drafters import Answers
 
-from foretell.backbone import Backbone
+from foretell.backbone import Backbone, KVCache
 from foretell.contracts import Draft, Drafter, Event, Row, SamplingParams, Statistics, TokenLogprob
 from foretell.drafters.plain import Plain
 from foretell.engine import SpeculativeDecoder
@@ -25,6 +25,7 @@ class Output:
     text: str = ""
     drafted: list[bool] = field(default_factory=list)
     finish_reason: str | None = None
+    error: str = ""
     statistics: Statistics = field(default_factory=Statistics)
 
     def add(self, event: Event) -> None:
@@ -35,12 +36,16 @@ class Output:
         self.drafted += event.drafted
         assert "".join(text for text, _ in event.pieces) == event.text
         self.finish_reason, self.statistics = event.finish_reason, event.statistics or self.statistics
+        self.error = event.error
 
 
 def finish(decoder: SpeculativeDecoder, requests: Sequence[Request], keys: Sequence[int] = ()) -> list[Output]:
     """Submits all, steps until all are done; `keys` fix the noise (by default the order of the requests)."""
     keys = keys or range(len(requests))
-    numbers = [decoder.submit(ids, params, key) for (ids, params), key in zip(requests, keys, strict=True)]
+    numbers = [
+        decoder.submit(ids, replace(params, seed=params.seed or 0), key)
+        for (ids, params), key in zip(requests, keys, strict=True)
+    ]
     outputs = {number: Output() for number in numbers}
     while decoder.busy:
         for event in decoder.step():
@@ -90,10 +95,21 @@ def put(owner: Any, name: str, value: Any) -> None:
     setattr(owner, name, value)
 
 
+def watched(drafter: Drafter) -> Drafter:
+    """The same, which an engine attaches itself instead of a copy, so that a test sees what it does."""
+
+    def attached(cache: KVCache) -> Drafter:
+        drafter.bind(cache)
+        return drafter
+
+    put(drafter, "attached", attached)
+    return drafter
+
+
 def drafts_of(drafter: Drafter) -> list[Draft]:
     """A list that fills with all that it drafts from now on."""
     seen: list[Draft] = []
-    made = drafter.draft
+    made = watched(drafter).draft
 
     def draft(rows: Sequence[Row]) -> Draft:
         seen.append(made(rows))

@@ -37,7 +37,7 @@ from random_backbones import (
 from tiny_models import DIMENSIONS, ROPES, VARIANTS, tiny_model
 
 from foretell.backbone import SKIP_ATTENTION, SKIP_MLP, Backbone, Nodes, kernels
-from foretell.backbone.eager import attend
+from foretell.backbone.eager import BLOCK, attend
 from foretell.backbone.families import model_config
 from foretell.backbone.probe import probe
 from foretell.errors import ForetellError
@@ -63,8 +63,9 @@ def test_a_node_in_a_batch_of_trees_computes_what_it_does_alone(kernel: str) -> 
                 assert same(hidden[row][path], streams)
                 assert same(logits[row][path[-1]], single.logits(single.norm(streams[-1:]))[0])
                 seats = [*range(length), *(length + node for node in path)]
-                assert same(cache.keys[:, slot][:, :, seats], alone.read(0)[0])
-                assert same(cache.values[:, slot][:, :, seats], alone.read(0)[1])
+                keys, values = cache.room(slot)
+                assert same(keys[:, :, seats], alone.read(0)[0])
+                assert same(values[:, :, seats], alone.read(0)[1])
 
     chunks = st.sampled_from([1, 3, 16, 33, 1000])
     check(kernel, 30, holds, models(), DTYPES, batches(), chunks, st.sampled_from([1, 2]))
@@ -188,7 +189,8 @@ def test_layers_run_in_parts_are_layers_run_at_once(kernel: str) -> None:
             assert same(more[layers], top)
             for tensor, expected in zip((cache.keys, cache.values), whole, strict=True):
                 for slot, end in zip(batch.slots, nodes.ends, strict=True):
-                    assert same(tensor[:, slot, :, :end], expected[:, slot, :, :end])
+                    begin = cache.start(slot)
+                    assert same(tensor[:, :, begin : begin + end], expected[:, :, begin : begin + end])
 
     check(kernel, 20, holds, models(), DTYPES, batches())
 
@@ -292,7 +294,9 @@ def test_attention_alone_is_close_to_its_twin(kernel: str) -> None:
             tensor.copy_(torch.randn(tensor.shape, generator=generator))
         queries = torch.randn(len(nodes), c.heads, c.head_dim, generator=generator).to(dtype)
         ours = fast.attention(queries, nodes, cache).float()  # type: ignore[attr-defined]
-        theirs = attend(queries, cache.keys[0], cache.values[0], nodes, c.windows[0])
+        starts_M = torch.tensor([cache.start(nodes.rows[sequence]) for sequence in nodes.sequence])
+        _, paths_MT = nodes.on(torch.device("cpu"), BLOCK)
+        theirs = attend(queries, cache.keys[0], cache.values[0], starts_M, paths_MT, c.windows[0])
         torch.testing.assert_close(
             ours, theirs, atol=1e-5 if dtype == FP32 else 2e-2, rtol=1e-5 if dtype == FP32 else 2e-2
         )
@@ -303,14 +307,15 @@ def test_attention_alone_is_close_to_its_twin(kernel: str) -> None:
 def test_the_twin_of_attention_is_a_plain_softmax() -> None:
     """One row, written out: scores over its own path, the last `window` of it."""
     generator = torch.Generator().manual_seed(0)
-    keys, values = (torch.randn(2, 2, 20, 8, generator=generator) for _ in range(2))
+    keys, values = (torch.randn(2, 40, 8, generator=generator) for _ in range(2))
     queries, tree = torch.randn(5, 4, 8, generator=generator), TokenTree((-1, 0, 0, 1, 2))
-    mixed = attend(queries, keys, values, Nodes([tree], [1], [10]), 4)
+    _, paths_MT = Nodes([tree], [1], [10]).on(torch.device("cpu"), BLOCK)
+    mixed = attend(queries, keys, values, torch.full((5,), 20), paths_MT, 4)
     for node in range(5):
         slots = [*range(10), *(10 + i for i in tree.path(node))][-4:]
         for head in range(4):
-            weights = (keys[1, head // 2, slots] @ queries[node, head] / 8**0.5).softmax(0)
-            torch.testing.assert_close(mixed[node, head], weights @ values[1, head // 2, slots])
+            weights = (keys[head // 2, 20:][slots] @ queries[node, head] / 8**0.5).softmax(0)
+            torch.testing.assert_close(mixed[node, head], weights @ values[head // 2, 20:][slots])
 
 
 @every_kernel

@@ -42,8 +42,8 @@ class Written:
         self.next += count
         start = cache.lengths[row]
         for slot, mark in enumerate(marks, start):
-            cache.keys[:, row, :, slot] = mark
-            cache.values[:, row, :, slot] = -mark
+            keys, values = cache.room(row)
+            keys[:, :, slot], values[:, :, slot] = mark, -mark
         return marks
 
 
@@ -60,23 +60,25 @@ paths = st.lists(st.integers(1, 4), max_size=6).map(
 verbs = st.one_of(
     st.tuples(st.just("commit"), st.dictionaries(st.integers(0, 2), paths, min_size=1)),
     st.tuples(st.just("rollback"), st.integers(0, 2), st.floats(0, 1)),
-    st.tuples(st.just("reserve"), st.integers(0, 60), st.integers(0, 5)),
-    st.tuples(st.just("restart"), st.integers(0, 2)),
+    st.tuples(st.just("reserve"), st.dictionaries(st.integers(0, 4), st.integers(0, 300))),
+    st.tuples(st.just("release"), st.lists(st.integers(0, 2))),
+    st.tuples(st.just("trim")),
 )
 
 
 @examples(100)
 @given(st.lists(verbs, max_size=12))
 def test_any_sequence_of_verbs_keeps_what_a_list_would(sequence: list[Any]) -> None:
-    """Rows of lists: commit appends the path's marks, rollback cuts, reserve changes nothing, free empties."""
+    """Rows of lists: commit appends the path's marks, rollback cuts, release empties, reserve and trim change nothing.
+
+    No two rows share a slot of the pool, and a row's room is never less than what was reserved.
+    """
     cache, written = new(), Written()
-    for _ in range(3):
-        cache.allocate()
     twin: list[list[int]] = [[], [], []]
     for verb, *details in sequence:
         if verb == "commit":
             chosen = details[0]
-            cache.reserve(max(cache.lengths[row] + path[-1] + 1 for row, path in chosen.items()))
+            cache.reserve({row: cache.lengths[row] + path[-1] + 1 for row, path in chosen.items()})
             for row, path in chosen.items():
                 marks = written.write(cache, row, path[-1] + 1)
                 twin[row] += [marks[node] for node in path]
@@ -86,34 +88,26 @@ def test_any_sequence_of_verbs_keeps_what_a_list_would(sequence: list[Any]) -> N
             cache.rollback(row, length)
             del twin[row][length:]
         elif verb == "reserve":
-            cache.reserve(*details)
-            assert cache.slots >= details[0]
-            assert cache.rows >= details[1]
+            cache.reserve(details[0])
+            assert all(cache.capacity[row] >= slots for row, slots in details[0].items())
+        elif verb == "release":
+            cache.release(details[0])
+            for row in details[0]:
+                twin[row] = []
         else:
-            cache.free(details[0])
-            assert cache.allocate() == details[0]  # the row freed last is taken first
-            twin[details[0]] = []
+            cache.trim()
+            assert cache.keys.shape[2] == sum(cache.capacity)
+        rooms = sorted((cache.start(row), cache.capacity[row]) for row in range(cache.rows) if cache.capacity[row])
+        ends = [start + slots for start, slots in rooms]
+        assert all(end <= start for end, (start, _) in zip(ends, rooms[1:], strict=False))
+        assert not ends or ends[-1] <= cache.keys.shape[2]
         assert cache.lengths[:3] == [len(marks) for marks in twin]
         assert all(holds(cache, row, marks) for row, marks in enumerate(twin))
 
 
-def test_rows_are_taken_and_given_back() -> None:
-    cache = new(2)
-    assert [cache.allocate(), cache.allocate()] == [0, 1]
-    assert not cache.has_free
-    with pytest.raises(ForetellError, match=r"All 2 cache rows are taken; free one or make the cache larger\."):
-        cache.allocate()
-    cache.free(0)
-    assert cache.has_free
-    assert cache.allocate() == 0
-    cache.reserve(0, rows=4)
-    assert sorted([cache.allocate(), cache.allocate()]) == [2, 3]
-    assert cache.lengths == [0] * 4
-
-
 def test_a_row_cannot_be_rolled_forward() -> None:
     cache = new(1, 8)
-    cache.commit([cache.allocate()], [range(5)])
+    cache.commit([0], [range(5)])
     for length in (-1, 6):
         with pytest.raises(ForetellError, match=f"back to {length} slots: it holds 5"):
             cache.rollback(0, length)
@@ -121,15 +115,48 @@ def test_a_row_cannot_be_rolled_forward() -> None:
 
 
 def test_growing_by_one_slot_at_a_time_copies_seldom() -> None:
-    cache, copies = new(1), 0
+    cache, copies = new(2), 0
     for slots in range(1, 3000):
         before = cache.keys
-        cache.reserve(slots)
+        cache.reserve({1: slots})
         copies += cache.keys is not before
     assert copies < 20
-    cache.reserve(10)
-    assert cache.slots >= 2999  # never shrinks
+    cache.reserve({1: 10})
+    assert cache.capacity[1] >= 2999  # never shrinks
     assert cache.bytes == 2 * cache.keys.numel() * 4
+
+
+def test_one_long_row_does_not_size_the_others() -> None:
+    cache = new(8)
+    cache.reserve({0: 30_000} | dict.fromkeys(range(1, 8), 100))
+    assert cache.keys.shape[2] < 31_000 + 8 * 128
+
+
+def test_room_that_was_given_back_is_taken_again_and_freed() -> None:
+    cache, written = new(3), Written()
+    cache.reserve({0: 1000, 1: 64, 2: 64})
+    marks = written.write(cache, 1, 5)
+    cache.commit([1], [range(5)])
+    cache.release([0])
+    pool = cache.keys
+    cache.reserve({2: 500})
+    assert cache.keys is pool  # row 2 moved into the gap
+    assert cache.bytes > 1000 * 2 * 2 * 2 * 4 * 4
+    cache.release([2])
+    cache.trim()
+    assert cache.keys.shape[2] == 64
+    assert holds(cache, 1, marks)
+    cache.release([1])
+    cache.trim()
+    assert cache.bytes == 0
+
+
+def test_a_pass_outside_its_room_is_refused() -> None:
+    cache = new(2, 64)
+    cache.check([0, 1], [64, 1])
+    for rows, ends in (([0], [65]), ([2], [1]), ([-1], [1])):
+        with pytest.raises(ForetellError, match=f"Cache row {rows[0]} has room for"):
+            cache.check(rows, ends)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -143,7 +170,7 @@ def test_after_commits_the_cache_is_that_of_a_fresh_prefill(kernel: str) -> None
         for step in range(3):
             guesses = Batch(batch.trees, batch.lengths, batch.slots, batch.seed + step).tokens(backbone.config.vocab)[1]
             nodes = Nodes(batch.trees, batch.slots, [cache.lengths[slot] for slot in batch.slots])
-            cache.reserve(max(nodes.ends))
+            cache.reserve(dict(zip(batch.slots, nodes.ends, strict=True)))
             run(backbone, torch.cat(guesses), nodes, cache)
             chosen = [tree.path(data.draw(st.integers(0, len(tree) - 1), "node")) for tree in batch.trees]
             cache.commit(batch.slots, chosen)
@@ -177,9 +204,8 @@ def test_what_was_rolled_back_is_forgotten(kernel: str) -> None:
 
 def test_a_growth_that_fails_leaves_the_cache_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     cache, written, usual, calls = new(2, 8), Written(), torch.empty, []
-    row = cache.allocate()
-    marks = written.write(cache, row, 4)
-    cache.commit([row], [range(4)])
+    marks = written.write(cache, 1, 4)
+    cache.commit([1], [range(4)])
 
     def second_fails(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
@@ -188,11 +214,13 @@ def test_a_growth_that_fails_leaves_the_cache_as_it_was(monkeypatch: pytest.Monk
         return usual(*args, **kwargs)
 
     monkeypatch.setattr(torch, "empty", second_fails)
-    with pytest.raises(ForetellError, match=r"A cache of 2 rows of 5000 tokens takes .* GB"):
-        cache.reserve(5000)
-    assert cache.keys.shape == cache.values.shape
-    assert cache.slots == 8
-    assert holds(cache, row, marks)
-    cache.reserve(5000)
-    assert cache.slots == 5000
-    assert holds(cache, row, marks)
+    before = cache.keys, cache.values, list(cache.capacity)
+    with pytest.raises(ForetellError, match=r"A cache of \d+ tokens takes .* GB"):
+        cache.reserve({0: 5000})
+    assert cache.keys is before[0]
+    assert cache.values is before[1]
+    assert cache.capacity == before[2]
+    assert holds(cache, 1, marks)
+    cache.reserve({0: 5000})
+    assert cache.capacity[0] >= 5000
+    assert holds(cache, 1, marks)

@@ -49,7 +49,9 @@ def mixed_requests(seed: int = 0, vocab: int = 64) -> list[Request]:
         (phrase * 3, SamplingParams(max_new_tokens=24)),
         (prompt(1), SamplingParams(max_new_tokens=20, logprobs=3)),
         (prompt(2), SamplingParams(max_new_tokens=9, temperature=1.0, seed=7, logprobs=0)),
-        (prompt(40), SamplingParams(max_new_tokens=30, temperature=0.8, top_p=0.9, top_k=20, min_p=0.02, logprobs=2)),
+        (prompt(40), SamplingParams(
+            max_new_tokens=30, temperature=0.8, top_p=0.9, top_k=20, min_p=0.02, logprobs=2, seed=0,
+        )),
         (phrase * 2, SamplingParams(
             max_new_tokens=20, repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.2, ignore_eos=True,
             logit_bias={3: 2.0, 5: -9.0}, logprobs=1,
@@ -166,7 +168,7 @@ def test_long_prompts_are_read_in_chunks_beside_decoding_rows(monkeypatch: pytes
     assert_same(finish(decoder_of(backbone, drafter, max_rows=3), requests), truth)
 
 
-def test_a_cache_that_grows_while_decoding_keeps_what_it_holds() -> None:
+def test_a_cache_that_grows_between_requests_keeps_what_it_holds() -> None:
     backbone = tiny(num_hidden_layers=2, max_position_embeddings=2048)
     requests = [
         ([1, 2, 3], SamplingParams(max_new_tokens=1300, temperature=2.0, ignore_eos=True)),
@@ -175,9 +177,9 @@ def test_a_cache_that_grows_while_decoding_keeps_what_it_holds() -> None:
     truth = plainly(backbone, requests)
     for drafter in (EarlyExit(backbone, 1), Oracle(answers(requests, truth), 64, 60)):
         decoder = decoder_of(backbone, drafter, max_rows=2)
-        before = finish(decoder, requests[1:], [1]) and decoder.cache.slots
+        before = finish(decoder, requests[1:], [1]) and decoder.cache.bytes
         assert_same(finish(decoder, requests), truth)
-        assert decoder.cache.slots > before
+        assert decoder.cache.bytes > before
         assert held_like_a_fresh_prefill(decoder) > 1300
 
 
@@ -402,7 +404,7 @@ def test_what_a_caller_mistypes_is_one_sentence() -> None:
     [
         ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5; it must be a whole number"),
         ({"top_k": 1.5}, "top_k is 1.5"),
-        ({"seed": None}, "seed is None"),
+        ({"seed": 1.5}, "seed is 1.5; it must be a whole number"),
         ({"temperature": "hot"}, "temperature is 'hot'; it must be a number"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"stop": None}, "stop is None"),
@@ -497,7 +499,6 @@ def test_streams_of_one_model_may_take_turns_and_be_left_unfinished() -> None:
     next(left)
     assert [t for _, event in run(prompts[1]) for t in event.tokens] == truth[1]
     left.close()
-    assert not llm.decoder().undelivered
     assert not llm.decoder().busy
 
 
@@ -553,7 +554,7 @@ def test_conversations_beside_an_open_stream_get_their_own_events() -> None:
     assert [beside[i][0].ids for i in range(2)] == truth
     streamed += [token for _, event in stream for token in event.tokens]
     assert streamed == plainly(backbone, [([1, 2, 3], params)])[0].ids
-    assert not decoder.undelivered
+    assert not decoder.busy
 
 
 def test_an_empty_batch_is_refused() -> None:

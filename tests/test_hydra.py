@@ -428,7 +428,7 @@ def test_one_call_is_the_layer_verb_by_verb(kernel: str, dtype: torch.dtype, tie
         assert type(ours) is not PrefixLayer
         generator = torch.Generator().manual_seed(3)
         for layer in (ours, alone, twin):
-            layer.bind(2, 4)
+            layer.cache = layer.layer.new_cache(2, 4)
         for rows, counts in (([1], [5]), ([4, 1], [3, 1]), ([1, 4, 0], [2, 1, 7]), ([0, 1], [1, 1])):
             total = sum(counts)
             states, *others = torch.randn(1 + 2 * fused, total, WIDTH, generator=generator).unbind()
@@ -445,7 +445,7 @@ def test_one_call_is_the_layer_verb_by_verb(kernel: str, dtype: torch.dtype, tie
             torch.testing.assert_close(found, truth, **({} if dtype == FP32 else {"rtol": 2e-2, "atol": 2e-2}))
             assert [ours.length(row) for row in range(5)] == [twin.length(row) for row in range(5)]
         for layer in (ours, twin):
-            layer.begin(1, 3)
+            layer.begin(1, 3, 4)
         assert [ours.length(row) for row in range(6)] == [8, 3, 0, 0, 4, 0]
 
 

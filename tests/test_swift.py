@@ -91,7 +91,7 @@ def test_a_chain_is_what_the_model_writes_without_these_sublayers() -> None:
         tree, tokens, given = draft.trees[0], draft.tokens[0], (draft.probabilities or [[]])[0]
         chain = main_chain(tree)
         cache, _ = prefilled(backbone, text[:-1])
-        cache.reserve(len(text) + 8)
+        cache.reserve({0: len(text) + 8})
         newest = text[-1]
         for node in chain:
             nodes = Nodes.chains([0], [cache.lengths[0]], [1])

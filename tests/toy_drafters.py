@@ -163,8 +163,13 @@ class Checker(Drafter):
         self.inner, self.backbone, self.always, self.checked = inner, backbone, always, 0
         self.rows: dict[int, Row] = {}
         self.taps = (0, 1, backbone.config.layers, FINAL)  # type: ignore[misc]
-        self.cuts, self.at_cut = inner.cuts, inner.at_cut  # type: ignore[misc, method-assign]
+        self.cuts = inner.cuts  # type: ignore[misc]
         self.seen: dict[int, dict[int, list[Tensor]]] = {}
+
+    def attached(self, cache: KVCache) -> "Checker":
+        """Itself: the test reads what it has checked."""
+        self.inner = self.inner.attached(cache)
+        return self
 
     @property
     def most_nodes(self) -> int:
@@ -182,6 +187,9 @@ class Checker(Drafter):
 
     def draft(self, rows: Sequence[Row]) -> Draft:
         return self.inner.draft(rows)
+
+    def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Nodes) -> tuple[Tensor, Nodes]:
+        return self.inner.at_cut(layer, hidden_Md, nodes)
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
         self.inner.observe(rows, features)

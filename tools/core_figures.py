@@ -136,7 +136,7 @@ def attention_microseconds(canonical: bool) -> None:
             tree, queries = bush(size), torch.randn(size, 9, 64).bfloat16()
             nodes, end = Nodes([tree], [0], [keys]), keys + size
             mask = torch.cat([torch.ones(size, keys, dtype=torch.bool), tree.ancestors_NN], 1)
-            q, k, v = queries.transpose(0, 1)[None], cache.keys[0, :1, :, :end], cache.values[0, :1, :, :end]
+            q, (k, v) = queries.transpose(0, 1)[None], (each[:1, :, :end] for each in cache.room(0))
 
             def fused(q: Any = q, k: Any = k, v: Any = v, mask: Any = mask) -> None:
                 for _ in range(layers):

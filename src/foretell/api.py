@@ -9,7 +9,8 @@ for event in llm.stream("And at sunset?"):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, overload
@@ -17,9 +18,9 @@ from typing import Any, cast, overload
 from foretell import drafters
 from foretell.backbone import Backbone, ModelFolder, Tokenizer, assemble, resolve
 from foretell.backbone.costs import costs_file
-from foretell.contracts import Decoder, Drafter, Event, SamplingParams, Statistics, TokenLogprob
+from foretell.contracts import Drafter, Event, SamplingParams, Statistics, TokenLogprob
 from foretell.engine import SpeculativeDecoder
-from foretell.errors import UsageError
+from foretell.errors import ForetellError, UsageError
 from foretell.verify import Typical
 
 Message = dict[str, str]
@@ -35,12 +36,14 @@ class Result:
     Attributes:
         ids: generated token ids, an end-of-sequence token included.
         text: their text, without special tokens and without the stop string.
-        finish_reason: "stop" or "length".
+        finish_reason: "stop", "length" or "error".
+        error: what ended it before its time, in a sentence.
     """
 
     ids: list[int] = field(default_factory=list)
     text: str = ""
     finish_reason: str = ""
+    error: str = ""
     statistics: Statistics = field(default_factory=Statistics)
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
@@ -49,16 +52,21 @@ class Result:
         self.text += event.text
         self.logprobs += event.logprobs
         if event.finish_reason:
-            self.finish_reason = event.finish_reason
+            self.finish_reason, self.error = event.finish_reason, event.error
             self.statistics = event.statistics or self.statistics
 
 
 class LLM:
-    """A loaded model with a drafter. Make one with `load`."""
+    """A loaded model with a drafter. Make one with `load`.
+
+    Threads may share it: calls of the same batch size take turns step by step on one decoder, which holds a lock.
+    """
 
     def __init__(self, backbone: Backbone, tokenizer: Tokenizer, drafter: Drafter, folder: ModelFolder | None = None):
         self.backbone, self.tokenizer, self.drafter, self.folder = backbone, tokenizer, drafter, folder
         self._decoder: SpeculativeDecoder | None = None
+        self._asked: tuple[int, Typical | None, bool] | None = None  # what it was made for
+        self._lock = threading.Lock()
 
     def encode(self, prompt: Prompt, raw: bool = False) -> list[int]:
         """Token ids of a prompt: text becomes a user turn under the chat template unless `raw`."""
@@ -78,17 +86,17 @@ class LLM:
 
     def decoder(self, max_rows: int = 1, rule: Typical | None = None, adapt: bool = True) -> SpeculativeDecoder:
         """The engine behind `generate`; kept between calls, so that a conversation keeps its cache."""
-        old = self._decoder
-        same = old is not None and (old.max_rows, old.rule, old.governor.enabled) == (max_rows, rule, adapt)
-        if old is None or not same:
-            self._decoder = None  # frees the old cache first
-            self._decoder = SpeculativeDecoder(
-                self.backbone, self.drafter, self.tokenizer, max_rows=max_rows, rule=rule, adapt=adapt
-            )
-        return cast(SpeculativeDecoder, self._decoder)
+        with self._lock:
+            if self._decoder is None or self._asked != (max_rows, rule, adapt):
+                self._decoder = None  # frees the old cache first
+                self._decoder = SpeculativeDecoder(
+                    self.backbone, self.drafter, self.tokenizer, max_rows=max_rows, rule=rule, adapt=adapt
+                )
+                self._asked = max_rows, rule, adapt
+            return self._decoder
 
     @overload
-    def generate(self, prompts: str, **options: Any) -> Result: ...
+    def generate(self, prompts: str | list[Message] | list[int], **options: Any) -> Result: ...
     @overload
     def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Result]: ...
 
@@ -112,16 +120,17 @@ class LLM:
             sampling: fields of `SamplingParams`.
 
         Returns:
-            One `Result` for one prompt, else a list in order.
+            One `Result` for one prompt, else a list in order, in which an answer that ended before its time says so.
 
         Raises:
             UsageError: naming the bad value.
+            ForetellError: the answer to the only prompt ended before its time.
         """
         if not isinstance(prompts, Sequence):
             raise UsageError(f"A prompt is text, a conversation or token ids, not {prompts!r}.")
         single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], (dict, int)))
         batch = cast("list[Prompt]", [prompts] if single else list(prompts))
-        params = SamplingParams.of(**sampling)
+        params = SamplingParams.of(**sampling).seeded()
         if batch_size < 1:
             raise UsageError(f"batch_size is {batch_size}; it must be at least 1.")
         decoder = self.decoder(max(1, min(batch_size, len(batch))), rule, adapt)
@@ -129,6 +138,8 @@ class LLM:
         results = [Result() for _ in batch]
         for index, event in self.run(decoder, [(ids, params, key) for key, ids in enumerate(encoded)]):
             results[index].add(event)
+        if single and results[0].error:
+            raise ForetellError(results[0].error)
         return results[0] if single else results
 
     def stream(
@@ -139,6 +150,8 @@ class LLM:
         decoder = self.decoder(1, rule, adapt)
         for _, event in self.run(decoder, [(self.encode(prompt, raw), params, 0)]):
             yield event
+            if event.error:
+                raise ForetellError(event.error)
 
     @staticmethod
     def run(
@@ -154,7 +167,7 @@ class LLM:
                 numbers[decoder.submit(ids, params, key)] = index
             left = set(numbers)
             while left:
-                mine = deliver(decoder, left)
+                mine = decoder.events(left)
                 if not (mine or decoder.busy):
                     return  # somebody else cancelled the rest
                 left -= {event.request for event in mine if event.finish_reason}
@@ -163,20 +176,6 @@ class LLM:
         finally:
             for number in numbers:
                 decoder.cancel(number)
-
-
-def deliver(decoder: Decoder, requests: Collection[int]) -> list[Event]:
-    """The next events of these requests: those that wait, else those of one step.
-
-    Several callers may take turns on one decoder: what a step emits for another caller's requests waits for it.
-    """
-    mine = [event for request in requests for event in decoder.undelivered.pop(request, ())]
-    for event in [] if mine else decoder.step():
-        if event.request in requests:
-            mine.append(event)
-        else:
-            decoder.undelivered.setdefault(event.request, []).append(event)
-    return mine
 
 
 def load(

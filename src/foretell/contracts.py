@@ -12,12 +12,14 @@ Legend: B rows, N nodes of one tree, M nodes of all trees, V vocabulary, d hidde
 
 from __future__ import annotations
 
+import copy
+import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
@@ -46,7 +48,8 @@ class SamplingParams:
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output.
         presence_penalty, frequency_penalty: subtracted once, and once per occurrence, from tokens in the output.
         logit_bias: token id -> number added to its logit.
-        seed: with the request's index and the position it fixes every draw.
+        seed: with the request's index and the position it fixes every draw; None draws a new one for every call,
+            which `Statistics.seed` reports.
         stop: strings that end the output (not part of the text); stop_ids: token ids that do.
         ignore_eos: go on past the model's end-of-sequence tokens.
         logprobs: None, or how many of the most probable tokens to report beside each chosen one.
@@ -64,7 +67,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict)
-    seed: int = 0
+    seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -84,10 +87,12 @@ class SamplingParams:
     def __post_init__(self) -> None:
         ranges = (
             ("max_new_tokens", 1, 2**31 - 1), ("temperature", 0, 100), ("top_p", 1e-9, 1), ("top_k", 0, 2**31 - 1),
-            ("min_p", 0, 1), ("seed", -(2**63), 2**63 - 1), ("repetition_penalty", 1e-3, 1e3),
+            ("min_p", 0, 1), ("repetition_penalty", 1e-3, 1e3),
             ("presence_penalty", -100, 100), ("frequency_penalty", -100, 100),
         )  # fmt: skip
-        check_numbers(self, ranges, whole=("max_new_tokens", "top_k", "seed"))
+        check_numbers(self, ranges, whole=("max_new_tokens", "top_k"))
+        if self.seed is not None:
+            check_numbers(self, [("seed", -(2**63), 2**63 - 1)], whole=("seed",))
         bias = self.logit_bias
         if not isinstance(bias, dict) or not all(is_number(t, True) and is_number(b) for t, b in bias.items()):
             raise UsageError(f"logit_bias is {bias!r}; it must map token ids to numbers.")
@@ -99,6 +104,10 @@ class SamplingParams:
             raise UsageError(f"stop_ids is {self.stop_ids!r}; it must be a tuple of token ids.")
         if self.logprobs is not None and not (is_number(self.logprobs, True) and 0 <= self.logprobs <= 100):
             raise UsageError(f"logprobs is {self.logprobs!r}; it must be a whole number between 0 and 100.")
+
+    def seeded(self) -> SamplingParams:
+        """The same with a seed where it matters, drawn from the system's entropy if none was given."""
+        return self if self.seed is not None or not self.temperature else replace(self, seed=secrets.randbits(32))
 
     @property
     def plain_greedy(self) -> bool:
@@ -210,7 +219,6 @@ class Drafter(ABC):
         usual_cost: what drafting takes, as a share of a plain step, where nobody has measured it.
         parameters: numbers that it adds to the model.
         tokens_per_step: what its tree of each size earned on held-out text, where that was measured.
-        bound: the cache that it was bound to last; engines that share a drafter bind it anew when it is their turn.
     """
 
     taps: tuple[int, ...] = ()
@@ -220,7 +228,6 @@ class Drafter(ABC):
     usual_cost: float = 0.15
     parameters: int = 0
     tokens_per_step: Mapping[int, float] = MappingProxyType({})
-    bound: KVCache | None = None
 
     @classmethod
     def build(cls, backbone: Backbone, *args: Any, **options: Any) -> Drafter:
@@ -237,10 +244,16 @@ class Drafter(ABC):
         """The most rows that `at_cut` adds per drafted node."""
         return 0
 
-    def bind(self, cache: KVCache) -> None:  # noqa: B027
-        """The engine's cache, before a step if another engine's was bound: for methods that run layers while drafting.
+    def attached(self, cache: KVCache) -> Self:
+        """A drafter for the rows of one engine: it shares the weights, and what it keeps of rows is its own."""
+        own = copy.copy(self)
+        own.bind(cache)
+        return own
 
-        What was kept for that engine's rows is void.
+    def bind(self, cache: KVCache) -> None:  # noqa: B027
+        """Begins anew with the rows of an engine's cache, where methods that run layers while drafting run them.
+
+        What is kept of rows is assigned here, not emptied: engines that share the drafter have shallow copies of it.
         """
 
     def holds(self, slot: int, tokens: int) -> int:
@@ -251,7 +264,11 @@ class Drafter(ABC):
         return tokens
 
     def reset(self, rows: Sequence[Row]) -> None:  # noqa: B027
-        """New sequences have taken these slots: forget what was there."""
+        """New sequences have taken these slots: forget what was there, and make room for all of theirs.
+
+        Raises:
+            ForetellError: there is no room; the request is refused, and the others go on.
+        """
 
     @abstractmethod
     def draft(self, rows: Sequence[Row]) -> Draft:
@@ -283,6 +300,7 @@ class Statistics:
     Attributes:
         steps: verification passes that emitted tokens for it; plain_steps: those that carried no guess for it;
             suspended_steps: those of them in which speculation was held back because it measurably loses here.
+        seed: what fixed the draws of sampling.
         exact: whether the output is plain decoding's, token for token: drafter and rule are lossless, and a probe
             found this machine's arithmetic canonical.
         drafted: guesses verified; accepted: guesses kept, budget and stops applied.
@@ -297,6 +315,7 @@ class Statistics:
     steps: int = 0
     plain_steps: int = 0
     suspended_steps: int = 0
+    seed: int | None = None
     exact: bool = True
     drafted: int = 0
     accepted: int = 0
@@ -336,7 +355,8 @@ class Event:
         tokens: new token ids; drafted: for each, whether a drafter had guessed it.
         text: the text that became certain (a character or stop string in the making is held back).
         pieces: the same text token by token, with the drafted mark, for display.
-        finish_reason: "stop" or "length" on a request's last event, which carries its statistics too.
+        finish_reason: "stop", "length" or "error" on a request's last event, which carries its statistics too.
+        error: the sentence that says why, if that is "error".
     """
 
     request: int
@@ -346,6 +366,7 @@ class Event:
     pieces: list[tuple[str, bool]] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
+    error: str = ""
     statistics: Statistics | None = None
 
 
@@ -354,8 +375,6 @@ class Decoder(Protocol):
     """What the API, the server and the benchmark drive; the speculative engine is one, HAMburger will be another."""
 
     lossless: bool
-    undelivered: dict[int, list[Event]]
-    """Events of requests whose caller was not the one that stepped (see `api.deliver`)."""
 
     @property
     def busy(self) -> bool:
@@ -371,7 +390,14 @@ class Decoder(Protocol):
         ...
 
     def step(self) -> list[Event]:
-        """Advances every admitted row once: a chunk of its prompt or one draft -> verify -> commit -> observe."""
+        """Advances every admitted row once: a chunk of its prompt or one draft -> verify -> commit -> observe.
+
+        Returns what was emitted for anybody, for the one caller that drives all requests.
+        """
+        ...
+
+    def events(self, requests: Collection[int]) -> list[Event]:
+        """What was emitted for these requests, else what a step emits: for callers that share the decoder."""
         ...
 
     def cancel(self, request: int) -> None: ...

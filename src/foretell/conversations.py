@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from foretell.api import LLM, Message, Result, deliver
+from foretell.api import LLM, Message, Result
 from foretell.contracts import Decoder, Event, SamplingParams, Statistics
 from foretell.errors import ForetellError, UsageError
 
@@ -88,7 +88,7 @@ def converse(
     rows: int = 1,
     raw: bool = False,
     on_event: Callable[[int, Event], None] | None = None,
-    on_error: Callable[[int, UsageError], None] | None = None,
+    on_error: Callable[[int, ForetellError], None] | None = None,
 ) -> Generator[tuple[int, list[Result]], None, None]:
     """Answers every conversation, `rows` at a time; yields (index, replies) as each one ends.
 
@@ -98,11 +98,13 @@ def converse(
     Args:
         raw: turns are plain text, with no chat template.
         on_event: called with (index, event) for all that the decoder emits.
-        on_error: called with (index, error) when a later turn does not fit the model's context; the conversation
-            ends with the replies it has, and the others go on. Without it, such a turn raises.
+        on_error: called with (index, error) when a later turn does not fit the model's context, or an answer ends
+            before its time; the conversation ends with the replies it has, and the others go on. Without it, such a
+            turn raises.
 
     Raises:
         UsageError: a turn that does not fit the model's context, naming the conversation.
+        ForetellError: an answer ended before its time, likewise.
     """
     talks = [_Talk(llm, decoder, conversation, params, raw) for conversation in conversations]
     for talk in talks:
@@ -114,7 +116,7 @@ def converse(
             while waiting and len(asked) < rows:
                 index, talk = waiting.popleft()
                 asked[talk.ask()] = index, talk
-            for event in deliver(decoder, asked):
+            for event in decoder.events(asked):
                 index, talk = asked[event.request]
                 if on_event:
                     on_event(index, event)
@@ -122,10 +124,11 @@ def converse(
                     continue
                 del asked[event.request]
                 try:
+                    talk.check(event)
                     if talk.left:
                         asked[talk.ask()] = index, talk
                         continue
-                except UsageError as error:
+                except ForetellError as error:
                     if on_error is None:
                         raise
                     on_error(index, error)
@@ -160,8 +163,16 @@ class _Talk:
         try:
             return self.decoder.submit(ids, self.params, self.conversation.line * MAX_TURNS + turn)
         except UsageError as error:
-            where = self.conversation.where + (f", turn {turn + 1}" if turn else "")
-            raise UsageError(f"{where}: {error}" if where else str(error)) from error
+            raise UsageError(self._named(str(error), turn)) from error
+
+    def check(self, event: Event) -> None:
+        """Raises what ended the last answer before its time."""
+        if event.error:
+            raise ForetellError(self._named(event.error, len(self.replies) - 1))
+
+    def _named(self, sentence: str, turn: int) -> str:
+        where = self.conversation.where + (f", turn {turn + 1}" if turn else "")
+        return f"{where}: {sentence}" if where else sentence
 
     def hear(self, event: Event) -> bool:
         """Takes in what was emitted; whether the turn is answered."""
@@ -202,6 +213,8 @@ def fields(replies: Sequence[Result]) -> dict[str, Any]:
     }
     found |= {name: getattr(sums, name) for name in (*_TOKENS, *_STEPS)}
     found |= {name: round(getattr(sums, name), 6) for name in _SECONDS}
+    if replies[-1].statistics.seed is not None:
+        found["seed"] = replies[-1].statistics.seed
     if any(reply.logprobs for reply in replies):
         found["logprobs"] = [asdict(logprob) for reply in replies for logprob in reply.logprobs]
     return found

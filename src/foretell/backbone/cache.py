@@ -1,16 +1,17 @@
 """The key/value cache: rows of slots that nobody but its verbs touches.
 
-A pass writes the nodes of a tree behind a row's committed slots. `commit` moves the accepted path to the front of
-them, in order, and the rest is forgotten by not being counted; `rollback` forgets more. Because every layer's
+All rows share one pool of slots; each has a stretch of it of its own size, so that one long prompt does not size the
+others. A pass writes the nodes of a tree behind a row's committed slots. `commit` moves the accepted path to the front
+of them, in order, and the rest is forgotten by not being counted; `rollback` forgets more. Because every layer's
 arithmetic is canonical (see `native/kernels.inc`), a committed slot holds bit for bit what a fresh prefill of the
 same tokens would have written.
 
-Shapes: keys and values [L layers, R rows, G key/value heads, S slots, D head width].
+Shapes: keys and values [L layers, G key/value heads, S slots of the pool, D head width].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,62 +20,66 @@ from torch import Tensor
 
 from foretell.errors import ForetellError
 
+STRETCH = 64
+"""Slots that a row's room is a multiple of."""
+
 
 class KVCache:
-    """Preallocated room for R rows of S slots; both grow when asked to, never inside a pass."""
+    """Room for some rows of slots, which grows when asked to, never inside a pass.
+
+    Args:
+        rows, slots: rows to begin with, and how many slots each of them has room for.
+
+    Attributes:
+        lengths: committed slots of each row; capacity: slots it has room for.
+        starts: where each row's room begins in the pool, in numbers (slots times D), int64: the kernels read it.
+    """
 
     def __init__(
         self, layers: int, rows: int, kv_heads: int, slots: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ):
-        # Unwritten slots are never read, so they need no zeros, and pages stay untouched until they are used.
-        shape = (layers, rows, kv_heads, slots, head_dim)
-        self.keys, self.values = _room(shape, dtype, device)
-        self.lengths = [0] * rows
-        self._free = list(range(rows))[::-1]
+        self.lengths: list[int] = []
+        self.capacity: list[int] = []
+        self.starts = np.zeros(0, dtype=np.int64)
+        self.keys, self.values = _room((layers, kv_heads, 0, head_dim), dtype, device)
+        self._add_rows(rows)
+        if slots:
+            self.reserve(dict.fromkeys(range(rows), slots))
 
     @property
     def rows(self) -> int:
-        return self.keys.shape[1]
-
-    @property
-    def slots(self) -> int:
-        return self.keys.shape[3]
+        return len(self.lengths)
 
     @property
     def bytes(self) -> int:
         return 2 * self.keys.numel() * self.keys.element_size()
 
-    @property
-    def has_free(self) -> bool:
-        return bool(self._free)
+    def reserve(self, wanted: Mapping[int, int]) -> None:
+        """Makes room for at least so many slots in some rows, keeping what is committed.
 
-    def allocate(self) -> int:
-        """Takes an empty row."""
-        if not self._free:
-            raise ForetellError(f"All {self.rows} cache rows are taken; free one or make the cache larger.")
-        row = self._free.pop()
-        self.lengths[row] = 0
-        return row
-
-    def free(self, row: int) -> None:
-        self.lengths[row] = 0
-        self._free.append(row)
-
-    def reserve(self, slots: int, rows: int = 0) -> None:
-        """Makes room for at least `slots` slots and `rows` rows, keeping what is committed."""
-        if slots <= self.slots and rows <= self.rows:
+        Raises:
+            ForetellError: there is not enough memory; the cache is as it was.
+        """
+        self._add_rows(max(wanted, default=-1) + 1 - self.rows)
+        short = {row: slots for row, slots in wanted.items() if slots > self.capacity[row]}
+        if not short:
             return
-        used, old_rows = max(self.lengths), self.rows
-        layers, _, heads, old_slots, width = self.keys.shape
-        if slots > old_slots:
-            slots = max(slots, min(2 * old_slots, slots + 1024))  # growing token by token must not copy every time
-        shape = (layers, max(rows, old_rows), heads, max(slots, old_slots), width)
-        keys, values = _room(shape, self.keys.dtype, self.keys.device)
-        for old, new in ((self.keys, keys), (self.values, values)):
-            new[:, :old_rows, :, :used] = old[:, :, :, :used]
-        self.keys, self.values = keys, values  # both or, after an error, neither
-        self.lengths += [0] * (shape[1] - old_rows)
-        self._free = list(range(old_rows, shape[1]))[::-1] + self._free
+        # a row that grows token by token must not be copied every time
+        grown = {row: max(slots, min(2 * self.capacity[row], slots + 1024)) for row, slots in short.items()}
+        capacity = [-(-grown.get(row, old) // STRETCH) * STRETCH for row, old in enumerate(self.capacity)]
+        (row, *others) = grown
+        if others or not self._moved(row, capacity[row]):
+            self._rebuilt(capacity)
+
+    def release(self, rows: Sequence[int]) -> None:
+        """Empties rows and gives their room to others; the pool keeps its size until it is trimmed."""
+        for row in rows:
+            self.lengths[row] = self.capacity[row] = 0
+
+    def trim(self) -> None:
+        """Gives memory back that no row has reserved."""
+        if sum(self.capacity) < self.keys.shape[2]:
+            self._rebuilt(list(self.capacity))
 
     def commit(self, rows: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
         """Keeps, in each row, the nodes of a path (root first) of the tree that the last pass wrote there."""
@@ -84,16 +89,16 @@ class KVCache:
 
     def gather(self, rows: Sequence[int], nodes: Sequence[Sequence[int]], layers: int | None = None) -> None:
         """Moves nodes of the trees behind the committed slots to the front of them, of the first `layers`."""
-        moved: list[tuple[int, int, int]] = []
+        moved: list[tuple[int, int]] = []
         for row, path in zip(rows, nodes, strict=True):
-            length = self.lengths[row]
-            moved += [(row, length + node, length + i) for i, node in enumerate(path) if node != i]
+            begin = self.start(row) + self.lengths[row]
+            moved += [(begin + node, begin + i) for i, node in enumerate(path) if node != i]
         if not moved:
             return
-        at, source, target = np.array(moved).T
+        source, target = np.array(moved).T
         for tensor in (self.keys, self.values):
             held = _bits(tensor)[:layers]
-            held[:, at, :, target] = held[:, at, :, source]
+            held[:, :, target] = held[:, :, source]
 
     def rollback(self, row: int, length: int) -> None:
         """Forgets all but the first `length` committed slots."""
@@ -106,14 +111,72 @@ class KVCache:
     def copy(self, other: KVCache, row: int, length: int) -> None:
         """Begins row 0 anew with the first `length` committed slots of another cache's row."""
         self.lengths[0] = 0
-        self.reserve(length, rows=1)
+        self.reserve({0: length})
+        here, there = self.start(0), other.start(row)
         for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
-            _bits(ours)[:, 0, :, :length] = _bits(theirs)[:, row, :, :length]
+            _bits(ours)[:, :, here : here + length] = _bits(theirs)[:, :, there : there + length]
         self.lengths[0] = length
+
+    def start(self, row: int) -> int:
+        """First slot of a row in the pool."""
+        return int(self.starts[row]) // self.keys.shape[3]
+
+    def room(self, row: int) -> tuple[Tensor, Tensor]:
+        """All slots of a row, written or not: views of keys and values, each [L, G, capacity, D]."""
+        begin, end = self.start(row), self.start(row) + self.capacity[row]
+        return self.keys[:, :, begin:end], self.values[:, :, begin:end]
 
     def read(self, row: int) -> tuple[Tensor, Tensor]:
         """Committed keys and values of a row, each [L, G, length, D]."""
-        return self.keys[:, row, :, : self.lengths[row]], self.values[:, row, :, : self.lengths[row]]
+        keys, values = self.room(row)
+        return keys[:, :, : self.lengths[row]], values[:, :, : self.lengths[row]]
+
+    def check(self, rows: Sequence[int], ends: Sequence[int]) -> None:
+        """Refuses a pass that would write past a row's room.
+
+        Raises:
+            ForetellError: naming the row.
+        """
+        for row, end in zip(rows, ends, strict=True):
+            if not 0 <= row < self.rows or end > self.capacity[row]:
+                held = self.capacity[row] if 0 <= row < self.rows else 0
+                raise ForetellError(f"Cache row {row} has room for {held} slots, not {end}; reserve it before a pass.")
+
+    def _add_rows(self, count: int) -> None:
+        if count > 0:
+            self.lengths += [0] * count
+            self.capacity += [0] * count
+            self.starts = np.concatenate([self.starts, np.zeros(count, dtype=np.int64)])
+
+    def _moved(self, row: int, capacity: int) -> bool:
+        """Whether the pool has a gap that is large enough for a row; the row moves there."""
+        taken = sorted((self.start(each), self.capacity[each]) for each in range(self.rows) if self.capacity[each])
+        begin = 0
+        for start, slots in (*taken, (self.keys.shape[2], 0)):
+            if start - begin >= capacity:
+                break
+            begin = start + slots
+        else:
+            return False
+        old, length = self.start(row), self.lengths[row]
+        for tensor in (self.keys, self.values):
+            held = _bits(tensor)
+            held[:, :, begin : begin + length] = held[:, :, old : old + length]
+        self.starts[row], self.capacity[row] = begin * self.keys.shape[3], capacity
+        return True
+
+    def _rebuilt(self, capacity: list[int]) -> None:
+        """A new pool, rows one after another, with what is committed."""
+        layers, heads, _, width = self.keys.shape
+        begins = [0, *np.cumsum(capacity, dtype=np.int64).tolist()]
+        # Unwritten slots are never read, so they need no zeros, and pages stay untouched until they are used.
+        keys, values = _room((layers, heads, begins[-1], width), self.keys.dtype, self.keys.device)
+        for row, length in enumerate(self.lengths):
+            old, new = self.start(row), begins[row]
+            for before, after in ((self.keys, keys), (self.values, values)):
+                after[:, :, new : new + length] = before[:, :, old : old + length]
+        starts = np.array(begins[:-1], dtype=np.int64) * width
+        self.keys, self.values, self.capacity, self.starts = keys, values, capacity, starts  # all or, on errors, none
 
 
 def _bits(tensor: Tensor) -> Any:
@@ -132,6 +195,6 @@ def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     except (RuntimeError, MemoryError) as error:
         gigabytes = 2 * torch.Size(shape).numel() * dtype.itemsize / 1e9
         raise ForetellError(
-            f"A cache of {shape[1]} rows of {shape[3]} tokens takes {gigabytes:.1f} GB, more than there is; "
-            "use a smaller batch or fewer tokens."
+            f"A cache of {shape[2]} tokens takes {gigabytes:.1f} GB, more than there is; use a smaller batch or fewer "
+            "tokens."
         ) from error

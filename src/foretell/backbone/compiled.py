@@ -105,7 +105,7 @@ class CompiledBackbone(Backbone):
         taps: Collection[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
         end = self.config.layers if end is None else end
-        assert max(nodes.ends) <= cache.slots, "the engine reserves slots before a pass"
+        cache.check(nodes.rows, nodes.ends)
         assert hidden_Md.shape == (len(nodes), self.config.hidden), "one state per node"
         assert hidden_Md.dtype == torch.float32
         # Copies and edits of whole streams happen in the kernels: PyTorch would wake a team of its own for them.
@@ -191,7 +191,8 @@ class CompiledBackbone(Backbone):
 
     @staticmethod
     def _cache(cache: KVCache) -> kernels.Cache:
-        return kernels.Cache(address(cache.keys), address(cache.values), *cache.keys.stride()[:3])
+        layer, head = cache.keys.stride()[:2]
+        return kernels.Cache(address(cache.keys), address(cache.values), layer, cache.starts.ctypes.data, head)
 
 
 def _interleave(gate: Tensor, up: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class CompiledPrefix(PrefixLayer):
         wide = fuse.packed.inputs if fuse else 0
         assert not wide or (len(following) == sum(counts) and wide == len(parts) * layer.config.hidden)
         ends = [length + count for length, count in zip(lengths, counts, strict=True)]
-        assert max(ends) <= self.cache.slots
+        self.cache.check(rows, ends)
         cosine, sine = layer._rotations(max(ends))
         words = np.array([*rows, *lengths, *counts, *following, *map(address, parts[1:])], dtype=np.int64)
         B, at = len(rows), words.ctypes.data
@@ -87,13 +87,15 @@ class CompiledClimber:
         waiting = [0 if each is None else len(each) for each in asked.waiting] or [0] * rows
         ours = [own.lengths[slot] for slot in asked.slots] if own else [0] * rows
         ran = max(count + 1, min(asked.room, 1 + asked.beam * max(0, asked.steps - 1)))  # at most, of a row
-        ends = [max(each) + ran for each in (lengths, [a + b for a, b in zip(ours, waiting, strict=True)])]
-        assert ends[0] <= cache.slots and (own is None or ends[1] <= own.slots)
+        cache.check(asked.slots, [length + ran for length in lengths])
+        if own:
+            own.check(asked.slots, [length + new + ran for length, new in zip(ours, waiting, strict=True)])
+        last = max(max(lengths), max(length + new for length, new in zip(ours, waiting, strict=True))) + ran
         assert 0 < asked.layers <= backbone.config.layers and all(0 < tap <= asked.layers for tap in asked.taps)
         d = backbone.config.hidden
         states = [None if each is None else each.contiguous() for each in asked.waiting] or [None] * rows
         assert all(each is None or (each.shape[1] == d and each.dtype == torch.float32) for each in states)
-        cosine, sine = backbone._rotations(max(ends))
+        cosine, sine = backbone._rotations(last)
         each_row = (asked.roots, asked.budgets, asked.slots, lengths, ours, waiting, list(map(address, states)))
         told, numbers = np.array(each_row, dtype=np.int64), np.empty((2, rows), dtype=np.int64)
         places, given = np.empty((3, rows, count + 1), dtype=np.int64), np.empty((rows, count + 1))

@@ -112,13 +112,14 @@ class EagerBackbone(Backbone):
         taps: Collection[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
         end = self.config.layers if end is None else end
-        assert max(nodes.ends) <= cache.slots, "the engine reserves slots before a pass"
+        cache.check(nodes.rows, nodes.ends)
         rotation = self.rotation(torch.from_numpy(nodes.positions).long())
+        starts_M = self._starts(nodes, cache)
         tapped = {begin: hidden_Md} if begin in taps else {}
         for index in range(begin, end):
             layer, plan = self.layers[index], skip[index] if skip else 0
             if not plan & SKIP_ATTENTION:
-                hidden_Md = hidden_Md + self._attention(layer, index, hidden_Md, nodes, cache, rotation)
+                hidden_Md = hidden_Md + self._attention(layer, index, hidden_Md, nodes, cache, starts_M, rotation)
             if not plan & SKIP_MLP:
                 normed_Md = rms_norm(hidden_Md, layer.mlp_norm, self.config.eps)
                 gate_MF, up_MF = layer.gate_up(normed_Md).chunk(2, dim=-1)
@@ -134,6 +135,7 @@ class EagerBackbone(Backbone):
         hidden_Md: Tensor,
         nodes: Nodes,
         cache: KVCache,
+        starts_M: Tensor,
         rotation: tuple[Tensor, Tensor],
     ) -> Tensor:
         c = self.config
@@ -145,11 +147,18 @@ class EagerBackbone(Backbone):
             queries_MHD = rms_norm(queries_MHD, layer.query_norm, c.eps)
             keys_MGD = rms_norm(keys_MGD, layer.key_norm, c.eps)
         queries_MHD, keys_MGD = rotate(queries_MHD, *rotation), rotate(keys_MGD, *rotation)
-        rows, slots, _ = nodes.on(self.device, BLOCK)
-        cache.keys[index][rows, :, slots] = keys_MGD.to(self.dtype)
-        cache.values[index][rows, :, slots] = values.unflatten(-1, (c.kv_heads, c.head_dim)).to(self.dtype)
-        mixed_MHD = attend(queries_MHD.to(self.dtype), cache.keys[index], cache.values[index], nodes, layer.window)
+        slots_M, paths_MT = nodes.on(self.device, BLOCK)
+        values_MGD = values.unflatten(-1, (c.kv_heads, c.head_dim))
+        cache.keys[index][:, starts_M + slots_M] = keys_MGD.to(self.dtype).transpose(0, 1)
+        cache.values[index][:, starts_M + slots_M] = values_MGD.to(self.dtype).transpose(0, 1)
+        mixed_MHD = attend(
+            queries_MHD.to(self.dtype), cache.keys[index], cache.values[index], starts_M, paths_MT, layer.window
+        )
         return layer.out(mixed_MHD.flatten(1))
+
+    def _starts(self, nodes: Nodes, cache: KVCache) -> Tensor:
+        """Where the room of each node's cache row begins in the pool, in slots [M]."""
+        return torch.from_numpy(cache.starts[nodes.cache_rows[nodes.sequence]] // cache.keys.shape[3]).to(self.device)
 
     def norm(self, hidden_Md: Tensor) -> Tensor:
         return rms_norm(hidden_Md, self._final_norm, self.config.eps)
@@ -180,36 +189,42 @@ def rotate(x_MHD: Tensor, cosine_M: Tensor, sine_M: Tensor) -> Tensor:
     return torch.cat([a * cosine - b * sine, b * cosine + a * sine], dim=-1)
 
 
-def attend(queries_MHD: Tensor, keys_RGSD: Tensor, values_RGSD: Tensor, nodes: Nodes, window: int) -> Tensor:
-    """Each row attends to its own path: softmax(q·k/√D)·v over the last `window` keys (0: all), [M, H, D] float32."""
-    rows, _, paths_MT = nodes.on(queries_MHD.device, BLOCK)
+def attend(
+    queries_MHD: Tensor, keys_GSD: Tensor, values_GSD: Tensor, starts_M: Tensor, paths_MT: Tensor, window: int
+) -> Tensor:
+    """Each row attends to its own path: softmax(q·k/√D)·v over the last `window` keys (0: all), [M, H, D] float32.
+
+    Args:
+        keys_GSD, values_GSD: of one layer, the whole pool.
+        starts_M: where the room of each row's cache row begins in the pool.
+        paths_MT: see `Nodes.paths_MT`; padded to whole blocks.
+    """
     chunk = max(1, MOST_PRODUCTS // (paths_MT.shape[1] * queries_MHD[0].numel()))
     pieces = [
         _attend(
-            queries_MHD[i : i + chunk], keys_RGSD, values_RGSD, rows[i : i + chunk], paths_MT[i : i + chunk], window
+            queries_MHD[i : i + chunk], keys_GSD, values_GSD, starts_M[i : i + chunk], paths_MT[i : i + chunk], window
         )
-        for i in range(0, len(rows), chunk)
+        for i in range(0, len(starts_M), chunk)
     ]
     return torch.cat(pieces)
 
 
 def _attend(
-    queries_MHD: Tensor, keys_RGSD: Tensor, values_RGSD: Tensor, rows_M: Tensor, paths_MT: Tensor, window: int
+    queries_MHD: Tensor, keys_GSD: Tensor, values_GSD: Tensor, starts_M: Tensor, paths_MT: Tensor, window: int
 ) -> Tensor:
-    D, G = queries_MHD.shape[-1], keys_RGSD.shape[1]
+    D, G = queries_MHD.shape[-1], keys_GSD.shape[0]
     queries_MGCD = queries_MHD.float().unflatten(1, (G, -1))  # C query heads share a key head
-    slots_MT, valid_MT = paths_MT.clamp(min=0), paths_MT >= 0
+    slots_MT, valid_MT = starts_M[:, None] + paths_MT.clamp(min=0), paths_MT >= 0
     if window:
         distance_MT = valid_MT.sum(1, keepdim=True) - 1 - torch.arange(paths_MT.shape[1], device=paths_MT.device)
         valid_MT = valid_MT & (distance_MT < window)
-    rows_M1 = rows_M[:, None]
-    keys_MTGD = keys_RGSD[rows_M1, :, slots_MT].float()
+    keys_MTGD = keys_GSD.transpose(0, 1)[slots_MT].contiguous().float()
     scores_MTGC = (queries_MGCD[:, None] * keys_MTGD[:, :, :, None]).sum(-1) * D**-0.5
     scores_MTGC = scores_MTGC.masked_fill(~valid_MT[..., None, None], float("-inf"))
     weights_MTGC = (scores_MTGC - scores_MTGC.amax(1, keepdim=True)).exp()
     total_MGC = _sum_keys(weights_MTGC.double()).float()
-    values_MTGD = values_RGSD[rows_M1, :, slots_MT].float().masked_fill(~valid_MT[..., None, None], 0)
-    weights_MTGC = weights_MTGC.to(keys_RGSD.dtype).float()
+    values_MTGD = values_GSD.transpose(0, 1)[slots_MT].contiguous().float().masked_fill(~valid_MT[..., None, None], 0)
+    weights_MTGC = weights_MTGC.to(keys_GSD.dtype).float()
     mixed_MGCD = _sum_keys(weights_MTGC[..., None] * values_MTGD[:, :, :, None])
     return (mixed_MGCD / total_MGC[..., None]).flatten(1, 2)
 

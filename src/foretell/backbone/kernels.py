@@ -25,7 +25,7 @@ from foretell.backbone.linear import DrafterHeads, LevelDrafting
 from foretell.errors import ForetellError
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
-LAYOUT = 11
+LAYOUT = 12
 """Of the structures below and of the calls; what `foretell_layout` in native.cpp must say too."""
 INT8, INT8_BOTH = 1, 8
 """How numbers in int8 are packed: widened before they are multiplied, or with what they meet in int8 too (common.h)."""
@@ -48,7 +48,7 @@ class Model(Structure):
 
 
 class Cache(Structure):
-    _fields_ = _words("keys values layer_stride row_stride head_stride")
+    _fields_ = _words("keys values layer_stride starts head_stride")
 
 
 class Rows(Structure):

@@ -35,7 +35,7 @@ class Nodes:
     Attributes:
         words: sequence, node, cache_rows, lengths, offsets, parents and positions as the kernels read them (`Rows` of
             native/common.h), int32, one after the other; `places` says where each begins.
-        ends: slots that each row's cache needs for this pass.
+        rows: cache row of each tree; ends: slots that it needs for this pass.
         counts: nodes of each row that run; last: the greatest position.
     """
 
@@ -47,8 +47,8 @@ class Nodes:
         first: Sequence[int] | None = None,
         positions: Tensor | None = None,
     ):
-        self._on: dict[tuple[torch.device, int], tuple[Tensor, Tensor, Tensor]] = {}
-        self.trees, self.first = list(trees), list(first or [0] * len(trees))
+        self._on: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+        self.trees, self.rows, self.first = list(trees), list(cache_rows), list(first or [0] * len(trees))
         self.counts = [len(tree) - start for tree, start in zip(trees, self.first, strict=True)]
         self.ends = [length + len(tree) for length, tree in zip(lengths, trees, strict=True)]
         at = positions.tolist() if positions is not None else [p + length for p, length in self._depths(lengths)]
@@ -83,7 +83,7 @@ class Nodes:
             The new nodes, and where the old ones stand among them, int64 [M].
         """
         trees = [TokenTree((*tree.parents, *more)) for tree, more in zip(self.trees, parents, strict=True)]
-        nodes = Nodes(trees, self.cache_rows.tolist(), self.lengths.tolist(), self.first)
+        nodes = Nodes(trees, self.rows, self.lengths.tolist(), self.first)
         kept = [np.arange(start, start + count) for start, count in zip(nodes.starts(), self.counts, strict=True)]
         return nodes, torch.from_numpy(np.concatenate(kept))
 
@@ -101,10 +101,6 @@ class Nodes:
         return torch.from_numpy((self.lengths[self.sequence] + self.node).astype(np.int64))
 
     @cached_property
-    def cache_rows_M(self) -> Tensor:
-        return torch.from_numpy(self.cache_rows[self.sequence].astype(np.int64))
-
-    @cached_property
     def paths_MT(self) -> Tensor:
         """Slots of each node's keys in path order, int64 [M, T]; past a path's end stands -1."""
         paths = np.full((len(self), int(self.totals.max())), -1, dtype=np.int64)
@@ -117,11 +113,11 @@ class Nodes:
                 node = parents[node]
         return torch.from_numpy(paths)
 
-    def on(self, device: torch.device, block: int) -> tuple[Tensor, Tensor, Tensor]:
-        """`cache_rows_M`, `slots_M` and `paths_MT`, padded to whole blocks, on a device: copied once a pass."""
+    def on(self, device: torch.device, block: int) -> tuple[Tensor, Tensor]:
+        """`slots_M` and `paths_MT`, padded to whole blocks, on a device: copied once a pass."""
         if (device, block) not in self._on:
             paths_MT = F.pad(self.paths_MT, (0, -self.paths_MT.shape[1] % block), value=-1)
-            self._on[device, block] = self.cache_rows_M.to(device), self.slots_M.to(device), paths_MT.to(device)
+            self._on[device, block] = self.slots_M.to(device), paths_MT.to(device)
         return self._on[device, block]
 
     def starts(self) -> list[int]:

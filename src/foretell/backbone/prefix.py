@@ -9,6 +9,7 @@ Legend: M newly committed states, row after row, d hidden width, P parts that ar
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -36,14 +37,20 @@ class PrefixLayer:
         self._fuse = None if fuse_dP is None else backbone.linear(fuse_dP, None)
         self.fused, self.cache = fuse_dP is not None, layer.new_cache(1, 1)
 
-    def bind(self, rows: int, slots: int) -> None:
-        """Room for so many rows; what was kept is void."""
-        self.cache = self.layer.new_cache(rows, slots)
+    def attached(self, rows: int) -> PrefixLayer:
+        """The same layer with an empty cache of its own."""
+        own = copy.copy(self)
+        own.cache = self.layer.new_cache(rows, 0)
+        return own
 
-    def begin(self, row: int, reused: int) -> None:
-        """Keeps `reused` states of a row at most; an interruption may have kept them from coming here."""
-        self.cache.reserve(self.cache.slots, rows=row + 1)
-        self.cache.rollback(row, min(reused, self.cache.lengths[row]))
+    def begin(self, row: int, reused: int, room: int) -> None:
+        """Keeps `reused` states of a row at most (an interruption may have kept them from coming here), with room for
+        so many in all."""
+        length = min(reused, self.length(row))
+        if not length and row < self.cache.rows:
+            self.cache.release([row])
+        self.cache.reserve({row: room})
+        self.cache.rollback(row, length)
 
     def length(self, row: int) -> int:
         """States of a row that it has read."""
@@ -58,9 +65,8 @@ class PrefixLayer:
         Args:
             others: P - 1 streams [M, d] that a fused layer reads, too; following: the token after each state.
         """
-        self.cache.reserve(self.cache.slots, rows=max(rows) + 1)
+        self.cache.reserve({row: self.length(row) + count for row, count in zip(rows, counts, strict=True)})
         lengths = [self.cache.lengths[row] for row in rows]
-        self.cache.reserve(max(length + count for length, count in zip(lengths, counts, strict=True)))
         stream_Md = self._run(rows, lengths, counts, states_Md, others, following)
         self.cache.commit(rows, [range(count) for count in counts])
         return stream_Md

@@ -19,6 +19,7 @@ from foretell.api import LLM
 from foretell.bench.memory import peak_bytes, reset_peak
 from foretell.contracts import SamplingParams, Statistics
 from foretell.engine import SpeculativeDecoder
+from foretell.errors import ForetellError
 from foretell.verify import Typical
 
 
@@ -95,6 +96,8 @@ class Ours:
         began = time.perf_counter()
         requests = [(ids, params, key) for ids, key in zip(prompts, keys, strict=True)]
         for index, event in LLM.run(decoder, requests):
+            if event.error:
+                raise ForetellError(f"{self.name}: {event.error}")
             answer = answers[index]
             answer.ids += event.tokens
             answer.arrivals.append((len(event.tokens), time.perf_counter() - began))

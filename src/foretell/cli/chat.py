@@ -87,11 +87,13 @@ class Talk:
         request = self.decoder.submit(ids, self.params, len(self.results))
         with interruptible() as interrupted:
             while self.decoder.busy and not interrupted:
-                for event in self.decoder.step():
+                for event in self.decoder.events([request]):
                     result.add(event)
                     print(event.text, end="", flush=True)
         self.decoder.cancel(request)
         print(flush=True)
+        if result.error:
+            raise ForetellError(result.error)
         if interrupted:
             note("(stopped)")
         elif result.finish_reason == "length":

@@ -180,7 +180,7 @@ def _answer(
         if todo:
             with job_progress("answering", "tokens/s") as progress:
                 distill(llm, todo, store, params, rows=rows, circles=circles, endpoint=endpoint, progress=progress)
-        todo = next_tasks(llm, store, asked, count, params.seed) if count else []
+        todo = next_tasks(llm, store, asked, count, params.seed or 0) if count else []
         if count and not todo:
             note(f"note: no tasks were made: no answer is long enough ({SHORTEST_TEXT} tokens)")
             break

@@ -57,7 +57,7 @@ def generate(
     began = time.perf_counter()
     failed: dict[int, str] = {}
 
-    def fail(index: int, error: UsageError) -> None:
+    def fail(index: int, error: ForetellError) -> None:
         failed[index] = str(error)
         note(f"error: {error}")
 
@@ -81,6 +81,7 @@ def generate(
         note(
             f"{sums.new_tokens} tokens in {seconds:.2f} s, prompts included: {sums.new_tokens / seconds:.1f} "
             f"tokens/s, {sums.acceptance_length:.2f} tokens per step"
+            + (f"; seed {params.seed}" if params.temperature else "")
         )
     if failed:
         raise ForetellError(f"{len(failed)} of {len(asked)} conversations could not be answered to their end.")

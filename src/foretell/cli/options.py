@@ -124,7 +124,9 @@ class Sampling:
     presence_penalty: float = flag(0.0, "Taken once from tokens of the answer.")
     frequency_penalty: float = flag(0.0, "Taken from tokens of the answer for each time they occur.")
     logit_bias: list[str] | None = flag(None, "ID=VALUE, added to that token's logit; repeatable.")
-    seed: int = flag(0, "The same seed draws the same tokens with every drafter.")
+    seed: int | None = flag(
+        None, "Of sampling: the same seed draws the same tokens with every drafter. By default a new one each time."
+    )
     stop: list[str] | None = flag(None, "A text that ends an answer; repeatable.")
     stop_id: list[int] | None = flag(None, "A token id that does; repeatable.")
     ignore_eos: bool = flag(False, "Go on past the model's end of text.")
@@ -141,7 +143,7 @@ class Sampling:
             logit_bias=dict(_bias(text) for text in self.logit_bias or ()),
             stop=tuple(self.stop or ()),
             stop_ids=tuple(self.stop_id or ()),
-        )
+        ).seeded()
 
     def rule(self) -> Typical | None:
         """Typical acceptance if it was asked for, said aloud because it is lossy."""

@@ -75,6 +75,10 @@ class Shadows:
         self.exits, self.layers, self.decay, self.cost = list(exits), layers, decay, cost
         self._told_SC22 = torch.zeros(0, len(exits), 2, 2, device=device)  # right or wrong, count or sum of confidences
 
+    def attached(self) -> Shadows:
+        """Those of another engine's rows, of which nothing is known yet."""
+        return Shadows(self.exits, self.layers, self._told_SC22.device, self.decay, self.cost)
+
     def forget(self, slots: Sequence[int]) -> None:
         self._reserve(max(slots))
         self._told_SC22[list(slots)] = 0.0
@@ -176,8 +180,7 @@ class DEL(Exiting):
 
     def bind(self, cache: KVCache) -> None:
         super().bind(cache)
-        self._chosen.clear()
-        self.shadows.forget(range(cache.rows))
+        self._chosen, self.shadows = {}, self.shadows.attached()
 
     def reset(self, rows: Sequence[Row]) -> None:
         self._chosen.clear()

@@ -190,8 +190,8 @@ class Hydra(Drafter):
 
     def bind(self, cache: KVCache) -> None:
         if self._prefix:
-            self._prefix.bind(cache.rows, cache.slots)
-        self._states.clear()
+            self._prefix = self._prefix.attached(cache.rows)
+        self._states = {}
 
     def holds(self, slot: int, tokens: int) -> int:
         """An interruption may have kept states from the layer, and the last that a fused one read had another token
@@ -202,7 +202,7 @@ class Hydra(Drafter):
         for row in rows:
             self._states.pop(row.slot, None)
             if self._prefix:
-                self._prefix.begin(row.slot, row.reused)
+                self._prefix.begin(row.slot, row.reused, len(row.tokens) + row.budget)
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
         streams = [features.taps[tap] for tap in reversed(self.taps)]

@@ -181,25 +181,26 @@ class Kangaroo(Drafter):
     # -- what was committed -----------------------------------------------------------------------------------------
 
     def bind(self, cache: KVCache) -> None:
-        self._cache, self._own = cache, self._adapter.new_cache(cache.rows, cache.slots)
-        self._waiting.clear()
-        self._lost = set(range(cache.rows))
+        self._cache, self._own = cache, self._adapter.new_cache(cache.rows, 0)
+        self._waiting, self._lost = {}, set(range(cache.rows))
 
     def _known(self, slot: int) -> int:
         """Committed states of a slot that the adapter has read or will."""
-        return self._own.lengths[slot] + sum(map(len, self._waiting.get(slot, []))) if slot < self._own.rows else 0
+        return self._own.lengths[slot] + sum(map(len, self._waiting.get(slot, [])))
 
     def holds(self, slot: int, tokens: int) -> int:
         """Nothing where an interruption, or another engine, kept states from coming here."""
         return 0 if slot in self._lost else min(tokens, self._known(slot))
 
     def reset(self, rows: Sequence[Row]) -> None:
-        self._own.reserve(self._own.slots, rows=max(row.slot for row in rows) + 1)
         for row in rows:
             length, reused = self._own.lengths[row.slot], min(row.reused, self._known(row.slot))
             self._lost.discard(row.slot)
             waiting = self._waiting.pop(row.slot, None)
             self._own.rollback(row.slot, min(length, reused))
+            if not reused:
+                self._own.release([row.slot])
+            self._own.reserve({row.slot: len(row.tokens) + row.budget + MOST})
             if waiting and reused > length:
                 self._waiting[row.slot] = [torch.cat(waiting)[: reused - length]]
 
@@ -213,7 +214,8 @@ class Kangaroo(Drafter):
         """Committed states pass the adapter, into its cache: its streams [P, d]."""
         lengths, counts = [self._own.lengths[slot] for slot in slots], list(map(len, states))
         # room for the tree to come, too: growing keeps what is committed, and a root is not
-        self._own.reserve(MOST + max(length + count for length, count in zip(lengths, counts, strict=True)))
+        ends = [length + count + MOST for length, count in zip(lengths, counts, strict=True)]
+        self._own.reserve(dict(zip(slots, ends, strict=True)))
         stream_Pd = self._attend(torch.cat(list(states)), Nodes.chains(slots, lengths, counts))
         self._own.commit(slots, [range(count) for count in counts])
         for slot in slots:
@@ -239,7 +241,7 @@ class Kangaroo(Drafter):
         known = [
             self._own.lengths[row.slot] + (0 if w is None else len(w)) for row, w in zip(rows, states, strict=True)
         ]
-        self._own.reserve(max(known) + MOST)
+        self._own.reserve({row.slot: length + MOST for row, length in zip(rows, known, strict=True)})
         draft = climbed(
             self._climber, self._cache, rows, self.exit, count, self.steps, own=self._own, waiting=states, **how
         )

@@ -231,7 +231,7 @@ class LayerSkip(Exiting):
 
     def bind(self, cache: KVCache) -> None:
         super().bind(cache)
-        self.judge.forget()
+        self.judge = self.judge.attached()
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
         self.judge.observed(rows, features)

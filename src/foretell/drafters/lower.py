@@ -11,7 +11,7 @@ Legend: B rows, F nodes that are asked, A of them in one row, R guesses of a nod
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -245,8 +245,9 @@ class Judge:
         self.threshold = threshold
         self._chains: dict[int, tuple[int, Chain]] = {}  # slot -> the last draft's, and how long the text was
 
-    def forget(self) -> None:
-        self._chains.clear()
+    def attached(self) -> Judge:
+        """One for another engine's rows, with a threshold of its own."""
+        return Judge(replace(self.threshold))
 
     def drafted(self, rows: Sequence[Row], draft: Draft, most: int) -> None:
         """A draft whose chains have `most` tokens at most."""

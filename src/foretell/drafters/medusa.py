@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foretell.backbone import Backbone
+from foretell.backbone import Backbone, KVCache
 from foretell.backbone.linear import side_by_side
 from foretell.contracts import FINAL, Draft, Drafter, Features, Row
 from foretell.drafters.checkpoint import damage_named, find
@@ -219,6 +219,9 @@ class Medusa(Drafter):
     @property
     def most_nodes(self) -> int:
         return len(self.paths) + 1
+
+    def bind(self, cache: KVCache) -> None:
+        self._states = {}
 
     def reset(self, rows: Sequence[Row]) -> None:
         for row in rows:

@@ -99,6 +99,9 @@ class PromptLookup(Drafter):
     def most_nodes(self) -> int:
         return self.nodes
 
+    def bind(self, cache: KVCache) -> None:
+        self._indexes = {}
+
     def reset(self, rows: Sequence[Row]) -> None:
         for row in rows:
             self._indexes[row.slot] = _Index(self.longest, self.shortest)
@@ -174,7 +177,7 @@ class WithLookup(Drafter):
 
     def bind(self, cache: KVCache) -> None:
         self._cache = cache
-        self.inner.bind(cache)
+        self.inner, self.lookup = self.inner.attached(cache), self.lookup.attached(cache)
 
     def holds(self, slot: int, tokens: int) -> int:
         return self.inner.holds(slot, tokens)

@@ -15,6 +15,7 @@ Legend: F nodes that are asked, one a row; R guesses of a node.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,6 +61,7 @@ class Swift(Drafter):
         self._cache: KVCache | None = None
         self._round = 0
         self._scratch = backbone.new_cache(1, 0)  # where candidates run
+        self._searching = threading.Lock()  # engines search together
 
     @classmethod
     def build(
@@ -107,12 +109,13 @@ class Swift(Drafter):
         return MOST
 
     def bind(self, cache: KVCache) -> None:
-        self._cache = cache
-        self.judge.forget()
+        self._cache, self._scratch = cache, self._backbone.new_cache(1, 0)
+        self.judge = self.judge.attached()
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
-        for kept, known in self.judge.observed(rows, features):
-            self.search.accepted(kept, known)
+        with self._searching:
+            for kept, known in self.judge.observed(rows, features):
+                self.search.accepted(kept, known)
 
     def draft(self, rows: Sequence[Row]) -> Draft:
         assert self._cache is not None, "the engine binds its cache first"
@@ -140,10 +143,11 @@ class Swift(Drafter):
         row = max(rows, key=lambda row: len(row.tokens) - row.prompt_length)
         if len(row.tokens) - row.prompt_length <= self.window:
             return
-        score = self.matchness(self.search.candidate(), row)
-        if self.search.told(score) and self._path and score > self._kept:
-            self.search.plan.save(self._path, self._backbone, score)
-            self._kept = score
+        with self._searching:
+            score = self.matchness(self.search.candidate(), row)
+            if self.search.told(score) and self._path and score > self._kept:
+                self.search.plan.save(self._path, self._backbone, score)
+                self._kept = score
 
     def matchness(self, plan: Plan, row: Row) -> float:
         """Share of the last `window` tokens that the model writes under a plan as it wrote them whole."""
@@ -152,7 +156,7 @@ class Swift(Drafter):
         known = self._cache.lengths[row.slot]
         begin = known - min(self.window, known)
         self._scratch.copy(self._cache, row.slot, begin)
-        self._scratch.reserve(known)
+        self._scratch.reserve({0: known})
         nodes, ids = Nodes.chains([0], [begin], [known - begin]), torch.tensor(row.tokens[begin:known])
         hidden_Wd, _ = backbone.run_layers(backbone.embed(ids), nodes, self._scratch, skip=plan.bits(self.depth))
         which = np.arange(len(hidden_Wd))[:, None].tolist()

@@ -4,14 +4,19 @@ Rows join and leave between steps. A row that joins first runs its prompt, all b
 the last prompt token is the root of its first tree, like any newest token after it. The cache of a finished row
 stays until its slot is needed: a request that begins with the same tokens (the next turn of a chat) takes it over.
 
+Whatever is raised inside a step, no row is left half way: tokens are emitted before their keys and values are
+committed, and a row whose cache holds less than its text reads the difference, like a prompt, at the next step. What
+was emitted before the error waits in `_outbox` and is returned by the next call.
+
 Legend: M nodes of all rows, d hidden width, V vocabulary.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import chain
 
 import torch
@@ -22,9 +27,9 @@ from foretell.contracts import FINAL, Draft, Drafter, Event, Features, SamplingP
 from foretell.engine import state
 from foretell.engine.governor import Governor
 from foretell.engine.stream import Decodes, TextStream
-from foretell.errors import UsageError
+from foretell.errors import ForetellError, UsageError
 from foretell.trees.tree import ROOT
-from foretell.verify import Typical, draws, process, typical, walk
+from foretell.verify import DAMAGED, Typical, draws, process, typical, walk
 
 PREFILL_NODES = 256
 """Prompt tokens per step, over all rows: a long prompt must not stall the others."""
@@ -32,6 +37,9 @@ PREFILL_NODES = 256
 
 class SpeculativeDecoder:
     """Decodes any number of requests, `max_rows` at a time, with one drafter.
+
+    Threads may share it: every verb holds its lock while it runs. Engines may share a drafter: each attaches a copy of
+    its own (see `Drafter.attached`).
 
     Args:
         tokenizer: for text and stop strings; without one, events carry ids only.
@@ -52,21 +60,22 @@ class SpeculativeDecoder:
     ):
         if max_rows < 1:
             raise UsageError(f"The batch needs at least one row, not {max_rows}.")
-        self.backbone, self.drafter, self.tokenizer, self.rule = backbone, drafter, tokenizer, rule
+        self.backbone, self.tokenizer, self.rule = backbone, tokenizer, rule
         self.lossless = drafter.lossless and rule is None and backbone.inexact is None
         self.max_rows = max_rows
-        self.undelivered: dict[int, list[Event]] = {}
         self.cache = backbone.new_cache(max_rows, 0)
-        self._bind()
+        self.drafter = drafter.attached(self.cache)
         self.governor = Governor(adapt and drafter.lossless and rule is None)
         self._waiting: deque[state.Sequence] = deque()
         self._rows: list[state.Sequence] = []
         self._parked: dict[int, list[int]] = {}  # slot -> tokens its cache holds
         self._requests = 0
+        self._outbox: list[Event] = []  # emitted, not yet returned
+        self._lock = threading.RLock()
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting or self._rows)
+        return bool(self._waiting or self._rows or self._outbox)
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, key: int | None = None) -> int:
         c, room = self.backbone.config, self.backbone.config.max_positions
@@ -84,47 +93,64 @@ class SpeculativeDecoder:
             )
         ends = frozenset(params.stop_ids) | frozenset(() if params.ignore_eos else c.eos_ids)
         stream = TextStream(self.tokenizer, params.stop)
-        key = self._requests if key is None else key
-        self._waiting.append(state.Sequence(self._requests, key, list(prompt), params, stream, ends))
-        self._requests += 1
-        return self._requests - 1
+        with self._lock:
+            request = self._requests
+            self._requests += 1
+            key = request if key is None else key
+            self._waiting.append(state.Sequence(request, key, list(prompt), params.seeded(), stream, ends))
+        return request
 
     def cancel(self, request: int) -> None:
         """Forgets a request; unknown and finished ones are ignored."""
-        self.undelivered.pop(request, None)
-        self._waiting = deque(row for row in self._waiting if row.request != request)
-        for row in [row for row in self._rows if row.request == request]:
-            self._leave(row)
+        with self._lock:
+            self._outbox = [event for event in self._outbox if event.request != request]
+            self._waiting = deque(row for row in self._waiting if row.request != request)
+            for row in [row for row in self._rows if row.request == request]:
+                self._leave(row)
 
     def forget(self) -> None:
         """Frees the caches of finished requests, from which a next one that begins alike would profit."""
-        for slot in self._parked:
-            self.cache.free(slot)
-        self._parked.clear()
-        if not self._rows:
-            self._bind()
+        with self._lock:
+            self._release(list(self._parked))
+            self.cache.trim()
+            if not self._rows:
+                self.drafter.bind(self.cache)
 
     def step(self) -> list[Event]:
         """One chunk of prompts for the rows that still read theirs, and one step for the others."""
-        if self.drafter.bound is not self.cache:  # another engine has used it since
-            self._bind()
+        with self._lock:
+            self._advance()
+            events, self._outbox = self._outbox, []
+            return events
+
+    def events(self, requests: Collection[int]) -> list[Event]:
+        """The next events of these requests: those that wait, else theirs of one step.
+
+        Several callers may share the decoder: what a step emits for another's requests waits for that caller.
+        """
+        with self._lock:
+            if not any(event.request in requests for event in self._outbox):
+                self._advance()
+            mine = [event for event in self._outbox if event.request in requests]
+            self._outbox = [event for event in self._outbox if event.request not in requests]
+            return mine
+
+    def _advance(self) -> None:
+        for row in [row for row in self._rows if row.finished]:  # an error has kept it from leaving
+            self._leave(row)
         self._admit()
-        reading = [row for row in self._rows if self.cache.lengths[row.slot] < row.prompt_length - 1]
+        reading = [row for row in self._rows if self.cache.lengths[row.slot] < len(row.tokens) - 1]
         if reading:
             self._prefill(reading)
         ready = [row for row in self._rows if self.cache.lengths[row.slot] == len(row.tokens) - 1]
-        return self._decode(ready) if ready else []
-
-    def _bind(self) -> None:
-        self.drafter.bind(self.cache)
-        self.drafter.bound = self.cache
+        if ready:
+            self._decode(ready)
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def _decode(self, rows: list[state.Sequence]) -> list[Event]:
+    def _decode(self, rows: list[state.Sequence]) -> None:
         began = time.perf_counter()
         context = max(len(row.tokens) for row in rows)
-        self.cache.reserve(context + self.drafter.most_nodes * (1 + self.drafter.extra_nodes))  # drafting may write too
         draft = self._draft(rows, context)
         drafted = time.perf_counter()
         states_Md, taps, extra = self._forward(rows, draft)
@@ -133,24 +159,21 @@ class SpeculativeDecoder:
         for row in rows:
             row.statistics.draft_seconds += drafted - began
             row.statistics.verify_seconds += verified - drafted
+        emitted = sum(len(self._emit(row, draft, verdict, i, logprobs[i]).tokens) for i, row in enumerate(rows))
         self.cache.commit([row.slot for row in rows], verdict.paths)
-        events = self._emit(rows, draft, verdict, logprobs)
         kept = [start + node for start, path in zip(_starts(draft), verdict.paths, strict=True) for node in path]
         index = torch.tensor(kept, device=states_Md.device)
         counts = [len(path) for path in verdict.paths]
         kept_taps = {tap: states.index_select(0, index) for tap, states in taps.items()}  # see Backbone.rotation
-        features = Features(counts, kept_taps, extra, verdict.paths)
         observed = time.perf_counter()
-        self.drafter.observe(rows, features)
+        self._observe(rows, Features(counts, kept_taps, extra, verdict.paths))
         for row in rows:
             row.statistics.draft_seconds += time.perf_counter() - observed
         guesses = sum(len(tree) - 1 for tree in draft.trees)
-        emitted = sum(len(event.tokens) for event in events)
         self.governor.record(len(rows), context, guesses, time.perf_counter() - began, emitted)
-        for row, event in zip(rows, events, strict=True):
-            if event.finish_reason:
+        for row in rows:
+            if row.finished:
                 self._leave(row)
-        return events
 
     def _draft(self, rows: list[state.Sequence], context: int) -> Draft:
         """The drafter's guesses, checked, and no deeper than a row's budget lets it emit."""
@@ -253,34 +276,51 @@ class SpeculativeDecoder:
 
         return of
 
-    @staticmethod
-    def _emit(
-        rows: list[state.Sequence], draft: Draft, verdict: Verdict, logprobs: list[list[TokenLogprob]]
-    ) -> list[Event]:
-        events = []
-        for i, row in enumerate(rows):
-            path, tree = verdict.paths[i], draft.trees[i]
-            new = [*(draft.tokens[i][node] for node in path[1:]), verdict.bonus[i]]
-            event = row.emit(new, [True] * (len(path) - 1) + [False], logprobs[i])
-            row.statistics.count(tree.height, len(tree) - 1, len(event.tokens), sum(event.drafted))
-            events.append(event)
-        return events
+    def _emit(self, row: state.Sequence, draft: Draft, verdict: Verdict, i: int, logprobs: list[TokenLogprob]) -> Event:
+        """What row i of the step says; what cannot be said ends that request with an event, and no other."""
+        path, tree, bonus = verdict.paths[i], draft.trees[i], verdict.bonus[i]
+        guessed, event = [draft.tokens[i][node] for node in path[1:]], Event(row.request, [], [], "")
+        self._outbox.append(event)
+        row.emit(event, guessed, None if bonus == DAMAGED else bonus, logprobs)
+        row.statistics.count(tree.height, len(tree) - 1, len(event.tokens), sum(event.drafted))
+        return event
+
+    def _observe(self, rows: list[state.Sequence], features: Features) -> None:
+        self.drafter.observe(rows, features)
+        for row, count in zip(rows, features.counts, strict=True):
+            row.observed += count
 
     # -- rows join and leave ----------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        joined = []
+        """Rows join while there are slots; one that finds no room is refused alone, with an event."""
         while self._waiting and len(self._rows) < self.max_rows:
-            row = self._waiting.popleft()
-            slot, reused = self._slot_for(row.tokens)
-            row.start(slot, reused)
-            row.statistics.exact = self.lossless
-            self._rows.append(row)
-            joined.append(row)
-        if joined:
-            needed = max(len(r.tokens) + min(r.params.max_new_tokens, 1024) for r in joined) + self.drafter.most_nodes
-            self.cache.reserve(needed)
-            self.drafter.reset(joined)
+            row = self._waiting[0]
+            try:
+                self._join(row)
+                self._rows.append(self._waiting.popleft())
+            except Exception as error:  # whatever it is, it is about this request: the next one must not meet it
+                self._waiting.popleft()
+                self._release([row.slot])
+                self._outbox.append(row.refused(str(error)))
+                if not isinstance(error, ForetellError):
+                    raise
+
+    def _join(self, row: state.Sequence) -> None:
+        """Takes a slot, and room for all that the request may ever write there: drafted nodes are written too."""
+        nodes = self.drafter.most_nodes * (1 + self.drafter.extra_nodes)
+        slot, reused = self._slot_for(row.tokens)
+        row.start(slot, reused)
+        row.statistics.exact = self.lossless
+        room = {slot: len(row.tokens) + row.params.max_new_tokens + nodes}
+        try:
+            self.cache.reserve(room)
+        except ForetellError:
+            if not self._parked:
+                raise
+            self._release(list(self._parked))  # what finished requests left is worth less than this one
+            self.cache.reserve(room)
+        self.drafter.reset([row])
 
     def _slot_for(self, prompt: list[int]) -> tuple[int, int]:
         """A slot for a new row and how many of its tokens the slot's cache holds already.
@@ -290,17 +330,26 @@ class SpeculativeDecoder:
         """
         shared = {slot: self.drafter.holds(slot, _common(held, prompt[:-2])) for slot, held in self._parked.items()}
         best = max(shared, key=lambda slot: shared[slot], default=None)
-        if best is not None and (shared[best] > 0 or not self.cache.has_free):
+        if best is not None and shared[best] > 0:
             del self._parked[best]
             self.cache.rollback(best, shared[best])
             return best, shared[best]
-        return self.cache.allocate(), 0
+        running = {row.slot for row in self._rows}
+        slots = [slot for slot in range(self.max_rows) if slot not in running]
+        slot = next((slot for slot in slots if slot not in self._parked), slots[0])
+        self._release([slot])
+        return slot, 0
+
+    def _release(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self._parked.pop(slot, None)
+        self.cache.release([slot for slot in slots if slot >= 0])
 
     def _prefill(self, rows: list[state.Sequence]) -> None:
         began, left, part = time.perf_counter(), PREFILL_NODES, []
         for row in rows:
             done = self.cache.lengths[row.slot]
-            count = min(left, row.prompt_length - 1 - done)
+            count = min(left, len(row.tokens) - 1 - done)
             if count > 0:
                 part.append((row, done, count))
                 left -= count
@@ -313,14 +362,17 @@ class SpeculativeDecoder:
         if FINAL in self.drafter.taps:
             taps[FINAL] = self.backbone.norm(hidden_Md)
         self.cache.commit(slots, [range(count) for count in counts])
-        self.drafter.observe(chosen, Features(counts, taps))
+        self._observe(chosen, Features(counts, taps))
         for row in chosen:
             row.statistics.prefill_seconds += time.perf_counter() - began
 
     def _leave(self, row: state.Sequence) -> None:
         """Parks the row: its cache may serve a request that begins with the same tokens."""
         self._rows.remove(row)
-        held = min(self.cache.lengths[row.slot], len(row.tokens))  # a stop may have cut an accepted path short
+        if row.observed != self.cache.lengths[row.slot]:  # an error kept states from the drafter
+            self._release([row.slot])
+            return
+        held = min(row.observed, len(row.tokens))  # a stop may have cut an accepted path short
         self.cache.rollback(row.slot, held)
         self._parked[row.slot] = row.tokens[:held]
 

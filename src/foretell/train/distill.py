@@ -75,6 +75,8 @@ def write_prompts(
         results, turns = [Result() for _ in tries], 0
         with closing(llm.run(decoder, tries)) as events:
             for index, event in events:
+                if event.error:
+                    raise ForetellError(event.error)
                 results[index].add(event)
                 written += len(event.tokens)
                 text = results[index].text.strip()
@@ -135,8 +137,10 @@ def distill(
         written += len(event.tokens)
         progress(done, len(conversations), written)
 
-    def full(index: int, error: UsageError) -> None:
+    def full(index: int, error: ForetellError) -> None:
         """A later turn does not fit: the conversation ends there, and `_kept` says so."""
+        if not isinstance(error, UsageError):
+            raise error  # the model itself failed, and would again
 
     def told(reply: Result) -> None:
         nonlocal written

@@ -218,7 +218,7 @@ class Endpoint:
                 "model": self.model, "messages": messages, "max_tokens": params.max_new_tokens,
                 "temperature": params.temperature, "top_p": params.top_p,
             }  # fmt: skip
-            if params.temperature:
+            if params.temperature and params.seed is not None:
                 body["seed"] = (params.seed * 1_000_003 + conversation.line) % 2**31
             reply = self._reply("POST", "/chat/completions", body, stopped)
             if reply.status_code in REJECTED:

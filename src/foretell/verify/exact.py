@@ -9,21 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from torch import Tensor
 
 from foretell.contracts import Draft, Row, Verdict
 from foretell.verify.processors import process
 from foretell.verify.sampling import sample, uniform
 
+DAMAGED = -1
+"""In the place of a token: the logits after the node are not all finite numbers."""
+
 Choose = Callable[[int, int, list[int]], int]
-"""(row, node, path from the root to that node) -> the target's token after the node."""
+"""(row, node, path from the root to that node) -> the target's token after the node, or `DAMAGED`."""
 
 
 def walk(draft: Draft, choose: Choose) -> Verdict:
     """Follows the target through each row's tree.
 
     Returns:
-        Per row the accepted path (at least the root) and the bonus token that follows it.
+        Per row the accepted path (at least the root) and the bonus token that follows it, or `DAMAGED`.
     """
     paths, bonus = [], []
     for row, (tree, tokens) in enumerate(zip(draft.trees, draft.tokens, strict=True)):
@@ -50,10 +54,18 @@ def draws(draft: Draft, rows: Sequence[Row], keys: Sequence[int], logits_MV: Ten
     def choose(row: int, node: int, path: list[int]) -> int:
         state, tokens = rows[row], draft.tokens[row]
         history = state.tokens + [tokens[n] for n in path[1:]] if state.params.edits_logits else []
+        if not finite(logits_MV[starts[row] + node]):
+            return DAMAGED
         logits_V = process(logits_MV[starts[row] + node], state.params, history, state.prompt_length)
         if state.params.temperature == 0:
             return int(logits_V.cpu().numpy().argmax())  # the first of equals
         position = len(state.tokens) + len(path) - 1
+        assert state.params.seed is not None, "drawn when the request was submitted"
         return sample(logits_V, state.params, uniform(state.params.seed, keys[row], position))
 
     return choose
+
+
+def finite(logits_V: Tensor) -> bool:
+    """Whether all of them are finite numbers."""
+    return bool(np.isfinite(logits_V.detach().float().cpu().numpy()).all())  # stays on this thread, see native.cpp

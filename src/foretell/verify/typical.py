@@ -17,6 +17,7 @@ from torch import Tensor
 
 from foretell.contracts import Draft, Verdict
 from foretell.errors import UsageError
+from foretell.verify.exact import DAMAGED
 
 Array = npt.NDArray[np.float32]
 
@@ -49,10 +50,11 @@ def typical(draft: Draft, logits: Callable[[int], Tensor], rule: Typical) -> Ver
     paths, bonus = [], []
     for row, (tree, tokens) in enumerate(zip(draft.trees, draft.tokens, strict=True)):
         logits_NV = logits(row).detach().float().cpu().numpy()
+        finite_N = np.isfinite(logits_NV).all(1)
         best, scores = (0, 0.0, 0), {0: 0.0}
         asked: dict[int, tuple[Array, float]] = {}
         for node, parent in enumerate(tree.parents[1:], start=1):
-            if parent not in scores:
+            if parent not in scores or not finite_N[parent]:
                 continue
             if parent not in asked:
                 asked[parent] = _plausible(logits_NV[parent], rule)
@@ -62,7 +64,7 @@ def typical(draft: Draft, logits: Callable[[int], Tensor], rule: Typical) -> Ver
                 scores[node] = scores[parent] + log_p
                 best = max(best, (tree.depths[node], scores[node], -node))
         paths.append(tree.path(-best[2]))
-        bonus.append(int(logits_NV[-best[2]].argmax()))
+        bonus.append(int(logits_NV[-best[2]].argmax()) if finite_N[-best[2]] else DAMAGED)
     return Verdict(paths, bonus)
 
 

@@ -102,7 +102,7 @@ static void choose(const Climb& c, Row& row, int64_t b, const Model& model, int6
         for (int64_t l = 0; place != i && l < c.layers; l++)
             for (int64_t g = 0; g < model.kv_heads; g++)
                 for (void* tensor : {c.cache->keys, c.cache->values}) {
-                    int64_t head = l * c.cache->layer_stride + c.cache_row[b] * c.cache->row_stride + g * c.cache->head_stride;
+                    int64_t head = l * c.cache->layer_stride + c.cache->starts[c.cache_row[b]] + g * c.cache->head_stride;
                     char* slots = (char*)tensor + (head + c.length[b] * model.head_dim) * size;
                     memcpy(slots + place * model.head_dim * size, slots + i * model.head_dim * size, model.head_dim * size);
                 }

@@ -32,11 +32,14 @@ struct Model {
     const Layer* layers;
 };
 
-// keys and values are [layers, cache rows, G, S, D]; strides count elements.
+// keys and values are [layers, G, S, D], a pool of slots in which each cache row has a stretch of its own; strides and
+// starts count elements.
 struct Cache {
     void* keys;
     void* values;
-    int64_t layer_stride, row_stride, head_stride;
+    int64_t layer_stride;
+    const int64_t* starts;  // [cache rows]
+    int64_t head_stride;
 };
 
 // The rows of one call. Sequence b owns nodes [offset[b], offset[b+1]) of `parents`; node i of its tree lies at
