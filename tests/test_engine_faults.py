@@ -1,4 +1,4 @@
-"""What goes wrong in one request, or in mid-step, leaves the others as they were and the engine ready for the next step."""
+"""What goes wrong in one request, or in mid-step, leaves the others as they were and the engine ready to go on."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -193,10 +193,6 @@ def test_a_tokenizer_that_fails_ends_its_own_request_only() -> None:
 # -- logits that are no numbers -------------------------------------------------------------------------------------
 
 
-class Breaking(Plain):
-    """Draws nothing; a row whose text holds token 60 finds damaged states from then on."""
-
-
 def damaged(backbone: Backbone, value: float, token: int = 60) -> None:
     """Embeds one token as no number: logits behind it are none."""
     usual = backbone.embed
@@ -245,6 +241,19 @@ def test_what_came_before_the_damage_is_kept_with_any_drafter(kind: str) -> None
     right = Oracle({(1, 2, 3): whole.ids}, 64, 6)
     (ours,) = finish(decoder_of(backbone, right), [request])
     assert (ours.ids, ours.logprobs, ours.error) == (plain.ids, plain.logprobs, plain.error)
+
+
+def test_a_wrong_guess_of_damaged_states_harms_nobody() -> None:
+    """A token that the model never says, and whose states are no numbers, is guessed at every step."""
+    backbone, request = tiny(), ([1, 2, 3], KINDS["sampled"])
+    (truth,) = plainly(backbone, [request])
+    never = next(token for token in range(64) if token not in truth.ids)
+    damaged(backbone, float("nan"), never)
+    guesses = [[token, never, token] for token in truth.ids]
+    for shift in range(3):
+        drafter = Oracle({(1, 2, 3): [token for three in guesses for token in three[shift:]]}, 64, 4)
+        (ours,) = finish(decoder_of(backbone, drafter), [request])
+        assert (ours.ids, ours.finish_reason) == (truth.ids, truth.finish_reason)
 
 
 def test_typical_acceptance_meets_damage_too() -> None:
@@ -302,12 +311,12 @@ def shared_drafter(name: str, backbone: Backbone) -> Drafter:
     from test_kangaroo import drafter_of as kangaroo_of
     from test_kangaroo import random_adapter
     from test_medusa import drafter_of as medusa_of
-    from test_medusa import random_heads
+    from test_medusa import random_heads, some_paths
 
     made: dict[str, Callable[[], Drafter]] = {
         "plain": Plain,
         "prompt_lookup": lambda: PromptLookup(shortest=1),
-        "medusa": lambda: medusa_of(backbone, random_heads(backbone)),
+        "medusa": lambda: medusa_of(backbone, random_heads(backbone, 3, 1, "tied", 32), some_paths(3, 4, 1)),
         "hydra": lambda: hydra_of(backbone, random_hydra(backbone)),
         "hydra++": lambda: hydra_of(backbone, random_hydra(backbone, plus=True)),
         "kangaroo": lambda: kangaroo_of(backbone, random_adapter(backbone)),
@@ -334,16 +343,16 @@ def spied(drafter: Drafter) -> list[Draft]:
 
 @pytest.mark.parametrize("name", SHARED)
 def test_engines_that_share_a_drafter_draft_as_if_alone(name: str) -> None:
-    """Turn by turn on one drafter: the same answers, and the very same drafts as with a drafter of its own."""
+    """Turn by turn on one drafter: the same answers, and the very same drafts as one after the other."""
     backbone = tiny(num_hidden_layers=4)
     requests = [([1, 2, 3, 4, 5] * 4, NEW), ([9] * 30, NEW)]
     truth = plainly(backbone, requests)
     drafter = shared_drafter(name, backbone)
     alone, together = [], []
     for request in requests:
-        decoder = decoder_of(backbone, shared_drafter(name, backbone))
+        decoder = decoder_of(backbone, drafter)
         alone.append(spied(decoder.drafter))
-        finish(decoder, [request])
+        finish(decoder, [request], [0])
     decoders = [decoder_of(backbone, drafter) for _ in requests]
     for decoder, request in zip(decoders, requests, strict=True):
         together.append(spied(decoder.drafter))
@@ -473,16 +482,16 @@ def test_features_lost_to_an_error_are_not_reused() -> None:
 
         def observe(self, rows: Sequence[Row], features: Features) -> None:
             self.calls += 1
-            if self.calls == 3:
+            if self.calls == 3:  # the prompt, the first step, the second
                 raise RuntimeError("lost")
 
     backbone = tiny()
     decoder = decoder_of(backbone, Fragile())
     prompt = [1, 2, 3, 4, 5, 6]
     decoder.submit(prompt, NEW)
+    decoder.step()
     with pytest.raises(RuntimeError, match="lost"):
-        while decoder.busy:
-            decoder.step()
+        decoder.step()
     drain(decoder, {0: Output()})
     (again,) = finish(decoder, [(prompt, NEW)])
     assert again.statistics.reused_tokens == 0

@@ -155,6 +155,11 @@ class SpeculativeDecoder:
         drafted = time.perf_counter()
         states_Md, taps, extra = self._forward(rows, draft)
         verdict, logprobs = self._verify(rows, draft, states_Md)
+        if DAMAGED in verdict.bonus and any(len(tree) > 1 for tree in draft.trees):
+            # a guess whose states are no numbers spoils those beside it, also where it is wrong: ask without guesses
+            draft = _roots(rows)
+            states_Md, taps, extra = self._forward(rows, draft)
+            verdict, logprobs = self._verify(rows, draft, states_Md)
         verified = time.perf_counter()
         for row in rows:
             row.statistics.draft_seconds += drafted - began
@@ -180,7 +185,7 @@ class SpeculativeDecoder:
         if not self.governor.speculate(len(rows), context):
             for row in rows:
                 row.statistics.suspended_steps += self.governor.suspended
-            return Draft([ROOT] * len(rows), [[row.tokens[-1]] for row in rows])
+            return _roots(rows)
         draft = self.drafter.draft(rows)
         _check(draft, rows, self.drafter.most_nodes, self.backbone.config.vocab)
         for i, row in enumerate(rows):
@@ -375,6 +380,11 @@ class SpeculativeDecoder:
         held = min(row.observed, len(row.tokens))  # a stop may have cut an accepted path short
         self.cache.rollback(row.slot, held)
         self._parked[row.slot] = row.tokens[:held]
+
+
+def _roots(rows: Sequence[state.Sequence]) -> Draft:
+    """No guesses: a plain step."""
+    return Draft([ROOT] * len(rows), [[row.tokens[-1]] for row in rows])
 
 
 def _check(draft: Draft, rows: Sequence[state.Sequence], most: int, vocab: int) -> None:
