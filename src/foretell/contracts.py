@@ -48,8 +48,7 @@ class SamplingParams:
         repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or output.
         presence_penalty, frequency_penalty: subtracted once, and once per occurrence, from tokens in the output.
         logit_bias: token id -> number added to its logit.
-        seed: with the request's index and the position it fixes every draw; None draws a new one for every call,
-            which `Statistics.seed` reports.
+        seed: with the request's index and position it fixes every draw; None draws one, see `Statistics.seed`.
         stop: strings that end the output (not part of the text); stop_ids: token ids that do.
         ignore_eos: go on past the model's end-of-sequence tokens.
         logprobs: None, or how many of the most probable tokens to report beside each chosen one.
@@ -90,9 +89,8 @@ class SamplingParams:
             ("min_p", 0, 1), ("repetition_penalty", 1e-3, 1e3),
             ("presence_penalty", -100, 100), ("frequency_penalty", -100, 100),
         )  # fmt: skip
-        check_numbers(self, ranges, whole=("max_new_tokens", "top_k"))
-        if self.seed is not None:
-            check_numbers(self, [("seed", -(2**63), 2**63 - 1)], whole=("seed",))
+        seeds = [("seed", -(2**63), 2**63 - 1)] * (self.seed is not None)
+        check_numbers(self, [*ranges, *seeds], whole=("max_new_tokens", "top_k", "seed"))
         bias = self.logit_bias
         if not isinstance(bias, dict) or not all(is_number(t, True) and is_number(b) for t, b in bias.items()):
             raise UsageError(f"logit_bias is {bias!r}; it must map token ids to numbers.")
@@ -251,10 +249,8 @@ class Drafter(ABC):
         return own
 
     def bind(self, cache: KVCache) -> None:  # noqa: B027
-        """Begins anew with the rows of an engine's cache, where methods that run layers while drafting run them.
-
-        What is kept of rows is assigned here, not emptied: engines that share the drafter have shallow copies of it.
-        """
+        """Begins anew with the rows of an engine's cache, where methods that run layers while drafting run them: assigns
+        what is kept of rows, for engines that share the drafter have shallow copies of it."""
 
     def holds(self, slot: int, tokens: int) -> int:
         """How many of the first `tokens` in a slot's cache need not come to `observe` again.

@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from itertools import chain
 
 import torch
@@ -26,10 +26,11 @@ from foretell.backbone import Backbone, Nodes
 from foretell.contracts import FINAL, Draft, Drafter, Event, Features, SamplingParams, TokenLogprob, Verdict
 from foretell.engine import state
 from foretell.engine.governor import Governor
+from foretell.engine.passes import run_pass
 from foretell.engine.stream import Decodes, TextStream
 from foretell.errors import ForetellError, UsageError
 from foretell.trees.tree import ROOT
-from foretell.verify import DAMAGED, Typical, draws, process, typical, walk
+from foretell.verify import DAMAGED, Typical, draws, logprobs, path_logits, typical, walk
 
 PREFILL_NODES = 256
 """Prompt tokens per step, over all rows: a long prompt must not stall the others."""
@@ -153,18 +154,18 @@ class SpeculativeDecoder:
         context = max(len(row.tokens) for row in rows)
         draft = self._draft(rows, context)
         drafted = time.perf_counter()
-        states_Md, taps, extra = self._forward(rows, draft)
-        verdict, logprobs = self._verify(rows, draft, states_Md)
+        states_Md, taps, extra = run_pass(self.backbone, self.drafter, self.cache, rows, draft)
+        verdict, said = self._verify(rows, draft, states_Md)
         if DAMAGED in verdict.bonus and any(len(tree) > 1 for tree in draft.trees):
             # a guess whose states are no numbers spoils those beside it, also where it is wrong: ask without guesses
             draft = _roots(rows)
-            states_Md, taps, extra = self._forward(rows, draft)
-            verdict, logprobs = self._verify(rows, draft, states_Md)
+            states_Md, taps, extra = run_pass(self.backbone, self.drafter, self.cache, rows, draft)
+            verdict, said = self._verify(rows, draft, states_Md)
         verified = time.perf_counter()
         for row in rows:
             row.statistics.draft_seconds += drafted - began
             row.statistics.verify_seconds += verified - drafted
-        emitted = sum(len(self._emit(row, draft, verdict, i, logprobs[i]).tokens) for i, row in enumerate(rows))
+        emitted = sum(len(self._emit(row, draft, verdict, i, said[i]).tokens) for i, row in enumerate(rows))
         self.cache.commit([row.slot for row in rows], verdict.paths)
         kept = [start + node for start, path in zip(_starts(draft), verdict.paths, strict=True) for node in path]
         index = torch.tensor(kept, device=states_Md.device)
@@ -197,56 +198,6 @@ class SpeculativeDecoder:
                 draft.tokens[i] = [draft.tokens[i][node] for node in kept]
         return draft
 
-    def _forward(self, rows: list[state.Sequence], draft: Draft) -> tuple[Tensor, dict[int, Tensor], Tensor | None]:
-        """One pass over all nodes: their final states [M, d], tapped states, and what a drafter's cuts inserted."""
-        backbone, drafter = self.backbone, self.drafter
-        nodes = Nodes(draft.trees, [row.slot for row in rows], [self.cache.lengths[row.slot] for row in rows])
-        layer, hidden_Md, taps = self._begun(rows, draft)
-        whole, real = nodes, None
-        for cut in dict.fromkeys((*drafter.cuts, backbone.config.layers)):
-            wanted = [tap for tap in drafter.taps if tap not in taps and layer <= tap <= cut]
-            hidden_Md, tapped = backbone.run_layers(hidden_Md, whole, self.cache, layer, cut, taps=wanted)
-            taps |= {tap: states if real is None else states[real] for tap, states in tapped.items()}
-            layer = cut
-            if cut in drafter.cuts:
-                hidden_Md, whole = drafter.at_cut(cut, hidden_Md, whole)
-                real = _real_index(nodes, whole)
-        states_Md, extra = backbone.norm(hidden_Md), None
-        if real is not None:
-            inserted = torch.ones(len(whole), dtype=torch.bool)
-            inserted[real] = False
-            states_Md, extra = states_Md[real], states_Md[inserted]
-        if FINAL in drafter.taps:
-            taps[FINAL] = states_Md
-        return states_Md, taps, extra
-
-    def _begun(self, rows: list[state.Sequence], draft: Draft) -> tuple[int, Tensor, dict[int, Tensor]]:
-        """All nodes at the layer that drafting has run, their streams [M, d] and what was tapped below it."""
-        backbone, resume = self.backbone, draft.resume
-        ran = resume.ran if resume else [0] * len(rows)
-        rest = torch.tensor([t for ids, done in zip(draft.tokens, ran, strict=True) for t in ids[done:]])
-        if resume is None:
-            return 0, backbone.embed(rest), {}
-        if not len(rest):
-            return resume.layer, resume.hidden_Rd, dict(resume.taps)
-        lengths = [self.cache.lengths[row.slot] for row in rows]
-        nodes = Nodes(draft.trees, [row.slot for row in rows], lengths, ran)
-        hidden_Rd, taps = backbone.run_layers(
-            backbone.embed(rest), nodes, self.cache, 0, resume.layer, taps=list(resume.taps)
-        )
-        order: list[int] = []  # first what ran, then the rest, of each row
-        begin, end = 0, sum(ran)
-        for done, left in zip(ran, nodes.counts, strict=True):
-            order += [*range(begin, begin + done), *range(end, end + left)]
-            begin, end = begin + done, end + left
-        index = torch.tensor(order, device=hidden_Rd.device)
-
-        def joined(one: Tensor, other: Tensor) -> Tensor:
-            return torch.cat([one, other]).index_select(0, index)
-
-        tapped = {tap: joined(states, taps[tap]) for tap, states in resume.taps.items()}
-        return resume.layer, joined(resume.hidden_Rd, hidden_Rd), tapped
-
     def _verify(
         self, rows: list[state.Sequence], draft: Draft, states_Md: Tensor
     ) -> tuple[Verdict, list[list[TokenLogprob]]]:
@@ -258,35 +209,20 @@ class SpeculativeDecoder:
                 return verdict, [[] for _ in rows]
         logits_MV = self.backbone.logits(states_Md)
         if self.rule is not None:
-            verdict = typical(draft, self._path_logits(rows, draft, logits_MV), self.rule)
+            verdict = typical(draft, path_logits(draft, rows, logits_MV, starts), self.rule)
         elif not all(row.params.plain_greedy for row in rows):
             verdict = walk(draft, draws(draft, rows, [row.key for row in rows], logits_MV, starts))
         return verdict, [
-            _logprobs(logits_MV, start, path, [*(draft.tokens[i][n] for n in path[1:]), bonus], row.params.logprobs)
+            logprobs(logits_MV, start, path, [*(draft.tokens[i][n] for n in path[1:]), bonus], row.params.logprobs)
             for i, (row, start, path, bonus) in enumerate(zip(rows, starts, verdict.paths, verdict.bonus, strict=True))
         ]
 
-    def _path_logits(self, rows: list[state.Sequence], draft: Draft, logits_MV: Tensor) -> Callable[[int], Tensor]:
-        """Logits of every node of a row, each edited with the history of its own path."""
-        starts = _starts(draft)
-
-        def of(i: int) -> Tensor:
-            row, tree, ids = rows[i], draft.trees[i], draft.tokens[i]
-            logits_NV = logits_MV[starts[i] : starts[i] + len(tree)]
-            if not row.params.edits_logits:
-                return logits_NV
-            histories = [row.tokens + [ids[n] for n in tree.path(node)[1:]] for node in range(len(tree))]
-            edited = [process(x, row.params, h, row.prompt_length) for x, h in zip(logits_NV, histories, strict=True)]
-            return torch.stack(edited)
-
-        return of
-
-    def _emit(self, row: state.Sequence, draft: Draft, verdict: Verdict, i: int, logprobs: list[TokenLogprob]) -> Event:
+    def _emit(self, row: state.Sequence, draft: Draft, verdict: Verdict, i: int, said: list[TokenLogprob]) -> Event:
         """What row i of the step says; what cannot be said ends that request with an event, and no other."""
         path, tree, bonus = verdict.paths[i], draft.trees[i], verdict.bonus[i]
         guessed, event = [draft.tokens[i][node] for node in path[1:]], Event(row.request, [], [], "")
         self._outbox.append(event)
-        row.emit(event, guessed, None if bonus == DAMAGED else bonus, logprobs)
+        row.emit(event, guessed, None if bonus == DAMAGED else bonus, said)
         row.statistics.count(tree.height, len(tree) - 1, len(event.tokens), sum(event.drafted))
         return event
 
@@ -409,30 +345,9 @@ def _starts(draft: Draft) -> list[int]:
     return starts
 
 
-def _real_index(nodes: Nodes, whole: Nodes) -> Tensor:
-    """Where the drafted nodes stand once a cut has inserted rows after each tree."""
-    spans = zip(whole.starts(), nodes.counts, strict=True)
-    return torch.cat([torch.arange(start, start + count) for start, count in spans])
-
-
 def _common(held: list[int], prompt: list[int]) -> int:
     """Length of the longest common beginning."""
     for i, (a, b) in enumerate(zip(held, prompt, strict=False)):
         if a != b:
             return i
     return min(len(held), len(prompt))
-
-
-def _logprobs(
-    logits_MV: Tensor, start: int, path: list[int], tokens: list[int], count: int | None
-) -> list[TokenLogprob]:
-    """Of each emitted token and its `count` strongest rivals, from the logits that chose it (before any edits)."""
-    if count is None:
-        return []
-    out = []
-    for node, token in zip(path, tokens, strict=True):
-        log_p_V = logits_MV[start + node].float().log_softmax(-1)
-        top = log_p_V.topk(min(count, len(log_p_V))) if count else None
-        rivals = () if top is None else tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-        out.append(TokenLogprob(token, float(log_p_V[token]), rivals))
-    return out

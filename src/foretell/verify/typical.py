@@ -8,16 +8,18 @@ probability. Lossy: the output need not follow the target's distribution, and re
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from foretell.contracts import Draft, Verdict
+from foretell.contracts import Draft, Row, Verdict
 from foretell.errors import UsageError
 from foretell.verify.exact import DAMAGED
+from foretell.verify.processors import process
 
 Array = npt.NDArray[np.float32]
 
@@ -66,6 +68,25 @@ def typical(draft: Draft, logits: Callable[[int], Tensor], rule: Typical) -> Ver
         paths.append(tree.path(-best[2]))
         bonus.append(int(logits_NV[-best[2]].argmax()) if finite_N[-best[2]] else DAMAGED)
     return Verdict(paths, bonus)
+
+
+def path_logits(draft: Draft, rows: Sequence[Row], logits_MV: Tensor, starts: Sequence[int]) -> Callable[[int], Tensor]:
+    """Logits [N, V] of every node of a row, each edited with the history of its own path.
+
+    Args:
+        logits_MV: logits of all nodes, rows one after another; row b's root is at starts[b].
+    """
+
+    def of(i: int) -> Tensor:
+        row, tree, ids = rows[i], draft.trees[i], draft.tokens[i]
+        logits_NV = logits_MV[starts[i] : starts[i] + len(tree)]
+        if not row.params.edits_logits:
+            return logits_NV
+        histories = [row.tokens + [ids[n] for n in tree.path(node)[1:]] for node in range(len(tree))]
+        edited = [process(x, row.params, h, row.prompt_length) for x, h in zip(logits_NV, histories, strict=True)]
+        return torch.stack(edited)
+
+    return of
 
 
 def _plausible(logits_V: Array, rule: Typical) -> tuple[Array, float]:
