@@ -12,8 +12,7 @@ from foretell.backbone.base import Backbone
 from foretell.backbone.compiled import CompiledBackbone
 from foretell.backbone.eager import EagerBackbone
 from foretell.backbone.families import read_config
-from foretell.backbone.linear import MOST_ROWS
-from foretell.backbone.probe import probe
+from foretell.backbone.verdict import settle
 from foretell.backbone.weights import fingerprint, read_weights
 from foretell.errors import UsageError
 
@@ -29,6 +28,7 @@ def assemble(
     device: str | None = None,
     threads: int | None = None,
     kernel: str | None = None,
+    cache_dir: str | Path | None = None,
 ) -> Backbone:
     """Loads the model in `folder`.
 
@@ -37,6 +37,7 @@ def assemble(
         device: a torch device; by default the first GPU, else the CPU.
         threads: CPU threads; by default the cores this process may use.
         kernel: "eager", or one of `kernels.BUILDS`; by default the best compiled build, eager on a GPU.
+        cache_dir: where the probe's verdict is kept, if it took long; see `verdict.settle`.
 
     Raises:
         ForetellError, UsageError: what cannot be loaded, and the remedy.
@@ -54,10 +55,7 @@ def assemble(
     else:
         backbone = EagerBackbone(config, weights.__getitem__, kind, where, count)
     backbone.fingerprint = fingerprint(weights, config)
-    backbone.inexact = probe(backbone)
-    for rows in (16, MOST_ROWS):  # where one row runs another algorithm than many, pad it until it does not
-        if backbone.inexact and backbone.pad_rows(rows):
-            backbone.inexact = probe(backbone)
+    settle(backbone, cache_dir)
     return backbone
 
 

@@ -1,0 +1,188 @@
+"""The probe finds arithmetic that depends on company, wherever a drafter would meet it; and its verdict is kept.
+
+Each mutant computes as the backbone does but for one bit, in one situation, and never when a node runs alone.
+"""
+
+import json
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from random_backbones import BF16, FP32, KERNELS, Model, using
+from tiny_models import DIMENSIONS, save_tiny
+from torch import Tensor
+
+from foretell.backbone import Backbone, Nodes, kernels, verdict
+from foretell.backbone.assemble import assemble
+from foretell.backbone.probe import ROWS, TREE, TWINS, probe
+from foretell.backbone.verdict import settle
+
+SIZES = DIMENSIONS | {"num_hidden_layers": 7, "max_position_embeddings": 2048}
+LLAMA = Model({"model_type": "llama", **SIZES})
+WINDOWS = Model({
+    "model_type": "qwen2", **SIZES, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 5,
+})  # fmt: skip
+SEVERAL = [rows for rows in ROWS if rows > 1]
+
+Wrong = Callable[[Nodes, range], Tensor | bool]
+"""For a pass through some layers: which nodes, or whether all, come out wrong."""
+
+
+def flipped(x: Tensor, which: Tensor | bool = True) -> Tensor:
+    """The last bit of each row's first number, where a row is chosen."""
+    x = x.clone()
+    chosen = torch.as_tensor(which).expand(len(x))
+    x[:, 0] = torch.where(chosen, (x[:, 0].view(torch.int32) ^ 1).view(torch.float32), x[:, 0])
+    return x
+
+
+def mutant(model: Model, wrong: Wrong = lambda nodes, layers: False, **methods: Any) -> Backbone:
+    """A backbone whose streams are wrong where `wrong` says so; `methods` replace its own."""
+    backbone = model.build()
+
+    class Mutant(type(backbone)):  # type: ignore[misc]
+        def run_layers(
+            self, hidden_Md: Tensor, nodes: Nodes, cache: Any, begin: int = 0, end: int | None = None, *,
+            skip: bytes | None = None, taps: Collection[int] = (),
+        ) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
+            out, tapped = super().run_layers(hidden_Md, nodes, cache, begin, end, skip=skip, taps=taps)
+            return flipped(out, wrong(nodes, range(begin, self.config.layers if end is None else end))), tapped
+
+    for name, method in methods.items():
+        setattr(Mutant, name, method(getattr(Mutant, name)))
+    backbone.__class__ = Mutant
+    return backbone
+
+
+def at_rows(rows: int) -> Any:
+    """Makes the result of a method wrong for so many rows."""
+
+    def replaced(method: Any) -> Any:
+        def answer(self: Any, x: Tensor) -> Tensor:
+            y: Tensor = method(self, x)
+            wrong = len(x) == rows
+            return flipped(y, wrong) if y.is_floating_point() else (y + wrong) % self.config.vocab
+
+        return answer
+
+    return replaced
+
+
+@pytest.fixture(autouse=True)
+def best_kernels() -> Any:
+    with using(""):
+        yield
+
+
+# -- what is right -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("model", [LLAMA, WINDOWS])
+def test_every_build_is_canonical(model: Model, kernel: str, dtype: torch.dtype) -> None:
+    with using(kernel):
+        assert probe(model.build(kernel, dtype)) is None
+
+
+def test_a_mutant_that_is_never_wrong_passes() -> None:
+    assert probe(mutant(LLAMA)) is None
+
+
+def test_twins_hold_the_tokens_that_their_originals_hold() -> None:
+    twins = TWINS[TREE].tolist()
+    assert len(TREE) == max(ROWS)
+    for node, twin in enumerate(twins):
+        assert twins[twin] == twin
+        assert [twins[each] for each in TREE.path(node)] == TREE.path(twin)
+
+
+# -- mutants -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", SEVERAL)
+def test_layers_that_are_wrong_with_so_many_rows(rows: int) -> None:
+    backbone = mutant(LLAMA, lambda nodes, layers: len(nodes) == rows)
+    assert f"with {rows} rows after 70 tokens), so that output may differ" in str(probe(backbone))
+
+
+@pytest.mark.parametrize("rows", SEVERAL)
+@pytest.mark.parametrize("method", ["norm", "logits", "argmax"])
+def test_a_head_that_is_wrong_with_so_many_rows(method: str, rows: int) -> None:
+    assert f"with {rows} rows" in str(probe(mutant(LLAMA, **{method: at_rows(rows)})))
+
+
+def test_an_argmax_that_is_wrong_for_one_row() -> None:
+    assert "the most probable token" in str(probe(mutant(LLAMA, argmax=at_rows(1))))
+
+
+def together(nodes: Nodes) -> bool:
+    return len(nodes) > 1
+
+
+def branching(nodes: Nodes) -> Tensor:
+    """Nodes with several children, and their children."""
+    trees = [tree for tree in nodes.trees for _ in tree.parents]
+    children = [
+        len(trees[m].children[node]) > 1 or (node > 0 and len(trees[m].children[trees[m].parents[node]]) > 1)
+        for m, node in enumerate(nodes.node)
+    ]
+    return torch.tensor(children)
+
+
+MUTANTS: dict[str, tuple[Model, Wrong]] = {
+    "after a prefix beyond 1,024": (LLAMA, lambda n, layers: together(n) and int(n.lengths.max()) > 1024),
+    "after a prefix that no block divides": (LLAMA, lambda n, layers: together(n) and bool((n.lengths % 32).any())),
+    "at the beginning": (LLAMA, lambda n, layers: len(n) > 17 and int(n.lengths.max()) == 0),
+    "in the second sequence": (LLAMA, lambda n, layers: torch.from_numpy(n.sequence == 1)),
+    "in the first of two sequences": (LLAMA, lambda n, layers: torch.from_numpy(n.sequence < len(n.trees) - 1)),
+    "of two sequences of one node each": (LLAMA, lambda n, layers: len(n) == len(n.trees) == 2),
+    "with more rows than one call multiplies": (LLAMA, lambda n, layers: len(n) > 64),
+    "in the first layer": (LLAMA, lambda n, layers: len(n) == 5 and 0 in layers),
+    "in the middle layer": (LLAMA, lambda n, layers: len(n) == 5 and 3 in layers),
+    "in the last layer": (LLAMA, lambda n, layers: len(n) == 5 and 6 in layers),
+    "in a layer between": (LLAMA, lambda n, layers: together(n) and 2 in layers),
+    "in layers with a window": (WINDOWS, lambda n, layers: len(n) == 5 and not {5, 6}.isdisjoint(layers)),
+    "in the first layer with a window": (WINDOWS, lambda n, layers: len(n) == 5 and 5 in layers),
+    "where a tree branches": (LLAMA, lambda n, layers: branching(n)),
+    "of the last node of a tree": (LLAMA, lambda n, layers: torch.arange(len(n)) == (len(n) - 1 or 1)),
+    "of a prompt": (LLAMA, lambda n, layers: len(n) > 17 and all(tree.is_chain for tree in n.trees)),
+}
+
+
+@pytest.mark.parametrize("where", MUTANTS)
+def test_a_mutant_that_is_wrong(where: str) -> None:
+    assert "depends on what else shares the pass" in str(probe(mutant(*MUTANTS[where])))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_keys_or_values_that_are_written_otherwise(which: int) -> None:
+    def replaced(method: Any) -> Any:
+        def answer(self: Any, x: Tensor, nodes: Nodes, cache: Any, begin: int = 0, end: Any = None, **o: Any) -> Any:
+            out = method(self, x, nodes, cache, begin, end, **o)
+            if len(nodes) == 3:  # after the last node has read its own
+                row, slot = int(nodes.cache_rows[0]), int(nodes.lengths[0]) + 2
+                cache.lengths[row] = slot + 1
+                written_GD = cache.read(row)[which][begin, :, slot]
+                written_GD.copy_(torch.nextafter(written_GD, torch.tensor(torch.inf)))
+            return out
+
+        return answer
+
+    assert "with 3 rows" in str(probe(mutant(LLAMA, run_layers=replaced)))
+
+
+@pytest.mark.parametrize("least", [2, 17, 40])
+def test_a_library_whose_algorithm_changes_at_some_number_of_rows(least: int) -> None:
+    backbone: Any = LLAMA.build("eager")
+    usual = backbone.layers[0].down.__class__.__call__
+
+    class Switching(backbone.layers[0].down.__class__):  # type: ignore[name-defined,misc]
+        def __call__(self, x: Tensor) -> Tensor:
+            y = usual(self, x)
+            return y + 1e-6 if least <= len(x) < 64 else y
+
+    backbone.layers[3].down.__class__ = Switching
+    assert probe(backbone) is not None
