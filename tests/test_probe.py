@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from random_backbones import BF16, FP32, KERNELS, Model, using
-from tiny_models import DIMENSIONS, save_tiny
+from tiny_models import DIMENSIONS, raising
 from torch import Tensor
 
-from foretell.backbone import Backbone, Nodes, kernels, verdict
+from foretell.backbone import Backbone, Nodes, verdict
 from foretell.backbone.assemble import assemble
+from foretell.backbone.eager import EagerBackbone
 from foretell.backbone.probe import ROWS, TREE, TWINS, probe
 from foretell.backbone.verdict import settle
 
@@ -186,3 +187,108 @@ def test_a_library_whose_algorithm_changes_at_some_number_of_rows(least: int) ->
 
     backbone.layers[3].down.__class__ = Switching
     assert probe(backbone) is not None
+
+
+# -- what is done about it, and what is kept ---------------------------------------------------------------------------
+
+
+class Probes:
+    """Stands in for the probe: says what it is told to, by how far calls are padded, and counts."""
+
+    def __init__(self, needed: int = 0):
+        self.needed, self.asked = needed, 0
+
+    def __call__(self, backbone: Any) -> str | None:
+        self.asked += 1
+        return None if backbone.layers[0].down.least_rows >= self.needed else "It depends."
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every verdict counts as one that took long."""
+    monkeypatch.setattr(verdict, "KEPT", 0.0)
+
+
+@pytest.mark.parametrize(("needed", "rows", "asked"), [(0, 4, 1), (5, 16, 2), (64, 64, 3), (65, 4, 3)])
+@pytest.mark.usefixtures("kept")
+def test_calls_are_padded_as_far_as_it_helps_and_the_verdict_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: int, rows: int, asked: int
+) -> None:
+    probes = Probes(needed)
+    monkeypatch.setattr(verdict, "probe", probes)
+    for _ in range(2):
+        backbone: Any = EagerBackbone(LLAMA.config, LLAMA.weights().__getitem__, FP32, torch.device("cpu"), 1)
+        settle(backbone, tmp_path)
+        assert backbone.inexact == ("It depends." if needed > 64 else None)
+        assert backbone.layers[0].down.least_rows == backbone._head.least_rows == rows
+        assert backbone.probe_seconds > 0
+        assert probes.asked == asked  # the second time nothing is probed
+
+
+@pytest.mark.usefixtures("kept")
+def test_a_verdict_holds_for_what_it_was_found_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probes = Probes()
+    monkeypatch.setattr(verdict, "probe", probes)
+
+    def asked() -> int:
+        before = probes.asked
+        settle(backbone, tmp_path)
+        return probes.asked - before
+
+    backbone: Any = LLAMA.build("eager")
+    backbone.fingerprint = "one"
+    assert [asked(), asked()] == [1, 0]
+    for name, value in (("fingerprint", "two"), ("threads", 7), ("kernels", "abacus"), ("dtype", BF16)):
+        with monkeypatch.context() as changed:
+            changed.setattr(backbone, name, value)
+            assert [asked(), asked()] == [1, 0], name
+    for place, name in ((verdict, "processor"), (verdict, "_code"), (torch.backends.cpu, "get_cpu_capability")):
+        with monkeypatch.context() as changed:
+            changed.setattr(place, name, lambda: "another")
+            assert [asked(), asked()] == [1, 0], name
+    monkeypatch.setattr(torch, "__version__", "0.0")
+    assert [asked(), asked()] == [1, 0]
+
+
+@pytest.mark.usefixtures("kept")
+def test_a_cache_that_cannot_be_used_costs_no_more_than_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probes = Probes()
+    monkeypatch.setattr(verdict, "probe", probes)
+    backbone = LLAMA.build("eager")
+    (tmp_path / "file").touch()
+    for _ in range(2):
+        settle(backbone, tmp_path / "file" / "cache")
+        assert backbone.inexact is None
+    assert probes.asked == 2
+    settle(backbone, tmp_path)
+    [path] = (tmp_path / "probes").iterdir()
+    for damage in ("{", "[]", "{}", '{"inexact": null}'):
+        path.write_text(damage)
+        settle(backbone, tmp_path)
+        assert json.loads(path.read_text()).keys() == {"inexact", "rows", "seconds"}
+    assert probes.asked == 7
+
+
+def test_a_verdict_that_took_no_time_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdict, "probe", Probes())
+    settle(LLAMA.build("eager"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("kept")
+def test_a_model_that_is_loaded_is_probed(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = assemble(Path(tiny), threads=1, cache_dir=tmp_path)
+    assert backbone.inexact is None
+    assert len(list((tmp_path / "probes").iterdir())) == 1
+    monkeypatch.setattr(verdict, "probe", raising(AssertionError("it was known")))
+    again = assemble(Path(tiny), threads=1, cache_dir=tmp_path)
+    assert (again.inexact, again.probe_seconds) == (None, backbone.probe_seconds)
+
+
+def test_another_compilation_is_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kernels.so").write_bytes(b"one")
+    monkeypatch.setattr(verdict, "LIBRARY", tmp_path / "kernels.so")
+    before = verdict._code.__wrapped__()
+    assert verdict._code.__wrapped__() == before
+    (tmp_path / "kernels.so").write_bytes(b"two")
+    assert verdict._code.__wrapped__() != before

@@ -52,15 +52,13 @@ def settle(backbone: Backbone, cache_dir: str | Path | None = None) -> None:
     """
     path = _verdict_file(backbone, cache_dir)
     verdict = _kept(path)
-    backbone.probe_seconds = 0.0
     if verdict is None:
         verdict = _found(backbone)
-        backbone.probe_seconds = verdict.seconds
         if verdict.seconds > KEPT:
             with suppress(ForetellError):  # a cache that cannot be written to costs the next load some time
                 write_json(path, asdict(verdict))
     backbone.pad_rows(verdict.rows)
-    backbone.inexact = verdict.inexact
+    backbone.inexact, backbone.probe_seconds = verdict.inexact, verdict.seconds
 
 
 def _found(backbone: Backbone) -> Verdict:
@@ -69,7 +67,7 @@ def _found(backbone: Backbone) -> Verdict:
     for more in (16, MOST_ROWS):
         if inexact and backbone.pad_rows(more) and probe(backbone) is None:
             inexact, rows = None, more
-    return Verdict(inexact, rows, round(time.perf_counter() - began, 3))
+    return Verdict(inexact, rows, time.perf_counter() - began)
 
 
 def _verdict_file(backbone: Backbone, cache_dir: str | Path | None) -> Path:
