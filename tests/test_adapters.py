@@ -133,6 +133,15 @@ def test_an_adapter_of_zeros_changes_no_bit(tiny: str, cache: Path, tmp_path: Pa
     assert one == other
 
 
+def test_an_adapter_of_one_matrix_makes_another_model(tiny: str, cache: Path, tmp_path: Path) -> None:
+    save_adapter(tiny, tmp_path / "out", target_modules=["o_proj"], layers_to_transform=[1], size=1e-3)
+    folder = resolve(f"{tiny}+{tmp_path / 'out'}").path
+    one, other = (
+        fingerprint(read_weights(each, read_config(each)), read_config(each)) for each in (folder, Path(tiny))
+    )
+    assert one != other
+
+
 def test_a_base_in_several_files_stays_in_them(cache: Path, tmp_path: Path) -> None:
     save_tiny(tmp_path / "whole")
     save_tiny(tmp_path / "shards", shard_size="20KB")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from foretell.backbone.catalog import FORMER_FINGERPRINTS
 from foretell.bench import quality
 from foretell.bench.compare import compare
 from foretell.bench.metrics import figures, gaps, histogram, table
@@ -306,6 +307,13 @@ def test_only_what_is_beyond_noise_counts(after: dict[str, Any], worse: list[str
 def test_runs_of_different_things_are_not_compared() -> None:
     with pytest.raises(UsageError, match="The two results differ in new_tokens; compare runs of one suite"):
         list(compare(result(*BEFORE), result(*BEFORE, new_tokens=8)))
+
+
+def test_a_result_from_before_fingerprints_covered_every_tensor_is_compared() -> None:
+    former, now = next(iter(FORMER_FINGERPRINTS.items()))
+    assert len(list(compare(result(*BEFORE, fingerprint=former), result(*BEFORE, fingerprint=now)))) > 0
+    with pytest.raises(UsageError, match="differ in fingerprint"):
+        list(compare(result(*BEFORE, fingerprint=former), result(*BEFORE, fingerprint="another")))
 
 
 def test_a_contender_that_is_gone_is_worse() -> None:

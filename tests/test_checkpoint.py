@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
@@ -13,9 +14,10 @@ from test_medusa import VOCAB, WIDTH, backbone_of
 
 from foretell import drafters
 from foretell.backbone import adapters
+from foretell.backbone.catalog import FORMER_FINGERPRINTS, current
 from foretell.drafters import checkpoint
 from foretell.drafters.checkpoint import Checkpoint
-from foretell.errors import ForetellError
+from foretell.errors import ForetellError, UsageError
 
 
 def test_what_ships_is_light() -> None:
@@ -116,6 +118,33 @@ def test_weights_that_are_no_numbers_are_one_sentence(tmp_path: Path, method: st
     head = fresh(method).checkpoint()[0]["head"].clone()
     head[0, 3, 5] = math.nan
     refused_as_damaged(tmp_path, method, {}, {"head": head})
+
+
+FORMER, NOW = next(iter(FORMER_FINGERPRINTS.items()))
+
+
+def test_a_drafter_from_before_belongs_to_the_catalogue_model_and_to_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = backbone_of()
+    tensors, arch = fresh("medusa").checkpoint()
+    kind = Checkpoint("medusa", "tiny", FORMER, WIDTH, VOCAB, arch, [[0]])
+    kind.save(tmp_path / "heads", tensors)
+    backbone.fingerprint = NOW
+    assert checkpoint.find("medusa", backbone, str(tmp_path / "heads"))[0].fingerprint == NOW
+    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path)
+    assert checkpoint.shipped(backbone) == {"medusa": tmp_path / "heads"}
+    for other in (FORMER, "another"):  # FORMER: of another model, in which nobody looked at o_proj
+        backbone.fingerprint = other
+        assert checkpoint.shipped(backbone) == {}
+        with pytest.raises(UsageError, match=rf"fingerprint {NOW}\), not for this model \({other}\)"):
+            checkpoint.find("medusa", backbone, str(tmp_path / "heads"))
+
+
+def test_what_ships_has_todays_fingerprints() -> None:
+    told = {file: json.loads(file.read_text())["fingerprint"] for file in checkpoint.SHIPPED.glob("*/config.json")}
+    assert set(told.values()) == set(FORMER_FINGERPRINTS.values())
+    assert all(current(each) == each for each in told.values())
 
 
 def fresh(method: str) -> Any:

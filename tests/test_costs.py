@@ -243,7 +243,7 @@ def test_costs_belong_to_a_model_a_type_a_machine_and_its_threads(
         found.append(costs_file(backbone))
     monkeypatch.setattr(costs.platform, "node", lambda: "elsewhere")
     found.append(costs_file(base))
-    monkeypatch.setattr(costs, "_processor", lambda: "abacus")
+    monkeypatch.setattr(costs, "processor", lambda: "abacus")
     found.append(costs_file(base))
     assert len(set(found)) == len(found) == 7
 

@@ -21,7 +21,8 @@ from command_line import Foretell
 
 import foretell as package
 from foretell.api import LLM, Result
-from foretell.backbone.files import read_json, sole_writer
+from foretell.backbone.catalog import FORMER_FINGERPRINTS
+from foretell.backbone.files import read_json, sole_writer, write_json
 from foretell.contracts import SamplingParams
 from foretell.conversations import MAX_TURNS, Conversation
 from foretell.engine import SpeculativeDecoder
@@ -150,6 +151,19 @@ def test_a_folder_begun_otherwise_is_refused(tmp_path: Path, changed: dict[str, 
     one_sentence(error)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert Store.create(tmp_path, ABOUT | {"command": "another way to say it"}).manifest.get("command") is None
+
+
+def test_data_from_before_fingerprints_covered_every_tensor_are_the_catalogue_models(tmp_path: Path) -> None:
+    former, now = next(iter(FORMER_FINGERPRINTS.items()))
+    for told, ours in ((former, now), (f"not {former} but big", f"not {now} but big")):
+        folder = tmp_path / told
+        filled(folder, FOUND)
+        write_json(folder / MANIFEST, {"format": 1, **ABOUT, "fingerprint": told})
+        assert Store.open(folder).manifest["fingerprint"] == ours
+        with pytest.raises(UsageError, match=rf"begun with fingerprint {ours} \(not beef\)"):
+            Store.create(folder, ABOUT | {"fingerprint": "beef"})
+        Store.create(folder, ABOUT | {"fingerprint": ours}).write_manifest()
+        assert read_json(folder / MANIFEST)["fingerprint"] == ours
 
 
 def test_the_manifest_counts_what_is_there(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from test_medusa import backbone_of, requests
 
 from foretell import drafters
 from foretell.backbone import Backbone, Nodes
+from foretell.backbone.catalog import FORMER_FINGERPRINTS
 from foretell.contracts import Draft, Row, SamplingParams
 from foretell.drafters import skipping, swift
 from foretell.drafters.lower import Threshold, main_chain
@@ -333,6 +334,9 @@ def test_plans_that_do_not_fit_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="was found for another model"):
         drafters.build("swift", backbone_of(), plan=str(path))
     raw = json.loads(path.read_text())
+    former, other.fingerprint = next(iter(FORMER_FINGERPRINTS.items()))
+    path.write_text(json.dumps(raw | {"backbone": former}))  # written before fingerprints covered every tensor
+    drafters.build("swift", other, plan=str(path), search=False)
     for broken in ({"attention": [0]}, {"mlp": [LAYERS - 1]}, {"attention": "x"}, {"matchness": None}):
         path.write_text(json.dumps(raw | broken))
         with pytest.raises(ForetellError, match="plan"):

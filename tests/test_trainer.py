@@ -189,6 +189,10 @@ def test_what_is_kept_for_other_taps_is_not_computed_again(
     )  # of these conversations nothing is kept
     other.prepare()
     assert_same_batches(other.batch([2]), Features(backbone, DATA[1:], (1,)).batch([2]))
+    monkeypatch.setattr(backbone, "fingerprint", "beef")  # nor of this model
+    ran.clear()
+    Features(backbone, DATA, (1,), tmp_path / "features-beef-1").prepare()
+    assert set(ran) == {-1, backbone.config.layers}
 
 
 @pytest.mark.parametrize("kept", [True, False])

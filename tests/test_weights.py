@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import VARIANTS, opened, save_tiny, tiny_model
 
+from foretell.backbone import weights as weights_module
 from foretell.backbone.families import read_config
 from foretell.backbone.weights import fingerprint
 from foretell.errors import ForetellError
@@ -51,6 +52,47 @@ def test_fingerprint_knows_the_model_and_nothing_of_its_files(tmp_path: Path) ->
         tiny_model("llama").to(torch.bfloat16).to(dtype).save_pretrained(tmp_path / name)
     narrow, wide = (fingerprint(opened(tmp_path / n), read_config(tmp_path / n)) for n in ("narrow", "wide"))
     assert narrow == wide
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["llama-biases", "llama-tied", "qwen3-biases"])
+def test_one_number_of_any_tensor_changes_the_fingerprint(variant: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    tiny_model(**VARIANTS[variant]).to(dtype).save_pretrained(tmp_path)
+    weights, config = opened(tmp_path), read_config(tmp_path)
+    found = {fingerprint(weights, config)}
+    for number, name in enumerate(weights.shapes, start=1):
+
+        def change(tensors: dict[str, torch.Tensor], name: str = name, at: int = number * 7919) -> None:
+            values = tensors[name].view(-1)
+            values[at % len(values)] = torch.nextafter(values[at % len(values)], torch.tensor(9.0, dtype=dtype))
+
+        before = (tmp_path / "model.safetensors").read_bytes()
+        edit(tmp_path, change)
+        found.add(fingerprint(opened(tmp_path), config))
+        (tmp_path / "model.safetensors").write_bytes(before)
+        assert len(found) == 1 + number, name
+    assert fingerprint(opened(tmp_path), config) in found
+
+
+def test_a_large_tensor_is_digested_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_module, "PIECE", 100)
+    tiny_model("llama").bfloat16().float().save_pretrained(tmp_path)
+    config, name = read_config(tmp_path), "model.layers.1.mlp.up_proj.weight"
+    whole = fingerprint(opened(tmp_path), config)
+    for at in (0, 99, 100, 48 * 32 - 1):
+        before = (tmp_path / "model.safetensors").read_bytes()
+        edit(tmp_path, lambda t, at=at: t[name].view(-1)[at].add_(1e-6))  # less than bfloat16 can tell
+        assert fingerprint(opened(tmp_path), config) != whole
+        (tmp_path / "model.safetensors").write_bytes(before)
+    assert fingerprint(opened(tmp_path), config) == whole
+
+
+def test_numbers_in_half_precision_are_the_same_in_float32(tmp_path: Path) -> None:
+    """Which bfloat16 cannot hold."""
+    for name, dtype in (("half", torch.float16), ("wide", torch.float32)):
+        tiny_model("llama").half().to(dtype).save_pretrained(tmp_path / name)
+    half, wide = (fingerprint(opened(tmp_path / n), read_config(tmp_path / n)) for n in ("half", "wide"))
+    assert half == wide
 
 
 def edit(folder: Path, change: Any) -> None:

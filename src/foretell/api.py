@@ -207,7 +207,7 @@ def load(
     """
     drafters.drafter_class(drafter)  # a typing mistake must not cost a download
     folder = resolve(str(model), cache_dir=cache_dir, offline=offline, progress=progress)
-    backbone = assemble(folder.path, dtype=dtype, device=device, threads=threads, kernel=kernel)
+    backbone = assemble(folder.path, dtype=dtype, device=device, threads=threads, kernel=kernel, cache_dir=cache_dir)
     backbone.costs = costs_file(backbone, cache_dir)
     return LLM(
         backbone,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,11 +13,11 @@ import torch
 from foretell.backbone import kernels
 from foretell.backbone.base import Backbone
 from foretell.backbone.compiled import CompiledBackbone
+from foretell.backbone.config import ModelConfig
 from foretell.backbone.eager import EagerBackbone
 from foretell.backbone.families import read_config
-from foretell.backbone.linear import MOST_ROWS
-from foretell.backbone.probe import probe
-from foretell.backbone.weights import fingerprint, read_weights
+from foretell.backbone.verdict import settle
+from foretell.backbone.weights import Weights, fingerprint, read_weights
 from foretell.errors import UsageError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -29,6 +32,7 @@ def assemble(
     device: str | None = None,
     threads: int | None = None,
     kernel: str | None = None,
+    cache_dir: str | Path | None = None,
 ) -> Backbone:
     """Loads the model in `folder`.
 
@@ -37,6 +41,7 @@ def assemble(
         device: a torch device; by default the first GPU, else the CPU.
         threads: CPU threads; by default the cores this process may use.
         kernel: "eager", or one of `kernels.BUILDS`; by default the best compiled build, eager on a GPU.
+        cache_dir: where the probe's verdict is kept, if it took long; see `verdict.settle`.
 
     Raises:
         ForetellError, UsageError: what cannot be loaded, and the remedy.
@@ -46,6 +51,7 @@ def assemble(
     torch.set_num_threads(count)
     config = read_config(folder)
     weights = read_weights(folder, config)
+    mark = _fingerprint_beside(weights, config)
     build = _build(kernel, where) if CompiledBackbone.supports(config) else None
     kind = _dtype(dtype, where, build is not None)
     backbone: Backbone
@@ -53,11 +59,8 @@ def assemble(
         backbone = CompiledBackbone(config, weights.__getitem__, kind, count, build)
     else:
         backbone = EagerBackbone(config, weights.__getitem__, kind, where, count)
-    backbone.fingerprint = fingerprint(weights, config)
-    backbone.inexact = probe(backbone)
-    for rows in (16, MOST_ROWS):  # where one row runs another algorithm than many, pad it until it does not
-        if backbone.inexact and backbone.pad_rows(rows):
-            backbone.inexact = probe(backbone)
+    backbone.fingerprint = mark()
+    settle(backbone, cache_dir)
     return backbone
 
 
@@ -66,6 +69,17 @@ def usable_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _cgroup_quota(Path("/sys/fs/cgroup"))
     return max(1, min(cores, quota or cores, MOST_THREADS))
+
+
+def _fingerprint_beside(weights: Weights, config: ModelConfig) -> Callable[[], str]:
+    """Begins to read all weights while they are packed, which takes longer; returns what waits for the fingerprint."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(fingerprint, weights, config).result
+    except RuntimeError:  # this process may start no more threads
+        return partial(fingerprint, weights, config)
+    finally:
+        pool.shutdown(wait=False)
 
 
 def _cgroup_quota(root: Path) -> int | None:

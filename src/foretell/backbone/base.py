@@ -59,12 +59,14 @@ class Backbone(ABC):
         dtype: of weights, keys and values: torch.float32 or torch.bfloat16.
         kernels: how it computes, for reports ("amx", "eager", ...).
         inexact: None when a probe found the arithmetic canonical, else one sentence on what differs.
+        probe_seconds: that the probe took: at this load, or when its verdict was kept (see `verdict.py`).
         fingerprint: identifies the weights; trained drafters are bound to it.
         costs: the file that says what its steps cost on this machine, once that is measured (see `costs.py`).
     """
 
     kernels: str = "eager"
     inexact: str | None = None
+    probe_seconds: float = 0.0
     fingerprint: str = ""
     costs: Path | None = None
 

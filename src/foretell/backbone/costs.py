@@ -93,7 +93,7 @@ class StepCosts:
 def costs_file(backbone: Backbone, cache_dir: str | Path | None = None) -> Path:
     """Where the costs of this backbone on this machine are kept."""
     parts = (
-        platform.node(), _processor(), backbone.kernels, str(backbone.dtype), str(backbone.device),
+        platform.node(), processor(), backbone.kernels, str(backbone.dtype), str(backbone.device),
         str(backbone.threads), backbone.fingerprint,
     )  # fmt: skip
     return cache_folder(cache_dir) / "costs" / f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.json"
@@ -139,7 +139,8 @@ def _step_seconds(backbone: Backbone, cache: KVCache, size: int, rows: int, cont
     return time.perf_counter() - began
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of its kind; empty where the system does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from foretell.backbone.base import Backbone
     from foretell.backbone.cache import KVCache
 
-MOST_ROWS = 64
+LEAST_ROWS, MOST_ROWS = 4, 64
 
 
 class DrafterLinear(Protocol):
@@ -175,7 +175,7 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, packed: bool = True):
         self.bias = None if bias is None else bias.to(weight.dtype)
-        self.dtype, self.least_rows = weight.dtype, 4
+        self.dtype, self.least_rows = weight.dtype, LEAST_ROWS
         self.packed = _onednn_pack(weight) if packed and weight.device.type == "cpu" else None
         missing = -weight.shape[1] % 16
         if self.packed is None and missing:  # rows at odd places in memory, which MKL answers with odd sums

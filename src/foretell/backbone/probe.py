@@ -1,10 +1,22 @@
-"""Is this arithmetic canonical here? A few milliseconds at load decide what the engine may promise.
+"""Is this arithmetic canonical here? What a token computes may depend on its path alone, never on its company.
 
-Libraries choose kernels by processor, type and shape. The probe runs the model's first layers and its head over a
-small tree, once all nodes together and once path by path, one node at a time, and compares bits.
+Libraries choose kernels by processor, type and shape, so this is measured at load, before the engine promises
+anything. The probe runs what the engine will run: trees of every size, two sequences in one pass, prompts, long
+contexts. Each node must come out bit for bit as it does alone, which is how plain decoding computes it:
+
+    the model    one tree through all layers; its logits must be finite
+    the head     final norm, logits and argmax of every number of rows
+    the layers   the first, a middle and the last one, and the first of each window, over random keys and values:
+                 hidden states, and the keys and values that are written
+
+Running a node alone costs as much as a step of plain decoding, so only the nodes of `SEED` are. Any other node of
+`TREE` is a twin of one of them: it holds the same token, and so do its ancestors. All in all that is some sixty
+steps and the reading of five hundred tokens, in three layers: about a second for a small model.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,40 +28,188 @@ from foretell.backbone.nodes import Nodes
 from foretell.errors import ForetellError
 from foretell.trees import TokenTree, chain
 
-TREE = TokenTree((-1, 0, 0, 0, 1, 1, 2, 4, 4, 5, 6, 8, 8, 11, 12, 3, 0))
-PREFIX = MOST_ROWS
-"""Committed tokens before the tree: more than one block of keys, and the most rows that one call multiplies."""
+ROWS = (*range(1, 17), 24, 32, 48, MOST_ROWS)
+"""Nodes that share a pass."""
+SEED = TokenTree((-1, 0, 1, 2, 3, 0, 1, 5, 0, 2, 6, 7, 1, 0, 3, 10, 9))
+"""As heads draft it: a chain at first, then branches of all lengths."""
+PROMPT = chain(33)
+"""Longer than a block of keys."""
+START, NEAR, FAR = range(3)
+"""Where a sequence stands: at its first token, or after this many committed ones:"""
+AFTER, FAR_AFTER, WIDEST = 70, 1100, 4096
+"""NEAR is no multiple of a block of keys; FAR lies beyond 1,024, and beyond windows up to WIDEST."""
 
-_SO = "depend on how many tokens share the pass, so that output may differ from plain decoding's"
-STATES, LOGITS = f"On this machine a token's hidden states {_SO}.", f"On this machine a token's logits {_SO}."
+Part = tuple[int, TokenTree, int]
+"""One sequence of a pass: where it stands, its tree, and how many of the tree's nodes run."""
+Computed = tuple[Tensor, Tensor, Tensor]
+"""What a layer makes of some nodes: hidden states [N, d], keys and values [N, G, D]."""
 
 
-def probe(backbone: Backbone, layers: int = 2) -> str | None:
-    """None if the bits agree, else one sentence on what differs."""
-    generator = torch.Generator().manual_seed(0)
-    c, end = backbone.config, min(layers, backbone.config.layers)
-    prompt = torch.randint(c.vocab, (PREFIX,), generator=generator)
-    guesses = torch.randint(c.vocab, (len(TREE),), generator=generator)
+def _with_twins(seed: TokenTree, size: int) -> tuple[TokenTree, Tensor]:
+    """The seed and twins of its nodes; and for each node the one of the seed that computes the same, int64 [N]."""
+    parents, twins = list(seed.parents), list(range(len(seed)))
+    while (at := len(parents)) < size:
+        inner = [node for node, twin in enumerate(twins) if seed.children[twin]]
+        parents.append(inner[7 * at % len(inner)])
+        children = seed.children[twins[parents[-1]]]
+        twins.append(children[at % len(children)])
+    return TokenTree(tuple(parents)), torch.tensor(twins)
 
-    def run(cache: KVCache, tokens: Tensor, nodes: Nodes) -> Tensor:
-        hidden, _ = backbone.run_layers(backbone.embed(tokens), nodes, cache, 0, end)
-        return hidden
 
-    cache = backbone.new_cache(1, PREFIX + len(TREE))
-    chunk = run(cache, prompt, Nodes.chains([0], [0], [PREFIX]))
-    together = run(cache, guesses, Nodes([TREE], [0], [PREFIX]))
-    logits = backbone.logits(backbone.norm(together))
-    if not logits.isfinite().all():
+TREE, _tree_twins = _with_twins(SEED, MOST_ROWS)
+TWINS = {TREE: _tree_twins, PROMPT: torch.arange(len(PROMPT))}
+COMPANIES: tuple[tuple[Part, ...], ...] = (
+    *(((NEAR, TREE, rows),) for rows in ROWS),
+    ((FAR, TREE, 9),),
+    ((NEAR, TREE, 1), (FAR, TREE, 1)),
+    ((NEAR, TREE, 11), (FAR, TREE, 6)),
+    ((FAR, TREE, 2), (NEAR, TREE, MOST_ROWS)),  # more rows than libraries multiply at once
+    ((START, PROMPT, len(PROMPT)),),  # last: it writes over the tokens before NEAR
+)
+
+
+def probe(backbone: Backbone) -> str | None:
+    """None if all bits agree, else one sentence on what differs and where that was seen.
+
+    Raises:
+        ForetellError: the logits are not finite.
+    """
+    tokens_N = torch.randint(backbone.config.vocab, (len(PROMPT),), generator=torch.Generator().manual_seed(0))
+    streams_Nd, where = _model(backbone, tokens_N)
+    where = where or _head(backbone, streams_Nd[:3]) or _layers(backbone, tokens_N)
+    if where is None:
+        return None
+    return (
+        f"On this machine what a token computes depends on what else shares the pass (seen in {where}), so that "
+        "output may differ from plain decoding's."
+    )
+
+
+def _model(backbone: Backbone, tokens_N: Tensor) -> tuple[Tensor, str | None]:
+    """Runs one tree through all layers, and a path's first nodes alone; returns the tree's streams too."""
+    kv = backbone.new_cache(2, len(SEED))
+
+    def run(nodes: Nodes, tokens_M: Tensor) -> Tensor:
+        return backbone.run_layers(backbone.embed(tokens_M), nodes, kv)[0]
+
+    together_Nd = run(Nodes([SEED], [0], [0]), tokens_N[: len(SEED)])
+    if not backbone.logits(backbone.norm(together_Nd)).isfinite().all():
         raise ForetellError("The model's logits are not finite numbers: its weights are damaged; fetch it again.")
-    alone = backbone.new_cache(1, PREFIX + len(TREE))
-    for i in range(PREFIX):
-        if not torch.equal(run(alone, prompt[i : i + 1], Nodes([chain(0)], [0], [i]))[0], chunk[i]):
-            return STATES
-    for leaf in TREE.leaves:
-        for depth, node in enumerate(TREE.path(leaf)):
-            hidden = run(alone, guesses[node : node + 1], Nodes([chain(0)], [0], [PREFIX + depth]))
-            if not torch.equal(hidden[0], together[node]):
-                return STATES
-            if not torch.equal(backbone.logits(backbone.norm(hidden))[0], logits[node]):
-                return LOGITS
+    for depth, node in enumerate((0, 1)):
+        alone_1d = run(Nodes([chain(0)], [1], [depth]), tokens_N[node : node + 1])
+        if not torch.equal(alone_1d[0], together_Nd[node]):
+            return together_Nd, f"the model with {len(SEED)} rows"
+    return together_Nd, None
+
+
+def _head(backbone: Backbone, streams_Sd: Tensor) -> str | None:
+    """Runs final norm, logits and argmax over some streams alone, then over all rows, filled with them in turn."""
+    alone = []
+    for stream_1d in streams_Sd.split(1):
+        state_1d = backbone.norm(stream_1d)
+        logits_1V, best = backbone.logits(state_1d), int(backbone.argmax(state_1d))
+        if logits_1V[0, best] != logits_1V.max():
+            return "the choice of the most probable token"
+        alone.append((state_1d, logits_1V, best))
+    for rows in ROWS:
+        states_Md = backbone.norm(streams_Sd[torch.arange(rows) % len(alone)])
+        logits_MV, best_M = backbone.logits(states_Md), backbone.argmax(states_Md)
+        for first, (state_1d, logits_1V, best) in enumerate(alone):
+            if not (states_Md[first :: len(alone)] == state_1d).all():
+                return f"the final norm with {rows} rows"
+            if not (logits_MV[first :: len(alone)] == logits_1V).all():
+                return f"logits with {rows} rows"
+            if not (best_M[first :: len(alone)] == best).all():
+                return f"the choice of the most probable token with {rows} rows"
     return None
+
+
+def _layers(backbone: Backbone, tokens_N: Tensor) -> str | None:
+    """Runs every company through each chosen layer; what enters it are embedded tokens."""
+    c, inputs_Nd = backbone.config, backbone.embed(tokens_N)
+    room = max(1, c.max_positions - len(PROMPT))
+    widest = max((window for window in c.windows if window <= WIDEST), default=0)
+    lengths = 0, min(AFTER, room), min(max(FAR_AFTER, widest + AFTER), room)
+    kv = backbone.new_cache(2, lengths[FAR] + MOST_ROWS)
+    windows = {c.windows.index(window) for window in c.windows}
+    for layer in sorted({0, c.layers // 2, c.layers - 1} | windows):
+        if where := _Layer(backbone, layer, inputs_Nd, lengths, kv).differs():
+            return f"layer {layer} with {where}"
+    return None
+
+
+class _Layer:
+    """One layer, and what it makes of nodes alone.
+
+    Args:
+        inputs_Nd: what enters it, node by node of `SEED` or `PROMPT`.
+        lengths: committed tokens at START, NEAR and FAR; their keys and values become random numbers.
+    """
+
+    def __init__(self, backbone: Backbone, layer: int, inputs_Nd: Tensor, lengths: tuple[int, int, int], kv: KVCache):
+        self.backbone, self.layer, self.inputs_Nd, self.lengths, self.kv = backbone, layer, inputs_Nd, lengths, kv
+        self._alone: dict[tuple[int, TokenTree], Computed] = {}
+        generator = torch.Generator().manual_seed(layer)
+        for place in (NEAR, FAR):
+            for committed_GTD in self._held(place, 0, lengths[place]):
+                committed_GTD.copy_(torch.randn(committed_GTD.shape, generator=generator))
+
+    def differs(self) -> str | None:
+        """The first company in which a node is not what it is alone."""
+        for company in COMPANIES:
+            alone = [self._run_alone(place, tree) for place, tree, _ in company]
+            lengths = [self.lengths[place] for place, *_ in company]
+            twins = [TWINS[tree][:count] for _, tree, count in company]
+            trees = [_first(tree, count) for _, tree, count in company]
+            nodes = Nodes(trees, [_row(place) for place, *_ in company], lengths)
+            hidden_Md = self._run(torch.cat([self.inputs_Nd[each] for each in twins]), nodes)
+            for i, hidden_Nd in enumerate(hidden_Md.split(nodes.counts)):
+                together = self._computed(hidden_Nd, company[i][0], lengths[i])
+                if not all(map(torch.equal, together, (each[twins[i]] for each in alone[i]))):
+                    return " and ".join(
+                        f"{n} rows after {t} tokens" for n, t in zip(nodes.counts, lengths, strict=True)
+                    )
+        return None
+
+    def _run_alone(self, place: int, tree: TokenTree) -> Computed:
+        """Of the nodes that are no twins of others, each alone. Depth first: a node's ancestors lie before it then."""
+        if (place, tree) not in self._alone:
+            most = max(count for company in COMPANIES for *which, count in company if which == [place, tree])
+            first = _first(tree, min(most, len(TWINS[tree].unique())))
+            found: dict[int, Computed] = {}
+            left = [0]
+            while left:
+                node = left.pop()
+                left += first.children[node]
+                at = self.lengths[place] + first.depths[node]
+                hidden_1d = self._run(self.inputs_Nd[node : node + 1], Nodes([chain(0)], [_row(place)], [at]))
+                hidden_Nd, keys_NGD, values_NGD = self._computed(hidden_1d, place, at)
+                found[node] = hidden_Nd, keys_NGD.clone(), values_NGD.clone()  # the next one writes over them
+            hidden, keys, values = zip(*(found[node] for node in range(len(first))), strict=True)
+            self._alone[place, tree] = torch.cat(hidden), torch.cat(keys), torch.cat(values)
+        return self._alone[place, tree]
+
+    def _run(self, inputs_Md: Tensor, nodes: Nodes) -> Tensor:
+        return self.backbone.run_layers(inputs_Md, nodes, self.kv, self.layer, self.layer + 1)[0]
+
+    def _computed(self, hidden_Nd: Tensor, place: int, begin: int) -> Computed:
+        """These states, and the keys and values in as many slots."""
+        keys_GND, values_GND = self._held(place, begin, begin + len(hidden_Nd))
+        return hidden_Nd, keys_GND.transpose(0, 1), values_GND.transpose(0, 1)
+
+    def _held(self, place: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [G, T, D] in some slots of a sequence."""
+        self.kv.lengths[_row(place)] = end
+        keys_LGTD, values_LGTD = self.kv.read(_row(place))
+        return keys_LGTD[self.layer, :, begin:], values_LGTD[self.layer, :, begin:]
+
+
+def _row(place: int) -> int:
+    """The cache row of a sequence."""
+    return int(place == FAR)
+
+
+@cache
+def _first(tree: TokenTree, count: int) -> TokenTree:
+    """The first nodes of a tree."""
+    return TokenTree(tree.parents[:count])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from foretell.backbone.catalog import current
 from foretell.bench.metrics import PLAIN
 from foretell.errors import UsageError
 
@@ -48,7 +49,8 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> Iterator[Change]:
     Raises:
         UsageError: they measured different things.
     """
-    differ = [name for name in ALIKE if before["settings"].get(name) != after["settings"].get(name)]
+    ours, theirs = _settings(after), _settings(before)
+    differ = [name for name in ALIKE if theirs.get(name) != ours.get(name)]
     if differ:
         raise UsageError(f"The two results differ in {', '.join(differ)}; compare runs of one suite and model.")
     new, ups = {_key(row): row for row in after["table"]}, [_speedups(result) for result in (before, after)]
@@ -74,6 +76,11 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> Iterator[Change]:
         if "same" in was and "same" in row and after["contenders"][name].get("exact"):
             x, y = was["same"] / was["compared"], row["same"] / row["compared"]
             yield Change(name, setting, "share of answers with plain's ids", x, y, y < x)
+
+
+def _settings(result: dict[str, Any]) -> dict[str, Any]:
+    settings: dict[str, Any] = result["settings"]
+    return settings | {"fingerprint": current(str(settings.get("fingerprint")))}
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

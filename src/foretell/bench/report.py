@@ -44,13 +44,14 @@ def markdown(results: dict[str, Any]) -> str:
 def facts(results: dict[str, Any]) -> list[str]:
     """What a reader must know before any figure."""
     s, limits, count = results["settings"], results["limits"], results.get("sittings", 1)
+    probed = f" Probing its arithmetic took {results['probe_seconds']:.1f} s." if "probe_seconds" in results else ""
     sittings = "all in one interleaved run" if count == 1 else f"interleaved, in {count} sittings"
     return [
         f"{len(s['questions'])} questions, up to {s['new_tokens']} new tokens a turn, {s['repeats']} "
         f"repeat{'s' * (s['repeats'] != 1)}, {s['dtype']}, seed {s['seed']}; {sittings}.",
         f"Machine: {results['machine']}. It reads {limits['read_bytes_per_s'] / 1e9:.1f} GB/s (median of all rounds), "
         f"and a step {limits['weight_bytes'] / 1e6:.0f} MB of weights, so plain decoding is bound to "
-        f"{limits['plain_tokens_per_s']:.0f} tokens/s here at batch 1.",
+        f"{limits['plain_tokens_per_s']:.0f} tokens/s here at batch 1.{probed}",
         f"foretell {results['version']}, commit {results['commit']}: `{results['command']}`",
     ]
 

@@ -174,7 +174,7 @@ def _run(
     about = {
         "machine": machine(llm.backbone), "version": __version__, "commit": commit(), "command": command_line(),
         "contenders": {each.name: each.about for each in there}, "missing": missing,
-        "weight_bytes": step_bytes(llm.backbone),
+        "weight_bytes": step_bytes(llm.backbone), "probe_seconds": round(llm.backbone.probe_seconds, 2),
     }  # fmt: skip
     runner = Runner(llm, there, suite.questions, settings, out, about, lambda: read_bandwidth(llm.backbone))
     with job_progress("measuring", "tokens/s") as progress:

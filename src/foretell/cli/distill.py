@@ -95,13 +95,15 @@ def _check_out(out: Path) -> None:
 
 def _store(out: Path, model: str, llm: LLM, endpoint: Endpoint | None, settings: dict[str, Any]) -> Store:
     """The folder, begun by the local model; by another one where it was seen before that the endpoint serves such."""
+    from foretell.backbone.catalog import current
     from foretell.backbone.files import read_json
     from foretell.train.data import MANIFEST, Store
 
     about = {"model": model, "fingerprint": llm.backbone.fingerprint, "vocab": llm.backbone.config.vocab}
     if endpoint and (out / MANIFEST).is_file():
         foreign = _foreign(llm, endpoint)
-        about |= foreign if read_json(out / MANIFEST).get("fingerprint") == foreign["fingerprint"] else {}
+        theirs = current(str(read_json(out / MANIFEST).get("fingerprint")))
+        about |= foreign if theirs == foreign["fingerprint"] else {}
     return Store.create(out, {**about, "settings": settings, "command": command_line()})
 
 

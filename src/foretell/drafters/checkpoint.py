@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, int8, uint8
 
+from foretell.backbone.catalog import current
 from foretell.backbone.files import one_line, read_json, staged_folder, write_errors
 from foretell.errors import ForetellError, UsageError
 
@@ -106,7 +107,7 @@ def load(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]]:
             "or install the version that wrote it."
         )
     try:
-        checkpoint = Checkpoint(**raw)
+        checkpoint = Checkpoint(**{**raw, "fingerprint": current(str(raw["fingerprint"]))})
         tensors = _whole(load_file(folder / "model.safetensors"))
     except (TypeError, KeyError, RuntimeError, SafetensorError, OSError) as error:
         raise ForetellError(f"{folder} is damaged ({one_line(error)}); copy or train it again.") from error
@@ -181,7 +182,7 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
 def shipped(backbone: Backbone) -> dict[str, Path]:
     """Method -> folder of the checkpoints that came with foretell for this backbone, the most tokens a step first."""
     found = [(read_json(config), config.parent) for config in sorted(SHIPPED.glob("*/config.json"))]
-    mine = [(raw, folder) for raw, folder in found if raw.get("fingerprint") == backbone.fingerprint]
+    mine = [(raw, folder) for raw, folder in found if current(str(raw.get("fingerprint"))) == backbone.fingerprint]
     mine.sort(key=lambda each: -max(each[0]["tokens_per_step"].values(), default=0.0))
     best: dict[str, Path] = {}
     for raw, folder in mine:

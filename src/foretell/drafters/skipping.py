@@ -23,6 +23,7 @@ import numpy as np
 
 from foretell.backbone import Backbone
 from foretell.backbone.base import SKIP_ATTENTION, SKIP_MLP
+from foretell.backbone.catalog import current
 from foretell.backbone.files import read_json, write_errors, write_json
 from foretell.errors import ForetellError, UsageError, check_numbers
 
@@ -66,7 +67,7 @@ class Plan:
         """
         raw = read_json(path)
         try:
-            writer, layers, score = raw["backbone"], raw["layers"], float(raw["matchness"])
+            writer, layers, score = current(str(raw["backbone"])), raw["layers"], float(raw["matchness"])
             plan = cls(tuple(map(int, raw["attention"])), tuple(map(int, raw["mlp"])))
         except (KeyError, TypeError, ValueError) as error:
             raise ForetellError(f"{path} is no plan of sublayers to skip; name another file with -o plan=.") from error

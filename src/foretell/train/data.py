@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from foretell.backbone.catalog import current
 from foretell.backbone.files import one_line, read_json, whole_lines, write_errors, write_json
 from foretell.errors import ForetellError, UsageError
 
@@ -96,6 +97,7 @@ class Store:
             )
         if not store.manifest.keys() >= {"model", "fingerprint"}:
             raise ForetellError(f"{folder / MANIFEST} does not say who wrote the data; distill it again.")
+        store.manifest["fingerprint"] = current(str(store.manifest["fingerprint"]))
         path = folder / CONVERSATIONS
         if path.exists() or not (folder / PACKED).exists():
             lines = whole_lines(path, unfinished=b'"more": true', cut=cut)

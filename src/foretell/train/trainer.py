@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from foretell.backbone.catalog import current
 from foretell.backbone.files import one_line, whole_lines, write_errors, written_whole
 from foretell.drafters.learning import Trainable
 from foretell.errors import ForetellError, UsageError, check_numbers
@@ -270,6 +271,8 @@ class Trainer:
         except Exception as error:  # a foreign file may fail in any way, inside the unpickler or after it
             raise ForetellError(f"{path} is damaged; delete it to start anew.") from error
         ours = asdict(self.settings) | self.options
+        if "model" in settings:
+            settings["model"] = current(settings["model"])
         method, our_method = settings.pop("method", None), ours.pop("method", None)
         if method not in (None, our_method):  # earlier versions did not write it down
             raise UsageError(f"{self.folder} holds a run of {method}; choose another --out.")
