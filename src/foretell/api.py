@@ -10,7 +10,7 @@ for event in llm.stream("And at sunset?"):
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -210,9 +210,12 @@ def load(
     folder = resolve(str(model), cache_dir=cache_dir, offline=offline, progress=progress)
     backbone = assemble(folder.path, dtype=dtype, device=device, threads=threads, kernel=kernel)
     backbone.costs = costs_file(backbone, cache_dir)
+    tokenizer = Tokenizer.from_folder(folder.path)
+    ends = dict.fromkeys((*backbone.config.eos_ids, *tokenizer.ends))
+    backbone.config = replace(backbone.config, eos_ids=tuple(ends))
     return LLM(
         backbone,
-        Tokenizer.from_folder(folder.path),
+        tokenizer,
         drafters.build(drafter, backbone, lookup=lookup, **options),
         folder,
     )
