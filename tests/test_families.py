@@ -69,6 +69,38 @@ def test_the_older_spelling_of_rope_settings_reads_the_same(rope: str) -> None:
     assert model_config(old) == model_config(new)
 
 
+SCALED: list[tuple[dict[str, Any], int]] = [
+    # Qwen's card: the config declares the context without the scaling, and the scaling beside it
+    ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+    ({"rope_type": "yarn", "factor": 4.0}, 512),
+    ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100}, 400),  # Qwen3: 40,960, of 32,768
+    ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}, 128),
+    ({"rope_type": "yarn", "factor": 1.5, "original_max_position_embeddings": 33}, 128),
+    ({"type": "linear", "factor": 4.0}, 512),  # Vicuna 1.5 16k
+    (dict(ROPES["llama3"], factor=32.0), 128),  # Llama 3.2 declares less than the product
+    (dict(ROPES["llama3"], original_max_position_embeddings=128), 1024),
+    ({"rope_type": "default"}, 128),
+]
+
+
+@pytest.mark.parametrize(("settings", "context"), SCALED)
+def test_the_context_is_what_the_scaling_gives(settings: dict[str, Any], context: int) -> None:
+    raw = {"model_type": "qwen2", **DIMENSIONS, "rope_scaling": settings, "rope_theta": 10_000.0}
+    assert model_config(raw).max_positions == context
+
+
+def test_divisors_that_are_the_same_for_every_length_are_those_of_transformers() -> None:
+    divisors = [1.0, 1.5, 4.0, 8.0]
+    settings = {
+        "rope_type": "longrope", "short_factor": divisors, "long_factor": divisors, "rope_theta": 10_000.0,
+        "original_max_position_embeddings": 32, "attention_factor": 1.25,
+    }  # fmt: skip
+    model = tiny_model("llama", rope_parameters=dict(settings))
+    ours = model_config(model.config)
+    assert torch.equal(torch.tensor(ours.inv_freq), model.model.rotary_emb.inv_freq)
+    assert (ours.rope_scale, ours.max_positions) == (1.25, 128)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_left_out_keys_get_the_defaults_of_transformers(family: str) -> None:
     from transformers import AutoConfig
@@ -93,6 +125,9 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'.*'silu'"),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'.*length of the text.*exact"),
     ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope'.*length of the text.*exact"),
+    ({"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}}, "'longrope'.*length"),
+    ({"rope_scaling": {"type": "su", "factor": 2.0}}, "'su'.*length of the text.*use a model without it"),
+    ({"rope_scaling": {"type": "yarn", "factor": "big"}}, "invalid|wrong kind"),
     ({"rope_scaling": {"rope_type": "spiral"}}, "'spiral' is not supported.*yarn"),
     ({"rope_scaling": "linear"}, "needs rope_scaling as an object.*'linear'"),
     ({"rope_parameters": [1]}, r"needs rope_parameters as an object.*\[1\]"),

@@ -105,7 +105,8 @@ def open_gguf(path: Path) -> GGUFFile:
             "together; fetch them again."
         )
     if not file.tensors:
-        raise ForetellError(f"{path} holds only a vocabulary and no weights; name the file with the model.")
+        what = "only a vocabulary" if file.get("tokenizer.ggml.tokens") else "only metadata"
+        raise ForetellError(f"{path} holds {what}, no weights; name the file with the model.")
     return file
 
 
@@ -127,7 +128,7 @@ def _read(path: Path) -> "GGUFReader":
 
 
 def _refuse_other_kinds(file: GGUFFile) -> None:
-    kind = file.get("general.type", "model")
+    kind = str(file.get("general.type", "model"))
     if kind in _NO_MODELS:
         raise ForetellError(f"{file.path} holds {_NO_MODELS[kind]}.")
     if (number := file.get("split.no", 0)) > 0:

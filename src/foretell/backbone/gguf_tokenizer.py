@@ -115,6 +115,17 @@ def write_tokenizer(file: GGUFFile, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(content, encoding="utf-8")
 
 
+def splitter(rule: SplitRule) -> "tokenizers.pre_tokenizers.PreTokenizer":
+    """The rule as the library runs it, bytes written as letters included."""
+    from tokenizers import Regex, pre_tokenizers
+
+    steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rule.patterns]
+    if rule.digits_apart:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule.gpt2)
+    return pre_tokenizers.Sequence([*steps, letters])
+
+
 def marks(file: GGUFFile) -> dict[str, int]:
     """The ids of the marks that the file names: bos, eos, eot, eom, unk and pad."""
     count = len(file.get("tokenizer.ggml.tokens", ()))
@@ -181,7 +192,7 @@ def _split_rule(file: GGUFFile) -> SplitRule:
 
 
 def _byte_level(file: GGUFFile, tokens: list[str], rule: SplitRule) -> "tokenizers.Tokenizer":
-    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+    from tokenizers import decoders, normalizers
 
     merges = file.get("tokenizer.ggml.merges")
     if merges is None:
@@ -191,11 +202,7 @@ def _byte_level(file: GGUFFile, tokens: list[str], rule: SplitRule) -> "tokenize
     backend = _bpe(file, _vocabulary(file, tokens), pairs, ignore_merges=rule.whole_words)
     if rule.normal_form:
         backend.normalizer = normalizers.NFC()
-    splits: list[Any] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rule.patterns]
-    if rule.digits_apart:
-        splits.append(pre_tokenizers.Digits(individual_digits=True))
-    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule.gpt2)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, letters])
+    backend.pre_tokenizer = splitter(rule)
     backend.decoder = decoders.ByteLevel()
     return backend
 
