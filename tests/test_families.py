@@ -117,6 +117,8 @@ def test_end_tokens_come_from_the_generation_config_first(tmp_path: Path) -> Non
     assert read_config(tmp_path).eos_ids == (7,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
     assert read_config(tmp_path).eos_ids == (3, 5)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert read_config(tmp_path).eos_ids == (7,)
 
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [

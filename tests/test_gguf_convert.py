@@ -14,7 +14,7 @@ import torch
 from tiny_gguf import write_gguf
 from tiny_models import VARIANTS, opened, raising, tiny_model
 
-from foretell.backbone import gguf_convert
+from foretell.backbone import gguf_convert, store
 from foretell.backbone.families import model_config, read_config
 from foretell.backbone.loading import resolve
 from foretell.backbone.store import cached_models
@@ -410,9 +410,13 @@ def test_a_model_of_an_older_converter_is_converted_anew(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
-    now = resolve(str(path)).path
-    monkeypatch.setattr(gguf_convert, "CONVERTER_VERSION", gguf_convert.CONVERTER_VERSION - 1)
-    assert resolve(str(path)).path != now
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "CONVERTER_VERSION", store.CONVERTER_VERSION - 1)
+        old = resolve(str(path)).path
+        assert [each.path for each in cached_models()] == [old]
+    assert cached_models() == []  # what a listing names loads without a network
+    new = resolve(str(path)).path
+    assert [each.path for each in cached_models()] == [new] != [old]
 
 
 def test_a_quantization_that_cannot_be_unpacked(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

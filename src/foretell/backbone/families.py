@@ -138,7 +138,8 @@ def model_config(source: Any, generation: Raw | None = None) -> ModelConfig:
         )
     settings = _rope_settings(raw)
     inv_freq, rope_scale = _rope(raw, settings, head_dim)
-    eos = generation["eos_token_id"] if generation and "eos_token_id" in generation else raw["eos_token_id"]
+    eos = (generation or {}).get("eos_token_id")
+    eos = raw["eos_token_id"] if eos is None else eos
     return ModelConfig(
         family=family_name,
         hidden=hidden,

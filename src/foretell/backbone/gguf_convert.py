@@ -28,7 +28,6 @@ from foretell.errors import ForetellError
 if TYPE_CHECKING:
     from gguf import ReaderTensor
 
-CONVERTER_VERSION = 2  # part of the cache key: raise it when the output changes
 SHARD_BYTES = 2 << 30
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # GGUF files of Mistral say llama
 

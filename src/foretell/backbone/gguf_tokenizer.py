@@ -77,7 +77,7 @@ SPLIT_RULES: dict[str, SplitRule] = {  # by tokenizer.ggml.pre
         ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"), _DIGITS_APART
     ),
     **dict.fromkeys(
-        ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "gigachat", "a.x-4.0", "mellum", "exaone4"), _GPT2
+        ("gpt-2", "phi-2", "mpt", "olmo", "trillion", "granite-docling", "gigachat", "a.x-4.0", "mellum", "exaone4"), _GPT2
     ),
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from foretell.backbone import adapters, catalog, gguf_convert
+from foretell.backbone import adapters, catalog, gguf_convert, store
 from foretell.backbone.files import disk_full, exists, is_disk_full, one_line
 from foretell.backbone.gguf_file import parts
 from foretell.backbone.store import (
@@ -140,7 +140,7 @@ def _with_adapter(base: ModelFolder, adapter: Path, name: str, cache: Path, prog
 
 
 def _target(cache: Path, name: str, identity: str) -> Path:
-    key = hashlib.sha256(f"{identity} {gguf_convert.CONVERTER_VERSION}".encode()).hexdigest()[:12]
+    key = hashlib.sha256(f"{identity} {store.CONVERTER_VERSION}".encode()).hexdigest()[:12]
     return cache / "models" / f"{name}-{key}"
 
 
