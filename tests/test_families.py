@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import save_tiny_chat
 from tiny_models import DIMENSIONS, ROPES, VARIANTS, save_tiny, tiny_config, tiny_model
 
 from foretell.backbone.families import FAMILIES, model_config, read_config, weight_shapes
@@ -87,6 +88,23 @@ SCALED: list[tuple[dict[str, Any], int]] = [
 def test_the_context_is_what_the_scaling_gives(settings: dict[str, Any], context: int) -> None:
     raw = {"model_type": "qwen2", **DIMENSIONS, "rope_scaling": settings, "rope_theta": 10_000.0}
     assert model_config(raw).max_positions == context
+
+
+def test_answers_beyond_the_declared_context_are_those_of_transformers(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    import foretell
+
+    save_tiny_chat(tmp_path)  # declares 512 positions
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["rope_scaling"] = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    prompt = torch.randint(256, (600,), generator=torch.Generator().manual_seed(0))
+    ours = foretell.load(str(tmp_path), dtype="fp32", threads=1)
+    result = ours.generate([prompt.tolist()], max_new_tokens=8, ignore_eos=True)[0]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    expected = theirs.generate(prompt[None], max_new_tokens=8, do_sample=False, eos_token_id=None)[0, 600:]
+    assert result.ids == expected.tolist()
 
 
 def test_divisors_that_are_the_same_for_every_length_are_those_of_transformers() -> None:

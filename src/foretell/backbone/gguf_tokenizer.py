@@ -44,9 +44,9 @@ _BREAKS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 
 
-def _words(digits: str, letters: str = r"\p{L}", others: str = r" ?[^\s\p{L}\p{N}]+[\r\n]*") -> str:
+def _words(digits: str, others: str = r" ?[^\s\p{L}\p{N}]+[\r\n]*") -> str:
     """The pattern of GPT-4 and of most models since, with what they differ in."""
-    return rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?{letters}+|{digits}|{others}|{_BREAKS}"
+    return rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}|{others}|{_BREAKS}"
 
 
 def _cased_words(digits: str, ending: str) -> str:
@@ -65,21 +65,20 @@ _SINGLES = SplitRule((_words(r"\p{N}"),))
 _GPT4O = SplitRule((_cased_words(r"\p{N}{1,3}", f"{_CONTRACTIONS}?"),))
 
 SPLIT_RULES: dict[str, SplitRule] = {  # by tokenizer.ggml.pre
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "midm-2.0", "lfm2"), _LLAMA3),
-    **dict.fromkeys(("dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), _THREES),
     "qwen2": SplitRule(_SINGLES.patterns, normal_form=True),
-    **dict.fromkeys(("deepseek-r1-qwen", "kormo", "megrez", "stablelm2", "hunyuan", "solar-open"), _SINGLES),
     "tekken": SplitRule((_cased_words(r"\p{N}", ""),), whole_words=True, start_mark=True),
-    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2"), _GPT4O),
     "seed-coder": SplitRule((_words(r"\p{N}", others=r" ?[^\s\p{L}\p{N}\r\n]+"),)),
     "deepseek-coder": SplitRule((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+"), digits_apart=True),
-    **dict.fromkeys(
-        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"), _DIGITS_APART
-    ),
-    **dict.fromkeys(
-        ("gpt-2", "phi-2", "mpt", "olmo", "trillion", "granite-docling", "gigachat", "a.x-4.0", "mellum", "exaone4"), _GPT2
-    ),
-}  # fmt: skip
+}
+for _rule, _names in (
+    (_LLAMA3, "llama-bpe llama3 llama-v3 falcon3 midm-2.0 lfm2"),
+    (_THREES, "dbrx smaug-bpe glm4 chatglm-bpe"),
+    (_SINGLES, "deepseek-r1-qwen kormo megrez stablelm2 hunyuan solar-open"),
+    (_GPT4O, "gpt-4o llama4 kanana2 minimax-m2"),
+    (_DIGITS_APART, "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2"),
+    (_GPT2, "gpt-2 phi-2 mpt olmo trillion granite-docling gigachat a.x-4.0 mellum exaone4"),
+):
+    SPLIT_RULES |= dict.fromkeys(_names.split(), _rule)
 
 
 def write_tokenizer(file: GGUFFile, folder: Path) -> None:
