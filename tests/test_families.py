@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import save_tiny_chat
 from tiny_models import DIMENSIONS, ROPES, VARIANTS, save_tiny, tiny_config, tiny_model
 
 from foretell.backbone.families import FAMILIES, model_config, read_config, weight_shapes
@@ -69,6 +70,55 @@ def test_the_older_spelling_of_rope_settings_reads_the_same(rope: str) -> None:
     assert model_config(old) == model_config(new)
 
 
+SCALED: list[tuple[dict[str, Any], int]] = [
+    # Qwen's card: the config declares the context without the scaling, and the scaling beside it
+    ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+    ({"rope_type": "yarn", "factor": 4.0}, 512),
+    ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100}, 400),  # Qwen3: 40,960, of 32,768
+    ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}, 128),
+    ({"rope_type": "yarn", "factor": 1.5, "original_max_position_embeddings": 33}, 128),
+    ({"type": "linear", "factor": 4.0}, 512),  # Vicuna 1.5 16k
+    (dict(ROPES["llama3"], factor=32.0), 128),  # Llama 3.2 declares less than the product
+    (dict(ROPES["llama3"], original_max_position_embeddings=128), 1024),
+    ({"rope_type": "default"}, 128),
+]
+
+
+@pytest.mark.parametrize(("settings", "context"), SCALED)
+def test_the_context_is_what_the_scaling_gives(settings: dict[str, Any], context: int) -> None:
+    raw = {"model_type": "qwen2", **DIMENSIONS, "rope_scaling": settings, "rope_theta": 10_000.0}
+    assert model_config(raw).max_positions == context
+
+
+def test_answers_beyond_the_declared_context_are_those_of_transformers(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    import foretell
+
+    save_tiny_chat(tmp_path)  # declares 512 positions
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["rope_scaling"] = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    prompt = torch.randint(256, (600,), generator=torch.Generator().manual_seed(0))
+    ours = foretell.load(str(tmp_path), dtype="fp32", threads=1)
+    result = ours.generate([prompt.tolist()], max_new_tokens=8, ignore_eos=True)[0]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    expected = theirs.generate(prompt[None], max_new_tokens=8, do_sample=False, eos_token_id=None)[0, 600:]
+    assert result.ids == expected.tolist()
+
+
+def test_divisors_that_are_the_same_for_every_length_are_those_of_transformers() -> None:
+    divisors = [1.0, 1.5, 4.0, 8.0]
+    settings = {
+        "rope_type": "longrope", "short_factor": divisors, "long_factor": divisors, "rope_theta": 10_000.0,
+        "original_max_position_embeddings": 32, "attention_factor": 1.25,
+    }  # fmt: skip
+    model = tiny_model("llama", rope_parameters=dict(settings))
+    ours = model_config(model.config)
+    assert torch.equal(torch.tensor(ours.inv_freq), model.model.rotary_emb.inv_freq)
+    assert (ours.rope_scale, ours.max_positions) == (1.25, 128)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_left_out_keys_get_the_defaults_of_transformers(family: str) -> None:
     from transformers import AutoConfig
@@ -85,6 +135,8 @@ def test_end_tokens_come_from_the_generation_config_first(tmp_path: Path) -> Non
     assert read_config(tmp_path).eos_ids == (7,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
     assert read_config(tmp_path).eos_ids == (3, 5)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert read_config(tmp_path).eos_ids == (7,)
 
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [
@@ -93,6 +145,9 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"hidden_act": "gelu"}, "hidden_act 'gelu'.*'silu'"),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'.*length of the text.*exact"),
     ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope'.*length of the text.*exact"),
+    ({"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}}, "'longrope'.*length"),
+    ({"rope_scaling": {"type": "su", "factor": 2.0}}, "'su'.*length of the text.*use a model without it"),
+    ({"rope_scaling": {"type": "yarn", "factor": "big"}}, "invalid|wrong kind"),
     ({"rope_scaling": {"rope_type": "spiral"}}, "'spiral' is not supported.*yarn"),
     ({"rope_scaling": "linear"}, "needs rope_scaling as an object.*'linear'"),
     ({"rope_parameters": [1]}, r"needs rope_parameters as an object.*\[1\]"),

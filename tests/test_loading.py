@@ -190,7 +190,7 @@ def test_a_full_disk_leaves_nothing(place: str, cache: Path, tmp_path: Path, mon
         error = safetensors.SafetensorError(f"I/O error: {full.strerror} (os error 28)")
         monkeypatch.setattr(safetensors.torch, "save_file", raising(error))
     elif place == "tokenizer":
-        monkeypatch.setattr(gguf_convert, "_write_tokenizer", raising(full))
+        monkeypatch.setattr(gguf_convert, "write_tokenizer", raising(full))
     else:
         monkeypatch.setattr("foretell.backbone.files._free_bytes", lambda folder: 10)
     with pytest.raises(ForetellError, match="not enough disk space in .*--cache-dir"):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -209,9 +209,12 @@ def load(
     folder = resolve(str(model), cache_dir=cache_dir, offline=offline, progress=progress)
     backbone = assemble(folder.path, dtype=dtype, device=device, threads=threads, kernel=kernel, cache_dir=cache_dir)
     backbone.costs = costs_file(backbone, cache_dir)
+    tokenizer = Tokenizer.from_folder(folder.path)
+    ends = dict.fromkeys((*backbone.config.eos_ids, *tokenizer.ends))
+    backbone.config = replace(backbone.config, eos_ids=tuple(ends))
     return LLM(
         backbone,
-        Tokenizer.from_folder(folder.path),
+        tokenizer,
         drafters.build(drafter, backbone, lookup=lookup, **options),
         folder,
     )

@@ -136,8 +136,10 @@ def model_config(source: Any, generation: Raw | None = None) -> ModelConfig:
             f"The config.json has {heads} attention heads, {kv_heads} key heads and head_dim {head_dim}, "
             "but heads must be a multiple of key heads and head_dim must be even."
         )
-    inv_freq, rope_scale = _rope(raw, head_dim)
-    eos = generation["eos_token_id"] if generation and "eos_token_id" in generation else raw["eos_token_id"]
+    settings = _rope_settings(raw)
+    inv_freq, rope_scale = _rope(raw, settings, head_dim)
+    eos = (generation or {}).get("eos_token_id")
+    eos = raw["eos_token_id"] if eos is None else eos
     return ModelConfig(
         family=family_name,
         hidden=hidden,
@@ -149,7 +151,7 @@ def model_config(source: Any, generation: Raw | None = None) -> ModelConfig:
         vocab=_size(raw, "vocab_size"),
         eps=float(raw["rms_norm_eps"]),
         tied=bool(raw["tie_word_embeddings"]),
-        max_positions=_size(raw, "max_position_embeddings"),
+        max_positions=_context(raw, settings),
         inv_freq=inv_freq,
         rope_scale=rope_scale,
         attention_bias=_switch(family.qkv_bias, raw["attention_bias"]),
@@ -193,35 +195,60 @@ def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _rope(raw: Raw, head_dim: int) -> tuple[tuple[float, ...], float]:
-    """(inverse frequencies, factor on cos and sin), scaling applied once and for all."""
-    # transformers 5 writes rope_parameters, with theta inside; older configs have rope_scaling and rope_theta
+def _rope_settings(raw: Raw) -> Raw:
+    """What config.json says of the rope; transformers 5 writes rope_parameters, older versions rope_scaling."""
     for key in ("rope_scaling", "rope_parameters"):
         if raw.get(key) and not isinstance(raw[key], Mapping):
             raise ForetellError(
                 f"The config.json needs {key} as an object such as {{}}, but it is {reprlib.repr(raw[key])}; "
                 "take it from the original checkpoint."
             )
-    settings = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    kind = settings.get("rope_type") or settings.get("type") or "default"
+    settings: Raw = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    return {**settings, "kind": settings.get("rope_type") or settings.get("type") or "default"}
+
+
+def _rope(raw: Raw, settings: Raw, head_dim: int) -> tuple[tuple[float, ...], float]:
+    """(inverse frequencies, factor on cos and sin), scaling applied once and for all."""
+    kind = settings["kind"]
     theta = float(settings.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
     part = settings.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
     if part != 1.0:
         raise ForetellError(f"A partial_rotary_factor {part} is not supported: every head dimension must rotate.")
     if not 0 < theta < math.inf:
         raise ForetellError(f"The rope_theta of config.json is {theta}; it must be a positive number.")
-    if kind in ("dynamic", "longrope"):
+    if kind == "dynamic":
+        raise ForetellError(
+            "Rope scaling 'dynamic' changes every frequency with the length of the text, so cached keys "
+            "could not stay exact; remove it from config.json to use the model's original context length."
+        )
+    if kind in ("longrope", "su") and settings.get("short_factor", 0) != settings.get("long_factor", 1):
         raise ForetellError(
             f"Rope scaling {kind!r} changes every frequency with the length of the text, so cached keys "
-            "could not stay exact; remove it from config.json to use the model's original context length."
+            "could not stay exact; use a model without it."
         )
     if kind == "default":
         # float32 tensor arithmetic, because that is how transformers rounds these
         inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim))
         return tuple(inv_freq.tolist()), 1.0
-    if kind not in ("linear", "llama3", "yarn"):
+    if kind not in ("linear", "llama3", "yarn", "longrope"):
         raise ForetellError(f"Rope scaling {kind!r} is not supported; the kinds are default, linear, llama3 and yarn.")
     return _scaled_rope(raw, kind)
+
+
+def _context(raw: Raw, settings: Raw) -> int:
+    """How many positions the model reads.
+
+    Model cards tell people to add YaRN and leave max_position_embeddings as it was, so what the scaling gives counts
+    if it is more. For llama3 the product means little (Llama 3.2: 8,192 times 32): it counts where nothing was raised.
+    """
+    declared, kind = _size(raw, "max_position_embeddings"), settings["kind"]
+    if kind not in ("linear", "llama3", "yarn"):
+        return declared
+    given = raw.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings")
+    original = int(given or declared)
+    if kind == "llama3" and declared > original:
+        return declared
+    return max(declared, int(original * float(settings.get("factor") or 1)))
 
 
 def _scaled_rope(raw: Raw, kind: str) -> tuple[tuple[float, ...], float]:

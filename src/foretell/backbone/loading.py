@@ -5,7 +5,7 @@ Five kinds of names, told apart without touching a network:
     smollm2-135m              the catalog: downloaded by pip, converted into the cache
     Qwen/Qwen3-0.6B[@rev]     the hub: a snapshot in the hub's own cache, used as it is once it is complete
     ./my-model                a folder with config.json, safetensors and a tokenizer
-    ./my-model.gguf           a GGUF file, converted into the cache
+    ./my-model.gguf           a GGUF file (of several, the first), converted into the cache
     BASE+ADAPTER              any of these with low-rank changes, added up into the cache (`adapters`)
 
 Everything after that (`read_config`, `read_weights`, `Tokenizer.from_folder`) reads plain files.
@@ -18,8 +18,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from foretell.backbone import adapters, catalog, gguf_convert
-from foretell.backbone.files import disk_full, is_disk_full, one_line
+from foretell.backbone import adapters, catalog, gguf_convert, store
+from foretell.backbone.files import disk_full, exists, is_disk_full, one_line
+from foretell.backbone.gguf_file import parts
 from foretell.backbone.store import (
     Progress,
     build_once,
@@ -107,18 +108,18 @@ def _from_catalog(entry: catalog.Entry, cache: Path, offline: bool, progress: Pr
 
 
 def _from_gguf(path: Path, cache: Path, progress: Progress) -> Path:
-    try:
-        about = path.stat()
-    except OSError:
-        raise UsageError(f"There is no GGUF file {path}; check the path.") from None
+    if not exists(path):
+        raise UsageError(f"There is no GGUF file {path}; check the path.")
+    about = [part.stat() for part in parts(path) if exists(part)]
     # size and time instead of a digest: hashing tens of gigabytes would cost more than loading them
-    target = _target(cache, path.stem, f"{path.resolve()} {about.st_size} {about.st_mtime_ns}")
+    changed = " ".join(f"{each.st_size} {each.st_mtime_ns}" for each in about)
+    target = _target(cache, path.stem, f"{path.resolve()} {changed}")
 
     def make(folder: Path) -> None:
         gguf_convert.convert(path, folder, progress)
         write_manifest(folder, str(path.resolve()), "gguf", None)
 
-    return build_once(target, make, about.st_size, progress)  # at least; unpacked it is larger
+    return build_once(target, make, sum(each.st_size for each in about), progress)  # at least; unpacked it is larger
 
 
 def _with_adapter(base: ModelFolder, adapter: Path, name: str, cache: Path, progress: Progress) -> Path:
@@ -139,7 +140,7 @@ def _with_adapter(base: ModelFolder, adapter: Path, name: str, cache: Path, prog
 
 
 def _target(cache: Path, name: str, identity: str) -> Path:
-    key = hashlib.sha256(f"{identity} {gguf_convert.CONVERTER_VERSION}".encode()).hexdigest()[:12]
+    key = hashlib.sha256(f"{identity} {store.CONVERTER_VERSION}".encode()).hexdigest()[:12]
     return cache / "models" / f"{name}-{key}"
 
 

@@ -19,6 +19,7 @@ from foretell.errors import ForetellError
 
 Progress = Callable[[str, float], None]  # (what is being done, how much of it: 0 to 1)
 MANIFEST = "foretell.json"
+CONVERTER_VERSION = 2  # part of the cache key: raise it when what a conversion writes changes
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any one of them makes a tokenizer
 
 
@@ -71,7 +72,7 @@ def build_once(target: Path, make: Callable[[Path], None], needed_bytes: int, pr
 
 def write_manifest(folder: Path, name: str, source: str, licence: str | None) -> None:
     """Says in the folder itself what it is, for `cached_models`."""
-    manifest = {"name": name, "source": source, "licence": licence}
+    manifest = {"name": name, "source": source, "licence": licence, "converter": CONVERTER_VERSION}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
@@ -117,6 +118,8 @@ def _converted(cache: Path) -> Iterator[CachedModel]:
             manifest = read_json(manifest_file)
         except ForetellError:
             continue  # a listing does not fail over one broken folder; loading it does, and says why
+        if manifest.get("converter", 1) != CONVERTER_VERSION:
+            continue  # it is converted anew when it is next loaded
         folder = manifest_file.parent
         name, source = str(manifest.get("name", folder.name)), str(manifest.get("source", "gguf"))
         yield CachedModel(name, folder, _folder_bytes(folder), manifest.get("licence"), source)

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     import tokenizers
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
+ENDS = frozenset(
+    ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<EOT>", "[EOT]", "<end_of_utterance>")
+) | {"<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>"}  # fmt: skip
+"""Marks that end a turn or a text wherever they are special; checkpoints often declare only one of those they use."""
 
 
 class Tokenizer:
@@ -68,6 +72,28 @@ class Tokenizer:
     def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation, ready for the model to answer."""
         return self.encode(self.render_chat(messages, add_generation_prompt))
+
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """The ids that end an answer, as far as the vocabulary, its settings and the chat template tell."""
+        added = self._backend.get_added_tokens_decoder().items()
+        special = {token.content: index for index, token in added if token.special}
+        known = [index for text, index in special.items() if text in ENDS]
+        declared = self._backend.token_to_id(self._marks.get("eos_token", ""))
+        rest = self._after_answer()
+        turn = max((text for text in special if rest.startswith(text)), key=len, default=None)
+        found = [declared, None if turn is None else special[turn], *known]
+        return tuple(dict.fromkeys(index for index in found if index is not None))
+
+    def _after_answer(self) -> str:
+        """What the chat template writes after an answer; empty where it cannot tell."""
+        answer = "~ the answer ~"
+        turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
+        try:
+            _, found, after = self.render_chat(turns, add_generation_prompt=False).rpartition(answer)
+        except ForetellError:  # no template, or one that will not have these messages: nothing to learn from it
+            return ""
+        return after.lstrip() if found else ""
 
     @property
     def has_chat_template(self) -> bool:

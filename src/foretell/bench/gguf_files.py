@@ -8,6 +8,7 @@ from typing import Any
 from foretell.backbone import ModelFolder
 from foretell.backbone.catalog import CATALOG, fetch
 from foretell.backbone.files import written_whole
+from foretell.backbone.gguf_file import open_gguf
 from foretell.backbone.store import cache_folder
 from foretell.errors import ForetellError
 
@@ -46,22 +47,22 @@ def _source(folder: ModelFolder, kept: Path) -> Path:
 
 def _convert(source: Path, target: Path, kind: str) -> None:
     """Every quantized tensor unpacked and packed again as `kind`; the others, and all metadata, as they are."""
-    from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter, LlamaFileType, quants
+    from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 
     types: dict[str, tuple[Any, Any]] = {
         "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
         "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     }
     wanted, file_type = types[kind]
-    reader = GGUFReader(source)
-    writer = GGUFWriter(target, str(reader.fields["general.architecture"].contents()))
-    for name, field in reader.fields.items():
-        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+    file = open_gguf(source)
+    writer = GGUFWriter(target, str(file.get("general.architecture")))
+    for name, field in file.readers[0].fields.items():
+        if name.startswith(("GGUF.", "split.")) or name in ("general.architecture", "general.file_type"):
             continue
         sub_type = field.types[1] if len(field.types) > 1 else None
         writer.add_key_value(name, field.contents(), field.types[0], sub_type)
     writer.add_file_type(file_type)
-    for tensor in reader.tensors:
+    for tensor in file.tensors:
         values = tensor.data
         if tensor.tensor_type in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
             writer.add_tensor(tensor.name, values, raw_dtype=tensor.tensor_type)
