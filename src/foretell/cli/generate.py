@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foretell.cli.options import Loading, Sampling
+from foretell.cli.paying import note_held_back
 from foretell.cli.terminal import answer_progress, note
 from foretell.errors import ForetellError, UsageError
 
@@ -82,6 +83,7 @@ def generate(
             f"{sums.new_tokens} tokens in {seconds:.2f} s, prompts included: {sums.new_tokens / seconds:.1f} "
             f"tokens/s, {sums.acceptance_length:.2f} tokens per step"
         )
+        note_held_back(sums, llm.backbone)
     if failed:
         raise ForetellError(f"{len(failed)} of {len(asked)} conversations could not be answered to their end.")
 
