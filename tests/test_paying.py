@@ -1,7 +1,6 @@
 """Where speculation does not pay: drafters guess nothing, lookup what it is sure of, and the command line says so."""
 
 import re
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,16 @@ from tiny_models import DIMENSIONS
 from foretell import drafters
 from foretell.backbone import Backbone, costs
 from foretell.backbone.costs import StepCosts
+from foretell.cli.demo import _Side
 from foretell.cli.paying import held_back, verdict
-from foretell.contracts import Draft, Drafter, Row, SamplingParams, Statistics
+from foretell.contracts import Drafter, SamplingParams, Statistics
 from foretell.drafters.hydra import Hydra, HydraPlus
 from foretell.drafters.kangaroo import Kangaroo
 from foretell.drafters.layerskip import LayerSkip
 from foretell.drafters.medusa import Medusa
 from foretell.drafters.prompt_lookup import PromptLookup, WithLookup, most_paying, prices_of
-from foretell.trees import TokenTree, chain
+from foretell.engine.governor import Governor
+from foretell.trees import chain
 
 PATHS = [[0], [1], [0, 0]]
 
@@ -168,7 +169,7 @@ def test_what_was_held_back_is_said_with_the_remedy(backbone: Backbone) -> None:
         (1.3, Statistics(steps=9, drafted=9), ""),
         (0.999, Statistics(steps=9, drafted=9), ""),  # it shows as 1.00
         (1.3, Statistics(steps=9, drafted=9, suspended_steps=4), "held back in 4 of 9 steps"),
-        (0.9, Statistics(steps=9, drafted=9, suspended_steps=4), "0.90 times .* went back to plain steps in 4 of 9 st"),
+        (0.9, Statistics(steps=9, drafted=9, suspended_steps=4), "0.90 times .* taken instead in 4 of 9 steps"),
         (0.9, Statistics(steps=9, drafted=9), "0.90 times .* too short, or the loss too small"),
         (0.9, Statistics(steps=9), "0.90 times .* nothing was guessed"),
     ],
@@ -180,26 +181,25 @@ def test_a_loss_is_always_said(backbone: Backbone, speed: float, sums: Statistic
     assert "\n" not in found
 
 
-class Sleepy(Drafter):
-    """Guesses wrongly, and takes its time."""
-
-    def draft(self, rows: Sequence[Row]) -> Draft:
-        time.sleep(0.03)
-        return Draft([TokenTree((-1, 0))] * len(rows), [[row.tokens[-1], 0] for row in rows])
-
-
 def test_the_command_line_says_that_it_does_not_pay(
     foretell: Foretell, tiny: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drafters, "DRAFTERS", dict(drafters.DRAFTERS))
-    drafters.register("sleepy", Sleepy, "loses")
-    options = ("-m", tiny, "-n", "30", "--dtype", "fp32", "-d", "sleepy")
-    ran = foretell("demo", "hello", *options)
-    assert ran.code == 0
-    assert re.search(r"Speculation does not pay for this answer on this machine \(0\.\d\d times", ran.out)
-    assert re.search(r"went back to plain steps in \d+ of 30 steps; `foretell tune`", ran.out)
+    options = ("-m", tiny, "-n", "9", "--dtype", "fp32", "-d", "prompt_lookup")
+    assert "held back" not in foretell("generate", "hello", "--stats", *options, "--no-adapt").err
+
+    def stop(governor: Governor, rows: int, context: int) -> bool:
+        governor.suspended = True
+        return False
+
+    monkeypatch.setattr(Governor, "speculate", stop)
     for arguments in (("generate", "hello", "--stats"), ("chat",)):
         said = foretell(*arguments, *options, "--ignore-eos", stdin=b"hello\n/stats\n").err.splitlines()
-        assert re.match(r"Speculation was held back in \d+ of 30 steps", said[-1])
-    quick = foretell("generate", "hello", "--stats", "-m", tiny, "-n", "30", "--dtype", "fp32")
-    assert "held back" not in quick.err
+        assert said[-1].startswith("Speculation was held back in 9 of 9 steps")
+    for speed, sentence in (
+        (0.5, r"does not pay for this answer on this machine \(0\.50 times .*taken instead in 9 of 9 steps.*\.\n$"),
+        (1.5, r"was held back in 9 of 9 steps.*\.\n$"),
+    ):
+        monkeypatch.setattr(_Side, "rate", property(lambda side, s=speed: 1.0 if side.name == "plain" else s))
+        ran = foretell("demo", "hello", *options)
+        assert ran.code == 0
+        assert re.search(sentence, ran.out)

@@ -144,15 +144,15 @@ def step_costs(backbone: Backbone) -> StepCosts | None:
     path = backbone.costs
     if path is None:
         return None
-    found = StepCosts.load(path) or _unsaved.get(path)
+    found = StepCosts.load(path) or _readings.get(path)
     if found is None:
-        found = _unsaved[path] = first_reading(backbone)
+        found = _readings[path] = first_reading(backbone)
         with suppress(ForetellError):  # where nothing may be written, the next process reads again
             found.save(path)
     return found
 
 
-_unsaved: dict[Path, StepCosts] = {}
+_readings: dict[Path, StepCosts] = {}
 """The readings of this process."""
 
 

@@ -34,11 +34,11 @@ def verdict(speed: float, sums: Statistics, backbone: Backbone) -> str:
         return held_back(sums, backbone)
     slower = f"Speculation does not pay for this answer on this machine ({speed:.2f} times plain decoding's speed): "
     if sums.suspended_steps:
-        done = f"the engine went back to plain steps in {_steps(sums)}"
+        done = f"plain steps were taken instead in {_steps(sums)}"
     elif not sums.drafted:
         return slower + "nothing was guessed, so that both ways took plain steps."
     else:
-        done = "the answer is too short, or the loss too small, for the engine to have gone back to plain steps"
+        done = "the answer is too short, or the loss too small, for plain steps to have been taken instead"
     return f"{slower}{done}{_remedy(backbone)}."
 
 
