@@ -6,6 +6,7 @@ FORETELL_CACHE names, or the default one. `pytest -m "not real"` runs without a 
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,24 @@ pytest.register_assert_rewrite("decoding", "random_backbones", "toy_drafters")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "real: needs the demo model, fetched on first use")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def readings_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A first reading of costs says little of a machine that runs tests: it is not kept where the user's would be."""
+    from foretell import api
+    from foretell.backbone.costs import costs_file
+    from foretell.backbone.store import cache_folder
+
+    users, kept = cache_folder(None), tmp_path_factory.mktemp("readings")
+
+    def elsewhere(backbone: Any, cache_dir: Any = None) -> Path:
+        path = costs_file(backbone, cache_dir)
+        return kept / path.name if path.is_relative_to(users) else path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "costs_file", elsewhere)
+        yield
 
 
 @pytest.fixture(scope="session")

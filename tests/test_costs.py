@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tiny_models import DIMENSIONS
 import foretell as package
 from foretell import drafters
 from foretell.backbone import Backbone, costs
-from foretell.backbone.costs import CONTEXTS, NODES, StepCosts, costs_file, measure
+from foretell.backbone.costs import CONTEXTS, NODES, StepCosts, costs_file, first_reading, measure, step_costs
 from foretell.contracts import Draft, SamplingParams
 from foretell.drafters import checkpoint
 from foretell.drafters.checkpoint import Checkpoint
@@ -51,13 +52,20 @@ def tiny_backbone(dtype: torch.dtype = FP32, **changes: Any) -> Backbone:
     [
         (1, 128, 1, 10.0), (1, 128, 4, 13.0), (1, 128, 16, 21.0),  # as measured
         (1, 128, 2, 11.0), (1, 128, 3, 12.0), (1, 128, 6, 13.0), (1, 128, 12, 17.0), (1, 128, 15, 20.0),  # between
-        (1, 128, 64, 21.0),  # beyond: the last that was measured
+        (1, 128, 24, 29.0), (1, 128, 64, 69.0),  # beyond: as between the last two
         (1, 1, 1, 10.0), (1, 319, 1, 10.0), (1, 321, 1, 20.0), (1, 9999, 1, 20.0),  # the nearest context
-        (2, 128, 1, 10.0), (3, 128, 1, 15.0), (99, 512, 2, 4 / 3),  # the nearest batch
+        (2, 128, 1, 10.0), (3, 128, 1, 15.0),  # the nearest batch
+        (8, 512, 1, 4 / 3), (16, 128, 4, 180.0),  # beyond the largest: as many nodes in all
     ],
 )  # fmt: skip
 def test_seconds_between_measured_sizes(rows: int, context: int, nodes: int, seconds: float) -> None:
     assert StepCosts(TABLE).of(rows, context, nodes) == pytest.approx(seconds)
+
+
+def test_nodes_beyond_what_was_measured_are_never_cheaper() -> None:
+    falling = StepCosts({1: {128: {8: 4.0, 16: 3.0}}})
+    assert falling.of(1, 128, 64) == 3.0
+    assert StepCosts({1: {128: {1: 4.0}}}).of(1, 128, 64) == 4.0  # where nothing says more
 
 
 times = st.floats(1e-4, 1.0)
@@ -69,10 +77,12 @@ tables = st.dictionaries(
 
 
 @examples(50)
-@given(tables, st.integers(1, 10), st.integers(0, 3000), st.integers(1, 80))
+@given(tables, st.integers(1, 10), st.integers(0, 3000), st.integers(1, 64))
 def test_interpolation_stays_between_its_neighbours(
     table: dict[int, dict[int, dict[int, float]]], rows: int, context: int, nodes: int
 ) -> None:
+    rows = min(rows, max(table))
+    nodes = min(nodes, min(max(sizes) for x in table.values() for sizes in x.values()))
     found = StepCosts(table).of(rows, context, nodes)
     nearest = min(abs(r - rows) for r in table)
     at = [table[r] for r in table if abs(r - rows) == nearest]
@@ -96,16 +106,22 @@ def test_the_best_size_is_that_of_most_tokens_per_second(
 ) -> None:
     step = StepCosts(table)
     best = step.best_size(rows, context, earned)
-    rate = earned[best] / step.of(rows, context, best)
-    for nodes, tokens in earned.items():
-        assert tokens / step.of(rows, context, nodes) <= rate
+    rate = (earned | {1: 1.0})[best] / step.of(rows, context, best)
+    assert rate >= 1 / step.of(rows, context, 1)
+    largest = max(nodes for x in table.values() for sizes in x.values() for nodes in sizes)
+    known = [nodes for nodes in earned if nodes <= largest]
+    assert best == 1 or best in (known or earned)  # what was not measured is not trusted
+    for nodes in known or earned:
+        assert earned[nodes] / step.of(rows, context, nodes) <= rate
 
 
 def test_dearer_nodes_make_smaller_trees() -> None:
     earned = {4: 1.6, 8: 1.8, 16: 2.2}
     step = StepCosts(TABLE)
-    assert [step.best_size(rows, context, earned) for rows in TABLE for context in TABLE[rows]] == [8, 4, 4, 4]
+    assert [step.best_size(rows, context, earned) for rows in TABLE for context in TABLE[rows]] == [8, 4, 1, 1]
     assert step.best_size(1, 128, {4: 1.6, 8: 1.8, 16: 9.0}) == 16
+    assert step.best_size(1, 128, {4: 1.3}) == 1  # a plain step earns as much
+    assert step.best_size(1, 128, {4: 1.6}, drafting=4.0) == 1
 
 
 def test_what_is_saved_is_loaded(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -129,9 +145,9 @@ def test_what_was_never_measured_is_none(tmp_path: Path) -> None:
 def test_drafting_that_takes_long_makes_larger_trees_and_another_drafter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    earned = {4: 1.6, 16: 2.4}
+    earned = {4: 1.8, 16: 2.8}
     slow = StepCosts(TABLE, {"hydra": 20.0})
-    assert [slow.best_size(1, 128, earned, drafting) for drafting in (0.0, 20.0)] == [4, 16]
+    assert [slow.best_size(1, 128, earned, drafting) for drafting in (0.0, 5.0, 20.0)] == [4, 16, 1]
     assert slow.rate(1, 128, 16, 2.4, 20.0) == pytest.approx(2.4 / 41)
     assert slow.over(StepCosts({9: TABLE[1]}, {"hydra": 1.0, "medusa": 2.0})) == StepCosts(
         {9: TABLE[1], **TABLE}, {"hydra": 20.0, "medusa": 2.0}
@@ -140,6 +156,8 @@ def test_drafting_that_takes_long_makes_larger_trees_and_another_drafter(
     backbone.costs = tmp_path / "costs.json"
     monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path / "trained")
     assert drafters.recommended(backbone) == "prompt_lookup"
+    assert not backbone.costs.exists()  # nothing to choose from, nothing to measure
+    monkeypatch.setattr(costs, "_step_seconds", lambda *_: 1.0)
     for method, tokens in (("medusa", 2.0), ("hydra", 2.4), ("kangaroo", 2.5)):
         config = {"fingerprint": "tiny", "method": method, "tokens_per_step": {"8": tokens}}
         (tmp_path / "trained" / method).mkdir(parents=True)
@@ -248,6 +266,122 @@ def test_costs_belong_to_a_model_a_type_a_machine_and_its_threads(
     assert len(set(found)) == len(found) == 7
 
 
+# --- a first reading ----------------------------------------------------------------------------------------
+
+
+def machine_of(
+    monkeypatch: pytest.MonkeyPatch, relative: tuple[float, ...], plain: float = 0.01, backbone: Backbone | None = None
+) -> Backbone:
+    """A backbone on a machine where steps of 1, 4, 8 and 16 nodes take so many times `plain` seconds."""
+    seconds = dict(zip((1, 4, 8, 16), (plain * each for each in relative), strict=True))
+    monkeypatch.setattr(costs, "_step_seconds", lambda b, cache, size, rows, context: seconds[size])
+    monkeypatch.setattr(costs, "_readings", {})
+    backbone = backbone or tiny_backbone()
+    backbone.costs = costs_file(backbone)
+    return backbone
+
+
+def test_a_first_reading_takes_turns_and_its_medians_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, step = list[int](), costs._step_seconds
+    clock = iter([9.0, *(0.001 * (turn + size) for turn in (0, 100, 5, 2, 1) for size in (1, 16, 4, 8))])
+
+    def spy(backbone: Backbone, cache: Any, size: int, rows: int, context: int) -> float:
+        seen.append(size)
+        assert (rows, context) == (1, 256)
+        assert step(backbone, cache, size, rows, context) > 0
+        return next(clock)
+
+    monkeypatch.setattr(costs, "FIRST_SECONDS", 99.0)
+    monkeypatch.setattr(costs, "_step_seconds", spy)
+    found = first_reading(tiny_backbone(max_position_embeddings=512))
+    assert seen == [1] + [1, 16, 4, 8] * 5
+    assert found.first
+    assert {n: round(s, 4) for n, s in found.seconds[1][256].items()} == {1: 0.003, 4: 0.006, 8: 0.01, 16: 0.018}
+
+
+@pytest.mark.parametrize(
+    ("plain", "timed", "between"),
+    [
+        (0.001, {1: 5, 4: 5, 8: 5, 16: 5}, 1.8),
+        (0.03, {1: 3, 4: 2, 8: 2, 16: 3}, 1.8),  # the demo model without wide registers: 1 s would be too long
+        (0.5, {1: 1, 16: 1}, 1.64),  # billions of weights: two sizes, and what lies between
+        (5.0, {1: 1, 16: 1}, 1.64),
+    ],
+)
+def test_a_first_reading_keeps_to_its_time(
+    plain: float, timed: dict[int, int], between: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relative, seen = {1: 1.0, 4: 1.8, 8: 2.9, 16: 4.2}, list[int]()
+    monkeypatch.setattr(costs, "_step_seconds", lambda b, c, size, *_: seen.append(size) or plain * relative[size])
+    found = first_reading(tiny_backbone())
+    assert seen.pop(0) == 1  # warms up
+    assert {size: seen.count(size) for size in sorted(set(seen))} == timed
+    assert list(found.seconds[1][1]) == list(timed)
+    assert found.of(1, 1, 4) == pytest.approx(plain * between)
+
+
+def test_a_reading_is_taken_once_and_kept_until_tune_replaces_it(
+    cache: Path, tiny: str, foretell: Foretell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = package.load(tiny, dtype="fp32", threads=1).backbone
+    assert backbone.costs is not None
+    for relative in ((1, 2, 3, 4), (1, 1, 1, 1)):  # another process would read other costs, if it did
+        with monkeypatch.context() as context:
+            first = step_costs(machine_of(context, relative, backbone=backbone))
+        assert first == StepCosts({1: {256: {1: 0.01, 4: 0.02, 8: 0.03, 16: 0.04}}}, first=True)
+        assert first == StepCosts.load(backbone.costs)
+    assert foretell("tune", "--quick", "-m", tiny, "--dtype", "fp32", "--threads", "1").code == 0
+    tuned = step_costs(backbone)
+    assert tuned is not None
+    assert not tuned.first
+    assert {rows: list(x) for rows, x in tuned.seconds.items()} == {1: [128]}
+
+
+def test_where_nothing_can_be_kept_a_process_reads_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, taken = machine_of(monkeypatch, (1, 2, 3, 4)), list[int]()
+    (tmp_path / "file").touch()
+    backbone.costs = tmp_path / "file" / "costs.json"
+    monkeypatch.setattr(costs, "first_reading", lambda b: taken.append(1) or StepCosts(TABLE, first=True))
+    for _ in range(3):
+        assert tree_size(backbone, 0, EARNED, "medusa", 0.0, 64)(1, 128) == 8
+    assert taken == [1]
+
+
+def test_a_reading_is_taken_only_where_a_tree_is_chosen_by_it(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = tiny_backbone(num_hidden_layers=3)
+    backbone.costs = costs_file(backbone)
+    heads, taken = str(untrained(backbone, tmp_path / "heads")), list[int]()
+    monkeypatch.setattr(costs, "_readings", {})
+    monkeypatch.setattr(costs, "first_reading", lambda b: taken.append(1) or StepCosts(TABLE, first=True))
+    for name, options in (
+        ("plain", {}), ("prompt_lookup", {"nodes": 8}), ("medusa", {"checkpoint": heads, "nodes": 5}),
+        ("medusa", {"checkpoint": heads, "nodes": 5, "lookup": True}), ("layerskip", {"chain": True}), ("del", {}),
+    ):  # fmt: skip
+        drafters.build(name, backbone, **options)
+        assert not taken, name
+    drafters.build("prompt_lookup", backbone)
+    drafters.build("medusa", backbone, checkpoint=heads, lookup=True)
+    assert taken == [1]
+
+
+def test_processes_that_read_at_once_leave_one_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, replace = tmp_path / "costs.json", Path.replace
+
+    def second(partial: Path, target: Path) -> Path:
+        """What another process writes between our writing and our renaming."""
+        monkeypatch.setattr(Path, "replace", replace)
+        StepCosts(TABLE).save(path)
+        assert StepCosts.load(path) == StepCosts(TABLE)
+        return partial.replace(target)
+
+    monkeypatch.setattr(Path, "replace", second)
+    StepCosts(TABLE, first=True).save(path)
+    assert StepCosts.load(path) == StepCosts(TABLE, first=True)
+    assert [each.name for each in tmp_path.iterdir()] == ["costs.json"]
+
+
 # --- the tree that follows ----------------------------------------------------------------------------------
 
 EARNED = {4: 1.6, 8: 1.8, 16: 2.2}
@@ -255,24 +389,43 @@ EARNED = {4: 1.6, 8: 1.8, 16: 2.2}
 
 def test_a_drafter_takes_the_size_that_pays_most(cache: Path) -> None:
     backbone = tiny_backbone()
-    assert tree_size(backbone, 0, EARNED, "medusa", 64)(1, 128) == DEFAULT_NODES  # nothing was measured yet
-    step = StepCosts(TABLE)
+    assert tree_size(backbone, 0, EARNED, "medusa", 0.15, 64)(1, 128) == DEFAULT_NODES  # costs cannot be known
+    step = StepCosts(TABLE, {"medusa": 0.0})
     backbone.costs = costs_file(backbone)
     step.save(backbone.costs)
-    size = tree_size(backbone, 0, EARNED, "medusa", 64)
+    size = tree_size(backbone, 0, EARNED, "medusa", 0.15, 64)
     for rows in range(1, 7):
         for context in range(0, 640, 64):
             assert size(rows, context) == step.best_size(rows, context, EARNED)
             assert size(rows, context + 63) == size(rows, context)  # asked anew at each block of 64 only
-    assert {size(rows, context) for rows in (1, 4) for context in (128, 512)} == {4, 8}
-    assert tree_size(backbone, 0, {}, "medusa", 64)(1, 128) == DEFAULT_NODES
-    assert tree_size(backbone, 24, EARNED, "medusa", 64)(1, 128) == 24  # who says how many gets as many
+    assert {size(rows, context) for rows in (1, 4) for context in (128, 512)} == {1, 4, 8}
+    assert tree_size(backbone, 0, {16: 2.2}, "hydra", 0.0, 64)(1, 128) == 16
+    assert tree_size(backbone, 0, {16: 2.2}, "hydra", 0.5, 64)(1, 128) == 1  # five seconds more
+    assert tree_size(backbone, 24, EARNED, "medusa", 0.15, 64)(1, 128) == 24  # who says how many gets as many
+
+
+@pytest.mark.parametrize(
+    ("relative", "known", "unknown"),
+    [
+        ((1.0, 1.1, 1.2, 1.3), 16, 16),  # tiles: nodes are nearly free
+        ((1.0, 1.8, 2.9, 4.2), 4, 4),
+        ((1.0, 3.0, 5.0, 8.0), 1, 4),  # nothing pays; what nobody has measured gets its try
+    ],
+)
+def test_trees_follow_what_steps_cost(
+    cache: Path, relative: tuple[float, ...], known: int, unknown: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = machine_of(monkeypatch, relative)
+    earned = {4: 2.25, 8: 2.67, 16: 2.99, 64: 9.9}  # Hydra++'s, and one size that a first reading does not know
+    assert tree_size(backbone, 0, earned, "hydra++", 0.15, 64)(1, 128) == known
+    assert tree_size(backbone, 0, {}, "layerskip", 0.5, 64)(1, 128) == unknown
+    assert tree_size(backbone, 0, {}, "medusa", 0.15, 3)(1, 128) == 3  # its trees have no more
 
 
 @pytest.mark.parametrize("nodes", [-1, 1, 65])
 def test_sizes_that_no_tree_has(cache: Path, nodes: int) -> None:
     with pytest.raises(UsageError, match=f"Its trees have 2 to 64 nodes, not {nodes}"):
-        tree_size(tiny_backbone(), nodes, EARNED, "medusa", 64)
+        tree_size(tiny_backbone(), nodes, EARNED, "medusa", 0.15, 64)
 
 
 def untrained(backbone: Backbone, folder: Path) -> Path:
@@ -295,7 +448,7 @@ def test_medusa_drafts_that_tree(
     backbone.costs = costs_file(backbone)
     StepCosts(TABLE).save(backbone.costs)
     drafter = Medusa.build(backbone, checkpoint=str(untrained(backbone, tmp_path / "heads")), **options)
-    expected = nodes or StepCosts(TABLE).best_size(1, 128, EARNED)
+    expected = nodes or StepCosts(TABLE).best_size(1, 128, EARNED, 1.5)  # Medusa's usual share of a plain step
     assert drafter.size(1, 130) == expected
     drafted, draft = set[int](), drafter.draft
 
@@ -329,7 +482,7 @@ def test_tune_measures_prints_and_keeps(foretell: Foretell, tiny: str, cache: Pa
     relative = [f"{seconds[n] / seconds[1]:.2f}" for n in NODES[1:]]
     assert row.split() == ["1", "128", f"{seconds[1] * 1e3:.1f}", *relative]
     drafter = Medusa.build(backbone, checkpoint=str(untrained(backbone, tmp_path / "heads")))
-    assert drafter.size(1, 100) == kept.best_size(1, 64, EARNED)
+    assert drafter.size(1, 100) == kept.best_size(1, 64, EARNED, 0.15 * kept.of(1, 64, 1))
 
 
 def test_a_quick_look_keeps_what_is_known_of_other_batches(
@@ -352,12 +505,36 @@ def test_tune_says_which_tree_a_drafter_will_take(foretell: Foretell, tiny: str,
     assert ran.code == 0
     kept = StepCosts.load(costs_file(backbone))
     assert kept is not None
-    best = kept.best_size(1, 128, EARNED, kept.drafting["medusa"])
     assert kept.drafting.keys() == {"medusa"}
-    gain = EARNED[best] * kept.of(1, 128, 1) / (kept.of(1, 128, best) + kept.drafting["medusa"])
+    assert kept.drafting["medusa"] > 0  # it drafted, though it may not pay
     head, row = ran.out.splitlines()
     assert head.split()[-2:] == ["tree", "gain"]
-    assert row.split()[-2:] == [str(best), f"{gain:.2f}"]
+    best = kept.best_size(1, 128, EARNED, kept.drafting["medusa"])
+    assert row.split()[-2] == str(best)
+    assert ("no tree pays there" in ran.err) == (best == 1)
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(9.0, 16), (1.01, 1)])
+def test_tune_says_where_no_tree_pays(
+    foretell: Foretell,
+    tiny: str,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tokens: float,
+    size: int,
+) -> None:
+    monkeypatch.setattr(costs, "_step_seconds", lambda b, c, size, *_: 0.01 * (1 + size / 16))
+    monkeypatch.setattr(sys.modules[__name__], "EARNED", {16: tokens})
+    heads = untrained(package.load(tiny, dtype="fp32", threads=1).backbone, tmp_path / "heads")
+    ran = foretell(
+        "tune", "--quick", "-m", tiny, "--dtype", "fp32", "--threads", "1", "-d", "medusa", "-o", f"checkpoint={heads}"
+    )
+    kept = StepCosts.load(next((cache / "costs").iterdir()))
+    assert kept is not None
+    gain = tokens * 0.010625 / (0.02 + kept.drafting["medusa"]) if size > 1 else 1
+    assert ran.out.splitlines()[1].split()[-2:] == [str(size), f"{gain:.2f}"]
+    assert ("tree 1: no tree pays there" in ran.err) == (size == 1)
 
 
 def test_tune_needs_no_chat_template(foretell: Foretell, tiny: str, cache: Path, tmp_path: Path) -> None:

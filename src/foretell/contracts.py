@@ -164,12 +164,14 @@ class Draft:
         probabilities: per row how probable each node is given its parent (1 for the root), or None where that is
             not known. Verification never needs them; trees that are merged or cut keep the most probable guesses.
         resume: given when the drafter has already run lower layers over some of the nodes.
+        held: whether the drafter guessed nothing because no tree pays at what steps cost here.
     """
 
     trees: list[TokenTree]
     tokens: list[list[int]]
     probabilities: list[list[float]] | None = None
     resume: Resume | None = None
+    held: bool = False
 
     def __post_init__(self) -> None:
         for tree, ids in zip(self.trees, self.tokens, strict=True):
@@ -295,7 +297,8 @@ class Statistics:
 
     Attributes:
         steps: verification passes that emitted tokens for it; plain_steps: those that carried no guess for it;
-            suspended_steps: those of them in which speculation was held back because it measurably loses here.
+            suspended_steps: those of them in which speculation was held back because it loses here, as the engine
+            measured while decoding or the drafter knew beforehand.
         seed: what fixed the draws of sampling.
         exact: whether the output is plain decoding's, token for token: drafter and rule are lossless, and a probe
             found this machine's arithmetic canonical.

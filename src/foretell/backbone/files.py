@@ -7,6 +7,7 @@ and renamed. What is read and turns out broken is named in one sentence, with th
 import errno
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -37,9 +38,9 @@ def one_line(error: BaseException, limit: int = 200) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file whole or not at all; its folder is made."""
-    with written_whole(path) as partial:
+def write_json(path: Path, content: Any, shared: bool = False) -> None:
+    """Writes a JSON file whole or not at all; its folder is made. `shared`: as `written_whole` has it."""
+    with written_whole(path, shared=shared) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -52,9 +53,16 @@ def exists(path: Path) -> bool:
 
 
 @contextmanager
-def written_whole(path: Path, needed_bytes: int = 0, remedy: str = ANOTHER_FOLDER) -> Iterator[Path]:
-    """Yields the name to write to; the file takes its place when the block ends, and vanishes when it fails."""
-    partial = path.with_name(f".{path.name}.partial")
+def written_whole(
+    path: Path, needed_bytes: int = 0, remedy: str = ANOTHER_FOLDER, shared: bool = False
+) -> Iterator[Path]:
+    """Yields the name to write to; the file takes its place when the block ends, and vanishes when it fails.
+
+    Args:
+        shared: others may be writing the same file with no lock between us; the name is then like no other's.
+    """
+    own = f".{secrets.token_hex(4)}" if shared else ""
+    partial = path.with_name(f".{path.name}{own}.partial")
     with write_errors(path.parent, needed_bytes, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foretell.cli.options import Loading, Sampling
+from foretell.cli.paying import note_held_back
 from foretell.cli.terminal import interruptible, note
 from foretell.errors import ForetellError, UsageError
 
@@ -117,6 +118,7 @@ class Talk:
                     f"{sums.acceptance_length:.2f} tokens per step; in the cache already: "
                     f"{sums.reused_tokens} of {sums.prompt_tokens} prompt tokens"
                 )
+                note_held_back(sums, self.llm.backbone)
             case _:
                 note(f"There is no command {line.split()[0]}; /help lists them.")
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foretell.cli.options import Base, Loading, flag
+from foretell.cli.paying import verdict
 from foretell.cli.terminal import note
 from foretell.errors import UsageError
 
@@ -161,4 +162,7 @@ def _report(sides: list[_Side]) -> bool:
         f"Decoding only, {runs} each, measured now on {b.device} with {b.threads} threads, {b.kernels} kernels, "
         f"{str(b.dtype).removeprefix('torch.')}."
     )
+    drafted = sides[1]
+    if said := verdict(drafted.rate / plain.rate, drafted.runs[-1].statistics, b):
+        print(said)
     return same

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foretell.cli.options import Loading, Sampling
+from foretell.cli.paying import note_held_back
 from foretell.cli.terminal import answer_progress, note
 from foretell.errors import ForetellError, UsageError
 
@@ -83,6 +84,7 @@ def generate(
             f"tokens/s, {sums.acceptance_length:.2f} tokens per step"
             + (f"; seed {params.seed}" if params.temperature else "")
         )
+        note_held_back(sums, llm.backbone)
     if failed:
         raise ForetellError(f"{len(failed)} of {len(asked)} conversations could not be answered to their end.")
 

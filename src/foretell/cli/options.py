@@ -132,7 +132,7 @@ class Sampling:
     ignore_eos: bool = flag(False, "Go on past the model's end of text.")
     logprobs: int | None = flag(None, "With --json: log-probabilities, with so many rivals.")
     typical: str | None = flag(None, "Typical acceptance (lossy), as EPS,DELTA or 'default' (0.09,0.3).")
-    no_adapt: bool = flag(False, "Always speculate, even where plain steps measure faster.")
+    no_adapt: bool = flag(False, "Go on speculating where plain steps measure faster.")
 
     def params(self) -> SamplingParams:
         from foretell.contracts import SamplingParams

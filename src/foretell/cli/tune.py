@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from foretell.cli.options import Loading
+from foretell.cli.options import Loading, drafter_options
 from foretell.cli.terminal import job_progress, note
 from foretell.errors import ForetellError
 
@@ -27,7 +27,9 @@ def tune(
     quick: Annotated[bool, typer.Option("--quick", help="Batch 1 only, fewer repeats.")] = False,
 ) -> None:
     """Measure what steps and drafting cost here; drafters choose their trees by it from then on."""
+    from foretell import drafters
     from foretell.backbone.costs import REPEATS, ROWS, StepCosts, costs_file, measure
+    from foretell.drafters.checkpoint import shipped
 
     llm = loading.load()
     with job_progress("measuring steps, %", "", resumes=False) as progress:
@@ -41,24 +43,20 @@ def tune(
     older = None
     with suppress(ForetellError):  # a damaged table is mended
         older = StepCosts.load(path)
-    costs.over(older).save(path)  # before drafting, which reads it
-    earned = llm.drafter.tokens_per_step
-    costs.drafting = {name: _drafting(llm, drafter) for name, drafter in _trained(llm).items()}
+    costs.over(older).save(path)  # an interruption from here on loses no more than drafting
+    llm.backbone.costs = None  # drafters built now guess, whether that pays or not
+    earned, trained = llm.drafter.tokens_per_step, list(shipped(llm.backbone))
+    if earned or trained:
+        note("measuring drafting ...")
+    costs.drafting = {name: _drafting(llm, drafters.build(name, llm.backbone)) for name in trained}
     own = 0.0
     if earned:
-        own = _drafting(llm, llm.drafter)
+        options = drafter_options(loading.drafter, loading.option)
+        own = _drafting(llm, drafters.build(loading.drafter, llm.backbone, loading.lookup, **options))
         costs.drafting.setdefault(loading.drafter, own)  # what ships is meant where both are of one method
     costs.over(older).save(path)
     _table(costs, own, earned)
     note(f"Kept in {path}; -o nodes=N overrides it.")
-
-
-def _trained(llm: LLM) -> dict[str, Drafter]:
-    """The drafters that come with foretell for this model."""
-    from foretell import drafters
-    from foretell.drafters.checkpoint import shipped
-
-    return {name: drafters.build(name, llm.backbone) for name in shipped(llm.backbone)}
 
 
 def _drafting(llm: LLM, drafter: Drafter) -> float:
@@ -78,12 +76,15 @@ def _table(costs: StepCosts, drafting: float, earned: Mapping[int, float]) -> No
     sizes = list(next(iter(next(iter(costs.seconds.values())).values())))
     names = ["batch", "context", "ms", *map(str, sizes[1:]), *(["tree", "gain"] if earned else [])]
     table = Table(*names, box=None, padding=(0, 1, 0, 0))  # narrow enough that nothing is cut in a pipe
+    sizes_that_pay: list[int] = []
     for rows, contexts in costs.seconds.items():
         for context, seconds in contexts.items():
             cells = [f"{seconds[1] * 1e3:.1f}", *(f"{seconds[n] / seconds[1]:.2f}" for n in sizes[1:])]
             if earned:
                 best = costs.best_size(rows, context, earned, drafting)
-                cells += [str(best), f"{costs.rate(rows, context, best, earned[best], drafting) * seconds[1]:.2f}"]
+                gain = costs.rate(rows, context, best, earned[best], drafting) * seconds[1] if best > 1 else 1.0
+                cells += [str(best), f"{gain:.2f}"]
+                sizes_that_pay.append(best)
             table.add_row(str(rows), str(context), *cells)
     Console().print(table)
     note("ms: a step of one node; 4, 8, ...: a step of so many nodes, relative to it.")
@@ -92,3 +93,5 @@ def _table(costs: StepCosts, drafting: float, earned: Mapping[int, float]) -> No
             "tree: the nodes that pay most; gain: tokens per second with them, relative to one node; drafting, "
             f"{drafting * 1e3:.1f} ms a step, is counted as for one row."
         )
+        if 1 in sizes_that_pay:
+            note("tree 1: no tree pays there, so that the drafter guesses nothing and plain steps are taken.")

@@ -29,7 +29,7 @@ DRAFTERS: dict[str, tuple[str | type[Drafter], str]] = {
     "del": ("foretell.drafters.dynamic_exit:DEL", "leaves at whichever layer has lately paid best"),
 }
 
-USUAL = {8: 1.25, 16: 1.3}
+USUAL = {1: 1.0, 8: 1.25, 16: 1.3}
 """Nodes -> what a step of so many costs beside one of one node, on machines that were measured."""
 CONTEXT = 512
 """Tokens of the text for which the recommended drafter is chosen."""
@@ -74,35 +74,31 @@ def build(name: str, backbone: Backbone, lookup: bool = False, **options: Any) -
         raise UsageError(f"Drafter {name!r} has no such option: {error}.") from error
     if not lookup:
         return drafter
-    from foretell.drafters.prompt_lookup import with_lookup
+    from foretell.drafters.prompt_lookup import prices_of, with_lookup
 
-    return with_lookup(drafter)
+    sized = options.get("nodes") or options.get("tree")  # who says how large trees are has them so
+    return with_lookup(drafter, None if sized else prices_of(backbone))
 
 
 def recommended(backbone: Backbone) -> str:
     """The best drafter that needs nothing but foretell: one trained for this backbone, else prompt lookup.
 
-    Of several, the one of most tokens per second by what `foretell tune` measured here; where it did not, by what
-    drafting and a tree of the usual size cost elsewhere.
+    Of several, the one of most tokens per second by what steps cost here, or elsewhere where that cannot be known; and
+    by what drafting costs, as `foretell tune` measured, or usually where it has not measured all of them.
     """
-    from foretell.backbone.costs import StepCosts
+    from foretell.backbone.costs import StepCosts, step_costs
     from foretell.drafters.checkpoint import shipped, tokens_per_step
 
     mine = shipped(backbone)
     if not mine:
         return "prompt_lookup"
-    costs = StepCosts.load(backbone.costs) if backbone.costs else None
-    if costs is None or not costs.drafting.keys() >= mine.keys():
-        return max(mine, key=lambda method: _usual_rate(method, tokens_per_step(mine[method])))
+    costs = step_costs(backbone) or StepCosts({1: {CONTEXT: USUAL}})
+    drafting = {method: drafter_class(method).usual_cost * costs.of(1, CONTEXT, 1) for method in mine}
+    if costs.drafting.keys() >= mine.keys():
+        drafting = costs.drafting
 
     def rate(method: str) -> float:
-        earned, drafting = tokens_per_step(mine[method]), costs.drafting[method]
-        return max(costs.rate(1, CONTEXT, nodes, tokens, drafting) for nodes, tokens in earned.items())
+        rates = costs.rates(1, CONTEXT, tokens_per_step(mine[method]), drafting[method])
+        return max(rates.values(), default=0.0)
 
     return max(mine, key=rate)
-
-
-def _usual_rate(method: str, earned: dict[int, float]) -> float:
-    """Tokens in the time of a step of one node."""
-    usual = drafter_class(method).usual_cost
-    return max((earned[nodes] / (cost + usual) for nodes, cost in USUAL.items() if nodes in earned), default=0.0)

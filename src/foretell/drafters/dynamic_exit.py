@@ -32,7 +32,7 @@ from foretell.backbone import Backbone, KVCache
 from foretell.contracts import FINAL, Draft, Features, Row
 from foretell.drafters.exiting import OVERHEAD, Exiting, candidates
 from foretell.drafters.lower import MOST
-from foretell.drafters.parts import check_exit, tree_size
+from foretell.drafters.parts import DEFAULT_NODES, check_exit, tree_size
 from foretell.errors import check_numbers
 from foretell.trees.calibration import Floats
 
@@ -163,7 +163,7 @@ class DEL(Exiting):
             checkpoint: folder that `foretell train layerskip` wrote: its draft vocabulary and exits; by default those
                 that came with foretell for this backbone, else the whole vocabulary.
             stride: every so many layers are candidates; by default those that learnt to exit, else every tenth part.
-            nodes: size of trees; by default what `foretell tune` found best here, else 16.
+            nodes: size of trees; by default what pays most by what steps cost here.
             chain: draft chains, as in the paper; false grows trees.
             steps: how often the lower layers are run for a draft, at most.
             every: steps between two readings of the exits; 1 as in the paper.
@@ -176,7 +176,9 @@ class DEL(Exiting):
         ids_V, arch, earned = candidates(backbone, checkpoint, any_backbone)
         exits = arch.get("exits") if not stride else None
         exits = exits or list(range(stride or max(1, layers // 10), layers, stride or max(1, layers // 10)))
-        return cls(backbone, ids_V, exits, tree_size(backbone, nodes, earned, cls.method, MOST), chain, steps, every)
+        nodes = nodes or (DEFAULT_NODES if chain else 0)  # chains have their steps
+        size = tree_size(backbone, nodes, earned, cls.method, cls.usual_cost, MOST)
+        return cls(backbone, ids_V, exits, size, chain, steps, every)
 
     def bind(self, cache: KVCache) -> None:
         super().bind(cache)

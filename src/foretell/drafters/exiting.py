@@ -19,7 +19,7 @@ from foretell.backbone.linear import LowerDrafting
 from foretell.contracts import Draft, Drafter, Row
 from foretell.drafters.checkpoint import damage_named, find, shipped
 from foretell.drafters.lower import MOST, Lower, climbed
-from foretell.drafters.parts import check_exit
+from foretell.drafters.parts import check_exit, nothing
 from foretell.trees.calibration import Floats
 
 BEAM, WIDTH = 8, 10
@@ -35,7 +35,7 @@ class Exiting(Drafter):
 
     Args:
         ids_V: tokens to choose from, ascending; None for all.
-        size: (rows, context) -> nodes of a tree, root included.
+        size: (rows, context) -> nodes of a tree, root included; 1 drafts nothing.
         chain: drafts are chains, as published.
         steps: γ, tokens of a chain and levels of a tree at most.
     """
@@ -65,6 +65,8 @@ class Exiting(Drafter):
         count, how = self.steps, dict[str, Any](thresholds=thresholds)
         if not self.chain:
             count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), MOST) - 1
+            if not count:
+                return nothing(rows)
             least = 2 * (exit / self._backbone.config.layers + OVERHEAD)  # a step earns two tokens
             how = {"beam": BEAM, "least": least}
         if self._climber:

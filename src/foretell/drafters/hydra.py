@@ -37,6 +37,7 @@ from foretell.drafters.parts import (
     check_shapes,
     check_tree,
     draft_vocabulary,
+    nothing,
     read_scales,
     spread,
     tree_size,
@@ -63,7 +64,7 @@ class Hydra(Drafter):
     Args:
         arch, tensors: as `HydraHeads.checkpoint` gave them.
         paths: rank paths of static trees, prefixes first.
-        size: (rows, context) -> nodes of the tree to draft, root included.
+        size: (rows, context) -> nodes of the tree to draft, root included; 1 drafts nothing.
         earned: tree size -> tokens per step on held-out text.
         grown: best first, or static.
         scales: how far each head is believed.
@@ -130,7 +131,7 @@ class Hydra(Drafter):
 
         Args:
             checkpoint: folder of trained heads; by default those that came with foretell for this backbone.
-            nodes: tree size; by default what `foretell tune` found best here, else 16.
+            nodes: tree size; by default what pays most by what steps cost here.
             tree: a published tree by name, drafted as it is.
             grown: grow each step's tree anew from what the heads say; false takes the one found for the heads.
             any_backbone: accept heads of another model of the same sizes.
@@ -138,7 +139,7 @@ class Hydra(Drafter):
         found, tensors = find(cls.method, backbone, checkpoint, any_backbone)
         paths, grown = published(tree) if tree else found.paths, grown and not tree
         most = MOST if grown else min(MOST, len(paths) + 1)
-        size = tree_size(backbone, nodes or (most if tree else 0), found.earned, cls.method, most)
+        size = tree_size(backbone, nodes or (most if tree else 0), found.earned, cls.method, cls.usual_cost, most)
         with damage_named(checkpoint or f"The {cls.method} drafter that came with foretell"):
             if found.arch["prefix"] != cls.plus:
                 raise KeyError("prefix")
@@ -231,6 +232,8 @@ class Hydra(Drafter):
 
     def draft(self, rows: Sequence[Row]) -> Draft:
         count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), self.most_nodes) - 1
+        if not count:
+            return nothing(rows)
         if self.grown and self._grower:
             states = [self._states.get(row.slot) for row in rows]
             grown = self._grower.grow([row.tokens[-1] for row in rows], states, count, BEAM, LEAST)

@@ -36,10 +36,12 @@ from foretell.drafters.checkpoint import damage_named, find
 from foretell.drafters.learning import DecoderLayer, GuessingHeads, TrainingBatch
 from foretell.drafters.lower import MOST, Lower, climbed, lasts
 from foretell.drafters.parts import (
+    DEFAULT_NODES,
     check_exit,
     check_options,
     check_shapes,
     draft_vocabulary,
+    nothing,
     output_shape,
     read_scales,
     tree_size,
@@ -89,7 +91,7 @@ class Kangaroo(Drafter):
 
     Args:
         arch, tensors: as `KangarooAdapter.checkpoint` gave them.
-        size: (rows, context) -> nodes of a tree, root included.
+        size: (rows, context) -> nodes of a tree, root included; 1 drafts nothing.
         earned: tree size -> tokens per step on held-out text.
         chain: drafts are chains, as published.
         steps: γ, tokens of a chain and levels of a tree at most.
@@ -138,7 +140,7 @@ class Kangaroo(Drafter):
 
         Args:
             checkpoint: folder of a trained adapter; by default the one that came with foretell for this backbone.
-            nodes: tree size; by default what `foretell tune` found best here, else 16.
+            nodes: tree size; by default what pays most by what steps cost here.
             chain: draft chains, as in the paper, instead of trees.
             steps: how often the lower layers are run for a draft, at most.
             threshold: a chain ends behind a token less probable than this; 0 never, 1 always.
@@ -147,7 +149,8 @@ class Kangaroo(Drafter):
         options = SimpleNamespace(threshold=threshold, steps=steps)
         check_numbers(options, [("threshold", 0, 1), ("steps", 0, MOST - 1)], whole=("steps",))
         found, tensors = find(cls.method, backbone, checkpoint, any_backbone)
-        size = tree_size(backbone, nodes, found.earned, cls.method, MOST)
+        nodes = nodes or (DEFAULT_NODES if chain else 0)  # chains have their steps
+        size = tree_size(backbone, nodes, found.earned, cls.method, cls.usual_cost, MOST)
         with damage_named(checkpoint or f"The {cls.method} drafter that came with foretell"):
             return cls(backbone, found.arch, tensors, size, found.earned, chain, steps, threshold, found.calibration)
 
@@ -234,6 +237,8 @@ class Kangaroo(Drafter):
         if not self.chain:
             count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), MOST) - 1
             how = {"beam": BEAM, "least": self._least}
+            if not count:
+                return nothing(rows)
         if self._climber is None:
             return Lower(self._backbone, self._cache, rows).grow(self.exit, self._guesses, count, self.steps, **how)
         waiting = [self._waiting.get(row.slot) if row.budget > 1 else None for row in rows]

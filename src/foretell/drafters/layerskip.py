@@ -34,7 +34,7 @@ from foretell.contracts import FINAL, Draft, Features, Row
 from foretell.drafters.exiting import Exiting, candidates
 from foretell.drafters.learning import GuessingHeads, TrainingBatch, targets, weighed
 from foretell.drafters.lower import MOST, Judge, Threshold
-from foretell.drafters.parts import check_exit, check_options, draft_vocabulary, tree_size
+from foretell.drafters.parts import DEFAULT_NODES, check_exit, check_options, draft_vocabulary, tree_size
 from foretell.drafters.pupil import Pupil
 from foretell.errors import ForetellError, UsageError, check_numbers
 
@@ -162,7 +162,7 @@ class LayerSkip(Exiting):
             checkpoint: folder that `foretell train layerskip` wrote: its draft vocabulary and exit; by default those
                 that came with foretell for this backbone, else the whole vocabulary.
             exit: layers that draft; by default the checkpoint's, else a quarter of them.
-            nodes: tree size; by default what `foretell tune` found best here, else 16.
+            nodes: tree size; by default what pays most by what steps cost here.
             chain: draft chains, as in the paper, instead of trees.
             steps: how often the lower layers are run for a draft, at most.
             threshold: a chain ends behind a token less probable than this; 0 never.
@@ -172,7 +172,8 @@ class LayerSkip(Exiting):
         options = SimpleNamespace(threshold=threshold, steps=steps)
         check_numbers(options, [("threshold", 0, 1), ("steps", 0, MOST - 1)], whole=("steps",))
         ids_V, arch, earned = candidates(backbone, checkpoint, any_backbone)
-        size = tree_size(backbone, nodes, earned, cls.method, MOST)
+        nodes = nodes or (DEFAULT_NODES if chain else 0)  # chains have their steps
+        size = tree_size(backbone, nodes, earned, cls.method, cls.usual_cost, MOST)
         exit = exit or arch.get("exit") or max(1, backbone.config.layers // 4)
         return cls(backbone, ids_V, exit, size, earned, chain, steps, Threshold(threshold, adaptive))
 

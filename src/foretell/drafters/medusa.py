@@ -40,6 +40,7 @@ from foretell.drafters.parts import (
     check_shapes,
     check_tree,
     draft_vocabulary,
+    nothing,
     output_shape,
     read_scales,
     spread,
@@ -121,7 +122,7 @@ class Medusa(Drafter):
     Args:
         arch, tensors: as `MedusaHeads.checkpoint` gave them.
         paths: rank paths, prefixes first; every tree is a part of them.
-        size: (rows, context) -> nodes of the tree to draft, root included.
+        size: (rows, context) -> nodes of the tree to draft, root included; 1 drafts nothing.
         earned: tree size -> tokens per step on held-out text.
         grown: whether each step takes its most probable paths of all; else the tree of n nodes is always the first
             n - 1 of them.
@@ -179,7 +180,7 @@ class Medusa(Drafter):
 
         Args:
             checkpoint: folder of trained heads; by default those that came with foretell for this backbone.
-            nodes: tree size; by default what `foretell tune` found best here, else 16.
+            nodes: tree size; by default what pays most by what steps cost here.
             tree: a published tree by name; by default those found for the heads.
             grown: grow each step's tree anew from what the heads say; false as in the paper.
             any_backbone: accept heads of another model of the same sizes.
@@ -187,7 +188,8 @@ class Medusa(Drafter):
         found, tensors = find(cls.method, backbone, checkpoint, any_backbone)
         paths = published(tree) if tree else found.paths
         earned = {} if tree else found.earned
-        size = tree_size(backbone, nodes or (len(paths) + 1 if tree else 0), earned, cls.method, len(paths) + 1)
+        most = len(paths) + 1
+        size = tree_size(backbone, nodes or (most if tree else 0), earned, cls.method, cls.usual_cost, most)
         with damage_named(checkpoint or f"The {cls.method} drafter that came with foretell"):
             return cls(backbone, found.arch, tensors, paths, size, earned, grown, found.calibration)
 
@@ -234,12 +236,14 @@ class Medusa(Drafter):
             self._states[row.slot] = [features.taps[tap][end - 1] for tap in reversed(self.taps)]
 
     def draft(self, rows: Sequence[Row]) -> Draft:
+        nodes = self.size(len(rows), max(len(row.tokens) for row in rows))
+        if nodes == 1:
+            return nothing(rows)
         trees: list[TokenTree] = [ROOT] * len(rows)
         tokens = [[row.tokens[-1]] for row in rows]
         given = [[1.0] for _ in rows]
         ready = [i for i, row in enumerate(rows) if row.slot in self._states]  # not after a prompt of one token
         if ready and self.paths:
-            nodes = self.size(len(rows), max(len(row.tokens) for row in rows))
             read_BSd = torch.stack([torch.stack(self._states[rows[i].slot]) for i in ready])
             if self._embed:
                 roots_Bd = self._embed(torch.tensor([tokens[i][0] for i in ready]))

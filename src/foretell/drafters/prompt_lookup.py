@@ -3,7 +3,8 @@
 The newest tokens are looked up in prompt and output; what followed earlier occurrences of the longest matches are
 candidates. A guess is worth the probability that it comes true, and that depends on how many tokens before it match
 (each guess further along a candidate matches one more) and on how many better candidates say otherwise: both were
-counted once, in texts that a model wrote. The most probable guesses make the tree.
+counted once, in texts that a model wrote. The most probable guesses make the tree, as many of them as pay at what a
+step of so many nodes costs here.
 
 Costs no parameters and no training; it wins where the answer quotes the question (summaries, edits, code). Prompt
 lookup: Saxena 2023; chains as in transformers' `prompt_lookup_num_tokens`, here the best of several in one tree.
@@ -12,21 +13,28 @@ lookup: Saxena 2023; chains as in transformers' `prompt_lookup_num_tokens`, here
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from foretell.backbone.costs import step_costs
 from foretell.contracts import Draft, Drafter, Features, Resume, Row
 from foretell.errors import UsageError
 from foretell.trees import Guesses, TokenTree
 from foretell.trees.tree import ROOT, merged
 
 if TYPE_CHECKING:
-    from foretell.backbone import KVCache
+    from foretell.backbone import Backbone, KVCache
+
+Prices = Callable[[int, int], Sequence[float]]
+"""(rows, context) -> what a step of 1, 2, ... nodes a row costs."""
+NODES = 16
+"""The largest tree, where nobody says another."""
 
 FOLLOWS: tuple[tuple[float, ...], ...] = (
     (0.23, 0.13, 0.09, 0.05),
@@ -81,9 +89,13 @@ class PromptLookup(Drafter):
         candidates: occurrences looked at.
         nodes: the largest tree, root included.
         least: probability below which a guess is not worth its node.
+        prices: of so many nodes at least; guesses that do not pay are left out. Without them all stay.
     """
 
-    def __init__(self, longest: int = 4, shortest: int = 1, candidates: int = 8, nodes: int = 16, least: float = 0.02):
+    def __init__(
+        self, longest: int = 4, shortest: int = 1, candidates: int = 8, nodes: int = NODES, least: float = 0.02,
+        prices: Prices | None = None,
+    ):  # fmt: skip
         if not 1 <= shortest <= longest <= 16:
             raise UsageError(f"Prompt lookup needs 1 <= shortest <= longest <= 16, not {shortest} and {longest}.")
         if not (1 <= candidates <= 64 and 2 <= nodes <= 256 and 0 < least <= 1):
@@ -92,8 +104,20 @@ class PromptLookup(Drafter):
                 f"{candidates}, {nodes}, {least}."
             )
         self.longest, self.shortest = longest, shortest
-        self.candidates, self.nodes, self.least = candidates, nodes, least
+        self.candidates, self.nodes, self.least, self.prices = candidates, nodes, least, prices
         self._indexes: dict[int, _Index] = {}
+
+    @classmethod
+    def build(
+        cls, backbone: Backbone, longest: int = 4, shortest: int = 1, candidates: int = 8, nodes: int = 0,
+        least: float = 0.02,
+    ) -> PromptLookup:  # fmt: skip
+        """See `Drafter.build`.
+
+        Args:
+            nodes: the largest tree, root included; by default as many as pay by what steps cost here, 16 at most.
+        """
+        return cls(longest, shortest, candidates, nodes or NODES, least, None if nodes else prices_of(backbone))
 
     @property
     def most_nodes(self) -> int:
@@ -107,11 +131,19 @@ class PromptLookup(Drafter):
             self._indexes[row.slot] = _Index(self.longest, self.shortest)
 
     def draft(self, rows: Sequence[Row]) -> Draft:
-        found = [self.guesses(row) for row in rows]
+        found = self.all_guesses(rows)
         return Draft([g.tree for g in found], [g.tokens for g in found], [g.probabilities for g in found])
 
-    def guesses(self, row: Row) -> Guesses:
-        """The most probable continuations of a row: of all that is open, the likeliest guess is taken next."""
+    def all_guesses(self, rows: Sequence[Row]) -> list[Guesses]:
+        """Of each row what pays, as if the others' trees were as large."""
+        prices = self.prices(len(rows), max(len(row.tokens) for row in rows)) if self.prices else ()
+        return [self.guesses(row, prices) for row in rows]
+
+    def guesses(self, row: Row, prices: Sequence[float] = ()) -> Guesses:
+        """The most probable continuations of a row: of all that is open, the likeliest guess is taken next.
+
+        With prices, so many of them as earn the most tokens for theirs.
+        """
         index, tokens = self._indexes[row.slot], row.tokens
         index.extend(tokens)
         parents, ids, given = [-1], [tokens[-1]], [1.0]
@@ -134,13 +166,16 @@ class PromptLookup(Drafter):
                     order += 1
 
         open_after(0, 1.0, list(index.continuations(tokens, self.candidates).items()))
+        values = [1.0]
         while heap and len(parents) < self.nodes:
             value, _, parent, token, p, places = heapq.heappop(heap)
             parents.append(parent)
             ids.append(token)
             given.append(p)
+            values.append(-value)
             open_after(len(parents) - 1, -value, places)
-        return Guesses(TokenTree(tuple(parents)) if len(parents) > 1 else ROOT, ids, given)
+        kept = most_paying(values, prices) if prices else len(values)
+        return Guesses(TokenTree(tuple(parents[:kept])) if kept > 1 else ROOT, ids[:kept], given[:kept])
 
 
 def follows(match: int, better: int) -> float:
@@ -149,15 +184,35 @@ def follows(match: int, better: int) -> float:
     return row[min(better, len(row) - 1)]
 
 
-def with_lookup(drafter: Drafter) -> Drafter:
+def most_paying(values: Sequence[float], prices: Sequence[float]) -> int:
+    """How many of these nodes, the most probable first, earn the most tokens for the price of a step with them."""
+    tokens = list(accumulate(values))  # a step's: each node's is emitted as often as its path comes true
+    return max(range(1, len(values) + 1), key=lambda nodes: tokens[nodes - 1] / prices[nodes - 1])
+
+
+def prices_of(backbone: Backbone) -> Prices | None:
+    """What steps cost here, measured now if nobody has; None where they cannot be known (see `step_costs`)."""
+    costs = step_costs(backbone)
+    if costs is None:
+        return None
+
+    @cache
+    def of(rows: int, context: int) -> Sequence[float]:
+        return [costs.of(rows, context, nodes) for nodes in range(1, NODES + 1)]
+
+    return lambda rows, context: of(rows, context // 64 * 64)
+
+
+def with_lookup(drafter: Drafter, prices: Prices | None = None) -> Drafter:
     """The drafter with candidates of prompt lookup merged into its trees; prompt lookup itself stays as it is."""
-    return drafter if isinstance(drafter, PromptLookup) else WithLookup(drafter)
+    return drafter if isinstance(drafter, PromptLookup) else WithLookup(drafter, prices=prices)
 
 
 class WithLookup(Drafter):
     """Any drafter, its trees merged with candidates of prompt lookup: what the text repeats, no head foretells.
 
-    The tree keeps its size, and the most probable guesses of both fill it. Where the inner drafter does not say how
+    The tree keeps its size, and the most probable guesses of both fill it; but where prices say how many candidates of
+    lookup pay by themselves, it is as large as the larger of the two. Where the inner drafter does not say how
     probable its guesses are, lookup takes up to half of the tree, and the inner drafter's last guesses make room.
     """
 
@@ -194,14 +249,15 @@ class WithLookup(Drafter):
 
     def draft(self, rows: Sequence[Row]) -> Draft:
         draft, found, kept = self.inner.draft(rows), list[Guesses](), list[list[int]]()
-        for i, row in enumerate(rows):
+        for i, theirs in enumerate(self.lookup.all_guesses(rows)):
             given = draft.probabilities[i] if draft.probabilities else None
             ran = max(1, draft.resume.ran[i]) if draft.resume else 1
-            both, stay = self._merged(draft.trees[i], draft.tokens[i], given, self.lookup.guesses(row), ran)
+            both, stay = self._merged(draft.trees[i], draft.tokens[i], given, theirs, ran)
             found.append(both)
             kept.append(stay if draft.resume and draft.resume.ran[i] else [])
         resume = draft.resume and self._left(draft.resume, rows, kept)
-        return Draft([g.tree for g in found], [g.tokens for g in found], [g.probabilities for g in found], resume)
+        given_all = [g.probabilities for g in found]
+        return Draft([g.tree for g in found], [g.tokens for g in found], given_all, resume, draft.held)
 
     def _left(self, resume: Resume, rows: Sequence[Row], kept: Sequence[Sequence[int]]) -> Resume:
         """What ran of the nodes that are still there; they move up in the cache."""
@@ -225,4 +281,6 @@ class WithLookup(Drafter):
             ours = Guesses(kept, tokens[: len(kept)], [1.0] * len(kept))
             theirs = Guesses(TokenTree(found.tree.parents[: other + 1]), found.tokens[: other + 1], [1.0] * (other + 1))
             return merged(ours, theirs, size, ran)
+        if self.lookup.prices:
+            size = max(len(tree), len(found.tokens))
         return merged(Guesses(tree, tokens, given), found, size, ran)

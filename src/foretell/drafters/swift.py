@@ -28,6 +28,7 @@ from torch import Tensor
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.contracts import Draft, Drafter, Features, Row
 from foretell.drafters.lower import MOST, Judge, Lower, Threshold
+from foretell.drafters.parts import DEFAULT_NODES, tree_size
 from foretell.drafters.skipping import Plan, PlanSearch
 from foretell.errors import ForetellError, UsageError, check_numbers
 from foretell.trees.calibration import Floats
@@ -46,6 +47,8 @@ class Swift(Drafter):
         threshold: a chain ends behind a token less probable.
         path: where the plan is kept.
     """
+
+    usual_cost = 1.5  # some three tokens at half a step each
 
     def __init__(
         self, backbone: Backbone, search: PlanSearch, window: int = 32, every: int = 1, steps: int = 25,
@@ -66,7 +69,7 @@ class Swift(Drafter):
     @classmethod
     def build(
         cls, backbone: Backbone, plan: str = "", search: bool = True, ratio: float = 0.45, window: int = 32,
-        every: int = 1, nodes: int = 16, steps: int = 25, threshold: float = 0.8, adaptive: bool = False,
+        every: int = 1, nodes: int = 0, steps: int = 25, threshold: float = 0.8, adaptive: bool = False,
     ) -> Swift:  # fmt: skip
         """See `Drafter.build`.
 
@@ -76,13 +79,13 @@ class Swift(Drafter):
             ratio: share of the sublayers between first and last layer that are skipped.
             window: tokens that candidates are scored on.
             every: steps between two candidates.
-            nodes: tree size.
+            nodes: tree size; by default what would pay most of modest trees by what steps cost here.
             steps: tokens of a chain, at most.
             threshold: a chain ends behind a token less probable than this.
             adaptive: let that follow how many drafts are accepted, as Draft & Verify does.
         """
         options = SimpleNamespace(
-            ratio=ratio, window=window, every=every, nodes=nodes, steps=steps, threshold=threshold
+            ratio=ratio, window=window, every=every, nodes=nodes or DEFAULT_NODES, steps=steps, threshold=threshold
         )
         ranges = [("ratio", 0, 1), ("window", 1, 1024), ("every", 1, 1 << 20), ("nodes", 2, MOST)]
         whole = ("window", "every", "nodes", "steps")
@@ -102,6 +105,7 @@ class Swift(Drafter):
                 )
             search = False
         plans = PlanSearch(backbone.config.layers, ratio, found, score, search)
+        nodes = nodes or tree_size(backbone, 0, {}, "swift", cls.usual_cost, MOST)(1, 0)
         return cls(backbone, plans, window, every, steps, nodes, Threshold(threshold, adaptive), path)
 
     @property

@@ -190,6 +190,7 @@ class SpeculativeDecoder:
         draft = self.drafter.draft(rows)
         _check(draft, rows, self.drafter.most_nodes, self.backbone.config.vocab)
         for i, row in enumerate(rows):
+            row.statistics.suspended_steps += draft.held and len(draft.trees[i]) == 1
             if draft.trees[i].height >= row.budget:
                 kept = draft.trees[i].keep(row.budget - 1)
                 if draft.resume and kept[: draft.resume.ran[i]] != list(range(draft.resume.ran[i])):

@@ -1,0 +1,205 @@
+"""Where speculation does not pay: drafters guess nothing, lookup what it is sure of, and the command line says so."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import Foretell
+from decoding import assert_same, decoder_of, finish, plainly
+from random_backbones import Model
+from test_lookup import TEXT, Line, Says
+from tiny_models import DIMENSIONS
+
+from foretell import drafters
+from foretell.backbone import Backbone, costs
+from foretell.backbone.costs import StepCosts
+from foretell.cli.demo import _Side
+from foretell.cli.paying import held_back, verdict
+from foretell.contracts import Drafter, SamplingParams, Statistics
+from foretell.drafters.hydra import Hydra, HydraPlus
+from foretell.drafters.kangaroo import Kangaroo
+from foretell.drafters.layerskip import LayerSkip
+from foretell.drafters.medusa import Medusa
+from foretell.drafters.prompt_lookup import PromptLookup, WithLookup, most_paying, prices_of
+from foretell.engine.governor import Governor
+from foretell.trees import chain
+
+PATHS = [[0], [1], [0, 0]]
+
+
+def heads(method: type[Medusa | Hydra], backbone: Backbone, size: Callable[[int, int], int]) -> Drafter:
+    tensors, arch = method.trainable(backbone, torch.arange(backbone.config.vocab), heads=2).checkpoint()
+    return method(backbone, arch, tensors, PATHS, size)
+
+
+def kangaroo(backbone: Backbone, size: Callable[[int, int], int]) -> Drafter:
+    tensors, arch = Kangaroo.trainable(backbone, torch.arange(backbone.config.vocab)).checkpoint()
+    return Kangaroo(backbone, arch, tensors, size)
+
+
+MADE: dict[str, Callable[[Backbone, Callable[[int, int], int]], Drafter]] = {
+    "medusa": lambda backbone, size: heads(Medusa, backbone, size),
+    "hydra": lambda backbone, size: heads(Hydra, backbone, size),
+    "hydra++": lambda backbone, size: heads(HydraPlus, backbone, size),
+    "kangaroo": kangaroo,
+    "layerskip": lambda backbone, size: LayerSkip(backbone, None, 1, size),
+}
+
+
+# --- drafters -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", MADE)
+def test_where_no_tree_pays_a_drafter_guesses_nothing_and_the_statistics_say_so(method: str) -> None:
+    """Until the context is another: what was committed meanwhile is not lost on the drafter."""
+    backbone = Model({"model_type": "llama", **DIMENSIONS}).build()
+    requests = [([3, 1, 4], SamplingParams(max_new_tokens=12, ignore_eos=True)),
+                ([2, 7], SamplingParams(max_new_tokens=12, ignore_eos=True))]  # fmt: skip
+    truth = plainly(backbone, requests)
+    for size, held in ((lambda rows, context: 1, 12), (lambda rows, context: 1 if context < 10 else 4, 7)):
+        drafter = MADE[method](backbone, size)
+        outputs = finish(decoder_of(backbone, drafter, max_rows=2), requests)
+        assert_same(outputs, truth, method)
+        statistics = outputs[0].statistics
+        assert statistics.suspended_steps == held
+        assert bool(statistics.drafted) == (held < 12)
+        assert outputs[0].statistics.plain_steps >= held
+
+
+def test_where_no_tree_pays_lookup_still_guesses() -> None:
+    backbone, line = Model({"model_type": "llama", **DIMENSIONS}).build(), Line(TEXT)
+    drafter = WithLookup(MADE["medusa"](backbone, lambda rows, context: 1), prices=lambda rows, context: [1.0] * 16)
+    drafter.reset([line])
+    draft = drafter.draft([line])
+    assert draft.tokens == [[7, 8, 9, 5, 6, 7]]
+    asked = [([*TEXT, 8], SamplingParams(max_new_tokens=9, ignore_eos=True))]
+    found = finish(decoder_of(backbone, drafter), asked)
+    assert_same(found, plainly(backbone, asked))
+    assert found[0].statistics.drafted
+    assert found[0].statistics.suspended_steps == found[0].statistics.plain_steps  # those with nothing to look up
+
+
+# --- prompt lookup ------------------------------------------------------------------------------------------
+
+
+def test_as_many_guesses_as_earn_the_most_tokens_for_their_price() -> None:
+    values = [1.0, 0.8, 0.6, 0.5, 0.1]
+    assert most_paying(values, [1.0] * 5) == 5
+    assert most_paying(values, [1.0, 1.1, 1.3, 1.7, 2.0]) == 3  # 1.8 / 1.1, 2.4 / 1.3, 2.9 / 1.7
+    assert most_paying(values, [1.0, 2.0, 3.0, 4.0, 5.0]) == 1
+    assert most_paying([1.0], [1.0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("relative", "guesses"), [((1, 1.1, 1.2, 1.3), 5), ((1, 1.8, 2.9, 4.2), 3), ((1, 4.0, 8.0, 16.0), 0)]
+)
+def test_lookup_guesses_what_pays_here(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, relative: Sequence[float], guesses: int
+) -> None:
+    seconds = dict(zip((1, 4, 8, 16), relative, strict=True))
+    monkeypatch.setattr(costs, "_step_seconds", lambda b, c, size, *_: seconds[size])
+    monkeypatch.setattr(costs, "FIRST_SECONDS", 1e9)
+    backbone, line = Model({"model_type": "llama", **DIMENSIONS}).build(), Line(TEXT)
+    backbone.costs = cache / "costs.json"
+    lookup = drafters.build("prompt_lookup", backbone)
+    lookup.reset([line])
+    draft = lookup.draft([line])
+    assert draft.tokens == [[7, 8, 9, 5, 6, 7][: guesses + 1]]
+    assert draft.probabilities == [[1.0, 0.63, 0.78, 0.84, 0.88, 0.9][: guesses + 1]]
+    given = drafters.build("prompt_lookup", backbone, nodes=6)  # who says how many gets as many
+    given.reset([line])
+    assert given.draft([line]).tokens == [[7, 8, 9, 5, 6, 7]]
+
+
+def test_a_larger_batch_pays_for_fewer_guesses(cache: Path) -> None:
+    backbone = Model({"model_type": "llama", **DIMENSIONS}).build()
+    backbone.costs = cache / "costs.json"
+    StepCosts({1: {256: {1: 1.0, 4: 1.1, 8: 1.2, 16: 2.4}}}).save(backbone.costs)
+    lookup = PromptLookup(prices=prices_of(backbone))
+    lines = [Line(TEXT, slot=slot) for slot in range(8)]
+    lookup.reset(lines)
+    drafted = [len(lookup.draft(lines[:rows]).tokens[0]) - 1 for rows in (1, 2, 8)]
+    assert drafted == sorted(drafted, reverse=True)
+    assert drafted[0] == 5
+    assert drafted[-1] == 0
+
+
+def test_a_merged_tree_is_as_large_as_what_pays_of_either() -> None:
+    def merged(inner: Drafter, prices: Any) -> list[int]:
+        drafter, line = WithLookup(inner, prices=prices), Line(TEXT)
+        drafter.reset([line])
+        return drafter.draft([line]).tokens[0]
+
+    unsure = Says(chain(2), [7, 1, 2], [1.0, 0.3, 0.3])
+    assert merged(unsure, None) == [7, 8, 9]  # the tree keeps its size
+    assert merged(unsure, lambda rows, context: [1.0] * 16) == [7, 8, 9, 5, 6, 7]
+    assert merged(unsure, lambda rows, context: [1.0, 1.1, 1.2, 9, 9, 9]) == [7, 8, 9]
+    assert merged(unsure, lambda rows, context: [1.0, 9, 9, 9, 9, 9]) == [7, 1, 2]
+    silent = Says(chain(2), [7, 1, 2], None)
+    assert merged(silent, lambda rows, context: [1.0] * 16) == [7, 1, 8]
+
+
+# --- in words -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def backbone(cache: Path) -> Backbone:
+    made = Model({"model_type": "llama", **DIMENSIONS}).build()
+    made.costs = cache / "costs.json"
+    return made
+
+
+def test_what_was_held_back_is_said_with_the_remedy(backbone: Backbone) -> None:
+    assert held_back(Statistics(steps=35), backbone) == ""
+    said = held_back(Statistics(steps=35, suspended_steps=28), backbone)
+    assert said.startswith("Speculation was held back in 28 of 35 steps, where it does not pay on this machine; ")
+    assert "`foretell tune`" in said
+    assert backbone.costs is not None
+    for first in (True, False):
+        StepCosts({1: {1: {1: 1.0}}}, first=first).save(backbone.costs)
+        assert ("`foretell tune`" in held_back(Statistics(steps=35, suspended_steps=28), backbone)) == first
+
+
+@pytest.mark.parametrize(
+    ("speed", "sums", "said"),
+    [
+        (1.3, Statistics(steps=9, drafted=9), ""),
+        (0.999, Statistics(steps=9, drafted=9), ""),  # it shows as 1.00
+        (1.3, Statistics(steps=9, drafted=9, suspended_steps=4), "held back in 4 of 9 steps"),
+        (0.9, Statistics(steps=9, drafted=9, suspended_steps=4), "0.90 times .* taken instead in 4 of 9 steps"),
+        (0.9, Statistics(steps=9, drafted=9), "0.90 times .* too short, or the loss too small"),
+        (0.9, Statistics(steps=9), "0.90 times .* nothing was guessed"),
+    ],
+)
+def test_a_loss_is_always_said(backbone: Backbone, speed: float, sums: Statistics, said: str) -> None:
+    found = verdict(speed, sums, backbone)
+    assert re.search(said, found)
+    assert bool(found) == bool(said)
+    assert "\n" not in found
+
+
+def test_the_command_line_says_that_it_does_not_pay(
+    foretell: Foretell, tiny: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("-m", tiny, "-n", "9", "--dtype", "fp32", "-d", "prompt_lookup")
+    assert "held back" not in foretell("generate", "hello", "--stats", *options, "--no-adapt").err
+
+    def stop(governor: Governor, rows: int, context: int) -> bool:
+        governor.suspended = True
+        return False
+
+    monkeypatch.setattr(Governor, "speculate", stop)
+    for arguments in (("generate", "hello", "--stats"), ("chat",)):
+        said = foretell(*arguments, *options, "--ignore-eos", stdin=b"hello\n/stats\n").err.splitlines()
+        assert said[-1].startswith("Speculation was held back in 9 of 9 steps")
+    for speed, sentence in (
+        (0.5, r"does not pay for this answer on this machine \(0\.50 times .*taken instead in 9 of 9 steps.*\.\n$"),
+        (1.5, r"was held back in 9 of 9 steps.*\.\n$"),
+    ):
+        monkeypatch.setattr(_Side, "rate", property(lambda side, s=speed: 1.0 if side.name == "plain" else s))
+        ran = foretell("demo", "hello", *options)
+        assert ran.code == 0
+        assert re.search(sentence, ran.out)
