@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from random_backbones import BF16, COMPILED, DTYPES, FP32, KERNELS, Model, build, check, examples, models, same, using
 from tiny_models import DIMENSIONS
 
-from foretell.backbone.kernels import PackedHeads, PackedLinear
 from foretell.backbone.linear import Linear
+from foretell.backbone.packed import PackedHeads, PackedLinear
 
 LLAMA = {"model_type": "llama", **DIMENSIONS}
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)

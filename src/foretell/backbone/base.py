@@ -14,7 +14,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from foretell.backbone.cache import KVCache
@@ -30,7 +32,7 @@ from foretell.backbone.linear import (
 )
 from foretell.backbone.nodes import Nodes
 from foretell.backbone.prefix import PrefixLayer
-from foretell.errors import UsageError
+from foretell.errors import UsageError, check
 
 SKIP_ATTENTION, SKIP_MLP = 1, 2
 """Bits of a skip plan: `bytes` with one entry per layer."""
@@ -79,11 +81,11 @@ class Backbone(ABC):
     def rotation(self, positions_M: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine [M, D/2] float32, read from a table so that a position always gets the same bits."""
         last = int(positions_M.max()) + 1 if positions_M.device.type == "cpu" else self.config.max_positions
-        cosine, sine = self._rotations(last)
+        cosine, sine = self.rotations(last)
         at = positions_M.to(self.device)
         return cosine.index_select(0, at), sine.index_select(0, at)  # indexing would wake PyTorch's team
 
-    def _rotations(self, positions: int) -> tuple[Tensor, Tensor]:
+    def rotations(self, positions: int) -> tuple[Tensor, Tensor]:
         """The table: cosine and sine of so many positions at least."""
         table, scale = self._angles, self.config.rope_scale
         if positions > len(table[0]):
@@ -92,13 +94,39 @@ class Backbone(ABC):
             self._angles = table = (angles.cos() * scale, angles.sin() * scale)
         return table
 
+    def check_room(
+        self, cache: KVCache, rows: Sequence[int] | NDArray[np.int32], ends: Sequence[int], layers: int
+    ) -> None:
+        """Refuses a cache that has no room for the first `layers` in these rows, up to these slots."""
+        held, count, heads, slots, width = cache.keys.shape
+        same = (heads, width, cache.keys.dtype) == (self.config.kv_heads, self.config.head_dim, self.dtype)
+        check(same and layers <= held, "The cache was made for another model.")
+        check(max(ends, default=0) <= slots, f"The cache has {slots} slots a row; reserve more before a pass.")
+        fits = len(rows) == len(ends) and all(0 <= row < count for row in rows)
+        check(fits, f"A row is not in the cache, which has {count}.", IndexError)
+
+    def check_pass(
+        self, hidden_Md: Tensor, nodes: Nodes, begin: int, end: int, skip: bytes | None, taps: Collection[int]
+    ) -> None:
+        """Refuses what does not fit the nodes or the layers of a pass."""
+        layers, shape = self.config.layers, (len(nodes), self.config.hidden)
+        check(0 <= begin <= end <= layers, f"Layers {begin} to {end} were asked for; the model has {layers}.")
+        check(hidden_Md.shape == shape, f"States have shape {tuple(hidden_Md.shape)}; the nodes need {shape}.")
+        check(hidden_Md.dtype == torch.float32, f"States are float32, not {hidden_Md.dtype}.", TypeError)
+        check(not skip or len(skip) >= end, "A skip plan has a byte for every layer.")
+        check(all(begin <= tap <= end for tap in taps), f"Only layers {begin} to {end} can be tapped in this pass.")
+
     def pad_rows(self, rows: int) -> bool:
         """Pads every linear call to at least `rows` rows; False if that is not how this backbone stays exact."""
         return False
 
     @abstractmethod
     def embed(self, tokens_M: Tensor) -> Tensor:
-        """Token ids [M] int64 -> residual stream [M, d] float32."""
+        """Token ids [M] int64 -> residual stream [M, d] float32.
+
+        Raises:
+            IndexError: an id is not in the vocabulary.
+        """
 
     @abstractmethod
     def run_layers(
@@ -203,8 +231,9 @@ class Backbone(ABC):
         """Rows of the output matrix [N, d] in the backbone's type: the start, or the whole, of a draft head."""
 
     def argmax(self, states_Md: Tensor) -> Tensor:
-        """Normed states -> the first most probable token [M] int64."""
-        return self.logits(states_Md).argmax(-1)
+        """Normed states -> the first most probable token [M] int64; -1 where the logits are not all finite numbers."""
+        logits_MV = self.logits(states_Md)
+        return logits_MV.argmax(-1).masked_fill_(~logits_MV.isfinite().all(-1), -1)
 
     def forward(self, tokens_M: Tensor, nodes: Nodes, cache: KVCache) -> Tensor:
         """Normed states [M, d] of a whole pass."""
