@@ -327,23 +327,30 @@ def assert_like_transformers(kernel: str, changes: dict[str, Any]) -> None:
 
 @pytest.mark.skipif(len(COMPILED) < 2, reason="needs two builds")
 def test_a_backbone_keeps_its_build_when_another_is_loaded() -> None:
-    """Builds differ in their bits: switching one under a half-filled cache would break the promise."""
+    """Builds may differ in their bits: switching one under a half-filled cache would break the promise."""
     batch = Batch([chain(5)], [40], [0])
+
+    def logits(backbone: Backbone) -> tuple[torch.Tensor, str]:
+        """And which build's code ran last, as that code itself says."""
+        found = backbone.logits(backbone.norm(batch.together(backbone)[1][0]))
+        return found, kernels.require().foretell_last_build().decode()
+
     with using(COMPILED[-1]):
         first = LLAMA.build(COMPILED[-1], BF16)
-        before = first.logits(first.norm(batch.together(first)[1][0]))
+        before, ran_before = logits(first)
     with using(COMPILED[0]):
         second = LLAMA.build(COMPILED[0], BF16)
-        between = second.logits(second.norm(batch.together(second)[1][0]))
-        after = first.logits(first.norm(batch.together(first)[1][0]))
+        _, ran_between = logits(second)
+        after, ran_after = logits(first)
+    assert (ran_before, ran_between, ran_after) == (COMPILED[-1], COMPILED[0], COMPILED[-1])
     assert same(before, after)
-    assert not same(before, between)
 
 
 def test_kernels_that_this_processor_lacks_are_not_found() -> None:
     assert kernels.find("mmx") is None
+    assert not COMPILED or kernels.default().name == COMPILED[0]
     best = kernels.find()
-    assert (best.name if best else None) == (COMPILED[0] if COMPILED else None)
+    assert (best.name if best else None) == next((name for name in kernels.BUILDS if kernels.find(name)), None)
 
 
 @pytest.mark.skipif(len(COMPILED) < 2, reason="needs two builds")
@@ -392,5 +399,4 @@ def test_damaged_weights_are_refused_at_load() -> None:
     with using(""), pytest.raises(ForetellError, match="not finite"):
         probe(build(LLAMA.config, weights))
     backbone = build(LLAMA.config, weights)
-    chosen = backbone.argmax(torch.full((2, DIMENSIONS["hidden_size"]), float("nan")))
-    assert ((chosen >= 0) & (chosen < DIMENSIONS["vocab_size"])).all()
+    assert backbone.argmax(torch.full((2, DIMENSIONS["hidden_size"]), float("nan"))).tolist() == [-1, -1]

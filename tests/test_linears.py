@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from random_backbones import BF16, COMPILED, DTYPES, FP32, KERNELS, Model, build, check, examples, models, same, using
 from tiny_models import DIMENSIONS
 
-from foretell.backbone.kernels import PackedHeads, PackedLinear
+from foretell.backbone import kernels
 from foretell.backbone.linear import Linear
+from foretell.backbone.packed import Int8Linear, PackedHeads, PackedLinear
 
 LLAMA = {"model_type": "llama", **DIMENSIONS}
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
@@ -85,6 +86,79 @@ def test_a_packed_linear_multiplies_and_no_row_sees_another(kernel: str) -> None
 
     sizes, rows = st.integers(1, 200), st.integers(1, 80)
     check(kernel, 40, holds, DTYPES, rows, sizes, sizes, st.booleans(), st.integers(1, 3))
+
+
+@every_kernel
+def test_argmax_refuses_rows_whose_logits_are_not_all_finite(kernel: str) -> None:
+    """One logit of one row is NaN or infinite, in any panel: -1 for that row, nothing changes for the others."""
+
+    def holds(dtype: torch.dtype, rows: int, vocab: int, place: int, bad: float, threads: int) -> None:
+        place %= vocab
+        config = replace(Model(LLAMA | {"vocab_size": vocab, "hidden_size": 40}).config, tied=False)
+        weights = Model(LLAMA | {"vocab_size": vocab, "hidden_size": 40}).weights()
+        backbone = build(config, weights, kernel, dtype, threads)
+        states = torch.randn(rows, 40, generator=torch.Generator().manual_seed(rows))
+        states[:, 0] = 0
+        before = backbone.argmax(states)
+        assert (before >= 0).all()
+        weights["lm_head.weight"][place, 0] = 1e38  # what the first number of a state multiplies
+        damaged = build(config, weights, kernel, dtype, threads)
+        row = place % rows
+        assert same(damaged.argmax(states), before)
+        states[row, 0] = bad
+        found = damaged.argmax(states)
+        assert not damaged.logits(states)[row, place].isfinite()
+        assert found[row] == -1
+        assert same(found[:row], before[:row])
+        assert same(found[row + 1 :], before[row + 1 :])
+
+    bad = st.sampled_from([1e30, -1e30, float("nan"), float("inf")])
+    sizes = st.integers(1, 40), st.integers(1, 300), st.integers(0, 999)
+    check(kernel, 25, holds, DTYPES, *sizes, bad, st.integers(1, 4))
+
+
+@every_kernel
+def test_heads_name_guesses_of_their_vocabulary_whatever_they_read(kernel: str) -> None:
+    for dtype in (FP32, BF16):
+        with using(kernel):
+            backbone = Model(LLAMA | {"hidden_size": 8}).build(kernel, dtype, 2)
+        block = [(torch.randn(8, 8), torch.zeros(8))]
+        for choices, count in ((1, 1), (40, 3), (100, 100)):
+            heads = backbone.heads([block], [torch.randn(choices, 8)])
+            for bad in (float("nan"), float("inf"), -float("inf"), 3e38):
+                store = torch.randn(3, 8)
+                store[1, 2] = bad
+                _, ids = heads.top(store, [[0], [1], [2]], count)
+                assert ((ids >= 0) & (ids < choices)).all()
+
+
+@every_kernel
+@pytest.mark.parametrize("tied", [True, False])
+def test_ids_outside_the_vocabulary_are_refused(kernel: str, tied: bool) -> None:
+    with using(kernel):
+        backbone = Model(LLAMA | {"tie_word_embeddings": tied}).build(kernel)
+    for bad in (-1, 64, 2**40):
+        with pytest.raises(IndexError, match=f"Id {bad} is outside the table; ids lie between 0 and 63"):
+            backbone.embed(torch.tensor([3, bad, 5]))
+        with pytest.raises(IndexError):
+            backbone.head_rows(torch.tensor([bad]))
+    with pytest.raises(TypeError, match=r"torch\.int32"):
+        backbone.embed(torch.tensor([1], dtype=torch.int32))
+    assert backbone.embed(torch.empty(0, dtype=torch.int64)).shape == (0, 32)
+    every_second = torch.arange(20)[::2]
+    assert same(backbone.embed(every_second), backbone.embed(every_second.clone()))
+
+
+@compiled_only
+@pytest.mark.parametrize("shape", [(64, 64), (576, 1536)])
+def test_weights_that_are_not_contiguous_are_packed_as_their_copies(kernel: str, shape: tuple[int, int]) -> None:
+    """The contiguous copy lives only as long as the call that reads it."""
+    turned = torch.randn(shape).T
+    with using(kernel):
+        best = kernels.default()
+        for _ in range(3):
+            assert same(PackedLinear(turned).packed, PackedLinear(turned.contiguous()).packed)
+            assert same(Int8Linear(turned, None, best).packed, Int8Linear(turned.contiguous(), None, best).packed)
 
 
 MEETING = ("amx", "avx512bf16")

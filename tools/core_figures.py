@@ -27,9 +27,10 @@ from exactness import ForcedTrees, RandomTrees, compared, transcript
 
 import foretell
 from foretell import drafters
-from foretell.backbone import Nodes, assemble, kernels, resolve
+from foretell.backbone import Nodes, assemble, resolve
 from foretell.backbone.assemble import usable_cores
 from foretell.backbone.costs import bush, measure
+from foretell.backbone.packed import PackedLinear
 from foretell.contracts import Drafter, SamplingParams
 from foretell.engine import SpeculativeDecoder
 
@@ -75,7 +76,7 @@ def load_questions(path: Path, every: int, limit: int | None) -> list[str]:
 def read_bandwidth() -> float:
     """Bytes per second at which the linear kernel streams weights it uses once: 226 MB, one row."""
     weight = torch.randn(4 * 49152, 576).bfloat16()
-    linear, x = kernels.PackedLinear(weight), torch.randn(1, 576)
+    linear, x = PackedLinear(weight), torch.randn(1, 576)
     return weight.numel() * 2 / timed(lambda: linear.argmax(x, usable_cores()), 15)
 
 

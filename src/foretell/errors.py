@@ -22,6 +22,16 @@ class UsageError(ForetellError):
     exit_code = 2
 
 
+def check(holds: object, sentence: str, error: type[Exception] = ValueError) -> None:
+    """Guards what native code, which cannot look, takes for granted: unlike an assert also under `python -O`.
+
+    Raises:
+        ValueError: or another error; the caller has a bug.
+    """
+    if not holds:
+        raise error(sentence)
+
+
 def check_numbers(holder: object, ranges: Iterable[tuple[str, float, float]], whole: Container[str] = ()) -> None:
     """Refuses attributes that are no numbers, or outside [low, high]; those in `whole` must be whole.
 

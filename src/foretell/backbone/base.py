@@ -30,7 +30,7 @@ from foretell.backbone.linear import (
 )
 from foretell.backbone.nodes import Nodes
 from foretell.backbone.prefix import PrefixLayer
-from foretell.errors import UsageError
+from foretell.errors import UsageError, check
 
 SKIP_ATTENTION, SKIP_MLP = 1, 2
 """Bits of a skip plan: `bytes` with one entry per layer."""
@@ -81,11 +81,11 @@ class Backbone(ABC):
     def rotation(self, positions_M: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine [M, D/2] float32, read from a table so that a position always gets the same bits."""
         last = int(positions_M.max()) + 1 if positions_M.device.type == "cpu" else self.config.max_positions
-        cosine, sine = self._rotations(last)
+        cosine, sine = self.rotations(last)
         at = positions_M.to(self.device)
         return cosine.index_select(0, at), sine.index_select(0, at)  # indexing would wake PyTorch's team
 
-    def _rotations(self, positions: int) -> tuple[Tensor, Tensor]:
+    def rotations(self, positions: int) -> tuple[Tensor, Tensor]:
         """The table: cosine and sine of so many positions at least."""
         table, scale = self._angles, self.config.rope_scale
         if positions > len(table[0]):
@@ -94,13 +94,35 @@ class Backbone(ABC):
             self._angles = table = (angles.cos() * scale, angles.sin() * scale)
         return table
 
+    def check_room(self, cache: KVCache, rows: Sequence[int], ends: Sequence[int], layers: int) -> None:
+        """Refuses a cache that has no room for the first `layers` in these rows, up to these slots."""
+        held, heads, _, width = cache.keys.shape
+        same = (heads, width, cache.keys.dtype) == (self.config.kv_heads, self.config.head_dim, self.dtype)
+        check(same and layers <= held, "The cache was made for another model.")
+        cache.check(rows, ends)
+
+    def check_pass(
+        self, hidden_Md: Tensor, nodes: Nodes, begin: int, end: int, skip: bytes | None, taps: Collection[int]
+    ) -> None:
+        """Refuses what does not fit the nodes or the layers of a pass."""
+        layers, shape = self.config.layers, (len(nodes), self.config.hidden)
+        check(0 <= begin <= end <= layers, f"Layers {begin} to {end} were asked for; the model has {layers}.")
+        check(hidden_Md.shape == shape, f"States have shape {tuple(hidden_Md.shape)}; the nodes need {shape}.")
+        check(hidden_Md.dtype == torch.float32, f"States are float32, not {hidden_Md.dtype}.", TypeError)
+        check(not skip or len(skip) >= end, "A skip plan has a byte for every layer.")
+        check(all(begin <= tap <= end for tap in taps), f"Only layers {begin} to {end} can be tapped in this pass.")
+
     def pad_rows(self, rows: int) -> bool:
         """Pads every linear call to at least `rows` rows; False if that is not how this backbone stays exact."""
         return False
 
     @abstractmethod
     def embed(self, tokens_M: Tensor) -> Tensor:
-        """Token ids [M] int64 -> residual stream [M, d] float32."""
+        """Token ids [M] int64 -> residual stream [M, d] float32.
+
+        Raises:
+            IndexError: an id is not in the vocabulary.
+        """
 
     @abstractmethod
     def run_layers(
@@ -205,8 +227,9 @@ class Backbone(ABC):
         """Rows of the output matrix [N, d] in the backbone's type: the start, or the whole, of a draft head."""
 
     def argmax(self, states_Md: Tensor) -> Tensor:
-        """Normed states -> the first most probable token [M] int64."""
-        return self.logits(states_Md).argmax(-1)
+        """Normed states -> the first most probable token [M] int64; -1 where the logits are not all finite numbers."""
+        logits_MV = self.logits(states_Md)
+        return logits_MV.argmax(-1).masked_fill_(~logits_MV.isfinite().all(-1), -1)
 
     def forward(self, tokens_M: Tensor, nodes: Nodes, cache: KVCache) -> Tensor:
         """Normed states [M, d] of a whole pass."""

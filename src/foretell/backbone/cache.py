@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foretell.errors import ForetellError
+from foretell.errors import ForetellError, check
 
 STRETCH = 64
 """Slots that a row's room is a multiple of."""
@@ -132,15 +132,13 @@ class KVCache:
         return keys[:, :, : self.lengths[row]], values[:, :, : self.lengths[row]]
 
     def check(self, rows: Sequence[int], ends: Sequence[int]) -> None:
-        """Refuses a pass that would write past a row's room.
-
-        Raises:
-            ForetellError: naming the row.
-        """
+        """Refuses rows that are not in the cache, and slots past a row's room, before a pass writes there."""
+        fits = len(rows) == len(ends) and all(0 <= row < self.rows for row in rows)
+        check(fits, f"A row is not in the cache, which has {self.rows}.", IndexError)
         for row, end in zip(rows, ends, strict=True):
-            if not 0 <= row < self.rows or end > self.capacity[row]:
-                held = self.capacity[row] if 0 <= row < self.rows else 0
-                raise ForetellError(f"Cache row {row} has room for {held} slots, not {end}; reserve it before a pass.")
+            check(
+                end <= self.capacity[row], f"Cache row {row} has {self.capacity[row]} slots, not {end}; reserve more."
+            )
 
     def _add_rows(self, count: int) -> None:
         if count > 0:

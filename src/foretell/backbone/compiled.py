@@ -7,8 +7,8 @@ gate and up interleaved. A tied embedding is read back from the packed head.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from ctypes import addressof, byref, c_uint64
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,74 +16,79 @@ from foretell.backbone import kernels
 from foretell.backbone.base import Backbone
 from foretell.backbone.cache import KVCache
 from foretell.backbone.config import ModelConfig
-from foretell.backbone.kernels import PackedGrower, PackedHeads, PackedLinear, ThreadedLinear, address
-from foretell.backbone.linear import DrafterHeads, LevelDrafting, LowerDrafting, TreeClimber
+from foretell.backbone.kernels import call, table
+from foretell.backbone.linear import DrafterHeads, LevelDrafting, LowerDrafting, TreeClimber, TreeGrower, check_ids
 from foretell.backbone.nodes import Nodes
+from foretell.backbone.packed import PackedHeads, PackedLinear, ThreadedLinear
 from foretell.backbone.prefix import PrefixLayer
+from foretell.errors import check
 
 Reader = Callable[[str], Tensor]
 """Gives a weight by its Hugging Face name."""
+Join = Callable[[list[Tensor]], Tensor]
 
 
 class CompiledBackbone(Backbone):
-    """See `Backbone`. `read` is called once per weight."""
+    """See `Backbone`. `read` is called once per weight.
+
+    Attributes:
+        build: the kernels; bf16: whether `dtype` is bfloat16, as they are told.
+        about: the layers, as they are described to the kernels.
+        norm_weight: of the final norm, float32 [d].
+    """
 
     def __init__(
         self, config: ModelConfig, read: Reader, dtype: torch.dtype, threads: int, build: kernels.Build | None = None
     ):
         super().__init__(config, dtype, torch.device("cpu"), threads)
+        check(self.supports(config), f"{config.heads} query heads over {config.kv_heads} are too many for the kernels.")
         self.build = build or kernels.default()
         self.kernels = self.build.name
-        self._bf16 = int(dtype == torch.bfloat16)
-        self._kept: list[Tensor | PackedLinear] = []  # what the structures below point to
-        self._layers = (kernels.Layer * config.layers)()
-        for index, layer in enumerate(self._layers):
-            self._fill(layer, f"model.layers.{index}.", read)
-            layer.window = config.windows[index]
-        self._norm = self._vector(read("model.norm.weight"))
+        self.bf16 = int(dtype == torch.bfloat16)
+        layers = [self._layer(f"model.layers.{i}.", read, config.windows[i]) for i in range(config.layers)]
+        self.norm_weight = _vector(read("model.norm.weight"), config.hidden)
         self._head = self._packed(read("model.embed_tokens.weight" if config.tied else "lm_head.weight"))
         self._embedding = None if config.tied else read("model.embed_tokens.weight").to(dtype)
-        self._model = kernels.Model(
-            config.hidden, config.heads, config.kv_heads, config.head_dim, config.mlp, threads, config.eps, self._layers
-        )
+        wide = self._head.inputs if self._embedding is None else self._embedding.shape[1]
+        check(wide == self._head.inputs == config.hidden, "The embedding is as wide as the model.")
+        check(config.head_dim == 2 * len(config.inv_freq), "Every pair of a head's numbers has a frequency.")
+        self.about = kernels.Model(
+            config.hidden, config.heads, config.kv_heads, config.head_dim, config.mlp, threads, config.eps,
+            table(layers),
+        )  # fmt: skip
 
     @staticmethod
     def supports(config: ModelConfig) -> bool:
         """The kernels put the query heads of one key head into one tile of sixteen rows."""
         return config.heads // config.kv_heads <= 16
 
-    def _vector(self, weight: Tensor, padded: int = 0) -> Tensor:
-        vector = torch.zeros(max(padded, weight.numel()))
-        vector[: weight.numel()] = weight
-        self._kept.append(vector)
-        return vector
-
-    def _fill(self, layer: kernels.Layer, prefix: str, read: Reader) -> None:
+    def _layer(self, prefix: str, read: Reader, window: int) -> kernels.Layer:
         c = self.config
 
-        def linear(field: str, weight: Tensor, bias: Tensor | None) -> None:
+        def linear(
+            names: list[str], biased: bool, outputs: int, inputs: int, join: Join = torch.cat
+        ) -> tuple[Tensor, Tensor | None]:
+            weight = join([read(f"{prefix}{name}.weight") for name in names])
+            bias = join([read(f"{prefix}{name}.bias").float() for name in names]) if biased else None
             packed = self._packed(weight, bias)
-            self._kept.append(packed)
-            setattr(layer, field, address(packed.packed))
-            setattr(layer, f"{field}_bias", address(packed.bias))
+            check((packed.outputs, packed.inputs) == (outputs, inputs), f"{names[0]} has not the model's shape.")
+            return packed.packed, packed.bias
 
-        def read_all(names: list[str], biased: bool) -> tuple[list[Tensor], list[Tensor] | None]:
-            weights = [read(f"{prefix}{name}.weight") for name in names]
-            return weights, [read(f"{prefix}{name}.bias").float() for name in names] if biased else None
+        def vector(name: str, size: int = c.hidden) -> Tensor:
+            return _vector(read(f"{prefix}{name}.weight"), size)
 
-        weights, biases = read_all([f"self_attn.{x}_proj" for x in "qkv"], c.attention_bias)
-        linear("qkv", torch.cat(weights), None if biases is None else torch.cat(biases))
-        weights, biases = read_all(["self_attn.o_proj"], c.out_bias)
-        linear("out", weights[0], None if biases is None else biases[0])
-        weights, biases = read_all(["mlp.gate_proj", "mlp.up_proj"], c.mlp_bias)
-        linear("gate_up", _interleave(*weights), None if biases is None else _interleave(*biases))
-        weights, biases = read_all(["mlp.down_proj"], c.mlp_bias)
-        linear("down", weights[0], None if biases is None else biases[0])
-        layer.attention_norm = address(self._vector(read(f"{prefix}input_layernorm.weight")))
-        layer.mlp_norm = address(self._vector(read(f"{prefix}post_attention_layernorm.weight")))
-        if c.qk_norm:
-            layer.query_norm = address(self._vector(read(f"{prefix}self_attn.q_norm.weight")))
-            layer.key_norm = address(self._vector(read(f"{prefix}self_attn.k_norm.weight")))
+        heads = ("self_attn.q_norm", "self_attn.k_norm")
+        gate_up, padded = ["mlp.gate_proj", "mlp.up_proj"], c.mlp + -c.mlp % 32
+        return kernels.Layer(
+            vector("input_layernorm"),
+            *linear([f"self_attn.{x}_proj" for x in "qkv"], c.attention_bias, c.q_width + 2 * c.kv_width, c.hidden),
+            *(vector(name, c.head_dim) if c.qk_norm else None for name in heads),
+            *linear(["self_attn.o_proj"], c.out_bias, c.hidden, c.q_width),
+            vector("post_attention_layernorm"),
+            *linear(gate_up, c.mlp_bias, 2 * padded, c.hidden, _interleave),
+            *linear(["mlp.down_proj"], c.mlp_bias, c.hidden, c.mlp),
+            window,
+        )
 
     def _packed(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
         return PackedLinear(weight.to(self.dtype), bias, self.build)
@@ -91,6 +96,7 @@ class CompiledBackbone(Backbone):
     def embed(self, tokens_M: Tensor) -> Tensor:
         if self._embedding is None:
             return self._head.rows(tokens_M)
+        check_ids(tokens_M, self.tokens)
         return self._embedding.index_select(0, tokens_M).float()
 
     def run_layers(
@@ -105,42 +111,34 @@ class CompiledBackbone(Backbone):
         taps: Collection[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
         end = self.config.layers if end is None else end
-        cache.check(nodes.rows, nodes.ends)
-        assert hidden_Md.shape == (len(nodes), self.config.hidden), "one state per node"
-        assert hidden_Md.dtype == torch.float32
+        self.check_pass(hidden_Md, nodes, begin, end, skip, taps)
+        described = self.described(cache, nodes.rows, nodes.ends, end)
         # Copies and edits of whole streams happen in the kernels: PyTorch would wake a team of its own for them.
-        input_Md, out_Md = hidden_Md.contiguous(), torch.empty_like(hidden_Md)
+        input_Md, out_Md = hidden_Md.contiguous(), torch.empty_like(hidden_Md, memory_format=torch.contiguous_format)
         tapped = {tap: input_Md if tap == begin else torch.empty_like(out_Md) for tap in taps}
-        pointers = (c_uint64 * (self.config.layers + 1))()
-        for tap, tensor in tapped.items():
-            pointers[tap] = address(tensor) if tap > begin else 0
-        skipping = torch.frombuffer(bytearray(skip), dtype=torch.uint8) if skip else None
-        span = kernels.Span(begin, end, address(skipping), addressof(pointers))
-        rows, _alive = self._rows(nodes)
-        kernels.require().foretell_layers(
-            self.build.handle, byref(self._model), byref(self._cache(cache)), byref(rows), byref(span),
-            address(input_Md), address(out_Md), self._bf16,
-        )  # fmt: skip
+        pointers = table([tapped.get(tap) for tap in range(end + 1)]) if tapped else None
+        span = kernels.Span(begin, end, np.frombuffer(skip, dtype=np.uint8) if skip else None, pointers)
+        call("layers", self.build, self.about, described, self._rows(nodes), span, input_Md, out_Md, self.bf16)
         return out_Md, tapped
 
     def attention(self, queries_MHD: Tensor, nodes: Nodes, cache: KVCache, repeats: int = 1) -> Tensor:
         """The attention of layer 0 alone, [M, H, D]: for tests against the slow twin, and for measurements."""
         queries_MHD = queries_MHD.contiguous()
+        shape = (len(nodes), self.config.heads, self.config.head_dim)
+        check(queries_MHD.shape == shape and queries_MHD.dtype == self.dtype, f"Queries are {self.dtype}, {shape}.")
         out_MHD = torch.empty_like(queries_MHD)
-        rows, _alive = self._rows(nodes)
-        kernels.require().foretell_attention(
-            self.build.handle, byref(self._model), byref(self._cache(cache)), byref(rows), address(queries_MHD),
-            address(out_MHD), repeats, self._bf16,
+        described = self.described(cache, nodes.cache_rows, nodes.ends, 1)
+        call(
+            "attention", self.build, self.about, described, self._rows(nodes), queries_MHD, out_MHD, repeats, self.bf16
         )  # fmt: skip
         return out_MHD
 
     def norm(self, hidden_Md: Tensor) -> Tensor:
+        check(hidden_Md.shape[1:] == (self.config.hidden,), f"A state has {self.config.hidden} numbers.")
+        check(hidden_Md.dtype == torch.float32, f"States are float32, not {hidden_Md.dtype}.", TypeError)
         hidden_Md = hidden_Md.contiguous()
         states_Md = torch.empty_like(hidden_Md)
-        kernels.require().foretell_norm(
-            self.build.handle, address(hidden_Md), address(self._norm), self.config.eps, *hidden_Md.shape,
-            address(states_Md),
-        )  # fmt: skip
+        call("norm", self.build, hidden_Md, self.norm_weight, self.config.eps, *hidden_Md.shape, states_Md)
         return states_Md
 
     def logits(self, states_Md: Tensor) -> Tensor:
@@ -158,8 +156,10 @@ class CompiledBackbone(Backbone):
     ) -> PackedHeads:  # fmt: skip
         return PackedHeads(blocks, outputs, linear, self.dtype, self.threads, self.build)
 
-    def grower(self, drafting: LevelDrafting) -> PackedGrower:
-        return PackedGrower(drafting, self._head if self._embedding is None else self._embedding, self.build)
+    def grower(self, drafting: LevelDrafting) -> TreeGrower:
+        from foretell.backbone.drafting import CompiledGrower
+
+        return CompiledGrower(self, drafting)
 
     def climber(self, drafting: LowerDrafting) -> TreeClimber:
         from foretell.backbone.drafting import CompiledClimber
@@ -182,21 +182,32 @@ class CompiledBackbone(Backbone):
         """A row a token, and whether they are packed."""
         return (self._head.packed, True) if self._embedding is None else (self._embedding, False)
 
-    def _rows(self, nodes: Nodes) -> tuple[kernels.Rows, tuple[Tensor, Tensor]]:
-        tables = self._rotations(nodes.last + 1)
-        words = nodes.words.ctypes.data
-        pointers = [words + 4 * place for place in nodes.places[:-1]]
-        rows = kernels.Rows(len(nodes), len(nodes.trees), *pointers, *map(address, tables))
-        return rows, tables  # the structure does not keep them alive
+    @property
+    def tokens(self) -> int:
+        """Rows of the embedding."""
+        return self._head.outputs if self._embedding is None else len(self._embedding)
 
-    @staticmethod
-    def _cache(cache: KVCache) -> kernels.Cache:
+    def described(
+        self, cache: KVCache, rows: Sequence[int], ends: Sequence[int], layers: int | None = None
+    ) -> kernels.Cache:
+        """A cache as it is described to the kernels, once it has room; see `check_room`."""
+        self.check_room(cache, rows, ends, self.config.layers if layers is None else layers)
         layer, head = cache.keys.stride()[:2]
-        return kernels.Cache(address(cache.keys), address(cache.values), layer, cache.starts.ctypes.data, head)
+        return kernels.Cache(cache.keys, cache.values, layer, cache.starts, head)
+
+    def _rows(self, nodes: Nodes) -> kernels.Rows:
+        parts = nodes.sequence, nodes.node, nodes.cache_rows, nodes.lengths, nodes.offsets, nodes.parents
+        return kernels.Rows(len(nodes), len(nodes.trees), *parts, nodes.positions, *self.rotations(nodes.last + 1))
 
 
-def _interleave(gate: Tensor, up: Tensor) -> Tensor:
+def _vector(weight: Tensor, size: int) -> Tensor:
+    check(weight.shape == (size,), f"A vector of shape {tuple(weight.shape)} should have {size} numbers.")
+    return weight.to(torch.float32, copy=True).contiguous()
+
+
+def _interleave(gate_and_up: Sequence[Tensor]) -> Tensor:
     """32 rows of gate, their 32 rows of up, and so on: both halves of SiLU(gate)·up end on the same thread."""
+    gate, up = gate_and_up
     padding = -gate.shape[0] % 32
     if padding:
         gate, up = (torch.cat([x, x.new_zeros(padding, *x.shape[1:])]) for x in (gate, up))

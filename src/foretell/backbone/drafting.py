@@ -7,7 +7,6 @@ millisecond. Legend: B rows, M states, R nodes that ran, d hidden width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import addressof, byref, c_uint64
 
 import numpy as np
 import torch
@@ -18,9 +17,14 @@ from foretell.backbone import kernels
 from foretell.backbone.base import Backbone
 from foretell.backbone.cache import KVCache
 from foretell.backbone.compiled import CompiledBackbone
-from foretell.backbone.kernels import PackedHeads, ThreadedLinear, address
-from foretell.backbone.linear import Asked, Climbed, LowerDrafting
+from foretell.backbone.kernels import call, table
+from foretell.backbone.linear import Asked, Climbed, LevelDrafting, LowerDrafting, check_ids
+from foretell.backbone.packed import PackedHeads, ThreadedLinear
 from foretell.backbone.prefix import PrefixLayer
+from foretell.errors import check
+
+Integers = NDArray[np.int64]
+Trees = list[tuple[list[int], list[int], list[float]]]
 
 
 class CompiledPrefix(PrefixLayer):
@@ -28,34 +32,37 @@ class CompiledPrefix(PrefixLayer):
 
     def __init__(self, backbone: CompiledBackbone, layer: Backbone, fuse_dP: Tensor | None):
         super().__init__(backbone, layer, fuse_dP)
-        self._embedding, self._packed = backbone.embedding
+        if not isinstance(layer, CompiledBackbone):
+            raise TypeError("A compiled prefix layer needs a compiled layer.")
+        self._backbone, self._layer = backbone, layer
+        self._fused_linear = self._fuse.packed if isinstance(self._fuse, ThreadedLinear) else None
+        d = layer.config.hidden
+        alike = backbone.config.hidden == d and (backbone.build, backbone.dtype) == (layer.build, layer.dtype)
+        check(alike, "A prefix layer is computed as its model is.")
+        if self._fused_linear:
+            check(self._fused_linear.outputs == d and self._fused_linear.inputs % d == 0, "Fusing gives one state.")
 
     def _run(
         self, rows: Sequence[int], lengths: Sequence[int], counts: Sequence[int], states_Md: Tensor,
         others: Sequence[Tensor], following: Sequence[int],
     ) -> Tensor:  # fmt: skip
-        layer, fuse = self.layer, self._fuse
-        assert isinstance(layer, CompiledBackbone)
-        assert fuse is None or isinstance(fuse, ThreadedLinear)
+        layer, fuse = self._layer, self._fused_linear
         parts = [each.contiguous() for each in (states_Md, *others)]
-        assert all(each.shape == (sum(counts), layer.config.hidden) and each.dtype == torch.float32 for each in parts)
-        wide = fuse.packed.inputs if fuse else 0
-        assert not wide or (len(following) == sum(counts) and wide == len(parts) * layer.config.hidden)
+        M, d, next_M = sum(counts), layer.config.hidden, torch.tensor(following, dtype=torch.int64)
+        fits = all(each.shape == (M, d) and each.dtype == torch.float32 for each in parts)
+        check(fits and min(counts) >= 0, f"A prefix layer reads float32 states [{M}, {d}].")
+        if fuse:
+            check(len(next_M) == M and fuse.inputs == len(parts) * d, "A fused layer reads every stream and token.")
+            check_ids(next_M, self._backbone.tokens)
         ends = [length + count for length, count in zip(lengths, counts, strict=True)]
-        self.cache.check(rows, ends)
-        cosine, sine = layer._rotations(max(ends))
-        words = np.array([*rows, *lengths, *counts, *following, *map(address, parts[1:])], dtype=np.int64)
-        B, at = len(rows), words.ctypes.data
+        cache, (cosine, sine) = layer.described(self.cache, rows, ends), layer.rotations(max(ends))
+        told = np.array([rows, lengths, counts], dtype=np.int64)
         committed = kernels.Committed(
-            B, at, at + 8 * B, at + 16 * B, address(cosine), address(sine),
-            address(fuse.packed.packed) if fuse else 0, len(others), at + 8 * (3 * B + len(following)), at + 24 * B,
-            address(self._embedding), self._packed,
+            len(rows), *told, cosine, sine, fuse.packed if fuse else None, len(others), table(parts[1:]), next_M,
+            *self._backbone.embedding,
         )  # fmt: skip
         out_Md = torch.empty_like(parts[0])
-        kernels.require().foretell_observe(
-            layer.build.handle, byref(layer._model), byref(layer._cache(self.cache)), byref(committed),
-            address(parts[0]), len(out_Md), address(out_Md), layer._bf16,
-        )  # fmt: skip
+        call("observe", layer.build, layer.about, cache, committed, parts[0], M, out_Md, layer.bf16)
         return out_Md
 
 
@@ -63,56 +70,50 @@ class CompiledClimber:
     """See `linear.TreeClimber`."""
 
     def __init__(self, backbone: CompiledBackbone, drafting: LowerDrafting):
-        head, adapter = drafting.head, drafting.adapter
-        assert isinstance(head, PackedHeads)
-        assert adapter is None or isinstance(adapter, CompiledBackbone)
+        head, adapter, config = drafting.head, drafting.adapter, backbone.config
+        if not isinstance(head, PackedHeads) or not (adapter is None or isinstance(adapter, CompiledBackbone)):
+            raise TypeError("What drafts behind compiled layers is compiled too.")
         self._backbone, self._adapter, reads = backbone, adapter, adapter or backbone
-        self._vocabulary_V = np.ascontiguousarray(drafting.vocabulary_V, dtype=np.int64)
-        self._scale = None if drafting.scale is None else np.array(drafting.scale, dtype=np.float32)
-        self._skip = None if drafting.skip is None else np.frombuffer(drafting.skip, dtype=np.uint8)
-        table, packed = backbone.embedding
-        self._kept = drafting, table
-        self._described = kernels.Lower(
-            addressof(backbone._model), addressof(adapter._model) if adapter else 0,
-            0 if self._skip is None else self._skip.ctypes.data, address(reads._norm), reads.config.eps,
-            addressof(head._described), drafting.width, self._vocabulary_V.ctypes.data,
-            0 if self._scale is None else self._scale.ctypes.data, address(table), packed,
+        about, kind = head.about, (backbone.build, backbone.bf16)
+        check((head.build, head.bf16) == (reads.build, reads.bf16) == kind, "Its kernels and type are the model's.")
+        check(about.layers == 0 and head.heads == 1, "The head is an output matrix alone.")
+        check(about.hidden == config.hidden == reads.config.hidden, "It reads what the model's layers end in.")
+        check(0 < drafting.width <= about.choices == len(drafting.vocabulary_V), "Guesses are some of the vocabulary.")
+        check(not drafting.skip or adapter, "Sublayers of an adapter are skipped, where there is one.")
+        vocabulary_V = np.ascontiguousarray(drafting.vocabulary_V, dtype=np.int64)
+        check_ids(torch.from_numpy(vocabulary_V), backbone.tokens)
+        self._about = kernels.Lower(
+            backbone.about, adapter.about if adapter else None,
+            np.frombuffer(drafting.skip, dtype=np.uint8) if drafting.skip else None, reads.norm_weight,
+            reads.config.eps, about, drafting.width, vocabulary_V,
+            None if drafting.scale is None else np.array(drafting.scale, dtype=np.float32), *backbone.embedding,
         )  # fmt: skip
-        assert head._described.layers == 0 and head._heads == 1 and head._described.hidden == backbone.config.hidden
-        assert 0 < drafting.width <= head._described.choices == len(self._vocabulary_V)
 
     def climb(self, asked: Asked, cache: KVCache, own: KVCache | None) -> Climbed:
         backbone, rows, count = self._backbone, len(asked.slots), asked.count
         lengths = [cache.lengths[slot] for slot in asked.slots]
-        waiting = [0 if each is None else len(each) for each in asked.waiting] or [0] * rows
+        states = [None if each is None else each.contiguous() for each in asked.waiting] or [None] * rows
+        waiting = [0 if each is None else len(each) for each in states]
         ours = [own.lengths[slot] for slot in asked.slots] if own else [0] * rows
         ran = max(count + 1, min(asked.room, 1 + asked.beam * max(0, asked.steps - 1)))  # at most, of a row
-        cache.check(asked.slots, [length + ran for length in lengths])
-        if own:
-            own.check(asked.slots, [length + new + ran for length, new in zip(ours, waiting, strict=True)])
-        last = max(max(lengths), max(length + new for length, new in zip(ours, waiting, strict=True))) + ran
-        assert 0 < asked.layers <= backbone.config.layers and all(0 < tap <= asked.layers for tap in asked.taps)
+        ends = [length + ran for length in lengths]
+        own_ends = [length + new + ran for length, new in zip(ours, waiting, strict=True)]
+        described = backbone.described(cache, asked.slots, ends, asked.layers)
+        described_own = self._adapter.described(own, asked.slots, own_ends) if self._adapter and own else None
+        self._check(asked, states, described_own is not None)
         d = backbone.config.hidden
-        states = [None if each is None else each.contiguous() for each in asked.waiting] or [None] * rows
-        assert all(each is None or (each.shape[1] == d and each.dtype == torch.float32) for each in states)
-        cosine, sine = backbone._rotations(last)
-        each_row = (asked.roots, asked.budgets, asked.slots, lengths, ours, waiting, list(map(address, states)))
+        each_row = (asked.roots, asked.budgets, asked.slots, lengths, ours, waiting)
         told, numbers = np.array(each_row, dtype=np.int64), np.empty((2, rows), dtype=np.int64)
         places, given = np.empty((3, rows, count + 1), dtype=np.int64), np.empty((rows, count + 1))
         hidden_Rd = torch.empty(rows * ran, d)
         tapped = {tap: torch.empty_like(hidden_Rd) for tap in asked.taps}
-        pointers = (c_uint64 * (asked.layers + 1))()
-        for tap, tensor in tapped.items():
-            pointers[tap] = address(tensor)
-        thresholds = np.array(asked.thresholds)
-        caches = backbone._cache(cache), backbone._cache(own or cache)
         wanted = kernels.Climb(
             rows, asked.layers, count, asked.steps, asked.room, asked.beam, asked.least,
-            thresholds.ctypes.data if len(thresholds) else 0, *_lines(told), address(cosine), address(sine),
-            addressof(caches[0]), addressof(caches[1]), *_lines(numbers), *_lines(places), given.ctypes.data,
-            address(hidden_Rd), addressof(pointers),
+            np.array(asked.thresholds) if asked.thresholds else None, *told, table(states),
+            *backbone.rotations(max(*ends, *own_ends)), described, described_own, *numbers, *places, given, hidden_Rd,
+            table([tapped.get(tap) for tap in range(asked.layers + 1)]),
         )  # fmt: skip
-        kernels.require().foretell_climb(backbone.build.handle, byref(self._described), byref(wanted), backbone._bf16)
+        call("climb", backbone.build, self._about, wanted, backbone.bf16)
         sizes, kept = numbers.tolist()
         at, parents, tokens = places
         if own:
@@ -121,17 +122,67 @@ class CompiledClimber:
             ]
             own.commit([slot for slot, _ in read], [range(new) for _, new in read])
         order = torch.from_numpy(np.concatenate([at[b, :count] for b, count in enumerate(kept)]))
-
         return Climbed(
-            [
-                (parents[b, :size].tolist(), tokens[b, :size].tolist(), given[b, :size].tolist())
-                for b, size in enumerate(sizes)
-            ],
-            kept, hidden_Rd.index_select(0, order),
+            _trees(sizes, parents, tokens, given), kept, hidden_Rd.index_select(0, order),
             {tap: streams.index_select(0, order) for tap, streams in tapped.items()},
         )  # fmt: skip
 
+    def _check(self, asked: Asked, states: Sequence[Tensor | None], has_own: bool) -> None:
+        """Refuses a draft whose parts do not fit together."""
+        rows, d = len(asked.slots), self._backbone.config.hidden
+        check_ids(torch.tensor(asked.roots, dtype=torch.int64), self._backbone.tokens)
+        fits = len(asked.roots) == len(asked.budgets) == len(states) == rows and asked.count >= 0
+        check(fits and len(asked.thresholds) in (0, rows), "Every row has a root, a budget and a threshold, or none.")
+        fits = asked.layers > 0 and all(0 < tap <= asked.layers for tap in asked.taps)
+        check(fits, f"Only layers 1 to {asked.layers}, which run, can be tapped.")
+        check(has_own == (self._adapter is not None), "An adapter has a cache of its own.")
+        fits = all(each is None or (each.shape[1:] == (d,) and each.dtype == torch.float32) for each in states)
+        check(fits, f"An adapter reads float32 states of {d} numbers.")
+        if asked.thresholds:
+            fits = asked.steps <= asked.count + 1
+            check(fits, f"A chain of {asked.count} nodes has no room for {asked.steps} steps.")
 
-def _lines(table: NDArray[np.int64]) -> list[int]:
-    """Where each line of a table begins."""
-    return [table.ctypes.data + table.strides[0] * i for i in range(len(table))]
+
+class CompiledGrower:
+    """See `linear.TreeGrower`."""
+
+    def __init__(self, backbone: CompiledBackbone, drafting: LevelDrafting):
+        self._backbone, d, hidden = backbone, drafting, backbone.config.hidden
+        levels = [level for level in d.levels if isinstance(level, PackedHeads)]
+        check(levels and len(levels) == len(d.levels), "Every level has a head of these kernels.")
+        kind, self._shape = (backbone.build, backbone.bf16), (d.streams, hidden)
+        for k, level in enumerate(levels):
+            about, parts = level.about, d.streams + d.grounded * (k + 1) + d.chained * (k > 0)
+            check(
+                level.heads == 1 and (level.build, level.bf16) == kind, "A level is one head, of the model's kernels."
+            )
+            check((about.hidden, about.inputs) == (hidden, hidden * parts), "A level reads a row and a path.")
+            check(0 < d.width <= about.choices == len(d.vocabulary_V), "Guesses are some of the vocabulary.")
+        check(len(d.scales) in (0, len(levels)), "Every level is believed so far, or none.")
+        vocabulary_V = np.ascontiguousarray(d.vocabulary_V, dtype=np.int64)
+        check_ids(torch.from_numpy(vocabulary_V), backbone.tokens)
+        scales = np.array(d.scales, dtype=np.float32).reshape(-1, 2) if d.scales else None
+        self._about = kernels.Drafting(
+            len(levels), hidden, d.streams, d.width, d.grounded, d.chained, table([level.about for level in levels]),
+            *backbone.embedding, vocabulary_V, scales,
+        )  # fmt: skip
+
+    def grow(self, roots: Sequence[int], states: Sequence[Tensor | None], count: int, beam: int, least: float) -> Trees:
+        rows, newest = len(roots), torch.tensor(roots, dtype=torch.int64)
+        check_ids(newest, self._backbone.tokens)
+        check(len(states) == rows and count >= 0, "A tree grows from a root and the states of its row.")
+        fits = all(each is None or (each.shape == self._shape and each.dtype == torch.float32) for each in states)
+        check(fits, f"Heads read {self._shape} float32 states of a row.")
+        parents, tokens = np.empty((2, rows, count + 1), dtype=np.int64)
+        sizes, given = np.empty(rows, dtype=np.int64), np.empty((rows, count + 1))
+        wanted = kernels.Wanted(rows, count, beam, least, table(states), newest, sizes, parents, tokens, given)
+        call("grow", self._backbone.build, self._about, wanted, self._backbone.bf16)
+        return _trees(sizes.tolist(), parents, tokens, given)
+
+
+def _trees(sizes: Sequence[int], parents: Integers, tokens: Integers, given: NDArray[np.float64]) -> Trees:
+    """The first nodes of each row, as lists."""
+    return [
+        (parents[b, :size].tolist(), tokens[b, :size].tolist(), given[b, :size].tolist())
+        for b, size in enumerate(sizes)
+    ]

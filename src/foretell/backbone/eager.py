@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from foretell.backbone.base import SKIP_ATTENTION, SKIP_MLP, Backbone
 from foretell.backbone.cache import KVCache
 from foretell.backbone.config import ModelConfig
-from foretell.backbone.linear import Linear
+from foretell.backbone.linear import Linear, check_ids
 from foretell.backbone.nodes import Nodes
 
 BLOCK = 64
@@ -98,6 +98,7 @@ class EagerBackbone(Backbone):
         return EagerBackbone(config, weights.__getitem__, self.dtype, self.device, self.threads, packed=self._packed)
 
     def embed(self, tokens_M: Tensor) -> Tensor:
+        check_ids(tokens_M, len(self._embedding))
         return self._embedding[tokens_M.to(self.device)].float()
 
     def run_layers(
@@ -112,7 +113,8 @@ class EagerBackbone(Backbone):
         taps: Collection[int] = (),
     ) -> tuple[Tensor, dict[int, Tensor]]:
         end = self.config.layers if end is None else end
-        cache.check(nodes.rows, nodes.ends)
+        self.check_pass(hidden_Md, nodes, begin, end, skip, taps)
+        self.check_room(cache, nodes.rows, nodes.ends, end)
         rotation = self.rotation(torch.from_numpy(nodes.positions).long())
         starts_M = self._starts(nodes, cache)
         tapped = {begin: hidden_Md} if begin in taps else {}
@@ -171,6 +173,7 @@ class EagerBackbone(Backbone):
         return Linear(weight_NK.to(self.device, self.dtype), bias_N, packed=self._packed)
 
     def head_rows(self, ids_N: Tensor) -> Tensor:
+        check_ids(ids_N, self.config.vocab)
         if self.config.tied:
             return self._embedding[ids_N.to(self.device)]
         unit_dd = torch.eye(self.config.hidden, device=self.device)  # a packed matrix shows itself only in products

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from foretell.errors import check
+
 if TYPE_CHECKING:
     from foretell.backbone.base import Backbone
     from foretell.backbone.cache import KVCache
@@ -158,6 +160,22 @@ class TreeClimber(Protocol):
             cache: the engine's; own: the adapter's, which has read `waiting` too afterwards.
         """
         ...
+
+
+def check_ids(ids_M: Tensor, count: int) -> None:
+    """Refuses ids that are no rows of a table of `count`: behind it lies other memory.
+
+    Raises:
+        TypeError: they are not whole numbers of 64 bits.
+        IndexError: one lies outside [0, count).
+    """
+    check(ids_M.dtype == torch.int64, f"Ids are {ids_M.dtype}; they must be torch.int64.", TypeError)
+    check(ids_M.dim() == 1, f"Ids have shape {tuple(ids_M.shape)}; they must be a vector.")
+    if not len(ids_M):
+        return
+    low, high = map(int, ids_M.aminmax())
+    if low < 0 or high >= count:
+        raise IndexError(f"Id {low if low < 0 else high} is outside the table; ids lie between 0 and {count - 1}.")
 
 
 def normed(parts: Tensor) -> Tensor:

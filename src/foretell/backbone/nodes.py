@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from foretell.errors import check
 from foretell.trees import TokenTree
 from foretell.trees import chain as chain_of
 
@@ -51,6 +52,9 @@ class Nodes:
         self.trees, self.rows, self.first = list(trees), list(cache_rows), list(first or [0] * len(trees))
         self.counts = [len(tree) - start for tree, start in zip(trees, self.first, strict=True)]
         self.ends = [length + len(tree) for length, tree in zip(lengths, trees, strict=True)]
+        check(min(lengths, default=0) >= 0, "Lengths count committed slots, from 0 on.")
+        within = all(0 <= start <= len(tree) for tree, start in zip(trees, self.first, strict=True))
+        check(within, "The first node to run is one of its tree.")
         at = positions.tolist() if positions is not None else [p + length for p, length in self._depths(lengths)]
         parts = (
             [b for b, count in enumerate(self.counts) for _ in range(count)],
@@ -61,6 +65,8 @@ class Nodes:
         # One array, filled once: after a pass the interpreter's own data has left the caches, and every call costs.
         self.words = np.array(list(chain.from_iterable(parts)), dtype=np.int32)
         self.last = max(at, default=0)
+        placed = positions is None or (len(at) == sum(self.counts) and min(at, default=0) >= 0)
+        check(placed, "Every node has a position, from 0 on.")
         self.places = [0, *accumulate(map(len, parts))]
         split = (self.words[a:b] for a, b in pairwise(self.places))
         self.sequence, self.node, self.cache_rows, self.lengths, self.offsets, self.parents, self.positions = split

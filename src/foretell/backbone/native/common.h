@@ -160,8 +160,8 @@ struct Kernels {
     void (*layers)(const Model&, const Cache&, const Rows&, const Span&, float* hidden, int bf16);
     void (*norm)(const float* x, const float* weight, double eps, int64_t rows, int64_t width, float* out);
     void (*linear)(const float* x, int64_t rows, int64_t inputs, const void* packed, int64_t outputs,
-                   const float* bias, float* out, int64_t count, float* values, int64_t* best, int64_t threads,
-                   int bf16);
+                   const float* bias, float* out, int64_t count, float* values, int64_t* best, int strict,
+                   int64_t threads, int bf16);
     void (*heads)(const Heads&, const float* const* parts, int64_t rows, int64_t count, float* values, int64_t* best,
                   float* states, int bf16);
     void (*attention)(const Model&, const Cache&, const Rows&, const void* queries, void* out,
@@ -182,11 +182,16 @@ void observe(const Kernels& build, const Model& model, const Cache& cache, const
 void grow(const Kernels& build, const Drafting& drafting, const Wanted& wanted, int bf16);
 void climb(const Kernels& build, const Lower& lower, const Climb& climb, int bf16);
 
-// Runs body(context, thread) on `threads` threads and waits; `wait` inside a body is a barrier of all of them.
+// How many of so many threads there are: fewer where the system starts no more. Never more than kMaxThreads - 1.
+int64_t recruit(int64_t threads);
+// Runs body(context, thread) on `threads` threads, which `recruit` has promised, and waits; `wait` inside a body is a
+// barrier of all of them. What a body throws ends the other bodies at their next barrier, and is thrown again here.
 void parallel(int64_t threads, void (*body)(void*, int64_t), void* context);
 void wait(int64_t threads);
-// Memory that lives until the process ends and only grows; one block per (thread, purpose).
+// Memory that lives until the process ends and only grows; one block per (thread, purpose). Throws std::bad_alloc.
 void* scratch(int64_t thread, int purpose, int64_t bytes);
 constexpr int kMaxThreads = 256, kPurposes = 12;
+// A build's own code names itself here, so that a test can tell which one ran.
+void ran(const char* build);
 
 }  // namespace foretell

@@ -30,7 +30,8 @@ static void fuse(const Kernels& build, const Model& model, const Committed& c, i
             const float* from = p < c.others ? c.stream[p] : embedded.data();
             build.norm(from + m * d, nullptr, 1e-6, 1, d, read.data() + (m * parts + p) * d);
         }
-    build.linear(read.data(), count, parts * d, c.fuse, d, nullptr, added.data(), 0, nullptr, nullptr, model.threads, bf16);
+    build.linear(read.data(), count, parts * d, c.fuse, d, nullptr, added.data(), 0, nullptr, nullptr, 0,
+                 model.threads, bf16);
     for (int64_t i = 0; i < count * d; i++) hidden[i] += added[i];
 }
 

@@ -1,0 +1,273 @@
+"""The border to native code: nothing that crosses it the wrong way ends the process or reads memory of others.
+
+What could is tried in a process of its own, with limits that the system keeps: exit status and output tell.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from random_backbones import COMPILED
+
+pytestmark = [
+    pytest.mark.skipif(not COMPILED, reason="needs compiled kernels"),
+    pytest.mark.skipif(sys.platform != "linux", reason="limits and signals as Linux has them"),
+]
+
+SETUP = """
+import gc, os, resource, signal, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+import torch
+torch.set_num_threads(1)
+from random_backbones import BF16, FP32, Batch, Model, build, prefilled, run, same
+from tiny_models import DIMENSIONS
+from foretell.backbone import Nodes
+from foretell.errors import ForetellError
+from foretell.trees import TokenTree, chain
+
+def model(**changes):
+    return Model({"model_type": "llama", **DIMENSIONS, "max_position_embeddings": 1 << 20, **changes})
+
+def limit(more):
+    "No more address space than is taken now, and so much; None lifts it."
+    taken = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) * 1024
+    top = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (top if more is None else taken + more, top))
+
+def tasks():
+    return len(os.listdir("/proc/self/task"))
+"""
+
+
+def outcome(code: str, *flags: str) -> str:
+    """What a process prints that runs the code after `SETUP`; it must end well."""
+    command = [sys.executable, *flags, "-c", SETUP + code, str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr}"
+    return done.stdout
+
+
+GUARDS = """
+from foretell.backbone.linear import Asked, LevelDrafting, LowerDrafting
+from foretell.backbone.packed import PackedLinear
+
+backbone, other = model().build("", BF16, 2), model(hidden_size=64, head_dim=16).build("", FP32, 2)
+tokens, d = torch.arange(4), 32
+hidden, nodes, cache = backbone.embed(tokens), Nodes.chains([0], [0], [4]), backbone.new_cache(1, 8)
+heads = backbone.heads([], [torch.randn(40, d)])
+stacked = backbone.heads([[(torch.randn(d, 2 * d), torch.zeros(d))]], heads)
+store, block, vocabulary = torch.randn(5, d), [(torch.randn(d, d), torch.zeros(d))], np.arange(40)
+levels = [backbone.heads([[(torch.randn(d, 2 * d), torch.zeros(d))]], heads)]
+grower = backbone.grower(LevelDrafting(levels, 1, 4, vocabulary, (), True, False))
+climber = backbone.climber(LowerDrafting(heads, 4, vocabulary))
+norms = {f"{name}_layernorm.weight": torch.ones(d) for name in ("input", "post_attention")}
+projections = {f"self_attn.{x}_proj.weight": torch.randn(n, d) for x, n in zip("qkvo", (32, 16, 16, 32))}
+mlp = {"mlp.gate_proj.weight": torch.randn(48, d), "mlp.up_proj.weight": torch.randn(48, d),
+       "mlp.down_proj.weight": torch.randn(d, 48)}
+prefix = backbone.prefix(norms | projections | mlp, torch.randn(d, d))
+prefix.bind(1, 8)
+linear = PackedLinear(torch.randn(40, d))
+
+def climb(roots=(1,), budgets=(9,), slots=(0,), count=3, steps=2, room=4, layers=2, cache=cache, **more):
+    return climber.climb(Asked(layers, slots, roots, budgets, count, steps, room, beam=2, **more), cache, None)
+
+def level(**changes):
+    told = dict(levels=levels, streams=1, width=4, vocabulary_V=vocabulary, scales=(), grounded=True, chained=False)
+    return backbone.grower(LevelDrafting(**{**told, **changes}))
+
+backbone.run_layers(hidden, nodes, cache)
+heads.top(store, [[0], [4]], 40), stacked.top(store, [[0, 1]], 3), climb(), level()
+grower.grow([1], [torch.randn(1, d)], 4, 2, 0.0)
+prefix([0], [2], torch.randn(2, d), (), [1, 2])
+
+attempts = {
+    "cache too short": lambda: backbone.run_layers(hidden, nodes, backbone.new_cache(1, 3)),
+    "cache of fewer rows": lambda: backbone.run_layers(hidden, Nodes.chains([1], [0], [4]), cache),
+    "row before the first": lambda: backbone.run_layers(hidden, Nodes.chains([-1], [0], [4]), cache),
+    "cache of another type": lambda: backbone.run_layers(hidden, nodes, model().build("", FP32).new_cache(1, 8)),
+    "cache of another model": lambda: backbone.run_layers(hidden, nodes, other.new_cache(1, 8)),
+    "too few states": lambda: backbone.run_layers(hidden[:3], nodes, cache),
+    "states of another width": lambda: backbone.run_layers(torch.zeros(4, 16), nodes, cache),
+    "states of another type": lambda: backbone.run_layers(hidden.double(), nodes, cache),
+    "layers that are not there": lambda: backbone.run_layers(hidden, nodes, cache, 0, 9),
+    "layers before the first": lambda: backbone.run_layers(hidden, nodes, cache, -2, 1),
+    "a tap that is not there": lambda: backbone.run_layers(hidden, nodes, cache, taps=[7]),
+    "a skip plan too short": lambda: backbone.run_layers(hidden, nodes, cache, skip=bytes(1)),
+    "committed slots before the first": lambda: Nodes.chains([0], [-3], [4]),
+    "nodes before the first": lambda: Nodes([chain(3)], [0], [0], [-2]),
+    "a position before the first": lambda: Nodes([chain(1)], [0], [0], positions=torch.tensor([0, -5])),
+    "too few positions": lambda: Nodes([chain(1)], [0], [0], positions=torch.tensor([0])),
+    "an id behind the vocabulary": lambda: backbone.embed(torch.tensor([64])),
+    "an id before the vocabulary": lambda: backbone.embed(torch.tensor([-1])),
+    "ids of another type": lambda: backbone.embed(torch.tensor([1.0])),
+    "rows of a packed matrix": lambda: linear.rows(torch.tensor([40])),
+    "norm of another width": lambda: backbone.norm(torch.zeros(2, 31)),
+    "norm of another type": lambda: backbone.norm(torch.zeros(2, 32).half()),
+    "linear of another width": lambda: linear(torch.zeros(2, 31), 1),
+    "linear of another type": lambda: linear(torch.zeros(2, 32).half(), 1),
+    "more best outputs than outputs": lambda: linear.top(torch.zeros(2, 32), 41, 1),
+    "a bias too short": lambda: PackedLinear(torch.randn(40, d), torch.zeros(39)),
+    "queries of another type": lambda: backbone.attention(torch.zeros(4, 4, 8), nodes, cache),
+    "which behind the states": lambda: heads.top(store, [[5]], 1),
+    "which before the states": lambda: heads.top(store, [[-1]], 1),
+    "too few states named": lambda: stacked.top(store, [[0]], 1),
+    "count above choices": lambda: heads.top(store, [[0]], 41),
+    "states too few": lambda: heads.top(store, [[0]], 1, torch.zeros(1, 1, 16)),
+    "states not contiguous": lambda: heads.top(store, [[0], [1]], 1, torch.zeros(d, 1, 2).T),
+    "store of another type": lambda: heads.top(store.double(), [[0]], 1),
+    "blocks of another width": lambda: backbone.heads([[(torch.randn(16, d), torch.zeros(16))]], heads),
+    "a bias of blocks too short": lambda: backbone.heads([[(torch.randn(d, d), torch.zeros(8))]], heads),
+    "matrices of two widths": lambda: backbone.heads([block * 2], [torch.randn(40, d), torch.randn(30, d)]),
+    "matrices of other kernels": lambda: other.heads([block], heads),
+    "a vocabulary beyond the embedding": lambda: level(vocabulary_V=vocabulary + 30),
+    "a vocabulary too short": lambda: level(vocabulary_V=vocabulary[:39]),
+    "more guesses than choices": lambda: level(width=41),
+    "levels that read more": lambda: level(streams=2),
+    "a root behind the vocabulary": lambda: grower.grow([64], [torch.randn(1, d)], 4, 2, 0.0),
+    "too few streams": lambda: grower.grow([1], [torch.randn(1, 16)], 4, 2, 0.0),
+    "states of too few rows": lambda: grower.grow([1, 2], [torch.randn(1, d)], 4, 2, 0.0),
+    "climb: no room": lambda: climb(cache=backbone.new_cache(1, 3)),
+    "climb: no such row": lambda: climb(slots=(1,)),
+    "climb: no such layer": lambda: climb(layers=4),
+    "climb: no such tap": lambda: climb(taps=[3]),
+    "climb: a root behind the vocabulary": lambda: climb(roots=(64,)),
+    "climb: no budget": lambda: climb(budgets=()),
+    "climb: a chain longer than its room": lambda: climb(steps=5, thresholds=[0.0]),
+    "climb: too few thresholds": lambda: climb(slots=(0, 0), roots=(1, 1), budgets=(9, 9), thresholds=[0.0]),
+    "prefix: states of another width": lambda: prefix([0], [1], torch.randn(1, 16), (), [1]),
+    "prefix: too few tokens": lambda: prefix([0], [2], torch.randn(2, d), (), [1]),
+    "prefix: a token behind the vocabulary": lambda: prefix([0], [1], torch.randn(1, d), (), [64]),
+    "prefix: streams that are not fused": lambda: prefix([0], [1], torch.randn(1, d), [torch.randn(1, d)], [1]),
+}
+for name, attempt in attempts.items():
+    try:
+        attempt()
+    except (ForetellError, IndexError, TypeError, ValueError):
+        continue
+    print(name)
+"""
+
+
+def test_every_guard_of_memory_raises_also_where_asserts_do_not_run() -> None:
+    assert outcome(GUARDS, "-O") == ""  # else the names of what nobody refused
+
+
+def test_fewer_threads_than_wanted_are_enough() -> None:
+    """Where no thread starts one works alone; where some do they share; the bits are those of one."""
+    found = outcome("""
+tokens = torch.arange(40)
+alone = prefilled(model().build("", BF16, 1), tokens)[1]
+many = model().build("", BF16, 9)
+before = tasks()
+limit(4 << 20)  # less than the stack of a thread
+first = prefilled(many, tokens)[1]
+print(tasks() - before, same(first, alone))
+limit(30 << 20)  # three stacks at most
+some = prefilled(many, tokens)[1]
+print(0 < tasks() - before < 8, same(some, alone))
+limit(None)
+print(same(prefilled(many, tokens)[1], alone), tasks() - before)
+""")
+    assert found.split() == ["0", "True", "True", "True", "True", "8"]
+
+
+def test_memory_that_runs_out_is_an_error_and_not_the_end() -> None:
+    """In front of the team, and in one of its threads while the others wait for it; afterwards all is as before."""
+    found = outcome("""
+def attempt(backbone, tokens, nodes, cache):
+    try:
+        return run(backbone, tokens, nodes, cache)
+    except ForetellError as error:
+        return str(error)
+
+wide = model(intermediate_size=8192, num_hidden_layers=1).build("", FP32, 3)
+tokens, nodes, cache = torch.arange(64).repeat(32), Nodes.chains([0], [0], [2048]), wide.new_cache(1, 2048)
+run(wide, tokens[:40], Nodes.chains([0], [0], [40]), cache)
+wide.rotations(2048)
+limit(40 << 20)  # what the layers need at once is 80 MB
+print(attempt(wide, tokens, nodes, cache))
+limit(None)
+alone = model(intermediate_size=8192, num_hidden_layers=1).build("", FP32, 1)
+print(same(run(wide, tokens, nodes, cache), run(alone, tokens, nodes, alone.new_cache(1, 2048))))
+
+deep, slots = model(head_dim=64, num_hidden_layers=2).build("", FP32, 3), 200_000
+cache, last = deep.new_cache(1, slots), Nodes.chains([0], [slots - 1], [1])
+cache.keys.zero_(), cache.values.zero_()
+run(deep, tokens[:40], Nodes.chains([0], [0], [40]), cache)
+deep.rotations(slots)
+limit(20 << 20)  # what each thread packs of so long a row is 100 MB
+print(attempt(deep, tokens[:1], last, cache))
+limit(None)
+again = run(deep, tokens[:1], last, cache)
+print(same(again, run(deep, tokens[:1], last, cache)), bool(again.isfinite().all()))
+""")
+    sentence = "The kernels found too little memory; use fewer threads, a smaller batch or a shorter prompt."
+    assert found.splitlines() == [sentence, "True", sentence, "True True"]
+
+
+def test_an_interrupt_in_a_native_call_ends_it_and_nothing_else() -> None:
+    found = outcome("""
+from decoding import decoder_of, finish
+from foretell.contracts import SamplingParams
+from foretell.drafters.prompt_lookup import PromptLookup
+backbone = model().build("", BF16, 2)
+decoder = decoder_of(backbone, PromptLookup())
+request = [1, 2, 3] * 700, SamplingParams(max_new_tokens=40, ignore_eos=True)
+truth = finish(decoder, [request])[0].ids
+inside = threading.Event()
+call, main = backbone.run_layers, threading.get_ident()
+
+def told(*arguments, **options):
+    inside.set()
+    return call(*arguments, **options)
+
+def interrupt():
+    inside.wait()
+    time.sleep(0.01)
+    signal.pthread_kill(main, signal.SIGINT)
+
+backbone.run_layers = told
+threading.Thread(target=interrupt).start()
+try:
+    for _ in range(100):
+        number = decoder.submit(*request)
+        while decoder.busy:
+            decoder.step()
+except KeyboardInterrupt:
+    print("interrupted")
+decoder.cancel(number)
+backbone.run_layers = call
+print(finish(decoder, [request])[0].ids == truth)
+signals = [line.split()[1] for task in os.listdir("/proc/self/task") if int(task) != os.getpid()
+           for line in open(f"/proc/self/task/{task}/status") if line.startswith("SigBlk")]
+print(any(int(each, 16) >> (signal.SIGINT - 1) & 1 for each in signals))
+""")
+    assert found.split() == ["interrupted", "True", "True"]
+
+
+def test_a_fork_in_the_middle_of_a_call_leaves_parent_and_child_right() -> None:
+    found = outcome("""
+backbone = model().build("", BF16, 3)
+batch = Batch([chain(5)], [400], [0])
+before = batch.together(backbone)[1][0]
+done = threading.Event()
+
+def busy():
+    while not done.is_set():
+        batch.together(backbone)
+
+thread = threading.Thread(target=busy)
+thread.start()
+for _ in range(5):
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        os._exit(0 if same(batch.together(backbone)[1][0], before) else 1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+done.set()
+thread.join()
+print(same(batch.together(backbone)[1][0], before))
+""")
+    assert found.split() == ["0"] * 5 + ["True"]
