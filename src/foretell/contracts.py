@@ -251,8 +251,10 @@ class Drafter(ABC):
         return own
 
     def bind(self, cache: KVCache) -> None:  # noqa: B027
-        """Begins anew with the rows of an engine's cache, where methods that run layers while drafting run them: assigns
-        what is kept of rows, for engines that share the drafter have shallow copies of it."""
+        """Begins anew with the rows of an engine's cache, where methods that run layers while drafting run them.
+
+        What is kept of rows is assigned, not emptied: engines that share the drafter have shallow copies of it.
+        """
 
     def holds(self, slot: int, tokens: int) -> int:
         """How many of the first `tokens` in a slot's cache need not come to `observe` again.
@@ -264,8 +266,7 @@ class Drafter(ABC):
     def reset(self, rows: Sequence[Row]) -> None:  # noqa: B027
         """New sequences have taken these slots: forget what was there, and make room for all of theirs.
 
-        Raises:
-            ForetellError: there is no room; the request is refused, and the others go on.
+        A `ForetellError` refuses the request, and the others go on.
         """
 
     @abstractmethod
@@ -297,8 +298,7 @@ class Statistics:
 
     Attributes:
         steps: verification passes that emitted tokens for it; plain_steps: those that carried no guess for it;
-            suspended_steps: those of them in which speculation was held back because it loses here, as the engine
-            measured while decoding or the drafter knew beforehand.
+            suspended_steps: those of them in which speculation was held back because it loses here, as measured.
         seed: what fixed the draws of sampling.
         exact: whether the output is plain decoding's, token for token: drafter and rule are lossless, and a probe
             found this machine's arithmetic canonical.

@@ -127,7 +127,7 @@ class CompiledBackbone(Backbone):
         shape = (len(nodes), self.config.heads, self.config.head_dim)
         check(queries_MHD.shape == shape and queries_MHD.dtype == self.dtype, f"Queries are {self.dtype}, {shape}.")
         out_MHD = torch.empty_like(queries_MHD)
-        described = self.described(cache, nodes.cache_rows, nodes.ends, 1)
+        described = self.described(cache, nodes.rows, nodes.ends, 1)
         call(
             "attention", self.build, self.about, described, self._rows(nodes), queries_MHD, out_MHD, repeats, self.bf16
         )  # fmt: skip
