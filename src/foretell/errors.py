@@ -22,6 +22,10 @@ class UsageError(ForetellError):
     exit_code = 2
 
 
+class ForetellWarning(UserWarning):
+    """Something was done otherwise than it was asked for; the command line prints it as a note."""
+
+
 def check_numbers(holder: object, ranges: Iterable[tuple[str, float, float]], whole: Container[str] = ()) -> None:
     """Refuses attributes that are no numbers, or outside [low, high]; those in `whole` must be whole.
 
