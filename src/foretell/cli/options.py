@@ -125,7 +125,7 @@ class Sampling:
     frequency_penalty: float = flag(0.0, "Taken from tokens of the answer for each time they occur.")
     logit_bias: list[str] | None = flag(None, "ID=VALUE, added to that token's logit; repeatable.")
     seed: int = flag(0, "The same seed draws the same tokens with every drafter.")
-    stop: list[str] | None = flag(None, "A text that ends an answer; repeatable.")
+    stop: list[str] | None = flag(None, "A text, or a special token, that ends an answer; repeatable.")
     stop_id: list[int] | None = flag(None, "A token id that does; repeatable.")
     ignore_eos: bool = flag(False, "Go on past the model's end of text.")
     logprobs: int | None = flag(None, "With --json: log-probabilities, with so many rivals.")
