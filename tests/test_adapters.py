@@ -4,6 +4,7 @@ The truth is that sum taken rank by rank in float64, and what peft makes of its 
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,129 @@ def test_a_base_in_several_files_stays_in_them(cache: Path, tmp_path: Path) -> N
     whole, shards = (resolve(f"{tmp_path / name}+{tmp_path / 'adapter'}").path for name in ("whole", "shards"))
     ours, truth = (read_weights(folder, read_config(folder)) for folder in (shards, whole))
     assert all(torch.equal(ours[name], truth[name]) for name in truth.shapes)
+
+
+# --- other formats ------------------------------------------------------------------------------------------
+
+
+def merged(name: str) -> dict[str, Tensor]:
+    return tensors_of(resolve(name).path / "model.safetensors")
+
+
+def save_mlx(folder: Path, parameters: Any, tensors: dict[str, Tensor], **config: Any) -> Path:
+    """As mlx-lm saves one: A [columns, rank] and B [rank, rows], beside all that its trainer was told."""
+    folder.mkdir()
+    about = {"model": "org/base", "num_layers": 3, "iters": 600, "seed": 0, "lora_parameters": parameters, **config}
+    (folder / adapters.CONFIG).write_text(json.dumps({"fine_tune_type": "lora"} | about))
+    save_file(tensors, folder / "adapters.safetensors", {"format": "mlx"})
+    return folder
+
+
+def mlx_tensors(tiny: str, embedding: bool = False) -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    out = {}
+    for name, weight in load_file(Path(tiny) / "model.safetensors").items():
+        (rows, columns), place = weight.shape if weight.dim() == 2 else (0, 0), name.removesuffix(".weight")
+        if name in CHANGED or (embedding and "embed_tokens" in name):
+            sizes = (rows, columns) if "embed_tokens" in name else (columns, rows)
+            out |= {
+                f"{place}.lora_a": torch.randn(sizes[0], RANK) / 4,
+                f"{place}.lora_b": torch.randn(RANK, sizes[1]) / 4,
+            }
+    return out
+
+
+@pytest.mark.parametrize("embedding", [False, True])
+def test_adapters_of_mlx(tiny: str, cache: Path, tmp_path: Path, embedding: bool) -> None:
+    """Its own sum, `LoRALinear.fuse`: W + (scale·Bᵀ)·Aᵀ; of an embedding W + scale·A·B."""
+    tensors = mlx_tensors(tiny, embedding)
+    parameters = {"rank": RANK, "scale": 1.5, "dropout": 0.0, "keys": ["self_attn.q_proj", "mlp.down_proj"]}
+    ours = merged(f"{tiny}+{save_mlx(tmp_path / 'mlx', parameters, tensors)}")
+    for name, weight in load_file(Path(tiny) / "model.safetensors").items():
+        place, total = name.removesuffix(".weight"), weight.double()
+        if f"{place}.lora_a" in tensors:
+            a, b = (tensors[f"{place}.lora_{side}"].double() for side in "ab")
+            total = total + 1.5 * (a @ b if "embed_tokens" in name else b.T @ a.T)
+        assert torch.equal(ours[name], total.to(weight.dtype)), name
+        assert torch.equal(ours[name], weight) == (f"{place}.lora_a" not in tensors)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "changes", "odd", "sentence"),
+    [
+        ({}, {"fine_tune_type": "dora"}, {}, r"is no plain LoRA adapter \(fine_tune_type dora\); fuse it with mlx_lm"),
+        ({}, {"fine_tune_type": "full"}, {}, r"\(fine_tune_type full\); fuse it with mlx_lm.fuse and name that folder"),
+        ({"alpha": 16}, {}, {}, r"\(alpha beside scale\); fuse it with mlx_lm.fuse"),
+        ({}, {}, {"model.layers.0.mlp.up_proj.m": torch.ones(3)}, r"\(model.layers.0.mlp.up_proj.m\); fuse it with"),
+        ({"scale": None}, {}, {}, r"is damaged \("),
+        ({}, {"lora_parameters": None}, {}, r"is damaged \("),
+        ({}, {}, {"model.layers.0.mlp.up_proj.lora_a": torch.ones(3, 4)}, r"is damaged \("),
+    ],
+)
+def test_adapters_of_mlx_that_are_no_plain_sum_are_named(
+    tiny: str, cache: Path, tmp_path: Path, parameters: Any, changes: Any, odd: Any, sentence: str
+) -> None:
+    given = {"rank": RANK, "scale": 1.5, "dropout": 0.0} | parameters
+    save_mlx(tmp_path / "mlx", given, mlx_tensors(tiny) | odd, **changes)
+    assert re.search(sentence, refusal(f"{tiny}+{tmp_path / 'mlx'}"))
+    assert not list(cache.glob("models/*"))
+
+
+def test_an_adapter_in_a_pickle_is_read_if_it_holds_nothing_else(tiny: str, copy: Path, cache: Path) -> None:
+    truth, name = merged(f"{tiny}+{copy}"), f"{tiny}+{copy}"
+    tensors, path = tensors_of(copy / adapters.TENSORS), copy / "adapter_model.bin"
+    (copy / adapters.TENSORS).unlink()
+    torch.save(tensors, path)
+    ours = merged(name)
+    assert all(torch.equal(ours[each], weight) for each, weight in truth.items())
+    shutil.rmtree(cache)
+    torch.save({**tensors, "more": Harmful()}, path)
+    assert re.search(r"damaged, or would run code of its own when loaded .*as safetensors with peft", refusal(name))
+    assert not Harmful.ran
+    for other in (
+        {**tensors, "step": 3},
+        [1, 2],
+        tensors["base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"],
+    ):
+        torch.save(other, path)
+        assert "is damaged (it holds other things than tensors)" in refusal(name)
+    path.write_bytes(path.read_bytes()[:100])
+    assert f"The adapter {copy} is damaged" in refusal(name)
+
+
+class Harmful:
+    ran = False
+
+    def __reduce__(self) -> Any:
+        return _run, ()
+
+
+def _run() -> None:
+    Harmful.ran = True
+
+
+def test_an_adapter_on_a_model_whose_names_are_bare(tiny: str, adapter: Path, cache: Path, tmp_path: Path) -> None:
+    truth, base = merged(f"{tiny}+{adapter}"), shutil.copytree(tiny, tmp_path / "bare")
+    tensors = {name.removeprefix("model."): each for name, each in tensors_of(base / "model.safetensors").items()}
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    folder = resolve(f"{base}+{adapter}").path
+    ours = read_weights(folder, read_config(folder))
+    assert all(torch.equal(ours[name], weight) for name, weight in truth.items())
+
+
+def test_a_trainers_folder_names_its_checkpoints(tiny: str, adapter: Path, cache: Path, tmp_path: Path) -> None:
+    for step in (90, 500, 1000):
+        shutil.copytree(adapter, tmp_path / "run" / f"checkpoint-{step}")
+    last = tmp_path / "run" / "checkpoint-1000"
+    assert f"several moments of a training; name one of them, such as {tiny}+{last}." in refusal(
+        f"{tiny}+{tmp_path / 'run'}"
+    )
+    assert merged(f"{tiny}+{last}").keys() == merged(f"{tiny}+{adapter}").keys()
+    for folder in (adapter, last):
+        assert f"{folder} holds an adapter and no model; add it to the model it is for: BASE+{folder}." in refusal(
+            str(folder)
+        )
+    assert f"for: BASE+{last}." in refusal(str(tmp_path / "run"))
 
 
 # --- a model of its own -------------------------------------------------------------------------------------

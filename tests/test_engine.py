@@ -8,8 +8,9 @@ for every family, alone and in batches whose rows join and leave, greedy and sam
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
+import numpy as np
 import pytest
 import torch
 from decoding import Output, Request, answers, assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly
@@ -232,11 +233,22 @@ def test_statistics_of_a_known_run() -> None:
 class Letters:
     """A tokenizer whose token i is two letters, so that stop strings begin and end inside tokens."""
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
+    def encode_raw(self, text: str) -> list[int]:
         return [ord(letter) % 64 for letter in text]
 
-    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+    special: ClassVar[dict[str, int]] = {}
+
+    def decode(self, ids: Sequence[int]) -> str:
         return "".join(chr(97 + i % 26) + chr(97 + i * 7 % 26) for i in ids)
+
+    def follow(self, prompt: Sequence[int]) -> "Letters":
+        return self
+
+    def push(self, token: int) -> str:
+        return self.decode([token])
+
+    def pending(self) -> str:
+        return ""
 
 
 PROMPT = [7, 8, 9, 10]
@@ -397,6 +409,16 @@ def test_what_a_caller_mistypes_is_one_sentence() -> None:
     for prompts in (3, None, [[1, 2], 3]):
         with pytest.raises(UsageError, match="A prompt is text, a conversation or token ids, not "):
             llm.generate(cast(Any, prompts))
+    for prompts in (b"hi", [[1, 2], b"hi"], [bytearray(b"hi")], [memoryview(b"hi")]):  # bytes are numbers too
+        with pytest.raises(UsageError, match="A prompt is text, a conversation or token ids, not .*[bm]"):
+            llm.generate(cast(Any, prompts))
+    for prompts in ([1, "a"], [[1, 2], [1, True]], [[1.0]], [["a"]], [[1, {"role": "user", "content": "hi"}]]):
+        with pytest.raises(UsageError, match=r"The prompt holds .*, which is no token id; give text, or nothing but"):
+            llm.generate(cast(Any, prompts))
+    for prompts in ([{"role": "user", "content": "hi"}, "a"], [[{"role": "user", "content": "hi"}, 3]]):
+        with pytest.raises(UsageError, match=r"The conversation holds ('a'|3), which is no message; write {"):
+            llm.generate(cast(Any, prompts))
+    assert llm.encode(cast(Any, np.arange(3).tolist())) == llm.encode(cast(Any, [*np.arange(3)])) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

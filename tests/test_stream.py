@@ -1,7 +1,8 @@
 """Text that is shown is certain: never half a character, never a piece of a stop string, nothing lost at the end.
 
 The truth is the whole text, decoded at once and cut at the first stop string to be completed. However it is cut
-into tokens, the pieces must join to that.
+into tokens, the pieces must join to that. What decoders make of a beginning, or of invalid bytes, is the subject of
+test_detokenizer.
 """
 
 from collections.abc import Sequence
@@ -12,21 +13,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from random_backbones import examples
+from tokenizers import AddedToken, decoders, models
+from tokenizers import Tokenizer as Backend
 
+from foretell.backbone import Tokenizer
+from foretell.backbone.detokenizer import BYTES
 from foretell.engine.stream import TextStream
+from foretell.errors import UsageError
 
 SAMPLE = "naïve Ångström — 日本語 👩🏽‍🚀🇺🇳 \U0001f9d1\U0001f3fe\u200d\U0001f91d end\n\n  x"
 
 
-class Bytes:
-    """A byte-level tokenizer: a token is any string of bytes, and half characters decode to U+FFFD. -1 is special."""
+LETTERS = {byte: letter for letter, byte in BYTES.items()}
 
-    def __init__(self, tokens: Sequence[bytes]):
-        self.tokens = tokens
 
-    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        assert skip_special
-        return b"".join(self.tokens[i] for i in ids if i >= 0).decode("utf-8", errors="replace")
+def byte_tokenizer(tokens: Sequence[bytes]) -> tuple[Tokenizer, list[int]]:
+    """A byte-level tokenizer of these tokens, and their ids; the next two ids are <end> and </s>, both special."""
+    vocab: dict[str, int] = {}
+    ids = [vocab.setdefault("".join(LETTERS[byte] for byte in token), len(vocab)) for token in tokens]
+    backend = Backend(models.BPE(vocab, []))
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<end>"), AddedToken("</s>")])
+    return Tokenizer(backend, {}, None, "bytes"), ids
 
 
 def cut(data: bytes, places: Sequence[int]) -> list[bytes]:
@@ -37,9 +45,10 @@ def cut(data: bytes, places: Sequence[int]) -> list[bytes]:
 
 def stream(tokens: Sequence[bytes], stops: Sequence[str] = ()) -> tuple[list[str], bool]:
     """What each token shows, and the rest at the end; and whether a stop string ended it."""
-    out = TextStream(Bytes(tokens), stops)
+    tokenizer, ids = byte_tokenizer(tokens)
+    out = TextStream(tokenizer, stops)
     pieces = []
-    for token in range(len(tokens)):
+    for token in ids:
         pieces.append(out.push(token))
         if out.stopped:
             return pieces, True
@@ -82,15 +91,15 @@ def test_text_is_shown_as_soon_as_it_is_certain_and_never_before(
     text: str, boundaries: list[int], stops: list[str]
 ) -> None:
     tokens, shown = cut(text.encode(), boundaries), ""
-    out = TextStream(Bytes(tokens), stops)
-    for token in range(len(tokens)):
+    tokenizer, ids = byte_tokenizer(tokens)
+    out = TextStream(tokenizer, stops)
+    for place, token in enumerate(ids):
         shown += out.push(token)
         if out.stopped:
             break
-        so_far = b"".join(tokens[: token + 1])
+        so_far = b"".join(tokens[: place + 1])
         known = certain(so_far.decode("utf-8", errors="ignore"), stops)
-        whole_characters = not so_far.decode("utf-8", errors="replace").endswith("\ufffd")
-        assert shown == known if whole_characters else known.startswith(shown)
+        assert shown == known
 
 
 @examples(100)
@@ -107,11 +116,11 @@ def test_a_character_is_shown_with_its_last_byte() -> None:
 
 
 def test_a_stop_string_in_the_making_is_held_back_and_released_when_it_was_none() -> None:
-    pieces, stopped = stream([b"one <", b"e", b"n", b"x> ", b"<en", b"d", b"> more"], ["<end>"])
-    assert pieces == ["one ", "", "", "<enx> ", "", "", ""]
+    pieces, stopped = stream([b"one <", b"E", b"N", b"x> ", b"<EN", b"D", b"> more"], ["<END>"])
+    assert pieces == ["one ", "", "", "<ENx> ", "", "", ""]
     assert stopped
-    pieces, stopped = stream([b"one <en", b"d"], ["<end>"])
-    assert pieces == ["one ", "", "<end"]  # the end of the output settles it
+    pieces, stopped = stream([b"one <EN", b"D"], ["<END>"])
+    assert pieces == ["one ", "", "<END"]  # the end of the output settles it
     assert not stopped
 
 
@@ -121,14 +130,41 @@ def test_of_two_stop_strings_the_one_complete_first_ends_the_text_however_it_is_
 
 
 def test_special_tokens_show_nothing() -> None:
-    out = TextStream(Bytes([b"hello ", b"world"]))
-    assert [out.push(token) for token in (-1, 0, -1, -1, 1, -1)] == ["", "hello ", "", "", "world", ""]
+    tokenizer, (hello, world) = byte_tokenizer([b"hello ", b"world"])
+    end, other, unknown = 2, 3, 99
+    out = TextStream(tokenizer)
+    shown = [out.push(token) for token in (end, hello, other, unknown, world, end)]
+    assert shown == ["", "hello ", "", "", "world", ""]
     assert out.finish() == ""
 
 
+def test_a_special_token_that_is_a_stop_string_ends_the_text() -> None:
+    tokenizer, (one, less, world) = byte_tokenizer([b"one ", b"<", b"world"])
+    end, other = 3, 4
+    for stops in (["<end>"], ["</s>", "<end>"], ["zzz", "<end>"]):
+        out = TextStream(tokenizer, stops)
+        assert [out.push(token) for token in (one, less)] == ["one ", ""]  # < may begin <end> as text
+        assert (out.push(end), out.stopped, out.finish()) == ("<", True, "")
+    out = TextStream(tokenizer, ["<end>"])
+    assert [out.push(token) for token in (one, other, world)] == ["one ", "", "world"]
+    assert not out.stopped
+    spelled, ids = byte_tokenizer([b"one <e", b"nd", b"> more"])  # letter by letter it is text, and ends it too
+    out = TextStream(spelled, ["<end>"])
+    assert ["".join(out.push(token) for token in ids), out.stopped] == ["one ", True]
+
+
+@pytest.mark.parametrize("stop", ["<end>\n", "\n<end>", "a</s>b"])
+def test_a_stop_string_that_could_never_be_met_is_refused(stop: str) -> None:
+    tokenizer, _ = byte_tokenizer([b"a"])
+    with pytest.raises(UsageError, match=r"holds '<.*>', a special token, which is never part of the text; give '<"):
+        TextStream(tokenizer, ["fine", stop])
+
+
 def test_without_a_tokenizer_there_is_no_text() -> None:
-    out = TextStream(None, ["stop"])
+    out = TextStream(None)
     assert (out.push(3), out.finish(), out.stopped) == ("", "", False)
+    with pytest.raises(UsageError, match=r"stop is \('x',\), but there is no tokenizer to find it; name ids in stop"):
+        TextStream(None, ["x"])
 
 
 @pytest.mark.real

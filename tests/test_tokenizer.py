@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from foretell.backbone.tokenizer import Tokenizer
-from foretell.errors import ForetellError
+from foretell.errors import ForetellError, ForetellWarning
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -145,8 +146,51 @@ def test_where_templates_are_kept(tmp_path: Path) -> None:
     assert Tokenizer.from_folder(tmp_path).has_chat_template
     save_tokenizer(tmp_path, [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "two"}])
     assert said() == "two"
+    save_tokenizer(tmp_path, {"tool_use": "no", "default": "by name"})
+    assert said() == "by name"
     (tmp_path / "chat_template.jinja").write_text("three")
     assert said() == "three"
+
+
+@pytest.mark.parametrize("named", [[("tool_use", "x"), ("rag", "y")], [("rag", "y")]])
+def test_named_templates_without_a_default_are_named(named: list[tuple[str, str]], tmp_path: Path) -> None:
+    """transformers refuses them too, with a list of the names."""
+    for template in (dict(named), [{"name": name, "template": text} for name, text in named]):
+        save_tokenizer(tmp_path, template)
+        ours = Tokenizer.from_folder(tmp_path)
+        assert not ours.has_chat_template
+        names = ", ".join(sorted(name for name, _ in named))
+        sentence = f"has chat templates named {names}, but none named default, so it cannot read messages; .*--raw"
+        with pytest.raises(ForetellError, match=sentence):
+            ours.chat(CONVERSATIONS[0])
+        with pytest.raises(ValueError, match="no default specified"):
+            their_chat(theirs(tmp_path), CONVERSATIONS[0], True)
+
+
+def test_a_start_mark_that_is_written_already_is_not_put_before_it(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, TEMPLATES["bos and trim"])  # a template that writes the mark itself
+    ours = Tokenizer.from_folder(tmp_path)
+    [bos] = ours.encode("<bos>")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ours.encode_raw("hello") == [bos, *ours.encode("hello")]
+        assert ours.encode_raw("hello<bos><bos>") == [bos, *ours.encode("hello<bos><bos>")]
+    with pytest.warns(ForetellWarning, match="The prompt begins with <bos>, .*; it is given to the model once"):
+        assert ours.encode_raw("<bos>hello") == [bos, *ours.encode("hello")]
+    with pytest.warns(ForetellWarning):
+        assert ours.encode_raw("<bos><bos>hello") == [bos, bos, *ours.encode("hello")]  # as it is written
+    with pytest.warns(ForetellWarning):
+        assert ours.encode_raw(ours.render_chat(CONVERSATIONS[0])) == ours.chat(CONVERSATIONS[0])
+
+
+def test_a_tokenizer_that_puts_no_mark_before_leaves_two_alone(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    whole = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole | {"post_processor": None}))
+    ours = Tokenizer.from_folder(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ours.encode_raw("<bos><bos>hello") == ours.encode("<bos><bos>hello")
 
 
 def test_a_folder_without_template_says_raw(tmp_path: Path) -> None:
@@ -177,7 +221,8 @@ def test_a_folder_without_template_says_raw(tmp_path: Path) -> None:
         ("{{ messages[0].nothing.at.all }}", "refuses these messages .*no attribute"),
         ("{{ 'x' * 10 ** 18 }}", "refuses these messages .MemoryError"),
         ("{{ " + "(" * 2000 + "1" + ")" * 2000 + " }}", "not valid Jinja.*--raw"),
-        ({"default": "text"}, "must hold chat_template as text, but it holds a dict"),
+        ({"default": {}}, "must hold chat_template as text, but it holds a dict"),
+        (3, "must hold chat_template as text, but it holds a int"),
         ([{"name": "default", "template": 3}], "must hold chat_template as text, but it holds a int"),
         ([{"template": "x"}, "y"], "has no chat template"),
     ],

@@ -926,6 +926,22 @@ def test_another_run_is_not_gone_on_with(trainer: Made, options: dict[str, Any],
     assert {path.name: path.read_bytes() for path in made.folder.iterdir()} == before
 
 
+def test_a_run_goes_on_with_other_settings_that_change_nothing_of_what_is_learnt(trainer: Made) -> None:
+    straight, cut = trainer("straight"), trainer("cut")
+    straight.run()
+    cut.options = {"start": "f00d", "started_by": ["foretell train medusa --out here"]}
+    with pytest.raises(KeyboardInterrupt):
+        cut.run(stop=lambda: cut.step == 2)
+    final = trainer("cut", save_seconds=0.0)
+    final.options = {"start": "f00d", "started_by": ["foretell train medusa --out elsewhere"]}
+    final.run()
+    assert_same_ends(final, straight)
+    other = trainer("cut")
+    other.options = {"start": "beef"}
+    with pytest.raises(UsageError, match=r"holds a run with start f00d \(not beef\); go on"):
+        other.resume()
+
+
 @pytest.mark.parametrize("room", [0, 1000, 5000])
 def test_a_full_disk_ends_the_run_and_keeps_the_last_state(
     trainer: Made, monkeypatch: pytest.MonkeyPatch, room: int

@@ -122,6 +122,62 @@ def test_tensors_that_do_not_fit_the_config(sentence: str, tmp_path: Path) -> No
         opened(tmp_path)
 
 
+def bare(name: str) -> str:
+    """As a base model's own save_pretrained writes it."""
+    return name.removeprefix("model.")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_names_that_transformers_understands_are_understood(tied: bool, tmp_path: Path) -> None:
+    """A base model saved without its head, one whose names are mixed, a shared tensor under the head's name only."""
+    from transformers import AutoModelForCausalLM
+
+    model = save_tiny(tmp_path, tie_word_embeddings=tied)
+    whole = {name: tensor.clone() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    first, extra = "model.embed_tokens.weight", {"layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    by_name = {
+        "bare": {bare(name): tensor for name, tensor in whole.items()} | extra,
+        "mixed": {bare(name) if "layers.1" in name else name: tensor for name, tensor in whole.items()},
+    }
+    if tied:
+        by_name["head only"] = {"lm_head.weight" if name == first else name: whole[name] for name in whole}
+        by_name["bare, and a head"] = by_name["bare"] | {"lm_head.weight": whole[first].clone()}
+    for name, tensors in by_name.items():
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        theirs, weights = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict(), opened(tmp_path)
+        for each, tensor in model.state_dict().items():
+            assert torch.equal(weights[each], tensor), (name, each)
+            assert torch.equal(theirs[each], tensor), (name, each)
+            assert each in weights
+        assert weights.dtype("lm_head.weight") == torch.float32
+        assert fingerprint(weights, read_config(tmp_path)) == fingerprint_of(model, tmp_path / name)
+
+
+def fingerprint_of(model: Any, folder: Path) -> str:
+    model.save_pretrained(folder)
+    return fingerprint(opened(folder), read_config(folder))
+
+
+@pytest.mark.parametrize(
+    "prefix", ["language_model.", "model.language_model.", "module.", "_orig_mod.", "transformer."]
+)
+def test_a_model_within_another_is_named(prefix: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    rename = {"model.language_model.": lambda name: prefix + bare(name)}.get(prefix, lambda name: prefix + name)
+    edit(tmp_path, lambda t: [t.update({rename(name): t.pop(name)}) for name in list(t)])
+    with pytest.raises(
+        ForetellError, match=rf"has {prefix}.* instead of model\.embed_tokens\.weight: .*save_pretrained"
+    ):
+        opened(tmp_path)
+
+
+def test_a_base_model_without_a_head_is_named(tmp_path: Path) -> None:
+    save_tiny(tmp_path)
+    edit(tmp_path, lambda t: t.pop("lm_head.weight"))
+    with pytest.raises(ForetellError, match=r"a base model without an output head \(lm_head.weight\).*tie_word_emb"):
+        opened(tmp_path)
+
+
 def test_harmless_extra_tensors_are_allowed(tmp_path: Path) -> None:
     save_tiny(tmp_path)
     extra = ("medusa_head.0.weight", "model.layers.0.self_attn.rotary_emb.inv_freq")

@@ -16,20 +16,21 @@ if TYPE_CHECKING:
     from foretell.api import LLM, Result, load
     from foretell.contracts import Decoder, Draft, Drafter, Event, Features, Row, SamplingParams
     from foretell.drafters import register
-    from foretell.errors import ForetellError, UsageError
+    from foretell.errors import ForetellError, ForetellWarning, UsageError
     from foretell.trees import TokenTree
 
 _HOME = {
     "LLM": "api", "Result": "api", "load": "api",
     "Decoder": "contracts", "Draft": "contracts", "Drafter": "contracts", "Event": "contracts",
     "Features": "contracts", "Row": "contracts", "SamplingParams": "contracts",
-    "register": "drafters", "ForetellError": "errors", "UsageError": "errors", "TokenTree": "trees",
+    "register": "drafters", "ForetellError": "errors", "ForetellWarning": "errors", "UsageError": "errors",
+    "TokenTree": "trees",
 }  # fmt: skip
 """Public name -> module; imported when first used, so that `import foretell` costs nothing."""
 
 __all__ = [
-    "LLM", "Decoder", "Draft", "Drafter", "Event", "Features", "ForetellError", "Result", "Row", "SamplingParams",
-    "TokenTree", "UsageError", "__version__", "load", "register",
+    "LLM", "Decoder", "Draft", "Drafter", "Event", "Features", "ForetellError", "ForetellWarning", "Result", "Row",
+    "SamplingParams", "TokenTree", "UsageError", "__version__", "load", "register",
 ]  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -74,15 +75,23 @@ class LLM:
             if not prompt.strip():
                 raise UsageError("The prompt is empty; write something to answer.")
             if raw:
-                return self.tokenizer.encode(prompt, special=True)
+                return self.tokenizer.encode_raw(prompt)
             return self.tokenizer.chat([{"role": "user", "content": prompt}])
-        if not isinstance(prompt, Sequence):
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
             raise UsageError(f"A prompt is text, a conversation or token ids, not {prompt!r}.")
         if not prompt:
             raise UsageError("The prompt is empty; write something to answer.")
-        if isinstance(prompt[0], dict):
-            return self.tokenizer.chat(cast(Any, prompt))
-        return list(cast(Any, prompt))
+        parts = cast("Sequence[Any]", prompt)
+        if isinstance(parts[0], dict):
+            if odd := [part for part in parts if not isinstance(part, dict)]:
+                raise UsageError(
+                    f"The conversation holds {odd[0]!r}, which is no message; "
+                    'write {"role": "user", "content": "..."}.'
+                )
+            return self.tokenizer.chat(parts)
+        if odd := [part for part in parts if not isinstance(part, Integral) or isinstance(part, bool)]:
+            raise UsageError(f"The prompt holds {odd[0]!r}, which is no token id; give text, or nothing but ids.")
+        return [int(token) for token in parts]
 
     def decoder(self, max_rows: int = 1, rule: Typical | None = None, adapt: bool = True) -> SpeculativeDecoder:
         """The engine behind `generate`; kept between calls, so that a conversation keeps its cache."""

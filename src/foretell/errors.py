@@ -22,6 +22,10 @@ class UsageError(ForetellError):
     exit_code = 2
 
 
+class ForetellWarning(UserWarning):
+    """Something was done otherwise than it was asked for; the command line prints it as a note."""
+
+
 def check(holds: object, sentence: str, error: type[Exception] = ValueError) -> None:
     """Guards what native code, which cannot look, takes for granted: unlike an assert also under `python -O`.
 

@@ -79,6 +79,7 @@ def resolve(
     if path.is_dir():
         if not has_weights(path) and (files := sorted(path.glob("*.gguf"))):
             raise UsageError(f"{name} holds GGUF files; name the one to load, such as {files[0]}.")
+        adapters.refuse_alone(path)
         return ModelFolder(name, path, "folder")
     if path.is_file():
         raise UsageError(f"{name} is a file, but only .gguf files load alone; name the folder it lies in.")

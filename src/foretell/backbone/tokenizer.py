@@ -7,14 +7,16 @@ transformers itself is called only for folders without a tokenizer.json.
 """
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foretell.backbone.detokenizer import Detokenizer, Kind, follow
 from foretell.backbone.files import one_line, read_json
-from foretell.errors import ForetellError
+from foretell.errors import ForetellError, ForetellWarning
 
 if TYPE_CHECKING:
     import jinja2
@@ -31,10 +33,14 @@ class Tokenizer:
     """The tokenizer of a model folder."""
 
     def __init__(
-        self, backend: "tokenizers.Tokenizer", settings: Mapping[str, Any], template: str | None, name: str
+        self,
+        backend: "tokenizers.Tokenizer",
+        settings: Mapping[str, Any],
+        template: str | Mapping[str, str] | None,
+        name: str,
     ) -> None:
         self._backend = backend
-        self._template = template
+        self._template = template  # several by name: none of them is the default
         self._name = name  # for errors
         # a file may keep the truncation and padding of its training run
         backend.no_truncation()
@@ -65,9 +71,40 @@ class Tokenizer:
                 "save the text as UTF-8."
             ) from None
 
+    def encode_raw(self, text: str) -> list[int]:
+        """Token ids of a text to go on with: the marks around it included, but never two start marks."""
+        ids = self.encode(text, special=True)
+        mark = next((mark for mark, index in self.special.items() if ids[:2] == [index, index]), None)
+        if mark is None or len(ids) == len(self.encode(text)):
+            return ids
+        warnings.warn(
+            f"The prompt begins with {mark}, which is put before every raw prompt; it is given to the model once.",
+            ForetellWarning,
+            stacklevel=2,
+        )
+        return ids[1:]
+
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """The text of token ids, exactly as spelled: no clean-up of spaces."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    @cached_property
+    def special(self) -> dict[str, int]:
+        """Tokens that are marks and no text, by how they are written."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: index for index, token in added.items() if token.special}
+
+    def follow(self, prompt: Sequence[int]) -> Detokenizer:
+        """The text of what is written after a prompt, token by token, without special tokens.
+
+        Together it is what decoding all ids shows beyond the prompt's text. `decode` of the answer alone may lack a
+        space at its beginning.
+        """
+        return follow(self._backend, self._kind, frozenset(self.special.values()), prompt)
+
+    @cached_property
+    def _kind(self) -> Kind:
+        return Kind.of(self._backend.decoder)
 
     def chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation, ready for the model to answer."""
@@ -98,7 +135,14 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether `chat` can work."""
-        return self._template is not None
+        return isinstance(self._template, str)
+
+    @property
+    def lacks_template(self) -> str:
+        """Why `chat` cannot work, as the end of a sentence."""
+        if not self._template:
+            return "has no chat template"
+        return f"has chat templates named {', '.join(sorted(self._template))}, but none named default"
 
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as one text, with its marks spelled out."""
@@ -124,9 +168,10 @@ class Tokenizer:
 
     @cached_property
     def _compiled(self) -> "jinja2.Template":
-        if self._template is None:
+        if not isinstance(self._template, str):
             raise ForetellError(
-                f"{self._name} has no chat template, so it cannot read messages; pass the whole prompt as text (--raw)."
+                f"{self._name} {self.lacks_template}, so it cannot read messages; "
+                "pass the whole prompt as text (--raw)."
             )
         try:
             return _sandbox().from_string(self._template)
@@ -171,8 +216,11 @@ def _rebuild_backend(folder: Path) -> "tokenizers.Tokenizer":
         ) from error
 
 
-def _read_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """The default chat template: a file of its own in new checkpoints, a setting in older ones."""
+def _read_template(folder: Path, settings: Mapping[str, Any]) -> str | dict[str, str] | None:
+    """The default chat template: a file of its own in new checkpoints, a setting in older ones.
+
+    Several by name, where none of them is called default.
+    """
     path = folder / "chat_template.jinja"
     if path.is_file():
         try:
@@ -182,9 +230,13 @@ def _read_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
                 f"{path} cannot be read ({one_line(error)}); delete it and fetch the model again."
             ) from error
     template = settings.get("chat_template")
-    if isinstance(template, list):  # several named ones
-        named = [entry for entry in template if isinstance(entry, Mapping) and entry.get("name") == "default"]
-        template = named[-1].get("template") if named else None
+    if isinstance(template, list):
+        entries = [entry for entry in template if isinstance(entry, Mapping)]
+        template = {str(entry["name"]): entry.get("template") for entry in entries if "name" in entry}
+    if isinstance(template, Mapping):
+        if "default" not in template:
+            return {str(name): str(text) for name, text in template.items()}
+        template = template["default"]
     if template is not None and not isinstance(template, str):
         raise ForetellError(
             f"{folder / 'tokenizer_config.json'} must hold chat_template as text, but it holds a "

@@ -6,6 +6,7 @@ costs its headers, and a tensor is read when it is asked for. `fingerprint` read
 
 import hashlib
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,26 @@ HEAD = "lm_head.weight"
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE = 1 << 22
 """Numbers that are digested at once."""
+_BARE = ("embed_tokens", "layers", "norm", "rotary_emb")
+"""Parts of a base model: where one was saved without its output head, their names lack "model."."""
 # old Llama checkpoints store the rotary frequencies; they follow from the config
 _DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Where a tensor lies."""
+
+    file: Any  # open
+    name: str  # in that file
+    path: Path
+
+    def tensor(self) -> torch.Tensor:
+        whole: torch.Tensor = self.file.get_tensor(self.name)
+        return whole
+
+    def slice(self) -> Any:
+        return self.file.get_slice(self.name)
 
 
 class Weights:
@@ -33,34 +52,32 @@ class Weights:
     A tied model answers `lm_head.weight` with its embedding.
     """
 
-    def __init__(self, handles: dict[str, Any], shapes: dict[str, tuple[int, ...]], tied: bool) -> None:
-        self._handles = handles  # tensor name -> the open file that holds it
+    def __init__(self, stored: dict[str, _Stored], shapes: dict[str, tuple[int, ...]], tied: bool) -> None:
+        self._stored = stored
         self.shapes = shapes
         self.tied = tied
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._handles[self._stored(name)].get_tensor(self._stored(name))
-        return tensor
+        return self._stored[self._source(name)].tensor()
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self._stored(name) in self.shapes
+        return isinstance(name, str) and self._source(name) in self.shapes
 
     def dtype(self, name: str) -> torch.dtype:
         """The float type a tensor is stored in."""
         return _FLOATS[self._slice(name).get_dtype()]
 
     def _slice(self, name: str) -> Any:
-        return self._handles[self._stored(name)].get_slice(self._stored(name))
+        return self._stored[self._source(name)].slice()
 
-    def _stored(self, name: str) -> str:
+    def _source(self, name: str) -> str:
         return EMBEDDING if self.tied and name == HEAD else name
 
 
 def read_weights(folder: Path, config: ModelConfig) -> Weights:
     """Opens a folder's safetensors and checks that they are exactly the tensors the config describes."""
     folder = Path(folder)
-    handles: dict[str, Any] = {}
-    paths: dict[str, Path] = {}
+    found: list[_Stored] = []
     for path, promised in _files(folder).items():
         handle = _open(path)
         held = set(handle.keys())
@@ -68,14 +85,22 @@ def read_weights(folder: Path, config: ModelConfig) -> Weights:
             raise ForetellError(
                 f"{path} lacks {min(missing)}, which the index says it holds; delete the folder and fetch it again."
             )
-        for name in promised or held:
-            handles[name], paths[name] = handle, path
+        found += [_Stored(handle, name, path) for name in promised or held]
 
+    found.sort(key=lambda each: each.name == standard_name(each.name))  # of two, the one that is called so counts
+    stored = {standard_name(each.name): each for each in found}
+    if config.tied and EMBEDDING not in stored and HEAD in stored:  # what the two share may lie under either name
+        stored[EMBEDDING] = stored.pop(HEAD)
     shapes = weight_shapes(config)
     for name, shape in shapes.items():
-        _check(name, shape, handles, paths, folder)
-    _refuse_unused(handles, paths, shapes, config)
-    return Weights(handles, shapes, config.tied)
+        _check(name, shape, stored, folder)
+    _refuse_unused(stored, shapes, config)
+    return Weights(stored, shapes, config.tied)
+
+
+def standard_name(name: str) -> str:
+    """What a tensor is called in a model with its output head, whether or not it was saved with one."""
+    return f"model.{name}" if name.split(".")[0] in _BARE else name
 
 
 def fingerprint(weights: Weights, config: ModelConfig) -> str:
@@ -146,39 +171,52 @@ def _open(path: Path) -> Any:
         ) from error
 
 
-def _check(name: str, shape: tuple[int, ...], handles: dict[str, Any], paths: dict[str, Path], folder: Path) -> None:
-    if name not in handles:
-        raise ForetellError(
-            f"{folder} lacks the tensor {name} of shape {shape}; its config.json and its weights do not "
-            "belong together, or the download is incomplete: fetch it again."
-        )
-    view = handles[name].get_slice(name)
+def _check(name: str, shape: tuple[int, ...], stored: dict[str, _Stored], folder: Path) -> None:
+    if name not in stored:
+        raise _lacking(name, shape, stored, folder)
+    view, path = stored[name].slice(), stored[name].path
     if tuple(view.get_shape()) != shape:
         raise ForetellError(
-            f"{name} has shape {tuple(view.get_shape())} in {paths[name]}, but config.json asks for {shape}; "
+            f"{name} has shape {tuple(view.get_shape())} in {path}, but config.json asks for {shape}; "
             "they do not belong together: fetch the model again."
         )
     if view.get_dtype() not in _FLOATS:
         raise ForetellError(
-            f"{name} in {paths[name]} is stored as {view.get_dtype()}; the float types are "
+            f"{name} in {path} is stored as {view.get_dtype()}; the float types are "
             f"{', '.join(_FLOATS)}, so use the original unquantized checkpoint."
         )
 
 
-def _refuse_unused(
-    handles: dict[str, Any], paths: dict[str, Path], shapes: dict[str, tuple[int, ...]], config: ModelConfig
-) -> None:
+def _lacking(name: str, shape: tuple[int, ...], stored: dict[str, _Stored], folder: Path) -> ForetellError:
+    if name == HEAD:
+        return ForetellError(
+            f"{folder} holds a base model without an output head ({HEAD}), so it cannot write; use the checkpoint for "
+            "text generation, or set tie_word_embeddings to true in its config.json if the embedding is the head."
+        )
+    elsewhere = next((other for other in stored if other.endswith(f".{name.removeprefix('model.')}")), None)
+    if elsewhere is not None:
+        return ForetellError(
+            f"{stored[elsewhere].path} has {elsewhere} instead of {name}: it holds a larger model, or was saved from "
+            "within a wrapper; save the language model alone with transformers (save_pretrained)."
+        )
+    return ForetellError(
+        f"{folder} lacks the tensor {name} of shape {shape}; its config.json and its weights do not "
+        "belong together, or the download is incomplete: fetch it again."
+    )
+
+
+def _refuse_unused(stored: dict[str, _Stored], shapes: dict[str, tuple[int, ...]], config: ModelConfig) -> None:
     """A part of the model we would leave out changes what it says; extra heads under other names do not."""
-    for name in handles.keys() - shapes.keys():
+    for name in stored.keys() - shapes.keys():
         if name == HEAD and config.tied:
             # transformers unties the two when they differ, whatever the config says
-            if not torch.equal(handles[HEAD].get_tensor(HEAD), handles[EMBEDDING].get_tensor(EMBEDDING)):
+            if not torch.equal(stored[HEAD].tensor(), stored[EMBEDDING].tensor()):
                 raise ForetellError(
-                    f"{paths[HEAD]} has an lm_head.weight of its own although config.json ties it to the "
+                    f"{stored[HEAD].path} has an lm_head.weight of its own although config.json ties it to the "
                     "embedding; set tie_word_embeddings to false there."
                 )
         elif name.startswith("model.") and not _DERIVED.fullmatch(name):
             raise ForetellError(
-                f"{paths[name]} holds {name}, which a {config.family} model with this config.json has no "
+                f"{stored[name].path} holds {name}, which a {config.family} model with this config.json has no "
                 "place for; fetch the original checkpoint."
             )

@@ -101,7 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="replace")  # an answer may hold what this terminal cannot show
     try:
         try:
-            app().main(arguments, prog_name="foretell")
+            with terminal.warnings_as_notes():
+                app().main(arguments, prog_name="foretell")
         finally:
             sys.stdout.flush()  # here, where a closed pipe can still be answered
     except BrokenPipeError:

@@ -46,7 +46,8 @@ def chat(
     rule = sampling.rule()
     llm = loading.load()
     if not llm.tokenizer.has_chat_template:
-        raise UsageError(f"{loading.model} has no chat template, so it cannot chat; use `foretell generate --raw`.")
+        lacks = llm.tokenizer.lacks_template
+        raise UsageError(f"{loading.model} {lacks}, so it cannot chat; use `foretell generate --raw`.")
     talk = Talk(llm, llm.decoder(1, rule, not sampling.no_adapt), sampling, system)
     if sys.stdin.isatty():
         note(f"{loading.model} with {loading.drafter}. /help lists the commands, Ctrl-D leaves.")

@@ -146,8 +146,8 @@ def _check_model(llm: LLM, name: str, max_new_tokens: int, tasks: int) -> None:
 
     if not llm.tokenizer.has_chat_template:
         raise UsageError(
-            f"{name} has no chat template; distill needs a model with a chat template: add chat_template.jinja to its "
-            "folder."
+            f"{name} {llm.tokenizer.lacks_template}; distill needs a model with a chat template: add "
+            "chat_template.jinja to its folder."
         )
     context = llm.backbone.config.max_positions
     if tasks and max_new_tokens < SHORTEST_TEXT:

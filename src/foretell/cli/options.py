@@ -127,7 +127,7 @@ class Sampling:
     seed: int | None = flag(
         None, "Of sampling: the same seed draws the same tokens with every drafter. By default a new one each time."
     )
-    stop: list[str] | None = flag(None, "A text that ends an answer; repeatable.")
+    stop: list[str] | None = flag(None, "A text, or a special token, that ends an answer; repeatable.")
     stop_id: list[int] | None = flag(None, "A token id that does; repeatable.")
     ignore_eos: bool = flag(False, "Go on past the model's end of text.")
     logprobs: int | None = flag(None, "With --json: log-probabilities, with so many rivals.")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from foretell.errors import ForetellWarning
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -16,6 +19,22 @@ if TYPE_CHECKING:
 
 def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Prints what the library warns of as notes; the warnings of others stay as they are."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def ours(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, ForetellWarning):
+                note(f"note: {message}")
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = ours
+        yield
 
 
 def command_line() -> str:

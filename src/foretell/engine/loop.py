@@ -93,7 +93,7 @@ class SpeculativeDecoder:
                 f"{room}; shorten the prompt or lower max_new_tokens to at most {max(0, room - len(prompt))}."
             )
         ends = frozenset(params.stop_ids) | frozenset(() if params.ignore_eos else c.eos_ids)
-        stream = TextStream(self.tokenizer, params.stop)
+        stream = TextStream(self.tokenizer, params.stop, prompt)
         with self._lock:
             request = self._requests
             self._requests += 1

@@ -41,6 +41,8 @@ POOL = 512
 """Conversations that are shuffled, then sorted by length so that batches carry little padding."""
 REPORT = 20
 """Steps per line of the log."""
+UNLEARNT = ("save_seconds", "started_by")
+"""Settings and options that do not change what is learnt: a run goes on with others of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +278,8 @@ class Trainer:
         method, our_method = settings.pop("method", None), ours.pop("method", None)
         if method not in (None, our_method):  # earlier versions did not write it down
             raise UsageError(f"{self.folder} holds a run of {method}; choose another --out.")
-        differ = [name for name in {**settings, **ours} if settings.get(name) != ours.get(name)]
+        names = [name for name in {**settings, **ours} if name not in UNLEARNT]
+        differ = [name for name in names if settings.get(name) != ours.get(name)]
         other = ", ".join(f"{name} {settings.get(name)} (not {ours.get(name)})" for name in differ)
         if other or data != self._data:
             raise UsageError(
