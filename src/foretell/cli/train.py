@@ -80,7 +80,7 @@ def train(
         with job_progress("features, %", "") as progress:
             prepared = features.prepare(lambda fraction: progress(round(fraction * 100), 100, 0))
         with job_progress(f"training {method}", "") as progress, interruptible() as caught:
-            run.run(lambda step, steps, line: progress(step, steps, 0), stop=lambda: caught)
+            run.run(lambda step, steps: progress(step, steps, 0), stop=lambda: caught)
         report = run.evaluate()
         run.log({"held_out": {"epoch": settings.epochs, **_figures(report)}})
         provenance = {

@@ -42,12 +42,14 @@ def tune(
     with suppress(ForetellError):  # a damaged table is mended
         older = StepCosts.load(path)
     costs.over(older).save(path)  # before drafting, which reads it
-    earned = llm.drafter.tokens_per_step
-    costs.drafting = {name: _drafting(llm, drafter) for name, drafter in _trained(llm).items()}
-    own = 0.0
-    if earned:
-        own = _drafting(llm, llm.drafter)
-        costs.drafting.setdefault(loading.drafter, own)  # what ships is meant where both are of one method
+    earned, own = llm.drafter.tokens_per_step, 0.0
+    timed = [*_trained(llm).items(), *[(loading.drafter, llm.drafter)] * bool(earned)]
+    if timed:
+        with job_progress("measuring drafting", "", resumes=False) as progress:
+            for done, (name, drafter) in enumerate(timed, start=1):
+                own = _drafting(llm, drafter)  # the last is the one that was asked for, if it has trees
+                costs.drafting.setdefault(name, own)  # what ships is meant where both are of one method
+                progress(done, len(timed), 0)
     costs.over(older).save(path)
     _table(costs, own, earned)
     note(f"Kept in {path}; -o nodes=N overrides it.")

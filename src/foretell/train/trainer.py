@@ -130,10 +130,13 @@ class Trainer:
 
     def run(
         self,
-        progress: Callable[[int, int, dict[str, Any]], None] = lambda *_: None,
+        progress: Callable[[int, int], None] = lambda *_: None,
         stop: Callable[[], object] = lambda: False,
     ) -> None:
         """Trains to the end, or until `stop` says so between two steps. An interruption saves the state first.
+
+        Args:
+            progress: called after each step with its number and how many there are.
 
         Raises:
             KeyboardInterrupt: `stop` said so.
@@ -148,7 +151,7 @@ class Trainer:
             if not self._updating:  # else the weights are those of no step, and the last saved state counts
                 self.save()
 
-    def _run(self, progress: Callable[[int, int, dict[str, Any]], None], stop: Callable[[], object]) -> None:
+    def _run(self, progress: Callable[[int, int], None], stop: Callable[[], object]) -> None:
         found: dict[str, list[float]] = {}  # of each term, in the steps that had it
         tokens, began, saved = 0, time.perf_counter(), time.perf_counter()
         timed = began
@@ -174,8 +177,8 @@ class Trainer:
                     "learning_rate": self.learning_rate(self.step), "tokens_per_s": round(speed),
                 }  # fmt: skip
                 self.log(line)
-                progress(self.step, self.steps, line)
                 found, tokens, began = {}, 0, time.perf_counter()
+            progress(self.step, self.steps)
             if time.perf_counter() - saved > self.settings.save_seconds:
                 self.save()
                 saved = time.perf_counter()
