@@ -649,7 +649,7 @@ def planned(lengths: Sequence[int], **settings: Any) -> Trainer:
     data = [Distilled(i, [0] * length, [(0, length)]) for i, length in enumerate(lengths)]
     return Trainer(
         Told(),
-        SimpleNamespace(data=data, sets=[range(len(data))], backbone=SimpleNamespace(device="cpu")),
+        SimpleNamespace(data=data, sets=[range(len(data))], backbone=SimpleNamespace(device=torch.device("cpu"))),
         Settings(**settings),
         Path("nowhere"),
     )  # type: ignore[arg-type]
