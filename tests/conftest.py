@@ -80,6 +80,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The learning form multiplies in bfloat16; here it must not, to be compared closely."""
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The learning form may multiply in bfloat16, and features and checkpoints are rounded to it; here nothing is, to
+    be compared closely."""
+    from foretell.drafters.products import multiply_in
+
     monkeypatch.setattr(Tensor, "bfloat16", lambda tensor: tensor)
+    with multiply_in("float32"):
+        yield

@@ -202,7 +202,12 @@ def test_several_folders_are_as_one(backbone: Backbone, tmp_path: Path, kept: bo
         Features(backbone, data, TAPS, tmp_path / str(i) if kept else None) for i, data in enumerate(three)
     ])  # fmt: skip
     joined.prepare(fractions.append)
-    assert fractions == ([pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0] if kept else [])
+    if kept:
+        assert fractions == sorted(fractions)
+        assert {1 / 3, 2 / 3, 1.0} <= set(fractions)
+        assert len(set(fractions)) > len(DATA)  # a folder may take minutes
+    else:
+        assert fractions == []
     assert joined.data == DATA
     assert joined.sets == [range(5), range(5, 6), range(6, 12)]
     whole = Features(backbone, DATA, TAPS)
@@ -246,13 +251,14 @@ class Counting(Features):
         return super()._compute(data, *lent)
 
 
-def stop(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def test_preparing_goes_on_where_it_was(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(featuring, "SHARD", 50)
     first = Counting(backbone, DATA, TAPS, tmp_path)
+
+    def stop(fraction: float) -> None:
+        if any(tmp_path.glob("[!.]*")):
+            raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         first.prepare(stop)
     done = list(tmp_path.glob("[!.]*"))
@@ -455,11 +461,12 @@ def assert_same_ends(ours: Trainer, straight: Trainer) -> None:
 def test_the_optimum_is_reached(trainer: Made) -> None:
     module = Line()
     made = trainer(module=module, epochs=100, batch_tokens=120, learning_rate=0.1, data=some_data(24))
-    seen: list[dict[str, Any]] = []
-    made.run(lambda step, steps, line: seen.append(line))
+    seen: list[tuple[int, int]] = []
+    made.run(lambda *step: seen.append(step))
     assert torch.allclose(module.weight, module.truth, atol=0.03)
-    assert seen[0]["loss"]["square"] > 1000 * seen[-1]["loss"]["square"]
-    assert json.loads(json.dumps(seen)) == [json.loads(x) for x in (made.folder / "log.jsonl").read_text().splitlines()]
+    assert seen == [(step, made.steps) for step in range(1, made.steps + 1)]  # some steps take half a minute
+    lines = [json.loads(line) for line in (made.folder / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["loss"]["square"] > 1000 * lines[-1]["loss"]["square"]
 
 
 # --- interrupted and taken up again -------------------------------------------------------------------------
@@ -478,10 +485,7 @@ def stopping(*after: int) -> Callable[..., None]:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("stops", [(1,), (3, 1, 1), (2, 4)], ids=str)
-def test_an_interrupted_run_ends_like_a_straight_one(
-    trainer: Made, monkeypatch: pytest.MonkeyPatch, accumulate: int, stops: tuple[int, ...]
-) -> None:
-    monkeypatch.setattr(training, "REPORT", 1)
+def test_an_interrupted_run_ends_like_a_straight_one(trainer: Made, accumulate: int, stops: tuple[int, ...]) -> None:
     straight = trainer("straight", accumulate=accumulate)
     straight.run()
     assert straight.steps > 8
@@ -649,7 +653,7 @@ def planned(lengths: Sequence[int], **settings: Any) -> Trainer:
     data = [Distilled(i, [0] * length, [(0, length)]) for i, length in enumerate(lengths)]
     return Trainer(
         Told(),
-        SimpleNamespace(data=data, sets=[range(len(data))], backbone=SimpleNamespace(device="cpu")),
+        SimpleNamespace(data=data, sets=[range(len(data))], backbone=SimpleNamespace(device=torch.device("cpu"))),
         Settings(**settings),
         Path("nowhere"),
     )  # type: ignore[arg-type]
@@ -949,7 +953,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_state(
     straight, made = trainer("straight"), trainer("cut")
     straight.run()
     with pytest.raises(KeyboardInterrupt):
-        made.run(stopping(1) if made.steps < 20 else stop)
+        made.run(stopping(1))
     opens = Path.open
 
     class Full(io.BytesIO):

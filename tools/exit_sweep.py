@@ -43,7 +43,7 @@ def learnt(backbone: Backbone, features: Features, settings: Settings, options: 
     with tempfile.TemporaryDirectory() as folder:
         run = Trainer(module, features, settings, Path(folder), options)
         with job_progress(f"exit {options['exit']}", "") as progress:
-            run.run(lambda step, steps, line: progress(step, steps, 0))
+            run.run(lambda step, steps: progress(step, steps, 0))
         report = run.evaluate()
     tensors, arch = module.checkpoint()
     drafter = Kangaroo(backbone, arch, tensors, lambda rows, context: NODES[0], scales=report.calibration)

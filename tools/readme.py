@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import cost_model
+import training_speed
 
 from foretell.bench.report import facts, main_table, markdown_table, sections
 from foretell.bench.results import read_results
@@ -327,6 +328,12 @@ def trained() -> list[str]:
     return lines
 
 
+def _minutes(name: str) -> float:
+    """That training took, of a drafter that ships."""
+    config = ROOT / f"src/foretell/drafters/trained/{name}/config.json"
+    return float(_json(config)["provenance"]["seconds"]) / 60
+
+
 def _commands(run: list[str]) -> str:
     """In the order in which they were given, each going on with what came of the one before."""
     return ", then ".join(f"`{each}`" for each in run)
@@ -349,6 +356,7 @@ def pages() -> dict[Path, str]:
         ROOT / "docs/own-layers.md": own_layers(folder),
         ROOT / "docs/training.md": [
             *head, *trained(),
+            *training_speed.table(_json(folder / "training.json")["medusa"], _minutes("medusa-smollm2-135m")),
             *(line for name, model in HEADS.items() if (folder / name).exists()
               for line in by_size(model, _json(folder / name))),
             *(quality(_json(folder / "quality.json")) if (folder / "quality.json").exists() else []),

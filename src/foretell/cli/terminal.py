@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -14,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 from foretell.errors import ForetellWarning
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, ProgressColumn
+
+ROOMY = 60
+"""Columns of a terminal from which on a bar and a rate have room beside what counts."""
 
 
 def note(text: str) -> None:
@@ -50,7 +54,7 @@ def command_line() -> str:
 
 @contextmanager
 def load_progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar per stage of fetching and converting a model; plain lines where stderr is no terminal.
+    """A bar per stage of fetching and converting a model; plain lines where no bar can be drawn.
 
     Nothing appears, and rich is not imported, when there is nothing to fetch.
     """
@@ -59,7 +63,7 @@ def load_progress() -> Iterator[Callable[[str, float], None]]:
 
     def report(stage: str, fraction: float) -> None:
         nonlocal bar
-        if not sys.stderr.isatty():
+        if not _draws():
             if stage not in tasks:
                 note(f"{stage} ...")
             tasks[stage] = 0
@@ -86,11 +90,11 @@ def answer_progress(count: int) -> Iterator[Callable[[int, bool], None]]:
 
     Only where it disturbs nothing: stderr is a terminal, and answers go elsewhere.
     """
-    if count < 2 or not sys.stderr.isatty() or sys.stdout.isatty():
+    if count < 2 or not _draws() or sys.stdout.isatty():
         yield lambda tokens, ended: None
         return
     began, tokens_so_far = time.perf_counter(), 0
-    with _bar("{task.completed:.0f}/{task.total:.0f} prompts", "{task.fields[rate]}") as bar:
+    with _bar("{task.completed:.0f}/{task.total:.0f} prompts", rate="{task.fields[rate]}") as bar:
         task = bar.add_task("answering", total=count, rate="")
 
         def report(tokens: int, ended: bool) -> None:
@@ -106,6 +110,8 @@ def answer_progress(count: int) -> Iterator[Callable[[int, bool], None]]:
 def job_progress(name: str, unit: str, resumes: bool = True) -> Iterator[Callable[[int, int, int], None]]:
     """The time left, and the rate of `unit` if there is one; called with (done, total, units so far).
 
+    A bar, or a line every half minute where none can be drawn. Until the first call the total is not known.
+
     Args:
         resumes: the same command would go on where it was; an interruption then says so.
     """
@@ -115,10 +121,12 @@ def job_progress(name: str, unit: str, resumes: bool = True) -> Iterator[Callabl
         return f"{units / max(1e-9, time.perf_counter() - began):.0f} {unit}" if unit else ""
 
     try:
-        if not sys.stderr.isatty():
+        if not _draws():
             yield _lines(name, rate)
             return
-        with _bar("{task.completed:.0f}/{task.total:.0f}", "{task.fields[rate]}") as bar:
+        from rich.progress import MofNCompleteColumn
+
+        with _bar(MofNCompleteColumn(), rate="{task.fields[rate]}") as bar:
             task = bar.add_task(name, total=None, rate="")
             yield lambda done, total, units: bar.update(task, completed=done, total=total, rate=rate(units))
     except KeyboardInterrupt as interrupt:
@@ -126,7 +134,7 @@ def job_progress(name: str, unit: str, resumes: bool = True) -> Iterator[Callabl
 
 
 def _lines(name: str, rate: Callable[[int], str]) -> Callable[[int, int, int], None]:
-    """A line every half minute, for where stderr is no terminal."""
+    """A line every half minute, and one at the end."""
     began = said = time.perf_counter()
     first: list[tuple[int, float]] = []  # a run gone on with begins in the midst
 
@@ -165,12 +173,21 @@ def interruptible() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _bar(*columns: str) -> Progress:
+def _draws() -> bool:
+    """Whether stderr is a terminal that can draw over what it showed before."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+
+
+def _bar(done: str | ProgressColumn, rate: str = "") -> Progress:
+    """Name, bar, what is done, rate, time left; a narrow terminal has neither bar nor rate, so that nothing is cut."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+    console = Console(stderr=True)
+    roomy = console.width >= ROOMY
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn(),
+        TextColumn("{task.description}"), *[BarColumn()] * roomy, done, *[rate] * (roomy and bool(rate)),
+        TimeRemainingColumn(),
         # redirected by rich, answers on stdout would end on stderr
-        console=Console(stderr=True), redirect_stdout=False, redirect_stderr=False,
+        console=console, redirect_stdout=False, redirect_stderr=False,
     )  # fmt: skip

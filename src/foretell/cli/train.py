@@ -51,6 +51,7 @@ def train(
 ) -> None:
     """Train a drafter for a model on what the model wrote."""
     from foretell.backbone.files import sole_writer
+    from foretell.drafters.products import measured
     from foretell.train.features import Features, Joined
     from foretell.train.trainer import Trainer
 
@@ -77,17 +78,18 @@ def train(
         whose = {"method": method, "model": backbone.fingerprint, "dtype": str(backbone.dtype)}
         run = Trainer(module, features, settings, out / "run", options | whose | begun)
         run.resume()  # a run that cannot be gone on with is refused before any work
+        note(measured(backbone.device.type).said(run.number_type, run.began_in))
         with job_progress("features, %", "") as progress:
             prepared = features.prepare(lambda fraction: progress(round(fraction * 100), 100, 0))
         with job_progress(f"training {method}", "") as progress, interruptible() as caught:
-            run.run(lambda step, steps, line: progress(step, steps, 0), stop=lambda: caught)
+            run.run(lambda step, steps: progress(step, steps, 0), stop=lambda: caught)
         report = run.evaluate()
         run.log({"held_out": {"epoch": settings.epochs, **_figures(report)}})
         provenance = {
             "command": command_line(), "data": [store.manifest for store in stores],
             "settings": asdict(settings), "options": options,
             "accuracy": report.accuracy, "loss": report.loss, "seconds": round(run.seconds),
-            "feature_seconds": round(prepared), "skipped_batches": run.skipped, **begun,
+            "feature_seconds": round(prepared), "skipped_batches": run.skipped, "products": run.number_type, **begun,
         }  # fmt: skip
         checkpoint = _publish(cls, base, backbone, run, report, provenance, out)
     _draw(out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from statistics import median
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -45,15 +45,16 @@ def tune(
         older = StepCosts.load(path)
     costs.over(older).save(path)  # an interruption from here on loses no more than drafting
     llm.backbone.costs = None  # drafters built now guess, whether that pays or not
-    earned, trained = llm.drafter.tokens_per_step, list(shipped(llm.backbone))
-    if earned or trained:
-        note("measuring drafting ...")
-    costs.drafting = {name: _drafting(llm, drafters.build(name, llm.backbone)) for name in trained}
-    own = 0.0
+    earned, own = llm.drafter.tokens_per_step, 0.0
+    timed: list[tuple[str, Mapping[str, Any]]] = [(name, {}) for name in shipped(llm.backbone)]
     if earned:
         options = drafter_options(loading.drafter, loading.option)
-        own = _drafting(llm, drafters.build(loading.drafter, llm.backbone, loading.lookup, **options))
-        costs.drafting.setdefault(loading.drafter, own)  # what ships is meant where both are of one method
+        timed.append((loading.drafter, {"lookup": loading.lookup, **options}))
+    with job_progress("measuring drafting", "", resumes=False) as progress:
+        for done, (name, options) in enumerate(timed, start=1):
+            own = _drafting(llm, drafters.build(name, llm.backbone, **options))  # the last is the one asked for
+            costs.drafting.setdefault(name, own)  # what ships is meant where both are of one method
+            progress(done, len(timed), 0)
     costs.over(older).save(path)
     _table(costs, own, earned)
     note(f"Kept in {path}; -o nodes=N overrides it.")

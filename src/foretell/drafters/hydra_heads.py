@@ -16,11 +16,12 @@ from foretell.backbone.linear import normed
 from foretell.contracts import FINAL
 from foretell.drafters.learning import DecoderLayer, GuessingHeads, TrainingBatch
 from foretell.drafters.parts import output_shape
+from foretell.drafters.products import product
 from foretell.errors import UsageError
 
 
 class HydraHeads(GuessingHeads):
-    """The heads while they learn; float32, multiplied in bfloat16.
+    """The heads while they learn; float32, multiplied as `products` says.
 
     Args:
         head_Vd, vocabulary_V, whole, heads, output, soft: see `GuessingHeads`.
@@ -69,10 +70,10 @@ class HydraHeads(GuessingHeads):
         out_Pd = x_PI[:, : self.deep_KLdd.shape[-1]]
         for weight, bias in self.blocks(k):
             read = F.dropout(x_PI, self.dropout, self.training)
-            out_Pd = x_PI = out_Pd + F.silu(F.linear(read.bfloat16(), weight.bfloat16()).float() + bias)
+            out_Pd = x_PI = out_Pd + F.silu(product(read, weight) + bias)
         if self.last_Kdd is not None and self.last_bias_Kd is not None:
             read = F.dropout(out_Pd, self.dropout, self.training)
-            out_Pd = out_Pd + F.linear(read.bfloat16(), self.last_Kdd[k].bfloat16()).float() + self.last_bias_Kd[k]
+            out_Pd = out_Pd + product(read, self.last_Kdd[k]) + self.last_bias_Kd[k]
         return F.dropout(out_Pd, self.dropout, self.training)
 
     def read(self, batch: TrainingBatch, sources_P: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ class HydraHeads(GuessingHeads):
             read = F.dropout(
                 torch.cat([normed(x) for x in (*streams[1:], following_BTd)], -1), self.dropout, self.training
             )
-            streams = [streams[0] + F.linear(read.bfloat16(), self.fuse.bfloat16()).float()]
+            streams = [streams[0] + product(read, self.fuse)]
         if self.prefix:
             streams[0] = self.prefix(streams[0])
         first, *others = (stream.flatten(0, 1)[sources_P] for stream in streams)

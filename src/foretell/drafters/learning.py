@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from foretell.backbone.base import layer_shapes
 from foretell.backbone.config import ModelConfig
 from foretell.drafters.parts import places
+from foretell.drafters.products import number_type, product
 from foretell.errors import UsageError
 from foretell.trees.search import ENDED, MISSED
 
@@ -135,15 +136,16 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor) -> Tensor:
-        weight = weight_Vd.bfloat16()
+        dtype = number_type(x_Pd.device)
+        weight = weight_Vd.to(dtype)
         grad_x = torch.empty_like(x_Pd)
         grad_weight = torch.zeros_like(weight_Vd) if ctx.needs_input_grad[1] else None
         total = x_Pd.new_zeros(())
         for at in range(0, len(x_Pd), CHUNK):
-            x, ids, p = (t[at : at + CHUNK] for t in (x_Pd.bfloat16(), ids_Pm, p_Pm))
+            x, ids, p = (t[at : at + CHUNK] for t in (x_Pd.to(dtype), ids_Pm, p_Pm))
             log_q = (x @ weight.T).float().log_softmax(-1)
             total -= (p * log_q.gather(-1, ids)).sum()
-            slope = log_q.exp_().mul_(p.sum(-1, keepdim=True)).scatter_add_(-1, ids, -p).bfloat16()
+            slope = log_q.exp_().mul_(p.sum(-1, keepdim=True)).scatter_add_(-1, ids, -p).to(dtype)
             grad_x[at : at + CHUNK] = slope @ weight
             if grad_weight is not None:
                 grad_weight += slope.T @ x
@@ -157,7 +159,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
 
 def soft_cross_entropy(x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor) -> Tensor:
-    """-Σ p · log softmax(x Wᵀ)[ids], summed over positions; products in bfloat16, sums in float32.
+    """-Σ p · log softmax(x Wᵀ)[ids], summed over positions; multiplied as `products` says, summed in float32.
 
     Args:
         ids_Pm, p_Pm: target tokens and their probabilities; a zero probability makes its id irrelevant, and what is
@@ -248,7 +250,7 @@ class GuessingHeads(Trainable):
         said_PKR = x_KPd.new_zeros(*targets_PK.shape, min(SAID, len(self.vocabulary_V)))
         for k in range(self.heads):
             for at in range(0, len(sources_P), CHUNK):
-                logits = (x_KPd[k, at : at + CHUNK].bfloat16() @ self.head(k).bfloat16().T).float()
+                logits = product(x_KPd[k, at : at + CHUNK], self.head(k))
                 values, best = logits.topk(min(RANKS, logits.shape[1]))
                 hit = self.vocabulary_V[best] == targets_PK[at : at + CHUNK, k, None]
                 ranks_PK[at : at + CHUNK, k] = torch.where(hit.any(1), hit.int().argmax(1), MISSED)
@@ -297,7 +299,7 @@ def targets(batch: TrainingBatch, heads: int, ahead: int) -> tuple[Tensor, Tenso
 class DecoderLayer(nn.Module):
     """A layer of a drafter's own while it learns, of the backbone's shape; it begins as the identity.
 
-    Its tensors have the names that `Backbone.layer` reads. Float32, multiplied in bfloat16.
+    Its tensors have the names that `Backbone.layer` reads. Float32, multiplied as `products` says.
 
     Args:
         rotation: of the backbone: positions -> cosine and sine.
@@ -336,7 +338,7 @@ class DecoderLayer(nn.Module):
         return h_BTd + self._linear("mlp/down_proj", gated)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        return F.linear(x.bfloat16(), self.weights[name].bfloat16()).float()
+        return product(x, self.weights[name])
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], self.weights[name], self.config.eps)

@@ -46,6 +46,7 @@ from foretell.drafters.parts import (
     spread,
     tree_size,
 )
+from foretell.drafters.products import number_type
 from foretell.errors import UsageError
 from foretell.trees.grow import Candidates
 from foretell.trees.published import published
@@ -56,7 +57,7 @@ DECAY = 0.8
 
 
 class MedusaHeads(GuessingHeads):
-    """The heads while they learn; float32, multiplied in bfloat16.
+    """The heads while they learn; float32, multiplied as `products` says.
 
     Args:
         head_Vd, vocabulary_V, whole, heads, output, soft: see `GuessingHeads`.
@@ -85,8 +86,9 @@ class MedusaHeads(GuessingHeads):
         """What the output matrices read: [K, P, d]; `h_PI` as `side_by_side` gives it."""
         x_KPI = h_PI.expand(self.heads, *h_PI.shape)
         out_KPd = x_KPI[..., : self.bias_LKd.shape[-1]]
+        dtype = number_type(h_PI.device)
         for weight_KdI, bias_Kd in zip(self.weights, self.bias_LKd, strict=True):
-            product = torch.bmm(x_KPI.bfloat16(), weight_KdI.mT.bfloat16()).float()
+            product = torch.bmm(x_KPI.to(dtype), weight_KdI.mT.to(dtype)).float()
             out_KPd = x_KPI = out_KPd + F.silu(product + bias_Kd[:, None])
         return out_KPd
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from foretell.backbone.adaptation import causal, save
 from foretell.contracts import FINAL
 from foretell.drafters.learning import CHUNK, TrainingBatch
+from foretell.drafters.products import number_type
 
 LEAST = 1e-6
 """Probability of all tokens besides the teacher's, at least: its logarithm is taken."""
@@ -71,7 +72,8 @@ class Pupil(nn.Module):
         hooks = [each.register_forward_hook(after(layer)) for layer, each in enumerate(model.layers)]
         try:
             model.config.num_hidden_layers = every if FINAL in taps else max(taps)  # as many as transformers runs
-            with torch.autocast(tokens_BT.device.type, torch.bfloat16):
+            dtype = number_type(tokens_BT.device)
+            with torch.autocast(tokens_BT.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 final_BTd = model(input_ids=tokens_BT, use_cache=False).last_hidden_state
         finally:
             model.config.num_hidden_layers = every
@@ -108,12 +110,13 @@ class _Divergence(torch.autograd.Function):
         assert not ctx.needs_input_grad[1]  # neither adapters nor a model that learns whole change the output matrix
         p_Pm = p_Pm.float() / p_Pm.float().sum(-1, keepdim=True).clamp(min=1.0)  # rounded, they may add up to more
         rest_p_P = (1 - p_Pm.sum(-1)).clamp(min=LEAST)
-        weight, grad_Pd, total = weight_Vd.bfloat16(), torch.empty_like(x_Pd), x_Pd.new_zeros((), dtype=torch.float32)
+        dtype = number_type(x_Pd.device)
+        weight, grad_Pd, total = weight_Vd.to(dtype), torch.empty_like(x_Pd), x_Pd.new_zeros((), dtype=torch.float32)
         for at in range(0, len(x_Pd), CHUNK):
             x, ids, p, rest_p = (each[at : at + CHUNK] for each in (x_Pd, ids_Pm, p_Pm, rest_p_P))
             # the teacher's tokens are multiplied in float32, as the teacher's own were; the others may be rounded
             top = (x.float()[:, None] * weight_Vd[ids].float()).sum(-1)
-            logits = (x.bfloat16() @ weight.T).float().scatter_(-1, ids, -torch.inf)
+            logits = (x.to(dtype) @ weight.T).float().scatter_(-1, ids, -torch.inf)
             most = logits.amax(-1, keepdim=True)
             shares = logits.sub_(most).exp_()  # in place: a chunk's logits are 100 MB
             sums = shares.sum(-1)
@@ -125,7 +128,7 @@ class _Divergence(torch.autograd.Function):
             of_rest = (rest - whole).exp() * mass - rest_p  # slope of the loss in `rest`, shared as it is shared
             slope = shares.mul_((of_rest / sums)[:, None])
             slope.scatter_(-1, ids, (top - whole[:, None]).exp() * mass[:, None] - p)
-            grad_Pd[at : at + CHUNK] = slope.bfloat16() @ weight
+            grad_Pd[at : at + CHUNK] = slope.to(dtype) @ weight
         ctx.save_for_backward(grad_Pd)
         return total
 

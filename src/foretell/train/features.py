@@ -111,15 +111,18 @@ class Features(Batches):
             stale = self._stale()
             with write_errors(self.folder, sum(map(self._bytes, stale)), NOT_KEPT):
                 pass  # better to know that there is no room before the work than in its midst
-            for done, number in enumerate(stale, start=1):
+            for done, number in enumerate(stale):
                 began = time.perf_counter()
                 lent = self._lent(number)
-                made = _joined(list(self._compute(self.data[slice(*self._shards[number])], set(lent))))
-                tensors = made | lent
+                data, made = self.data[slice(*self._shards[number])], list[dict[str, Tensor]]()
+                for tensors in self._compute(data, set(lent)):
+                    progress((done + len(made) / len(data)) / len(stale))
+                    made.append(tensors)
+                tensors = _joined(made) | lent
                 about = self._wanted(number) | {"seconds": str(round(time.perf_counter() - began, 1))}
                 with written_whole(self._path(number), self._bytes(number), NOT_KEPT) as partial:
                     save_file(tensors, partial, about)
-                progress(done / len(stale))
+                progress((done + 1) / len(stale))
         return self._seconds()
 
     def _bytes(self, number: int) -> int:

@@ -1,10 +1,12 @@
 """The training loop. It knows no method: a `Trainable` turns a batch into loss terms, and this adds them up.
 
 AdamW, warm-up, cosine decay, gradient accumulation. What a step sees is a function of the seed and its number alone,
-so that a run taken up again from its last state ends with the very weights of one that was never interrupted.
+so that a run taken up again from its last state ends with the very weights of one that was never interrupted. For the
+same reason it keeps multiplying in the number type that it began in, unless another machine is much slower at it.
 
     state.pt       weights, optimizer, step: written beside and renamed, read with weights_only
-    log.jsonl      one line per report: loss by term, learning rate, tokens per second; held-out figures
+    log.jsonl      one line per report: loss by term, learning rate, number type of products, tokens per second;
+                   held-out figures
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 
 from foretell.backbone.catalog import current
 from foretell.backbone.files import one_line, whole_lines, write_errors, written_whole
+from foretell.drafters import products
 from foretell.drafters.learning import Trainable
 from foretell.errors import ForetellError, UsageError, check_numbers
 from foretell.train import allocation
@@ -103,6 +106,9 @@ class Trainer:
 
     Args:
         options: what the module was made with: a run is gone on with only by a module of the same.
+
+    Attributes:
+        number_type: what the module multiplies in, by name as in `products`; began_in: what it did before `resume`.
     """
 
     def __init__(
@@ -129,14 +135,18 @@ class Trainer:
         self.step = 0
         self.skipped = 0
         self.seconds = 0.0  # of all runs that led here
+        self.number_type = self.began_in = products.chosen(self.device)
         self._updating = False
 
     def run(
         self,
-        progress: Callable[[int, int, dict[str, Any]], None] = lambda *_: None,
+        progress: Callable[[int, int], None] = lambda *_: None,
         stop: Callable[[], object] = lambda: False,
     ) -> None:
         """Trains to the end, or until `stop` says so between two steps. An interruption saves the state first.
+
+        Args:
+            progress: called after each step with its number and how many there are.
 
         Raises:
             KeyboardInterrupt: `stop` said so.
@@ -146,12 +156,13 @@ class Trainer:
         self._updating = False
         allocation.keep()
         try:
-            self._run(progress, stop)
+            with products.multiply_in(self.number_type):
+                self._run(progress, stop)
         finally:
             if not self._updating:  # else the weights are those of no step, and the last saved state counts
                 self.save()
 
-    def _run(self, progress: Callable[[int, int, dict[str, Any]], None], stop: Callable[[], object]) -> None:
+    def _run(self, progress: Callable[[int, int], None], stop: Callable[[], object]) -> None:
         found: dict[str, list[float]] = {}  # of each term, in the steps that had it
         tokens, began, saved = 0, time.perf_counter(), time.perf_counter()
         timed = began
@@ -174,11 +185,12 @@ class Trainer:
                 line = {
                     "step": self.step, "epoch": round(self.step / self.steps_per_epoch, 3),
                     "loss": {name: round(mean(values), 4) for name, values in found.items()},
-                    "learning_rate": self.learning_rate(self.step), "tokens_per_s": round(speed),
+                    "learning_rate": self.learning_rate(self.step), "products": self.number_type,
+                    "tokens_per_s": round(speed),
                 }  # fmt: skip
                 self.log(line)
-                progress(self.step, self.steps, line)
                 found, tokens, began = {}, 0, time.perf_counter()
+            progress(self.step, self.steps)
             if time.perf_counter() - saved > self.settings.save_seconds:
                 self.save()
                 saved = time.perf_counter()
@@ -248,7 +260,7 @@ class Trainer:
         state = {
             "module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
             "settings": asdict(self.settings) | self.options, "data": self._data, "skipped": self.skipped,
-            "seconds": self.seconds,
+            "seconds": self.seconds, "products": self.number_type,
         }  # fmt: skip
         with written_whole(self.folder / "state.pt") as partial, partial.open("wb") as file, _system_errors():
             torch.save(state, file)  # into our file: torch itself does not say that a disk is full
@@ -268,6 +280,9 @@ class Trainer:
             state = torch.load(path, weights_only=True, map_location="cpu")
             step, skipped, settings, data = (state[key] for key in ("step", "skipped", "settings", "data"))
             seconds = state.get("seconds", 0.0)  # not in runs of the first version
+            began_in = state.get("products", "bfloat16")  # earlier versions knew no other
+            if began_in not in products.TYPES:
+                raise ValueError(began_in)
         except (PermissionError, MemoryError) as error:
             raise ForetellError(f"{path} cannot be read ({one_line(error)}); the run in it is not lost.") from error
         except Exception as error:  # a foreign file may fail in any way, inside the unpickler or after it
@@ -290,7 +305,9 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise UsageError(f"{self.folder} holds a run of another drafter; choose another --out.") from error
-        self.step, self.skipped, self.seconds = step, skipped, seconds
+        self.step, self.skipped, self.seconds, self.began_in = step, skipped, seconds, began_in
+        if not products.measured(self.device.type).clearly_slower(began_in):
+            self.number_type = began_in
         self._forget_later_lines()
         return True
 
@@ -316,6 +333,10 @@ class Trainer:
 
         Trees are searched, and heads calibrated, on one half of the held-out conversations; the other is replayed.
         """
+        with products.multiply_in(self.number_type):
+            return self._evaluate(sizes)
+
+    def _evaluate(self, sizes: Sequence[int]) -> Report:
         self.module.eval()
         self.module.begin(self.step / self.steps)
         indices = self.held_out or self.training
