@@ -51,8 +51,8 @@ def tune(
         options = drafter_options(loading.drafter, loading.option)
         timed.append((loading.drafter, {"lookup": loading.lookup, **options}))
     with job_progress("measuring drafting", "", resumes=False) as progress:
-        for done, (name, options) in enumerate(timed, start=1):
-            own = _drafting(llm, drafters.build(name, llm.backbone, **options))  # the last is the one asked for
+        for done, (name, given) in enumerate(timed, start=1):
+            own = _drafting(llm, drafters.build(name, llm.backbone, **given))  # the last is the one asked for
             costs.drafting.setdefault(name, own)  # what ships is meant where both are of one method
             progress(done, len(timed), 0)
     costs.over(older).save(path)
