@@ -5,7 +5,7 @@ The truth is one request at a time, one token at a time, each with a cache of it
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from random_backbones import prefilled, same
 from toy_drafters import Answers
@@ -16,6 +16,7 @@ from foretell.drafters.plain import Plain
 from foretell.engine import SpeculativeDecoder
 
 Request = tuple[list[int], SamplingParams]
+Method = TypeVar("Method", bound=Drafter)
 
 
 @dataclass
@@ -95,7 +96,7 @@ def put(owner: Any, name: str, value: Any) -> None:
     setattr(owner, name, value)
 
 
-def watched(drafter: Drafter) -> Drafter:
+def watched(drafter: Method) -> Method:
     """The same, which an engine attaches itself instead of a copy, so that a test sees what it does."""
 
     def attached(cache: KVCache) -> Drafter:

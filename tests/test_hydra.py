@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoding import assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly
+from decoding import assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly, watched
 from random_backbones import BF16, COMPILED, FP32, KERNELS, Model, build, same, using
 from test_medusa import LLAMA, VOCAB, WIDTH, backbone_of, batch_of, random_heads, requests, some_paths
 from torch import Tensor
@@ -56,7 +56,8 @@ def drafter_of(
     scales: Sequence[Scale] = (),
 ) -> Hydra:  # fmt: skip
     tensors, arch = module.checkpoint()
-    return Hydra(backbone, arch, tensors, paths or [], lambda rows, context: nodes, grown=paths is None, scales=scales)
+    grown = paths is None
+    return watched(Hydra(backbone, arch, tensors, paths or [], lambda rows, context: nodes, grown=grown, scales=scales))
 
 
 # -- exactness ------------------------------------------------------------------------------------------------------

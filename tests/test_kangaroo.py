@@ -15,6 +15,7 @@ from decoding import (
     held_like_a_fresh_prefill,
     plainly,
     texts_and_drafts,
+    watched,
 )
 from random_backbones import BF16, COMPILED, FP32, KERNELS, Model, build, same, using
 from test_medusa import LLAMA, VOCAB, WIDTH, backbone_of, batch_of, requests
@@ -46,7 +47,7 @@ def random_adapter(backbone: Backbone, noise: float = 0.15, seed: int = 0, **opt
 
 def drafter_of(backbone: Backbone, module: KangarooAdapter, nodes: int = 16, **options: Any) -> Kangaroo:
     tensors, arch = module.checkpoint()
-    return Kangaroo(backbone, arch, tensors, lambda rows, context: nodes, **options)
+    return watched(Kangaroo(backbone, arch, tensors, lambda rows, context: nodes, **options))
 
 
 # -- exactness ------------------------------------------------------------------------------------------------------

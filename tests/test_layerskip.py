@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decoding import assert_same, decoder_of, drafts_of, finish, held_like_a_fresh_prefill, plainly, put
+from decoding import assert_same, decoder_of, drafts_of, finish, held_like_a_fresh_prefill, plainly, put, watched
 from random_backbones import BF16, COMPILED, FP32, same, using
 from test_kangaroo import shallow, sure_backbone
 from test_medusa import VOCAB, WIDTH, backbone_of, requests
@@ -40,11 +40,11 @@ def always(nodes: int) -> Any:
 
 
 def skipping(backbone: Backbone, exit: int, nodes: int = 16, **options: Any) -> LayerSkip:
-    return LayerSkip(backbone, options.pop("ids_V", None), exit, always(nodes), **options)
+    return watched(LayerSkip(backbone, options.pop("ids_V", None), exit, always(nodes), **options))
 
 
 def dynamic(backbone: Backbone, exits: tuple[int, ...] = (1, 2, 4), nodes: int = 16, **options: Any) -> DEL:
-    return DEL(backbone, options.pop("ids_V", None), exits, always(nodes), **{"every": 1} | options)
+    return watched(DEL(backbone, options.pop("ids_V", None), exits, always(nodes), **{"every": 1} | options))
 
 
 # -- exactness ------------------------------------------------------------------------------------------------------
@@ -115,12 +115,13 @@ def test_an_answer_that_ends_within_what_was_accepted_is_judged_as_far_as_it_goe
     request = (prompt, SamplingParams(max_new_tokens=20, ignore_eos=True, stop_ids=(whole.ids[at],)))
     told = list[tuple[int, int]]()
     fixed = skipping(backbone, 2, chain=True, steps=8)
-    put(fixed.judge.threshold, "told", lambda kept, drafted, most: told.append((kept, drafted)))
     moving = dynamic(backbone, (2,), steps=8)
     moving.shadows.decay = 1.0
     truth = plainly(backbone, [request])
     for drafter in (fixed, moving):
         decoder = decoder_of(backbone, drafter)
+        if drafter is fixed:
+            put(fixed.judge.threshold, "told", lambda kept, drafted, most: told.append((kept, drafted)))
         assert_same(finish(decoder, [request]), truth)
     assert told
     assert all(kept == drafted > 0 for kept, drafted in told)
@@ -135,7 +136,6 @@ def test_streams_below_the_exit_come_back_as_a_prefill_has_them() -> None:
     """Taps below the exit are handed on by the drafter, those of the last guess by the engine, others come later."""
     backbone = deep()
     drafter = dynamic(backbone, (1, 2, 4), steps=3)
-    put(drafter.shadows, "choose", lambda slots: (2, [0.0]))  # layer 4
     seen: list[dict[int, Tensor]] = []
     told = drafter.observe
 
@@ -145,6 +145,7 @@ def test_streams_below_the_exit_come_back_as_a_prefill_has_them() -> None:
 
     put(drafter, "observe", observe)
     decoder = decoder_of(backbone, drafter)
+    put(drafter.shadows, "choose", lambda slots: (2, [0.0]))  # layer 4
     decoder.submit([1, 2, 3, 4, 5, 6], SamplingParams(max_new_tokens=20, ignore_eos=True))
     for _ in range(4):
         decoder.step()
@@ -184,10 +185,11 @@ def test_what_is_drafted_in_one_call_is_what_is_drafted_level_by_level(kernel: s
     said = []
     for slow in (False, True):
         drafter = dynamic(backbone, (1, 2, 4), nodes=12, chain=chain, steps=5)
-        put(drafter.shadows, "choose", lambda slots: (2, [0.05] * len(slots)))  # layer 4
         drafter._climber = None if slow else drafter._climber
         seen = drafts_of(drafter)
-        finish(decoder_of(backbone, drafter, max_rows=3), requests())
+        decoder = decoder_of(backbone, drafter, max_rows=3)
+        put(drafter.shadows, "choose", lambda slots: (2, [0.05] * len(slots)))  # layer 4
+        finish(decoder, requests())
         said.append(seen)
     for one, other in zip(*said, strict=True):
         assert (one.trees, one.tokens, one.probabilities) == (other.trees, other.tokens, other.probabilities)
@@ -241,11 +243,11 @@ def test_a_reading_holds_for_as_many_steps_as_it_is_said_to() -> None:
     backbone = deep()
     drafter = dynamic(backbone, (1, 2, 4), steps=3, every=3)
     told, chosen = list[int](), list[tuple[int, ...]]()
+    decoder = decoder_of(backbone, drafter, max_rows=2)
     shadows = drafter.shadows
     tell, choose = shadows.told, shadows.choose
     put(shadows, "told", lambda slots, *rest: (told.append(len(slots)), tell(slots, *rest)))
     put(shadows, "choose", lambda slots: (chosen.append(tuple(slots)), choose(slots))[1])
-    decoder = decoder_of(backbone, drafter, max_rows=2)
     decoder.submit([1, 2, 3, 4], SamplingParams(max_new_tokens=60, ignore_eos=True))
     for _ in range(10):  # the first reads the prompt
         decoder.step()

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from decoding import assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly
+from decoding import assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly, watched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_backbones import BF16, COMPILED, FP32, Model
@@ -62,7 +62,7 @@ def random_heads(
 
 def drafter_of(backbone: Backbone, module: MedusaHeads, paths: list[tuple[int, ...]], nodes: int = 64) -> Medusa:
     tensors, arch = module.checkpoint()
-    return Medusa(backbone, arch, tensors, paths, lambda rows, context: nodes)
+    return watched(Medusa(backbone, arch, tensors, paths, lambda rows, context: nodes))
 
 
 def some_paths(heads: int, width: int, seed: int, count: int = 40) -> list[tuple[int, ...]]:

@@ -18,6 +18,7 @@ from decoding import (
     plainly,
     put,
     texts_and_drafts,
+    watched,
 )
 from random_backbones import BF16, FP32, prefilled, same
 from test_medusa import backbone_of, requests
@@ -42,7 +43,7 @@ def deep(dtype: torch.dtype = FP32) -> Backbone:
 
 
 def swift_of(backbone: Backbone, plan: Plan | None = None, search: bool = False, **options: Any) -> Swift:
-    return Swift(backbone, PlanSearch(backbone.config.layers, 0.5, plan, enabled=search), **options)
+    return watched(Swift(backbone, PlanSearch(backbone.config.layers, 0.5, plan, enabled=search), **options))
 
 
 def random_plan(seed: int) -> Plan:
@@ -252,7 +253,7 @@ def test_candidates_come_every_so_often_and_run_on_the_longest_answer() -> None:
     rounds, scored = [list[tuple[int, list[int]]]() for _ in range(2)]
     draft, matchness = drafter.draft, drafter.matchness
 
-    def watched(rows: Sequence[Row]) -> Draft:
+    def noted(rows: Sequence[Row]) -> Draft:
         rounds.append((drafter._round + 1, [len(row.tokens) - row.prompt_length for row in rows]))
         return draft(rows)
 
@@ -260,7 +261,7 @@ def test_candidates_come_every_so_often_and_run_on_the_longest_answer() -> None:
         scored.append((drafter._round, [len(row.tokens) - row.prompt_length]))
         return matchness(plan, row)
 
-    put(drafter, "draft", watched)
+    put(drafter, "draft", noted)
     put(drafter, "matchness", score)
     finish(decoder_of(backbone, drafter, max_rows=3), requests())
     assert scored == [(number, [max(said)]) for number, said in rounds if number % 3 == 0 and max(said) > 4]
