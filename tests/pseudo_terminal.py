@@ -90,6 +90,16 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self._ours, keys.encode())
 
+    def type_until(self, keys: str, text: str) -> Shown:
+        """Types again and again until this text is shown: a signal that comes just before a program waits for keys is
+        seen with the next key only."""
+        for _ in range(int(PATIENCE)):
+            self.type(keys)
+            while select.select([self._ours], [], [], 1.0)[0] and self._receive():
+                if text in self.text[self._read :]:
+                    return self.wait_for(text)
+        raise AssertionError(f"{keys!r} was never heard:\n{self.text}")
+
     def wait_for(self, text: str) -> Shown:
         """What was shown up to this text since the last call."""
         while (at := self.text.find(text, self._read)) < 0:

@@ -145,10 +145,11 @@ def test_chat_in_a_terminal(lasting: str, environment: dict[str, str]) -> None:
         shown.append(chat.wait_for("(stopped)"))
         assert len(shown[-1].text) > 200
         shown.append(chat.wait_for("> "))
-    chat.type("\x03")
-    assert "(Ctrl-D or /exit leaves)" in chat.wait_for("> ").text
+    chat.type_until("\x03", "(Ctrl-D or /exit leaves)")
+    chat.wait_for("> ")
     chat.type("/stats\n")
-    assert "tokens per step" in chat.wait_for("> ").text
+    chat.wait_for("tokens per step")
+    chat.wait_for("> ")
     chat.type("\x04")
     code, last = chat.leave()
     assert (code, last.text.strip()) == (0, "")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from foretell.drafters.checkpoint import Checkpoint
     from foretell.drafters.learning import Trainable
     from foretell.train.data import Distilled, Store
+    from foretell.train.features import Batches
     from foretell.train.trainer import Report, Trainer
 
 
@@ -51,7 +52,6 @@ def train(
 ) -> None:
     """Train a drafter for a model on what the model wrote."""
     from foretell.backbone.files import sole_writer
-    from foretell.drafters.products import measured
     from foretell.train.features import Features, Joined
     from foretell.train.trainer import Trainer
 
@@ -78,9 +78,8 @@ def train(
         whose = {"method": method, "model": backbone.fingerprint, "dtype": str(backbone.dtype)}
         run = Trainer(module, features, settings, out / "run", options | whose | begun)
         run.resume()  # a run that cannot be gone on with is refused before any work
-        note(measured(backbone.device.type).said(run.number_type, run.began_in))
-        with job_progress("features, %", "") as progress:
-            prepared = features.prepare(lambda fraction: progress(round(fraction * 100), 100, 0))
+        _say_number_type(run)
+        prepared = _prepare(features)
         with job_progress(f"training {method}", "") as progress, interruptible() as caught:
             run.run(lambda step, steps: progress(step, steps, 0), stop=lambda: caught)
         report = run.evaluate()
@@ -95,6 +94,12 @@ def train(
     _draw(out)
     _say(report, checkpoint, "held-out text" if run.held_out else "training text, for none was held out")
     _say_how(base, checkpoint, out)
+
+
+def _prepare(features: Batches) -> float:
+    """Seconds that the features took."""
+    with job_progress("features, %", "") as progress:
+        return features.prepare(lambda fraction: progress(round(fraction * 100), 100, 0))
 
 
 def _publish(
@@ -294,6 +299,12 @@ def _draw(out: Path) -> None:
         training_curves(out / "run/log.jsonl", out / "curves.png")
     except ForetellError as error:
         note(f"note: {error}")
+
+
+def _say_number_type(run: Trainer) -> None:
+    from foretell.drafters.products import measured
+
+    note(measured(run.device.type).said(run.number_type, run.began_in))
 
 
 def _say(report: Report, checkpoint: Checkpoint, text: str) -> None:
