@@ -104,8 +104,9 @@ class SamplingParams:
             raise UsageError(f"logprobs is {self.logprobs!r}; it must be a whole number between 0 and 100.")
 
     def seeded(self) -> SamplingParams:
-        """The same with a seed where it matters, drawn from the system's entropy if none was given."""
-        return self if self.seed is not None or not self.temperature else replace(self, seed=secrets.randbits(32))
+        """The same with a seed if it samples: one drawn from the system's entropy where none was given."""
+        drawn = self.temperature and self.seed is None
+        return replace(self, seed=secrets.randbits(32)) if drawn else self
 
     @property
     def plain_greedy(self) -> bool:
@@ -389,10 +390,7 @@ class Decoder(Protocol):
         ...
 
     def step(self) -> list[Event]:
-        """Advances every admitted row once: a chunk of its prompt or one draft -> verify -> commit -> observe.
-
-        Returns what was emitted for anybody, for the one caller that drives all requests.
-        """
+        """Advances every admitted row once, and returns what was emitted for any of them: for a sole caller."""
         ...
 
     def events(self, requests: Collection[int]) -> list[Event]:

@@ -49,7 +49,7 @@ def generate(
     params, rule = sampling.params(), sampling.rule()
     asked = _asked(prompt, prompts, raw, every, limit)
     llm = loading.load()
-    from foretell.conversations import converse, total
+    from foretell.conversations import converse
 
     rows = min(batch_size, len(asked))
     decoder = llm.decoder(rows, rule, not sampling.no_adapt)
@@ -78,15 +78,20 @@ def generate(
             else:
                 print("" if streamed else "\n\n".join(reply.text for reply in replies) + "\n", flush=True)
     if stats:
-        sums, seconds = total(done), time.perf_counter() - began
-        note(
-            f"{sums.new_tokens} tokens in {seconds:.2f} s, prompts included: {sums.new_tokens / seconds:.1f} "
-            f"tokens/s, {sums.acceptance_length:.2f} tokens per step"
-            + (f"; seed {params.seed}" if params.temperature else "")
-        )
-        note_held_back(sums, llm.backbone)
+        _note_speed(llm, done, time.perf_counter() - began)
     if failed:
         raise ForetellError(f"{len(failed)} of {len(asked)} conversations could not be answered to their end.")
+
+
+def _note_speed(llm: LLM, done: Sequence[Result], seconds: float) -> None:
+    from foretell.conversations import total
+
+    sums, seed = total(done), done[-1].statistics.seed if done else None
+    note(
+        f"{sums.new_tokens} tokens in {seconds:.2f} s, prompts included: {sums.new_tokens / seconds:.1f} "
+        f"tokens/s, {sums.acceptance_length:.2f} tokens per step" + ("" if seed is None else f"; seed {seed}")
+    )
+    note_held_back(sums, llm.backbone)
 
 
 def _line(asked: Conversation, replies: list[Result], error: str | None) -> str:
