@@ -4,6 +4,13 @@ Tests marked `real` need the demo model (`smollm2-135m`): it is fetched once int
 FORETELL_CACHE names, or the default one. `pytest -m "not real"` runs without a network and in seconds.
 """
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    # a core for each worker, before PyTorch counts them: threads that wait for work spin, and would take the other's
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cores[int(os.environ["PYTEST_XDIST_WORKER"][2:]) % len(_cores)]})
+
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

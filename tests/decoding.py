@@ -107,6 +107,12 @@ def watched(drafter: Method) -> Method:
     return drafter
 
 
+def shared(drafter: Method) -> Method:
+    """The same, attached as it is meant to be: by copies that share its weights."""
+    drafter.__dict__.pop("attached", None)
+    return drafter
+
+
 def drafts_of(drafter: Drafter) -> list[Draft]:
     """A list that fills with all that it drafts from now on."""
     seen: list[Draft] = []

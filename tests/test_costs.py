@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import Foretell, Ran
-from decoding import decoder_of, finish
+from decoding import decoder_of, finish, watched
 from hypothesis import given
 from hypothesis import strategies as st
 from random_backbones import BF16, FP32, Model, examples
@@ -457,7 +457,7 @@ def test_medusa_drafts_that_tree(
         drafted.update(map(len, found.trees))
         return found
 
-    monkeypatch.setattr(drafter, "draft", spy)
+    monkeypatch.setattr(watched(drafter), "draft", spy)
     finish(decoder_of(backbone, drafter), [([1, 2, 3], SamplingParams(max_new_tokens=9, ignore_eos=True))])
     assert drafted == {expected}
 

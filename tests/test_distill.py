@@ -243,7 +243,7 @@ TALKS = [
 ]  # fmt: skip
 GREEDY = SamplingParams(max_new_tokens=14)
 WARM = SamplingParams(max_new_tokens=14, temperature=0.8, seed=5)
-ENDING = SamplingParams(max_new_tokens=14, temperature=0.8, logit_bias={**READABLE, END: 2.5})
+ENDING = SamplingParams(max_new_tokens=14, temperature=0.8, seed=0, logit_bias={**READABLE, END: 2.5})
 """Text that is read back as it was, most of it with an end of turn."""
 
 

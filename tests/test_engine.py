@@ -13,7 +13,17 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import pytest
 import torch
-from decoding import Output, Request, answers, assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly
+from decoding import (
+    Output,
+    Request,
+    answers,
+    assert_same,
+    decoder_of,
+    finish,
+    held_like_a_fresh_prefill,
+    plainly,
+    shared,
+)
 from hypothesis import strategies as st
 from random_backbones import BF16, DTYPES, FP32, KERNELS, Model, check, models, using
 from tiny_models import DIMENSIONS, VARIANTS
@@ -533,7 +543,7 @@ def test_engines_may_share_a_drafter_that_runs_layers(name: str) -> None:
     backbone = tiny(num_hidden_layers=4)
     drafter = {
         "early exit": lambda: EarlyExit(backbone, 1),
-        "kangaroo": lambda: kangaroo_of(backbone, random_adapter(backbone)),
+        "kangaroo": lambda: shared(kangaroo_of(backbone, random_adapter(backbone))),
         "layerskip": lambda: drafters.build("layerskip", backbone, exit=2),
         "del": lambda: drafters.build("del", backbone, stride=1),
         "swift": lambda: drafters.build("swift", backbone, window=4, threshold=0.0),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoding import Output, assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly, put
+from decoding import Output, assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly, put, shared
 from random_backbones import Model
 from test_engine import Letters, mixed_requests, tiny
 from tiny_models import DIMENSIONS
@@ -170,10 +170,10 @@ def test_an_error_anywhere_in_a_step_changes_no_answer(place: str, error: type[B
 
 def test_a_tokenizer_that_fails_ends_its_own_request_only() -> None:
     class Breaks(Letters):
-        def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        def decode(self, ids: Sequence[int]) -> str:
             if 13 in ids:
                 raise ValueError("no such piece")
-            return super().decode(ids, skip_special)
+            return super().decode(ids)
 
     backbone = tiny()
     requests = [([first, 2, 3], replace(NEW, max_new_tokens=24)) for first in range(12)]
@@ -326,9 +326,7 @@ def shared_drafter(name: str, backbone: Backbone) -> Drafter:
         "early exit": lambda: EarlyExit(backbone, 1),
         "lookup": lambda: WithLookup(EarlyExit(backbone, 2)),
     }
-    drafter = made[name]()
-    drafter.__dict__.pop("attached", None)  # as it is, not as tests watch it
-    return drafter
+    return shared(made[name]())
 
 
 def spied(drafter: Drafter) -> list[Draft]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoding import assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly, watched
+from decoding import assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly, shared, watched
 from random_backbones import BF16, COMPILED, FP32, KERNELS, Model, build, same, using
 from test_medusa import LLAMA, VOCAB, WIDTH, backbone_of, batch_of, random_heads, requests, some_paths
 from torch import Tensor
@@ -100,7 +100,7 @@ def test_however_far_heads_are_believed_no_token_changes() -> None:
 
 
 def after_some_steps(backbone: Backbone, drafter: Hydra) -> Row:
-    decoder = decoder_of(backbone, drafter)
+    decoder = decoder_of(backbone, watched(drafter))
     decoder.submit([1, 2, 3, 4, 5, 6], SamplingParams(max_new_tokens=30))
     for _ in range(3):
         decoder.step()
@@ -741,7 +741,7 @@ def test_a_layer_of_another_shape_is_refused(tmp_path: Path) -> None:
 
 def test_engines_may_share_a_drafter() -> None:
     backbone = backbone_of()
-    drafter = drafter_of(backbone, random_hydra(backbone, plus=True))
+    drafter = shared(drafter_of(backbone, random_hydra(backbone, plus=True)))
     three, one = decoder_of(backbone, drafter, max_rows=3), decoder_of(backbone, drafter)
     for _ in range(2):
         for decoder in (three, one):
@@ -759,9 +759,10 @@ def test_an_interruption_before_the_layer_read_is_survived(monkeypatch: pytest.M
         patched.setattr(drafter, "observe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             decoder.step()
-    decoder.cancel(number)
     assert drafter._prefix
     assert drafter._prefix.length(0) < decoder.cache.lengths[0]
+    decoder.cancel(number)
+    assert decoder.cache.lengths[0] == 0  # nothing that the layer has not read is kept for a request to come
     assert_same(finish(decoder, [request]), plainly(backbone, [request]))
     assert drafter._prefix.length(0) == decoder.cache.lengths[0]
 

@@ -67,7 +67,8 @@ projections = {f"self_attn.{x}_proj.weight": torch.randn(n, d) for x, n in zip("
 mlp = {"mlp.gate_proj.weight": torch.randn(48, d), "mlp.up_proj.weight": torch.randn(48, d),
        "mlp.down_proj.weight": torch.randn(d, 48)}
 prefix = backbone.prefix(norms | projections | mlp, torch.randn(d, d))
-prefix.bind(1, 8)
+prefix = prefix.attached(1)
+prefix.begin(0, 0, 8)
 linear = PackedLinear(torch.randn(40, d))
 
 def climb(roots=(1,), budgets=(9,), slots=(0,), count=3, steps=2, room=4, layers=2, cache=cache, **more):
@@ -83,7 +84,7 @@ grower.grow([1], [torch.randn(1, d)], 4, 2, 0.0)
 prefix([0], [2], torch.randn(2, d), (), [1, 2])
 
 attempts = {
-    "cache too short": lambda: backbone.run_layers(hidden, nodes, backbone.new_cache(1, 3)),
+    "cache too short": lambda: backbone.run_layers(hidden, nodes, backbone.new_cache(1, 0)),
     "cache of fewer rows": lambda: backbone.run_layers(hidden, Nodes.chains([1], [0], [4]), cache),
     "row before the first": lambda: backbone.run_layers(hidden, Nodes.chains([-1], [0], [4]), cache),
     "cache of another type": lambda: backbone.run_layers(hidden, nodes, model().build("", FP32).new_cache(1, 8)),
@@ -128,7 +129,7 @@ attempts = {
     "a root behind the vocabulary": lambda: grower.grow([64], [torch.randn(1, d)], 4, 2, 0.0),
     "too few streams": lambda: grower.grow([1], [torch.randn(1, 16)], 4, 2, 0.0),
     "states of too few rows": lambda: grower.grow([1, 2], [torch.randn(1, d)], 4, 2, 0.0),
-    "climb: no room": lambda: climb(cache=backbone.new_cache(1, 3)),
+    "climb: no room": lambda: climb(cache=backbone.new_cache(1, 0)),
     "climb: no such row": lambda: climb(slots=(1,)),
     "climb: no such layer": lambda: climb(layers=4),
     "climb: no such tap": lambda: climb(taps=[3]),

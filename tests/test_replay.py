@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import decoding
 import pytest
 import torch
 from decoding import Output, decoder_of, finish, plainly
@@ -68,7 +69,7 @@ def drafter_of(kind: Any, backbone: Backbone, data: Sequence[Distilled], nodes: 
 def watched(drafter: Drafter, monkeypatch: pytest.MonkeyPatch) -> Drafted:
     """A list that fills with all that is drafted from now on."""
     found: Drafted = []
-    draft = drafter.draft
+    draft = decoding.watched(drafter).draft
 
     def watching(rows: Sequence[Row]) -> Draft:
         drafted = draft(rows)

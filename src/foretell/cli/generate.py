@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +21,7 @@ from foretell.cli.terminal import answer_progress, note
 from foretell.errors import ForetellError, UsageError
 
 if TYPE_CHECKING:
-    from foretell.api import Result
+    from foretell.api import LLM, Result
     from foretell.contracts import Event
     from foretell.conversations import Conversation
 

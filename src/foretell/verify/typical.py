@@ -52,7 +52,7 @@ def typical(draft: Draft, logits: Callable[[int], Tensor], rule: Typical) -> Ver
     paths, bonus = [], []
     for row, (tree, tokens) in enumerate(zip(draft.trees, draft.tokens, strict=True)):
         logits_NV = logits(row).detach().float().cpu().numpy()
-        finite_N = np.isfinite(logits_NV).all(1)
+        finite_N = np.isfinite(logits_NV.max(1))  # where no token is possible, or too possible, or nobody knows
         best, scores = (0, 0.0, 0), {0: 0.0}
         asked: dict[int, tuple[Array, float]] = {}
         for node, parent in enumerate(tree.parents[1:], start=1):
