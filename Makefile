@@ -6,11 +6,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard src/foretell/backbone/native/*)
 
-.PHONY: help venv demo test fast check docs clean
+# Every test runs the best build of the kernels that the processor has, and some run each. These, which ask for none,
+# run once more with each lower build as the best one.
+LOWER := from foretell.backbone.kernels import BUILDS, find; print(*[name for name in BUILDS if find(name)][1:])
+EXACT := $(patsubst %,tests/test_%.py,engine verify grow native layerskip medusa)
+
+.PHONY: help venv demo test fast builds check docs clean
 
 help:
 	@echo "make demo   set up, fetch the demo model, answer a question plain and with speculation"
 	@echo "make test   every test, the real model included      make fast   the quick ones"
+	@echo "make builds the exactness tests with each lower build of the kernels as the best one"
 	@echo "make check  ruff and types, generated docs up to date  make docs   regenerate them"
 
 $(VENV)/done: pyproject.toml setup.py constraints.txt $(NATIVE)
@@ -30,6 +36,11 @@ test: venv
 
 fast: venv
 	$(BIN)/python -m pytest -m "not real and not slow"
+
+builds: venv
+	for build in $$($(BIN)/python -c "$(LOWER)"); do \
+	  echo "FORETELL_KERNELS=$$build"; \
+	  FORETELL_KERNELS=$$build $(BIN)/python -m pytest -m "not real and not slow" $(EXACT) || exit 1; done
 
 check: venv
 	$(BIN)/ruff check .

@@ -196,8 +196,8 @@ class CompiledBackbone(Backbone):
         return kernels.Cache(cache.keys, cache.values, layer, cache.starts, head)
 
     def _rows(self, nodes: Nodes) -> kernels.Rows:
-        parts = nodes.sequence, nodes.node, nodes.cache_rows, nodes.lengths, nodes.offsets, nodes.parents
-        return kernels.Rows(len(nodes), len(nodes.trees), *parts, nodes.positions, *self.rotations(nodes.last + 1))
+        angles = self.rotations(nodes.last + 1)
+        return kernels.Rows.of(len(nodes), len(nodes.trees), nodes.words, nodes.places, *angles)
 
 
 def _vector(weight: Tensor, size: int) -> Tensor:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from foretell.errors import ForetellError, UsageError, check
@@ -33,7 +34,7 @@ FULL = "The kernels found too little memory; use fewer threads, a smaller batch 
 
 def _passed(value: Any) -> Any:
     """A value as C takes it: of a tensor, an array or a structure its address, which is good while that is alive."""
-    if isinstance(value, int | float):
+    if isinstance(value, (int, float)):  # a union would be built anew each time
         return value
     if value is None:
         return 0
@@ -51,7 +52,7 @@ class Described(Structure):
 
     def __init__(self, *fields: Any):
         super().__init__(*map(_passed, fields))
-        self.held = fields
+        self.held: tuple[Any, ...] = fields
 
 
 def table(items: Sequence[Any]) -> Array[Any] | None:
@@ -88,6 +89,14 @@ class Cache(Described):
 
 class Rows(Described):
     _fields_ = _words("count sequences sequence node cache_row length offset parents position cosine sine")
+
+    @classmethod
+    def of(cls, count: int, sequences: int, words: NDArray[np.int32], places: Sequence[int], *angles: Tensor) -> Rows:
+        """Of seven tables that lie one after the other (`Nodes.words`): an address each would cost microseconds."""
+        begin = _passed(words)
+        rows = cls(count, sequences, *(begin + words.itemsize * place for place in places[:-1]), *angles)
+        rows.held = (*rows.held, words)
+        return rows
 
 
 class Span(Described):
