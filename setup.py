@@ -71,7 +71,9 @@ class BuildKernels(build_ext):
         for ext in self.extensions:
             built = Path(self.build_lib, self.get_ext_filename(ext.name))
             if built.exists():
-                shutil.copy(built, Path("src", self.get_ext_filename(ext.name)))
+                target = Path("src", self.get_ext_filename(ext.name))
+                shutil.copy(built, f"{target}.new")
+                os.replace(f"{target}.new", target)  # processes that run the old one keep it
 
 
 sources = [str(path) for path in sorted(NATIVE.iterdir())]
