@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard src/foretell/backbone/native/*)
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
 # Every test runs the best build of the kernels that the processor has, and some run each. These, which ask for none,
 # run once more with each lower build as the best one.
@@ -32,15 +33,15 @@ demo: venv
 	$(BIN)/foretell demo
 
 test: venv
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 fast: venv
-	$(BIN)/python -m pytest -m "not real and not slow"
+	$(PYTEST) -m "not real and not slow"
 
 builds: venv
 	for build in $$($(BIN)/python -c "$(LOWER)"); do \
 	  echo "FORETELL_KERNELS=$$build"; \
-	  FORETELL_KERNELS=$$build $(BIN)/python -m pytest -m "not real and not slow" $(EXACT) || exit 1; done
+	  FORETELL_KERNELS=$$build $(PYTEST) -m "not real and not slow" $(EXACT) || exit 1; done
 
 check: venv
 	$(BIN)/ruff check .
