@@ -43,13 +43,16 @@ def prompts(folder: Path) -> list[list[int]]:
     return [tokenizer.chat([{"role": "user", "content": question}]) for question in QUESTIONS]
 
 
-def requests(folder: Path, temperature: float, new: int = 20) -> list[Request]:
+def requests(folder: Path, temperature: float, new: int = 16) -> list[Request]:
     """Budgets differ, so that rows leave a batch at different times.
 
     Few tokens: one wrong bit shows at once, in log-probabilities and in the cache.
     """
     return [
-        (ids, SamplingParams(max_new_tokens=new - 5 * i, temperature=temperature, top_p=0.95, seed=i, logprobs=2))
+        (
+            ids,
+            SamplingParams(max_new_tokens=max(1, new - 4 * i), temperature=temperature, top_p=0.95, seed=i, logprobs=2),
+        )
         for i, ids in enumerate(prompts(folder))
     ]
 
@@ -79,7 +82,7 @@ for method in MADE_FOR:
 TOYS |= {
     "kangaroo, chain": lambda backbone, right: drafters.build("kangaroo", backbone, chain=True, threshold=0.3),
     "layerskip, untrained": lambda backbone, right: drafters.build("layerskip", backbone, exit=6, nodes=16),
-    "del, untrained": lambda backbone, right: drafters.build("del", backbone, stride=5, lookup=True),
+    "del, untrained": lambda backbone, right: drafters.build("del", backbone, stride=8, steps=6, lookup=True),
     "swift": lambda backbone, right: drafters.build("swift", backbone, window=8, threshold=0.3, nodes=24),
 }
 
