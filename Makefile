@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 # Every test runs the best build of the kernels that the processor has, and some run each. These, which ask for none,
 # run once more with each lower build as the best one.
 LOWER := from foretell.backbone.kernels import BUILDS, find; print(*[name for name in BUILDS if find(name)][1:])
-EXACT := $(patsubst %,tests/test_%.py,engine verify grow native layerskip medusa)
+EXACT := $(patsubst %,tests/test_%.py,engine engine_faults verify grow native cache breadth medusa hydra kangaroo layerskip swift replay)
 
 .PHONY: help venv demo test fast builds check docs clean
 
@@ -39,7 +39,7 @@ fast: venv
 	$(PYTEST) -m "not real and not slow"
 
 builds: venv
-	for build in $$($(BIN)/python -c "$(LOWER)"); do \
+	builds=$$($(BIN)/python -c "$(LOWER)") || exit 1; for build in $$builds; do \
 	  echo "FORETELL_KERNELS=$$build"; \
 	  FORETELL_KERNELS=$$build $(PYTEST) -m "not real and not slow" $(EXACT) || exit 1; done
 

@@ -11,9 +11,10 @@ from random_backbones import prefilled, same
 from toy_drafters import Answers
 
 from foretell.backbone import Backbone, KVCache
-from foretell.contracts import Draft, Drafter, Event, Row, SamplingParams, Statistics, TokenLogprob
+from foretell.contracts import Draft, Drafter, Row
 from foretell.drafters.plain import Plain
 from foretell.engine import SpeculativeDecoder
+from foretell.requests import Event, SamplingParams, Statistics, TokenLogprob
 
 Request = tuple[list[int], SamplingParams]
 Method = TypeVar("Method", bound=Drafter)

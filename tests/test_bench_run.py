@@ -23,9 +23,9 @@ from foretell.bench.peers import MissingPeerError, Peer
 from foretell.bench.results import RESULTS, collect, read_results
 from foretell.bench.runner import ABOUT, PLAIN, ROUNDS, Runner, Settings, read_rounds
 from foretell.bench.suites import Question
-from foretell.contracts import SamplingParams
 from foretell.conversations import Conversation, converse
 from foretell.errors import ForetellError, UsageError
+from foretell.requests import SamplingParams
 
 TINY = ("--dtype", "fp32", "--threads", "1")
 QUESTIONS = [

@@ -12,7 +12,7 @@ from tiny_models import DIMENSIONS
 from toy_drafters import RandomTrees
 
 from foretell.backbone import Backbone, Nodes
-from foretell.contracts import SamplingParams
+from foretell.requests import SamplingParams
 from foretell.trees import TokenTree, chain
 
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)

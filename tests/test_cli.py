@@ -17,7 +17,8 @@ from command_line import Foretell
 from foretell import drafters
 from foretell.cli import VERBS, load_verb
 from foretell.cli.options import Loading, Sampling
-from foretell.contracts import Draft, Drafter, Row, SamplingParams
+from foretell.contracts import Draft, Drafter, Row
+from foretell.requests import SamplingParams
 from foretell.trees import TokenTree
 
 

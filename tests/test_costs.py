@@ -24,12 +24,13 @@ import foretell as package
 from foretell import drafters
 from foretell.backbone import Backbone, costs
 from foretell.backbone.costs import CONTEXTS, NODES, StepCosts, costs_file, first_reading, measure, step_costs
-from foretell.contracts import Draft, SamplingParams
+from foretell.contracts import Draft
 from foretell.drafters import checkpoint
 from foretell.drafters.checkpoint import Checkpoint
 from foretell.drafters.medusa import Medusa
 from foretell.drafters.parts import DEFAULT_NODES, tree_size
 from foretell.errors import ForetellError, UsageError
+from foretell.requests import SamplingParams
 
 LLAMA = {"model_type": "llama", **DIMENSIONS}
 TABLE = {

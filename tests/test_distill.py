@@ -23,10 +23,10 @@ import foretell as package
 from foretell.api import LLM, Result
 from foretell.backbone.catalog import FORMER_FINGERPRINTS
 from foretell.backbone.files import read_json, sole_writer, write_json
-from foretell.contracts import SamplingParams
 from foretell.conversations import MAX_TURNS, Conversation
 from foretell.engine import SpeculativeDecoder
 from foretell.errors import ForetellError, UsageError
+from foretell.requests import SamplingParams
 from foretell.train import distill as distilling
 from foretell.train.data import CONVERSATIONS, MANIFEST, Distilled, Store
 from foretell.train.distill import (
@@ -536,7 +536,7 @@ def test_a_model_that_writes_one_turn_only_is_refused(
 ) -> None:
     def run(decoder: Any, requests: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         for index, _ in enumerate(requests):
-            yield index, package.contracts.Event(index, [1], [False], "the same again", finish_reason="stop")
+            yield index, package.requests.Event(index, [1], [False], "the same again", finish_reason="stop")
 
     monkeypatch.setattr(llm, "run", run)
     with pytest.raises(ForetellError, match="give it prompts with --prompts") as error:

@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM
 import foretell as package
 from foretell.api import LLM
 from foretell.cli import main
-from foretell.contracts import SamplingParams
 from foretell.conversations import Conversation
 from foretell.errors import ForetellError, UsageError
+from foretell.requests import SamplingParams
 from foretell.train import endpoint as asking
 from foretell.train.data import Store
 from foretell.train.endpoint import FLOOR, JUDGED, KEY, SECONDS, TRIES, Agreement, Endpoint, turn_end

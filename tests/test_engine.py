@@ -32,12 +32,13 @@ from toy_drafters import Answers, Checker, EarlyExit, Inserter, Oracle, RandomTr
 from foretell import drafters
 from foretell.api import LLM
 from foretell.backbone import Backbone
-from foretell.contracts import Decoder, Draft, Drafter, SamplingParams
+from foretell.contracts import Draft, Drafter
 from foretell.conversations import Conversation, converse
 from foretell.drafters.plain import Plain
 from foretell.drafters.prompt_lookup import PromptLookup, WithLookup
 from foretell.engine import SpeculativeDecoder
 from foretell.errors import UsageError
+from foretell.requests import Decoder, SamplingParams
 from foretell.trees import TokenTree, chain
 from foretell.verify import Typical
 

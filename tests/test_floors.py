@@ -18,6 +18,7 @@ ROOT = Path(foretell.__file__).parent
 FLOORS = {
     "errors": -1,
     "trees": 0,
+    "requests": 0.5,  # what is asked for and what comes of it: contracts build on them
     "contracts": 1,
     "backbone": 2, "verify": 2,
     "drafters": 3, "engine": 3,

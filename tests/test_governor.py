@@ -8,9 +8,10 @@ from random_backbones import Model
 from tiny_models import DIMENSIONS
 from toy_drafters import Checker, RandomTrees
 
-from foretell.contracts import Draft, SamplingParams
+from foretell.contracts import Draft
 from foretell.drafters.plain import Plain
 from foretell.engine.governor import BASELINE, IMPATIENCE, MARGIN, PATIENCE, TRIAL, Governor
+from foretell.requests import SamplingParams
 
 
 def play(governor: Governor, steps: int, speculative: tuple[float, int], plain: tuple[float, int]) -> list[bool]:

@@ -16,7 +16,7 @@ from foretell import drafters
 from foretell.backbone import Backbone, Nodes
 from foretell.backbone.linear import side_by_side
 from foretell.backbone.prefix import PrefixLayer
-from foretell.contracts import FINAL, Row, SamplingParams
+from foretell.contracts import FINAL, Row
 from foretell.drafters import hydra
 from foretell.drafters.checkpoint import Checkpoint
 from foretell.drafters.hydra import BEAM, Hydra, HydraPlus
@@ -27,6 +27,7 @@ from foretell.drafters.medusa import Medusa
 from foretell.drafters.parts import Reading
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.errors import UsageError
+from foretell.requests import SamplingParams
 from foretell.train.data import Distilled
 from foretell.train.features import Features
 from foretell.train.trainer import Settings, Trainer

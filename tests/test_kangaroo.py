@@ -24,7 +24,7 @@ from torch import Tensor
 from foretell import drafters
 from foretell.backbone import Backbone, Nodes
 from foretell.backbone.base import SKIP_MLP
-from foretell.contracts import Draft, SamplingParams
+from foretell.contracts import Draft
 from foretell.drafters import kangaroo
 from foretell.drafters.checkpoint import Checkpoint
 from foretell.drafters.kangaroo import Kangaroo, KangarooAdapter
@@ -32,6 +32,7 @@ from foretell.drafters.learning import TrainingBatch
 from foretell.drafters.lower import MOST, Lower
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.errors import UsageError
+from foretell.requests import SamplingParams
 
 
 def random_adapter(backbone: Backbone, noise: float = 0.15, seed: int = 0, **options: Any) -> KangarooAdapter:

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foretell.contracts import Draft, Drafter, SamplingParams
+from foretell.contracts import Draft, Drafter
 from foretell.drafters.prompt_lookup import FOLLOWS, PromptLookup, WithLookup, follows, with_lookup
+from foretell.requests import SamplingParams
 from foretell.trees import Guesses, TokenTree, chain
 
 

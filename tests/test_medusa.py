@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from foretell import drafters
 from foretell.backbone import Backbone
 from foretell.backbone.linear import side_by_side
-from foretell.contracts import FINAL, SamplingParams
+from foretell.contracts import FINAL
 from foretell.drafters import checkpoint, learning
 from foretell.drafters.checkpoint import Checkpoint
 from foretell.drafters.learning import RANKS, SAID, TrainingBatch, soft_cross_entropy
@@ -27,6 +27,7 @@ from foretell.drafters.medusa import DECAY, Medusa, MedusaHeads
 from foretell.drafters.parts import draft_vocabulary, places
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.errors import ForetellError, UsageError
+from foretell.requests import SamplingParams
 from foretell.train.data import Distilled
 from foretell.train.features import Features
 from foretell.trees.search import ENDED, MISSED, nested, replay

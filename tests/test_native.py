@@ -211,7 +211,7 @@ print(same(again, run(deep, tokens[:1], last, cache)), bool(again.isfinite().all
 def test_an_interrupt_in_a_native_call_ends_it_and_nothing_else() -> None:
     found = outcome("""
 from decoding import decoder_of, finish
-from foretell.contracts import SamplingParams
+from foretell.requests import SamplingParams
 from foretell.drafters.prompt_lookup import PromptLookup
 backbone = model().build("", BF16, 2)
 decoder = decoder_of(backbone, PromptLookup())

@@ -18,13 +18,14 @@ from foretell.backbone import Backbone, costs
 from foretell.backbone.costs import StepCosts
 from foretell.cli.demo import _Side
 from foretell.cli.paying import held_back, verdict
-from foretell.contracts import Drafter, SamplingParams, Statistics
+from foretell.contracts import Drafter
 from foretell.drafters.hydra import Hydra, HydraPlus
 from foretell.drafters.kangaroo import Kangaroo
 from foretell.drafters.layerskip import LayerSkip
 from foretell.drafters.medusa import Medusa
 from foretell.drafters.prompt_lookup import PromptLookup, WithLookup, most_paying, prices_of
 from foretell.engine.governor import Governor
+from foretell.requests import SamplingParams, Statistics
 from foretell.trees import chain
 
 PATHS = [[0], [1], [0, 0]]

@@ -19,9 +19,10 @@ from toy_drafters import Checker, EarlyExit, Inserter, Oracle, RandomTrees
 from foretell import drafters
 from foretell.backbone import Backbone, Tokenizer, assemble
 from foretell.backbone.loading import resolve
-from foretell.contracts import Drafter, SamplingParams
+from foretell.contracts import Drafter
 from foretell.drafters.checkpoint import SHIPPED
 from foretell.drafters.prompt_lookup import PromptLookup
+from foretell.requests import SamplingParams
 
 pytestmark = pytest.mark.real
 

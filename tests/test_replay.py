@@ -13,7 +13,7 @@ from test_medusa import VOCAB, backbone_of, some_paths
 from toy_drafters import Oracle
 
 from foretell.backbone import Backbone
-from foretell.contracts import Draft, Drafter, Row, SamplingParams
+from foretell.contracts import Draft, Drafter, Row
 from foretell.drafters.hydra import Hydra, HydraPlus
 from foretell.drafters.layerskip import LayerSkip
 from foretell.drafters.lower import Threshold
@@ -21,6 +21,7 @@ from foretell.drafters.medusa import Medusa
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.drafters.skipping import Plan, PlanSearch
 from foretell.drafters.swift import Swift
+from foretell.requests import SamplingParams
 from foretell.train.data import Distilled
 from foretell.train.features import Features
 from foretell.train.replay import Replay, by_size, replay

@@ -26,13 +26,14 @@ from test_medusa import backbone_of, requests
 from foretell import drafters
 from foretell.backbone import Backbone, Nodes
 from foretell.backbone.catalog import FORMER_FINGERPRINTS
-from foretell.contracts import Draft, Row, SamplingParams
+from foretell.contracts import Draft, Row
 from foretell.drafters import skipping, swift
 from foretell.drafters.lower import Threshold, main_chain
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.drafters.skipping import Plan, PlanSearch
 from foretell.drafters.swift import Swift, siblings
 from foretell.errors import ForetellError, UsageError
+from foretell.requests import SamplingParams
 
 LAYERS = 6
 NOTHING = Plan((), ())

@@ -19,8 +19,9 @@ from random_backbones import drafts, examples, trees
 from scipy import stats
 from torch import Tensor
 
-from foretell.contracts import Draft, SamplingParams, Verdict
+from foretell.contracts import Draft, Verdict
 from foretell.errors import UsageError
+from foretell.requests import SamplingParams
 from foretell.trees import TokenTree, cartesian, chain
 from foretell.verify import Typical, distribution, draws, process, sample, typical, uniform, walk
 

@@ -31,8 +31,9 @@ from foretell.backbone import Nodes, assemble, resolve
 from foretell.backbone.assemble import usable_cores
 from foretell.backbone.costs import bush, measure
 from foretell.backbone.packed import PackedLinear
-from foretell.contracts import Drafter, SamplingParams
+from foretell.contracts import Drafter
 from foretell.engine import SpeculativeDecoder
+from foretell.requests import SamplingParams
 
 RESULTS = Path(__file__).parent.parent / "docs/results/core.json"
 MODEL = "smollm2-135m"

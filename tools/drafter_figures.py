@@ -25,7 +25,7 @@ import foretell
 from foretell import drafters
 from foretell.api import LLM
 from foretell.backbone.costs import StepCosts, measure
-from foretell.contracts import SamplingParams, Statistics
+from foretell.requests import SamplingParams, Statistics
 
 SIZES = (8, 16, 32)
 WARM_UP = "Hello there."

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from foretell.contracts import Draft, Drafter, Row, SamplingParams
+from foretell.contracts import Draft, Drafter, Row
 from foretell.engine import SpeculativeDecoder
+from foretell.requests import SamplingParams
 from foretell.trees import TokenTree
 
 

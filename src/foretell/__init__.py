@@ -14,15 +14,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from foretell.api import LLM, Result, load
-    from foretell.contracts import Decoder, Draft, Drafter, Event, Features, Row, SamplingParams
+    from foretell.contracts import Draft, Drafter, Features, Row
     from foretell.drafters import register
     from foretell.errors import ForetellError, ForetellWarning, UsageError
+    from foretell.requests import Decoder, Event, SamplingParams
     from foretell.trees import TokenTree
 
 _HOME = {
     "LLM": "api", "Result": "api", "load": "api",
-    "Decoder": "contracts", "Draft": "contracts", "Drafter": "contracts", "Event": "contracts",
-    "Features": "contracts", "Row": "contracts", "SamplingParams": "contracts",
+    "Draft": "contracts", "Drafter": "contracts", "Features": "contracts", "Row": "contracts",
+    "Decoder": "requests", "Event": "requests", "SamplingParams": "requests",
     "register": "drafters", "ForetellError": "errors", "ForetellWarning": "errors", "UsageError": "errors",
     "TokenTree": "trees",
 }  # fmt: skip

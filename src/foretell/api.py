@@ -19,9 +19,10 @@ from typing import Any, cast, overload
 from foretell import drafters
 from foretell.backbone import Backbone, ModelFolder, Tokenizer, assemble, resolve
 from foretell.backbone.costs import costs_file
-from foretell.contracts import Drafter, Event, SamplingParams, Statistics, TokenLogprob
+from foretell.contracts import Drafter
 from foretell.engine import SpeculativeDecoder
 from foretell.errors import ForetellError, UsageError
+from foretell.requests import Event, SamplingParams, Statistics, TokenLogprob
 from foretell.verify import Typical
 
 Message = dict[str, str]
@@ -137,7 +138,7 @@ class LLM:
         """
         if not isinstance(prompts, Sequence):
             raise UsageError(f"A prompt is text, a conversation or token ids, not {prompts!r}.")
-        single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], (dict, int)))
+        single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], (dict, Integral)))
         batch = cast("list[Prompt]", [prompts] if single else list(prompts))
         params = SamplingParams.of(**sampling).seeded()
         if batch_size < 1:
@@ -177,7 +178,7 @@ class LLM:
             left = set(numbers)
             while left:
                 mine = decoder.events(left)
-                if not (mine or decoder.busy):
+                if not (mine or decoder.pending(left)):
                     return  # somebody else cancelled the rest
                 left -= {event.request for event in mine if event.finish_reason}
                 for event in mine:

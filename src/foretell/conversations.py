@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from foretell.api import LLM, Message, Result
-from foretell.contracts import Decoder, Event, SamplingParams, Statistics
 from foretell.errors import ForetellError, UsageError
+from foretell.requests import Decoder, Event, SamplingParams, Statistics
 
 MAX_TURNS = 1024
 
@@ -106,13 +106,14 @@ def converse(
         UsageError: a turn that does not fit the model's context, naming the conversation.
         ForetellError: an answer ended before its time, likewise.
     """
+    params = params.seeded()
     talks = [_Talk(llm, decoder, conversation, params, raw) for conversation in conversations]
     for talk in talks:
         decoder.cancel(talk.ask())  # the decoder's own check, before any work is done
     waiting = deque(enumerate(talks))
     asked: dict[int, tuple[int, _Talk]] = {}  # request -> (index, talk)
     try:
-        while waiting or asked:
+        while waiting or decoder.pending(asked):  # somebody else may have cancelled some
             while waiting and len(asked) < rows:
                 index, talk = waiting.popleft()
                 asked[talk.ask()] = index, talk

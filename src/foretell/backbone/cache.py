@@ -12,6 +12,7 @@ Shapes: keys and values [L layers, G key/value heads, S slots of the pool, D hea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -69,17 +70,26 @@ class KVCache:
         capacity = [-(-grown.get(row, old) // STRETCH) * STRETCH for row, old in enumerate(self.capacity)]
         (row, *others) = grown
         if others or not self._moved(row, capacity[row]):
-            self._rebuilt(capacity)
+            try:
+                self._rebuilt(capacity)
+            except ForetellError:  # old and new lie side by side while it copies: first without what was given back
+                if not self.trim():
+                    raise
+                self._rebuilt(capacity)
 
     def release(self, rows: Sequence[int]) -> None:
         """Empties rows and gives their room to others; the pool keeps its size until it is trimmed."""
         for row in rows:
             self.lengths[row] = self.capacity[row] = 0
 
-    def trim(self) -> None:
-        """Gives memory back that no row has reserved."""
-        if sum(self.capacity) < self.keys.shape[2]:
+    def trim(self) -> bool:
+        """Gives memory back that no row has reserved, if there is any, and room to copy the rest."""
+        if sum(self.capacity) == self.keys.shape[2]:
+            return False
+        with suppress(ForetellError):
             self._rebuilt(list(self.capacity))
+            return True
+        return False
 
     def commit(self, rows: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
         """Keeps, in each row, the nodes of a path (root first) of the tree that the last pass wrote there."""
@@ -171,8 +181,8 @@ class KVCache:
         keys, values = _room((layers, heads, begins[-1], width), self.keys.dtype, self.keys.device)
         for row, length in enumerate(self.lengths):
             old, new = self.start(row), begins[row]
-            for before, after in ((self.keys, keys), (self.values, values)):
-                after[:, :, new : new + length] = before[:, :, old : old + length]
+            for before, after in ((self.keys, keys), (self.values, values)) if length else ():
+                _bits(after)[:, :, new : new + length] = _bits(before)[:, :, old : old + length]
         starts = np.array(begins[:-1], dtype=np.int64) * width
         self.keys, self.values, self.capacity, self.starts = keys, values, capacity, starts  # all or, on errors, none
 

@@ -75,7 +75,8 @@ class Tokenizer:
         """Token ids of a text to go on with: the marks around it included, but never two start marks."""
         ids = self.encode(text, special=True)
         mark = next((mark for mark, index in self.special.items() if ids[:2] == [index, index]), None)
-        if mark is None or len(ids) == len(self.encode(text)):
+        plain = self.encode(text)
+        if mark is None or ids[1 : 1 + len(plain)] != plain:
             return ids
         warnings.warn(
             f"The prompt begins with {mark}, which is put before every raw prompt; it is given to the model once.",

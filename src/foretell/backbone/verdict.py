@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import time
 from contextlib import suppress
@@ -19,14 +20,16 @@ from foretell.backbone.kernels import LIBRARY
 from foretell.backbone.linear import LEAST_ROWS, MOST_ROWS
 from foretell.backbone.probe import probe
 from foretell.backbone.store import cache_folder
-from foretell.errors import ForetellError
+from foretell.errors import ForetellError, is_number
 
+CHOOSING = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "NVIDIA_TF32_OVERRIDE")
+"""What makes libraries choose other kernels on the same machine."""
 KEPT = 0.5
 """Seconds: a verdict that took less is found anew at each load."""
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Probed:
     """What a backbone needs to be canonical here.
 
     Attributes:
@@ -56,18 +59,18 @@ def settle(backbone: Backbone, cache_dir: str | Path | None = None) -> None:
         verdict = _found(backbone)
         if verdict.seconds > KEPT:
             with suppress(ForetellError):  # a cache that cannot be written to costs the next load some time
-                write_json(path, asdict(verdict))
+                write_json(path, asdict(verdict), shared=True)
     backbone.pad_rows(verdict.rows)
     backbone.inexact, backbone.probe_seconds = verdict.inexact, verdict.seconds
 
 
-def _found(backbone: Backbone) -> Verdict:
+def _found(backbone: Backbone) -> Probed:
     began = time.perf_counter()
     inexact, rows = probe(backbone), LEAST_ROWS
     for more in (16, MOST_ROWS):
         if inexact and backbone.pad_rows(more) and probe(backbone) is None:
             inexact, rows = None, more
-    return Verdict(inexact, rows, time.perf_counter() - began)
+    return Probed(inexact, rows, time.perf_counter() - began)
 
 
 def _verdict_file(backbone: Backbone, cache_dir: str | Path | None) -> Path:
@@ -77,6 +80,7 @@ def _verdict_file(backbone: Backbone, cache_dir: str | Path | None) -> Path:
         backbone.fingerprint, backbone.kernels, str(backbone.dtype), str(backbone.device), str(backbone.threads),
         torch.cuda.get_device_name(backbone.device) if on_gpu else processor() or platform.machine(),
         torch.backends.cpu.get_cpu_capability(), torch.__version__, _code(),
+        *(os.environ.get(name, "") for name in CHOOSING), str(torch.backends.cuda.matmul.allow_tf32),
     )  # fmt: skip
     name = hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
     return cache_folder(cache_dir) / "probes" / f"{name}.json"
@@ -89,9 +93,11 @@ def _code() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def _kept(path: Path) -> Verdict | None:
+def _kept(path: Path) -> Probed | None:
     """A verdict found earlier; a file that cannot be read holds none."""
     try:
-        return Verdict(**read_json(path)) if path.is_file() else None
+        found = Probed(**read_json(path)) if path.is_file() else None
     except (ForetellError, OSError, TypeError):
         return None
+    right = found and isinstance(found.inexact, str | None) and is_number(found.rows, True) and is_number(found.seconds)
+    return found if right else None

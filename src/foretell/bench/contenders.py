@@ -17,9 +17,9 @@ from typing import Any, Protocol
 from foretell import drafters
 from foretell.api import LLM
 from foretell.bench.memory import peak_bytes, reset_peak
-from foretell.contracts import SamplingParams, Statistics
 from foretell.engine import SpeculativeDecoder
 from foretell.errors import ForetellError
+from foretell.requests import SamplingParams, Statistics
 from foretell.verify import Typical
 
 

@@ -26,9 +26,9 @@ from foretell.bench.contenders import Answer, Contender
 from foretell.bench.peers import MissingPeerError
 from foretell.bench.results import ABOUT, ROUNDS
 from foretell.bench.suites import Question
-from foretell.contracts import SamplingParams
 from foretell.conversations import MAX_TURNS
 from foretell.errors import ForetellError, UsageError
+from foretell.requests import SamplingParams
 
 PLAIN = "plain"
 SAME = "version", "commit", "machine", "contenders"

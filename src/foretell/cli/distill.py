@@ -16,8 +16,8 @@ from foretell.errors import UsageError
 
 if TYPE_CHECKING:
     from foretell.api import LLM
-    from foretell.contracts import SamplingParams
     from foretell.conversations import Conversation
+    from foretell.requests import SamplingParams
     from foretell.train.data import Store
     from foretell.train.endpoint import Endpoint
 
@@ -53,7 +53,7 @@ def distill(
     An interrupted run goes on where it was when the same command is given again.
     """
     from foretell.backbone.files import sole_writer
-    from foretell.contracts import SamplingParams
+    from foretell.requests import SamplingParams
     from foretell.train.distill import read_prompts
 
     if prompts is None and not write:

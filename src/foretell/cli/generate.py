@@ -22,8 +22,8 @@ from foretell.errors import ForetellError, UsageError
 
 if TYPE_CHECKING:
     from foretell.api import LLM, Result
-    from foretell.contracts import Event
     from foretell.conversations import Conversation
+    from foretell.requests import Event
 
 
 def generate(

@@ -25,7 +25,7 @@ from foretell.errors import UsageError
 
 if TYPE_CHECKING:
     from foretell.api import LLM
-    from foretell.contracts import SamplingParams
+    from foretell.requests import SamplingParams
     from foretell.train.trainer import Settings
     from foretell.verify import Typical
 
@@ -135,7 +135,7 @@ class Sampling:
     no_adapt: bool = flag(False, "Go on speculating where plain steps measure faster.")
 
     def params(self) -> SamplingParams:
-        from foretell.contracts import SamplingParams
+        from foretell.requests import SamplingParams
 
         same = set(vars(self)) & {each.name for each in fields(SamplingParams)} - {"stop", "logit_bias"}
         return SamplingParams(

@@ -8,7 +8,7 @@ from foretell.cli.terminal import note
 
 if TYPE_CHECKING:
     from foretell.backbone import Backbone
-    from foretell.contracts import Statistics
+    from foretell.requests import Statistics
 
 
 def note_held_back(sums: Statistics, backbone: Backbone) -> None:

@@ -199,6 +199,11 @@ class Hydra(Drafter):
         after it."""
         return max(0, min(tokens - self._prefix.fused, self._prefix.length(slot))) if self._prefix else tokens
 
+    def forget(self, slots: Sequence[int]) -> None:
+        if self._prefix:
+            self._prefix.cache.release(slots)
+            self._prefix.cache.trim()
+
     def reset(self, rows: Sequence[Row]) -> None:
         for row in rows:
             self._states.pop(row.slot, None)

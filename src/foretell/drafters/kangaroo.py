@@ -195,6 +195,12 @@ class Kangaroo(Drafter):
         """Nothing where an interruption, or another engine, kept states from coming here."""
         return 0 if slot in self._lost else min(tokens, self._known(slot))
 
+    def forget(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self._waiting.pop(slot, None)
+        self._own.release(slots)
+        self._own.trim()
+
     def reset(self, rows: Sequence[Row]) -> None:
         for row in rows:
             length, reused = self._own.lengths[row.slot], min(row.reused, self._known(row.slot))

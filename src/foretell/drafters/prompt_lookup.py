@@ -126,6 +126,10 @@ class PromptLookup(Drafter):
     def bind(self, cache: KVCache) -> None:
         self._indexes = {}
 
+    def forget(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self._indexes.pop(slot, None)
+
     def reset(self, rows: Sequence[Row]) -> None:
         for row in rows:
             self._indexes[row.slot] = _Index(self.longest, self.shortest)
@@ -187,7 +191,7 @@ def follows(match: int, better: int) -> float:
 def most_paying(values: Sequence[float], prices: Sequence[float]) -> int:
     """How many of these nodes, the most probable first, earn the most tokens for the price of a step with them."""
     tokens = list(accumulate(values))  # a step's: each node's is emitted as often as its path comes true
-    return max(range(1, len(values) + 1), key=lambda nodes: tokens[nodes - 1] / prices[nodes - 1])
+    return max(range(1, min(len(values), len(prices)) + 1), key=lambda nodes: tokens[nodes - 1] / prices[nodes - 1])
 
 
 def prices_of(backbone: Backbone) -> Prices | None:
@@ -233,6 +237,10 @@ class WithLookup(Drafter):
     def bind(self, cache: KVCache) -> None:
         self._cache = cache
         self.inner, self.lookup = self.inner.attached(cache), self.lookup.attached(cache)
+
+    def forget(self, slots: Sequence[int]) -> None:
+        self.inner.forget(slots)
+        self.lookup.forget(slots)
 
     def holds(self, slot: int, tokens: int) -> int:
         return self.inner.holds(slot, tokens)

@@ -13,24 +13,29 @@ Legend: M nodes of all rows, d hidden width, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Collection, Sequence
+from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from foretell.backbone import Backbone, Nodes
-from foretell.contracts import FINAL, Draft, Drafter, Event, Features, SamplingParams, TokenLogprob, Verdict
+from foretell.contracts import FINAL, Draft, Drafter, Features, Verdict
 from foretell.engine import state
 from foretell.engine.governor import Governor
-from foretell.engine.passes import run_pass
+from foretell.engine.passes import Pass, run_pass
 from foretell.engine.stream import Decodes, TextStream
 from foretell.errors import ForetellError, UsageError
+from foretell.requests import Event, SamplingParams, TokenLogprob
 from foretell.trees.tree import ROOT
 from foretell.verify import DAMAGED, Typical, draws, logprobs, path_logits, typical, walk
+
+logger = logging.getLogger(__name__)
 
 PREFILL_NODES = 256
 """Prompt tokens per step, over all rows: a long prompt must not stall the others."""
@@ -93,12 +98,13 @@ class SpeculativeDecoder:
                 f"{room}; shorten the prompt or lower max_new_tokens to at most {max(0, room - len(prompt))}."
             )
         ends = frozenset(params.stop_ids) | frozenset(() if params.ignore_eos else c.eos_ids)
-        stream = TextStream(self.tokenizer, params.stop, prompt)
+        stream_of = partial(TextStream, self.tokenizer, params.stop, list(prompt))
+        stream_of()  # says what is wrong with the stop strings
         with self._lock:
             request = self._requests
             self._requests += 1
             key = request if key is None else key
-            self._waiting.append(state.Sequence(request, key, list(prompt), params.seeded(), stream, ends))
+            self._waiting.append(state.Sequence(request, key, list(prompt), params.seeded(), stream_of, ends))
         return request
 
     def cancel(self, request: int) -> None:
@@ -112,8 +118,7 @@ class SpeculativeDecoder:
     def forget(self) -> None:
         """Frees the caches of finished requests, from which a next one that begins alike would profit."""
         with self._lock:
-            self._release(list(self._parked))
-            self.cache.trim()
+            self._forget_finished()
             if not self._rows:
                 self.drafter.bind(self.cache)
 
@@ -136,6 +141,12 @@ class SpeculativeDecoder:
             self._outbox = [event for event in self._outbox if event.request not in requests]
             return mine
 
+    def pending(self, requests: Collection[int]) -> bool:
+        """Whether anything of these requests is still to come."""
+        with self._lock:
+            alive = (row.request for row in (*self._waiting, *self._rows) if not row.finished)
+            return any(request in requests for request in (*alive, *(event.request for event in self._outbox)))
+
     def _advance(self) -> None:
         for row in [row for row in self._rows if row.finished]:  # an error has kept it from leaving
             self._leave(row)
@@ -154,13 +165,11 @@ class SpeculativeDecoder:
         context = max(len(row.tokens) for row in rows)
         draft = self._draft(rows, context)
         drafted = time.perf_counter()
-        states_Md, taps, extra = run_pass(self.backbone, self.drafter, self.cache, rows, draft)
-        verdict, said = self._verify(rows, draft, states_Md)
+        (states_Md, taps, extra), verdict, said = self._passed(rows, draft)
         if DAMAGED in verdict.bonus and any(len(tree) > 1 for tree in draft.trees):
-            # a guess whose states are no numbers spoils those beside it, also where it is wrong: ask without guesses
+            # even a wrong guess, if its states are no numbers, spoils the nodes beside it: the step without guesses
             draft = _roots(rows)
-            states_Md, taps, extra = run_pass(self.backbone, self.drafter, self.cache, rows, draft)
-            verdict, said = self._verify(rows, draft, states_Md)
+            (states_Md, taps, extra), verdict, said = self._passed(rows, draft)
         verified = time.perf_counter()
         for row in rows:
             row.statistics.draft_seconds += drafted - began
@@ -199,6 +208,11 @@ class SpeculativeDecoder:
                 draft.tokens[i] = [draft.tokens[i][node] for node in kept]
         return draft
 
+    def _passed(self, rows: list[state.Sequence], draft: Draft) -> tuple[Pass, Verdict, list[list[TokenLogprob]]]:
+        """What the model computed for all nodes, and what it says of them."""
+        passed = run_pass(self.backbone, self.drafter, self.cache, rows, draft)
+        return passed, *self._verify(rows, draft, passed[0])
+
     def _verify(
         self, rows: list[state.Sequence], draft: Draft, states_Md: Tensor
     ) -> tuple[Verdict, list[list[TokenLogprob]]]:
@@ -221,9 +235,11 @@ class SpeculativeDecoder:
     def _emit(self, row: state.Sequence, draft: Draft, verdict: Verdict, i: int, said: list[TokenLogprob]) -> Event:
         """What row i of the step says; what cannot be said ends that request with an event, and no other."""
         path, tree, bonus = verdict.paths[i], draft.trees[i], verdict.bonus[i]
-        guessed, event = [draft.tokens[i][node] for node in path[1:]], Event(row.request, [], [], "")
-        self._outbox.append(event)
-        row.emit(event, guessed, None if bonus == DAMAGED else bonus, said)
+        guessed = [draft.tokens[i][node] for node in path[1:]]
+        event = row.emit(guessed, None if bonus == DAMAGED else bonus, said)
+        tokens, outbox, finished = row.tokens + event.tokens, [*self._outbox, event], bool(event.finish_reason)
+        # stored with no call between, so that an interrupt finds all of it done, or nothing
+        row.tokens, row.finished, self._outbox = tokens, finished, outbox
         row.statistics.count(tree.height, len(tree) - 1, len(event.tokens), sum(event.drafted))
         return event
 
@@ -240,13 +256,14 @@ class SpeculativeDecoder:
             row = self._waiting[0]
             try:
                 self._join(row)
-                self._rows.append(self._waiting.popleft())
-            except Exception as error:  # whatever it is, it is about this request: the next one must not meet it
-                self._waiting.popleft()
-                self._release([row.slot])
-                self._outbox.append(row.refused(str(error)))
+            except Exception as error:  # whatever it is, it is about this request: nobody else must meet it
                 if not isinstance(error, ForetellError):
-                    raise
+                    logger.exception("a request could not be admitted")
+                self._waiting.popleft()
+                self._outbox.append(row.refused(str(error) or repr(error)))
+            else:
+                self._rows.append(row)
+                self._waiting.popleft()
 
     def _join(self, row: state.Sequence) -> None:
         """Takes a slot, and room for all that the request may ever write there: drafted nodes are written too."""
@@ -257,12 +274,12 @@ class SpeculativeDecoder:
         room = {slot: len(row.tokens) + row.params.max_new_tokens + nodes}
         try:
             self.cache.reserve(room)
+            self.drafter.reset([row])
         except ForetellError:
             if not self._parked:
                 raise
-            self._release(list(self._parked))  # what finished requests left is worth less than this one
-            self.cache.reserve(room)
-        self.drafter.reset([row])
+            self._forget_finished()  # what finished requests left is worth less than this one
+            return self._join(row)
 
     def _slot_for(self, prompt: list[int]) -> tuple[int, int]:
         """A slot for a new row and how many of its tokens the slot's cache holds already.
@@ -279,13 +296,21 @@ class SpeculativeDecoder:
         running = {row.slot for row in self._rows}
         slots = [slot for slot in range(self.max_rows) if slot not in running]
         slot = next((slot for slot in slots if slot not in self._parked), slots[0])
-        self._release([slot])
+        self._release(slot)
         return slot, 0
 
-    def _release(self, slots: Sequence[int]) -> None:
-        for slot in slots:
-            self._parked.pop(slot, None)
-        self.cache.release([slot for slot in slots if slot >= 0])
+    def _release(self, slot: int) -> None:
+        self._parked.pop(slot, None)
+        self.cache.release([slot])
+
+    def _forget_finished(self) -> None:
+        """Gives back the memory of every slot that no running row holds."""
+        running = {row.slot for row in self._rows}
+        slots = [slot for slot in range(self.max_rows) if slot not in running]
+        self._parked.clear()
+        self.cache.release(slots)
+        self.cache.trim()
+        self.drafter.forget(slots)
 
     def _prefill(self, rows: list[state.Sequence]) -> None:
         began, left, part = time.perf_counter(), PREFILL_NODES, []
@@ -312,7 +337,7 @@ class SpeculativeDecoder:
         """Parks the row: its cache may serve a request that begins with the same tokens."""
         self._rows.remove(row)
         if row.observed != self.cache.lengths[row.slot]:  # an error kept states from the drafter
-            self._release([row.slot])
+            self._release(row.slot)
             return
         held = min(row.observed, len(row.tokens))  # a stop may have cut an accepted path short
         self.cache.rollback(row.slot, held)

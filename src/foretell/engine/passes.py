@@ -13,11 +13,12 @@ from torch import Tensor
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.contracts import FINAL, Draft, Drafter, Row
 
+Pass = tuple[Tensor, dict[int, Tensor], Tensor | None]
+"""The nodes' final states [M, d], tapped states [M, d], and what the drafter's cuts inserted."""
 
-def run_pass(
-    backbone: Backbone, drafter: Drafter, cache: KVCache, rows: Sequence[Row], draft: Draft
-) -> tuple[Tensor, dict[int, Tensor], Tensor | None]:
-    """The nodes' final states [M, d], tapped states [M, d], and what the drafter's cuts inserted."""
+
+def run_pass(backbone: Backbone, drafter: Drafter, cache: KVCache, rows: Sequence[Row], draft: Draft) -> Pass:
+    """Runs the nodes of a draft, in the cache rows of their sequences."""
     nodes = Nodes(draft.trees, [row.slot for row in rows], [cache.lengths[row.slot] for row in rows])
     layer, hidden_Md, taps = _begun(backbone, cache, rows, draft)
     whole, real = nodes, None

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from foretell.api import LLM, Result
 from foretell.backbone.files import whole_lines, write_errors
-from foretell.contracts import Event, SamplingParams
 from foretell.conversations import Conversation, converse, read_conversations
 from foretell.errors import ForetellError, UsageError
+from foretell.requests import Event, SamplingParams
 from foretell.train.data import Distilled, Store
 from foretell.train.tasks import tasks
 

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from foretell.backbone import KVCache, Nodes
-from foretell.contracts import Drafter, Features, SamplingParams
+from foretell.contracts import Drafter, Features
 from foretell.drafters.learning import TrainingBatch
+from foretell.requests import SamplingParams
 from foretell.train.features import Batches
 
 

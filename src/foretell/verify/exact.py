@@ -13,11 +13,13 @@ import numpy as np
 from torch import Tensor
 
 from foretell.contracts import Draft, Row, Verdict
+from foretell.errors import UsageError
 from foretell.verify.processors import process
 from foretell.verify.sampling import sample, uniform
 
 DAMAGED = -1
-"""In the place of a token: the logits after the node are not all finite numbers."""
+"""In the place of a token: the logits after the node are not all finite numbers (under typical acceptance: no token is
+possible, or one beyond all measure)."""
 
 Choose = Callable[[int, int, list[int]], int]
 """(row, node, path from the root to that node) -> the target's token after the node, or `DAMAGED`."""
@@ -60,7 +62,8 @@ def draws(draft: Draft, rows: Sequence[Row], keys: Sequence[int], logits_MV: Ten
         if state.params.temperature == 0:
             return int(logits_V.cpu().numpy().argmax())  # the first of equals
         position = len(state.tokens) + len(path) - 1
-        assert state.params.seed is not None, "drawn when the request was submitted"
+        if state.params.seed is None:
+            raise UsageError("Sampling needs a seed; SamplingParams.seeded() draws one.")
         return sample(logits_V, state.params, uniform(state.params.seed, keys[row], position))
 
     return choose

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from foretell.contracts import TokenLogprob
+from foretell.requests import TokenLogprob
 
 
 def logprobs(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foretell.contracts import SamplingParams
+from foretell.requests import SamplingParams
 
 
 def process(logits_V: Tensor, params: SamplingParams, history: Sequence[int], prompt_length: int) -> Tensor:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from foretell.contracts import SamplingParams
+from foretell.requests import SamplingParams
 
 Array = npt.NDArray[np.float64]
 _MASK = (1 << 64) - 1

@@ -28,8 +28,8 @@ from foretell.backbone.store import cache_folder
 from foretell.bench.contenders import Answer
 from foretell.bench.gguf_files import gguf_file
 from foretell.bench.memory import group, peak_bytes, reset_peak
-from foretell.contracts import SamplingParams
 from foretell.errors import ForetellError, UsageError
+from foretell.requests import SamplingParams
 
 HERE = Path(__file__).parent
 PATIENCE = 3600.0
