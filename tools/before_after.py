@@ -31,22 +31,20 @@ HERE = Path(__file__).resolve().parents[1]
 def measure(kernel: str | None) -> dict[str, float]:
     """Of the foretell that is imported: tokens a second of decoding, prompts left out, and milliseconds of steps."""
     import foretell
+    from foretell import drafters
     from foretell.backbone.costs import measure as measure_steps
 
     llm = foretell.load("smollm2-135m", dtype="bf16", kernel=kernel)
-    found = {}
+    costs = measure_steps(llm.backbone, rows=(1,), contexts=(CONTEXT,), nodes=SIZES, repeats=40)
+    found = {f"step of {size}": 1e3 * costs.seconds[1][CONTEXT][size] for size in SIZES}
     for name, drafter in (("plain", "plain"), ("hydra++, lookup", "hydra++")):
         options: dict[str, Any] = {"lookup": True, "nodes": 16} if drafter != "plain" else {}
-        from foretell import drafters
-
-        llm.drafter = drafters.build(drafter, llm.backbone, **options)
-        decoder_of = foretell.LLM(llm.backbone, llm.tokenizer, llm.drafter)
-        decoder_of.generate(QUESTIONS[0], max_new_tokens=16, adapt=False)
-        results = [decoder_of.generate(each, max_new_tokens=NEW, ignore_eos=True, adapt=False) for each in QUESTIONS]
+        other = foretell.LLM(llm.backbone, llm.tokenizer, drafters.build(drafter, llm.backbone, **options))
+        other.generate(QUESTIONS[0], max_new_tokens=16, adapt=False)
+        results = [other.generate(each, max_new_tokens=NEW, ignore_eos=True, adapt=False) for each in QUESTIONS]
         seconds = sum(each.statistics.seconds - each.statistics.prefill_seconds for each in results)
         found[name] = sum(each.statistics.new_tokens for each in results) / seconds
-    costs = measure_steps(llm.backbone, rows=(1,), contexts=(CONTEXT,), nodes=SIZES, repeats=15)
-    return found | {f"step of {size}": 1e3 * costs.seconds[1][CONTEXT][size] for size in SIZES}
+    return found
 
 
 def turn(checkout: Path, kernel: str | None) -> dict[str, float]:
