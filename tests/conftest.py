@@ -5,6 +5,7 @@ FORETELL_CACHE names, or the default one. `pytest -m "not real"` runs without a 
 """
 
 import os
+import signal
 
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     # a core for each worker, before PyTorch counts them: threads that wait for work spin, and would take the other's
@@ -25,6 +26,12 @@ pytest.register_assert_rewrite("decoding", "random_backbones", "toy_drafters")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "real: needs the demo model, fetched on first use")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptions_are_heard() -> None:
+    """What a shell puts into the background begins with SIGINT ignored, and so would its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -34,17 +34,12 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-def heed_interruptions() -> None:
-    """What a shell puts into the background begins with SIGINT ignored, and so would its children."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def in_a_process(*arguments: str, **options: Any) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "foretell.cli", *arguments]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent / "src")}
     return subprocess.Popen(
         command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, preexec_fn=heed_interruptions, **options,
+        stderr=subprocess.PIPE, **options,
     )  # fmt: skip
 
 
