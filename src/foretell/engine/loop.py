@@ -253,17 +253,16 @@ class SpeculativeDecoder:
     def _admit(self) -> None:
         """Rows join while there are slots; one that finds no room is refused alone, with an event."""
         while self._waiting and len(self._rows) < self.max_rows:
-            row = self._waiting[0]
+            row, *others = self._waiting
+            rows, outbox, waiting = self._rows, self._outbox, deque(others)
             try:
                 self._join(row)
+                rows = [*rows, row]
             except Exception as error:  # whatever it is, it is about this request: nobody else must meet it
                 if not isinstance(error, ForetellError):
                     logger.exception("a request could not be admitted")
-                self._waiting.popleft()
-                self._outbox.append(row.refused(str(error) or repr(error)))
-            else:
-                self._rows.append(row)
-                self._waiting.popleft()
+                outbox = [*outbox, row.refused(str(error) or repr(error))]
+            self._rows, self._outbox, self._waiting = rows, outbox, waiting  # all or, after an interrupt, none
 
     def _join(self, row: state.Sequence) -> None:
         """Takes a slot, and room for all that the request may ever write there: drafted nodes are written too."""
