@@ -4,12 +4,12 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := $(wildcard src/foretell/backbone/native/*)
+NATIVE := $(wildcard $(addprefix src/foretell/backbone/cpu/native/,* */*))
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
 # Every test runs the best build of the kernels that the processor has, and some run each. These, which ask for none,
 # run once more with each lower build as the best one.
-LOWER := from foretell.backbone.kernels import BUILDS, find; print(*[name for name in BUILDS if find(name)][1:])
+LOWER := from foretell.backbone.cpu.library import BUILDS, find; print(*[name for name in BUILDS if find(name)][1:])
 EXACT := $(patsubst %,tests/test_%.py,engine engine_faults verify grow native cache breadth medusa hydra kangaroo layerskip swift replay)
 
 .PHONY: help venv demo test fast builds check docs clean
@@ -55,4 +55,4 @@ docs: venv
 	$(BIN)/python tools/readme.py
 
 clean:
-	rm -rf $(VENV) build src/foretell/backbone/_kernels.so
+	rm -rf $(VENV) build src/foretell/backbone/cpu/_kernels.so

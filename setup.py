@@ -16,11 +16,12 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-NATIVE = Path("src/foretell/backbone/native")
+NATIVE = Path("src/foretell/backbone/cpu/native")
 COMMON = ["-O3", "-std=c++20", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
+COMMON += ["-I", str(NATIVE)]
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
-UNITS = {"native": "", "grow": "", "climb": "", "observe": "", "kernels_generic": ""}
+UNITS = {"native": "", "drafting/grow": "", "drafting/climb": "", "drafting/observe": "", "kernels_generic": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     UNITS |= {
         "kernels_avx2": AVX2,
@@ -58,7 +59,7 @@ class BuildKernels(build_ext):
         library.parent.mkdir(parents=True, exist_ok=True)
         running = []
         for unit, flags in UNITS.items():
-            objects.append(str(folder / f"{unit}.o"))
+            objects.append(str(folder / f"{Path(unit).name}.o"))
             command = [*tool, *COMMON, *flags.split(), "-c", str(NATIVE / f"{unit}.cpp"), "-o", objects[-1]]
             running.append((command, subprocess.Popen(command)))
         for command, process in running:
@@ -76,5 +77,5 @@ class BuildKernels(build_ext):
                 os.replace(f"{target}.new", target)  # processes that run the old one keep it
 
 
-sources = [str(path) for path in sorted(NATIVE.iterdir())]
-setup(ext_modules=[Extension("foretell.backbone._kernels", sources)], cmdclass={"build_ext": BuildKernels})
+sources = [str(path) for path in sorted(NATIVE.rglob("*.*"))]
+setup(ext_modules=[Extension("foretell.backbone.cpu._kernels", sources)], cmdclass={"build_ext": BuildKernels})

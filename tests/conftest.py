@@ -38,8 +38,8 @@ def interruptions_are_heard() -> None:
 def readings_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A first reading of costs says little of a machine that runs tests: it is not kept where the user's would be."""
     from foretell import api
-    from foretell.backbone.costs import costs_file
-    from foretell.backbone.store import cache_folder
+    from foretell.backbone.step_costs import costs_file
+    from foretell.loading.cache_dir import cache_folder
 
     users, kept = cache_folder(None), tmp_path_factory.mktemp("readings")
 
@@ -55,7 +55,7 @@ def readings_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 @pytest.fixture(scope="session")
 def demo_folder() -> Path:
     """The folder of SmolLM2-135M-Instruct: config.json, bfloat16 safetensors, tokenizer."""
-    from foretell.backbone.loading import resolve
+    from foretell.loading.resolve import resolve
 
     return resolve("smollm2-135m").path
 
@@ -97,7 +97,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The learning form may multiply in bfloat16, and features and checkpoints are rounded to it; here nothing is, to
     be compared closely."""
-    from foretell.drafters.products import multiply_in
+    from foretell.drafting.learning.products import multiply_in
 
     monkeypatch.setattr(Tensor, "bfloat16", lambda tensor: tensor)
     with multiply_in("float32"):

@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 from tiny_models import DIMENSIONS, ROPES
 from torch import Tensor
 
-from foretell.backbone import Backbone, KVCache, ModelConfig, Nodes, kernels
-from foretell.backbone.compiled import CompiledBackbone
-from foretell.backbone.eager import EagerBackbone
-from foretell.backbone.families import FAMILIES, model_config, weight_shapes
-from foretell.backbone.linear import MOST_ROWS
+from foretell.backbone import Backbone, KVCache, Nodes
+from foretell.backbone.cpu import library
+from foretell.backbone.cpu.backbone import CompiledBackbone
+from foretell.backbone.eager.backbone import EagerBackbone
+from foretell.backbone.eager.linear import MOST_ROWS
 from foretell.contracts import Draft
+from foretell.loading import ModelConfig
+from foretell.loading.families import FAMILIES, model_config, weight_shapes
 from foretell.trees import TokenTree, chain
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -35,8 +37,8 @@ def examples(count: int) -> settings:
     return settings(max_examples=count * SOAK, deadline=None)
 
 
-WAYS = [*kernels.BUILDS, "eager"]
-COMPILED = [way for way in WAYS[WAYS.index(os.environ.get("FORETELL_KERNELS") or WAYS[0]) : -1] if kernels.find(way)]
+WAYS = [*library.BUILDS, "eager"]
+COMPILED = [way for way in WAYS[WAYS.index(os.environ.get("FORETELL_KERNELS") or WAYS[0]) : -1] if library.find(way)]
 KERNELS = [*COMPILED, "eager"]
 """Every way this processor can compute; with FORETELL_KERNELS, every way one that has no better build can."""
 

@@ -16,12 +16,12 @@ from tiny_models import raising, save_tiny
 from torch import Tensor
 
 import foretell as package
-from foretell.backbone import adapters
-from foretell.backbone.families import read_config
-from foretell.backbone.loading import resolve
-from foretell.backbone.store import MANIFEST, cached_models
-from foretell.backbone.weights import fingerprint, read_weights
 from foretell.errors import ForetellError
+from foretell.loading import lora
+from foretell.loading.cache_dir import MANIFEST, cached_models
+from foretell.loading.families import read_config
+from foretell.loading.resolve import resolve
+from foretell.loading.weights import fingerprint, read_weights
 
 PLACES = ["q_proj", "down_proj"]
 CHANGED = {f"model.layers.{i}.{place}.weight" for i in range(3) for place in ("self_attn.q_proj", "mlp.down_proj")}
@@ -47,7 +47,7 @@ def save_adapter(base: str | Path, folder: Path, size: float = 0.2, seed: int = 
 
 def summed(base: Path, adapter: Path, scale: float) -> dict[str, Tensor]:
     """The slow obvious way: weight by weight, rank by rank, in float64."""
-    changes = load_file(adapter / adapters.TENSORS)
+    changes = load_file(adapter / lora.TENSORS)
     out = {}
     for name, weight in load_file(base / "model.safetensors").items():
         total, place = weight.double(), f"base_model.model.{name.removesuffix('.weight')}"
@@ -80,7 +80,7 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 
 def tell(folder: Path, **changes: Any) -> None:
     """Changes what an adapter says of itself."""
-    path = folder / adapters.CONFIG
+    path = folder / lora.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
@@ -98,7 +98,7 @@ def test_the_sum_is_the_one_written_out(tiny: str, tmp_path: Path, rslora: bool,
     theirs = save_adapter(base, folder, use_rslora=rslora).state_dict()
     target.mkdir()
     fractions: list[float] = []
-    adapters.merge(base, folder, target, lambda stage, fraction: fractions.append(fraction))
+    lora.merge(base, folder, target, lambda stage, fraction: fractions.append(fraction))
     ours = load_file(target / "model.safetensors")
     truth = summed(base, folder, ALPHA / (RANK**0.5 if rslora else RANK))
     assert ours.keys() == truth.keys() == weights.keys()
@@ -117,7 +117,7 @@ def test_all_that_is_no_weight_is_copied(tiny: str, adapter: Path, tmp_path: Pat
     (base / "original").mkdir()
     target = tmp_path / "sum"
     target.mkdir()
-    adapters.merge(base, adapter, target, lambda *_: None)
+    lora.merge(base, adapter, target, lambda *_: None)
     assert {path.name for path in target.iterdir()} == {path.name for path in Path(tiny).iterdir()}
     for path in target.iterdir():
         assert (path.read_bytes() == (base / path.name).read_bytes()) == (path.name != "model.safetensors"), path.name
@@ -164,7 +164,7 @@ def save_mlx(folder: Path, parameters: Any, tensors: dict[str, Tensor], **config
     """As mlx-lm saves one: A [columns, rank] and B [rank, rows], beside all that its trainer was told."""
     folder.mkdir()
     about = {"model": "org/base", "num_layers": 3, "iters": 600, "seed": 0, "lora_parameters": parameters, **config}
-    (folder / adapters.CONFIG).write_text(json.dumps({"fine_tune_type": "lora"} | about))
+    (folder / lora.CONFIG).write_text(json.dumps({"fine_tune_type": "lora"} | about))
     save_file(tensors, folder / "adapters.safetensors", {"format": "mlx"})
     return folder
 
@@ -221,8 +221,8 @@ def test_adapters_of_mlx_that_are_no_plain_sum_are_named(
 
 def test_an_adapter_in_a_pickle_is_read_if_it_holds_nothing_else(tiny: str, copy: Path, cache: Path) -> None:
     truth, name = merged(f"{tiny}+{copy}"), f"{tiny}+{copy}"
-    tensors, path = tensors_of(copy / adapters.TENSORS), copy / "adapter_model.bin"
-    (copy / adapters.TENSORS).unlink()
+    tensors, path = tensors_of(copy / lora.TENSORS), copy / "adapter_model.bin"
+    (copy / lora.TENSORS).unlink()
     torch.save(tensors, path)
     ours = merged(name)
     assert all(torch.equal(ours[each], weight) for each, weight in truth.items())
@@ -307,7 +307,7 @@ def test_transformers_opens_the_sum_too(tiny: str, adapter: Path, cache: Path) -
 
 def test_a_sum_is_made_once(tiny: str, adapter: Path, cache: Path, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = resolve(f"{tiny}+{adapter}").path
-    monkeypatch.setattr(adapters, "merge", raising(AssertionError("made again")))
+    monkeypatch.setattr(lora, "merge", raising(AssertionError("made again")))
     assert resolve(f"{tiny}+{adapter}", offline=True).path == first
     assert resolve(f"{tiny}+{adapter}", progress=raising(AssertionError("nothing to wait for"))).path == first
     tell(copy, lora_alpha=ALPHA + 1)
@@ -398,7 +398,7 @@ def test_adapters_of_another_kind(tiny: str, copy: Path, cache: Path, changes: d
 
 def test_what_is_no_change_of_a_matrix_is_not_left_out_in_silence(tiny: str, copy: Path, cache: Path) -> None:
     """Embeddings and biases have adapters too; without theirs the sum would be another model than was trained."""
-    tensors, place = tensors_of(copy / adapters.TENSORS), "base_model.model.model."
+    tensors, place = tensors_of(copy / lora.TENSORS), "base_model.model.model."
     half = f"{place}layers.1.mlp.down_proj.lora_A.weight"
     assert half in tensors
     for odd in (
@@ -406,7 +406,7 @@ def test_what_is_no_change_of_a_matrix_is_not_left_out_in_silence(tiny: str, cop
         {**tensors, f"{place}layers.0.self_attn.q_proj.lora_B.bias": torch.ones(32)},
         {name: tensor for name, tensor in tensors.items() if name != half},
     ):
-        save_file(odd, copy / adapters.TENSORS, {"format": "pt"})
+        save_file(odd, copy / lora.TENSORS, {"format": "pt"})
         refusal(f"{tiny}+{copy}")
         assert not list(cache.glob("models/*"))
 
@@ -424,7 +424,7 @@ def test_adapters_of_another_model(tiny: str, cache: Path, tmp_path: Path) -> No
 
 
 def test_damaged_adapters(tiny: str, copy: Path, cache: Path) -> None:
-    name, weights, config = f"{tiny}+{copy}", copy / adapters.TENSORS, copy / adapters.CONFIG
+    name, weights, config = f"{tiny}+{copy}", copy / lora.TENSORS, copy / lora.CONFIG
     whole, said, tensors = weights.read_bytes(), config.read_text(), tensors_of(weights)
     for cut in (0, 7, len(whole) // 2, len(whole) - 1):
         weights.write_bytes(whole[:cut])

@@ -36,11 +36,12 @@ from random_backbones import (
 )  # fmt: skip
 from tiny_models import DIMENSIONS, ROPES, VARIANTS, tiny_model
 
-from foretell.backbone import SKIP_ATTENTION, SKIP_MLP, Backbone, Nodes, kernels
-from foretell.backbone.eager import BLOCK, attend
-from foretell.backbone.families import model_config
+from foretell.backbone import SKIP_ATTENTION, SKIP_MLP, Backbone, Nodes
+from foretell.backbone.cpu import library
+from foretell.backbone.eager.backbone import BLOCK, attend
 from foretell.backbone.probe import probe
 from foretell.errors import ForetellError
+from foretell.loading.families import model_config
 from foretell.trees import TokenTree, chain
 
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
@@ -333,7 +334,7 @@ def test_a_backbone_keeps_its_build_when_another_is_loaded() -> None:
     def logits(backbone: Backbone) -> tuple[torch.Tensor, str]:
         """And which build's code ran last, as that code itself says."""
         found = backbone.logits(backbone.norm(batch.together(backbone)[1][0]))
-        return found, kernels.require().foretell_last_build().decode()
+        return found, library.require().foretell_last_build().decode()
 
     with using(COMPILED[-1]):
         first = LLAMA.build(COMPILED[-1], BF16)
@@ -347,10 +348,10 @@ def test_a_backbone_keeps_its_build_when_another_is_loaded() -> None:
 
 
 def test_kernels_that_this_processor_lacks_are_not_found() -> None:
-    assert kernels.find("mmx") is None
-    assert not COMPILED or kernels.default().name == COMPILED[0]
-    best = kernels.find()
-    assert (best.name if best else None) == next((name for name in kernels.BUILDS if kernels.find(name)), None)
+    assert library.find("mmx") is None
+    assert not COMPILED or library.default().name == COMPILED[0]
+    best = library.find()
+    assert (best.name if best else None) == next((name for name in library.BUILDS if library.find(name)), None)
 
 
 @pytest.mark.skipif(len(COMPILED) < 2, reason="needs two builds")

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from foretell.backbone.catalog import FORMER_FINGERPRINTS
 from foretell.bench import quality
 from foretell.bench.compare import compare
 from foretell.bench.metrics import figures, gaps, histogram, table
 from foretell.bench.peers.protocol import Clock
 from foretell.bench.suites import CODE, SHIPPED, SUMS, Question, load_suite
 from foretell.errors import ForetellError, UsageError
+from foretell.loading.catalog import FORMER_FINGERPRINTS
 
 # -- suites ------------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,6 @@ from tiny_models import tiny_model
 
 import foretell as package
 from foretell.api import LLM
-from foretell.backbone import ModelFolder
 from foretell.bench.contenders import Contender, Ours
 from foretell.bench.gguf_files import gguf_file
 from foretell.bench.limits import limits, read_bandwidth, step_bytes
@@ -25,6 +24,7 @@ from foretell.bench.runner import ABOUT, PLAIN, ROUNDS, Runner, Settings, read_r
 from foretell.bench.suites import Question
 from foretell.conversations import Conversation, converse
 from foretell.errors import ForetellError, UsageError
+from foretell.loading import ModelFolder
 from foretell.requests import SamplingParams
 
 TINY = ("--dtype", "fp32", "--threads", "1")

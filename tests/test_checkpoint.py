@@ -13,15 +13,15 @@ import torch
 from test_medusa import VOCAB, WIDTH, backbone_of
 
 from foretell import drafters
-from foretell.backbone import adapters
-from foretell.backbone.catalog import FORMER_FINGERPRINTS, current
-from foretell.drafters import checkpoint
-from foretell.drafters.checkpoint import Checkpoint
+from foretell.drafting import checkpoint
+from foretell.drafting.checkpoint import Checkpoint
 from foretell.errors import ForetellError, UsageError
+from foretell.loading import lora
+from foretell.loading.catalog import FORMER_FINGERPRINTS, current
 
 
 def test_what_ships_is_light() -> None:
-    files = [file for shipped in (checkpoint.SHIPPED, adapters.SHIPPED) for file in shipped.glob("*/*.safetensors")]
+    files = [file for shipped in (checkpoint.SHIPPED, lora.SHIPPED) for file in shipped.glob("*/*.safetensors")]
     sizes = [file.stat().st_size / (1 << 20) for file in files]
     assert len(sizes) >= 5
     assert max(sizes) <= 36

@@ -22,13 +22,22 @@ from tiny_models import DIMENSIONS
 
 import foretell as package
 from foretell import drafters
-from foretell.backbone import Backbone, costs
-from foretell.backbone.costs import CONTEXTS, NODES, StepCosts, costs_file, first_reading, measure, step_costs
+from foretell.backbone import Backbone
+from foretell.backbone.step_costs import (
+    CONTEXTS,
+    NODES,
+    StepCosts,
+    _step_seconds,
+    costs_file,
+    first_reading,
+    measure,
+    step_costs,
+)
 from foretell.contracts import Draft
-from foretell.drafters import checkpoint
-from foretell.drafters.checkpoint import Checkpoint
 from foretell.drafters.medusa import Medusa
-from foretell.drafters.parts import DEFAULT_NODES, tree_size
+from foretell.drafting import checkpoint
+from foretell.drafting.checkpoint import Checkpoint
+from foretell.drafting.options import DEFAULT_NODES, tree_size
 from foretell.errors import ForetellError, UsageError
 from foretell.requests import SamplingParams
 
@@ -158,7 +167,7 @@ def test_drafting_that_takes_long_makes_larger_trees_and_another_drafter(
     monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path / "trained")
     assert drafters.recommended(backbone) == "prompt_lookup"
     assert not backbone.costs.exists()  # nothing to choose from, nothing to measure
-    monkeypatch.setattr(costs, "_step_seconds", lambda *_: 1.0)
+    monkeypatch.setattr("foretell.backbone.step_costs._step_seconds", lambda *_: 1.0)
     for method, tokens in (("medusa", 2.0), ("hydra", 2.4), ("kangaroo", 2.5)):
         config = {"fingerprint": "tiny", "method": method, "tokens_per_step": {"8": tokens}}
         (tmp_path / "trained" / method).mkdir(parents=True)
@@ -225,14 +234,14 @@ def test_every_size_is_measured() -> None:
 def test_whole_steps_of_the_asked_sizes_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also: sizes take turns, and the slow first round does not count."""
     backbone, seen = tiny_backbone(), list[tuple[int, int, int]]()
-    step, clock = costs._step_seconds, iter([100.0] * 2 + [1.0, 2.0, 5.0, 6.0, 3.0, 4.0])
+    step, clock = _step_seconds, iter([100.0] * 2 + [1.0, 2.0, 5.0, 6.0, 3.0, 4.0])
 
     def spy(backbone: Backbone, cache: Any, size: int, rows: int, context: int) -> float:
         seen.append((size, rows, context))
         assert step(backbone, cache, size, rows, context) > 0
         return next(clock)
 
-    monkeypatch.setattr(costs, "_step_seconds", spy)
+    monkeypatch.setattr("foretell.backbone.step_costs._step_seconds", spy)
     found = measure(backbone, rows=(2,), contexts=(9,), nodes=(1, 7), repeats=3)
     assert seen == [(1, 2, 9), (7, 2, 9)] * 4
     assert found == StepCosts({2: {9: {1: 3.0, 7: 4.0}}})  # medians
@@ -240,7 +249,7 @@ def test_whole_steps_of_the_asked_sizes_are_timed(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("longest", [64, 192, 600, 4096])
 def test_contexts_beyond_the_model_are_left_out(monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
-    monkeypatch.setattr(costs, "_step_seconds", lambda *_: 1.0)
+    monkeypatch.setattr("foretell.backbone.step_costs._step_seconds", lambda *_: 1.0)
     found = measure(tiny_backbone(max_position_embeddings=longest), rows=(1,), repeats=1)
     fitting = [context for context in CONTEXTS if context + 64 <= longest]
     assert list(found.seconds[1]) == (fitting or [1])
@@ -260,9 +269,9 @@ def test_costs_belong_to_a_model_a_type_a_machine_and_its_threads(
         backbone = tiny_backbone()
         setattr(backbone, name, value)
         found.append(costs_file(backbone))
-    monkeypatch.setattr(costs.platform, "node", lambda: "elsewhere")
+    monkeypatch.setattr("platform.node", lambda: "elsewhere")
     found.append(costs_file(base))
-    monkeypatch.setattr(costs, "processor", lambda: "abacus")
+    monkeypatch.setattr("foretell.backbone.step_costs.processor", lambda: "abacus")
     found.append(costs_file(base))
     assert len(set(found)) == len(found) == 7
 
@@ -275,15 +284,17 @@ def machine_of(
 ) -> Backbone:
     """A backbone on a machine where steps of 1, 4, 8 and 16 nodes take so many times `plain` seconds."""
     seconds = dict(zip((1, 4, 8, 16), (plain * each for each in relative), strict=True))
-    monkeypatch.setattr(costs, "_step_seconds", lambda b, cache, size, rows, context: seconds[size])
-    monkeypatch.setattr(costs, "_readings", {})
+    monkeypatch.setattr(
+        "foretell.backbone.step_costs._step_seconds", lambda b, cache, size, rows, context: seconds[size]
+    )
+    monkeypatch.setattr("foretell.backbone.step_costs._readings", {})
     backbone = backbone or tiny_backbone()
     backbone.costs = costs_file(backbone)
     return backbone
 
 
 def test_a_first_reading_takes_turns_and_its_medians_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, step = list[int](), costs._step_seconds
+    seen, step = list[int](), _step_seconds
     clock = iter([9.0, *(0.001 * (turn + size) for turn in (0, 100, 5, 2, 1) for size in (1, 16, 4, 8))])
 
     def spy(backbone: Backbone, cache: Any, size: int, rows: int, context: int) -> float:
@@ -292,8 +303,8 @@ def test_a_first_reading_takes_turns_and_its_medians_count(monkeypatch: pytest.M
         assert step(backbone, cache, size, rows, context) > 0
         return next(clock)
 
-    monkeypatch.setattr(costs, "FIRST_SECONDS", 99.0)
-    monkeypatch.setattr(costs, "_step_seconds", spy)
+    monkeypatch.setattr("foretell.backbone.step_costs.FIRST_SECONDS", 99.0)
+    monkeypatch.setattr("foretell.backbone.step_costs._step_seconds", spy)
     found = first_reading(tiny_backbone(max_position_embeddings=512))
     assert seen == [1] + [1, 16, 4, 8] * 5
     assert found.first
@@ -313,7 +324,9 @@ def test_a_first_reading_keeps_to_its_time(
     plain: float, timed: dict[int, int], between: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     relative, seen = {1: 1.0, 4: 1.8, 8: 2.9, 16: 4.2}, list[int]()
-    monkeypatch.setattr(costs, "_step_seconds", lambda b, c, size, *_: seen.append(size) or plain * relative[size])
+    monkeypatch.setattr(
+        "foretell.backbone.step_costs._step_seconds", lambda b, c, size, *_: seen.append(size) or plain * relative[size]
+    )
     found = first_reading(tiny_backbone())
     assert seen.pop(0) == 1  # warms up
     assert {size: seen.count(size) for size in sorted(set(seen))} == timed
@@ -342,7 +355,9 @@ def test_where_nothing_can_be_kept_a_process_reads_once(tmp_path: Path, monkeypa
     backbone, taken = machine_of(monkeypatch, (1, 2, 3, 4)), list[int]()
     (tmp_path / "file").touch()
     backbone.costs = tmp_path / "file" / "costs.json"
-    monkeypatch.setattr(costs, "first_reading", lambda b: taken.append(1) or StepCosts(TABLE, first=True))
+    monkeypatch.setattr(
+        "foretell.backbone.step_costs.first_reading", lambda b: taken.append(1) or StepCosts(TABLE, first=True)
+    )
     for _ in range(3):
         assert tree_size(backbone, 0, EARNED, "medusa", 0.0, 64)(1, 128) == 8
     assert taken == [1]
@@ -354,8 +369,10 @@ def test_a_reading_is_taken_only_where_a_tree_is_chosen_by_it(
     backbone = tiny_backbone(num_hidden_layers=3)
     backbone.costs = costs_file(backbone)
     heads, taken = str(untrained(backbone, tmp_path / "heads")), list[int]()
-    monkeypatch.setattr(costs, "_readings", {})
-    monkeypatch.setattr(costs, "first_reading", lambda b: taken.append(1) or StepCosts(TABLE, first=True))
+    monkeypatch.setattr("foretell.backbone.step_costs._readings", {})
+    monkeypatch.setattr(
+        "foretell.backbone.step_costs.first_reading", lambda b: taken.append(1) or StepCosts(TABLE, first=True)
+    )
     for name, options in (
         ("plain", {}), ("prompt_lookup", {"nodes": 8}), ("medusa", {"checkpoint": heads, "nodes": 5}),
         ("medusa", {"checkpoint": heads, "nodes": 5, "lookup": True}), ("layerskip", {"chain": True}), ("del", {}),
@@ -525,7 +542,7 @@ def test_tune_says_where_no_tree_pays(
     tokens: float,
     size: int,
 ) -> None:
-    monkeypatch.setattr(costs, "_step_seconds", lambda b, c, size, *_: 0.01 * (1 + size / 16))
+    monkeypatch.setattr("foretell.backbone.step_costs._step_seconds", lambda b, c, size, *_: 0.01 * (1 + size / 16))
     monkeypatch.setattr(sys.modules[__name__], "EARNED", {16: tokens})
     heads = untrained(package.load(tiny, dtype="fp32", threads=1).backbone, tmp_path / "heads")
     ran = foretell(

@@ -15,9 +15,9 @@ from random_backbones import examples
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
-from foretell.backbone import Tokenizer
-from foretell.backbone import detokenizer as module
-from foretell.engine.stream import TextStream
+from foretell.engine.text_stream import TextStream
+from foretell.loading import Tokenizer
+from foretell.loading import detokenizer as module
 
 LETTERS = {byte: letter for letter, byte in module.BYTES.items()}
 SPACE, FUSE, RUNS = decoders.Replace("▁", " "), decoders.Fuse(), decoders.ByteFallback()

@@ -21,11 +21,11 @@ from command_line import Foretell
 
 import foretell as package
 from foretell.api import LLM, Result
-from foretell.backbone.catalog import FORMER_FINGERPRINTS
-from foretell.backbone.files import read_json, sole_writer, write_json
 from foretell.conversations import MAX_TURNS, Conversation
 from foretell.engine import SpeculativeDecoder
 from foretell.errors import ForetellError, UsageError
+from foretell.files import read_json, sole_writer, write_json
+from foretell.loading.catalog import FORMER_FINGERPRINTS
 from foretell.requests import SamplingParams
 from foretell.train import distill as distilling
 from foretell.train.data import CONVERSATIONS, MANIFEST, Distilled, Store
@@ -39,7 +39,7 @@ from foretell.train.distill import (
     user_turn,
     write_prompts,
 )
-from foretell.train.tasks import ABROAD, LANGUAGES, cut, tasks
+from foretell.train.prompts import ABROAD, LANGUAGES, cut, tasks
 
 END = 256
 """The tiny model's end of turn; its other tokens are bytes, the first 94 of them printable ASCII."""

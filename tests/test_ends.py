@@ -12,7 +12,7 @@ from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 import foretell
-from foretell.backbone.tokenizer import Tokenizer
+from foretell.loading.tokenizer import Tokenizer
 
 MARKS = ("<|end_of_text|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 LLAMA3 = (

@@ -24,7 +24,7 @@ from foretell.conversations import Conversation, converse
 from foretell.drafters.plain import Plain
 from foretell.drafters.prompt_lookup import PromptLookup, WithLookup
 from foretell.engine import SpeculativeDecoder
-from foretell.engine.stream import TextStream
+from foretell.engine.text_stream import TextStream
 from foretell.errors import ForetellError
 from foretell.requests import SamplingParams
 from foretell.verify import Typical

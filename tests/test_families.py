@@ -10,8 +10,8 @@ import torch
 from command_line import save_tiny_chat
 from tiny_models import DIMENSIONS, ROPES, VARIANTS, save_tiny, tiny_config, tiny_model
 
-from foretell.backbone.families import FAMILIES, model_config, read_config, weight_shapes
 from foretell.errors import ForetellError
+from foretell.loading.families import FAMILIES, model_config, read_config, weight_shapes
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -198,7 +198,7 @@ def test_reading_a_plain_config_does_not_import_transformers(tmp_path: Path) -> 
 
     save_tiny(tmp_path)
     code = (
-        "import sys, pathlib; from foretell.backbone.families import read_config; "
+        "import sys, pathlib; from foretell.loading.families import read_config; "
         "read_config(pathlib.Path(sys.argv[1])); assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,12 @@ import torch
 from tiny_gguf import write_gguf
 from tiny_models import VARIANTS, opened, raising, tiny_model
 
-from foretell.backbone import gguf_convert, store
-from foretell.backbone.families import model_config, read_config
-from foretell.backbone.loading import resolve
-from foretell.backbone.store import cached_models
-from foretell.backbone.tokenizer import Tokenizer
-from foretell.backbone.weights import read_weights
 from foretell.errors import ForetellError, UsageError
+from foretell.loading.cache_dir import CONVERTER_VERSION, cached_models
+from foretell.loading.families import model_config, read_config
+from foretell.loading.resolve import resolve
+from foretell.loading.tokenizer import Tokenizer
+from foretell.loading.weights import read_weights
 
 F32, F16, Q8 = (gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "Q8_0"))
 
@@ -101,7 +101,7 @@ def test_whatever_lies_beside_a_gguf_file_is_not_read(
 
 
 def test_large_models_are_written_in_shards(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_convert, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr("foretell.loading.gguf.SHARD_BYTES", 20_000)
     model = tiny_model("llama")
     folder = resolve(str(write_gguf(tmp_path / "tiny.gguf", model))).path
     assert len(list(folder.glob("model-*.safetensors"))) > 2
@@ -411,7 +411,7 @@ def test_a_model_of_an_older_converter_is_converted_anew(
 ) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
     with monkeypatch.context() as patch:
-        patch.setattr(store, "CONVERTER_VERSION", store.CONVERTER_VERSION - 1)
+        patch.setattr(sys.modules[resolve.__module__], "CONVERTER_VERSION", CONVERTER_VERSION - 1)
         old = resolve(str(path)).path
         assert [each.path for each in cached_models()] == [old]
     assert cached_models() == []  # what a listing names loads without a network

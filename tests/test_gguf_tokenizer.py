@@ -7,10 +7,10 @@ import pytest
 from tiny_gguf import byte_level, sentencepiece, write_gguf
 from tiny_models import tiny_model
 
-from foretell.backbone.gguf_file import open_gguf
-from foretell.backbone.gguf_tokenizer import SPLIT_RULES, splitter, write_tokenizer
-from foretell.backbone.tokenizer import Tokenizer
 from foretell.errors import ForetellError
+from foretell.loading.gguf_file import open_gguf
+from foretell.loading.gguf_tokenizer import SPLIT_RULES, splitter, write_tokenizer
+from foretell.loading.tokenizer import Tokenizer
 
 VOCAB = 320
 TEXT = "Don't WE'LL camelCase  12345 x٣٤!?\n\n  \ty,z=1 DÉJÀ_vu 你好世界 😀🎉\r\n½ e\u0301te"

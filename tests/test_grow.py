@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from foretell.errors import UsageError
 from foretell.trees import from_paths
-from foretell.trees.grow import Candidates, Growing
+from foretell.trees.growing import Candidates, Growing
 
 ranks = st.integers(1, 3).flatmap(
     lambda heads: st.tuples(

@@ -14,25 +14,25 @@ from torch import Tensor
 
 from foretell import drafters
 from foretell.backbone import Backbone, Nodes
-from foretell.backbone.linear import side_by_side
-from foretell.backbone.prefix import PrefixLayer
+from foretell.backbone.eager.linear import side_by_side
 from foretell.contracts import FINAL, Row
-from foretell.drafters import hydra
-from foretell.drafters.checkpoint import Checkpoint
-from foretell.drafters.hydra import BEAM, Hydra, HydraPlus
-from foretell.drafters.hydra import WIDTH as WIDTH_OF_A_NODE
-from foretell.drafters.hydra_heads import HydraHeads
-from foretell.drafters.learning import DecoderLayer, GuessingHeads, TrainingBatch
+from foretell.drafters.hydra import drafter as hydra
+from foretell.drafters.hydra.drafter import BEAM, Hydra, HydraPlus
+from foretell.drafters.hydra.drafter import WIDTH as WIDTH_OF_A_NODE
+from foretell.drafters.hydra.heads import HydraHeads
 from foretell.drafters.medusa import Medusa
-from foretell.drafters.parts import Reading
 from foretell.drafters.prompt_lookup import WithLookup
+from foretell.drafting.checkpoint import Checkpoint
+from foretell.drafting.learning.heads import DecoderLayer, GuessingHeads, TrainingBatch
+from foretell.drafting.options import Reading
+from foretell.drafting.prefix_layer import PrefixLayer
 from foretell.errors import UsageError
 from foretell.requests import SamplingParams
 from foretell.train.data import Distilled
 from foretell.train.features import Features
 from foretell.train.trainer import Settings, Trainer
 from foretell.trees.calibration import Scale
-from foretell.trees.grow import Growing
+from foretell.trees.growing import Growing
 from foretell.trees.search import nested, replay
 
 ODD: list[list[Scale]] = [[(0.05, 3.0)] * 3, [(1.0, 0.0), (4.0, -6.0), (0.3, 2.0)], [(20.0, 40.0)] * 3]

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foretell.backbone import Backbone
-from foretell.drafters.hydra import Hydra, HydraPlus
-from foretell.drafters.hydra_heads import HydraHeads
-from foretell.drafters.learning import TrainingBatch
+from foretell.drafters.hydra.drafter import Hydra, HydraPlus
+from foretell.drafters.hydra.heads import HydraHeads
+from foretell.drafting.learning.heads import TrainingBatch
 from foretell.trees.search import ENDED
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_float32")

@@ -26,11 +26,11 @@ from foretell.backbone import Backbone, Nodes
 from foretell.backbone.base import SKIP_MLP
 from foretell.contracts import Draft
 from foretell.drafters import kangaroo
-from foretell.drafters.checkpoint import Checkpoint
 from foretell.drafters.kangaroo import Kangaroo, KangarooAdapter
-from foretell.drafters.learning import TrainingBatch
-from foretell.drafters.lower import MOST, Lower
 from foretell.drafters.prompt_lookup import WithLookup
+from foretell.drafting.checkpoint import Checkpoint
+from foretell.drafting.learning.heads import TrainingBatch
+from foretell.drafting.lower_layers import MOST, Lower
 from foretell.errors import UsageError
 from foretell.requests import SamplingParams
 

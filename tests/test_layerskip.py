@@ -16,13 +16,13 @@ from torch import Tensor
 
 from foretell import drafters
 from foretell.backbone import Backbone
-from foretell.backbone.assemble import assemble
+from foretell.backbone.load import assemble
 from foretell.contracts import FINAL
-from foretell.drafters.checkpoint import Checkpoint
 from foretell.drafters.dynamic_exit import DEL, Shadows, tokens_per_layer
 from foretell.drafters.layerskip import ExitingModel, LayerSkip, drop_rates, exit_scales
-from foretell.drafters.lower import Threshold, main_chain
 from foretell.drafters.prompt_lookup import WithLookup
+from foretell.drafting.checkpoint import Checkpoint
+from foretell.drafting.lower_layers import Threshold, main_chain
 from foretell.errors import UsageError
 from foretell.requests import SamplingParams
 from foretell.train.features import Features

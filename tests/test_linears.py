@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from random_backbones import BF16, COMPILED, DTYPES, FP32, KERNELS, Model, build, check, examples, models, same, using
 from tiny_models import DIMENSIONS
 
-from foretell.backbone import kernels
-from foretell.backbone.linear import Linear
-from foretell.backbone.packed import Int8Linear, PackedHeads, PackedLinear
+from foretell.backbone.cpu import library
+from foretell.backbone.cpu.linear import Int8Linear, PackedHeads, PackedLinear
+from foretell.backbone.eager.linear import Linear
 
 LLAMA = {"model_type": "llama", **DIMENSIONS}
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
@@ -155,7 +155,7 @@ def test_weights_that_are_not_contiguous_are_packed_as_their_copies(kernel: str,
     """The contiguous copy lives only as long as the call that reads it."""
     turned = torch.randn(shape).T
     with using(kernel):
-        best = kernels.default()
+        best = library.default()
         for _ in range(3):
             assert same(PackedLinear(turned).packed, PackedLinear(turned.contiguous()).packed)
             assert same(Int8Linear(turned, None, best).packed, Int8Linear(turned.contiguous(), None, best).packed)

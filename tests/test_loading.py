@@ -15,13 +15,13 @@ import pytest
 from tiny_gguf import write_gguf
 from tiny_models import opened, raising, save_tiny, tiny_model
 
-from foretell.backbone import catalog, gguf_convert, store
-from foretell.backbone.families import read_config
-from foretell.backbone.files import staged_folder
-from foretell.backbone.loading import resolve
-from foretell.backbone.store import cached_models
-from foretell.backbone.weights import fingerprint, read_weights
 from foretell.errors import ForetellError, UsageError
+from foretell.files import staged_folder
+from foretell.loading import cache_dir, catalog
+from foretell.loading.cache_dir import cached_models
+from foretell.loading.families import read_config
+from foretell.loading.resolve import resolve
+from foretell.loading.weights import fingerprint, read_weights
 
 # --- names --------------------------------------------------------------------------------------------------
 
@@ -190,9 +190,9 @@ def test_a_full_disk_leaves_nothing(place: str, cache: Path, tmp_path: Path, mon
         error = safetensors.SafetensorError(f"I/O error: {full.strerror} (os error 28)")
         monkeypatch.setattr(safetensors.torch, "save_file", raising(error))
     elif place == "tokenizer":
-        monkeypatch.setattr(gguf_convert, "write_tokenizer", raising(full))
+        monkeypatch.setattr("foretell.loading.gguf.write_tokenizer", raising(full))
     else:
-        monkeypatch.setattr("foretell.backbone.files._free_bytes", lambda folder: 10)
+        monkeypatch.setattr("foretell.files._free_bytes", lambda folder: 10)
     with pytest.raises(ForetellError, match="not enough disk space in .*--cache-dir"):
         resolve(str(path))
     assert not (cache / "models").exists() or list((cache / "models").iterdir()) == []
@@ -204,7 +204,7 @@ def test_any_interruption_leaves_nothing_and_the_next_run_succeeds(
 ) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
     with monkeypatch.context() as patch:
-        patch.setattr(gguf_convert, "_unpack", raising(KeyboardInterrupt()))
+        patch.setattr("foretell.loading.gguf._unpack", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             resolve(str(path))
     assert list((cache / "models").iterdir()) == []
@@ -249,10 +249,10 @@ def test_two_at_once_build_once(tmp_path: Path) -> None:
         go.set()
 
     target = tmp_path / "models" / "one"
-    first = threading.Thread(target=store.build_once, args=(target, make, 0, told))
+    first = threading.Thread(target=cache_dir.build_once, args=(target, make, 0, told))
     first.start()
     started.wait(10)
-    store.build_once(target, make, 0, told)
+    cache_dir.build_once(target, make, 0, told)
     first.join()
     assert built == [1]
     assert target.is_dir()
@@ -263,12 +263,12 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.delenv("FORETELL_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert store.cache_folder() == tmp_path / ".cache" / "foretell"
+    assert cache_dir.cache_folder() == tmp_path / ".cache" / "foretell"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert store.cache_folder() == tmp_path / "xdg" / "foretell"
+    assert cache_dir.cache_folder() == tmp_path / "xdg" / "foretell"
     monkeypatch.setenv("FORETELL_CACHE", str(tmp_path / "own"))
-    assert store.cache_folder() == tmp_path / "own"
-    assert store.cache_folder("~/here") == tmp_path / "here"
+    assert cache_dir.cache_folder() == tmp_path / "own"
+    assert cache_dir.cache_folder("~/here") == tmp_path / "here"
 
 
 # --- the catalog --------------------------------------------------------------------------------------------
@@ -383,10 +383,10 @@ def test_the_demo_model_starts_warm_without_transformers(demo_folder: Path) -> N
     code = """
 import sys, time, torch
 start = time.perf_counter()
-from foretell.backbone.families import read_config
-from foretell.backbone.loading import resolve
-from foretell.backbone.tokenizer import Tokenizer
-from foretell.backbone.weights import read_weights
+from foretell.loading.families import read_config
+from foretell.loading.resolve import resolve
+from foretell.loading.tokenizer import Tokenizer
+from foretell.loading.weights import read_weights
 folder = resolve("smollm2-135m", offline=True).path
 read_weights(folder, read_config(folder))
 Tokenizer.from_folder(folder).chat([{"role": "user", "content": "hi"}])

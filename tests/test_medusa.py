@@ -18,14 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from foretell import drafters
 from foretell.backbone import Backbone
-from foretell.backbone.linear import side_by_side
+from foretell.backbone.eager.linear import side_by_side
 from foretell.contracts import FINAL
-from foretell.drafters import checkpoint, learning
-from foretell.drafters.checkpoint import Checkpoint
-from foretell.drafters.learning import RANKS, SAID, TrainingBatch, soft_cross_entropy
 from foretell.drafters.medusa import DECAY, Medusa, MedusaHeads
-from foretell.drafters.parts import draft_vocabulary, places
 from foretell.drafters.prompt_lookup import WithLookup
+from foretell.drafting import checkpoint
+from foretell.drafting.checkpoint import Checkpoint
+from foretell.drafting.learning import heads
+from foretell.drafting.learning.heads import RANKS, SAID, TrainingBatch, soft_cross_entropy
+from foretell.drafting.options import draft_vocabulary, places
 from foretell.errors import ForetellError, UsageError
 from foretell.requests import SamplingParams
 from foretell.train.data import Distilled
@@ -321,7 +322,7 @@ def test_a_short_conversation_teaches_only_the_heads_that_it_reaches() -> None:
 @pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("vocabulary", [6, 40])
 def test_what_would_have_been_guessed_position_by_position(vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learning, "CHUNK", 4)
+    monkeypatch.setattr(heads, "CHUNK", 4)
     module = random_heads(backbone_of(), 3, 1, "own", vocabulary)
     generator = torch.Generator().manual_seed(3)
     tokens = [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in (9, 5, 12)]

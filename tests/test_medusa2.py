@@ -21,17 +21,17 @@ from tiny_models import DIMENSIONS, save_tiny
 from torch import Tensor
 
 from foretell.backbone import Backbone
-from foretell.backbone.adaptation import PLACES, causal
-from foretell.backbone.assemble import assemble
-from foretell.backbone.loading import resolve
+from foretell.backbone.load import assemble
 from foretell.cli import main
 from foretell.contracts import FINAL
-from foretell.drafters import checkpoint
-from foretell.drafters.learning import CHUNK, Trainable, TrainingBatch
 from foretell.drafters.medusa import Medusa
 from foretell.drafters.medusa2 import RISE, JointHeads, Medusa2
-from foretell.drafters.pupil import LEAST, divergence
+from foretell.drafting import checkpoint
+from foretell.drafting.learning.finetune import PLACES, causal
+from foretell.drafting.learning.heads import CHUNK, Trainable, TrainingBatch
+from foretell.drafting.learning.student import LEAST, divergence
 from foretell.errors import ForetellError, UsageError
+from foretell.loading.resolve import resolve
 from foretell.train.data import Distilled
 from foretell.train.features import TEACHER, Features
 from foretell.train.trainer import Settings, Trainer

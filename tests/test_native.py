@@ -50,8 +50,8 @@ def outcome(code: str, *flags: str) -> str:
 
 
 GUARDS = """
-from foretell.backbone.linear import Asked, LevelDrafting, LowerDrafting
-from foretell.backbone.packed import PackedLinear
+from foretell.backbone.eager.linear import Asked, LevelDrafting, LowerDrafting
+from foretell.backbone.cpu.linear import PackedLinear
 
 backbone, other = model().build("", BF16, 2), model(hidden_size=64, head_dim=16).build("", FP32, 2)
 tokens, d = torch.arange(4), 32

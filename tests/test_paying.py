@@ -14,12 +14,12 @@ from test_lookup import TEXT, Line, Says
 from tiny_models import DIMENSIONS
 
 from foretell import drafters
-from foretell.backbone import Backbone, costs
-from foretell.backbone.costs import StepCosts
+from foretell.backbone import Backbone
+from foretell.backbone.step_costs import StepCosts
 from foretell.cli.demo import _Side
 from foretell.cli.paying import held_back, verdict
 from foretell.contracts import Drafter
-from foretell.drafters.hydra import Hydra, HydraPlus
+from foretell.drafters.hydra.drafter import Hydra, HydraPlus
 from foretell.drafters.kangaroo import Kangaroo
 from foretell.drafters.layerskip import LayerSkip
 from foretell.drafters.medusa import Medusa
@@ -101,8 +101,8 @@ def test_lookup_guesses_what_pays_here(
     cache: Path, monkeypatch: pytest.MonkeyPatch, relative: Sequence[float], guesses: int
 ) -> None:
     seconds = dict(zip((1, 4, 8, 16), relative, strict=True))
-    monkeypatch.setattr(costs, "_step_seconds", lambda b, c, size, *_: seconds[size])
-    monkeypatch.setattr(costs, "FIRST_SECONDS", 1e9)
+    monkeypatch.setattr("foretell.backbone.step_costs._step_seconds", lambda b, c, size, *_: seconds[size])
+    monkeypatch.setattr("foretell.backbone.step_costs.FIRST_SECONDS", 1e9)
     backbone, line = Model({"model_type": "llama", **DIMENSIONS}).build(), Line(TEXT)
     backbone.costs = cache / "costs.json"
     lookup = drafters.build("prompt_lookup", backbone)

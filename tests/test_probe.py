@@ -14,11 +14,11 @@ from random_backbones import BF16, FP32, KERNELS, Model, using
 from tiny_models import DIMENSIONS, raising
 from torch import Tensor
 
-from foretell.backbone import Backbone, Nodes, verdict
-from foretell.backbone.assemble import assemble
-from foretell.backbone.eager import EagerBackbone
+from foretell.backbone import Backbone, Nodes, canonical
+from foretell.backbone.canonical import settle
+from foretell.backbone.eager.backbone import EagerBackbone
+from foretell.backbone.load import assemble
 from foretell.backbone.probe import ROWS, TREE, TWINS, probe
-from foretell.backbone.verdict import settle
 
 SIZES = DIMENSIONS | {"num_hidden_layers": 7, "max_position_embeddings": 2048}
 LLAMA = Model({"model_type": "llama", **SIZES})
@@ -206,7 +206,7 @@ class Probes:
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every verdict counts as one that took long."""
-    monkeypatch.setattr(verdict, "KEPT", 0.0)
+    monkeypatch.setattr(canonical, "KEPT", 0.0)
 
 
 @pytest.mark.parametrize(("needed", "rows", "asked"), [(0, 4, 1), (5, 16, 2), (64, 64, 3), (65, 4, 3)])
@@ -215,7 +215,7 @@ def test_calls_are_padded_as_far_as_it_helps_and_the_verdict_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needed: int, rows: int, asked: int
 ) -> None:
     probes = Probes(needed)
-    monkeypatch.setattr(verdict, "probe", probes)
+    monkeypatch.setattr(canonical, "probe", probes)
     for _ in range(2):
         backbone: Any = EagerBackbone(LLAMA.config, LLAMA.weights().__getitem__, FP32, torch.device("cpu"), 1)
         settle(backbone, tmp_path)
@@ -228,7 +228,7 @@ def test_calls_are_padded_as_far_as_it_helps_and_the_verdict_is_kept(
 @pytest.mark.usefixtures("kept")
 def test_a_verdict_holds_for_what_it_was_found_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probes = Probes()
-    monkeypatch.setattr(verdict, "probe", probes)
+    monkeypatch.setattr(canonical, "probe", probes)
 
     def asked() -> int:
         before = probes.asked
@@ -242,7 +242,7 @@ def test_a_verdict_holds_for_what_it_was_found_for(tmp_path: Path, monkeypatch: 
         with monkeypatch.context() as changed:
             changed.setattr(backbone, name, value)
             assert [asked(), asked()] == [1, 0], name
-    for place, name in ((verdict, "processor"), (verdict, "_code"), (torch.backends.cpu, "get_cpu_capability")):
+    for place, name in ((canonical, "processor"), (canonical, "_code"), (torch.backends.cpu, "get_cpu_capability")):
         with monkeypatch.context() as changed:
             changed.setattr(place, name, lambda: "another")
             assert [asked(), asked()] == [1, 0], name
@@ -253,7 +253,7 @@ def test_a_verdict_holds_for_what_it_was_found_for(tmp_path: Path, monkeypatch: 
 @pytest.mark.usefixtures("kept")
 def test_a_cache_that_cannot_be_used_costs_no_more_than_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probes = Probes()
-    monkeypatch.setattr(verdict, "probe", probes)
+    monkeypatch.setattr(canonical, "probe", probes)
     backbone = LLAMA.build("eager")
     (tmp_path / "file").touch()
     for _ in range(2):
@@ -270,7 +270,7 @@ def test_a_cache_that_cannot_be_used_costs_no_more_than_time(tmp_path: Path, mon
 
 
 def test_a_verdict_that_took_no_time_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdict, "probe", Probes())
+    monkeypatch.setattr(canonical, "probe", Probes())
     settle(LLAMA.build("eager"), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -280,15 +280,15 @@ def test_a_model_that_is_loaded_is_probed(tiny: str, tmp_path: Path, monkeypatch
     backbone = assemble(Path(tiny), threads=1, cache_dir=tmp_path)
     assert backbone.inexact is None
     assert len(list((tmp_path / "probes").iterdir())) == 1
-    monkeypatch.setattr(verdict, "probe", raising(AssertionError("it was known")))
+    monkeypatch.setattr(canonical, "probe", raising(AssertionError("it was known")))
     again = assemble(Path(tiny), threads=1, cache_dir=tmp_path)
     assert (again.inexact, again.probe_seconds) == (None, backbone.probe_seconds)
 
 
 def test_another_compilation_is_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "kernels.so").write_bytes(b"one")
-    monkeypatch.setattr(verdict, "LIBRARY", tmp_path / "kernels.so")
-    before = verdict._code.__wrapped__()
-    assert verdict._code.__wrapped__() == before
+    monkeypatch.setattr(canonical, "LIBRARY", tmp_path / "kernels.so")
+    before = canonical._code.__wrapped__()
+    assert canonical._code.__wrapped__() == before
     (tmp_path / "kernels.so").write_bytes(b"two")
-    assert verdict._code.__wrapped__() != before
+    assert canonical._code.__wrapped__() != before

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from foretell import drafters
 from foretell.api import LLM, load
-from foretell.drafters import products
-from foretell.drafters.learning import Trainable, TrainingBatch
+from foretell.drafting.learning import products
+from foretell.drafting.learning.heads import Trainable, TrainingBatch
 from foretell.errors import ForetellError
 from foretell.train.data import Distilled
 from foretell.train.features import Features
@@ -106,7 +106,7 @@ def test_what_is_given_counts_and_only_inside(monkeypatch: pytest.MonkeyPatch) -
 
 ASK = """
 import time, torch
-from foretell.drafters.products import measured
+from foretell.drafting.learning.products import measured
 torch.set_num_threads(1)
 began = time.process_time()
 print(measured("cpu").fastest, time.process_time() - began)

@@ -17,11 +17,12 @@ from random_backbones import KERNELS
 from toy_drafters import Checker, EarlyExit, Inserter, Oracle, RandomTrees
 
 from foretell import drafters
-from foretell.backbone import Backbone, Tokenizer, assemble
-from foretell.backbone.loading import resolve
+from foretell.backbone import Backbone, assemble
 from foretell.contracts import Drafter
-from foretell.drafters.checkpoint import SHIPPED
 from foretell.drafters.prompt_lookup import PromptLookup
+from foretell.drafting.checkpoint import SHIPPED
+from foretell.loading import Tokenizer
+from foretell.loading.resolve import resolve
 from foretell.requests import SamplingParams
 
 pytestmark = pytest.mark.real

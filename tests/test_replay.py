@@ -14,13 +14,13 @@ from toy_drafters import Oracle
 
 from foretell.backbone import Backbone
 from foretell.contracts import Draft, Drafter, Row
-from foretell.drafters.hydra import Hydra, HydraPlus
+from foretell.drafters.hydra.drafter import Hydra, HydraPlus
 from foretell.drafters.layerskip import LayerSkip
-from foretell.drafters.lower import Threshold
 from foretell.drafters.medusa import Medusa
 from foretell.drafters.prompt_lookup import WithLookup
-from foretell.drafters.skipping import Plan, PlanSearch
 from foretell.drafters.swift import Swift
+from foretell.drafting.lower_layers import Threshold
+from foretell.drafting.skip_plan import Plan, PlanSearch
 from foretell.requests import SamplingParams
 from foretell.train.data import Distilled
 from foretell.train.features import Features

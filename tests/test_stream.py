@@ -16,10 +16,10 @@ from random_backbones import examples
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
-from foretell.backbone import Tokenizer
-from foretell.backbone.detokenizer import BYTES
-from foretell.engine.stream import TextStream
+from foretell.engine.text_stream import TextStream
 from foretell.errors import UsageError
+from foretell.loading import Tokenizer
+from foretell.loading.detokenizer import BYTES
 
 SAMPLE = "naïve Ångström — 日本語 👩🏽‍🚀🇺🇳 \U0001f9d1\U0001f3fe\u200d\U0001f91d end\n\n  x"
 
@@ -170,7 +170,7 @@ def test_without_a_tokenizer_there_is_no_text() -> None:
 @pytest.mark.real
 @pytest.mark.parametrize("stop", ["", "語 👩", "🚀", "— 日", "\n\n", "end\n"])
 def test_the_real_tokenizer_shows_whole_characters(demo_folder: Path, stop: str) -> None:
-    from foretell.backbone import Tokenizer
+    from foretell.loading import Tokenizer
 
     tokenizer = Tokenizer.from_folder(demo_folder)
     text = SAMPLE + " and ﷽ \u0301 e\u0301 𝕏 done"

@@ -25,14 +25,15 @@ from test_medusa import backbone_of, requests
 
 from foretell import drafters
 from foretell.backbone import Backbone, Nodes
-from foretell.backbone.catalog import FORMER_FINGERPRINTS
 from foretell.contracts import Draft, Row
-from foretell.drafters import skipping, swift
-from foretell.drafters.lower import Threshold, main_chain
+from foretell.drafters import swift
 from foretell.drafters.prompt_lookup import WithLookup
-from foretell.drafters.skipping import Plan, PlanSearch
 from foretell.drafters.swift import Swift, siblings
+from foretell.drafting import skip_plan
+from foretell.drafting.lower_layers import Threshold, main_chain
+from foretell.drafting.skip_plan import Plan, PlanSearch
 from foretell.errors import ForetellError, UsageError
+from foretell.loading.catalog import FORMER_FINGERPRINTS
 from foretell.requests import SamplingParams
 
 LAYERS = 6
@@ -186,7 +187,7 @@ def test_a_search_ends_when_it_is_good_enough_or_in_vain(monkeypatch: pytest.Mon
     assert not search.searching
     for name, most in (("TOLERANCE", 7), ("TRIALS", 7)):
         with monkeypatch.context() as patch:
-            patch.setattr(skipping, name, most)
+            patch.setattr(skip_plan, name, most)
             search = PlanSearch(8)
             while search.searching:
                 search.candidate()
@@ -222,8 +223,8 @@ def test_chance_does_not_begin_the_search_anew_and_another_text_does(right: floa
 
 def test_a_text_that_changes_is_noticed_while_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("USUAL", "RECENT"):
-        monkeypatch.setattr(skipping, name, 8)
-    monkeypatch.setattr(skipping, "SURE", 0)
+        monkeypatch.setattr(skip_plan, name, 8)
+    monkeypatch.setattr(skip_plan, "SURE", 0)
     backbone = deep()
     drafter = swift_of(backbone, search=True, window=4, steps=4, nodes=40, threshold=Threshold(0.0))
     drafter.search = PlanSearch(LAYERS, 0.5, NOTHING, 1.0)

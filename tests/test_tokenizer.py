@@ -12,8 +12,8 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
-from foretell.backbone.tokenizer import Tokenizer
 from foretell.errors import ForetellError, ForetellWarning
+from foretell.loading.tokenizer import Tokenizer
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -272,7 +272,7 @@ def test_code_that_comes_with_a_folder_is_never_run(where: str, tmp_path: Path) 
     (folder / where).write_text(json.dumps({"auto_map": auto_map, "model_type": "evil"}))
     code = """
 import pathlib, sys
-from foretell.backbone.tokenizer import Tokenizer
+from foretell.loading.tokenizer import Tokenizer
 from foretell.errors import ForetellError
 try:
     Tokenizer.from_folder(pathlib.Path(sys.argv[1]))

@@ -33,14 +33,15 @@ from random_backbones import BF16, FP32, KERNELS, Model, examples, same, using
 from tiny_models import DIMENSIONS, save_tiny
 from torch import Tensor, nn
 
+from foretell import files as files_of_ours
 from foretell.api import load
 from foretell.backbone import Backbone, Nodes
-from foretell.backbone import files as files_of_ours
 from foretell.cli import main
 from foretell.contracts import FINAL
-from foretell.drafters import checkpoint, drafter_class
-from foretell.drafters.checkpoint import Checkpoint
-from foretell.drafters.learning import Guessed, Trainable, TrainingBatch
+from foretell.drafters import drafter_class
+from foretell.drafting import checkpoint
+from foretell.drafting.checkpoint import Checkpoint
+from foretell.drafting.learning.heads import Guessed, Trainable, TrainingBatch
 from foretell.errors import ForetellError, UsageError
 from foretell.train import features as featuring
 from foretell.train import trainer as training
@@ -1485,8 +1486,8 @@ def test_a_step_takes_the_memory_that_the_step_before_gave_up() -> None:
     """Counted in a process of its own: pages that the system had to clear."""
     script = """if True:
         import resource, sys, torch
-        from foretell.train import allocation
-        kept = sys.argv[1] == "keep" and allocation.keep()
+        from foretell.train import malloc
+        kept = sys.argv[1] == "keep" and malloc.keep()
         counts = []
         for _ in range(40):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

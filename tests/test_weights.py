@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import VARIANTS, opened, save_tiny, tiny_model
 
-from foretell.backbone import weights as weights_module
-from foretell.backbone.families import read_config
-from foretell.backbone.weights import fingerprint
 from foretell.errors import ForetellError
+from foretell.loading import weights as weights_module
+from foretell.loading.families import read_config
+from foretell.loading.weights import fingerprint
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from foretell.backbone.families import read_config
-from foretell.backbone.weights import Weights, read_weights
+from foretell.loading.families import read_config
+from foretell.loading.weights import Weights, read_weights
 
 DIMENSIONS = {
     "hidden_size": 32,

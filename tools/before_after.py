@@ -32,7 +32,7 @@ def measure(kernel: str | None) -> dict[str, float]:
     """Of the foretell that is imported: tokens a second of decoding, prompts left out, and milliseconds of steps."""
     import foretell
     from foretell import drafters
-    from foretell.backbone.costs import measure as measure_steps
+    from foretell.backbone.step_costs import measure as measure_steps
 
     llm = foretell.load("smollm2-135m", dtype="bf16", kernel=kernel)
     costs = measure_steps(llm.backbone, rows=(1,), contexts=(CONTEXT,), nodes=SIZES, repeats=40)

@@ -27,12 +27,13 @@ from exactness import ForcedTrees, RandomTrees, compared, transcript
 
 import foretell
 from foretell import drafters
-from foretell.backbone import Nodes, assemble, resolve
-from foretell.backbone.assemble import usable_cores
-from foretell.backbone.costs import bush, measure
-from foretell.backbone.packed import PackedLinear
+from foretell.backbone import Nodes, assemble
+from foretell.backbone.cpu.linear import PackedLinear
+from foretell.backbone.load import usable_cores
+from foretell.backbone.step_costs import bush, measure
 from foretell.contracts import Drafter
 from foretell.engine import SpeculativeDecoder
+from foretell.loading import resolve
 from foretell.requests import SamplingParams
 
 RESULTS = Path(__file__).parent.parent / "docs/results/core.json"

@@ -24,7 +24,7 @@ from exactness import compared, transcript
 import foretell
 from foretell import drafters
 from foretell.api import LLM
-from foretell.backbone.costs import StepCosts, measure
+from foretell.backbone.step_costs import StepCosts, measure
 from foretell.requests import SamplingParams, Statistics
 
 SIZES = (8, 16, 32)

@@ -30,8 +30,8 @@ from foretell.bench.suites import load_suite
 from foretell.cli.terminal import job_progress
 from foretell.contracts import Drafter
 from foretell.drafters.dynamic_exit import DEL
-from foretell.drafters.exiting import candidates
-from foretell.drafters.skipping import Plan
+from foretell.drafting.early_exit import candidates
+from foretell.drafting.skip_plan import Plan
 from foretell.train.data import Store
 
 IMAGE = core.RESULTS.parents[1] / "images/spare.png"

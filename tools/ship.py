@@ -9,8 +9,8 @@ import argparse
 import shutil
 from pathlib import Path
 
-from foretell.backbone import adapters
-from foretell.drafters import checkpoint
+from foretell.drafting import checkpoint
+from foretell.loading import lora
 
 IMAGES = Path(__file__).parents[1] / "docs/images"
 
@@ -21,7 +21,7 @@ def ship(folder: Path) -> Path:
     base, _, adapter = found.backbone.partition("+")
     if adapter:  # its name in the package is the method's, whatever the folder was called
         found.backbone = f"{base}+{found.method}"
-        target = adapters.SHIPPED / found.method
+        target = lora.SHIPPED / found.method
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(folder / "adapter", target)
     name = f"{found.method}-{base}"

@@ -32,8 +32,8 @@ def learnt(data: Path, number_type: str) -> dict[str, Any]:
 
     import foretell
     from foretell.cli.train import written
-    from foretell.drafters import products
     from foretell.drafters.medusa import Medusa
+    from foretell.drafting.learning import products
     from foretell.train.data import Store
     from foretell.train.features import Features
     from foretell.train.trainer import Settings, Trainer

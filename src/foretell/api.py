@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, cast, overload
 
 from foretell import drafters
-from foretell.backbone import Backbone, ModelFolder, Tokenizer, assemble, resolve
-from foretell.backbone.costs import costs_file
+from foretell.backbone import Backbone, assemble
+from foretell.backbone.step_costs import costs_file
 from foretell.contracts import Drafter
 from foretell.engine import SpeculativeDecoder
 from foretell.errors import ForetellError, UsageError
+from foretell.loading import ModelFolder, Tokenizer, resolve
 from foretell.requests import Event, SamplingParams, Statistics, TokenLogprob
 from foretell.verify import Typical
 
@@ -208,7 +209,7 @@ def load(
         model: a catalogue name, a Hugging Face hub id, a local folder or a .gguf file.
         drafter: a name from `foretell.drafters.DRAFTERS`; `options` are its own.
         lookup: merge candidates of prompt lookup into its trees.
-        dtype, device, threads, kernel: see `foretell.backbone.assemble`.
+        dtype, device, threads, kernel: see `foretell.backbone.load`.
         cache_dir, offline: see `foretell.backbone.resolve`.
         progress: called with (stage, fraction) while files are fetched or converted.
 

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from foretell.backbone.cache import KVCache
-from foretell.backbone.config import ModelConfig
-from foretell.backbone.linear import (
+from foretell.backbone.eager.linear import (
     DrafterHeads,
     DrafterLinear,
     LevelDrafting,
@@ -29,8 +28,9 @@ from foretell.backbone.linear import (
     TreeGrower,
 )
 from foretell.backbone.nodes import Nodes
-from foretell.backbone.prefix import PrefixLayer
+from foretell.drafting.prefix_layer import PrefixLayer
 from foretell.errors import UsageError, check
+from foretell.loading.config import ModelConfig
 
 SKIP_ATTENTION, SKIP_MLP = 1, 2
 """Bits of a skip plan: `bytes` with one entry per layer."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from foretell.backbone.base import Backbone
 from foretell.backbone.cache import KVCache
-from foretell.backbone.linear import MOST_ROWS
+from foretell.backbone.eager.linear import MOST_ROWS
 from foretell.backbone.nodes import Nodes
 from foretell.errors import ForetellError
 from foretell.trees import TokenTree, chain

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from foretell.backbone.catalog import current
 from foretell.bench.metrics import PLAIN
 from foretell.errors import UsageError
+from foretell.loading.catalog import current
 
 SPEED_FLOOR, TOKENS_FLOOR, MACHINE_FLOOR = 0.03, 0.02, 0.15
 """Relative drops that never count: of a speed-up; of tokens per step, which the governor moves; of plain's speed."""

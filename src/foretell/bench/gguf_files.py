@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from foretell.backbone import ModelFolder
-from foretell.backbone.catalog import CATALOG, fetch
-from foretell.backbone.files import written_whole
-from foretell.backbone.gguf_file import open_gguf
-from foretell.backbone.store import cache_folder
 from foretell.errors import ForetellError
+from foretell.files import written_whole
+from foretell.loading import ModelFolder
+from foretell.loading.cache_dir import cache_folder
+from foretell.loading.catalog import CATALOG, fetch
+from foretell.loading.gguf_file import open_gguf
 
 OTHER_TYPES = ("q8_0", "bf16")
 

@@ -7,8 +7,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from foretell.backbone.files import write_errors
 from foretell.errors import ForetellError
+from foretell.files import write_errors
 
 
 def training_curves(log: Path, out: Path) -> None:

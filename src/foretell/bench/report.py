@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from foretell.backbone.files import written_whole
 from foretell.bench import plots
+from foretell.files import written_whole
 
 Row = dict[str, Any]
 

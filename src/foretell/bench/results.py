@@ -14,12 +14,12 @@ import torch
 
 import foretell
 from foretell.backbone import Backbone
-from foretell.backbone.files import exists, one_line, written_whole
 from foretell.bench import quality
 from foretell.bench.limits import limits
 from foretell.bench.metrics import PLAIN, Record, by_category, table
 from foretell.bench.suites import Question
 from foretell.errors import ForetellError
+from foretell.files import exists, one_line, written_whole
 
 FORMAT = 1
 ABOUT, ROUNDS, RESULTS = "bench.json", "rounds.jsonl", "results.json"

@@ -21,13 +21,13 @@ import torch
 
 from foretell.api import LLM, Message
 from foretell.backbone import Nodes
-from foretell.backbone.files import exists, whole_lines, write_errors, write_json
 from foretell.bench.contenders import Answer, Contender
 from foretell.bench.peers import MissingPeerError
 from foretell.bench.results import ABOUT, ROUNDS
 from foretell.bench.suites import Question
 from foretell.conversations import MAX_TURNS
 from foretell.errors import ForetellError, UsageError
+from foretell.files import exists, whole_lines, write_errors, write_json
 from foretell.requests import SamplingParams
 
 PLAIN = "plain"

@@ -63,8 +63,8 @@ def run(
         return
     if out is None:
         raise UsageError("Say where the results go: --out DIR.")
-    from foretell.backbone.files import exists
     from foretell.bench.suites import load_suite
+    from foretell.files import exists
 
     if quick:
         per_category, max_new_tokens, repeats = per_category or 1, min(max_new_tokens, 64), 1
@@ -139,7 +139,7 @@ def _measure(
     run_code: bool,
 ) -> dict[str, Any]:
     from foretell import drafters
-    from foretell.backbone.files import sole_writer
+    from foretell.files import sole_writer
 
     best = drafters.recommended(llm.backbone)
     chosen = specs or [
@@ -259,8 +259,8 @@ def sweep(
     Exact verification, and plain decoding, run beside. The report plots tokens per second and each score against ε.
     """
     from foretell import drafters
-    from foretell.backbone.files import exists
     from foretell.bench.suites import load_suite
+    from foretell.files import exists
 
     if temperature <= 0:
         raise UsageError(f"--temperature is {temperature}; typical acceptance needs one above 0.")

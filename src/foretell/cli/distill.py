@@ -52,7 +52,7 @@ def distill(
 
     An interrupted run goes on where it was when the same command is given again.
     """
-    from foretell.backbone.files import sole_writer
+    from foretell.files import sole_writer
     from foretell.requests import SamplingParams
     from foretell.train.distill import read_prompts
 
@@ -86,7 +86,7 @@ def distill(
 
 def _check_out(out: Path) -> None:
     """Refuses a drafter's folder: data may be gone on with, but not begun in one."""
-    from foretell.backbone.files import exists
+    from foretell.files import exists
     from foretell.train.data import MANIFEST
 
     if not exists(out / MANIFEST) and (exists(out / "drafter") or exists(out / "run")):
@@ -95,8 +95,8 @@ def _check_out(out: Path) -> None:
 
 def _store(out: Path, model: str, llm: LLM, endpoint: Endpoint | None, settings: dict[str, Any]) -> Store:
     """The folder, begun by the local model; by another one where it was seen before that the endpoint serves such."""
-    from foretell.backbone.catalog import current
-    from foretell.backbone.files import read_json
+    from foretell.files import read_json
+    from foretell.loading.catalog import current
     from foretell.train.data import MANIFEST, Store
 
     about = {"model": model, "fingerprint": llm.backbone.fingerprint, "vocab": llm.backbone.config.vocab}

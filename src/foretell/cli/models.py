@@ -40,10 +40,10 @@ def models(
 
 
 def _rows(cache_dir: Path | None) -> list[_Row]:
-    from foretell.backbone import adapters
-    from foretell.backbone.catalog import CATALOG
-    from foretell.backbone.files import read_json
-    from foretell.backbone.store import cached_models
+    from foretell.files import read_json
+    from foretell.loading import lora
+    from foretell.loading.cache_dir import cached_models
+    from foretell.loading.catalog import CATALOG
 
     cached = [
         _Row(model.name, model.bytes, model.licence, model.source, True, str(model.path))
@@ -55,7 +55,7 @@ def _rows(cache_dir: Path | None) -> list[_Row]:
         for entry in CATALOG.values()
         if entry.name not in here
     ]
-    for config in adapters.SHIPPED.glob(f"*/{adapters.CONFIG}"):
+    for config in lora.SHIPPED.glob(f"*/{lora.CONFIG}"):
         base = CATALOG[read_json(config)["base_model_name_or_path"]]
         name = f"{base.name}+{config.parent.name}"
         if name not in here:

@@ -48,7 +48,7 @@ def _steps(sums: Statistics) -> str:
 
 def _remedy(backbone: Backbone) -> str:
     """What else can be done, unless it was."""
-    from foretell.backbone.costs import StepCosts
+    from foretell.backbone.step_costs import StepCosts
 
     costs = StepCosts.load(backbone.costs) if backbone.costs else None
     tuned = costs is not None and not costs.first

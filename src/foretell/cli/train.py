@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     from foretell.api import LLM
     from foretell.backbone import Backbone
-    from foretell.drafters.checkpoint import Checkpoint
-    from foretell.drafters.learning import Trainable
+    from foretell.drafting.checkpoint import Checkpoint
+    from foretell.drafting.learning.heads import Trainable
     from foretell.train.data import Distilled, Store
     from foretell.train.features import Batches
     from foretell.train.trainer import Report, Trainer
@@ -51,7 +51,7 @@ def train(
     ] = "",
 ) -> None:
     """Train a drafter for a model on what the model wrote."""
-    from foretell.backbone.files import sole_writer
+    from foretell.files import sole_writer
     from foretell.train.features import Features, Joined
     from foretell.train.trainer import Trainer
 
@@ -106,7 +106,7 @@ def _publish(
     cls: Any, base: Base, backbone: Backbone, run: Trainer, report: Report, provenance: dict[str, Any], out: Path
 ) -> Checkpoint:
     """Writes the drafter, with the tokens per step of the trees that it will draft."""
-    from foretell.drafters.checkpoint import Checkpoint
+    from foretell.drafting.checkpoint import Checkpoint
     from foretell.train.features import Features
     from foretell.train.replay import by_size
     from foretell.train.trainer import SIZES
@@ -156,7 +156,7 @@ def _stores(data: list[Path]) -> list[Store]:
 
 def _check_out(out: Path, method: str) -> None:
     """Refuses a folder in which a drafter, or anything else, would be lost."""
-    from foretell.backbone.files import read_json, write_errors
+    from foretell.files import read_json, write_errors
 
     with write_errors(out):
         names, inside = ([each.name for each in _visible(folder)] for folder in (out, out / "drafter"))
@@ -219,7 +219,7 @@ def _module(
 
 def _start(start: str, backbone: Backbone, cls: Any) -> tuple[Checkpoint, dict[str, Tensor]]:
     """The drafter to begin with."""
-    from foretell.drafters.checkpoint import load, shipped
+    from foretell.drafting.checkpoint import load, shipped
 
     folder = shipped(backbone).get(start, Path(start).expanduser())
     if not folder.is_dir():
@@ -250,8 +250,8 @@ def _taken(options: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _begin(module: Trainable, start: str, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Lets the module begin with what another drafter has learnt; says which, and by what commands it had learnt."""
-    from foretell.backbone.files import one_line
-    from foretell.drafters.checkpoint import fingerprint
+    from foretell.drafting.checkpoint import fingerprint
+    from foretell.files import one_line
 
     try:
         module.start(checkpoint.arch, tensors)
@@ -302,7 +302,7 @@ def _draw(out: Path) -> None:
 
 
 def _say_number_type(run: Trainer) -> None:
-    from foretell.drafters.products import measured
+    from foretell.drafting.learning.products import measured
 
     note(measured(run.device.type).said(run.number_type, run.began_in))
 

@@ -15,7 +15,7 @@ from foretell.errors import ForetellError
 
 if TYPE_CHECKING:
     from foretell.api import LLM
-    from foretell.backbone.costs import StepCosts
+    from foretell.backbone.step_costs import StepCosts
     from foretell.contracts import Drafter
 
 PROMPT, NEW_TOKENS = "Explain how rain forms, step by step.", 48
@@ -28,8 +28,8 @@ def tune(
 ) -> None:
     """Measure what steps and drafting cost here; drafters choose their trees by it from then on."""
     from foretell import drafters
-    from foretell.backbone.costs import REPEATS, ROWS, StepCosts, costs_file, measure
-    from foretell.drafters.checkpoint import shipped
+    from foretell.backbone.step_costs import REPEATS, ROWS, StepCosts, costs_file, measure
+    from foretell.drafting.checkpoint import shipped
 
     llm = loading.load()
     with job_progress("measuring steps, %", "", resumes=False) as progress:

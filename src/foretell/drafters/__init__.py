@@ -21,8 +21,11 @@ DRAFTERS: dict[str, tuple[str | type[Drafter], str]] = {
     "prompt_lookup": ("foretell.drafters.prompt_lookup:PromptLookup", "repeats what followed the same words before"),
     "medusa": ("foretell.drafters.medusa:Medusa", "trained heads that guess the tokens after the next"),
     "medusa2": ("foretell.drafters.medusa2:Medusa2", "Medusa's heads, and a backbone that learnt with them"),
-    "hydra": ("foretell.drafters.hydra:Hydra", "heads that read the guesses before theirs"),
-    "hydra++": ("foretell.drafters.hydra:HydraPlus", "Hydra's heads behind a layer that attends to the whole text"),
+    "hydra": ("foretell.drafters.hydra.drafter:Hydra", "heads that read the guesses before theirs"),
+    "hydra++": (
+        "foretell.drafters.hydra.drafter:HydraPlus",
+        "Hydra's heads behind a layer that attends to the whole text",
+    ),
     "kangaroo": ("foretell.drafters.kangaroo:Kangaroo", "the lower layers draft, through a trained adapter"),
     "swift": ("foretell.drafters.swift:Swift", "drafts with sublayers left out, chosen while decoding"),
     "layerskip": ("foretell.drafters.layerskip:LayerSkip", "drafts by leaving the model at an early layer"),
@@ -86,8 +89,8 @@ def recommended(backbone: Backbone) -> str:
     Of several, the one of most tokens per second by what steps cost here, or elsewhere where that cannot be known; and
     by what drafting costs, as `foretell tune` measured, or usually where it has not measured all of them.
     """
-    from foretell.backbone.costs import StepCosts, step_costs
-    from foretell.drafters.checkpoint import shipped, tokens_per_step
+    from foretell.backbone.step_costs import StepCosts, step_costs
+    from foretell.drafting.checkpoint import shipped, tokens_per_step
 
     mine = shipped(backbone)
     if not mine:

@@ -30,9 +30,9 @@ from torch.nn import functional as F
 
 from foretell.backbone import Backbone, KVCache
 from foretell.contracts import FINAL, Draft, Features, Row
-from foretell.drafters.exiting import OVERHEAD, Exiting, candidates
-from foretell.drafters.lower import MOST
-from foretell.drafters.parts import DEFAULT_NODES, check_exit, tree_size
+from foretell.drafting.early_exit import OVERHEAD, Exiting, candidates
+from foretell.drafting.lower_layers import MOST
+from foretell.drafting.options import DEFAULT_NODES, check_exit, tree_size
 from foretell.errors import check_numbers
 from foretell.trees.calibration import Floats
 

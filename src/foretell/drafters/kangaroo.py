@@ -6,8 +6,8 @@ compute, so it goes on above them. arXiv 2404.18911, §3.1; the early exits whil
 is unsure) §3.2.
 
 As published, a draft is a chain: the adapter's best token, until its probability falls below a threshold, γ tokens at
-most. Or a tree that grows best first (`trees.grow`): lower layers cost the same for one node and for sixteen, and they
-are asked once more only where that can gain more tokens than it costs.
+most. Or a tree that grows best first (`trees.growing`): lower layers cost the same for one node and for sixteen, and
+they run once more only where that can gain more tokens than it costs.
 
 The adapter begins as the identity and its last norm as the backbone's; in the paper both begin as PyTorch makes them.
 It has the backbone's heads and key/value heads, where the paper's has one key/value head for each head.
@@ -29,13 +29,12 @@ from torch.nn import functional as F
 
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.backbone.base import SKIP_MLP
-from foretell.backbone.config import ModelConfig
-from foretell.backbone.linear import LowerDrafting
+from foretell.backbone.eager.linear import LowerDrafting
 from foretell.contracts import Draft, Drafter, Features, Row
-from foretell.drafters.checkpoint import damage_named, find
-from foretell.drafters.learning import DecoderLayer, GuessingHeads, TrainingBatch
-from foretell.drafters.lower import MOST, Lower, climbed, lasts
-from foretell.drafters.parts import (
+from foretell.drafting.checkpoint import damage_named, find
+from foretell.drafting.learning.heads import DecoderLayer, GuessingHeads, TrainingBatch
+from foretell.drafting.lower_layers import MOST, Lower, climbed, lasts
+from foretell.drafting.options import (
     DEFAULT_NODES,
     check_exit,
     check_options,
@@ -47,6 +46,7 @@ from foretell.drafters.parts import (
     tree_size,
 )
 from foretell.errors import check_numbers
+from foretell.loading.config import ModelConfig
 from foretell.trees.calibration import Floats, believed
 
 BEAM, WIDTH = 8, 10

@@ -29,13 +29,13 @@ import torch
 from torch import Tensor, nn
 
 from foretell.backbone import Backbone, KVCache
-from foretell.backbone.adaptation import WAYS, learning
 from foretell.contracts import FINAL, Draft, Features, Row
-from foretell.drafters.exiting import Exiting, candidates
-from foretell.drafters.learning import GuessingHeads, TrainingBatch, targets, weighed
-from foretell.drafters.lower import MOST, Judge, Threshold
-from foretell.drafters.parts import DEFAULT_NODES, check_exit, check_options, draft_vocabulary, tree_size
-from foretell.drafters.pupil import Pupil
+from foretell.drafting.early_exit import Exiting, candidates
+from foretell.drafting.learning.finetune import WAYS, learning
+from foretell.drafting.learning.heads import GuessingHeads, TrainingBatch, targets, weighed
+from foretell.drafting.learning.student import Pupil
+from foretell.drafting.lower_layers import MOST, Judge, Threshold
+from foretell.drafting.options import DEFAULT_NODES, check_exit, check_options, draft_vocabulary, tree_size
 from foretell.errors import ForetellError, UsageError, check_numbers
 
 SHAPES, CURRICULA = ("uniform", "cumulative"), ("rotational", "gradual")

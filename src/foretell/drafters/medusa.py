@@ -2,7 +2,7 @@
 
 Head k reads the state that the output head reads at position t and guesses token t + k + 1 (the output head itself
 says t + 1): one to a few residual blocks h + SiLU(W h + b), then an output matrix. A tree of their most probable
-guesses is verified at once, by default grown anew at each step from how probable the heads hold them (`trees.grow`).
+guesses is verified at once, by default grown anew at each step from how probable the heads hold them (`trees.growing`).
 Medusa, arXiv 2401.10774, §3.1-3.3; heads learn while the backbone is frozen (Medusa-1), with the loss Σ 0.8^k · CE,
 here against the written token and the backbone's own distribution where it was written.
 
@@ -31,11 +31,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foretell.backbone import Backbone, KVCache
-from foretell.backbone.linear import side_by_side
+from foretell.backbone.eager.linear import side_by_side
 from foretell.contracts import FINAL, Draft, Drafter, Features, Row
-from foretell.drafters.checkpoint import damage_named, find
-from foretell.drafters.learning import GuessingHeads, TrainingBatch
-from foretell.drafters.parts import (
+from foretell.drafting.checkpoint import damage_named, find
+from foretell.drafting.learning.heads import GuessingHeads, TrainingBatch
+from foretell.drafting.learning.products import number_type
+from foretell.drafting.options import (
     check_options,
     check_shapes,
     check_tree,
@@ -46,9 +47,8 @@ from foretell.drafters.parts import (
     spread,
     tree_size,
 )
-from foretell.drafters.products import number_type
 from foretell.errors import UsageError
-from foretell.trees.grow import Candidates
+from foretell.trees.growing import Candidates
 from foretell.trees.published import published
 from foretell.trees.tree import ROOT, TokenTree
 

@@ -5,7 +5,7 @@ backbone plus λ0 times the loss of Medusa's heads (Medusa, arXiv 2401.10774, §
 network with the adapters off; what it said was kept with the features, so that no second pass is needed. The heads
 learn alone at first, or λ0 rises as a sine; they learn faster than the backbone, biases included.
 
-What comes out is another model: `BASE+ADAPTER` (`backbone.adapters`), with heads of its own. They draft as Medusa's
+What comes out is another model: `BASE+ADAPTER` (`loading.lora`), with heads of its own. They draft as Medusa's
 do, and the changed model's plain decoding is the reference for what they may not change.
 
 Legend: B conversations, T tokens, P positions, d hidden width, V vocabulary, m teacher tokens.
@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from foretell.backbone import Backbone
-from foretell.backbone.adaptation import WAYS, learning
-from foretell.drafters.learning import Guessed, TrainingBatch, weighed
 from foretell.drafters.medusa import Medusa, MedusaHeads
-from foretell.drafters.parts import check_options, draft_vocabulary, spread
-from foretell.drafters.pupil import Pupil
+from foretell.drafting.learning.finetune import WAYS, learning
+from foretell.drafting.learning.heads import Guessed, TrainingBatch, weighed
+from foretell.drafting.learning.student import Pupil
+from foretell.drafting.options import check_options, draft_vocabulary, spread
 from foretell.errors import ForetellError, UsageError, check_numbers
 
 RISE = 0.03

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from foretell.backbone.costs import step_costs
+from foretell.backbone.step_costs import step_costs
 from foretell.contracts import Draft, Drafter, Features, Resume, Row
 from foretell.errors import UsageError
 from foretell.trees import Guesses, TokenTree

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.contracts import Draft, Drafter, Features, Row
-from foretell.drafters.lower import MOST, Judge, Lower, Threshold
-from foretell.drafters.parts import DEFAULT_NODES, tree_size
-from foretell.drafters.skipping import Plan, PlanSearch
+from foretell.drafting.lower_layers import MOST, Judge, Lower, Threshold
+from foretell.drafting.options import DEFAULT_NODES, tree_size
+from foretell.drafting.skip_plan import Plan, PlanSearch
 from foretell.errors import ForetellError, UsageError, check_numbers
 from foretell.trees.calibration import Floats
 

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from foretell.backbone import Backbone, Nodes
 from foretell.contracts import FINAL, Draft, Drafter, Features, Verdict
-from foretell.engine import state
+from foretell.engine import sequence as state
 from foretell.engine.governor import Governor
 from foretell.engine.passes import Pass, run_pass
-from foretell.engine.stream import Decodes, TextStream
+from foretell.engine.text_stream import Decodes, TextStream
 from foretell.errors import ForetellError, UsageError
 from foretell.requests import Event, SamplingParams, TokenLogprob
 from foretell.trees.tree import ROOT

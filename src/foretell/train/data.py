@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from foretell.backbone.catalog import current
-from foretell.backbone.files import one_line, read_json, whole_lines, write_errors, write_json
 from foretell.errors import ForetellError, UsageError
+from foretell.files import one_line, read_json, whole_lines, write_errors, write_json
+from foretell.loading.catalog import current
 
 FORMAT = 1
 MANIFEST, CONVERSATIONS, PACKED = "distill.json", "conversations.jsonl", "conversations.jsonl.xz"

@@ -16,12 +16,12 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from foretell.api import LLM, Result
-from foretell.backbone.files import whole_lines, write_errors
 from foretell.conversations import Conversation, converse, read_conversations
 from foretell.errors import ForetellError, UsageError
+from foretell.files import whole_lines, write_errors
 from foretell.requests import Event, SamplingParams
 from foretell.train.data import Distilled, Store
-from foretell.train.tasks import tasks
+from foretell.train.prompts import tasks
 
 if TYPE_CHECKING:
     from foretell.train.endpoint import Endpoint

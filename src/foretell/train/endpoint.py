@@ -24,9 +24,9 @@ import torch
 
 from foretell.api import LLM, Result
 from foretell.backbone import Nodes
-from foretell.backbone.files import one_line
 from foretell.conversations import Conversation
 from foretell.errors import ForetellError, UsageError
+from foretell.files import one_line
 from foretell.requests import SamplingParams
 from foretell.train.distill import REFUSED
 

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foretell.backbone import Backbone, Nodes
-from foretell.backbone.files import sole_writer, write_errors, written_whole
 from foretell.contracts import FINAL
-from foretell.drafters.learning import TrainingBatch
+from foretell.drafting.learning.heads import TrainingBatch
 from foretell.errors import UsageError
+from foretell.files import sole_writer, write_errors, written_whole
 from foretell.train.data import Distilled, digest
 
 TEACHER = 12

@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from foretell.backbone.catalog import current
-from foretell.backbone.files import one_line, whole_lines, write_errors, written_whole
-from foretell.drafters import products
-from foretell.drafters.learning import Trainable
+from foretell.drafting.learning import products
+from foretell.drafting.learning.heads import Trainable
 from foretell.errors import ForetellError, UsageError, check_numbers
-from foretell.train import allocation
+from foretell.files import one_line, whole_lines, write_errors, written_whole
+from foretell.loading.catalog import current
+from foretell.train import malloc
 from foretell.train.data import Distilled, digest
 from foretell.train.features import Batches
 from foretell.trees.calibration import Floats, Scale, fit
@@ -154,7 +154,7 @@ class Trainer:
         if not self.resume():
             self.save()  # a folder that cannot be written is found out now
         self._updating = False
-        allocation.keep()
+        malloc.keep()
         try:
             with products.multiply_in(self.number_type):
                 self._run(progress, stop)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from foretell.contracts import Draft, Row, Verdict
 from foretell.errors import UsageError
-from foretell.verify.exact import DAMAGED
-from foretell.verify.processors import process
+from foretell.verify.logit_edits import process
+from foretell.verify.walk import DAMAGED
 
 Array = npt.NDArray[np.float32]
 

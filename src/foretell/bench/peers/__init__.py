@@ -24,11 +24,11 @@ from threading import Timer
 from typing import IO, Any
 
 from foretell.api import LLM
-from foretell.backbone.store import cache_folder
 from foretell.bench.contenders import Answer
 from foretell.bench.gguf_files import gguf_file
 from foretell.bench.memory import group, peak_bytes, reset_peak
 from foretell.errors import ForetellError, UsageError
+from foretell.loading.cache_dir import cache_folder
 from foretell.requests import SamplingParams
 
 HERE = Path(__file__).parent

@@ -1,0 +1,1 @@
+"""The backbone for processors: compiled kernels, one build for each instruction set, reached with ctypes."""

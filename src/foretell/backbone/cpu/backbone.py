@@ -1,0 +1,222 @@
+"""The fast backbone: packed weights, and one call into the compiled kernels for any range of layers.
+
+Every weight matrix is packed once into panels (and its original dropped), query, key and value projections fused,
+gate and up interleaved. A tied embedding is read back from the packed head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foretell.backbone.base import Backbone
+from foretell.backbone.cache import KVCache
+from foretell.backbone.cpu import library
+from foretell.backbone.cpu.library import call, table
+from foretell.backbone.cpu.linear import PackedHeads, PackedLinear, ThreadedLinear
+from foretell.backbone.eager.linear import (
+    DrafterHeads,
+    LevelDrafting,
+    LowerDrafting,
+    TreeClimber,
+    TreeGrower,
+    check_ids,
+)
+from foretell.backbone.nodes import Nodes
+from foretell.drafting.prefix_layer import PrefixLayer
+from foretell.errors import check
+from foretell.loading.config import ModelConfig
+
+Reader = Callable[[str], Tensor]
+"""Gives a weight by its Hugging Face name."""
+Join = Callable[[list[Tensor]], Tensor]
+
+
+class CompiledBackbone(Backbone):
+    """See `Backbone`. `read` is called once per weight.
+
+    Attributes:
+        build: the kernels; bf16: whether `dtype` is bfloat16, as they are told.
+        about: the layers, as they are described to the kernels.
+        norm_weight: of the final norm, float32 [d].
+    """
+
+    def __init__(
+        self, config: ModelConfig, read: Reader, dtype: torch.dtype, threads: int, build: library.Build | None = None
+    ):
+        super().__init__(config, dtype, torch.device("cpu"), threads)
+        check(self.supports(config), f"{config.heads} query heads over {config.kv_heads} are too many for the kernels.")
+        self.build = build or library.default()
+        self.kernels = self.build.name
+        self.bf16 = int(dtype == torch.bfloat16)
+        layers = [self._layer(f"model.layers.{i}.", read, config.windows[i]) for i in range(config.layers)]
+        self.norm_weight = _vector(read("model.norm.weight"), config.hidden)
+        self._head = self._packed(read("model.embed_tokens.weight" if config.tied else "lm_head.weight"))
+        self._embedding = None if config.tied else read("model.embed_tokens.weight").to(dtype)
+        wide = self._head.inputs if self._embedding is None else self._embedding.shape[1]
+        check(wide == self._head.inputs == config.hidden, "The embedding is as wide as the model.")
+        check(config.head_dim == 2 * len(config.inv_freq), "Every pair of a head's numbers has a frequency.")
+        self.about = library.Model(
+            config.hidden, config.heads, config.kv_heads, config.head_dim, config.mlp, threads, config.eps,
+            table(layers),
+        )  # fmt: skip
+
+    @staticmethod
+    def supports(config: ModelConfig) -> bool:
+        """The kernels put the query heads of one key head into one tile of sixteen rows."""
+        return config.heads // config.kv_heads <= 16
+
+    def _layer(self, prefix: str, read: Reader, window: int) -> library.Layer:
+        c = self.config
+
+        def linear(
+            names: list[str], biased: bool, outputs: int, inputs: int, join: Join = torch.cat
+        ) -> tuple[Tensor, Tensor | None]:
+            weight = join([read(f"{prefix}{name}.weight") for name in names])
+            bias = join([read(f"{prefix}{name}.bias").float() for name in names]) if biased else None
+            packed = self._packed(weight, bias)
+            check((packed.outputs, packed.inputs) == (outputs, inputs), f"{names[0]} has not the model's shape.")
+            return packed.packed, packed.bias
+
+        def vector(name: str, size: int = c.hidden) -> Tensor:
+            return _vector(read(f"{prefix}{name}.weight"), size)
+
+        heads = ("self_attn.q_norm", "self_attn.k_norm")
+        gate_up, padded = ["mlp.gate_proj", "mlp.up_proj"], c.mlp + -c.mlp % 32
+        return library.Layer(
+            vector("input_layernorm"),
+            *linear([f"self_attn.{x}_proj" for x in "qkv"], c.attention_bias, c.q_width + 2 * c.kv_width, c.hidden),
+            *(vector(name, c.head_dim) if c.qk_norm else None for name in heads),
+            *linear(["self_attn.o_proj"], c.out_bias, c.hidden, c.q_width),
+            vector("post_attention_layernorm"),
+            *linear(gate_up, c.mlp_bias, 2 * padded, c.hidden, _interleave),
+            *linear(["mlp.down_proj"], c.mlp_bias, c.hidden, c.mlp),
+            window,
+        )
+
+    def _packed(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+        return PackedLinear(weight.to(self.dtype), bias, self.build)
+
+    def embed(self, tokens_M: Tensor) -> Tensor:
+        if self._embedding is None:
+            return self._head.rows(tokens_M)
+        check_ids(tokens_M, self.tokens)
+        return self._embedding.index_select(0, tokens_M).float()
+
+    def run_layers(
+        self,
+        hidden_Md: Tensor,
+        nodes: Nodes,
+        cache: KVCache,
+        begin: int = 0,
+        end: int | None = None,
+        *,
+        skip: bytes | None = None,
+        taps: Collection[int] = (),
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        end = self.config.layers if end is None else end
+        self.check_pass(hidden_Md, nodes, begin, end, skip, taps)
+        described = self.described(cache, nodes.rows, nodes.ends, end)
+        # Copies and edits of whole streams happen in the kernels: PyTorch would wake a team of its own for them.
+        input_Md, out_Md = hidden_Md.contiguous(), torch.empty_like(hidden_Md, memory_format=torch.contiguous_format)
+        tapped = {tap: input_Md if tap == begin else torch.empty_like(out_Md) for tap in taps}
+        pointers = table([tapped.get(tap) for tap in range(end + 1)]) if tapped else None
+        span = library.Span(begin, end, np.frombuffer(skip, dtype=np.uint8) if skip else None, pointers)
+        call("layers", self.build, self.about, described, self._rows(nodes), span, input_Md, out_Md, self.bf16)
+        return out_Md, tapped
+
+    def attention(self, queries_MHD: Tensor, nodes: Nodes, cache: KVCache, repeats: int = 1) -> Tensor:
+        """The attention of layer 0 alone, [M, H, D]: for tests against the slow twin, and for measurements."""
+        queries_MHD = queries_MHD.contiguous()
+        shape = (len(nodes), self.config.heads, self.config.head_dim)
+        check(queries_MHD.shape == shape and queries_MHD.dtype == self.dtype, f"Queries are {self.dtype}, {shape}.")
+        out_MHD = torch.empty_like(queries_MHD)
+        described = self.described(cache, nodes.rows, nodes.ends, 1)
+        call(
+            "attention", self.build, self.about, described, self._rows(nodes), queries_MHD, out_MHD, repeats, self.bf16
+        )  # fmt: skip
+        return out_MHD
+
+    def norm(self, hidden_Md: Tensor) -> Tensor:
+        check(hidden_Md.shape[1:] == (self.config.hidden,), f"A state has {self.config.hidden} numbers.")
+        check(hidden_Md.dtype == torch.float32, f"States are float32, not {hidden_Md.dtype}.", TypeError)
+        hidden_Md = hidden_Md.contiguous()
+        states_Md = torch.empty_like(hidden_Md)
+        call("norm", self.build, hidden_Md, self.norm_weight, self.config.eps, *hidden_Md.shape, states_Md)
+        return states_Md
+
+    def logits(self, states_Md: Tensor) -> Tensor:
+        return self._head(states_Md, self.threads)
+
+    def argmax(self, states_Md: Tensor) -> Tensor:
+        return self._head.argmax(states_Md, self.threads)
+
+    def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> ThreadedLinear:
+        return ThreadedLinear(self._packed(weight_NK, bias_N), self.threads)
+
+    def heads(
+        self, blocks: Sequence[Sequence[tuple[Tensor, Tensor]]], outputs: Sequence[Tensor] | DrafterHeads,
+        linear: bool = False,
+    ) -> PackedHeads:  # fmt: skip
+        return PackedHeads(blocks, outputs, linear, self.dtype, self.threads, self.build)
+
+    def grower(self, drafting: LevelDrafting) -> TreeGrower:
+        from foretell.drafting.cpu import CompiledGrower
+
+        return CompiledGrower(self, drafting)
+
+    def climber(self, drafting: LowerDrafting) -> TreeClimber:
+        from foretell.drafting.cpu import CompiledClimber
+
+        return CompiledClimber(self, drafting)
+
+    def prefix(self, tensors: Mapping[str, Tensor], fuse_dP: Tensor | None) -> PrefixLayer:
+        from foretell.drafting.cpu import CompiledPrefix
+
+        return CompiledPrefix(self, self.layer(tensors), fuse_dP)
+
+    def _alike(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> CompiledBackbone:
+        return CompiledBackbone(config, weights.__getitem__, self.dtype, self.threads, self.build)
+
+    def head_rows(self, ids_N: Tensor) -> Tensor:
+        return self._head.rows(ids_N).to(self.dtype)
+
+    @property
+    def embedding(self) -> tuple[Tensor, bool]:
+        """A row a token, and whether they are packed."""
+        return (self._head.packed, True) if self._embedding is None else (self._embedding, False)
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the embedding."""
+        return self._head.outputs if self._embedding is None else len(self._embedding)
+
+    def described(
+        self, cache: KVCache, rows: Sequence[int], ends: Sequence[int], layers: int | None = None
+    ) -> library.Cache:
+        """A cache as it is described to the kernels, once it has room; see `check_room`."""
+        self.check_room(cache, rows, ends, self.config.layers if layers is None else layers)
+        layer, head = cache.keys.stride()[:2]
+        return library.Cache(cache.keys, cache.values, layer, cache.starts, head)
+
+    def _rows(self, nodes: Nodes) -> library.Rows:
+        angles = self.rotations(nodes.last + 1)
+        return library.Rows.of(len(nodes), len(nodes.trees), nodes.words, nodes.places, *angles)
+
+
+def _vector(weight: Tensor, size: int) -> Tensor:
+    check(weight.shape == (size,), f"A vector of shape {tuple(weight.shape)} should have {size} numbers.")
+    return weight.to(torch.float32, copy=True).contiguous()
+
+
+def _interleave(gate_and_up: Sequence[Tensor]) -> Tensor:
+    """32 rows of gate, their 32 rows of up, and so on: both halves of SiLU(gate)·up end on the same thread."""
+    gate, up = gate_and_up
+    padding = -gate.shape[0] % 32
+    if padding:
+        gate, up = (torch.cat([x, x.new_zeros(padding, *x.shape[1:])]) for x in (gate, up))
+    pairs = torch.stack([gate.view(-1, 32, *gate.shape[1:]), up.view(-1, 32, *up.shape[1:])], dim=1)
+    return pairs.flatten(0, 2)

@@ -1,0 +1,224 @@
+"""What a step costs on this machine, by rows, context and nodes: the other half of choosing a tree.
+
+A larger tree accepts more and costs more; how much more depends on the processor, the batch and the context, and can
+only be measured. `foretell tune` measures it once per machine, model and number type; drafters read it back. Until it
+has, a first reading of less than a second stands in: sixteen nodes may cost 1.3 plain steps or more than four.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import chain, repeat
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from foretell.backbone.base import Backbone
+from foretell.backbone.cache import KVCache
+from foretell.backbone.nodes import Nodes
+from foretell.errors import ForetellError
+from foretell.files import read_json, write_json
+from foretell.loading.cache_dir import cache_folder
+from foretell.trees import TokenTree
+
+ROWS, CONTEXTS, NODES = (1, 2, 4, 8), (128, 512, 1024), (1, 4, 8, 16, 24, 32, 48, 64)
+REPEATS = 9
+FIRST_NODES, FIRST_CONTEXT = (1, 16, 4, 8), 256
+"""What a first reading times, in this order: the first two always, the others as time allows."""
+FIRST_ROUNDS, FIRST_SECONDS = 5, 0.7
+"""How often it does, and the time after which it stops."""
+
+
+@dataclass
+class StepCosts:
+    """What steps and drafting were measured to cost.
+
+    Attributes:
+        seconds: of a step: rows -> context -> nodes a row -> seconds.
+        drafting: seconds that drafting for one row takes besides, by drafter.
+        first: whether this is a first reading only, which `foretell tune` replaces.
+    """
+
+    seconds: dict[int, dict[int, dict[int, float]]]
+    drafting: dict[str, float] = field(default_factory=dict)
+    first: bool = False
+
+    def of(self, rows: int, context: int, nodes: float) -> float:
+        """Seconds of a step of `nodes` a row; between measured sizes by interpolation, beyond them as between the last
+        two. Contexts and batches are the nearest measured; beyond the largest batch, what counts is all nodes."""
+        most = max(self.seconds)
+        if rows > most:
+            rows, nodes = most, nodes * rows / most
+        at = self.seconds[min(self.seconds, key=lambda r: abs(r - rows))]
+        sizes = at[min(at, key=lambda c: abs(c - context))]
+        below = max((n for n in sizes if n <= nodes), default=min(sizes))
+        above = min((n for n in sizes if n >= nodes), default=max(sizes))
+        if nodes > above and len(sizes) > 1:
+            before, last = sorted(sizes)[-2:]
+            return sizes[last] + max(0.0, sizes[last] - sizes[before]) * (nodes - last) / (last - before)
+        share = (nodes - below) / (above - below) if above > below else 0.0
+        return sizes[below] * (1 - share) + sizes[above] * share
+
+    def best_size(self, rows: int, context: int, tokens_per_step: Mapping[int, float], drafting: float = 0.0) -> int:
+        """The tree size of the most tokens per second, where `tokens_per_step` says what each size earns.
+
+        It is 1, the root alone, where a plain step earns at least as many.
+        """
+        rates = self.rates(rows, context, tokens_per_step, drafting)
+        best = max(rates, key=rates.__getitem__)
+        return best if rates[best] > self.rate(rows, context, 1, 1.0) else 1
+
+    def rates(
+        self, rows: int, context: int, tokens_per_step: Mapping[int, float], drafting: float = 0.0
+    ) -> dict[int, float]:
+        """Tokens per second by tree size, of those no larger than what was measured, unless all are larger."""
+        most = max(nodes for at in self.seconds.values() for sizes in at.values() for nodes in sizes)
+        known = {n: tokens for n, tokens in tokens_per_step.items() if n <= most} or tokens_per_step
+        return {n: self.rate(rows, context, n, tokens, drafting) for n, tokens in known.items()}
+
+    def rate(self, rows: int, context: int, nodes: int, tokens: float, drafting: float = 0.0) -> float:
+        """Tokens per second of a row whose steps earn so many, where drafting takes so many seconds a step."""
+        return tokens / (self.of(rows, context, nodes) + drafting)
+
+    def over(self, older: StepCosts | None) -> StepCosts:
+        """These, and what is known of other batch sizes and drafters."""
+        if older is None or older.first:
+            return self
+        return StepCosts({**older.seconds, **self.seconds}, {**older.drafting, **self.drafting})
+
+    def save(self, path: Path) -> None:
+        """Writes the file; processes that do so at the same time do not meet, and the last one's stays."""
+        write_json(path, {"seconds": self.seconds, "drafting": self.drafting, "first": self.first}, shared=True)
+
+    @classmethod
+    def load(cls, path: Path) -> StepCosts | None:
+        """What was saved; None where nothing was.
+
+        Raises:
+            ForetellError: the file is damaged.
+        """
+        if not path.is_file():
+            return None
+        try:
+            raw = read_json(path)
+            seconds = {
+                int(r): {int(c): {int(n): float(s) for n, s in x.items()} for c, x in y.items()}
+                for r, y in raw["seconds"].items()
+            }
+            drafting = {str(name): float(s) for name, s in raw.get("drafting", {}).items()}
+            if not seconds or not all(y and all(y.values()) for y in seconds.values()):
+                raise ValueError("nothing was measured")
+            if not all(0 < s < math.inf for y in seconds.values() for x in y.values() for s in x.values()):
+                raise ValueError("no time")
+            if not all(0 <= s < math.inf for s in drafting.values()):
+                raise ValueError("no time")
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ForetellError(f"{path} is damaged; delete it and run foretell tune again.") from error
+        return cls(seconds, drafting, raw.get("first") is True)
+
+
+def costs_file(backbone: Backbone, cache_dir: str | Path | None = None) -> Path:
+    """Where the costs of this backbone on this machine are kept."""
+    parts = (
+        platform.node(), processor(), backbone.kernels, str(backbone.dtype), str(backbone.device),
+        str(backbone.threads), backbone.fingerprint,
+    )  # fmt: skip
+    return cache_folder(cache_dir) / "costs" / f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.json"
+
+
+def step_costs(backbone: Backbone) -> StepCosts | None:
+    """What steps cost here: as `foretell tune` measured, else a first reading, taken now and kept.
+
+    None for a backbone that was given no place to keep it (see `foretell.load`).
+
+    Raises:
+        ForetellError: the file is damaged.
+    """
+    path = backbone.costs
+    if path is None:
+        return None
+    found = StepCosts.load(path) or _readings.get(path)
+    if found is None:
+        found = _readings[path] = first_reading(backbone)
+        with suppress(ForetellError):  # where nothing may be written, the next process reads again
+            found.save(path)
+    return found
+
+
+_readings: dict[Path, StepCosts] = {}
+"""The readings of this process."""
+
+
+def first_reading(backbone: Backbone) -> StepCosts:
+    """A quick look at one row: sizes take turns, until the time is up or each has had its rounds.
+
+    Of a large model two steps may take longer than that; the sizes between them then cost what lies between.
+    """
+    most = max(FIRST_NODES)
+    context = FIRST_CONTEXT if FIRST_CONTEXT + most <= backbone.config.max_positions else 1
+    cache = backbone.new_cache(1, context + most)
+    times: dict[int, list[float]] = {size: [] for size in FIRST_NODES}
+    spent = _step_seconds(backbone, cache, 1, 1, context)  # warms up
+    for size in chain.from_iterable(repeat(FIRST_NODES, FIRST_ROUNDS)):
+        if spent >= FIRST_SECONDS and all(times[needed] for needed in FIRST_NODES[:2]):
+            break
+        took = _step_seconds(backbone, cache, size, 1, context)
+        times[size].append(took)
+        spent += took
+    return StepCosts({1: {context: {size: median(times[size]) for size in sorted(times) if times[size]}}}, first=True)
+
+
+def measure(
+    backbone: Backbone,
+    rows: Sequence[int] = ROWS,
+    contexts: Sequence[int] = CONTEXTS,
+    nodes: Sequence[int] = NODES,
+    repeats: int = REPEATS,
+    progress: Callable[[float], None] = lambda fraction: None,
+) -> StepCosts:
+    """Times whole steps over random tokens; sizes take turns, and the median of the rounds counts."""
+    contexts = [c for c in contexts if c + max(nodes) <= backbone.config.max_positions] or [1]
+    cache = backbone.new_cache(max(rows), max(contexts) + max(nodes))
+    seconds: dict[int, dict[int, dict[int, float]]] = {}
+    done = 0
+    for count in rows:
+        for context in contexts:
+            times: dict[int, list[float]] = {size: [] for size in nodes}
+            for turn in range(repeats + 1):
+                for size, measured in times.items():
+                    took = _step_seconds(backbone, cache, size, count, context)
+                    if turn:  # the first warms up
+                        measured.append(took)
+                done += 1
+                progress(done / (len(rows) * len(contexts) * (repeats + 1)))
+            seconds.setdefault(count, {})[context] = {size: median(t) for size, t in times.items()}
+    return StepCosts(seconds)
+
+
+def bush(size: int) -> TokenTree:
+    """A tree of the shape that heads draft: four children a node."""
+    return TokenTree((-1, *((i - 1) // 4 for i in range(1, size))))
+
+
+def _step_seconds(backbone: Backbone, cache: KVCache, size: int, rows: int, context: int) -> float:
+    nodes = Nodes([bush(size)] * rows, list(range(rows)), [context] * rows)
+    tokens = torch.arange(size * rows) % backbone.config.vocab
+    began = time.perf_counter()
+    backbone.argmax(backbone.forward(tokens, nodes, cache)).tolist()
+    return time.perf_counter() - began
+
+
+def processor() -> str:
+    """The name of its kind; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    except OSError:
+        return platform.processor()

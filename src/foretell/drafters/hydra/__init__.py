@@ -1,0 +1,1 @@
+"""Hydra and Hydra++: heads that read the guesses before theirs."""

@@ -1,0 +1,307 @@
+"""Hydra: heads that read the guesses before theirs, so that a path's tokens fit together.
+
+A Medusa head guesses token p + k + 2 from position p alone; several of its guesses answer several first tokens, and
+none knows which. Head k of Hydra reads the path's own tokens as well, [state; E(p + 1); ...; E(p + 1 + k)], and is
+asked level by level, once for each node that may grow further: one batched call a level. arXiv 2402.05109.
+
+`hydra++` puts a decoder layer of its own before the heads: it attends to every committed state, once a step, and its
+stream takes the place of the state. Here the layer adds to that stream and starts at zero, as all blocks do, so that a
+fresh drafter of either kind says what the output head says; the paper's blocks have a matrix in the place of
+x in x + SiLU(W u + b), and its layer a norm behind it.
+
+Trees grow best first: a node is as probable as its path, only nodes that may still be among the best are asked
+(EAGLE-2, arXiv 2406.16858, §4); or they are static, made of rank paths.
+
+Legend: B rows, K heads, d hidden width, P positions, T tokens, V draft vocabulary, F nodes that are asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from foretell.backbone import Backbone, KVCache
+from foretell.backbone.eager.linear import DrafterHeads, LevelDrafting
+from foretell.contracts import FINAL, Draft, Drafter, Features, Row
+from foretell.drafters.hydra.heads import HydraHeads, shapes
+from foretell.drafting.checkpoint import damage_named, find
+from foretell.drafting.learning.heads import DecoderLayer
+from foretell.drafting.options import (
+    Reading,
+    check_options,
+    check_shapes,
+    check_tree,
+    draft_vocabulary,
+    nothing,
+    read_scales,
+    spread,
+    tree_size,
+)
+from foretell.errors import UsageError
+from foretell.trees import TokenTree, from_paths
+from foretell.trees.calibration import Floats, believed
+from foretell.trees.growing import Growing
+from foretell.trees.published import published
+
+LEAST = 0.08
+"""Tokens that a level must be able to gain: it costs some 4 % of a step, which earns two."""
+BEAM = 8
+"""Nodes of a level that are asked for more, at most: rows that the kernels multiply at the price of one."""
+WIDTH = 10
+"""Guesses that each of them makes."""
+MOST = 128
+"""Nodes of a tree."""
+
+
+class Hydra(Drafter):
+    """Drafts with trained heads.
+
+    Args:
+        arch, tensors: as `HydraHeads.checkpoint` gave them.
+        paths: rank paths of static trees, prefixes first.
+        size: (rows, context) -> nodes of the tree to draft, root included; 1 drafts nothing.
+        earned: tree size -> tokens per step on held-out text.
+        grown: best first, or static.
+        scales: how far each head is believed.
+    """
+
+    method, plus = "hydra", False
+    STARTS: ClassVar[tuple[str, ...]] = ("medusa", "medusa2", "hydra")  # whose numbers its heads may begin with
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        arch: dict[str, Any],
+        tensors: dict[str, Tensor],
+        paths: Sequence[Sequence[int]],
+        size: Callable[[int, int], int],
+        earned: dict[int, float] | None = None,
+        grown: bool = True,
+        scales: Sequence[Sequence[float]] = (),
+    ):
+        check_shapes(tensors, shapes(arch, backbone.config.hidden, len(tensors["vocabulary"])))
+        self._scales = read_scales(scales, arch["heads"])
+        self.tokens_per_step, self.size, self.grown, self.paths = (
+            earned or {},
+            size,
+            grown,
+            [tuple(path) for path in paths],
+        )
+        self.taps, self.grounded, self.heads = (*arch["taps"], FINAL), arch["grounded"], arch["heads"]
+        self.chained = arch["chained"]
+        self._hidden, self._device = backbone.config.hidden, backbone.device
+        self._embed, self._vocabulary_V = backbone.embed, tensors["vocabulary"].long().numpy()
+        check_tree(self.paths, self.heads, len(self._vocabulary_V))
+        self._shape = cache(lambda count: from_paths(self.paths[:count]))
+        shared = arch["output"] == "shared"
+        outputs = backbone.head_rows(tensors["vocabulary"].long())[None] if shared else tensors["head"]
+        most = max((rank for path in self.paths for rank in path), default=0) + 1
+        self._width = min(WIDTH, len(self._vocabulary_V)) if grown else most
+        self._levels: list[DrafterHeads] = []
+        for k in range(self.heads):
+            deep = [0 if arch["tied"] else layer for layer in range(arch["layers"] - 1)]
+            pairs = [(tensors[f"first.{k}"], tensors["first_bias"][k].float())]
+            pairs += [(tensors["deep"][k, layer], tensors["deep_bias"][k, layer].float()) for layer in deep]
+            if arch["linear"]:
+                pairs.append((tensors["last"][k], tensors["last_bias"][k].float()))
+            matrices: Any = self._levels[0] if k and len(outputs) == 1 else [outputs[k]]
+            self._levels.append(backbone.heads([[pair] for pair in pairs], matrices, arch["linear"]))
+        streams = 1 if arch["fused"] else len(self.taps)
+        vocabulary, reads = self._vocabulary_V, (self.grounded, self.chained)
+        self._grower = backbone.grower(
+            LevelDrafting(self._levels, streams, self._width, vocabulary, self._scales, *reads)
+        )
+        layer = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("prefix.")}
+        fuse = tensors["fuse"] if arch["fused"] else None
+        self._prefix = backbone.prefix(layer, fuse) if arch["prefix"] else None
+        self.parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
+        self._states: dict[int, Tensor] = {}  # slot -> of the newest token but one: state, then streams [S, d]
+
+    @classmethod
+    def build(
+        cls, backbone: Backbone, checkpoint: str = "", nodes: int = 0, tree: str = "", grown: bool = True,
+        any_backbone: bool = False,
+    ) -> Hydra:  # fmt: skip
+        """See `Drafter.build`.
+
+        Args:
+            checkpoint: folder of trained heads; by default those that came with foretell for this backbone.
+            nodes: tree size; by default what pays most by what steps cost here.
+            tree: a published tree by name, drafted as it is.
+            grown: grow each step's tree anew from what the heads say; false takes the one found for the heads.
+            any_backbone: accept heads of another model of the same sizes.
+        """
+        found, tensors = find(cls.method, backbone, checkpoint, any_backbone)
+        paths, grown = published(tree) if tree else found.paths, grown and not tree
+        most = MOST if grown else min(MOST, len(paths) + 1)
+        size = tree_size(backbone, nodes or (most if tree else 0), found.earned, cls.method, cls.usual_cost, most)
+        with damage_named(checkpoint or f"The {cls.method} drafter that came with foretell"):
+            if found.arch["prefix"] != cls.plus:
+                raise KeyError("prefix")
+            return cls(backbone, found.arch, tensors, paths, size, found.earned, grown, found.calibration)
+
+    @classmethod
+    def trainable(
+        cls, backbone: Backbone, counts_V: Tensor, folder: Path | None = None, *, heads: int = 4,
+        layers: int = 0, output: str = "tied",
+        draft_vocab: int = 8192, soft: float = 0.5, taps: int = 2, grounded: bool = True, tied: bool = False,
+        linear: bool = False, chained: bool = False, fused: bool = False, dropout: float = 0.0,
+    ) -> HydraHeads:  # fmt: skip
+        """Fresh heads; see `learning.Method`.
+
+        Args:
+            layers: blocks of each head; by default 1, and 2 of hydra++.
+            soft: share of the loss that is against the backbone's distribution instead of the written token; in the
+                paper 0, and 1 of Hydra++.
+            taps: how many streams part-way up are read, evenly spread over the layers.
+            grounded: whether heads read the tokens of their path.
+            tied: whether all but the first block of a head are one and the same.
+            linear: whether a block x + W x + b follows them.
+            chained: whether heads read the state that the head before them ended in: they learn on what they said
+                themselves, as EAGLE-3 does (arXiv 2503.01840, training-time test). Tokens that they guessed wrongly
+                need not be learnt from: nothing behind one is ever accepted.
+            fused: whether the layer of hydra++ reads the streams part-way up, and the token after each state, and heads
+                its stream alone (EAGLE-3, §3.1).
+        """
+        layers = layers or 1 + cls.plus
+        check_options(
+            backbone, output, heads=heads, layers=layers, soft=soft, draft_vocab=draft_vocab, taps=taps, dropout=dropout
+        )
+        if fused and not cls.plus:
+            raise UsageError("fused is an option of hydra++, whose layer reads what is fused; leave it out.")
+        vocabulary_V = draft_vocabulary(counts_V, draft_vocab)
+        return HydraHeads(
+            backbone.head_rows(vocabulary_V).cpu(), vocabulary_V, len(counts_V), heads=heads, layers=layers,
+            output=output, soft=soft, taps=spread(taps, backbone),
+            embed=backbone.embed, grounded=grounded, tied=tied, linear=linear, chained=chained,
+            fused=fused, dropout=dropout,
+            prefix=DecoderLayer(backbone.config, backbone.rotation) if cls.plus else None,
+        )  # fmt: skip
+
+    @property
+    def most_nodes(self) -> int:
+        return MOST
+
+    # -- what was committed -----------------------------------------------------------------------------------------
+
+    def bind(self, cache: KVCache) -> None:
+        if self._prefix:
+            self._prefix = self._prefix.attached(cache.rows)
+        self._states = {}
+
+    def holds(self, slot: int, tokens: int) -> int:
+        """An interruption may have kept states from the layer, and the last that a fused one read had another token
+        after it."""
+        return max(0, min(tokens - self._prefix.fused, self._prefix.length(slot))) if self._prefix else tokens
+
+    def forget(self, slots: Sequence[int]) -> None:
+        if self._prefix:
+            self._prefix.cache.release(slots)
+            self._prefix.cache.trim()
+
+    def reset(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._states.pop(row.slot, None)
+            if self._prefix:
+                self._prefix.begin(row.slot, row.reused, len(row.tokens) + row.budget)
+
+    def observe(self, rows: Sequence[Row], features: Features) -> None:
+        streams = [features.taps[tap] for tap in reversed(self.taps)]
+        if self._prefix:
+            slots, (states, *others) = [row.slot for row in rows], streams
+            if self._prefix.fused:
+                streams = [self._prefix(slots, features.counts, states, others, self._following(rows, features.counts))]
+            else:
+                streams[0] = self._prefix(slots, features.counts, states)
+        end = 0
+        for row, count in zip(rows, features.counts, strict=True):
+            end += count
+            self._states[row.slot] = torch.stack([stream[end - 1] for stream in streams])
+
+    def _following(self, rows: Sequence[Row], counts: Sequence[int]) -> list[int]:
+        """The token after each newly committed state."""
+        assert self._prefix
+        tokens: list[int] = []
+        for row, count in zip(rows, counts, strict=True):
+            begin = self._prefix.length(row.slot) + 1
+            following = row.tokens[begin : begin + count]  # a stop may have cut them short: then nothing follows
+            tokens += following + row.tokens[-1:] * (count - len(following))
+        return tokens
+
+    # -- guesses ----------------------------------------------------------------------------------------------------
+
+    def draft(self, rows: Sequence[Row]) -> Draft:
+        count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), self.most_nodes) - 1
+        if not count:
+            return nothing(rows)
+        if self.grown and self._grower:
+            states = [self._states.get(row.slot) for row in rows]
+            grown = self._grower.grow([row.tokens[-1] for row in rows], states, count, BEAM, LEAST)
+            return Draft(
+                [TokenTree(tuple(parents)) for parents, _, _ in grown], [tokens for _, tokens, _ in grown],
+                [given for _, _, given in grown],
+            )  # fmt: skip
+        return self._by_level(rows, count)
+
+    def _by_level(self, rows: Sequence[Row], count: int) -> Draft:
+        """The same, and static trees, one level at a time."""
+        shape = None if self.grown else self._shape(count)
+        trees = [Growing([row.tokens[-1]], [0] if row.slot in self._states else []) for row in rows]
+        reading = Reading(self._hidden, self._device)
+        for i, row in enumerate(rows):
+            if row.slot in self._states:  # none after a prompt of one token
+                reading.parts[i, 0] = list(reading.add(self._states[row.slot]))
+        for k in range(self.heads):
+            if shape:
+                for tree in trees:
+                    tree.asked = [node for node in tree.asked if shape[0].children[node]]
+            if not any(tree.asked for tree in trees):
+                break
+            said_FR, tokens_FR = self._ask(k, trees, reading)
+            at = 0
+            for tree in trees:
+                mine, since = slice(at, at + len(tree.asked)), len(tree.parents)
+                at = mine.stop
+                if shape:
+                    tree.fill(*shape, said_FR[mine], tokens_FR[mine])
+                else:
+                    tree.extend(said_FR[mine], tokens_FR[mine], count)
+                    if k + 1 < self.heads:
+                        tree.narrow(count, since, BEAM, LEAST)
+        cut = [tree.cut(range(1, len(tree.parents)) if shape else tree.best(count)) for tree in trees]
+        return Draft([tree for tree, _, _ in cut], [tokens for _, tokens, _ in cut], [given for _, _, given in cut])
+
+    def _ask(self, k: int, trees: Sequence[Growing], reading: Reading) -> tuple[Floats, list[list[int]]]:
+        """Head k, at all nodes that are asked: log-probabilities and tokens of its guesses, best first."""
+        asked = [(row, node) for row, tree in enumerate(trees) for node in tree.asked]
+        above = [(row, max(0, trees[row].parents[node])) for row, node in asked]
+        read_FS = [reading.parts[each] for each in above]
+        if self.grounded:
+            embedded_Fd = self._embed(torch.tensor([trees[row].tokens[node] for row, node in asked]))
+            read_FS = [[*read, number] for read, number in zip(read_FS, reading.add(embedded_Fd), strict=True)]
+        reading.parts.update(zip(asked, read_FS, strict=True))
+        if self.chained and k:
+            read_FS = [[*read, reading.ended[each]] for read, each in zip(read_FS, above, strict=True)]
+        states_Fd = None
+        if self.chained:
+            states_Fd, numbers = reading.room(len(asked))
+            reading.ended.update(zip(asked, numbers, strict=True))
+        said_FKR, best_FKR = self._levels[k].top(
+            reading.store_Nd, read_FS, self._width, None if states_Fd is None else states_Fd[:, None]
+        )
+        said_FR = said_FKR[:, 0].cpu().numpy()
+        if self._scales:
+            said_FR = believed(said_FR, self._scales[k])
+        return said_FR, self._vocabulary_V[best_FKR[:, 0].cpu().numpy()].tolist()
+
+
+class HydraPlus(Hydra):
+    """With a layer before the heads."""
+
+    method, plus = "hydra++", True
+    STARTS = (*Hydra.STARTS, method)

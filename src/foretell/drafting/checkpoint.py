@@ -1,0 +1,239 @@
+"""A trained drafter on disk: safetensors and a config that says whose drafter it is.
+
+    config.json          format and method; the backbone's fingerprint and sizes; the module's numbers; trees and what
+                         they earned on held-out text; the command and the data that made it
+    model.safetensors    the tensors; matrices as they are, or in eight bits a number (`in_int8`)
+
+A drafter trained for one model drafts nonsense for another: its fingerprint must match, unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, int8, uint8
+
+from foretell.errors import ForetellError, UsageError
+from foretell.files import one_line, read_json, staged_folder, write_errors
+from foretell.loading.catalog import current
+
+if TYPE_CHECKING:
+    from foretell.backbone import Backbone
+
+FORMAT = 1
+SMALL = 1 << 16
+"""Numbers of a tensor up to which eight bits would save nothing."""
+SCALE = ".scale"
+SHIPPED = Path(__file__).parents[1] / "drafters" / "trained"
+"""Checkpoints that came with the package, in folders of any name."""
+
+
+@dataclass
+class Checkpoint:
+    """See the module's first lines.
+
+    Attributes:
+        method: the drafter's name in the table.
+        arch: numbers its module is made from.
+        paths: rank paths that trees are made of, the most frequent first; any beginning is a tree.
+        tokens_per_step: tree size -> tokens per step on held-out text.
+        calibration: per head as in `trees.calibration`: how far it is believed.
+        provenance: command, data, figures; free form.
+    """
+
+    method: str
+    backbone: str
+    fingerprint: str
+    hidden: int
+    vocab: int
+    arch: dict[str, Any]
+    paths: list[list[int]] = field(default_factory=list)
+    tokens_per_step: dict[str, float] = field(default_factory=dict)
+    calibration: list[list[float]] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+    @property
+    def earned(self) -> dict[int, float]:
+        """`tokens_per_step` by number: JSON has none for keys."""
+        return {int(size): tokens for size, tokens in self.tokens_per_step.items()}
+
+    def save(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        """Writes the folder whole or not at all; replaces a checkpoint that was there."""
+        from safetensors.torch import save_file
+
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        with write_errors(folder.parent, size + (1 << 16)):
+            old = folder.with_name(f".{folder.name}.old")
+            with staged_folder(folder) as staging:
+                save_file(
+                    {name: tensor.contiguous() for name, tensor in tensors.items()}, staging / "model.safetensors"
+                )
+                (staging / "config.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+                shutil.copymode(staging / "config.json", staging / "model.safetensors")  # written for us alone
+                if folder.exists():
+                    shutil.rmtree(old, ignore_errors=True)
+                    folder.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def load(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]]:
+    """Reads a checkpoint.
+
+    Raises:
+        ForetellError: it is missing, damaged, or of a newer format.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not (folder / "config.json").is_file():
+        raise ForetellError(f"{folder} holds no drafter (no config.json); give the folder that `foretell train` wrote.")
+    try:
+        raw = read_json(folder / "config.json")
+    except ForetellError as error:  # no model that could be fetched again
+        reason = one_line(error.__cause__ or error)
+        raise ForetellError(f"{folder} is damaged ({reason}); copy or train it again.") from error
+    if raw.get("format") != FORMAT:
+        raise ForetellError(
+            f"{folder} has checkpoint format {raw.get('format')!r} where this version reads {FORMAT}; train it again, "
+            "or install the version that wrote it."
+        )
+    try:
+        checkpoint = Checkpoint(**{**raw, "fingerprint": current(str(raw["fingerprint"]))})
+        tensors = _whole(load_file(folder / "model.safetensors"))
+    except (TypeError, KeyError, RuntimeError, SafetensorError, OSError) as error:
+        raise ForetellError(f"{folder} is damaged ({one_line(error)}); copy or train it again.") from error
+    with damage_named(str(folder)):
+        _check(checkpoint, tensors)
+    return checkpoint, tensors
+
+
+@contextmanager
+def damage_named(where: str) -> Iterator[None]:
+    """What fails inside fails because of a file that nobody's trainer wrote."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise ForetellError(f"{where} is damaged (at {one_line(error)}); copy or train it again.") from error
+
+
+def _check(c: Checkpoint, tensors: dict[str, Tensor]) -> None:
+    """Refuses numbers that no shape gives away: kernels take them as they are.
+
+    Raises:
+        ValueError: naming them, or one of its like.
+    """
+    sound = {
+        "hidden": c.hidden > 0,
+        "vocab": c.vocab > 0,
+        "taps": all(type(tap) is int and tap >= 0 for tap in c.arch.get("taps", [])),
+        "paths": all(path and all(type(rank) is int and rank >= 0 for rank in path) for path in c.paths),
+        "tokens_per_step": all(size > 0 and math.isfinite(tokens) for size, tokens in c.earned.items()),
+        "calibration": all(math.isfinite(slope) and math.isfinite(bias) for slope, bias in c.calibration),
+    }
+    sound |= {name: bool(each.isfinite().all()) for name, each in tensors.items() if each.is_floating_point()}
+    if "vocabulary" in tensors:  # ids are ascending
+        ids_V = tensors["vocabulary"].long()
+        sound["vocabulary"] = ids_V.ndim == 1 and int(ids_V[0]) >= 0 and int(ids_V[-1]) < c.vocab
+        sound["vocabulary"] &= not tensors["vocabulary"].is_floating_point() and bool((ids_V.diff() > 0).all())
+    for name, fine in sound.items():
+        if not fine:
+            raise ValueError(name)
+
+
+def in_int8(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices in eight bits a number and one scale an output: half of bfloat16, and what heads are computed with."""
+    out: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim < 2 or tensor.numel() <= SMALL or not tensor.is_floating_point():
+            out[name] = tensor
+            continue
+        scale = tensor.float().abs().amax(-1).clamp(min=1e-30) / 127
+        out[name] = (tensor.float() / scale[..., None]).round().to(int8)
+        out[name + SCALE] = scale
+    return out
+
+
+def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Undoes `in_int8`, in float32."""
+    return {
+        name: tensor.float() * tensors[name + SCALE][..., None] if tensor.dtype == int8 else tensor
+        for name, tensor in tensors.items()
+        if not name.endswith(SCALE)
+    }
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """Tells a drafter's numbers from another's."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode() + tensor.contiguous().view(uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def shipped(backbone: Backbone) -> dict[str, Path]:
+    """Method -> folder of the checkpoints that came with foretell for this backbone, the most tokens a step first."""
+    found = [(read_json(config), config.parent) for config in sorted(SHIPPED.glob("*/config.json"))]
+    mine = [(raw, folder) for raw, folder in found if current(str(raw.get("fingerprint"))) == backbone.fingerprint]
+    mine.sort(key=lambda each: -max(each[0]["tokens_per_step"].values(), default=0.0))
+    best: dict[str, Path] = {}
+    for raw, folder in mine:
+        best.setdefault(raw["method"], folder)
+    return best
+
+
+def tokens_per_step(folder: Path) -> dict[int, float]:
+    """What trees of each size earned on held-out text."""
+    return {int(size): tokens for size, tokens in read_json(folder / "config.json")["tokens_per_step"].items()}
+
+
+def find(method: str, backbone: Backbone, folder: str = "", any_backbone: bool = False) -> tuple[Checkpoint, Any]:
+    """The checkpoint in `folder`, or the shipped one for this backbone; refuses what does not fit.
+
+    Raises:
+        UsageError: none is shipped, or it belongs to another method or backbone.
+    """
+    if not folder:
+        mine = shipped(backbone)
+        if method in mine:
+            return load(mine[method])
+        made = (read_json(config) for config in sorted(SHIPPED.glob("*/config.json")))
+        others = ", ".join(raw["backbone"] for raw in made if raw["method"] == method)
+        raise UsageError(
+            f"No {method} drafter comes with foretell for this model{f' (one does for {others})' if others else ''}; "
+            f"train one (foretell distill, foretell train "
+            f"{method}) and name its folder with -o checkpoint=FOLDER."
+        )
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ForetellError(f"There is no folder {path}; give the one that `foretell train` wrote.")
+    checkpoint, tensors = load(path / "drafter" if (path / "drafter/config.json").is_file() else path)
+    if checkpoint.method != method:
+        raise UsageError(
+            f"{folder} holds a {checkpoint.method} drafter, not {method}; use --drafter {checkpoint.method}."
+        )
+    c = backbone.config
+    if (checkpoint.hidden, checkpoint.vocab) != (c.hidden, c.vocab):
+        raise UsageError(
+            f"{folder} was trained for a model of width {checkpoint.hidden} and {checkpoint.vocab} tokens, but this "
+            f"one has {c.hidden} and {c.vocab}; train a drafter for this model."
+        )
+    if checkpoint.fingerprint != backbone.fingerprint and not any_backbone:
+        model = checkpoint.backbone  # one that learnt with its heads is an adapter's, or lies beside them
+        beside = Path(model).resolve() in {(each / "model").resolve() for each in (path, path.parent)}
+        use = f"use --model {model}, " if "+" in model or beside else ""
+        raise UsageError(
+            f"{folder} was trained for {model} (fingerprint {checkpoint.fingerprint}), not for this model "
+            f"({backbone.fingerprint}); {use}train one for this model, or allow it with -o any_backbone=true."
+        )
+    if (deepest := max(checkpoint.arch.get("taps", []), default=0)) > c.layers:
+        raise UsageError(f"{folder} reads layer {deepest}, but this model has {c.layers}; train a drafter for it.")
+    return checkpoint, tensors

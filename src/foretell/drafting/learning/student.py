@@ -1,0 +1,146 @@
+"""A backbone that learns together with what drafts for it: its states as they are now, and how far it has strayed.
+
+Its teacher is the same network as it was; what that said was kept with the features, so that no second pass is needed.
+
+Legend: B conversations, T tokens, P positions, d hidden width, V vocabulary, m teacher tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foretell.contracts import FINAL
+from foretell.drafting.learning.finetune import causal, save
+from foretell.drafting.learning.heads import CHUNK, TrainingBatch
+from foretell.drafting.learning.products import number_type
+
+LEAST = 1e-6
+"""Probability of all tokens besides the teacher's, at least: its logarithm is taken."""
+
+
+class Pupil(nn.Module):
+    """The part of a backbone that learns, as a trainer sees it.
+
+    Args:
+        model: a transformers model, with peft's adapters or whole; folder: where it lay.
+    """
+
+    def __init__(self, model: nn.Module, folder: Path):
+        super().__init__()
+        self.folder, self._whole = folder, (model,)  # out of the module's sight: most of it does not learn
+        self.learns = nn.ParameterList([p for p in model.parameters() if p.requires_grad])
+
+    @property
+    def model(self) -> nn.Module:
+        return self._whole[0]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Pupil:
+        self.model._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> Pupil:
+        self.model.train(mode)
+        return super().train(mode)
+
+    def states(self, tokens_BT: Tensor, taps: Sequence[int], dropped: Sequence[float] = ()) -> dict[int, Tensor]:
+        """What it computes now, tap -> [B, T, d]. Padding stands behind all that is attended to.
+
+        Layers above the highest tap are not run.
+
+        Args:
+            dropped: per layer how probable it is that a conversation goes by it.
+        """
+        seen: dict[int, Tensor] = {}
+
+        def after(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+            def hook(_: nn.Module, inputs: tuple[Tensor, ...], out_BTd: Tensor) -> Tensor:
+                if dropped and dropped[layer]:
+                    stays_B = torch.rand(len(out_BTd), device=out_BTd.device) >= dropped[layer]
+                    out_BTd = torch.where(stays_B[:, None, None], out_BTd, inputs[0])
+                seen[layer + 1] = out_BTd
+                return out_BTd
+
+            return hook
+
+        model = causal(self.model).model
+        every = model.config.num_hidden_layers
+        hooks = [each.register_forward_hook(after(layer)) for layer, each in enumerate(model.layers)]
+        try:
+            model.config.num_hidden_layers = every if FINAL in taps else max(taps)  # as many as transformers runs
+            dtype = number_type(tokens_BT.device)
+            with torch.autocast(tokens_BT.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                final_BTd = model(input_ids=tokens_BT, use_cache=False).last_hidden_state
+        finally:
+            model.config.num_hidden_layers = every
+            for hook in hooks:
+                hook.remove()
+        return {tap: final_BTd if tap == FINAL else seen[tap] for tap in taps}
+
+    def normed(self, stream_BTd: Tensor) -> Tensor:
+        """A stream behind the final norm, as the output head reads it."""
+        return causal(self.model).model.norm(stream_BTd)
+
+    def held(self, batch: TrainingBatch) -> Tensor:
+        """KL(before ‖ now) per written token, over the teacher's tokens and all others as one.
+
+        Args:
+            batch: with the FINAL states as they are now.
+        """
+        before_BT = torch.zeros_like(batch.supervised_BT)
+        before_BT[:, :-1] = batch.supervised_BT[:, 1:]
+        told = (batch.teacher_ids_BTm[before_BT], batch.teacher_p_BTm[before_BT])
+        weight_Vd: Tensor = causal(self.model).get_output_embeddings().weight
+        return divergence(batch.states[FINAL][before_BT], weight_Vd, *told) / before_BT.sum()
+
+    def save(self, base: str, out: Path) -> str:
+        """Writes what became of the model `base`; returns the name that it has now."""
+        return save(self.model, self.folder, base, out)
+
+
+class _Divergence(torch.autograd.Function):
+    """Gradients are made while a chunk's logits are at hand, as those of `learning.soft_cross_entropy`."""
+
+    @staticmethod
+    def forward(ctx: Any, x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor) -> Tensor:
+        assert not ctx.needs_input_grad[1]  # neither adapters nor a model that learns whole change the output matrix
+        p_Pm = p_Pm.float() / p_Pm.float().sum(-1, keepdim=True).clamp(min=1.0)  # rounded, they may add up to more
+        rest_p_P = (1 - p_Pm.sum(-1)).clamp(min=LEAST)
+        dtype = number_type(x_Pd.device)
+        weight, grad_Pd, total = weight_Vd.to(dtype), torch.empty_like(x_Pd), x_Pd.new_zeros((), dtype=torch.float32)
+        for at in range(0, len(x_Pd), CHUNK):
+            x, ids, p, rest_p = (each[at : at + CHUNK] for each in (x_Pd, ids_Pm, p_Pm, rest_p_P))
+            # the teacher's tokens are multiplied in float32, as the teacher's own were; the others may be rounded
+            top = (x.float()[:, None] * weight_Vd[ids].float()).sum(-1)
+            logits = (x.to(dtype) @ weight.T).float().scatter_(-1, ids, -torch.inf)
+            most = logits.amax(-1, keepdim=True)
+            shares = logits.sub_(most).exp_()  # in place: a chunk's logits are 100 MB
+            sums = shares.sum(-1)
+            rest = most[:, 0] + sums.log()
+            whole = torch.logaddexp(top.logsumexp(-1), rest)
+            total += (torch.xlogy(p, p) - p * (top - whole[:, None])).sum()
+            total += (rest_p * (rest_p.log() - (rest - whole))).sum()
+            mass = p.sum(-1) + rest_p
+            of_rest = (rest - whole).exp() * mass - rest_p  # slope of the loss in `rest`, shared as it is shared
+            slope = shares.mul_((of_rest / sums)[:, None])
+            slope.scatter_(-1, ids, (top - whole[:, None]).exp() * mass[:, None] - p)
+            grad_Pd[at : at + CHUNK] = slope.to(dtype) @ weight
+        ctx.save_for_backward(grad_Pd)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0] * ctx.saved_tensors[0], None, None, None
+
+
+def divergence(x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor) -> Tensor:
+    """KL(p ‖ softmax(x Wᵀ)) over the teacher's m tokens and all others as one, summed over positions.
+
+    Args:
+        ids_Pm, p_Pm: the teacher's tokens, all different, and their probabilities.
+    """
+    return _Divergence.apply(x_Pd, weight_Vd, ids_Pm, p_Pm)

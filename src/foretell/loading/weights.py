@@ -1,0 +1,222 @@
+"""The tensors of a model folder, checked by name and shape before the first one is read.
+
+Only safetensors are opened: a pickle runs code when it is loaded. Files are memory-mapped, so opening a model
+costs its headers, and a tensor is read when it is asked for. `fingerprint` reads them all.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from foretell.errors import ForetellError
+from foretell.files import one_line, read_json
+from foretell.loading.config import ModelConfig
+from foretell.loading.families import weight_shapes
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PIECE = 1 << 22
+"""Numbers that are digested at once."""
+_BARE = ("embed_tokens", "layers", "norm", "rotary_emb")
+"""Parts of a base model: where one was saved without its output head, their names lack "model."."""
+# old Llama checkpoints store the rotary frequencies; they follow from the config
+_DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Where a tensor lies."""
+
+    file: Any  # open
+    name: str  # in that file
+    path: Path
+
+    def tensor(self) -> torch.Tensor:
+        whole: torch.Tensor = self.file.get_tensor(self.name)
+        return whole
+
+    def slice(self) -> Any:
+        return self.file.get_slice(self.name)
+
+
+class Weights:
+    """A read-only mapping from Hugging Face tensor names to tensors, read when asked for.
+
+    A tied model answers `lm_head.weight` with its embedding.
+    """
+
+    def __init__(self, stored: dict[str, _Stored], shapes: dict[str, tuple[int, ...]], tied: bool) -> None:
+        self._stored = stored
+        self.shapes = shapes
+        self.tied = tied
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._stored[self._source(name)].tensor()
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._source(name) in self.shapes
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The float type a tensor is stored in."""
+        return _FLOATS[self._slice(name).get_dtype()]
+
+    def _slice(self, name: str) -> Any:
+        return self._stored[self._source(name)].slice()
+
+    def _source(self, name: str) -> str:
+        return EMBEDDING if self.tied and name == HEAD else name
+
+
+def read_weights(folder: Path, config: ModelConfig) -> Weights:
+    """Opens a folder's safetensors and checks that they are exactly the tensors the config describes."""
+    folder = Path(folder)
+    found: list[_Stored] = []
+    for path, promised in _files(folder).items():
+        handle = _open(path)
+        held = set(handle.keys())
+        if missing := (promised or held) - held:
+            raise ForetellError(
+                f"{path} lacks {min(missing)}, which the index says it holds; delete the folder and fetch it again."
+            )
+        found += [_Stored(handle, name, path) for name in promised or held]
+
+    found.sort(key=lambda each: each.name == standard_name(each.name))  # of two, the one that is called so counts
+    stored = {standard_name(each.name): each for each in found}
+    if config.tied and EMBEDDING not in stored and HEAD in stored:  # what the two share may lie under either name
+        stored[EMBEDDING] = stored.pop(HEAD)
+    shapes = weight_shapes(config)
+    for name, shape in shapes.items():
+        _check(name, shape, stored, folder)
+    _refuse_unused(stored, shapes, config)
+    return Weights(stored, shapes, config.tied)
+
+
+def standard_name(name: str) -> str:
+    """What a tensor is called in a model with its output head, whether or not it was saved with one."""
+    return f"model.{name}" if name.split(".")[0] in _BARE else name
+
+
+def fingerprint(weights: Weights, config: ModelConfig) -> str:
+    """Sixteen hex digits that say which backbone this is; trained heads, cached features and costs are bound to it.
+
+    They cover the dimensions and every number of every tensor that the config asks for. The same numbers are the same
+    backbone, in whatever shards and float type they are stored; a fine-tune, an adapter or another quantization is
+    another one. Reads about a gigabyte a second, without holding the interpreter's lock.
+    """
+    dimensions = (
+        config.family, config.hidden, config.layers, config.heads, config.kv_heads, config.head_dim,
+        config.mlp, config.vocab, config.tied,
+    )  # fmt: skip
+    digest = hashlib.blake2b(repr(dimensions).encode(), digest_size=8)
+    for name, shape in sorted(weights.shapes.items()):
+        digest.update(f"{name} {shape}".encode())
+        for values in weights[name].flatten().split(PIECE):
+            kind, numbers = _canonical(values)
+            digest.update(kind)
+            digest.update(numbers.data)
+    return digest.hexdigest()
+
+
+def _canonical(values_N: torch.Tensor) -> tuple[bytes, NDArray[Any]]:
+    """The same bits for the same numbers: those of bfloat16 if it holds them all, else those of float32."""
+    if values_N.dtype == torch.bfloat16:
+        return b"bf16", values_N.view(torch.int16).numpy()
+    bits_N = values_N.numpy().astype(np.float32, copy=False).view(np.uint32)
+    return (b"fp32", bits_N) if (bits_N & 0xFFFF).any() else (b"bf16", (bits_N >> 16).astype(np.uint16))
+
+
+def _files(folder: Path) -> dict[Path, set[str] | None]:
+    """The safetensors files, each with the tensors its index promises; None where there is no index."""
+    single, index_path = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if index_path.is_file():
+        weight_map = read_json(index_path).get("weight_map")
+        # a shard outside the folder would be a path made up by whoever wrote the index
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) and name == Path(name).name for name in weight_map.values()
+        ):
+            raise ForetellError(
+                f"{index_path} must hold a weight_map from tensor names to file names; delete it and fetch it again."
+            )
+        files: dict[Path, set[str] | None] = {folder / name: set() for name in weight_map.values()}
+        for tensor_name, file_name in weight_map.items():
+            files[folder / file_name].add(tensor_name)  # type: ignore[union-attr]
+        return files
+    if single.is_file():
+        return {single: None}
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        raise ForetellError(
+            f"{folder} holds only pickled weights, which can run code when loaded; convert it once with "
+            "transformers (from_pretrained, then save_pretrained), or use a revision with safetensors."
+        )
+    raise ForetellError(f"{folder} has no model.safetensors, so there are no weights to load; fetch the model again.")
+
+
+def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise ForetellError(f"{path} is missing; delete the folder and fetch the model again.") from None
+    except (SafetensorError, OSError) as error:
+        raise ForetellError(
+            f"{path} is damaged or incomplete ({one_line(error)}); delete it and fetch the model again."
+        ) from error
+
+
+def _check(name: str, shape: tuple[int, ...], stored: dict[str, _Stored], folder: Path) -> None:
+    if name not in stored:
+        raise _lacking(name, shape, stored, folder)
+    view, path = stored[name].slice(), stored[name].path
+    if tuple(view.get_shape()) != shape:
+        raise ForetellError(
+            f"{name} has shape {tuple(view.get_shape())} in {path}, but config.json asks for {shape}; "
+            "they do not belong together: fetch the model again."
+        )
+    if view.get_dtype() not in _FLOATS:
+        raise ForetellError(
+            f"{name} in {path} is stored as {view.get_dtype()}; the float types are "
+            f"{', '.join(_FLOATS)}, so use the original unquantized checkpoint."
+        )
+
+
+def _lacking(name: str, shape: tuple[int, ...], stored: dict[str, _Stored], folder: Path) -> ForetellError:
+    if name == HEAD:
+        return ForetellError(
+            f"{folder} holds a base model without an output head ({HEAD}), so it cannot write; use the checkpoint for "
+            "text generation, or set tie_word_embeddings to true in its config.json if the embedding is the head."
+        )
+    elsewhere = next((other for other in stored if other.endswith(f".{name.removeprefix('model.')}")), None)
+    if elsewhere is not None:
+        return ForetellError(
+            f"{stored[elsewhere].path} has {elsewhere} instead of {name}: it holds a larger model, or was saved from "
+            "within a wrapper; save the language model alone with transformers (save_pretrained)."
+        )
+    return ForetellError(
+        f"{folder} lacks the tensor {name} of shape {shape}; its config.json and its weights do not "
+        "belong together, or the download is incomplete: fetch it again."
+    )
+
+
+def _refuse_unused(stored: dict[str, _Stored], shapes: dict[str, tuple[int, ...]], config: ModelConfig) -> None:
+    """A part of the model we would leave out changes what it says; extra heads under other names do not."""
+    for name in stored.keys() - shapes.keys():
+        if name == HEAD and config.tied:
+            # transformers unties the two when they differ, whatever the config says
+            if not torch.equal(stored[HEAD].tensor(), stored[EMBEDDING].tensor()):
+                raise ForetellError(
+                    f"{stored[HEAD].path} has an lm_head.weight of its own although config.json ties it to the "
+                    "embedding; set tie_word_embeddings to false there."
+                )
+        elif name.startswith("model.") and not _DERIVED.fullmatch(name):
+            raise ForetellError(
+                f"{stored[name].path} holds {name}, which a {config.family} model with this config.json has no "
+                "place for; fetch the original checkpoint."
+            )
