@@ -411,7 +411,8 @@ def test_a_model_of_an_older_converter_is_converted_anew(
 ) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules[resolve.__module__], "CONVERTER_VERSION", CONVERTER_VERSION - 1)
+        for module in ("resolve", "cache_dir"):
+            patch.setattr(sys.modules[f"foretell.loading.{module}"], "CONVERTER_VERSION", CONVERTER_VERSION - 1)
         old = resolve(str(path)).path
         assert [each.path for each in cached_models()] == [old]
     assert cached_models() == []  # what a listing names loads without a network
