@@ -22,7 +22,7 @@ from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.backbone.cpu import library
 from foretell.backbone.cpu.backbone import CompiledBackbone
 from foretell.backbone.eager.backbone import EagerBackbone
-from foretell.backbone.eager.linear import MOST_ROWS
+from foretell.backbone.eager.linear import MAX_ROWS
 from foretell.contracts import Draft
 from foretell.loading import ModelConfig
 from foretell.loading.families import FAMILIES, model_config, weight_shapes
@@ -113,7 +113,7 @@ def build(
     if kernel != "eager" and COMPILED:
         return CompiledBackbone(config, weights.__getitem__, dtype, threads)
     eager = EagerBackbone(config, weights.__getitem__, dtype, torch.device("cpu"), threads)
-    eager.pad_rows(MOST_ROWS)  # what `assemble` does where the probe asks for it, as tiny shapes in float32 make it
+    eager.pad_rows(MAX_ROWS)  # what `assemble` does where the probe asks for it, as tiny shapes in float32 make it
     return eager
 
 

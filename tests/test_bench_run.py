@@ -15,7 +15,7 @@ from tiny_models import tiny_model
 
 import foretell as package
 from foretell.api import LLM
-from foretell.bench.contenders import Contender, Ours
+from foretell.bench.contenders import ForetellSystem, System
 from foretell.bench.gguf_files import gguf_file
 from foretell.bench.limits import limits, read_bandwidth, step_bytes
 from foretell.bench.peers import MissingPeerError, Peer
@@ -38,7 +38,7 @@ def llm(tiny: str) -> LLM:
     return package.load(tiny, dtype="fp32", threads=1)
 
 
-def settings_of(llm: LLM, contenders: list[Contender], **changes: Any) -> Settings:
+def settings_of(llm: LLM, contenders: list[System], **changes: Any) -> Settings:
     plain = Settings(
         model="tiny", fingerprint=llm.backbone.fingerprint, dtype="float32", suite="s", digest="d",
         questions=[q.id for q in QUESTIONS], contenders=[each.name for each in contenders], new_tokens=12,
@@ -46,8 +46,11 @@ def settings_of(llm: LLM, contenders: list[Contender], **changes: Any) -> Settin
     return replace(plain, **changes)
 
 
-def contenders_of(llm: LLM) -> list[Contender]:
-    return [Ours(llm, PLAIN, "plain", {}), Ours(llm, "prompt_lookup", "prompt_lookup", {"adapt": False})]
+def contenders_of(llm: LLM) -> list[System]:
+    return [
+        ForetellSystem(llm, PLAIN, "plain", {}),
+        ForetellSystem(llm, "prompt_lookup", "prompt_lookup", {"adapt": False}),
+    ]
 
 
 def test_every_answer_is_compared_and_later_turns_follow_plain_ones(llm: LLM, tmp_path: Path) -> None:
@@ -70,7 +73,7 @@ def test_every_answer_is_compared_and_later_turns_follow_plain_ones(llm: LLM, tm
 
 
 def test_no_answer_profits_from_an_earlier_one(llm: LLM) -> None:
-    ours = Ours(llm, PLAIN, "plain", {})
+    ours = ForetellSystem(llm, PLAIN, "plain", {})
     prompt, params = llm.encode("the same question"), SamplingParams(max_new_tokens=4)
     for _ in range(2):
         ours.answer([prompt], params, [0])
@@ -131,7 +134,7 @@ def test_another_run_is_not_gone_on_with(llm: LLM, tmp_path: Path) -> None:
         Runner(llm, contenders, QUESTIONS, settings_of(llm, contenders), tmp_path / "full", {}, lambda: 1e9)
 
 
-class Wrong(Ours):
+class Wrong(ForetellSystem):
     """Says something else from its fourth token on."""
 
     def answer(self, *arguments: Any) -> Any:
@@ -164,7 +167,7 @@ def test_what_cannot_be_asked_is_found_out_before_anything_is_written(llm: LLM, 
 
 
 def test_a_peer_that_fails_in_the_midst_takes_no_further_part(llm: LLM, tmp_path: Path) -> None:
-    class Failing(Ours):
+    class Failing(ForetellSystem):
         calls = 0
 
         def answer(self, *given: Any) -> Any:
@@ -226,7 +229,7 @@ def test_the_bound_follows_from_the_median_bandwidth_of_a_run() -> None:
 
 @pytest.mark.slow
 def test_transformers_says_the_same_in_float32(llm: LLM, tiny: str, tmp_path: Path) -> None:
-    contenders: list[Contender] = [contenders_of(llm)[0]]
+    contenders: list[System] = [contenders_of(llm)[0]]
     for name, parts in (("transformers", []), ("transformers:prompt_lookup", ["prompt_lookup"])):
         contenders.append(Peer(llm, name, "transformers", parts, rows=2, cache_dir=tmp_path))
     settings = settings_of(llm, contenders)

@@ -20,7 +20,7 @@ every_type = pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"]
 TREE = TokenTree((-1, 0, 0, 1, 1, 2, 3, 6, 6, 8))
 
 
-def narrow(**changes: object) -> Model:
+def select_frontier(**changes: object) -> Model:
     """One layer, two query heads over one key head."""
     heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
     return Model({"model_type": "llama", **DIMENSIONS, "max_position_embeddings": 16384, **heads, **changes})
@@ -39,7 +39,7 @@ def tokens_of(backbone: Backbone, count: int) -> torch.Tensor:
 def test_a_tree_behind_a_long_context_computes_what_its_paths_do(kernel: str, dtype: torch.dtype, length: int) -> None:
     """Beside a row with a short one, too; what is committed may be anything."""
     with using(kernel):
-        backbone = narrow().build(kernel, dtype, 2)
+        backbone = select_frontier().build(kernel, dtype, 2)
         caches = [backbone.new_cache(2, length + len(TREE)) for _ in range(2)]
         for tensor, other in zip(*((cache.keys, cache.values) for cache in caches), strict=True):
             tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(length)))
@@ -61,7 +61,7 @@ def test_a_tree_behind_a_long_context_computes_what_its_paths_do(kernel: str, dt
 @pytest.mark.parametrize("length", [2000, 8000])
 def test_a_long_prompt_reads_the_same_in_chunks(kernel: str, dtype: torch.dtype, length: int) -> None:
     with using(kernel):
-        backbone = narrow().build(kernel, dtype, 2)
+        backbone = select_frontier().build(kernel, dtype, 2)
         tokens = tokens_of(backbone, length)
         whole, hidden = prefilled(backbone, tokens)
         cache, parts = backbone.new_cache(1, length), []
@@ -78,7 +78,7 @@ def test_drafts_behind_a_long_prompt_change_no_token(kernel: str, dtype: torch.d
     if not kernel and not COMPILED:
         pytest.skip("needs compiled kernels")
     with using(kernel):
-        assert_drafts_change_nothing(narrow().build(kernel, dtype, 2), length)
+        assert_drafts_change_nothing(select_frontier().build(kernel, dtype, 2), length)
 
 
 def assert_drafts_change_nothing(backbone: Backbone, length: int, count: int = 12) -> None:
@@ -125,5 +125,5 @@ def test_heads_of_every_width_are_canonical_and_like_their_twin(kernel: str, dty
 def test_drafts_over_a_whole_vocabulary_change_no_token(kernel: str, dtype: torch.dtype, vocab: int) -> None:
     with using(kernel):
         assert_drafts_change_nothing(
-            narrow(vocab_size=vocab, tie_word_embeddings=dtype == BF16).build(kernel, dtype, 2), 20
+            select_frontier(vocab_size=vocab, tie_word_embeddings=dtype == BF16).build(kernel, dtype, 2), 20
         )

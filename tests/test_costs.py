@@ -112,23 +112,23 @@ def test_interpolation_stays_between_its_neighbours(
     tables, st.integers(1, 10), st.integers(0, 3000), st.dictionaries(st.integers(2, 64), st.floats(1, 5), min_size=1)
 )
 def test_the_best_size_is_that_of_most_tokens_per_second(
-    table: dict[int, dict[int, dict[int, float]]], rows: int, context: int, earned: dict[int, float]
+    table: dict[int, dict[int, dict[int, float]]], rows: int, context: int, tokens_per_step: dict[int, float]
 ) -> None:
     step = StepCosts(table)
-    best = step.best_size(rows, context, earned)
-    rate = (earned | {1: 1.0})[best] / step.of(rows, context, best)
+    best = step.best_size(rows, context, tokens_per_step)
+    rate = (tokens_per_step | {1: 1.0})[best] / step.of(rows, context, best)
     assert rate >= 1 / step.of(rows, context, 1)
     largest = max(nodes for x in table.values() for sizes in x.values() for nodes in sizes)
-    known = [nodes for nodes in earned if nodes <= largest]
-    assert best == 1 or best in (known or earned)  # what was not measured is not trusted
-    for nodes in known or earned:
-        assert earned[nodes] / step.of(rows, context, nodes) <= rate
+    known = [nodes for nodes in tokens_per_step if nodes <= largest]
+    assert best == 1 or best in (known or tokens_per_step)  # what was not measured is not trusted
+    for nodes in known or tokens_per_step:
+        assert tokens_per_step[nodes] / step.of(rows, context, nodes) <= rate
 
 
 def test_dearer_nodes_make_smaller_trees() -> None:
-    earned = {4: 1.6, 8: 1.8, 16: 2.2}
+    tokens_per_step = {4: 1.6, 8: 1.8, 16: 2.2}
     step = StepCosts(TABLE)
-    assert [step.best_size(rows, context, earned) for rows in TABLE for context in TABLE[rows]] == [8, 4, 1, 1]
+    assert [step.best_size(rows, context, tokens_per_step) for rows in TABLE for context in TABLE[rows]] == [8, 4, 1, 1]
     assert step.best_size(1, 128, {4: 1.6, 8: 1.8, 16: 9.0}) == 16
     assert step.best_size(1, 128, {4: 1.3}) == 1  # a plain step earns as much
     assert step.best_size(1, 128, {4: 1.6}, drafting=4.0) == 1
@@ -155,9 +155,9 @@ def test_what_was_never_measured_is_none(tmp_path: Path) -> None:
 def test_drafting_that_takes_long_makes_larger_trees_and_another_drafter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    earned = {4: 1.8, 16: 2.8}
+    tokens_per_step = {4: 1.8, 16: 2.8}
     slow = StepCosts(TABLE, {"hydra": 20.0})
-    assert [slow.best_size(1, 128, earned, drafting) for drafting in (0.0, 5.0, 20.0)] == [4, 16, 1]
+    assert [slow.best_size(1, 128, tokens_per_step, drafting) for drafting in (0.0, 5.0, 20.0)] == [4, 16, 1]
     assert slow.rate(1, 128, 16, 2.4, 20.0) == pytest.approx(2.4 / 41)
     assert slow.over(StepCosts({9: TABLE[1]}, {"hydra": 1.0, "medusa": 2.0})) == StepCosts(
         {9: TABLE[1], **TABLE}, {"hydra": 20.0, "medusa": 2.0}
@@ -359,7 +359,7 @@ def test_where_nothing_can_be_kept_a_process_reads_once(tmp_path: Path, monkeypa
         "foretell.backbone.step_costs.first_reading", lambda b: taken.append(1) or StepCosts(TABLE, first=True)
     )
     for _ in range(3):
-        assert tree_size(backbone, 0, EARNED, "medusa", 0.0, 64)(1, 128) == 8
+        assert tree_size(backbone, 0, TOKENS_PER_STEP, "medusa", 0.0, 64)(1, 128) == 8
     assert taken == [1]
 
 
@@ -402,24 +402,24 @@ def test_processes_that_read_at_once_leave_one_whole_file(tmp_path: Path, monkey
 
 # --- the tree that follows ----------------------------------------------------------------------------------
 
-EARNED = {4: 1.6, 8: 1.8, 16: 2.2}
+TOKENS_PER_STEP = {4: 1.6, 8: 1.8, 16: 2.2}
 
 
 def test_a_drafter_takes_the_size_that_pays_most(cache: Path) -> None:
     backbone = tiny_backbone()
-    assert tree_size(backbone, 0, EARNED, "medusa", 0.15, 64)(1, 128) == DEFAULT_NODES  # costs cannot be known
+    assert tree_size(backbone, 0, TOKENS_PER_STEP, "medusa", 0.15, 64)(1, 128) == DEFAULT_NODES  # costs cannot be known
     step = StepCosts(TABLE, {"medusa": 0.0})
     backbone.costs = costs_file(backbone)
     step.save(backbone.costs)
-    size = tree_size(backbone, 0, EARNED, "medusa", 0.15, 64)
+    size = tree_size(backbone, 0, TOKENS_PER_STEP, "medusa", 0.15, 64)
     for rows in range(1, 7):
         for context in range(0, 640, 64):
-            assert size(rows, context) == step.best_size(rows, context, EARNED)
+            assert size(rows, context) == step.best_size(rows, context, TOKENS_PER_STEP)
             assert size(rows, context + 63) == size(rows, context)  # asked anew at each block of 64 only
     assert {size(rows, context) for rows in (1, 4) for context in (128, 512)} == {1, 4, 8}
     assert tree_size(backbone, 0, {16: 2.2}, "hydra", 0.0, 64)(1, 128) == 16
     assert tree_size(backbone, 0, {16: 2.2}, "hydra", 0.5, 64)(1, 128) == 1  # five seconds more
-    assert tree_size(backbone, 24, EARNED, "medusa", 0.15, 64)(1, 128) == 24  # who says how many gets as many
+    assert tree_size(backbone, 24, TOKENS_PER_STEP, "medusa", 0.15, 64)(1, 128) == 24  # who says how many gets as many
 
 
 @pytest.mark.parametrize(
@@ -434,8 +434,13 @@ def test_trees_follow_what_steps_cost(
     cache: Path, relative: tuple[float, ...], known: int, unknown: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = machine_of(monkeypatch, relative)
-    earned = {4: 2.25, 8: 2.67, 16: 2.99, 64: 9.9}  # Hydra++'s, and one size that a first reading does not know
-    assert tree_size(backbone, 0, earned, "hydra++", 0.15, 64)(1, 128) == known
+    tokens_per_step = {
+        4: 2.25,
+        8: 2.67,
+        16: 2.99,
+        64: 9.9,
+    }  # Hydra++'s, and a size not in a first reading
+    assert tree_size(backbone, 0, tokens_per_step, "hydra++", 0.15, 64)(1, 128) == known
     assert tree_size(backbone, 0, {}, "layerskip", 0.5, 64)(1, 128) == unknown
     assert tree_size(backbone, 0, {}, "medusa", 0.15, 3)(1, 128) == 3  # its trees have no more
 
@@ -443,17 +448,17 @@ def test_trees_follow_what_steps_cost(
 @pytest.mark.parametrize("nodes", [-1, 1, 65])
 def test_sizes_that_no_tree_has(cache: Path, nodes: int) -> None:
     with pytest.raises(UsageError, match=f"Its trees have 2 to 64 nodes, not {nodes}"):
-        tree_size(tiny_backbone(), nodes, EARNED, "medusa", 0.15, 64)
+        tree_size(tiny_backbone(), nodes, TOKENS_PER_STEP, "medusa", 0.15, 64)
 
 
 def untrained(backbone: Backbone, folder: Path) -> Path:
-    """A Medusa checkpoint whose tree earns what `EARNED` says."""
+    """A Medusa checkpoint whose tree earns what `TOKENS_PER_STEP` says."""
     module = Medusa.trainable(backbone, torch.arange(backbone.config.vocab), heads=2, draft_vocab=40)
     tensors, arch = module.checkpoint()
     paths = [*([i] for i in range(8)), *([0, i] for i in range(8))]
     Checkpoint(
         "medusa", "tiny", backbone.fingerprint, backbone.config.hidden, backbone.config.vocab, arch, paths,
-        {str(size): tokens for size, tokens in EARNED.items()},
+        {str(size): tokens for size, tokens in TOKENS_PER_STEP.items()},
     ).save(folder, tensors)  # fmt: skip
     return folder
 
@@ -466,7 +471,7 @@ def test_medusa_drafts_that_tree(
     backbone.costs = costs_file(backbone)
     StepCosts(TABLE).save(backbone.costs)
     drafter = Medusa.build(backbone, checkpoint=str(untrained(backbone, tmp_path / "heads")), **options)
-    expected = nodes or StepCosts(TABLE).best_size(1, 128, EARNED, 1.5)  # Medusa's usual share of a plain step
+    expected = nodes or StepCosts(TABLE).best_size(1, 128, TOKENS_PER_STEP, 1.5)  # Medusa's usual share of a plain step
     assert drafter.size(1, 130) == expected
     drafted, draft = set[int](), drafter.draft
 
@@ -500,7 +505,7 @@ def test_tune_measures_prints_and_keeps(foretell: Foretell, tiny: str, cache: Pa
     relative = [f"{seconds[n] / seconds[1]:.2f}" for n in NODES[1:]]
     assert row.split() == ["1", "128", f"{seconds[1] * 1e3:.1f}", *relative]
     drafter = Medusa.build(backbone, checkpoint=str(untrained(backbone, tmp_path / "heads")))
-    assert drafter.size(1, 100) == kept.best_size(1, 64, EARNED, 0.15 * kept.of(1, 64, 1))
+    assert drafter.size(1, 100) == kept.best_size(1, 64, TOKENS_PER_STEP, 0.15 * kept.of(1, 64, 1))
 
 
 def test_a_quick_look_keeps_what_is_known_of_other_batches(
@@ -527,7 +532,7 @@ def test_tune_says_which_tree_a_drafter_will_take(foretell: Foretell, tiny: str,
     assert kept.drafting["medusa"] > 0  # it drafted, though it may not pay
     head, row = ran.out.splitlines()
     assert head.split()[-2:] == ["tree", "gain"]
-    best = kept.best_size(1, 128, EARNED, kept.drafting["medusa"])
+    best = kept.best_size(1, 128, TOKENS_PER_STEP, kept.drafting["medusa"])
     assert row.split()[-2] == str(best)
     assert ("no tree pays there" in ran.err) == (best == 1)
 
@@ -543,7 +548,7 @@ def test_tune_says_where_no_tree_pays(
     size: int,
 ) -> None:
     monkeypatch.setattr("foretell.backbone.step_costs._step_seconds", lambda b, c, size, *_: 0.01 * (1 + size / 16))
-    monkeypatch.setattr(sys.modules[__name__], "EARNED", {16: tokens})
+    monkeypatch.setattr(sys.modules[__name__], "TOKENS_PER_STEP", {16: tokens})
     heads = untrained(package.load(tiny, dtype="fp32", threads=1).backbone, tmp_path / "heads")
     ran = foretell(
         "tune", "--quick", "-m", tiny, "--dtype", "fp32", "--threads", "1", "-d", "medusa", "-o", f"checkpoint={heads}"

@@ -129,7 +129,7 @@ def test_every_kernel_keeps_the_promise(kernel: str, dtype: torch.dtype) -> None
 def test_any_model_keeps_the_promise() -> None:
     """Random sizes, families and ropes; every row of the batch a request of another kind."""
 
-    def holds(model: Model, dtype: torch.dtype, seed: int, max_rows: int) -> None:
+    def reusable_tokens(model: Model, dtype: torch.dtype, seed: int, max_rows: int) -> None:
         backbone = model.build(dtype=dtype)
         vocab = backbone.config.vocab
         requests = [
@@ -142,7 +142,7 @@ def test_any_model_keeps_the_promise() -> None:
         assert_same(finish(decoder, requests), truth)
         assert held_like_a_fresh_prefill(decoder) > 0
 
-    check("", 15, holds, models(), DTYPES, st.integers(0, 99), st.integers(1, 5))
+    check("", 15, reusable_tokens, models(), DTYPES, st.integers(0, 99), st.integers(1, 5))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -484,7 +484,7 @@ class Broken(RandomTrees):
         (Draft([chain(1)], [[9, 3]]), "the first must be the row's newest, 3"),
         (Draft([chain(1)], [[3, 64]]), "must lie in 0..63"),
         (Draft([chain(1)], [[3, -1]]), "must lie in 0..63"),
-        (Draft([chain(99)], [[3] * 100]), "a tree of 100 nodes; its most_nodes allows 76"),
+        (Draft([chain(99)], [[3] * 100]), "a tree of 100 nodes; its max_nodes allows 76"),
         (Draft([], []), "0 trees for 1 rows"),
     ],
 )
@@ -507,7 +507,7 @@ def test_results_say_whether_they_are_exact() -> None:
     backbone, request = tiny(), [([1, 2, 3], SamplingParams(max_new_tokens=5))]
     assert finish(decoder_of(backbone, RandomTrees(64)), request)[0].statistics.exact
     assert not finish(decoder_of(backbone, RandomTrees(64), rule=Typical()), request)[0].statistics.exact
-    backbone.inexact = "depends on the weather"
+    backbone.nondeterminism = "depends on the weather"
     assert not finish(decoder_of(backbone, RandomTrees(64)), request)[0].statistics.exact
 
 

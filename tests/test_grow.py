@@ -28,30 +28,32 @@ def test_the_most_probable_paths_make_the_tree(
     heads, chosen = some
     paths = list(dict.fromkeys(tuple(path[: n + 1]) for path in chosen for n in range(len(path))))
     rng = np.random.default_rng(seed)
-    said_BKR = -np.sort(rng.exponential(size=(3, heads, 4)).astype(np.float32), axis=2)
+    log_probs_BKR = -np.sort(rng.exponential(size=(3, heads, 4)).astype(np.float32), axis=2)
     if certain:
-        said_BKR[:, :, 0] = 0.0  # a probability of 1: no guess may come without its parent
+        log_probs_BKR[:, :, 0] = 0.0  # a probability of 1: no guess may come without its parent
     candidates = Candidates(paths)
     assert len(candidates) == len(paths)
-    for said_KR, (tree, grown, probabilities) in zip(said_BKR, candidates.grow(said_BKR, nodes), strict=True):
-        value = {path: sum(said_KR[k, rank] for k, rank in enumerate(path)) for path in paths}
+    for log_probs_KR, (tree, grown, probabilities) in zip(
+        log_probs_BKR, candidates.grow(log_probs_BKR, nodes), strict=True
+    ):
+        value = {path: sum(log_probs_KR[k, rank] for k, rank in enumerate(path)) for path in paths}
         best = sorted(value.values(), reverse=True)[: nodes - 1]
-        said = [()]
+        log_probs = [()]
         for node, parent in enumerate(tree.parents[1:], start=1):
             depth, rank = grown[node - 1]
-            assert depth == len(said[parent])
-            said.append((*said[parent], rank))
-            assert probabilities[node] == pytest.approx(np.exp(said_KR[depth, rank]), rel=1e-3)
-        assert set(said[1:]) <= set(paths)
-        assert len(set(said)) == len(tree) == min(nodes, len(paths) + 1)
-        assert sorted((value[path] for path in said[1:]), reverse=True) == pytest.approx(best, abs=1e-3)
+            assert depth == len(log_probs[parent])
+            log_probs.append((*log_probs[parent], rank))
+            assert probabilities[node] == pytest.approx(np.exp(log_probs_KR[depth, rank]), rel=1e-3)
+        assert set(log_probs[1:]) <= set(paths)
+        assert len(set(log_probs)) == len(tree) == min(nodes, len(paths) + 1)
+        assert sorted((value[path] for path in log_probs[1:]), reverse=True) == pytest.approx(best, abs=1e-3)
 
 
 def test_whatever_the_heads_say_a_tree_is_a_tree() -> None:
     candidates = Candidates([(0,), (0, 0), (1,), (0, 0, 0), (1, 0)])
-    for said in (np.nan, -np.inf, 0.0, -1e-8, -1e30):
+    for log_probs in (np.nan, -np.inf, 0.0, -1e-8, -1e30):
         for nodes in range(1, 8):
-            ((tree, chosen, given),) = candidates.grow(np.full((1, 3, 2), said, dtype=np.float32), nodes)
+            ((tree, chosen, given),) = candidates.grow(np.full((1, 3, 2), log_probs, dtype=np.float32), nodes)
             assert len(tree) == len(chosen) + 1 == len(given) == min(nodes, 6)
             depths = [head + 1 for head, _ in chosen]
             assert list(tree.depths) == [0, *depths]  # nobody hangs under another parent than its own
@@ -83,14 +85,14 @@ def test_sure_heads_get_a_chain_and_unsure_ones_a_bush() -> None:
 def test_scaled_heads_grow_the_tree_of_what_they_should_have_said(
     seed: int, scales: list[tuple[float, float]], nodes: int
 ) -> None:
-    said_BKR = -np.sort(np.random.default_rng(seed).exponential(size=(2, 2, 4)), axis=2)
+    log_probs_BKR = -np.sort(np.random.default_rng(seed).exponential(size=(2, 2, 4)), axis=2)
     should = [
-        [[-math.log1p(math.exp(-bias) * math.expm1(-said) ** slope) for said in row[k].tolist()]
+        [[-math.log1p(math.exp(-bias) * math.expm1(-log_probs) ** slope) for log_probs in row[k].tolist()]
          for k, (slope, bias) in enumerate(scales)]
-        for row in said_BKR
+        for row in log_probs_BKR
     ]  # fmt: skip
     candidates = Candidates([path for depth in (1, 2) for path in product(range(4), repeat=depth)])
-    ours, twin = candidates.grow(said_BKR, nodes, scales), candidates.grow(np.array(should), nodes)
+    ours, twin = candidates.grow(log_probs_BKR, nodes, scales), candidates.grow(np.array(should), nodes)
     for (tree, chosen, ours_p), (other, theirs, twin_p) in zip(ours, twin, strict=True):
         assert (tree, chosen) == (other, theirs)
         assert ours_p == pytest.approx(twin_p, rel=1e-6)
@@ -103,8 +105,8 @@ def random_growing(seed: int, size: int) -> Growing:
     """Guesses hung anywhere, certain ones and many equally probable ones among them."""
     rng, tree = np.random.default_rng(seed), Growing([100], [0])
     for node in range(1, size + 1):
-        said = [0.0, -0.25, -0.5, -1.0, -float(rng.exponential())][rng.integers(5)]
-        tree.add(int(rng.integers(node)), 100 + node, said)
+        log_probs = [0.0, -0.25, -0.5, -1.0, -float(rng.exponential())][rng.integers(5)]
+        tree.add(int(rng.integers(node)), 100 + node, log_probs)
     return tree
 
 
@@ -144,7 +146,7 @@ def test_those_are_asked_next_who_are_new_and_among_the_best(
     tree: Growing, count: int, since: int, most: int, least: float
 ) -> None:
     best = ranked(tree)[:count]
-    tree.narrow(count, since, most, least)
+    tree.select_frontier(count, since, most, least)
     assert tree.floor == (min(tree.values[node] for node in best) if len(best) == count else -math.inf)
     new = [node for node in best if node >= since][:most]
     gain = sum(math.exp(tree.values[node]) - math.exp(tree.floor) for node in new)
@@ -156,17 +158,17 @@ def test_nobody_is_asked_where_little_can_be_gained() -> None:
     tree = Growing([7], [0])
     for token, p in ((1, 0.05), (2, 0.02), (3, 0.5)):
         tree.add(0, token, math.log(p))
-    tree.narrow(4, 1, 8, 0.56)  # there is room for all
+    tree.select_frontier(4, 1, 8, 0.56)  # there is room for all
     assert tree.asked == [3, 1, 2]
-    tree.narrow(4, 1, 8, 0.58)
+    tree.select_frontier(4, 1, 8, 0.58)
     assert tree.asked == []
-    tree.narrow(2, 1, 8, 0.44)  # who comes in pushes out what is 0.05 probable
+    tree.select_frontier(2, 1, 8, 0.44)  # who comes in pushes out what is 0.05 probable
     assert tree.asked == [3, 1]
-    tree.narrow(2, 1, 8, 0.46)
+    tree.select_frontier(2, 1, 8, 0.46)
     assert tree.asked == []
-    tree.narrow(3, 1, 1, 0.47)  # one is asked at most, and counts alone
+    tree.select_frontier(3, 1, 1, 0.47)  # one is asked at most, and counts alone
     assert tree.asked == [3]
-    tree.narrow(3, 1, 1, 0.49)
+    tree.select_frontier(3, 1, 1, 0.49)
     assert tree.asked == []
 
 
@@ -177,19 +179,21 @@ def test_of_many_guesses_those_are_added_that_matter(
 ) -> None:
     """Against adding them all."""
     rng, since = np.random.default_rng(seed), len(tree.parents)
-    tree.narrow(count, 0, asked, 0.0)
+    tree.select_frontier(count, 0, asked, 0.0)
     tree.asked = tree.asked or [0]
-    said_AR = -np.sort(rng.choice([0.0, 0.25, 0.5, 1.0, 2.0, *rng.exponential(size=3)], (len(tree.asked), 5)), axis=1)
-    tokens_AR = (1000 + np.arange(said_AR.size)).reshape(said_AR.shape).tolist()
+    log_probs_AR = -np.sort(
+        rng.choice([0.0, 0.25, 0.5, 1.0, 2.0, *rng.exponential(size=3)], (len(tree.asked), 5)), axis=1
+    )
+    tokens_AR = (1000 + np.arange(log_probs_AR.size)).reshape(log_probs_AR.shape).tolist()
     whole = deepcopy(tree)
-    for node, said, tokens in zip(tree.asked, said_AR.tolist(), tokens_AR, strict=True):
-        for each, token in zip(said, tokens, strict=True):
+    for node, log_probs, tokens in zip(tree.asked, log_probs_AR.tolist(), tokens_AR, strict=True):
+        for each, token in zip(log_probs, tokens, strict=True):
             whole.add(node, token, each)
-    tree.extend(said_AR, tokens_AR, count)
+    tree.extend(log_probs_AR, tokens_AR, count)
     assert len(tree.parents) <= min(len(whole.parents), since + count)
     assert [words(tree, node) for node in tree.best(count)] == [words(whole, node) for node in whole.best(count)]
     for each in (tree, whole):
-        each.narrow(count, since, most, 0.0)
+        each.select_frontier(count, since, most, 0.0)
     assert tree.floor == whole.floor
     assert [words(tree, node) for node in tree.asked] == [words(whole, node) for node in whole.asked]
 
@@ -200,18 +204,18 @@ def test_a_static_tree_is_filled_with_the_guesses_that_its_paths_name(
     some: tuple[int, list[list[int]]], seed: int
 ) -> None:
     shape, ordered = from_paths({tuple(path[: n + 1]) for path in some[1] for n in range(len(path))})
-    said_NR = -np.sort(np.random.default_rng(seed).exponential(size=(len(shape), 4)), axis=1)
+    log_probs_NR = -np.sort(np.random.default_rng(seed).exponential(size=(len(shape), 4)), axis=1)
 
     def token(path: tuple[int, ...]) -> int:
         return int("9" + "".join(map(str, path)))
 
     tree = Growing([9], [0])
     while tree.asked:
-        said_AR = said_NR[tree.asked]
-        tree.fill(shape, ordered, said_AR, [[token((*ordered[node], r)) for r in range(4)] for node in tree.asked])
+        log_probs_AR = log_probs_NR[tree.asked]
+        tree.fill(shape, ordered, log_probs_AR, [[token((*ordered[node], r)) for r in range(4)] for node in tree.asked])
     assert tuple(tree.parents) == shape.parents
     assert tree.tokens == [token(path) for path in ordered]
-    p = [math.exp(said_NR[shape.parents[node], ordered[node][-1]]) for node in range(1, len(shape))]
+    p = [math.exp(log_probs_NR[shape.parents[node], ordered[node][-1]]) for node in range(1, len(shape))]
     assert tree.given == pytest.approx([1.0, *p])
 
 
@@ -229,14 +233,14 @@ def test_a_cut_keeps_paths_and_probabilities(tree: Growing, count: int) -> None:
 
 def test_what_is_too_probable_counts_as_certain_and_what_is_no_number_as_hopeless() -> None:
     tree = Growing([7], [0])
-    for said in (math.nan, 0.5, -math.inf):
-        tree.add(0, 1, said)
+    for log_probs in (math.nan, 0.5, -math.inf):
+        tree.add(0, 1, log_probs)
     assert (tree.values, tree.given) == ([0.0, -math.inf, 0.0, -math.inf], [1.0, 0.0, 1.0, 0.0])
     ((_, chosen, _),) = Candidates([(0,), (1,)]).grow(np.array([[[math.nan, -3.0]]]), 2)
     assert chosen == [(0, 1)]
-    for said in (math.nan, 1e-8, -math.inf, -1e30):
+    for log_probs in (math.nan, 1e-8, -math.inf, -1e30):
         tree = Growing([7], [0])
-        tree.extend(np.full((1, 3), said, dtype=np.float32), [[1, 2, 3]], 2)
+        tree.extend(np.full((1, 3), log_probs, dtype=np.float32), [[1, 2, 3]], 2)
         cut, _, given = tree.cut(tree.best(2))
         assert cut.parents in ((-1,), (-1, 0, 0))
         assert all(0 <= p <= 1 for p in given)

@@ -15,7 +15,7 @@ from torch import Tensor
 from foretell import drafters
 from foretell.backbone import Backbone, Nodes
 from foretell.backbone.eager.linear import side_by_side
-from foretell.contracts import FINAL, Row
+from foretell.contracts import FINAL_NORM, Row
 from foretell.drafters.hydra import drafter as hydra
 from foretell.drafters.hydra.drafter import BEAM, Hydra, HydraPlus
 from foretell.drafters.hydra.drafter import WIDTH as WIDTH_OF_A_NODE
@@ -110,14 +110,14 @@ def after_some_steps(backbone: Backbone, drafter: Hydra) -> Row:
 
 def states_of(backbone: Backbone, tokens: list[int], taps: tuple[int, ...]) -> dict[int, Tensor]:
     """Tapped states [1, T, d] of a text in one pass."""
-    nodes, layers = Nodes.chains([0], [0], [len(tokens)]), [tap for tap in taps if tap != FINAL]
+    nodes, layers = Nodes.chains([0], [0], [len(tokens)]), [tap for tap in taps if tap != FINAL_NORM]
     hidden, found = backbone.run_layers(
         backbone.embed(torch.tensor(tokens)), nodes, backbone.new_cache(1, len(tokens)), taps=layers
     )
-    return {tap: each[None] for tap, each in (found | {FINAL: backbone.norm(hidden)}).items()}
+    return {tap: each[None] for tap, each in (found | {FINAL_NORM: backbone.norm(hidden)}).items()}
 
 
-def said_after(backbone: Backbone, module: HydraHeads, tokens: list[int], path: list[int]) -> Tensor:
+def log_probs_after(backbone: Backbone, module: HydraHeads, tokens: list[int], path: list[int]) -> Tensor:
     """[V]: log-probabilities of the head behind a path (the root first), written out for this path alone."""
     streams = states_of(backbone, tokens[:-1], module.taps)
     ordered = [streams[tap] for tap in reversed(module.taps)]
@@ -161,12 +161,12 @@ def test_each_node_is_what_the_heads_say_after_its_path(plus: bool, options: dic
     values = [0.0] * 20
     for node in range(1, 20):
         path = [tokens[i] for i in tree.path(node)]
-        log_p = said_after(backbone, module, row.tokens, path[:-1])
+        log_p = log_probs_after(backbone, module, row.tokens, path[:-1])
         assert given[node] == pytest.approx(float(log_p[vocabulary.index(path[-1])].exp()), rel=1e-3, abs=1e-5)
         values[node] = values[tree.parents[node]] + float(log_p[vocabulary.index(path[-1])])
     # of the guesses that the root makes, none that was left out is more probable than one that was taken
     taken = {tokens[node] for node in tree.children[0]}
-    log_p = said_after(backbone, module, row.tokens, tokens[:1])
+    log_p = log_probs_after(backbone, module, row.tokens, tokens[:1])
     best = log_p.topk(WIDTH_OF_A_NODE)
     left = [value for value, i in zip(*map(Tensor.tolist, best), strict=True) if vocabulary[i] not in taken]
     assert max(left, default=-99) <= min(values) + 1e-3
@@ -183,11 +183,11 @@ def test_a_static_tree_holds_the_paths_it_was_given() -> None:
     guessed = {tuple(tokens[i] for i in tree.path(node)) for node in range(len(tree))}
     expected = set()
     for path in [(), *paths[:11]]:
-        said = [row.tokens[-1]]
+        log_probs = [row.tokens[-1]]
         for rank in path:
-            best = said_after(backbone, module, row.tokens, said).topk(5).indices
-            said.append(int(module.vocabulary_V[best[rank]]))
-        expected.add(tuple(said))
+            best = log_probs_after(backbone, module, row.tokens, log_probs).topk(5).indices
+            log_probs.append(int(module.vocabulary_V[best[rank]]))
+        expected.add(tuple(log_probs))
     assert guessed == expected
 
 
@@ -246,7 +246,7 @@ def test_a_level_asks_no_more_than_the_beam_and_nobody_where_it_is_hardly_reache
     for level in drafter._levels:
         monkeypatch.setattr(level, "top", counting(level.top))
     for least, asked in ((0.0, [1, BEAM, BEAM]), (1.1, [1])):  # nothing is reached with more than certainty
-        monkeypatch.setattr(hydra, "LEAST", least)
+        monkeypatch.setattr(hydra, "MIN_GAIN", least)
         counts.clear()
         drafter._by_level([row], 99)
         assert counts == asked
@@ -279,7 +279,7 @@ def test_what_is_drafted_in_one_call_is_what_is_drafted_level_by_level(
         del drafter._states[decoder._rows[1].slot]  # as after a prompt of one token
         drafter._states[decoder._rows[2].slot].fill_(math.nan)
         for least, beam in ((0.0, 3), (0.1, BEAM), (0.5, BEAM)):
-            monkeypatch.setattr(hydra, "LEAST", least)
+            monkeypatch.setattr(hydra, "MIN_GAIN", least)
             monkeypatch.setattr(hydra, "BEAM", beam)
             for count in (1, 9, 40):
                 drafter.size = lambda rows, context, size=count + 1: size
@@ -293,7 +293,7 @@ def test_what_is_drafted_in_one_call_is_what_is_drafted_level_by_level(
 @pytest.mark.parametrize("chained", [False, True])
 def test_the_tree_is_the_best_of_all_that_could_be_asked(monkeypatch: pytest.MonkeyPatch, chained: bool) -> None:
     """Every node of every level is asked for every token; of all these paths the most probable are drafted."""
-    monkeypatch.setattr(hydra, "LEAST", 0.0)
+    monkeypatch.setattr(hydra, "MIN_GAIN", 0.0)
     monkeypatch.setattr(hydra, "BEAM", 1000)
     backbone = backbone_of()
     module = random_hydra(backbone, vocabulary=5, chained=chained)
@@ -302,9 +302,9 @@ def test_the_tree_is_the_best_of_all_that_could_be_asked(monkeypatch: pytest.Mon
     values, level = dict[tuple[int, ...], float](), {(row.tokens[-1],): 0.0}
     for _ in range(module.heads):
         level = {
-            (*path, token): value + said
+            (*path, token): value + log_probs
             for path, value in level.items()
-            for token, said in enumerate(said_after(backbone, module, row.tokens, list(path)).tolist())
+            for token, log_probs in enumerate(log_probs_after(backbone, module, row.tokens, list(path)).tolist())
         }
         values |= level
     assert len(values) == 5 + 25 + 125
@@ -326,10 +326,10 @@ def test_heads_that_are_hardly_believed_hang_less_below_them() -> None:
     doubted._states = drafter._states
     deep, flat = drafter.draft([row]), doubted.draft([row])
     assert flat.trees[0].height == 1 < deep.trees[0].height
-    said = said_after(backbone, module, row.tokens, row.tokens[-1:])
+    log_probs = log_probs_after(backbone, module, row.tokens, row.tokens[-1:])
     assert flat.probabilities
     for token, p in zip(flat.tokens[0][1:], flat.probabilities[0][1:], strict=True):
-        log_p = float(said[module.vocabulary_V.tolist().index(token)])
+        log_p = float(log_probs[module.vocabulary_V.tolist().index(token)])
         assert p == pytest.approx(1 / (1 + math.e * math.expm1(-log_p) ** 0.5), rel=1e-3)
 
 
@@ -487,7 +487,7 @@ def test_fresh_heads_say_what_the_output_head_says(plus: bool) -> None:
     module = kind.trainable(backbone, torch.ones(VOCAB), layers=3, draft_vocab=0)
     batch = batch_of([[3, 1, 4, 1, 5, 9]], [[True] * 6])
     read = module.read(batch, torch.tensor([0, 1, 2]))
-    assert all(torch.equal(each, batch.states[FINAL][0, :3]) for each in read)
+    assert all(torch.equal(each, batch.states[FINAL_NORM][0, :3]) for each in read)
 
 
 @pytest.mark.usefixtures("in_float32")
@@ -525,7 +525,7 @@ def test_a_cyclic_sequence_is_learnt_one_head_one_step_further(plus: bool) -> No
     backbone, cycle = backbone_of(), [11, 3, 42, 7, 29, 60, 18]
     tokens = [cycle[i % 7] for i in range(60)]
     batch = batch_of([tokens], [[True] * 60])
-    batch.states |= states_of(backbone, tokens, (FINAL, 1, 2))
+    batch.states |= states_of(backbone, tokens, (FINAL_NORM, 1, 2))
     kind = HydraPlus if plus else Hydra
     module = kind.trainable(backbone, torch.ones(VOCAB), heads=3, draft_vocab=0, taps=1, soft=0.0)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=0)
@@ -549,7 +549,7 @@ def test_a_cyclic_sequence_is_learnt_one_head_one_step_further(plus: bool) -> No
 def assert_same_guesses(ours: GuessingHeads, theirs: GuessingHeads, batch: TrainingBatch, heads: int = 3) -> None:
     for mine, right in zip(ours.eval().guesses(batch), theirs.eval().guesses(batch), strict=True):
         assert torch.equal(mine.ranks_PK[:, :heads], right.ranks_PK[:, :heads])
-        torch.testing.assert_close(mine.said_PKR[:, :heads], right.said_PKR[:, :heads], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mine.log_probs_PKR[:, :heads], right.log_probs_PKR[:, :heads], rtol=1e-4, atol=1e-4)
 
 
 def some_batch() -> TrainingBatch:

@@ -64,7 +64,7 @@ def streams_of(module: HydraHeads, backbone: Backbone, batch: TrainingBatch) -> 
     return [streams[0], *map(norm, streams[1:])]
 
 
-def said(module: HydraHeads, backbone: Backbone, read: list[Tensor], path: list[int]) -> list[Tensor]:
+def log_probs(module: HydraHeads, backbone: Backbone, read: list[Tensor], path: list[int]) -> list[Tensor]:
     """Log-probabilities of each head down a path of tokens, the root first."""
     states: list[Tensor] = []
     found = []
@@ -91,7 +91,7 @@ def written_out(module: HydraHeads, backbone: Backbone, batch: TrainingBatch) ->
     for b, row in enumerate(TOKENS):
         for t in range(1, len(row) - 2):  # where the first head has something to guess: the answer begins at 3
             path = row[t + 1 : t + 4][: len(row) - t - 2]
-            for k, log_q in enumerate(said(module, backbone, [stream[b, t] for stream in streams], path)):
+            for k, log_q in enumerate(log_probs(module, backbone, [stream[b, t] for stream in streams], path)):
                 target = t + k + 2
                 teacher = zip(batch.teacher_ids_BTm[b, target - 1], batch.teacher_p_BTm[b, target - 1], strict=True)
                 wanted = [(row[target], 1 - module.soft), *((int(i), module.soft * float(p)) for i, p in teacher)]

@@ -30,7 +30,7 @@ from foretell.drafters.kangaroo import Kangaroo, KangarooAdapter
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.drafting.checkpoint import Checkpoint
 from foretell.drafting.learning.heads import TrainingBatch
-from foretell.drafting.lower_layers import MOST, Lower
+from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees
 from foretell.errors import UsageError
 from foretell.requests import SamplingParams
 
@@ -96,7 +96,7 @@ def text_batch(tokens: list[list[int]], states: dict[int, Tensor]) -> TrainingBa
     return replace(batch, states=states)
 
 
-def said_after(backbone: Backbone, module: KangarooAdapter, tokens: list[int]) -> Tensor:
+def log_probs_after(backbone: Backbone, module: KangarooAdapter, tokens: list[int]) -> Tensor:
     """Log-probabilities [V] that the learning form gives after a text."""
     states = shallow(backbone, tokens, module.exit)[None]
     batch = text_batch([tokens], {module.exit: states})
@@ -118,11 +118,11 @@ def test_each_guess_is_what_the_learning_form_says_after_its_path(options: dict[
         assert tree.height > 1
         for node in range(1, len(tree)):
             path = [tokens[each] for each in tree.path(tree.parents[node])]
-            said = said_after(backbone, module, before + path[1:])
+            log_probs = log_probs_after(backbone, module, before + path[1:])
             place = module.vocabulary_V.tolist().index(tokens[node])
-            assert given[node] == pytest.approx(float(said[place].exp()), rel=2e-2)
+            assert given[node] == pytest.approx(float(log_probs[place].exp()), rel=2e-2)
             if chained:
-                assert float(said[place]) >= float(said.max()) - 1e-3
+                assert float(log_probs[place]) >= float(log_probs.max()) - 1e-3
 
 
 @pytest.mark.parametrize("kernel", COMPILED)
@@ -135,7 +135,7 @@ def test_what_is_drafted_in_one_call_is_what_is_drafted_level_by_level(
     with using(kernel):
         backbone = backbone_of(dtype)
     for seed, options in enumerate(({}, {"exit": 2, "mlp": True}, {"output": "tied"})):
-        module, said = random_adapter(backbone, seed=seed, **options), []
+        module, log_probs = random_adapter(backbone, seed=seed, **options), []
         for slow in (False, True):
             drafter = drafter_of(
                 backbone, module, 6 + 6 * seed, chain=chained, steps=4, threshold=0.02, scales=[(0.9, 0.2)]
@@ -147,8 +147,8 @@ def test_what_is_drafted_in_one_call_is_what_is_drafted_level_by_level(
             seen = drafts_of(drafter)
             decoder = decoder_of(backbone, drafter, max_rows=3)
             outputs = finish(decoder, requests())
-            said.append((seen, outputs, [drafter._own.read(slot) for slot in range(3)]))
-        fast, slow_ = said
+            log_probs.append((seen, outputs, [drafter._own.read(slot) for slot in range(3)]))
+        fast, slow_ = log_probs
         assert_same(fast[1], slow_[1])
         for one, other in zip(fast[0], slow_[0], strict=True):
             assert (one.trees, one.tokens) == (other.trees, other.tokens)
@@ -165,13 +165,13 @@ def test_what_is_drafted_in_one_call_is_what_is_drafted_level_by_level(
 def test_many_nodes_may_run_and_no_more_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twenty levels of forty would be 800; the cache has room for 64, and so have the kernels' tables."""
     backbone, ran, drafted = backbone_of(), list[int](), list[list[Draft]]()
-    chosen = Lower.draft
+    chosen = EarlyExitTrees.draft
 
-    def draft(self: Lower, count: int, whole: bool) -> Draft:
+    def draft(self: EarlyExitTrees, count: int, whole: bool) -> Draft:
         ran.extend(map(len, self._ran))
         return chosen(self, count, whole)
 
-    monkeypatch.setattr(Lower, "draft", draft)
+    monkeypatch.setattr(EarlyExitTrees, "draft", draft)
     monkeypatch.setattr(kangaroo, "BEAM", 40)
     request = ([1, 2, 3], SamplingParams(max_new_tokens=60, ignore_eos=True))
     for slow in (True, False):
@@ -182,7 +182,7 @@ def test_many_nodes_may_run_and_no_more_than_there_is_room_for(monkeypatch: pyte
         decoder = decoder_of(backbone, drafter)
         assert_same(finish(decoder, [request]), plainly(backbone, [request]))
         assert held_like_a_fresh_prefill(decoder) > 0
-    assert max(ran) == MOST
+    assert max(ran) == MAX_TREE_NODES
     assert [draft.tokens for draft in drafted[0]] == [draft.tokens for draft in drafted[1]]
 
 
@@ -375,7 +375,7 @@ def test_a_fresh_adapter_is_the_early_exit() -> None:
     tokens = [1, 2, 3, 4, 5]
     states = backbone.norm(shallow(backbone, tokens, 1))
     wanted = backbone.logits(states)[-1].log_softmax(-1)
-    assert torch.allclose(said_after(backbone, module, tokens), wanted, atol=1e-3)
+    assert torch.allclose(log_probs_after(backbone, module, tokens), wanted, atol=1e-3)
 
 
 def test_the_adapter_is_of_the_size_that_the_paper_counts() -> None:

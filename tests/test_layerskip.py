@@ -17,9 +17,9 @@ from torch import Tensor
 from foretell import drafters
 from foretell.backbone import Backbone
 from foretell.backbone.load import assemble
-from foretell.contracts import FINAL
+from foretell.contracts import FINAL_NORM
 from foretell.drafters.dynamic_exit import DEL, Shadows, tokens_per_layer
-from foretell.drafters.layerskip import ExitingModel, LayerSkip, drop_rates, exit_scales
+from foretell.drafters.layerskip import EarlyExitTraining, LayerSkip, drop_rates, exit_scales
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.drafting.checkpoint import Checkpoint
 from foretell.drafting.lower_layers import Threshold, main_chain
@@ -101,10 +101,10 @@ def test_the_adaptive_threshold_is_told_while_decoding() -> None:
     still = skipping(deep(), 1, chain=True, steps=4, threshold=Threshold(0.0))
     for drafter in (sure, unsure, still):
         finish(decoder_of(drafter._backbone, drafter), [request])
-    assert sure.judge.threshold.accepted > 0.9
-    assert unsure.judge.threshold.accepted < 0.9
-    assert unsure.judge.threshold.value > 0.002
-    assert still.judge.threshold.value == 0.0
+    assert sure.tracker.threshold.accepted > 0.9
+    assert unsure.tracker.threshold.accepted < 0.9
+    assert unsure.tracker.threshold.value > 0.002
+    assert still.tracker.threshold.value == 0.0
 
 
 @pytest.mark.parametrize("prompt", [[1], [1, 2, 3, 4]])
@@ -122,7 +122,7 @@ def test_an_answer_that_ends_within_what_was_accepted_is_judged_as_far_as_it_goe
     for drafter in (fixed, moving):
         decoder = decoder_of(backbone, drafter)
         if drafter is fixed:
-            put(fixed.judge.threshold, "told", lambda kept, drafted, most: told.append((kept, drafted)))
+            put(fixed.tracker.threshold, "told", lambda kept, drafted, most: told.append((kept, drafted)))
         assert_same(finish(decoder, [request]), truth)
     assert told
     assert all(kept == drafted > 0 for kept, drafted in told)
@@ -183,7 +183,7 @@ def test_what_is_drafted_in_one_call_is_what_is_drafted_level_by_level(kernel: s
     """The slow twin of the kernels' growth, with streams handed on from several exits."""
     with using(kernel):
         backbone = deep(BF16)
-    said = []
+    log_probs = []
     for slow in (False, True):
         drafter = dynamic(backbone, (1, 2, 4), nodes=12, chain=chain, steps=5)
         drafter._climber = None if slow else drafter._climber
@@ -191,8 +191,8 @@ def test_what_is_drafted_in_one_call_is_what_is_drafted_level_by_level(kernel: s
         decoder = decoder_of(backbone, drafter, max_rows=3)
         put(drafter.shadows, "choose", lambda slots: (2, [0.05] * len(slots)))  # layer 4
         finish(decoder, requests())
-        said.append(seen)
-    for one, other in zip(*said, strict=True):
+        log_probs.append(seen)
+    for one, other in zip(*log_probs, strict=True):
         assert (one.trees, one.tokens, one.probabilities) == (other.trees, other.tokens, other.probabilities)
         assert (one.resume is None) == (other.resume is None)
         if one.resume and other.resume:
@@ -375,7 +375,7 @@ def backbone(folder: Path) -> Backbone:
     return assemble(folder, dtype="fp32", threads=1)
 
 
-def learner(backbone: Backbone, folder: Path, **options: Any) -> ExitingModel:
+def learner(backbone: Backbone, folder: Path, **options: Any) -> EarlyExitTraining:
     torch.manual_seed(0)
     given = {"draft_vocab": 0, "rank": 4, "stride": 1, "deepest": 4, "exit": 2} | options
     return LayerSkip.trainable(backbone, torch.ones(backbone.config.vocab), folder, **given)
@@ -409,11 +409,11 @@ def test_exits_learn_what_the_head_says_of_their_stream(backbone: Backbone, fold
     for exit in (1, 2, 3, 4):
         total, places = 0.0, 0
         for row, each in enumerate(DATA):
-            said = backbone.logits(backbone.norm(shallow(backbone, each.tokens, exit))).log_softmax(-1)
+            log_probs = backbone.logits(backbone.norm(shallow(backbone, each.tokens, exit))).log_softmax(-1)
             for start, end in each.answers:
                 for p in range(start - 1, end - 1):
                     ids, weights = batch.teacher_ids_BTm[row, p], batch.teacher_p_BTm[row, p]
-                    total -= float((said[p, ids] * weights).sum())
+                    total -= float((log_probs[p, ids] * weights).sum())
                     places += 1
         assert float(terms[f"exit {exit}"]) == pytest.approx(total / places, rel=1e-2)
 
@@ -423,11 +423,11 @@ def test_layers_are_dropped_as_often_as_they_should(backbone: Backbone, folder: 
     tokens_BT = torch.randint(VOCAB, (400, 2))
     torch.manual_seed(0)
     with torch.no_grad():
-        states = module.pupil.states(tokens_BT, range(1, LAYERS + 1), [0.0, 0.3, 1.0, 0.0, 0.0])
+        states = module.student.states(tokens_BT, range(1, LAYERS + 1), [0.0, 0.3, 1.0, 0.0, 0.0])
         gone = [(states[tap] == states[tap - 1]).all(-1).all(-1) for tap in range(2, LAYERS + 1)]
         assert float(gone[0].float().mean()) == pytest.approx(0.3, abs=0.06)  # whole conversations
         assert [bool(each.all()) for each in gone[1:]] == [True, False, False]
-        twice = [module.eval().pupil.states(tokens_BT[:3], [LAYERS])[LAYERS] for _ in range(2)]
+        twice = [module.eval().student.states(tokens_BT[:3], [LAYERS])[LAYERS] for _ in range(2)]
     assert torch.equal(*twice)
 
 
@@ -460,7 +460,7 @@ def test_a_checkpoint_says_where_to_exit(backbone: Backbone, folder: Path, tmp_p
     assert isinstance(moving, DEL)
     assert fixed.exit == 2
     assert moving.exits == [1, 2, 3, 4]
-    assert moving.taps == (1, 2, 3, 4, FINAL)
+    assert moving.taps == (1, 2, 3, 4, FINAL_NORM)
     assert len(fixed._vocabulary_V) == 20
     truth = plainly(backbone, requests())
     for each in (fixed, moving):

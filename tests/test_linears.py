@@ -243,7 +243,7 @@ def test_a_padded_library_linear_multiplies_and_no_row_sees_another(packed: bool
         generator = torch.Generator().manual_seed(rows + inputs)
         weight, x = (torch.randn(n, inputs, generator=generator) for n in (outputs, rows))
         linear = Linear(weight.to(dtype), packed=packed)
-        linear.least_rows = 64
+        linear.min_rows = 64
         y = linear(x)
         truth = x.to(dtype).double() @ weight.to(dtype).double().T
         scale = 1e-5 if dtype == FP32 else 1e-2

@@ -19,13 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from foretell import drafters
 from foretell.backbone import Backbone
 from foretell.backbone.eager.linear import side_by_side
-from foretell.contracts import FINAL
+from foretell.contracts import FINAL_NORM
 from foretell.drafters.medusa import DECAY, Medusa, MedusaHeads
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.drafting import checkpoint
 from foretell.drafting.checkpoint import Checkpoint
 from foretell.drafting.learning import heads
-from foretell.drafting.learning.heads import RANKS, SAID, TrainingBatch, soft_cross_entropy
+from foretell.drafting.learning.heads import CALIBRATION_TOP_K, RANKS, TrainingBatch, soft_cross_entropy
 from foretell.drafting.options import draft_vocabulary, places
 from foretell.errors import ForetellError, UsageError
 from foretell.requests import SamplingParams
@@ -136,9 +136,9 @@ def test_what_is_drafted_is_what_the_heads_say(request: pytest.FixtureRequest) -
     request.getfixturevalue("in_float32")  # features are kept in bfloat16 and were made before
     for drafter, row, module, paths, h_PI in exact:
         states_KPd = module.states(h_PI).detach()
-        said = [(states_KPd[k, 0] @ module.head(k).detach().T).log_softmax(-1).topk(5) for k in range(3)]
-        best = [module.vocabulary_V[each.indices].tolist() for each in said]
-        value = {path: sum(float(said[k].values[rank]) for k, rank in enumerate(path)) for path in paths}
+        log_probs = [(states_KPd[k, 0] @ module.head(k).detach().T).log_softmax(-1).topk(5) for k in range(3)]
+        best = [module.vocabulary_V[each.indices].tolist() for each in log_probs]
+        value = {path: sum(float(log_probs[k].values[rank]) for k, rank in enumerate(path)) for path in paths}
         for grown, expected in ((False, paths[:11]), (True, sorted(paths, key=lambda path: -value[path])[:11])):
             drafter.grown = grown
             draft = drafter.draft([row])
@@ -149,7 +149,7 @@ def test_what_is_drafted_is_what_the_heads_say(request: pytest.FixtureRequest) -
             }
             for path in expected:
                 node = guessed[row.tokens[-1], *(best[k][rank] for k, rank in enumerate(path))]
-                assert given[node] == pytest.approx(float(said[len(path) - 1].values[path[-1]].exp()), rel=1e-3)
+                assert given[node] == pytest.approx(float(log_probs[len(path) - 1].values[path[-1]].exp()), rel=1e-3)
 
 
 def test_a_prompt_of_one_token_is_drafted_after_its_first_step() -> None:
@@ -183,7 +183,7 @@ def batch_of(tokens: list[list[int]], supervised: list[list[bool]], seed: int = 
     return TrainingBatch(
         torch.tensor([pad(row, 0) for row in tokens]),
         torch.tensor([pad(row, False) for row in supervised]),
-        {tap: torch.randn(B, T, WIDTH, generator=generator) for tap in (FINAL, 1, 2)},
+        {tap: torch.randn(B, T, WIDTH, generator=generator) for tap in (FINAL_NORM, 1, 2)},
         ids_BTm.unflatten(0, (B, T)),
         p_BTm / p_BTm.sum(-1, keepdim=True) * 0.9,
     )
@@ -216,7 +216,7 @@ def test_the_loss_is_the_one_of_the_paper_written_out(reads: dict[str, Any]) -> 
                 target = t + 2 + k
                 if target >= len(row) or not batch.supervised_BT[b, target] or not batch.supervised_BT[b, t + 2]:
                     continue
-                x = inputs = batch.states[FINAL][b, t].double()
+                x = inputs = batch.states[FINAL_NORM][b, t].double()
                 if reads is not PAPER:
                     others = [
                         batch.states[2][b, t],
@@ -284,7 +284,7 @@ def test_a_cyclic_sequence_is_learnt_one_head_one_step_further() -> None:
     tokens = [cycle[i % 7] for i in range(60)]
     states = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(5))  # a state says which token it is of
     batch = batch_of([tokens], [[True] * 60])
-    batch.states[FINAL] = states[torch.tensor(tokens)][None]
+    batch.states[FINAL_NORM] = states[torch.tensor(tokens)][None]
     batch.teacher_ids_BTm = torch.tensor([*tokens[1:], 0])[None, :, None]
     batch.teacher_p_BTm = torch.ones(1, 60, 1)
     module = Medusa.trainable(backbone, torch.ones(VOCAB), heads=3, output="tied", draft_vocab=0, **PAPER)
@@ -295,8 +295,8 @@ def test_a_cyclic_sequence_is_learnt_one_head_one_step_further() -> None:
         optimizer.step()
     drafter = drafter_of(backbone, module, [(0,), (0, 0), (0, 0, 0)])
     for i, token in enumerate(cycle):
-        said = drafter._guesses(states[token][None, None], 1)[1][0, :, 0].tolist()
-        assert said == [cycle[(i + k) % 7] for k in (2, 3, 4)]
+        log_probs = drafter._guesses(states[token][None, None], 1)[1][0, :, 0].tolist()
+        assert log_probs == [cycle[(i + k) % 7] for k in (2, 3, 4)]
     ranks = [each.ranks_PK.numpy() for each in module.guesses(batch)]
     assert (ranks[0][:-2] == 0).all()
     assert replay(ranks, nested(ranks, 4)) > 3.8  # four tokens a step, but at the end of the text
@@ -306,7 +306,7 @@ def test_nothing_supervised_is_no_loss_and_no_rank() -> None:
     module = Medusa.trainable(backbone_of(), torch.ones(VOCAB))
     batch = batch_of([[1, 2, 3, 4]], [[False] * 4])
     assert module.losses(batch) == {}
-    assert [(len(each.ranks_PK), each.said_PKR.shape) for each in module.guesses(batch)] == [(0, (0, 4, 10))]
+    assert [(len(each.ranks_PK), each.log_probs_PKR.shape) for each in module.guesses(batch)] == [(0, (0, 4, 10))]
 
 
 def test_a_short_conversation_teaches_only_the_heads_that_it_reaches() -> None:
@@ -331,19 +331,19 @@ def test_what_would_have_been_guessed_position_by_position(vocabulary: int, monk
     ended = missed = 0
     for b, row in enumerate(tokens):
         sources = [p for p in range(len(row) - 2) if p + 2 > 2]  # where the first head guesses what was written
-        assert len(found[b].ranks_PK) == len(found[b].said_PKR) == len(sources)
+        assert len(found[b].ranks_PK) == len(found[b].log_probs_PKR) == len(sources)
         for place, p in enumerate(sources):
             read = module.read(batch, torch.tensor([b * batch.tokens_BT.shape[1] + p])).detach()
             for k in range(3):
-                said = (read[k, 0] @ module.head(k).detach().T).log_softmax(-1)
-                order = [module.vocabulary_V[i].item() for i in said.argsort(descending=True)]
+                log_probs = (read[k, 0] @ module.head(k).detach().T).log_softmax(-1)
+                order = [module.vocabulary_V[i].item() for i in log_probs.argsort(descending=True)]
                 token = row[p + 2 + k] if p + 2 + k < len(row) else None
                 rank = order.index(token) if token in order else MISSED
                 rank = ENDED if token is None else rank if rank < RANKS else MISSED
                 assert found[b].ranks_PK[place, k] == rank
                 ended, missed = ended + (rank == ENDED), missed + (rank == MISSED)
-                best = said.sort(descending=True).values[: min(SAID, vocabulary)]
-                torch.testing.assert_close(found[b].said_PKR[place, k], best, rtol=1e-4, atol=1e-4)
+                best = log_probs.sort(descending=True).values[: min(CALIBRATION_TOP_K, vocabulary)]
+                torch.testing.assert_close(found[b].log_probs_PKR[place, k], best, rtol=1e-4, atol=1e-4)
     assert ended
     assert missed
 
@@ -372,12 +372,12 @@ def test_heads_begin_with_what_others_have_learnt() -> None:
     for output in ("shared", "tied", "own"):
         learnt, fresh = (random_heads(backbone, 3, 2, output, 30, seed) for seed in (0, 1))
         (theirs,), (before,) = learnt.guesses(batch), fresh.guesses(batch)
-        assert not torch.equal(theirs.said_PKR, before.said_PKR)
+        assert not torch.equal(theirs.log_probs_PKR, before.log_probs_PKR)
         tensors, arch = learnt.checkpoint()
         fresh.start(arch, tensors)
         (ours,) = fresh.guesses(batch)
         assert torch.equal(ours.ranks_PK, theirs.ranks_PK)
-        assert torch.equal(ours.said_PKR, theirs.said_PKR)
+        assert torch.equal(ours.log_probs_PKR, theirs.log_probs_PKR)
 
 
 def test_of_other_draft_vocabularies_the_tokens_that_both_have_are_taken() -> None:
@@ -486,8 +486,8 @@ def test_heads_of_another_model_are_refused_unless_told_otherwise(tmp_path: Path
 def test_of_two_shipped_checkpoints_the_better_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = backbone_of()
     monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path)
-    for name, earned in (("a", 1.5), ("b", 2.5), ("c", 2.0)):
-        saved(tmp_path / name, backbone, random_heads(backbone, 2, 1, "tied", 20), tokens_per_step={"8": earned})
+    for name, tokens in (("a", 1.5), ("b", 2.5), ("c", 2.0)):
+        saved(tmp_path / name, backbone, random_heads(backbone, 2, 1, "tied", 20), tokens_per_step={"8": tokens})
     assert checkpoint.shipped(backbone) == {"medusa": tmp_path / "b"}
 
 

@@ -23,13 +23,13 @@ from torch import Tensor
 from foretell.backbone import Backbone
 from foretell.backbone.load import assemble
 from foretell.cli import main
-from foretell.contracts import FINAL
+from foretell.contracts import FINAL_NORM
 from foretell.drafters.medusa import Medusa
 from foretell.drafters.medusa2 import RISE, JointHeads, Medusa2
 from foretell.drafting import checkpoint
 from foretell.drafting.learning.finetune import PLACES, causal
 from foretell.drafting.learning.heads import CHUNK, Trainable, TrainingBatch
-from foretell.drafting.learning.student import LEAST, divergence
+from foretell.drafting.learning.student import MIN_PROBABILITY, divergence
 from foretell.errors import ForetellError, UsageError
 from foretell.loading.resolve import resolve
 from foretell.train.data import Distilled
@@ -121,7 +121,7 @@ def test_the_states_are_those_that_the_features_keep(backbone: Backbone, folder:
     def apart(a: Tensor, b: Tensor) -> float:
         return float((a[there_BT] - b[there_BT].float()).norm() / b[there_BT].float().norm())
 
-    assert module.taps == (1, 2, FINAL)
+    assert module.taps == (1, 2, FINAL_NORM)
     for tap in module.taps:
         assert apart(now[tap], batch.states[tap]) < 0.05
         assert all(apart(now[tap], batch.states[other]) > 0.2 for other in module.taps if other != tap)
@@ -138,7 +138,9 @@ def test_at_the_start_the_model_says_what_it_said(backbone: Backbone, folder: Pa
 def test_at_the_start_nothing_pulls_at_the_model(backbone: Backbone, folder: Path, in_float32: None) -> None:
     module = learning(backbone, folder, dropout=0.0).train()
     batch = batch_of(backbone, module)
-    logits_BTV = module._through(batch).states[FINAL].detach() @ causal(module.model).get_output_embeddings().weight.T
+    logits_BTV = (
+        module._through(batch).states[FINAL_NORM].detach() @ causal(module.model).get_output_embeddings().weight.T
+    )
     p_BTm, ids_BTm = logits_BTV.detach().softmax(-1).topk(TEACHER)
     itself = replace(batch, teacher_ids_BTm=ids_BTm, teacher_p_BTm=p_BTm)
 
@@ -162,7 +164,7 @@ def test_the_backbones_loss_is_the_divergence_written_out(
         sums = batch.teacher_p_BTm.sum(-1, keepdim=True).clamp(min=1e-9)
         batch = replace(batch, teacher_p_BTm=batch.teacher_p_BTm / sums * sum_of_p)
     with torch.no_grad():
-        states_BTd = module._through(batch).states[FINAL].double()
+        states_BTd = module._through(batch).states[FINAL_NORM].double()
         weight_Vd = causal(module.model).get_output_embeddings().weight.double()
     terms = []
     for b, talk in enumerate(DATA):
@@ -174,7 +176,7 @@ def test_the_backbones_loss_is_the_divergence_written_out(
             assert len(p) == TEACHER
             p = {token: each / max(1.0, sum(p.values())) for token, each in p.items()}
             told, left = sum(p.values()), 1 - sum(q[token] for token in p)
-            rest = max(LEAST, 1 - told)
+            rest = max(MIN_PROBABILITY, 1 - told)
             assert (rest > 0.1) == (sum_of_p is None)
             terms.append(sum(each * math.log(each / q[token]) for token, each in p.items()))
             terms[-1] += rest * math.log(rest / left)
@@ -232,7 +234,7 @@ def reached(module: JointHeads, batch: TrainingBatch) -> tuple[set[str], set[str
     module.zero_grad()
     module.model.zero_grad()
     total(module.train().losses(batch)).backward()
-    heads = {name for name, p in module.named_parameters() if not name.startswith("pupil.") and moved(p)}
+    heads = {name for name, p in module.named_parameters() if not name.startswith("student.") and moved(p)}
     return heads, {name for name, p in module.model.named_parameters() if moved(p)}
 
 
@@ -436,7 +438,7 @@ def test_adapters_drop_what_they_read_while_they_learn(backbone: Backbone, folde
     def states(module: JointHeads, seed: int) -> Tensor:
         torch.manual_seed(seed)
         with torch.no_grad():
-            return module._through(batch).states[FINAL]
+            return module._through(batch).states[FINAL_NORM]
 
     plain, module = (perturbed(learning(backbone, folder, dropout=dropout)) for dropout in (0.0, 0.3))
     batch = batch_of(backbone, module)
@@ -495,8 +497,8 @@ def test_the_heads_are_medusas_and_may_begin_with_them(backbone: Backbone, folde
     tensors, arch = medusa.checkpoint()
     module = learning(backbone, folder)
     module.start(arch, tensors)
-    ours, said = module.checkpoint()
-    assert said == arch
+    ours, log_probs = module.checkpoint()
+    assert log_probs == arch
     assert ours.keys() == tensors.keys() == {"weight.0", "weight.1", "bias", "head", "vocabulary"}
     assert all(torch.equal(ours[name], tensors[name]) for name in tensors)
     with pytest.raises(UsageError, match="It is made with other options; train with the same"):

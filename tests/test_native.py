@@ -50,7 +50,7 @@ def outcome(code: str, *flags: str) -> str:
 
 
 GUARDS = """
-from foretell.backbone.eager.linear import Asked, LevelDrafting, LowerDrafting
+from foretell.backbone.eager.linear import DraftRequest, LevelDrafting, LowerLayerDrafting
 from foretell.backbone.cpu.linear import PackedLinear
 
 backbone, other = model().build("", BF16, 2), model(hidden_size=64, head_dim=16).build("", FP32, 2)
@@ -61,7 +61,7 @@ stacked = backbone.heads([[(torch.randn(d, 2 * d), torch.zeros(d))]], heads)
 store, block, vocabulary = torch.randn(5, d), [(torch.randn(d, d), torch.zeros(d))], np.arange(40)
 levels = [backbone.heads([[(torch.randn(d, 2 * d), torch.zeros(d))]], heads)]
 grower = backbone.grower(LevelDrafting(levels, 1, 4, vocabulary, (), True, False))
-climber = backbone.climber(LowerDrafting(heads, 4, vocabulary))
+climber = backbone.climber(LowerLayerDrafting(heads, 4, vocabulary))
 norms = {f"{name}_layernorm.weight": torch.ones(d) for name in ("input", "post_attention")}
 projections = {f"self_attn.{x}_proj.weight": torch.randn(n, d) for x, n in zip("qkvo", (32, 16, 16, 32))}
 mlp = {"mlp.gate_proj.weight": torch.randn(48, d), "mlp.up_proj.weight": torch.randn(48, d),
@@ -72,7 +72,7 @@ prefix.begin(0, 0, 8)
 linear = PackedLinear(torch.randn(40, d))
 
 def climb(roots=(1,), budgets=(9,), slots=(0,), count=3, steps=2, room=4, layers=2, cache=cache, **more):
-    return climber.climb(Asked(layers, slots, roots, budgets, count, steps, room, beam=2, **more), cache, None)
+    return climber.climb(DraftRequest(layers, slots, roots, budgets, count, steps, room, beam=2, **more), cache, None)
 
 def level(**changes):
     told = dict(levels=levels, streams=1, width=4, vocabulary_V=vocabulary, scales=(), grounded=True, chained=False)

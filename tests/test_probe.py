@@ -200,7 +200,7 @@ class Probes:
 
     def __call__(self, backbone: Any) -> str | None:
         self.asked += 1
-        return None if backbone.layers[0].down.least_rows >= self.needed else "It depends."
+        return None if backbone.layers[0].down.min_rows >= self.needed else "It depends."
 
 
 @pytest.fixture
@@ -219,8 +219,8 @@ def test_calls_are_padded_as_far_as_it_helps_and_the_verdict_is_kept(
     for _ in range(2):
         backbone: Any = EagerBackbone(LLAMA.config, LLAMA.weights().__getitem__, FP32, torch.device("cpu"), 1)
         settle(backbone, tmp_path)
-        assert backbone.inexact == ("It depends." if needed > 64 else None)
-        assert backbone.layers[0].down.least_rows == backbone._head.least_rows == rows
+        assert backbone.nondeterminism == ("It depends." if needed > 64 else None)
+        assert backbone.layers[0].down.min_rows == backbone._head.min_rows == rows
         assert backbone.probe_seconds > 0
         assert probes.asked == asked  # the second time nothing is probed
 
@@ -258,14 +258,14 @@ def test_a_cache_that_cannot_be_used_costs_no_more_than_time(tmp_path: Path, mon
     (tmp_path / "file").touch()
     for _ in range(2):
         settle(backbone, tmp_path / "file" / "cache")
-        assert backbone.inexact is None
+        assert backbone.nondeterminism is None
     assert probes.asked == 2
     settle(backbone, tmp_path)
     [path] = (tmp_path / "probes").iterdir()
-    for damage in ("{", "[]", "{}", '{"inexact": null}'):
+    for damage in ("{", "[]", "{}", '{"nondeterminism": null}'):
         path.write_text(damage)
         settle(backbone, tmp_path)
-        assert json.loads(path.read_text()).keys() == {"inexact", "rows", "seconds"}
+        assert json.loads(path.read_text()).keys() == {"nondeterminism", "rows", "seconds"}
     assert probes.asked == 7
 
 
@@ -278,11 +278,11 @@ def test_a_verdict_that_took_no_time_is_not_kept(tmp_path: Path, monkeypatch: py
 @pytest.mark.usefixtures("kept")
 def test_a_model_that_is_loaded_is_probed(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = assemble(Path(tiny), threads=1, cache_dir=tmp_path)
-    assert backbone.inexact is None
+    assert backbone.nondeterminism is None
     assert len(list((tmp_path / "probes").iterdir())) == 1
     monkeypatch.setattr(canonical, "probe", raising(AssertionError("it was known")))
     again = assemble(Path(tiny), threads=1, cache_dir=tmp_path)
-    assert (again.inexact, again.probe_seconds) == (None, backbone.probe_seconds)
+    assert (again.nondeterminism, again.probe_seconds) == (None, backbone.probe_seconds)
 
 
 def test_another_compilation_is_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,7 +133,7 @@ def test_large_trees_change_no_bit(demo_folder: Path, dtype: str, temperature: f
 def test_every_kernel_keeps_the_promise(demo_folder: Path, dtype: str, kernel: str) -> None:
     backbone = backbone_of(demo_folder, dtype, kernel)
     assert backbone.kernels == kernel
-    assert backbone.inexact is None
+    assert backbone.nondeterminism is None
     ask = [(ids, SamplingParams(max_new_tokens=16, logprobs=1)) for ids in prompts(demo_folder)[:2]]
     right = plainly(backbone, ask)
     decoder = decoder_of(backbone, RandomTrees(49152, 24, answers=answers(ask, right)), max_rows=2)

@@ -47,9 +47,9 @@ def conversations(backbone: Backbone) -> list[Distilled]:
         tokens, answers = list[int](), list[tuple[int, int]]()
         for turn in range(1 + line % 2):
             tokens = tokens + random_tokens(2 + 3 * line, 10 * line + turn)
-            [said] = plainly(backbone, [(tokens, SamplingParams(max_new_tokens=20 + line, ignore_eos=True))])
-            answers.append((len(tokens), len(tokens) + len(said.ids)))
-            tokens = tokens + said.ids
+            [log_probs] = plainly(backbone, [(tokens, SamplingParams(max_new_tokens=20 + line, ignore_eos=True))])
+            answers.append((len(tokens), len(tokens) + len(log_probs.ids)))
+            tokens = tokens + log_probs.ids
         found.append(Distilled(line, tokens, answers))
     return found
 
@@ -165,11 +165,11 @@ def test_each_size_is_replayed_alone_and_the_drafters_own_rule_comes_back(kind: 
     data = conversations(backbone)
     drafter = drafter_of(kind, backbone, data)
     stored, rule, fractions = Features(backbone, data, drafter.taps), drafter.size, list[float]()
-    earned = by_size(drafter, stored, [3, 1], [2, 4, 12], fractions.append)
+    tokens_per_step = by_size(drafter, stored, [3, 1], [2, 4, 12], fractions.append)
     assert drafter.size is rule
-    assert list(earned) == [2, 4, 12]
-    for size, tokens in earned.items():
+    assert list(tokens_per_step) == [2, 4, 12]
+    for size, tokens in tokens_per_step.items():
         alone = replay(drafter_of(kind, backbone, data, size), stored, [1, 3])
         assert tokens == pytest.approx(alone.tokens_per_step, abs=1e-4)
-    assert len(set(earned.values())) > 1
+    assert len(set(tokens_per_step.values())) > 1
     assert fractions == pytest.approx([i / 3 for i in range(1, 4)])

@@ -14,7 +14,7 @@ from command_line import Foretell
 
 import foretell as package
 from foretell.api import LLM
-from foretell.bench.contenders import Ours
+from foretell.bench.contenders import ForetellSystem
 from foretell.bench.results import RESULTS, read_results
 from foretell.verify import Typical
 
@@ -92,7 +92,7 @@ def test_without_thresholds_to_compare_there_is_no_such_plot(
 def test_a_threshold_makes_the_rule_at_the_temperature_that_is_sampled_at(
     llm: LLM, asked: bool | float, rule: Typical | None
 ) -> None:
-    ours = Ours(llm, "name", "prompt_lookup", {"typical": asked})
+    ours = ForetellSystem(llm, "name", "prompt_lookup", {"typical": asked})
     assert ours._decoder(1, 0.5).rule == rule
     assert ours.lossless == (rule is None)
 

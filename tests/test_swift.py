@@ -103,10 +103,10 @@ def test_a_chain_is_what_the_model_writes_without_these_sublayers() -> None:
                 backbone.embed(torch.tensor([newest])), nodes, cache, skip=plan.bits(LAYERS)
             )
             cache.commit([0], [[0]])
-            said = backbone.logits(backbone.norm(hidden))[0].softmax(-1)
-            newest = int(said.argmax())
+            log_probs = backbone.logits(backbone.norm(hidden))[0].softmax(-1)
+            newest = int(log_probs.argmax())
             assert tokens[node] == newest
-            assert given[node] == pytest.approx(float(said.max()), rel=2e-2)
+            assert given[node] == pytest.approx(float(log_probs.max()), rel=2e-2)
 
 
 def test_siblings_stand_where_the_model_was_unsure() -> None:
@@ -266,8 +266,8 @@ def test_candidates_come_every_so_often_and_run_on_the_longest_answer() -> None:
     put(drafter, "draft", noted)
     put(drafter, "matchness", score)
     finish(decoder_of(backbone, drafter, max_rows=3), requests())
-    assert scored == [(number, [max(said)]) for number, said in rounds if number % 3 == 0 and max(said) > 4]
-    assert any(len(said) > 1 and max(said) > said[0] for _, said in rounds)  # not always the first row
+    assert scored == [(number, [max(lengths)]) for number, lengths in rounds if number % 3 == 0 and max(lengths) > 4]
+    assert any(len(lengths) > 1 and max(lengths) > lengths[0] for _, lengths in rounds)  # not always the first row
 
 
 def test_the_adaptive_threshold_is_told_while_decoding() -> None:
@@ -277,11 +277,11 @@ def test_the_adaptive_threshold_is_told_while_decoding() -> None:
         drafter = swift_of(backbone, plan, steps=8, nodes=nodes, threshold=Threshold(0.0, adaptive=True))
         finish(decoder_of(backbone, drafter), [request])
         if plan == NOTHING:  # all is accepted, and four guesses are all that the tree has room for
-            assert drafter.judge.threshold.accepted > 0.9
-            assert drafter.judge.threshold.value > 0.0
+            assert drafter.tracker.threshold.accepted > 0.9
+            assert drafter.tracker.threshold.value > 0.0
         else:
-            assert drafter.judge.threshold.accepted < 0.9
-            assert drafter.judge.threshold.value > 0.002
+            assert drafter.tracker.threshold.accepted < 0.9
+            assert drafter.tracker.threshold.value > 0.002
 
 
 # -- plans in files -------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from foretell import files as files_of_ours
 from foretell.api import load
 from foretell.backbone import Backbone, Nodes
 from foretell.cli import main
-from foretell.contracts import FINAL
+from foretell.contracts import FINAL_NORM
 from foretell.drafters import drafter_class
 from foretell.drafting import checkpoint
 from foretell.drafting.checkpoint import Checkpoint
@@ -54,7 +54,7 @@ from foretell.trees.search import ENDED, MISSED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VOCAB, WIDTH = DIMENSIONS["vocab_size"], DIMENSIONS["hidden_size"]
-TAPS = (FINAL, 0, 2)
+TAPS = (FINAL_NORM, 0, 2)
 NEVER = VOCAB - 1
 
 
@@ -106,12 +106,12 @@ def alone(backbone: Backbone, tokens: list[int]) -> tuple[dict[int, Tensor], Ten
     for token in tokens:
         nodes = Nodes([chain(0)], [0], [cache.lengths[0]])
         embedded = backbone.embed(torch.tensor([token]))
-        hidden, taps = backbone.run_layers(embedded, nodes, cache, taps=[t for t in TAPS if t != FINAL])
+        hidden, taps = backbone.run_layers(embedded, nodes, cache, taps=[t for t in TAPS if t != FINAL_NORM])
         cache.commit([0], [[0]])
-        for tap, states in (taps | {FINAL: backbone.norm(hidden)}).items():
+        for tap, states in (taps | {FINAL_NORM: backbone.norm(hidden)}).items():
             rows[tap].append(states)
     found = {tap: torch.cat(states) for tap, states in rows.items()}
-    return found, backbone.logits(found[FINAL])
+    return found, backbone.logits(found[FINAL_NORM])
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
@@ -163,10 +163,10 @@ def test_what_is_kept_for_other_taps_is_not_computed_again(
 ) -> None:
     monkeypatch.setattr(featuring, "SHARD", 40)
     backbone.fingerprint = "f00d"
-    kept = Features(backbone, DATA, (2, FINAL), tmp_path / "features-f00d-2--1")
+    kept = Features(backbone, DATA, (2, FINAL_NORM), tmp_path / "features-f00d-2--1")
     kept.prepare()
     ran: list[int] = []
-    run, said = backbone.run_layers, backbone.logits
+    run, log_probs = backbone.run_layers, backbone.logits
 
     def run_layers(hidden_Md: Tensor, nodes: Any, cache: Any, begin: int, end: int, **options: Any) -> Any:
         ran.append(end)
@@ -174,11 +174,11 @@ def test_what_is_kept_for_other_taps_is_not_computed_again(
 
     def logits(states_Md: Tensor) -> Tensor:
         ran.append(-1)
-        return said(states_Md)
+        return log_probs(states_Md)
 
     monkeypatch.setattr(backbone, "run_layers", run_layers)
     monkeypatch.setattr(backbone, "logits", logits)
-    for taps, layers in (((1,), {1}), ((), set()), ((1, 2, FINAL), set())):  # all is there by now
+    for taps, layers in (((1,), {1}), ((), set()), ((1, 2, FINAL_NORM), set())):  # all is there by now
         ran.clear()
         features = Features(backbone, DATA, taps, tmp_path / f"features-f00d-{taps}")
         features.prepare()
@@ -218,7 +218,7 @@ def test_several_folders_are_as_one(backbone: Backbone, tmp_path: Path, kept: bo
 
 def test_a_folder_holds_out_the_same_with_others_beside_it(backbone: Backbone, tmp_path: Path) -> None:
     def made(*sets: Sequence[Distilled]) -> Trainer:
-        features = Joined([Features(backbone, data, (FINAL,)) for data in sets])
+        features = Joined([Features(backbone, data, (FINAL_NORM,)) for data in sets])
         return Trainer(Words(), features, Settings(held_out=0.25), tmp_path)
 
     one, other = some_data(20), some_data(8, seed=1)
@@ -351,7 +351,7 @@ class Toy(Trainable):
 class Line(Toy):
     """Linear regression on the states of what was written; `truth` is its only optimum."""
 
-    taps = (FINAL,)
+    taps = (FINAL_NORM,)
     truth: Tensor
 
     def __init__(self, width: int = WIDTH):
@@ -360,7 +360,7 @@ class Line(Toy):
         self.register_buffer("truth", torch.linspace(-1, 1, width))
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        x_Pd = batch.states[FINAL][batch.supervised_BT].float()
+        x_Pd = batch.states[FINAL_NORM][batch.supervised_BT].float()
         if not len(x_Pd):
             return {}
         wrong_P = x_Pd @ self.weight - x_Pd @ self.truth
@@ -370,7 +370,7 @@ class Line(Toy):
 class Words(Toy):
     """Guesses the token after the next from the state, and the one after it from the same, by two tables."""
 
-    taps = (FINAL,)
+    taps = (FINAL_NORM,)
 
     def __init__(self, vocab: int = VOCAB):
         super().__init__()
@@ -381,7 +381,7 @@ class Words(Toy):
         for k in range(2):
             live = batch.supervised_BT[:, k + 2 :]
             if live.any():
-                logits = batch.states[FINAL][:, : -(k + 2)][live].float() @ self.table_KdV[k]
+                logits = batch.states[FINAL_NORM][:, : -(k + 2)][live].float() @ self.table_KdV[k]
                 out[f"head {k + 1}"] = nn.functional.cross_entropy(logits, batch.tokens_BT[:, k + 2 :][live])
         return out
 
@@ -389,7 +389,7 @@ class Words(Toy):
 class Told(Toy):
     """Its ranks are the tokens of the data, `NEVER` being none; it gives ten guesses 1/10 each. Nothing is learnt."""
 
-    taps = (FINAL,)
+    taps = (FINAL_NORM,)
 
     def __init__(self) -> None:
         super().__init__()
@@ -443,7 +443,7 @@ def trainer(backbone: Backbone, tmp_path: Path) -> Made:
         name: str = "run", module: Trainable | None = None, data: Sequence[Distilled] = DATA, **settings: Any
     ) -> Trainer:
         given = {"epochs": 4, "batch_tokens": 60, "learning_rate": 0.01, "held_out": 0.2} | settings
-        features = Features(backbone, data, (FINAL,))
+        features = Features(backbone, data, (FINAL_NORM,))
         return Trainer(module or Words(), features, Settings(**given), tmp_path / name)
 
     return make
@@ -1076,10 +1076,10 @@ def test_only_held_out_conversations_are_measured(trainer: Made) -> None:
 def test_larger_trees_earn_more_in_text_of_one_pattern(trainer: Made) -> None:
     pattern = [0, 0, 1, 0, 2, 0, 0, 3, 1, 0, 0, 5]
     report = trainer(module=Told(), data=told(*[pattern * 3] * 4), held_out=0.0).evaluate()
-    earned = list(report.tokens_per_step.values())
+    tokens_per_step = list(report.tokens_per_step.values())
     assert list(report.tokens_per_step) == [4, 8, 12, 16, 24]  # of the sizes, those that so few patterns fill
-    assert 1 < earned[0] < earned[-1] <= 4
-    assert earned == sorted(earned)
+    assert 1 < tokens_per_step[0] < tokens_per_step[-1] <= 4
+    assert tokens_per_step == sorted(tokens_per_step)
 
 
 def test_guesses_that_never_come_true_earn_nothing(trainer: Made) -> None:
@@ -1149,9 +1149,8 @@ def replayed(model: str, data: str, folder: Path) -> dict[str, float]:
     """What a drafter earns, by tree size, in every second conversation: trees were searched in the others."""
     llm = load(model, "medusa", dtype="fp32", threads=1, checkpoint=str(folder))
     features = Features(llm.backbone, Store.open(Path(data)).conversations, llm.drafter.taps)
-    sizes = [size for size in SIZES if size <= llm.drafter.most_nodes]
-    earned = by_size(llm.drafter, features, range(1, len(features.data), 2), sizes, lambda done: None)
-    return {str(size): tokens for size, tokens in earned.items()}
+    sizes = [size for size in SIZES if size <= llm.drafter.max_nodes]
+    return by_size(llm.drafter, features, range(1, len(features.data), 2), sizes, lambda done: None)
 
 
 def test_from_a_model_alone_to_a_trained_drafter(
@@ -1172,7 +1171,7 @@ def test_from_a_model_alone_to_a_trained_drafter(
     assert saved.provenance["data"] == [Store.open(Path(data)).manifest]
     assert len(saved.calibration) == 3
     assert saved.tokens_per_step == replayed(tiny, data, drafter)
-    assert saved.tokens_per_step.keys() == saved.provenance["fixed_trees"].keys()
+    assert {str(size) for size in saved.tokens_per_step} == saved.provenance["fixed_trees"].keys()
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in sorted(Path(data).glob("features-*/[!.]*"))] == ["features-00000.safetensors"]
     options = ["-m", tiny, *TINY, "--prompts", prompts, "-n", "40", "--json"]
@@ -1247,7 +1246,7 @@ def test_hydra_may_begin_with_what_medusa_has_learnt(
     saved, tensors = checkpoint.load(tmp_path / "out" / "drafter")
     digest = checkpoint.fingerprint(checkpoint.load(Path(start))[1])
     assert (saved.provenance["start"], saved.provenance["started_by"]) == (digest, [told])
-    assert list(saved.tokens_per_step) == [str(size) for size in SIZES]
+    assert list(saved.tokens_per_step) == list(SIZES)
     assert all(1 <= tokens <= 4 for tokens in saved.tokens_per_step.values())
     medusa = checkpoint.load(trained / "drafter")[1]
     for k in range(3):

@@ -12,7 +12,7 @@ from random_backbones import same
 from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache, Nodes
-from foretell.contracts import FINAL, Draft, Drafter, Features, Resume, Row
+from foretell.contracts import FINAL_NORM, Draft, Drafter, Features, Resume, Row
 from foretell.trees import Guesses, TokenTree, chain, most_probable
 
 Answers = dict[tuple[int, ...], list[int]]
@@ -45,7 +45,7 @@ class RandomTrees(Drafter):
         self.vocab, self.most, self.answers, self.rng = vocab, most, answers or {}, random.Random(seed)
 
     @property
-    def most_nodes(self) -> int:
+    def max_nodes(self) -> int:
         return self.most + 12
 
     def draft(self, rows: Sequence[Row]) -> Draft:
@@ -162,7 +162,7 @@ class Checker(Drafter):
     def __init__(self, inner: Drafter, backbone: Backbone, always: bool = True):
         self.inner, self.backbone, self.always, self.checked = inner, backbone, always, 0
         self.rows: dict[int, Row] = {}
-        self.taps = (0, 1, backbone.config.layers, FINAL)  # type: ignore[misc]
+        self.taps = (0, 1, backbone.config.layers, FINAL_NORM)  # type: ignore[misc]
         self.cuts = inner.cuts  # type: ignore[misc]
         self.seen: dict[int, dict[int, list[Tensor]]] = {}
 
@@ -172,8 +172,8 @@ class Checker(Drafter):
         return self
 
     @property
-    def most_nodes(self) -> int:
-        return self.inner.most_nodes
+    def max_nodes(self) -> int:
+        return self.inner.max_nodes
 
     @property
     def extra_nodes(self) -> int:
@@ -203,7 +203,7 @@ class Checker(Drafter):
 
     def check(self, row: Row) -> None:
         ours = {tap: torch.cat(states) for tap, states in self.seen[row.slot].items()}
-        known = min(len(ours[FINAL]), len(row.tokens))  # a stop may have cut an accepted path short
+        known = min(len(ours[FINAL_NORM]), len(row.tokens))  # a stop may have cut an accepted path short
         for tap, states in fresh_states(self.backbone, row.tokens[:known], self.taps).items():
             assert same(ours[tap][:known], states)
         self.checked += known
@@ -211,6 +211,6 @@ class Checker(Drafter):
 
 def fresh_states(backbone: Backbone, tokens: list[int], taps: Sequence[int]) -> dict[int, Tensor]:
     nodes, cache = Nodes.chains([0], [0], [len(tokens)]), backbone.new_cache(1, len(tokens))
-    layers = [tap for tap in taps if tap != FINAL]
+    layers = [tap for tap in taps if tap != FINAL_NORM]
     hidden, states = backbone.run_layers(backbone.embed(torch.tensor(tokens)), nodes, cache, taps=layers)
-    return states | {FINAL: backbone.norm(hidden)}
+    return states | {FINAL_NORM: backbone.norm(hidden)}

@@ -157,7 +157,7 @@ def attention_microseconds(canonical: bool) -> None:
 # -- whole generations -------------------------------------------------------------------------------------------------
 
 
-class Ours:
+class ForetellSystem:
     adapt = True
 
     def __init__(self, llm: Any, name: str):
@@ -253,7 +253,7 @@ print(json.dumps([first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 10
 def section_reference(args: argparse.Namespace) -> Any:
     """Plain in float32 against transformers' greedy search in float32."""
     llm, peer = foretell.load(MODEL, dtype="fp32"), Transformers(torch.float32)
-    ours, differences, tokens = Ours(llm, "plain"), [], 0
+    ours, differences, tokens = ForetellSystem(llm, "plain"), [], 0
     for number, question in enumerate(args.prompts):
         ids = llm.encode(question)
         mine, theirs = ours(ids, args.new_tokens)[0], peer(ids, args.new_tokens)[0]

@@ -22,7 +22,7 @@ class RandomTrees(Drafter):
         self.nodes, self.vocab, self.random = nodes, vocab, random.Random(0)
 
     @property
-    def most_nodes(self) -> int:
+    def max_nodes(self) -> int:
         return self.nodes
 
     def draft(self, rows: Sequence[Row]) -> Draft:
@@ -65,7 +65,7 @@ class ForcedTrees(RandomTrees):
         return draft
 
     @property
-    def most_nodes(self) -> int:
+    def max_nodes(self) -> int:
         return self.nodes + 6
 
 

@@ -47,11 +47,12 @@ def learnt(backbone: Backbone, features: Features, settings: Settings, options: 
         report = run.evaluate()
     tensors, arch = module.checkpoint()
     drafter = Kangaroo(backbone, arch, tensors, lambda rows, context: NODES[0], scales=report.calibration)
-    earned = by_size(drafter, features, replayed(report.replayed), NODES, lambda done: None)
+    tokens_per_step = by_size(drafter, features, replayed(report.replayed), NODES, lambda done: None)
     return {
         "options": options, "parameters": sum(each.numel() for each in module.parameters()),
         "top1": report.accuracy[0]["top1"], "top5": report.accuracy[0]["top5"],
-        "tokens_per_step": {str(nodes): tokens for nodes, tokens in earned.items()}, "seconds": round(run.seconds),
+        "tokens_per_step": {str(nodes): tokens for nodes, tokens in tokens_per_step.items()},
+        "seconds": round(run.seconds),
     }  # fmt: skip
 
 

@@ -64,10 +64,9 @@ class Matchness:
             nodes = Nodes.chains(slots, [self.cache.lengths[slot] for slot in slots], [WINDOW] * len(slots))
             ids = torch.tensor([token for slot in slots for token in self.texts[slot][-WINDOW - 1 : -1]])
             hidden_Fd, _ = self.backbone.run_layers(self.backbone.embed(ids), nodes, self.cache, skip=bits)
-            said = self.backbone.argmax(self.backbone.norm(hidden_Fd)).tolist()
-            right += sum(
-                a == b for a, b in zip(said, (t for slot in slots for t in self.texts[slot][-WINDOW:]), strict=True)
-            )
+            guesses = self.backbone.argmax(self.backbone.norm(hidden_Fd)).tolist()
+            written = [token for slot in slots for token in self.texts[slot][-WINDOW:]]
+            right += sum(a == b for a, b in zip(guesses, written, strict=True))
         return round(right / (TEXTS * WINDOW), 4)
 
 

@@ -229,8 +229,8 @@ def exits(section: dict[str, Any]) -> list[str]:
     ]
     for name, run in r.items():
         if isinstance(run, dict) and "top1" in run:
-            earned = " | ".join(f"{tokens:.2f}" for tokens in run["tokens_per_step"].values())
-            cells = f"{run['parameters'] / 1e6:.1f} M | {run['top1']:.1%} | {run['top5']:.1%} | {earned}"
+            tokens_per_step = " | ".join(f"{tokens:.2f}" for tokens in run["tokens_per_step"].values())
+            cells = f"{run['parameters'] / 1e6:.1f} M | {run['top1']:.1%} | {run['top5']:.1%} | {tokens_per_step}"
             lines.append(f"| {name} | {cells} |")
     return [*lines, ""]
 
@@ -293,8 +293,8 @@ def ablation(section: dict[str, Any]) -> list[str]:
     for run in runs.values():
         options = " ".join(word for word in run["command"].split() if "=" in word)
         right = [f"{share:.1%}" for share in run["accuracy"]]
-        earned = [f"{run['tokens_per_step'][size]:.2f}" for size in ("8", "16", "32")]
-        lines.append(f"| {options or 'none'} | {' | '.join(right + earned)} |")
+        tokens_per_step = [f"{run['tokens_per_step'][size]:.2f}" for size in ("8", "16", "32")]
+        lines.append(f"| {options or 'none'} | {' | '.join(right + tokens_per_step)} |")
     return [*lines, ""]
 
 

@@ -28,7 +28,7 @@ from foretell.trees import TokenTree
 if TYPE_CHECKING:
     from foretell.backbone import Backbone, KVCache
 
-FINAL = -1
+FINAL_NORM = -1
 """Tap of the final norm's output: what the output head reads. Tap l >= 0 is the residual stream after l layers."""
 
 
@@ -127,7 +127,7 @@ class Drafter(ABC):
     """One method. Subclasses live in one file under `drafters/` and have one row in its table.
 
     Attributes:
-        taps: hidden states to hand to `observe` (see `FINAL`).
+        taps: hidden states to hand to `observe` (see `FINAL_NORM`).
         cuts: layers after which `at_cut` may add rows to the verification pass.
         lossless: whether the output equals plain decoding's under exact verification.
         depth: layers of the backbone that drafting runs, in the engine's cache (see `bind`).
@@ -150,7 +150,7 @@ class Drafter(ABC):
         return cls(**options)
 
     @property
-    def most_nodes(self) -> int:
+    def max_nodes(self) -> int:
         """The largest tree it will draft, root included: the engine reserves that many cache slots."""
         return 64
 
@@ -171,7 +171,7 @@ class Drafter(ABC):
         What is kept of rows is assigned, not emptied: engines that share the drafter have shallow copies of it.
         """
 
-    def holds(self, slot: int, tokens: int) -> int:
+    def reusable_tokens(self, slot: int, tokens: int) -> int:
         """How many of the first `tokens` in a slot's cache need not come to `observe` again.
 
         The rest is computed anew for the next request, which shares these tokens and may differ from there on.

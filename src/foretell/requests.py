@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from foretell.errors import UsageError, check_numbers, is_number
 
-MOST_BIAS = 1000
+MAX_BIAS = 1000
 """Far beyond any logit, and far from where float32 loses the logit beside it."""
 
 
@@ -72,8 +72,8 @@ class SamplingParams:
         bias = self.logit_bias
         if not isinstance(bias, dict) or not all(is_number(t, True) and is_number(b) for t, b in bias.items()):
             raise UsageError(f"logit_bias is {bias!r}; it must map token ids to numbers.")
-        if not all(abs(value) <= MOST_BIAS for value in bias.values()):
-            raise UsageError(f"logit_bias is {bias}; its values must lie between -{MOST_BIAS} and {MOST_BIAS}.")
+        if not all(abs(value) <= MAX_BIAS for value in bias.values()):
+            raise UsageError(f"logit_bias is {bias}; its values must lie between -{MAX_BIAS} and {MAX_BIAS}.")
         if not isinstance(self.stop, tuple | list) or not all(isinstance(text, str) and text for text in self.stop):
             raise UsageError(f"stop is {self.stop!r}; it must be a tuple of non-empty strings.")
         if not isinstance(self.stop_ids, tuple | list) or not all(is_number(token, True) for token in self.stop_ids):

@@ -22,9 +22,9 @@ from foretell.backbone.eager.linear import (
     DrafterHeads,
     DrafterLinear,
     LevelDrafting,
-    LowerDrafting,
+    LowerLayerDrafter,
+    LowerLayerDrafting,
     StackedHeads,
-    TreeClimber,
     TreeGrower,
 )
 from foretell.backbone.nodes import Nodes
@@ -65,7 +65,7 @@ class Backbone(ABC):
     """
 
     kernels: str = "eager"
-    inexact: str | None = None
+    nondeterminism: str | None = None
     probe_seconds: float = 0.0
     fingerprint: str = ""
     costs: Path | None = None
@@ -181,7 +181,7 @@ class Backbone(ABC):
         """What drafts trees in one call; None where asking level by level is as good."""
         return None
 
-    def climber(self, drafting: LowerDrafting) -> TreeClimber | None:
+    def climber(self, drafting: LowerLayerDrafting) -> LowerLayerDrafter | None:
         """What drafts with lower layers in one call; None where running them level by level is as good."""
         return None
 

@@ -15,7 +15,7 @@ import torch
 
 from foretell.backbone.base import Backbone
 from foretell.backbone.cpu.library import LIBRARY
-from foretell.backbone.eager.linear import LEAST_ROWS, MOST_ROWS
+from foretell.backbone.eager.linear import MAX_ROWS, MIN_ROWS
 from foretell.backbone.probe import probe
 from foretell.backbone.step_costs import processor
 from foretell.errors import ForetellError, is_number
@@ -38,7 +38,7 @@ class Probed:
         seconds: that the probe took.
     """
 
-    inexact: str | None
+    nondeterminism: str | None
     rows: int
     seconds: float
 
@@ -61,16 +61,16 @@ def settle(backbone: Backbone, cache_dir: str | Path | None = None) -> None:
             with suppress(ForetellError):  # a cache that cannot be written to costs the next load some time
                 write_json(path, asdict(verdict), shared=True)
     backbone.pad_rows(verdict.rows)
-    backbone.inexact, backbone.probe_seconds = verdict.inexact, verdict.seconds
+    backbone.nondeterminism, backbone.probe_seconds = verdict.nondeterminism, verdict.seconds
 
 
 def _found(backbone: Backbone) -> Probed:
     began = time.perf_counter()
-    inexact, rows = probe(backbone), LEAST_ROWS
-    for more in (16, MOST_ROWS):
-        if inexact and backbone.pad_rows(more) and probe(backbone) is None:
-            inexact, rows = None, more
-    return Probed(inexact, rows, time.perf_counter() - began)
+    nondeterminism, rows = probe(backbone), MIN_ROWS
+    for more in (16, MAX_ROWS):
+        if nondeterminism and backbone.pad_rows(more) and probe(backbone) is None:
+            nondeterminism, rows = None, more
+    return Probed(nondeterminism, rows, time.perf_counter() - began)
 
 
 def _verdict_file(backbone: Backbone, cache_dir: str | Path | None) -> Path:
@@ -99,5 +99,10 @@ def _kept(path: Path) -> Probed | None:
         found = Probed(**read_json(path)) if path.is_file() else None
     except (ForetellError, OSError, TypeError):
         return None
-    right = found and isinstance(found.inexact, str | None) and is_number(found.rows, True) and is_number(found.seconds)
+    right = (
+        found
+        and isinstance(found.nondeterminism, str | None)
+        and is_number(found.rows, True)
+        and is_number(found.seconds)
+    )
     return found if right else None

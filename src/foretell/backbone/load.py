@@ -21,7 +21,7 @@ from foretell.loading.families import read_config
 from foretell.loading.weights import Weights, fingerprint, read_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}
-MOST_THREADS = 128
+MAX_THREADS = 128
 """A step of a model is too short to share among more; the kernels' team holds 255."""
 
 
@@ -68,7 +68,7 @@ def usable_cores() -> int:
     """Cores this process may use: its affinity, cut down by a cgroup quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _cgroup_quota(Path("/sys/fs/cgroup"))
-    return max(1, min(cores, quota or cores, MOST_THREADS))
+    return max(1, min(cores, quota or cores, MAX_THREADS))
 
 
 def _fingerprint_beside(weights: Weights, config: ModelConfig) -> Callable[[], str]:
@@ -110,8 +110,8 @@ def _device(name: str | None) -> torch.device:
 
 
 def _threads(count: int | None) -> int:
-    if count is not None and not 1 <= count <= MOST_THREADS:
-        raise UsageError(f"threads is {count}; it must lie between 1 and {MOST_THREADS}.")
+    if count is not None and not 1 <= count <= MAX_THREADS:
+        raise UsageError(f"threads is {count}; it must lie between 1 and {MAX_THREADS}.")
     return count or usable_cores()
 
 

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from foretell.backbone.base import Backbone
 from foretell.backbone.cache import KVCache
-from foretell.backbone.eager.linear import MOST_ROWS
+from foretell.backbone.eager.linear import MAX_ROWS
 from foretell.backbone.nodes import Nodes
 from foretell.errors import ForetellError
 from foretell.trees import TokenTree, chain
 
-ROWS = (*range(1, 17), 24, 32, 48, MOST_ROWS)
+ROWS = (*range(1, 17), 24, 32, 48, MAX_ROWS)
 """Nodes that share a pass."""
 SEED = TokenTree((-1, 0, 1, 2, 3, 0, 1, 5, 0, 2, 6, 7, 1, 0, 3, 10, 9))
 """As heads draft it: a chain at first, then branches of all lengths."""
@@ -56,14 +56,14 @@ def _with_twins(seed: TokenTree, size: int) -> tuple[TokenTree, Tensor]:
     return TokenTree(tuple(parents)), torch.tensor(twins)
 
 
-TREE, _tree_twins = _with_twins(SEED, MOST_ROWS)
+TREE, _tree_twins = _with_twins(SEED, MAX_ROWS)
 TWINS = {TREE: _tree_twins, PROMPT: torch.arange(len(PROMPT))}
 COMPANIES: tuple[tuple[Part, ...], ...] = (
     *(((NEAR, TREE, rows),) for rows in ROWS),
     ((FAR, TREE, 9),),
     ((NEAR, TREE, 1), (FAR, TREE, 1)),
     ((NEAR, TREE, 11), (FAR, TREE, 6)),
-    ((FAR, TREE, 2), (NEAR, TREE, MOST_ROWS)),  # more rows than libraries multiply at once
+    ((FAR, TREE, 2), (NEAR, TREE, MAX_ROWS)),  # more rows than libraries multiply at once
     ((START, PROMPT, len(PROMPT)),),  # last: it writes over the tokens before NEAR
 )
 
@@ -130,7 +130,7 @@ def _layers(backbone: Backbone, tokens_N: Tensor) -> str | None:
     room = max(1, c.max_positions - len(PROMPT))
     widest = max((window for window in c.windows if window <= WIDEST), default=0)
     lengths = 0, min(AFTER, room), min(max(FAR_AFTER, widest + AFTER), room)
-    kv = backbone.new_cache(2, lengths[FAR] + MOST_ROWS)
+    kv = backbone.new_cache(2, lengths[FAR] + MAX_ROWS)
     windows = {c.windows.index(window) for window in c.windows}
     for layer in sorted({0, c.layers // 2, c.layers - 1} | windows):
         if where := _Layer(backbone, layer, inputs_Nd, lengths, kv).differs():

@@ -41,7 +41,7 @@ class Answer:
     statistics: dict[str, Any] = field(default_factory=dict)
 
 
-class Contender(Protocol):
+class System(Protocol):
     """
     Attributes:
         name: as it was asked for.
@@ -65,7 +65,7 @@ class Contender(Protocol):
     def close(self) -> None: ...
 
 
-class Ours:
+class ForetellSystem:
     """A drafter of this library.
 
     Args:
@@ -83,7 +83,7 @@ class Ours:
         self.about = {
             "drafter": drafter, "options": options, "lookup": lookup, "adapt": self.adapt,
             "typical": self.typical and {"epsilon": self.typical.epsilon, "delta": self.typical.delta},
-            "added_parameters": self.drafter.parameters, "exact": self.lossless and llm.backbone.inexact is None,
+            "added_parameters": self.drafter.parameters, "exact": self.lossless and llm.backbone.nondeterminism is None,
         }  # fmt: skip
         self._decoders: dict[tuple[int, float], SpeculativeDecoder] = {}
         self._peak = 0

@@ -31,8 +31,8 @@ def training_curves(log: Path, out: Path) -> None:
             axes[1].plot(range(1, len(values) + 1), values, style, label=f"among the best {rank[3:]}")
     axes[1].set(title="held-out accuracy", xlabel="head", ylabel="share of tokens", ylim=(0, 1))
     for report in reports:
-        earned = {int(size): tokens for size, tokens in report["tokens_per_step"].items()}
-        axes[2].plot(list(earned), list(earned.values()), "o-", label=f"epoch {report['epoch']:g}")
+        tokens_per_step = {int(size): tokens for size, tokens in report["tokens_per_step"].items()}
+        axes[2].plot(list(tokens_per_step), list(tokens_per_step.values()), "o-", label=f"epoch {report['epoch']:g}")
     axes[2].set(title="held-out tokens per step", xlabel="nodes of the tree", ylabel="by replay")
     for each in axes:
         each.grid(alpha=0.3)

@@ -21,7 +21,7 @@ import torch
 
 from foretell.api import LLM, Message
 from foretell.backbone import Nodes
-from foretell.bench.contenders import Answer, Contender
+from foretell.bench.contenders import Answer, System
 from foretell.bench.peers import MissingPeerError
 from foretell.bench.results import ABOUT, ROUNDS
 from foretell.bench.suites import Question
@@ -82,7 +82,7 @@ class Runner:
     def __init__(
         self,
         llm: LLM,
-        contenders: Sequence[Contender],
+        contenders: Sequence[System],
         questions: Sequence[Question],
         settings: Settings,
         folder: Path,
@@ -185,7 +185,7 @@ class Runner:
                 yield record
 
     def _answer(
-        self, contender: Contender, prompts: list[list[int]], params: SamplingParams, keys: list[int], where: str
+        self, contender: System, prompts: list[list[int]], params: SamplingParams, keys: list[int], where: str
     ) -> list[Answer] | None:
         """Its answers; None where it fails, and then it takes no further part."""
         try:

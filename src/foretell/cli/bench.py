@@ -19,7 +19,7 @@ EPSILONS = (0.01, 0.03, 0.06, 0.09, 0.15, 0.25)
 
 if TYPE_CHECKING:
     from foretell.api import LLM
-    from foretell.bench.contenders import Contender
+    from foretell.bench.contenders import System
     from foretell.bench.suites import Suite
 
 
@@ -146,7 +146,7 @@ def _measure(
         ("prompt_lookup", "prompt_lookup", {}),
         *([(f"{best}:lookup=true", best, {"lookup": True})] * (best != "prompt_lookup")),
     ]
-    there: list[Contender] = []
+    there: list[System] = []
     try:
         missing = _contenders(llm, base, chosen, max(how["batches"]), there)
         with sole_writer(out):
@@ -157,7 +157,7 @@ def _measure(
 
 
 def _run(
-    llm: LLM, base: Base, out: Path, suite: Suite, there: list[Contender], missing: dict[str, str],
+    llm: LLM, base: Base, out: Path, suite: Suite, there: list[System], missing: dict[str, str],
     how: dict[str, Any], run_code: bool,
 ) -> dict[str, Any]:  # fmt: skip
     from foretell import __version__
@@ -190,13 +190,13 @@ def _run(
 
 
 def _contenders(
-    llm: LLM, base: Base, chosen: list[tuple[str, str, Any]], rows: int, there: list[Contender]
+    llm: LLM, base: Base, chosen: list[tuple[str, str, Any]], rows: int, there: list[System]
 ) -> dict[str, str]:
     """Adds those that are there, plain first; says why others are not."""
-    from foretell.bench.contenders import Ours
+    from foretell.bench.contenders import ForetellSystem
     from foretell.bench.peers import PEERS, MissingPeerError, Peer
 
-    there.append(Ours(llm, "plain", "plain", {}))
+    there.append(ForetellSystem(llm, "plain", "plain", {}))
     missing: dict[str, str] = {}
     for text, name, options in chosen:
         if text in [each.name for each in there]:
@@ -205,7 +205,7 @@ def _contenders(
             if name in PEERS:
                 there.append(Peer(llm, text, name, options, rows=rows, cache_dir=base.cache_dir))
             else:
-                there.append(Ours(llm, text, name, options))
+                there.append(ForetellSystem(llm, text, name, options))
         except MissingPeerError as error:
             missing[text] = str(error)
             note(f"note: {error}")

@@ -62,8 +62,8 @@ class Base:
                 kernel=self.kernel, cache_dir=self.cache_dir, offline=self.offline or None, progress=progress,
                 **options,
             )  # fmt: skip
-        if llm.backbone.inexact:
-            note(f"note: {llm.backbone.inexact}")
+        if llm.backbone.nondeterminism:
+            note(f"note: {llm.backbone.nondeterminism}")
         if llm.backbone.kernels == "eager" and llm.backbone.device.type == "cpu" and self.kernel is None:
             note(
                 "note: no compiled kernels here, so this is slow; install foretell again where there is a C++ compiler."

@@ -125,10 +125,10 @@ def _publish(
     )  # fmt: skip
     checkpoint.save(out / "drafter", tensors)
     drafter = cls.build(backbone, checkpoint=str(out / "drafter"))
-    sizes = [size for size in SIZES if size <= drafter.most_nodes]
+    sizes = [size for size in SIZES if size <= drafter.max_nodes]
     with job_progress("replaying, %", "") as progress:
-        earned = by_size(drafter, features, told, sizes, lambda done: progress(round(done * 100), 100, 0))
-    checkpoint.tokens_per_step = {str(size): tokens for size, tokens in earned.items()}
+        tokens_per_step = by_size(drafter, features, told, sizes, lambda done: progress(round(done * 100), 100, 0))
+    checkpoint.tokens_per_step = tokens_per_step
     checkpoint.save(out / "drafter", tensors)
     return checkpoint
 
@@ -310,7 +310,9 @@ def _say_number_type(run: Trainer) -> None:
 def _say(report: Report, checkpoint: Checkpoint, text: str) -> None:
     for k, accuracy in enumerate(report.accuracy, start=1):
         note(f"head {k}: {accuracy['top1']:.1%} first, {accuracy['top5']:.1%} among five")
-    note(f"tokens per step on {text}: " + ", ".join(f"{n} nodes {t:.2f}" for n, t in checkpoint.earned.items()))
+    note(
+        f"tokens per step on {text}: " + ", ".join(f"{n} nodes {t:.2f}" for n, t in checkpoint.tokens_per_step.items())
+    )
 
 
 def _say_how(base: Base, checkpoint: Checkpoint, out: Path) -> None:

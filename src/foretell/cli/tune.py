@@ -45,9 +45,9 @@ def tune(
         older = StepCosts.load(path)
     costs.over(older).save(path)  # an interruption from here on loses no more than drafting
     llm.backbone.costs = None  # drafters built now guess, whether that pays or not
-    earned, own = llm.drafter.tokens_per_step, 0.0
+    tokens_per_step, own = llm.drafter.tokens_per_step, 0.0
     timed: list[tuple[str, Mapping[str, Any]]] = [(name, {}) for name in shipped(llm.backbone)]
-    if earned:
+    if tokens_per_step:
         options = drafter_options(loading.drafter, loading.option)
         timed.append((loading.drafter, {"lookup": loading.lookup, **options}))
     with job_progress("measuring drafting", "", resumes=False) as progress:
@@ -56,7 +56,7 @@ def tune(
             costs.drafting.setdefault(name, own)  # what ships is meant where both are of one method
             progress(done, len(timed), 0)
     costs.over(older).save(path)
-    _table(costs, own, earned)
+    _table(costs, own, tokens_per_step)
     note(f"Kept in {path}; -o nodes=N overrides it.")
 
 
@@ -69,27 +69,29 @@ def _drafting(llm: LLM, drafter: Drafter) -> float:
     return median(each.draft_seconds / max(1, each.steps) for each in found)
 
 
-def _table(costs: StepCosts, drafting: float, earned: Mapping[int, float]) -> None:
+def _table(costs: StepCosts, drafting: float, tokens_per_step: Mapping[int, float]) -> None:
     """Milliseconds of a step by nodes; with a drafter that has trees, its best size and what it should gain."""
     from rich.console import Console
     from rich.table import Table
 
     sizes = list(next(iter(next(iter(costs.seconds.values())).values())))
-    names = ["batch", "context", "ms", *map(str, sizes[1:]), *(["tree", "gain"] if earned else [])]
+    names = ["batch", "context", "ms", *map(str, sizes[1:]), *(["tree", "gain"] if tokens_per_step else [])]
     table = Table(*names, box=None, padding=(0, 1, 0, 0))  # narrow enough that nothing is cut in a pipe
     sizes_that_pay: list[int] = []
     for rows, contexts in costs.seconds.items():
         for context, seconds in contexts.items():
             cells = [f"{seconds[1] * 1e3:.1f}", *(f"{seconds[n] / seconds[1]:.2f}" for n in sizes[1:])]
-            if earned:
-                best = costs.best_size(rows, context, earned, drafting)
-                gain = costs.rate(rows, context, best, earned[best], drafting) * seconds[1] if best > 1 else 1.0
+            if tokens_per_step:
+                best = costs.best_size(rows, context, tokens_per_step, drafting)
+                gain = (
+                    costs.rate(rows, context, best, tokens_per_step[best], drafting) * seconds[1] if best > 1 else 1.0
+                )
                 cells += [str(best), f"{gain:.2f}"]
                 sizes_that_pay.append(best)
             table.add_row(str(rows), str(context), *cells)
     Console().print(table)
     note("ms: a step of one node; 4, 8, ...: a step of so many nodes, relative to it.")
-    if earned:
+    if tokens_per_step:
         note(
             "tree: the nodes that pay most; gain: tokens per second with them, relative to one node; drafting, "
             f"{drafting * 1e3:.1f} ms a step, is counted as for one row."

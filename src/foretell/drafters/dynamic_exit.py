@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foretell.backbone import Backbone, KVCache
-from foretell.contracts import FINAL, Draft, Features, Row
-from foretell.drafting.early_exit import OVERHEAD, Exiting, candidates
-from foretell.drafting.lower_layers import MOST
+from foretell.contracts import FINAL_NORM, Draft, Features, Row
+from foretell.drafting.early_exit import OVERHEAD, EarlyExitDrafter, candidates
+from foretell.drafting.lower_layers import MAX_TREE_NODES
 from foretell.drafting.options import DEFAULT_NODES, check_exit, tree_size
 from foretell.errors import check_numbers
 from foretell.trees.calibration import Floats
@@ -56,8 +56,10 @@ def tokens_per_layer(
         cost: what a guess costs beside its layers, in layers.
     """
     gamma = np.arange(longest)
-    earned = (alpha_C[..., None] ** gamma).cumsum(-1)  # the sum, for (1 - α^(γ + 1)) / (1 - α) is nothing at α = 1
-    return earned / (layers + gamma * (np.asarray(exits_C)[:, None] + cost))
+    tokens_per_step = (alpha_C[..., None] ** gamma).cumsum(
+        -1
+    )  # the sum, for (1 - α^(γ + 1)) / (1 - α) is nothing at α = 1
+    return tokens_per_step / (layers + gamma * (np.asarray(exits_C)[:, None] + cost))
 
 
 class Shadows:
@@ -127,12 +129,12 @@ def _right(told_BC22: Floats) -> Floats:
         return told_BC22[..., 0, 0] / told_BC22[..., 0].sum(-1)
 
 
-class DEL(Exiting):
+class DEL(EarlyExitDrafter):
     """Drafts at the exit that pays best.
 
     Args:
         exits: candidates.
-        ids_V, size, chain, steps: see `Exiting`.
+        ids_V, size, chain, steps: see `EarlyExitDrafter`.
         every: steps between two readings of the exits.
     """
 
@@ -147,7 +149,7 @@ class DEL(Exiting):
         self._chosen: dict[tuple[int, ...], tuple[int | None, list[float]]] = {}  # slots -> what the last reading says
         self.exits = sorted(check_exit(exit, backbone) for exit in exits or [backbone.config.layers])
         self.exit, self.depth = self.exits[0], self.exits[-1]
-        self.taps = (*self.exits, FINAL)
+        self.taps = (*self.exits, FINAL_NORM)
         self._ids_V = torch.from_numpy(self._vocabulary_V).to(backbone.device)
         cost = OVERHEAD * backbone.config.layers
         self.shadows = Shadows(self.exits, backbone.config.layers, backbone.device, cost=cost)
@@ -171,13 +173,13 @@ class DEL(Exiting):
         """
         layers = backbone.config.layers
         options = SimpleNamespace(stride=stride, steps=steps, every=every)
-        ranges = [("stride", 0, layers - 1), ("steps", 0, MOST - 1), ("every", 1, 1 << 20)]
+        ranges = [("stride", 0, layers - 1), ("steps", 0, MAX_TREE_NODES - 1), ("every", 1, 1 << 20)]
         check_numbers(options, ranges, whole=("stride", "steps", "every"))
-        ids_V, arch, earned = candidates(backbone, checkpoint, any_backbone)
+        ids_V, arch, tokens_per_step = candidates(backbone, checkpoint, any_backbone)
         exits = arch.get("exits") if not stride else None
         exits = exits or list(range(stride or max(1, layers // 10), layers, stride or max(1, layers // 10)))
         nodes = nodes or (DEFAULT_NODES if chain else 0)  # chains have their steps
-        size = tree_size(backbone, nodes, earned, cls.method, cls.usual_cost, MOST)
+        size = tree_size(backbone, nodes, tokens_per_step, cls.method, cls.usual_cost, MAX_TREE_NODES)
         return cls(backbone, ids_V, exits, size, chain, steps, every)
 
     def bind(self, cache: KVCache) -> None:
@@ -211,11 +213,11 @@ class DEL(Exiting):
         places_T = torch.tensor(places, device=self._ids_V.device)
         streams_TCd = torch.stack([features.taps[exit].index_select(0, places_T) for exit in self.exits], 1)
         if reading:
-            comes_T = self._backbone.argmax(features.taps[FINAL].index_select(0, places_T))
+            comes_T = self._backbone.argmax(features.taps[FINAL_NORM].index_select(0, places_T))
         else:
             comes_T = torch.tensor(came, device=streams_TCd.device)
-        said_F, best_F = (each.flatten() for each in self._read_off(streams_TCd.flatten(0, 1), 1))
-        guessed_TC, sure_TC = (each.view(len(slots_T), -1) for each in (self._ids_V[best_F], said_F.exp()))
+        log_probs_F, best_F = (each.flatten() for each in self._read_off(streams_TCd.flatten(0, 1), 1))
+        guessed_TC, sure_TC = (each.view(len(slots_T), -1) for each in (self._ids_V[best_F], log_probs_F.exp()))
         self.shadows.told(slots_T, guessed_TC == comes_T[:, None], sure_TC)
 
     def draft(self, rows: Sequence[Row]) -> Draft:

@@ -29,11 +29,11 @@ from torch.nn import functional as F
 
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.backbone.base import SKIP_MLP
-from foretell.backbone.eager.linear import LowerDrafting
+from foretell.backbone.eager.linear import LowerLayerDrafting
 from foretell.contracts import Draft, Drafter, Features, Row
 from foretell.drafting.checkpoint import damage_named, find
 from foretell.drafting.learning.heads import DecoderLayer, GuessingHeads, TrainingBatch
-from foretell.drafting.lower_layers import MOST, Lower, climbed, lasts
+from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, climbed, lasts
 from foretell.drafting.options import (
     DEFAULT_NODES,
     check_exit,
@@ -47,7 +47,7 @@ from foretell.drafting.options import (
 )
 from foretell.errors import check_numbers
 from foretell.loading.config import ModelConfig
-from foretell.trees.calibration import Floats, believed
+from foretell.trees.calibration import Floats, calibrated
 
 BEAM, WIDTH = 8, 10
 """Nodes of a level that are asked for more, and guesses that each of them makes."""
@@ -92,7 +92,7 @@ class Kangaroo(Drafter):
     Args:
         arch, tensors: as `KangarooAdapter.checkpoint` gave them.
         size: (rows, context) -> nodes of a tree, root included; 1 drafts nothing.
-        earned: tree size -> tokens per step on held-out text.
+        tokens_per_step: tree size -> tokens per step on held-out text.
         chain: drafts are chains, as published.
         steps: γ, tokens of a chain and levels of a tree at most.
         threshold: η, a chain ends behind a token less probable.
@@ -103,13 +103,13 @@ class Kangaroo(Drafter):
 
     def __init__(
         self, backbone: Backbone, arch: dict[str, Any], tensors: dict[str, Tensor], size: Callable[[int, int], int],
-        earned: dict[int, float] | None = None, chain: bool = False, steps: int = 6, threshold: float = 0.6,
+        tokens_per_step: dict[int, float] | None = None, chain: bool = False, steps: int = 6, threshold: float = 0.6,
         scales: Sequence[Sequence[float]] = (),
     ):  # fmt: skip
         d = backbone.config.hidden
         check_shapes(tensors, {"norm": (d,)} | output_shape(arch, d, len(tensors["vocabulary"])))
         (self.exit,) = self.taps = (check_exit(arch["taps"][0], backbone),)
-        self.depth, self._backbone, self.tokens_per_step, self.size = self.exit, backbone, earned or {}, size
+        self.depth, self._backbone, self.tokens_per_step, self.size = self.exit, backbone, tokens_per_step or {}, size
         self.chain, self.steps, self.threshold, self._scales = chain, steps, threshold, read_scales(scales, 1)
         self._vocabulary_V = tensors["vocabulary"].long().numpy()
         layer = {name[8:]: tensor for name, tensor in tensors.items() if name.startswith("adapter.")}
@@ -120,7 +120,7 @@ class Kangaroo(Drafter):
             [], [backbone.head_rows(tensors["vocabulary"].long()) if shared else tensors["head"][0]]
         )
         self._width = 1 if chain else min(WIDTH, len(self._vocabulary_V))
-        self._climber = backbone.climber(LowerDrafting(
+        self._climber = backbone.climber(LowerLayerDrafting(
             self._head, self._width, self._vocabulary_V, None if chain or not self._scales else self._scales[0],
             self._adapter, self._skip,
         ))  # fmt: skip
@@ -147,12 +147,14 @@ class Kangaroo(Drafter):
             any_backbone: accept an adapter of another model of the same sizes.
         """
         options = SimpleNamespace(threshold=threshold, steps=steps)
-        check_numbers(options, [("threshold", 0, 1), ("steps", 0, MOST - 1)], whole=("steps",))
+        check_numbers(options, [("threshold", 0, 1), ("steps", 0, MAX_TREE_NODES - 1)], whole=("steps",))
         found, tensors = find(cls.method, backbone, checkpoint, any_backbone)
         nodes = nodes or (DEFAULT_NODES if chain else 0)  # chains have their steps
-        size = tree_size(backbone, nodes, found.earned, cls.method, cls.usual_cost, MOST)
+        size = tree_size(backbone, nodes, found.tokens_per_step, cls.method, cls.usual_cost, MAX_TREE_NODES)
         with damage_named(checkpoint or f"The {cls.method} drafter that came with foretell"):
-            return cls(backbone, found.arch, tensors, size, found.earned, chain, steps, threshold, found.calibration)
+            return cls(
+                backbone, found.arch, tensors, size, found.tokens_per_step, chain, steps, threshold, found.calibration
+            )
 
     @classmethod
     def trainable(
@@ -178,8 +180,8 @@ class Kangaroo(Drafter):
         )  # fmt: skip
 
     @property
-    def most_nodes(self) -> int:
-        return MOST
+    def max_nodes(self) -> int:
+        return MAX_TREE_NODES
 
     # -- what was committed -----------------------------------------------------------------------------------------
 
@@ -191,7 +193,7 @@ class Kangaroo(Drafter):
         """Committed states of a slot that the adapter has read or will."""
         return self._own.lengths[slot] + sum(map(len, self._waiting.get(slot, [])))
 
-    def holds(self, slot: int, tokens: int) -> int:
+    def reusable_tokens(self, slot: int, tokens: int) -> int:
         """Nothing where an interruption, or another engine, kept states from coming here."""
         return 0 if slot in self._lost else min(tokens, self._known(slot))
 
@@ -209,7 +211,7 @@ class Kangaroo(Drafter):
             self._own.rollback(row.slot, min(length, reused))
             if not reused:
                 self._own.release([row.slot])
-            self._own.reserve({row.slot: len(row.tokens) + row.budget + MOST})
+            self._own.reserve({row.slot: len(row.tokens) + row.budget + MAX_TREE_NODES})
             if waiting and reused > length:
                 self._waiting[row.slot] = [torch.cat(waiting)[: reused - length]]
 
@@ -223,7 +225,7 @@ class Kangaroo(Drafter):
         """Committed states pass the adapter, into its cache: its streams [P, d]."""
         lengths, counts = [self._own.lengths[slot] for slot in slots], list(map(len, states))
         # room for the tree to come, too: growing keeps what is committed, and a root is not
-        ends = [length + count + MOST for length, count in zip(lengths, counts, strict=True)]
+        ends = [length + count + MAX_TREE_NODES for length, count in zip(lengths, counts, strict=True)]
         self._own.reserve(dict(zip(slots, ends, strict=True)))
         stream_Pd = self._attend(torch.cat(list(states)), Nodes.chains(slots, lengths, counts))
         self._own.commit(slots, [range(count) for count in counts])
@@ -241,18 +243,20 @@ class Kangaroo(Drafter):
         self._lost |= {row.slot for row in rows if self._known(row.slot) != self._cache.lengths[row.slot]}
         count, how = self.steps, dict[str, Any]({"thresholds": [self.threshold] * len(rows)})
         if not self.chain:
-            count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), MOST) - 1
+            count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), MAX_TREE_NODES) - 1
             how = {"beam": BEAM, "least": self._least}
             if not count:
                 return nothing(rows)
         if self._climber is None:
-            return Lower(self._backbone, self._cache, rows).grow(self.exit, self._guesses, count, self.steps, **how)
+            return EarlyExitTrees(self._backbone, self._cache, rows).grow(
+                self.exit, self._guesses, count, self.steps, **how
+            )
         waiting = [self._waiting.get(row.slot) if row.budget > 1 else None for row in rows]
         states = [None if each is None else torch.cat(each) for each in waiting]
         known = [
             self._own.lengths[row.slot] + (0 if w is None else len(w)) for row, w in zip(rows, states, strict=True)
         ]
-        self._own.reserve({row.slot: length + MOST for row, length in zip(rows, known, strict=True)})
+        self._own.reserve({row.slot: length + MAX_TREE_NODES for row, length in zip(rows, known, strict=True)})
         draft = climbed(
             self._climber, self._cache, rows, self.exit, count, self.steps, own=self._own, waiting=states, **how
         )
@@ -274,8 +278,8 @@ class Kangaroo(Drafter):
             lengths = [self._own.lengths[slot] for slot in slots]
             stream_Fd = self._attend(hidden_Fd, Nodes(nodes.trees, slots, lengths, nodes.first))
         which = np.arange(len(stream_Fd))[:, None].tolist()
-        said_FKR, best_FKR = self._head.top(self._adapter.norm(stream_Fd), which, self._width)
-        said_FR, best_FR = said_FKR[:, 0].cpu().numpy(), best_FKR[:, 0].cpu().numpy()
+        log_probs_FKR, best_FKR = self._head.top(self._adapter.norm(stream_Fd), which, self._width)
+        log_probs_FR, best_FR = log_probs_FKR[:, 0].cpu().numpy(), best_FKR[:, 0].cpu().numpy()
         if self._scales and not self.chain:
-            said_FR = believed(said_FR, self._scales[0])
-        return said_FR, self._vocabulary_V[best_FR].tolist()
+            log_probs_FR = calibrated(log_probs_FR, self._scales[0])
+        return log_probs_FR, self._vocabulary_V[best_FR].tolist()

@@ -29,12 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from foretell.backbone import Backbone, KVCache
-from foretell.contracts import FINAL, Draft, Features, Row
-from foretell.drafting.early_exit import Exiting, candidates
+from foretell.contracts import FINAL_NORM, Draft, Features, Row
+from foretell.drafting.early_exit import EarlyExitDrafter, candidates
 from foretell.drafting.learning.finetune import WAYS, learning
 from foretell.drafting.learning.heads import GuessingHeads, TrainingBatch, targets, weighed
-from foretell.drafting.learning.student import Pupil
-from foretell.drafting.lower_layers import MOST, Judge, Threshold
+from foretell.drafting.learning.student import TrainableBackbone
+from foretell.drafting.lower_layers import MAX_TREE_NODES, AcceptanceTracker, Threshold
 from foretell.drafting.options import DEFAULT_NODES, check_exit, check_options, draft_vocabulary, tree_size
 from foretell.errors import ForetellError, UsageError, check_numbers
 
@@ -58,7 +58,7 @@ def exit_scales(layers: int, scale: float, shape: str = "cumulative") -> list[fl
     return [*sums[:-1], layers - 1 + (sums[-2] if layers > 1 else 0.0)]
 
 
-class ExitingModel(GuessingHeads):
+class EarlyExitTraining(GuessingHeads):
     """A backbone that learns to exit.
 
     Args:
@@ -80,7 +80,7 @@ class ExitingModel(GuessingHeads):
         period: int, hold: float,
     ):  # fmt: skip
         super().__init__(head_Vd, vocabulary_V, whole, heads=1, output="shared", soft=soft)
-        self.pupil, self.exits, self.exit = Pupil(model, folder), list(exits), exit
+        self.student, self.exits, self.exit = TrainableBackbone(model, folder), list(exits), exit
         self.dropped, self.scales = drop_rates(layers, dropout), exit_scales(layers, scale, shape)
         self.curriculum, self.period, self.hold, self._done = curriculum, period, hold, 0.0
 
@@ -109,35 +109,35 @@ class ExitingModel(GuessingHeads):
         exits, hold = self.taught(), self.hold if self.training else 1.0
         *shares, last = self.shares(exits)
         holding = not exits or float(torch.rand(())) < hold
-        taps = [*exits, FINAL] if holding else exits
-        states = self.pupil.states(batch.tokens_BT, taps, self.dropped if self.training else ())
+        taps = [*exits, FINAL_NORM] if holding else exits
+        states = self.student.states(batch.tokens_BT, taps, self.dropped if self.training else ())
         out: dict[str, Tensor] = {}
         for exit, share in zip(exits, shares, strict=True):
-            x_Pd = self.pupil.normed(states[exit].flatten(0, 1)[sources_P]).float()
+            x_Pd = self.student.normed(states[exit].flatten(0, 1)[sources_P]).float()
             out[f"exit {exit}"] = weighed(self.term(batch, x_Pd, 0, targets_PK[:, 0], sources_P), share)
         if holding:
-            held = self.pupil.held(replace(batch, states={FINAL: states[FINAL]}))
+            held = self.student.held(replace(batch, states={FINAL_NORM: states[FINAL_NORM]}))
             out["backbone"] = weighed(held, last / (hold if exits else 1.0))
         return out
 
     def read(self, batch: TrainingBatch, sources_P: Tensor) -> Tensor:
-        states = self.pupil.states(batch.tokens_BT, [self.exit])
-        return self.pupil.normed(states[self.exit].flatten(0, 1)[sources_P]).float()[None]
+        states = self.student.states(batch.tokens_BT, [self.exit])
+        return self.student.normed(states[self.exit].flatten(0, 1)[sources_P]).float()[None]
 
     def save_backbone(self, base: str, out: Path) -> str:
-        return self.pupil.save(base, out)
+        return self.student.save(base, out)
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return self.stored({}), {"exits": self.exits, "exit": self.exit}
 
 
-class LayerSkip(Exiting):
+class LayerSkip(EarlyExitDrafter):
     """Drafts with the layers up to one exit.
 
     Args:
-        ids_V, size, chain, steps: see `Exiting`.
+        ids_V, size, chain, steps: see `EarlyExitDrafter`.
         exit: layers that draft.
-        earned: tree size -> tokens per step on held-out text.
+        tokens_per_step: tree size -> tokens per step on held-out text.
         threshold: a chain ends behind a token less probable.
     """
 
@@ -145,11 +145,12 @@ class LayerSkip(Exiting):
 
     def __init__(
         self, backbone: Backbone, ids_V: Tensor | None, exit: int, size: Callable[[int, int], int],
-        earned: dict[int, float] | None = None, chain: bool = False, steps: int = 6, threshold: Threshold | None = None,
+        tokens_per_step: dict[int, float] | None = None, chain: bool = False, steps: int = 6,
+        threshold: Threshold | None = None,
     ):  # fmt: skip
         super().__init__(backbone, ids_V, size, chain, steps)
         self.depth = self.exit = check_exit(exit, backbone)
-        self.tokens_per_step, self.judge = earned or {}, Judge(threshold or Threshold(0.0))
+        self.tokens_per_step, self.tracker = tokens_per_step or {}, AcceptanceTracker(threshold or Threshold(0.0))
 
     @classmethod
     def build(
@@ -170,12 +171,12 @@ class LayerSkip(Exiting):
             any_backbone: accept a checkpoint of another model of the same sizes.
         """
         options = SimpleNamespace(threshold=threshold, steps=steps)
-        check_numbers(options, [("threshold", 0, 1), ("steps", 0, MOST - 1)], whole=("steps",))
-        ids_V, arch, earned = candidates(backbone, checkpoint, any_backbone)
+        check_numbers(options, [("threshold", 0, 1), ("steps", 0, MAX_TREE_NODES - 1)], whole=("steps",))
+        ids_V, arch, tokens_per_step = candidates(backbone, checkpoint, any_backbone)
         nodes = nodes or (DEFAULT_NODES if chain else 0)  # chains have their steps
-        size = tree_size(backbone, nodes, earned, cls.method, cls.usual_cost, MOST)
+        size = tree_size(backbone, nodes, tokens_per_step, cls.method, cls.usual_cost, MAX_TREE_NODES)
         exit = exit or arch.get("exit") or max(1, backbone.config.layers // 4)
-        return cls(backbone, ids_V, exit, size, earned, chain, steps, Threshold(threshold, adaptive))
+        return cls(backbone, ids_V, exit, size, tokens_per_step, chain, steps, Threshold(threshold, adaptive))
 
     @classmethod
     def trainable(
@@ -183,7 +184,7 @@ class LayerSkip(Exiting):
         deepest: int = 0, draft_vocab: int = 8192, soft: float = 1.0, adapt: str = "lora", rank: int = 32,
         dropout: float = 0.1, scale: float = 1.0, shape: str = "uniform", curriculum: str = "rotational",
         period: int = 4, hold: float = 0.25,
-    ) -> ExitingModel:  # fmt: skip
+    ) -> EarlyExitTraining:  # fmt: skip
         """The backbone in `folder`, that is to learn; see `learning.Method`.
 
         Args:
@@ -224,7 +225,7 @@ class LayerSkip(Exiting):
         if folder is None:
             raise ForetellError("LayerSkip changes the backbone, and needs the folder that it lies in.")
         vocabulary_V = draft_vocabulary(counts_V, draft_vocab)
-        return ExitingModel(
+        return EarlyExitTraining(
             learning(folder, adapt, rank, 0.0), folder, backbone.head_rows(vocabulary_V).cpu(), vocabulary_V,
             len(counts_V), soft=soft, exits=exits, exit=exit, layers=layers, dropout=dropout, scale=scale, shape=shape,
             curriculum=curriculum, period=period, hold=hold,
@@ -232,12 +233,12 @@ class LayerSkip(Exiting):
 
     def bind(self, cache: KVCache) -> None:
         super().bind(cache)
-        self.judge = self.judge.attached()
+        self.tracker = self.tracker.attached()
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
-        self.judge.observed(rows, features)
+        self.tracker.observed(rows, features)
 
     def draft(self, rows: Sequence[Row]) -> Draft:
-        draft = self._drafted(rows, self.exit, [self.judge.threshold.value] * len(rows))
-        self.judge.drafted(rows, draft, self.steps)
+        draft = self._drafted(rows, self.exit, [self.tracker.threshold.value] * len(rows))
+        self.tracker.drafted(rows, draft, self.steps)
         return draft

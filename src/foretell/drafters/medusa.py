@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from foretell.backbone import Backbone, KVCache
 from foretell.backbone.eager.linear import side_by_side
-from foretell.contracts import FINAL, Draft, Drafter, Features, Row
+from foretell.contracts import FINAL_NORM, Draft, Drafter, Features, Row
 from foretell.drafting.checkpoint import damage_named, find
 from foretell.drafting.learning.heads import GuessingHeads, TrainingBatch
 from foretell.drafting.learning.products import number_type
@@ -73,7 +73,7 @@ class MedusaHeads(GuessingHeads):
     ):  # fmt: skip
         super().__init__(head_Vd, vocabulary_V, whole, heads=heads, output=output, soft=soft)
         d = head_Vd.shape[1]
-        self.layers, self.taps, self.embed = layers, (*taps, FINAL), embed
+        self.layers, self.taps, self.embed = layers, (*taps, FINAL_NORM), embed
         widths = [d * (len(self.taps) + (embed is not None)), *[d] * (layers - 1)]
         # zeros, the bias too: at the start every head says what the output head says
         self.weights = nn.ParameterList([torch.zeros(heads, d, width) for width in widths])
@@ -125,7 +125,7 @@ class Medusa(Drafter):
         arch, tensors: as `MedusaHeads.checkpoint` gave them.
         paths: rank paths, prefixes first; every tree is a part of them.
         size: (rows, context) -> nodes of the tree to draft, root included; 1 drafts nothing.
-        earned: tree size -> tokens per step on held-out text.
+        tokens_per_step: tree size -> tokens per step on held-out text.
         grown: whether each step takes its most probable paths of all; else the tree of n nodes is always the first
             n - 1 of them.
         scales: how far each head is believed.
@@ -141,19 +141,19 @@ class Medusa(Drafter):
         tensors: dict[str, Tensor],
         paths: Sequence[Sequence[int]],
         size: Callable[[int, int], int],
-        earned: dict[int, float] | None = None,
+        tokens_per_step: dict[int, float] | None = None,
         grown: bool = True,
         scales: Sequence[Sequence[float]] = (),
     ):
         check_shapes(tensors, _shapes(arch, backbone.config.hidden, len(tensors["vocabulary"])))
         self._scales = read_scales(scales, arch["heads"])
         self.tokens_per_step, self.size, self.grown, self.paths = (
-            earned or {},
+            tokens_per_step or {},
             size,
             grown,
             [tuple(path) for path in paths],
         )
-        self.taps = (*arch["taps"], FINAL)
+        self.taps = (*arch["taps"], FINAL_NORM)
         self._embed = backbone.embed if arch["root"] else None
         self._vocabulary_V = tensors["vocabulary"].numpy().astype(np.int64)
         check_tree(self.paths, arch["heads"], len(self._vocabulary_V))
@@ -189,11 +189,11 @@ class Medusa(Drafter):
         """
         found, tensors = find(cls.method, backbone, checkpoint, any_backbone)
         paths = published(tree) if tree else found.paths
-        earned = {} if tree else found.earned
+        tokens_per_step = {} if tree else found.tokens_per_step
         most = len(paths) + 1
-        size = tree_size(backbone, nodes or (most if tree else 0), earned, cls.method, cls.usual_cost, most)
+        size = tree_size(backbone, nodes or (most if tree else 0), tokens_per_step, cls.method, cls.usual_cost, most)
         with damage_named(checkpoint or f"The {cls.method} drafter that came with foretell"):
-            return cls(backbone, found.arch, tensors, paths, size, earned, grown, found.calibration)
+            return cls(backbone, found.arch, tensors, paths, size, tokens_per_step, grown, found.calibration)
 
     @classmethod
     def trainable(
@@ -221,7 +221,7 @@ class Medusa(Drafter):
         )  # fmt: skip
 
     @property
-    def most_nodes(self) -> int:
+    def max_nodes(self) -> int:
         return len(self.paths) + 1
 
     def bind(self, cache: KVCache) -> None:
@@ -251,8 +251,8 @@ class Medusa(Drafter):
                 roots_Bd = self._embed(torch.tensor([tokens[i][0] for i in ready]))
                 read_BSd = torch.cat([read_BSd, roots_Bd[:, None]], 1)
             paths = self._among(nodes)
-            said_BKR, guesses_BKR = self._guesses(read_BSd, paths.width)
-            grown_trees = paths.grow(said_BKR, nodes, self._scales)
+            log_probs_BKR, guesses_BKR = self._guesses(read_BSd, paths.width)
+            grown_trees = paths.grow(log_probs_BKR, nodes, self._scales)
             for i, guesses_KR, grown in zip(ready, guesses_BKR.tolist(), grown_trees, strict=True):
                 trees[i], chosen, given[i] = grown
                 tokens[i] += [guesses_KR[head][rank] for head, rank in chosen]
@@ -268,8 +268,10 @@ class Medusa(Drafter):
     def _guesses(self, read_BSd: Tensor, width: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Each head's most probable tokens, best first: log-probabilities and ids, [B, K, R]."""
         which_BS = np.arange(len(read_BSd) * read_BSd.shape[1]).reshape(len(read_BSd), -1).tolist()
-        said_BKR, best_BKR = (each.cpu().numpy() for each in self._heads.top(read_BSd.flatten(0, 1), which_BS, width))
-        return said_BKR, self._vocabulary_V[best_BKR]
+        log_probs_BKR, best_BKR = (
+            each.cpu().numpy() for each in self._heads.top(read_BSd.flatten(0, 1), which_BS, width)
+        )
+        return log_probs_BKR, self._vocabulary_V[best_BKR]
 
 
 def _shapes(arch: dict[str, Any], d: int, choices: int) -> dict[str, tuple[int, ...]]:

@@ -27,7 +27,7 @@ from foretell.backbone import Backbone
 from foretell.drafters.medusa import Medusa, MedusaHeads
 from foretell.drafting.learning.finetune import WAYS, learning
 from foretell.drafting.learning.heads import Guessed, TrainingBatch, weighed
-from foretell.drafting.learning.student import Pupil
+from foretell.drafting.learning.student import TrainableBackbone
 from foretell.drafting.options import check_options, draft_vocabulary, spread
 from foretell.errors import ForetellError, UsageError, check_numbers
 
@@ -53,18 +53,18 @@ class JointHeads(MedusaHeads):
         schedule: str, slower: float, warm: float, **rest: Any,
     ):  # fmt: skip
         super().__init__(head_Vd, vocabulary_V, whole, **rest)
-        self.pupil = Pupil(model, folder)
+        self.student = TrainableBackbone(model, folder)
         self.weight, self.schedule, self.slower, self.warm = weight, schedule, slower, warm
         self._done = 0.0
 
     @property
     def model(self) -> nn.Module:
-        return self.pupil.model
+        return self.student.model
 
     @property
     def backbone(self) -> list[nn.Parameter]:
         """What of the backbone learns."""
-        return list(self.pupil.learns)
+        return list(self.student.learns)
 
     # -- learning ---------------------------------------------------------------------------------------------------
 
@@ -106,15 +106,15 @@ class JointHeads(MedusaHeads):
 
     def _through(self, batch: TrainingBatch) -> TrainingBatch:
         """The batch with the states that the backbone computes now. Padding stands behind all that is attended to."""
-        return replace(batch, states=self.pupil.states(batch.tokens_BT, self.taps))
+        return replace(batch, states=self.student.states(batch.tokens_BT, self.taps))
 
     def _held(self, batch: TrainingBatch) -> Tensor:
-        return self.pupil.held(batch)
+        return self.student.held(batch)
 
     # -- what comes out ---------------------------------------------------------------------------------------------
 
     def save_backbone(self, base: str, out: Path) -> str:
-        return self.pupil.save(base, out)
+        return self.student.save(base, out)
 
 
 class Medusa2(Medusa):

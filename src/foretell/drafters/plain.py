@@ -12,7 +12,7 @@ class Plain(Drafter):
     """Guesses nothing."""
 
     @property
-    def most_nodes(self) -> int:
+    def max_nodes(self) -> int:
         return 1
 
     def draft(self, rows: Sequence[Row]) -> Draft:

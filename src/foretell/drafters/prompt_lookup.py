@@ -120,7 +120,7 @@ class PromptLookup(Drafter):
         return cls(longest, shortest, candidates, nodes or NODES, least, None if nodes else prices_of(backbone))
 
     @property
-    def most_nodes(self) -> int:
+    def max_nodes(self) -> int:
         return self.nodes
 
     def bind(self, cache: KVCache) -> None:
@@ -227,8 +227,8 @@ class WithLookup(Drafter):
         self.parameters, self.tokens_per_step = inner.parameters, inner.tokens_per_step
 
     @property
-    def most_nodes(self) -> int:
-        return max(self.inner.most_nodes, self.lookup.nodes)
+    def max_nodes(self) -> int:
+        return max(self.inner.max_nodes, self.lookup.nodes)
 
     @property
     def extra_nodes(self) -> int:
@@ -242,8 +242,8 @@ class WithLookup(Drafter):
         self.inner.forget(slots)
         self.lookup.forget(slots)
 
-    def holds(self, slot: int, tokens: int) -> int:
-        return self.inner.holds(slot, tokens)
+    def reusable_tokens(self, slot: int, tokens: int) -> int:
+        return self.inner.reusable_tokens(slot, tokens)
 
     def reset(self, rows: Sequence[Row]) -> None:
         self.inner.reset(rows)

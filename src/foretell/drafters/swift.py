@@ -27,7 +27,7 @@ from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.contracts import Draft, Drafter, Features, Row
-from foretell.drafting.lower_layers import MOST, Judge, Lower, Threshold
+from foretell.drafting.lower_layers import MAX_TREE_NODES, AcceptanceTracker, EarlyExitTrees, Threshold
 from foretell.drafting.options import DEFAULT_NODES, tree_size
 from foretell.drafting.skip_plan import Plan, PlanSearch
 from foretell.errors import ForetellError, UsageError, check_numbers
@@ -57,7 +57,7 @@ class Swift(Drafter):
         self._backbone, self.depth = backbone, backbone.config.layers
         self.search, self.window, self.every, self._path = search, window, every, path
         self.steps, self.nodes = steps, nodes
-        self.judge = Judge(threshold or Threshold(0.8))
+        self.tracker = AcceptanceTracker(threshold or Threshold(0.8))
         self._kept = search.score  # matchness of the plan in the file
         self._head = backbone.heads([], [backbone.head_rows(torch.arange(backbone.config.vocab))])
         self._width = min(SIBLINGS[-1][1], backbone.config.vocab)
@@ -87,9 +87,9 @@ class Swift(Drafter):
         options = SimpleNamespace(
             ratio=ratio, window=window, every=every, nodes=nodes or DEFAULT_NODES, steps=steps, threshold=threshold
         )
-        ranges = [("ratio", 0, 1), ("window", 1, 1024), ("every", 1, 1 << 20), ("nodes", 2, MOST)]
+        ranges = [("ratio", 0, 1), ("window", 1, 1024), ("every", 1, 1 << 20), ("nodes", 2, MAX_TREE_NODES)]
         whole = ("window", "every", "nodes", "steps")
-        check_numbers(options, [*ranges, ("steps", 0, MOST - 1), ("threshold", 0, 1)], whole=whole)
+        check_numbers(options, [*ranges, ("steps", 0, MAX_TREE_NODES - 1), ("threshold", 0, 1)], whole=whole)
         path, found, score = Path(plan).expanduser() if plan else None, None, -1.0
         if path and path.exists():
             found, score = Plan.load(path, backbone)
@@ -105,20 +105,20 @@ class Swift(Drafter):
                 )
             search = False
         plans = PlanSearch(backbone.config.layers, ratio, found, score, search)
-        nodes = nodes or tree_size(backbone, 0, {}, "swift", cls.usual_cost, MOST)(1, 0)
+        nodes = nodes or tree_size(backbone, 0, {}, "swift", cls.usual_cost, MAX_TREE_NODES)(1, 0)
         return cls(backbone, plans, window, every, steps, nodes, Threshold(threshold, adaptive), path)
 
     @property
-    def most_nodes(self) -> int:
-        return MOST
+    def max_nodes(self) -> int:
+        return MAX_TREE_NODES
 
     def bind(self, cache: KVCache) -> None:
         self._cache, self._scratch = cache, self._backbone.new_cache(1, 0)
-        self.judge = self.judge.attached()
+        self.tracker = self.tracker.attached()
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
         with self._searching:
-            for kept, known in self.judge.observed(rows, features):
+            for kept, known in self.tracker.observed(rows, features):
                 self.search.accepted(kept, known)
 
     def draft(self, rows: Sequence[Row]) -> Draft:
@@ -126,21 +126,21 @@ class Swift(Drafter):
         self._round += 1
         if self.search.searching and self._round % self.every == 0:
             self._try(rows)
-        lower = Lower(self._backbone, self._cache, rows, skip=self.search.plan.bits(self.depth))
+        lower = EarlyExitTrees(self._backbone, self._cache, rows, skip=self.search.plan.bits(self.depth))
         count = self.nodes - 1
-        thresholds = [self.judge.threshold.value] * len(rows)
+        thresholds = [self.tracker.threshold.value] * len(rows)
         draft = lower.grow(self.depth, self._guesses, count, min(self.steps, count), thresholds=thresholds)
-        self.judge.drafted(rows, draft, min(self.steps, count))
+        self.tracker.drafted(rows, draft, min(self.steps, count))
         return draft
 
     def _guesses(self, hidden_Fd: Tensor, nodes: Nodes) -> tuple[Floats, list[list[int]]]:
         """The best tokens of each node, as many as `siblings` allows."""
         which = np.arange(len(hidden_Fd))[:, None].tolist()
-        said_FKR, best_FKR = self._head.top(self._backbone.norm(hidden_Fd), which, self._width)
-        said_FR = said_FKR[:, 0].cpu().numpy().copy()
-        for said_R in said_FR:
-            said_R[siblings(float(np.exp(said_R[0]))) :] = -np.inf
-        return said_FR, best_FKR[:, 0].tolist()
+        log_probs_FKR, best_FKR = self._head.top(self._backbone.norm(hidden_Fd), which, self._width)
+        log_probs_FR = log_probs_FKR[:, 0].cpu().numpy().copy()
+        for log_probs_R in log_probs_FR:
+            log_probs_R[siblings(float(np.exp(log_probs_R[0]))) :] = -np.inf
+        return log_probs_FR, best_FKR[:, 0].tolist()
 
     def _try(self, rows: Sequence[Row]) -> None:
         """Scores one candidate on what the row of the longest answer has just said."""

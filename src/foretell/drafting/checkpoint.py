@@ -56,15 +56,10 @@ class Checkpoint:
     vocab: int
     arch: dict[str, Any]
     paths: list[list[int]] = field(default_factory=list)
-    tokens_per_step: dict[str, float] = field(default_factory=dict)
+    tokens_per_step: dict[int, float] = field(default_factory=dict)
     calibration: list[list[float]] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
-
-    @property
-    def earned(self) -> dict[int, float]:
-        """`tokens_per_step` by number: JSON has none for keys."""
-        return {int(size): tokens for size, tokens in self.tokens_per_step.items()}
 
     def save(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         """Writes the folder whole or not at all; replaces a checkpoint that was there."""
@@ -107,9 +102,12 @@ def load(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]]:
             "or install the version that wrote it."
         )
     try:
-        checkpoint = Checkpoint(**{**raw, "fingerprint": current(str(raw["fingerprint"]))})
+        checkpoint = Checkpoint(**{**raw, "fingerprint": current(str(raw["fingerprint"]))})  # JSON has text for keys
+        checkpoint.tokens_per_step = {
+            int(n): tokens for n, tokens in checkpoint.tokens_per_step.items()
+        }  # JSON has text
         tensors = _whole(load_file(folder / "model.safetensors"))
-    except (TypeError, KeyError, RuntimeError, SafetensorError, OSError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, RuntimeError, SafetensorError, OSError) as error:
         raise ForetellError(f"{folder} is damaged ({one_line(error)}); copy or train it again.") from error
     with damage_named(str(folder)):
         _check(checkpoint, tensors)
@@ -136,7 +134,7 @@ def _check(c: Checkpoint, tensors: dict[str, Tensor]) -> None:
         "vocab": c.vocab > 0,
         "taps": all(type(tap) is int and tap >= 0 for tap in c.arch.get("taps", [])),
         "paths": all(path and all(type(rank) is int and rank >= 0 for rank in path) for path in c.paths),
-        "tokens_per_step": all(size > 0 and math.isfinite(tokens) for size, tokens in c.earned.items()),
+        "tokens_per_step": all(size > 0 and math.isfinite(tokens) for size, tokens in c.tokens_per_step.items()),
         "calibration": all(math.isfinite(slope) and math.isfinite(bias) for slope, bias in c.calibration),
     }
     sound |= {name: bool(each.isfinite().all()) for name, each in tensors.items() if each.is_floating_point()}

@@ -19,7 +19,7 @@ from foretell.backbone.cpu import library
 from foretell.backbone.cpu.backbone import CompiledBackbone
 from foretell.backbone.cpu.library import call, table
 from foretell.backbone.cpu.linear import PackedHeads, ThreadedLinear
-from foretell.backbone.eager.linear import Asked, Climbed, LevelDrafting, LowerDrafting, check_ids
+from foretell.backbone.eager.linear import DraftedTrees, DraftRequest, LevelDrafting, LowerLayerDrafting, check_ids
 from foretell.drafting.prefix_layer import PrefixLayer
 from foretell.errors import check
 
@@ -66,10 +66,10 @@ class CompiledPrefix(PrefixLayer):
         return out_Md
 
 
-class CompiledClimber:
-    """See `linear.TreeClimber`."""
+class CompiledLowerLayerDrafter:
+    """See `linear.LowerLayerDrafter`."""
 
-    def __init__(self, backbone: CompiledBackbone, drafting: LowerDrafting):
+    def __init__(self, backbone: CompiledBackbone, drafting: LowerLayerDrafting):
         head, adapter, config = drafting.head, drafting.adapter, backbone.config
         if not isinstance(head, PackedHeads) or not (adapter is None or isinstance(adapter, CompiledBackbone)):
             raise TypeError("What drafts behind compiled layers is compiled too.")
@@ -89,7 +89,7 @@ class CompiledClimber:
             None if drafting.scale is None else np.array(drafting.scale, dtype=np.float32), *backbone.embedding,
         )  # fmt: skip
 
-    def climb(self, asked: Asked, cache: KVCache, own: KVCache | None) -> Climbed:
+    def climb(self, asked: DraftRequest, cache: KVCache, own: KVCache | None) -> DraftedTrees:
         backbone, rows, count = self._backbone, len(asked.slots), asked.count
         lengths = [cache.lengths[slot] for slot in asked.slots]
         states = [None if each is None else each.contiguous() for each in asked.waiting] or [None] * rows
@@ -122,12 +122,12 @@ class CompiledClimber:
             ]
             own.commit([slot for slot, _ in read], [range(new) for _, new in read])
         order = torch.from_numpy(np.concatenate([at[b, :count] for b, count in enumerate(kept)]))
-        return Climbed(
+        return DraftedTrees(
             _trees(sizes, parents, tokens, given), kept, hidden_Rd.index_select(0, order),
             {tap: streams.index_select(0, order) for tap, streams in tapped.items()},
         )  # fmt: skip
 
-    def _check(self, asked: Asked, states: Sequence[Tensor | None], has_own: bool) -> None:
+    def _check(self, asked: DraftRequest, states: Sequence[Tensor | None], has_own: bool) -> None:
         """Refuses a draft whose parts do not fit together."""
         rows, d = len(asked.slots), self._backbone.config.hidden
         check_ids(torch.tensor(asked.roots, dtype=torch.int64), self._backbone.tokens)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache, Nodes
-from foretell.backbone.eager.linear import LowerDrafting
+from foretell.backbone.eager.linear import LowerLayerDrafting
 from foretell.contracts import Draft, Drafter, Row
 from foretell.drafting.checkpoint import damage_named, find, shipped
-from foretell.drafting.lower_layers import MOST, Lower, climbed
+from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, climbed
 from foretell.drafting.options import check_exit, nothing
 from foretell.trees.calibration import Floats
 
@@ -30,7 +30,7 @@ LEARNT = "layerskip"
 """The method whose checkpoints say where a model has learnt to exit."""
 
 
-class Exiting(Drafter):
+class EarlyExitDrafter(Drafter):
     """A drafter that leaves the model at some layer; a method says at which.
 
     Args:
@@ -50,12 +50,12 @@ class Exiting(Drafter):
         self._vocabulary_V = ids_V.numpy()
         self._head = backbone.heads([], [backbone.head_rows(ids_V)])
         self._width = 1 if chain else min(WIDTH, len(ids_V))
-        self._climber = backbone.climber(LowerDrafting(self._head, self._width, self._vocabulary_V))
+        self._climber = backbone.climber(LowerLayerDrafting(self._head, self._width, self._vocabulary_V))
         self._cache: KVCache | None = None
 
     @property
-    def most_nodes(self) -> int:
-        return MOST
+    def max_nodes(self) -> int:
+        return MAX_TREE_NODES
 
     def bind(self, cache: KVCache) -> None:
         self._cache = cache
@@ -64,24 +64,26 @@ class Exiting(Drafter):
         assert self._cache is not None, "the engine binds its cache first"
         count, how = self.steps, dict[str, Any](thresholds=thresholds)
         if not self.chain:
-            count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), MOST) - 1
+            count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), MAX_TREE_NODES) - 1
             if not count:
                 return nothing(rows)
             least = 2 * (exit / self._backbone.config.layers + OVERHEAD)  # a step earns two tokens
             how = {"beam": BEAM, "least": least}
         if self._climber:
             return climbed(self._climber, self._cache, rows, exit, count, self.steps, taps=taps, **how)
-        return Lower(self._backbone, self._cache, rows, taps).grow(exit, self._guesses, count, self.steps, **how)
+        return EarlyExitTrees(self._backbone, self._cache, rows, taps).grow(
+            exit, self._guesses, count, self.steps, **how
+        )
 
     def _guesses(self, hidden_Fd: Tensor, nodes: Nodes) -> tuple[Floats, list[list[int]]]:
-        said_FR, best_FR = (each.cpu().numpy() for each in self._read_off(hidden_Fd, self._width))
-        return said_FR, self._vocabulary_V[best_FR].tolist()
+        log_probs_FR, best_FR = (each.cpu().numpy() for each in self._read_off(hidden_Fd, self._width))
+        return log_probs_FR, self._vocabulary_V[best_FR].tolist()
 
     def _read_off(self, streams_Fd: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities of what the output head reads off streams, best first, and their places among `ids_V`."""
         which = np.arange(len(streams_Fd))[:, None].tolist()
-        said_FKR, best_FKR = self._head.top(self._backbone.norm(streams_Fd), which, width)
-        return said_FKR[:, 0], best_FKR[:, 0]
+        log_probs_FKR, best_FKR = self._head.top(self._backbone.norm(streams_Fd), which, width)
+        return log_probs_FKR[:, 0], best_FKR[:, 0]
 
 
 def candidates(
@@ -93,4 +95,4 @@ def candidates(
     found, tensors = find(LEARNT, backbone, checkpoint, any_backbone)
     with damage_named(checkpoint or "The layerskip drafter that came with foretell"):
         exits = [check_exit(exit, backbone) for exit in (found.arch["exit"], *found.arch["exits"])]
-        return tensors["vocabulary"], {"exit": exits[0], "exits": exits[1:]}, found.earned
+        return tensors["vocabulary"], {"exit": exits[0], "exits": exits[1:]}, found.tokens_per_step

@@ -18,20 +18,20 @@ import torch
 from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache, Nodes
-from foretell.backbone.eager.linear import Asked, TreeClimber
+from foretell.backbone.eager.linear import DraftRequest, LowerLayerDrafter
 from foretell.contracts import Draft, Features, Resume, Row
 from foretell.trees import TokenTree
 from foretell.trees.calibration import Floats
 from foretell.trees.growing import Growing
 
-MOST = 64
+MAX_TREE_NODES = 64
 """Nodes of a tree, and nodes that run while it grows."""
 
 Guess = Callable[[Tensor, Nodes], tuple[Floats, Sequence[Sequence[int]]]]
 """Streams [F, d] of nodes -> log-probabilities and tokens of what comes after each, [F, R], best first."""
 
 
-class Lower:
+class EarlyExitTrees:
     """The trees of one draft.
 
     Args:
@@ -83,7 +83,7 @@ class Lower:
         self._layer, self.level = layers, self.level + 1
         return hidden_Fd, nodes
 
-    def extend(self, said_FR: Floats, tokens_FR: Sequence[Sequence[int]], count: int) -> list[int]:
+    def extend(self, log_probs_FR: Floats, tokens_FR: Sequence[Sequence[int]], count: int) -> list[int]:
         """Adds guesses behind the nodes that are asked, as far as they might be among the `count` best of their tree.
 
         Returns:
@@ -93,13 +93,13 @@ class Lower:
         for i in self.asking:
             tree, mine = self.trees[i], slice(at, at + len(self.trees[i].asked))
             at = mine.stop
-            tree.extend(said_FR[mine], tokens_FR[mine], count)
+            tree.extend(log_probs_FR[mine], tokens_FR[mine], count)
         return since
 
-    def narrow(self, since: Sequence[int], count: int, beam: int, least: float) -> None:
-        """Chooses whom to ask next (see `Growing.narrow`); nobody where the row could not emit what they guess."""
+    def select_frontier(self, since: Sequence[int], count: int, beam: int, least: float) -> None:
+        """Selects the next frontier (see `Growing.select_frontier`) where the row may emit what it guesses."""
         for i in self.asking:
-            self.trees[i].narrow(count, since[i], min(beam, MOST - len(self._ran[i])), least)
+            self.trees[i].select_frontier(count, since[i], min(beam, MAX_TREE_NODES - len(self._ran[i])), least)
             self._stop_at_budget(i)
 
     def follow(self, since: Sequence[int], least: Sequence[float]) -> None:
@@ -119,14 +119,14 @@ class Lower:
         Args:
             guess: what a method makes of the streams that nodes ended in.
             thresholds: per row the probability below which its chain ends; none make trees.
-            beam, least: of trees, see `Growing.narrow`.
+            beam, least: of trees, see `Growing.select_frontier`.
         """
         while self.asking and self.level < steps:
             since = self.extend(*guess(*self.run(layers)), count)
             if thresholds:
                 self.follow(since, thresholds)
             elif self.level < steps:
-                self.narrow(since, count, beam, least)
+                self.select_frontier(since, count, beam, least)
         return self.draft(count, whole=bool(thresholds))
 
     def _stop_at_budget(self, i: int) -> None:
@@ -171,14 +171,25 @@ class Lower:
 
 
 def climbed(
-    climber: TreeClimber, cache: KVCache, rows: Sequence[Row], layers: int, count: int, steps: int,
+    climber: LowerLayerDrafter, cache: KVCache, rows: Sequence[Row], layers: int, count: int, steps: int,
     thresholds: Sequence[float] = (), beam: int = 0, least: float = 0.0, taps: Sequence[int] = (),
     own: KVCache | None = None, waiting: Sequence[Tensor | None] = (),
 ) -> Draft:  # fmt: skip
-    """What `Lower.grow` drafts, in one call of the kernels; `own` and `waiting` as `linear.Asked` says."""
+    """Drafts what `EarlyExitTrees.grow` does, in one call of the kernels; `own`, `waiting`: see `DraftRequest`."""
     slots, roots, budgets = ([row.slot for row in rows], [row.tokens[-1] for row in rows], [row.budget for row in rows])
-    asked = Asked(
-        layers, slots, roots, budgets, count, steps, MOST, list(thresholds), beam, least, list(taps), list(waiting)
+    asked = DraftRequest(
+        layers,
+        slots,
+        roots,
+        budgets,
+        count,
+        steps,
+        MAX_TREE_NODES,
+        list(thresholds),
+        beam,
+        least,
+        list(taps),
+        list(waiting),
     )
     found = climber.climb(asked, cache, own)
     trees, tokens, given = zip(*found.trees, strict=True)
@@ -238,16 +249,16 @@ class Threshold:
         self.value = min(1.0, max(0.0, 0.9 * self.value + 0.1 * wanted))
 
 
-class Judge:
+class AcceptanceTracker:
     """Keeps what was drafted until it is known which of it came true, and tells a threshold."""
 
     def __init__(self, threshold: Threshold):
         self.threshold = threshold
         self._chains: dict[int, tuple[int, Chain]] = {}  # slot -> the last draft's, and how long the text was
 
-    def attached(self) -> Judge:
+    def attached(self) -> AcceptanceTracker:
         """One for another engine's rows, with a threshold of its own."""
-        return Judge(replace(self.threshold))
+        return AcceptanceTracker(replace(self.threshold))
 
     def drafted(self, rows: Sequence[Row], draft: Draft, most: int) -> None:
         """A draft whose chains have `most` tokens at most."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from foretell.backbone import Backbone, Nodes
-from foretell.contracts import FINAL, Draft, Drafter, Features, Verdict
+from foretell.contracts import FINAL_NORM, Draft, Drafter, Features, Verdict
 from foretell.engine import sequence as state
 from foretell.engine.governor import Governor
 from foretell.engine.passes import Pass, run_pass
@@ -67,7 +67,7 @@ class SpeculativeDecoder:
         if max_rows < 1:
             raise UsageError(f"The batch needs at least one row, not {max_rows}.")
         self.backbone, self.tokenizer, self.rule = backbone, tokenizer, rule
-        self.lossless = drafter.lossless and rule is None and backbone.inexact is None
+        self.lossless = drafter.lossless and rule is None and backbone.nondeterminism is None
         self.max_rows = max_rows
         self.cache = backbone.new_cache(max_rows, 0)
         self.drafter = drafter.attached(self.cache)
@@ -197,7 +197,7 @@ class SpeculativeDecoder:
                 row.statistics.suspended_steps += self.governor.suspended
             return _roots(rows)
         draft = self.drafter.draft(rows)
-        _check(draft, rows, self.drafter.most_nodes, self.backbone.config.vocab)
+        _check(draft, rows, self.drafter.max_nodes, self.backbone.config.vocab)
         for i, row in enumerate(rows):
             row.statistics.suspended_steps += draft.held and len(draft.trees[i]) == 1
             if draft.trees[i].height >= row.budget:
@@ -266,7 +266,7 @@ class SpeculativeDecoder:
 
     def _join(self, row: state.Sequence) -> None:
         """Takes a slot, and room for all that the request may ever write there: drafted nodes are written too."""
-        nodes = self.drafter.most_nodes * (1 + self.drafter.extra_nodes)
+        nodes = self.drafter.max_nodes * (1 + self.drafter.extra_nodes)
         slot, reused = self._slot_for(row.tokens)
         row.start(slot, reused)
         row.statistics.exact = self.lossless
@@ -286,7 +286,9 @@ class SpeculativeDecoder:
         At least the last two tokens run again: the last is the root, and the one before gives the drafter its
         first features.
         """
-        shared = {slot: self.drafter.holds(slot, _common(held, prompt[:-2])) for slot, held in self._parked.items()}
+        shared = {
+            slot: self.drafter.reusable_tokens(slot, _common(held, prompt[:-2])) for slot, held in self._parked.items()
+        }
         best = max(shared, key=lambda slot: shared[slot], default=None)
         if best is not None and shared[best] > 0:
             del self._parked[best]
@@ -323,10 +325,10 @@ class SpeculativeDecoder:
         slots = [row.slot for row in chosen]
         nodes = Nodes.chains(slots, lengths, counts)
         tokens = torch.tensor([t for row, done, count in part for t in row.tokens[done : done + count]])
-        layers = [tap for tap in self.drafter.taps if tap != FINAL]
+        layers = [tap for tap in self.drafter.taps if tap != FINAL_NORM]
         hidden_Md, taps = self.backbone.run_layers(self.backbone.embed(tokens), nodes, self.cache, taps=layers)
-        if FINAL in self.drafter.taps:
-            taps[FINAL] = self.backbone.norm(hidden_Md)
+        if FINAL_NORM in self.drafter.taps:
+            taps[FINAL_NORM] = self.backbone.norm(hidden_Md)
         self.cache.commit(slots, [range(count) for count in counts])
         self._observe(chosen, Features(counts, taps))
         for row in chosen:
@@ -354,7 +356,7 @@ def _check(draft: Draft, rows: Sequence[state.Sequence], most: int, vocab: int) 
         raise UsageError(f"The drafter gave {len(draft.trees)} trees for {len(rows)} rows.")
     for tokens, row in zip(draft.tokens, rows, strict=True):
         if len(tokens) > most:
-            raise UsageError(f"The drafter gave a tree of {len(tokens)} nodes; its most_nodes allows {most}.")
+            raise UsageError(f"The drafter gave a tree of {len(tokens)} nodes; its max_nodes allows {most}.")
         if tokens[0] != row.tokens[-1] or not 0 <= min(tokens) <= max(tokens) < vocab:
             raise UsageError(
                 f"The drafter gave tokens {tokens}; the first must be the row's newest, {row.tokens[-1]}, and all must "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache, Nodes
-from foretell.contracts import FINAL, Draft, Drafter, Row
+from foretell.contracts import FINAL_NORM, Draft, Drafter, Row
 
 Pass = tuple[Tensor, dict[int, Tensor], Tensor | None]
 """The nodes' final states [M, d], tapped states [M, d], and what the drafter's cuts inserted."""
@@ -35,8 +35,8 @@ def run_pass(backbone: Backbone, drafter: Drafter, cache: KVCache, rows: Sequenc
         inserted = torch.ones(len(whole), dtype=torch.bool)
         inserted[real] = False
         states_Md, extra = states_Md[real], states_Md[inserted]
-    if FINAL in drafter.taps:
-        taps[FINAL] = states_Md
+    if FINAL_NORM in drafter.taps:
+        taps[FINAL_NORM] = states_Md
     return states_Md, taps, extra
 
 

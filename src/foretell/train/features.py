@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foretell.backbone import Backbone, Nodes
-from foretell.contracts import FINAL
+from foretell.contracts import FINAL_NORM
 from foretell.drafting.learning.heads import TrainingBatch
 from foretell.errors import UsageError
 from foretell.files import sole_writer, write_errors, written_whole
@@ -190,8 +190,8 @@ class Features(Batches):
         """All tensors but those that are `lent`, conversation by conversation."""
         backbone, every = self.backbone, self.backbone.config.layers
         wanted = [tap for tap in self.taps if f"states.{tap}" not in lent]
-        layers = [tap for tap in wanted if tap != FINAL]
-        whole = FINAL in wanted or not lent >= set(_TEACHING)
+        layers = [tap for tap in wanted if tap != FINAL_NORM]
+        whole = FINAL_NORM in wanted or not lent >= set(_TEACHING)
         if not wanted and not whole:
             yield from ({} for _ in data)
             return
@@ -205,8 +205,8 @@ class Features(Batches):
             hidden, taps = backbone.run_layers(backbone.embed(tokens), nodes, cache, 0, highest, taps=layers)
             made: dict[str, Tensor] = {}
             if whole:
-                taps[FINAL] = backbone.norm(hidden)
-                made = _teacher(backbone, taps[FINAL], _before_written(part))
+                taps[FINAL_NORM] = backbone.norm(hidden)
+                made = _teacher(backbone, taps[FINAL_NORM], _before_written(part))
             made |= {f"states.{tap}": taps[tap].bfloat16().cpu() for tap in wanted}
             for i, count in enumerate(counts):
                 start = sum(counts[:i])

@@ -64,7 +64,7 @@ def replay(
         known: batches of these conversations, one each, where they were made already.
     """
     longest = max(len(each.tokens) for each in stored.data)
-    cache, found = stored.backbone.new_cache(1, longest + drafter.most_nodes), Replay()
+    cache, found = stored.backbone.new_cache(1, longest + drafter.max_nodes), Replay()
     drafter.bind(cache)
     for done, index in enumerate(conversations, start=1):
         batch = (known or {}).get(index) or stored.batch([index])

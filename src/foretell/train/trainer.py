@@ -342,18 +342,18 @@ class Trainer:
         indices = self.held_out or self.training
         sums: dict[str, float] = {}
         ranks: list[Ranks] = []
-        said: list[Floats] = []
+        log_probs: list[Floats] = []
         for at in range(0, len(indices), 8):
             batch = self.features.batch(indices[at : at + 8]).to(self.device)
             for name, term in self.module.losses(batch).items():
                 sums[name] = sums.get(name, 0.0) + term.item() * len(indices[at : at + 8]) / len(indices)
             for each in self.module.guesses(batch):
                 ranks.append(each.ranks_PK.numpy())
-                said.append(each.said_PKR.numpy())
+                log_probs.append(each.log_probs_PKR.numpy())
         one, other = (slice(0, None, 2), slice(1, None, 2)) if len(ranks) > 1 else (slice(None), slice(None))
         paths = nested(ranks[one], CANDIDATES)
-        earned = {n: round(replay(ranks[other], paths[: n - 1]), 4) for n in sizes if n <= len(paths) + 1}
-        return Report(sums, _accuracy(ranks), paths, earned, fit(said[one], ranks[one]), indices[other])
+        tokens_per_step = {n: round(replay(ranks[other], paths[: n - 1]), 4) for n in sizes if n <= len(paths) + 1}
+        return Report(sums, _accuracy(ranks), paths, tokens_per_step, fit(log_probs[one], ranks[one]), indices[other])
 
 
 @contextmanager

@@ -29,32 +29,32 @@ PULL = 1.0
 """Weight, in guesses, of what was believed before: a head that never guessed stays as it is."""
 
 
-def believed(said: Floats, scale: Scale) -> Floats:
+def calibrated(log_probs: Floats, scale: Scale) -> Floats:
     """Log-probabilities as they should have been said; the order stays."""
     slope, bias = scale
-    return -np.logaddexp(0.0, -(slope * _log_odds(said) + bias))
+    return -np.logaddexp(0.0, -(slope * _log_odds(log_probs) + bias))
 
 
-def _log_odds(said: Floats) -> Floats:
-    said = np.fmin(np.fmax(said, -50.0), -1e-6)  # what is no number counts as hopeless
-    return said - np.log(-np.expm1(said))
+def _log_odds(log_probs: Floats) -> Floats:
+    log_probs = np.fmin(np.fmax(log_probs, -50.0), -1e-6)  # what is no number counts as hopeless
+    return log_probs - np.log(-np.expm1(log_probs))
 
 
-def fit(said: Sequence[Floats], ranks: Sequence[Ranks]) -> list[Scale]:
+def fit(log_probs: Sequence[Floats], ranks: Sequence[Ranks]) -> list[Scale]:
     """One scale per head.
 
     Args:
         said: per text [P, K, R], log-probabilities of each head's first guesses, best first.
         ranks: per text [P, K] as in `trees.search`: where what came stood among them.
     """
-    said_PKR, ranks_PK = np.concatenate(list(said)), np.concatenate(list(ranks))
-    count = said_PKR.shape[2]
+    log_probs_PKR, ranks_PK = np.concatenate(list(log_probs)), np.concatenate(list(ranks))
+    count = log_probs_PKR.shape[2]
     scales: list[Scale] = []
     reached_P = np.ones(len(ranks_PK), dtype=bool)
     for k in range(ranks_PK.shape[1]):
         there_P = reached_P & (ranks_PK[:, k] != ENDED)
         came_true = (ranks_PK[there_P, k, None] == np.arange(count)).ravel()
-        odds = _log_odds(said_PKR[there_P, k]).ravel()
+        odds = _log_odds(log_probs_PKR[there_P, k]).ravel()
         slope, bias = _logistic(odds, came_true)
         if slope < FLATTEST:  # a head's own order is kept
             slope, bias = FLATTEST, _logistic(FLATTEST * odds, came_true, only_bias=True)[1]

@@ -16,7 +16,7 @@ from heapq import heapify, heappop, heappush
 
 import numpy as np
 
-from foretell.trees.calibration import Floats, Scale, believed
+from foretell.trees.calibration import Floats, Scale, calibrated
 from foretell.trees.tree import TokenTree, from_paths
 
 Grown = tuple[TokenTree, list[tuple[int, int]], list[float]]
@@ -46,39 +46,43 @@ class Candidates:
         """Ranks that are looked at."""
         return max((rank for _, rank in self._guesses), default=-1) + 1
 
-    def grow(self, said_BKR: Floats, nodes: int, scales: Sequence[Scale] = ()) -> list[Grown]:
+    def grow(self, log_probs_BKR: Floats, nodes: int, scales: Sequence[Scale] = ()) -> list[Grown]:
         """Each row's tree of the most probable paths.
 
         Args:
-            said_BKR: log-probability of each head's guesses, best first.
+            log_probs_BKR: log-probability of each head's guesses, best first.
             nodes: size of the trees, root included.
             scales: how far each head is believed.
         """
         if scales:
-            said_BKR = np.stack([believed(said_BKR[:, k], scale) for k, scale in enumerate(scales)], 1)
-        return [self._grown(said_KR, min(nodes - 1, len(self))) for said_KR in said_BKR.tolist()]
+            log_probs_BKR = np.stack([calibrated(log_probs_BKR[:, k], scale) for k, scale in enumerate(scales)], 1)
+        return [self._grown(log_probs_KR, min(nodes - 1, len(self))) for log_probs_KR in log_probs_BKR.tolist()]
 
-    def _grown(self, said_KR: list[list[float]], count: int) -> Grown:
+    def _grown(self, log_probs_KR: list[list[float]], count: int) -> Grown:
         """Best first: no path is more probable than its parent, so what the frontier lacks cannot come before it."""
-        said = [0.0, *(_at_most_certain(said_KR[head][rank]) for head, rank in self._guesses)]
+        log_probs = [0.0, *(_at_most_certain(log_probs_KR[head][rank]) for head, rank in self._guesses)]
         children = self._tree.children
-        frontier = [(-said[node], node) for node in children[0]]
+        frontier = [(-log_probs[node], node) for node in children[0]]
         heapify(frontier)
         chosen: list[int] = []
         while len(chosen) < count:
             cost, best = heappop(frontier)
             chosen.append(best)
             for node in children[best]:
-                heappush(frontier, (cost - said[node], node))
+                heappush(frontier, (cost - log_probs[node], node))
         chosen.sort()  # parents come before children
         place = {node: i for i, node in enumerate([0, *chosen])}
         tree = TokenTree((-1, *(place[self._tree.parents[node]] for node in chosen)))
-        return tree, [self._guesses[node - 1] for node in chosen], [1.0, *(math.exp(said[node]) for node in chosen)]
+        return (
+            tree,
+            [self._guesses[node - 1] for node in chosen],
+            [1.0, *(math.exp(log_probs[node]) for node in chosen)],
+        )
 
 
-def _at_most_certain(said: float) -> float:
+def _at_most_certain(log_probs: float) -> float:
     """What is no number counts as hopeless, as in `calibration`."""
-    return min(0.0, said) if said == said else -math.inf
+    return min(0.0, log_probs) if log_probs == log_probs else -math.inf
 
 
 @dataclass
@@ -98,23 +102,27 @@ class Growing:
     given: list[float] = field(default_factory=lambda: [1.0])
     values: list[float] = field(default_factory=lambda: [0.0])
 
-    def add(self, parent: int, token: int, said: float) -> None:
-        said = _at_most_certain(said)
+    def add(self, parent: int, token: int, log_probs: float) -> None:
+        log_probs = _at_most_certain(log_probs)
         self.parents.append(parent)
         self.tokens.append(token)
-        self.given.append(math.exp(said))
-        self.values.append(self.values[parent] + said)
+        self.given.append(math.exp(log_probs))
+        self.values.append(self.values[parent] + log_probs)
 
-    def extend(self, said_AR: Floats, tokens_AR: Sequence[Sequence[int]], count: int) -> None:
+    def extend(self, log_probs_AR: Floats, tokens_AR: Sequence[Sequence[int]], count: int) -> None:
         """Adds the guesses behind `asked` that might be among the `count` best nodes."""
-        values = (np.array([self.values[node] for node in self.asked])[:, None] + said_AR).ravel()
+        values = (np.array([self.values[node] for node in self.asked])[:, None] + log_probs_AR).ravel()
         order = np.argsort(-values, kind="stable")[:count]
         for i in np.sort(order[values[order] > self.floor]).tolist():
-            place, rank = divmod(i, said_AR.shape[1])
-            self.add(self.asked[place], tokens_AR[place][rank], float(said_AR[place, rank]))
+            place, rank = divmod(i, log_probs_AR.shape[1])
+            self.add(self.asked[place], tokens_AR[place][rank], float(log_probs_AR[place, rank]))
 
     def fill(
-        self, shape: TokenTree, ordered: Sequence[tuple[int, ...]], said_AR: Floats, tokens_AR: Sequence[Sequence[int]]
+        self,
+        shape: TokenTree,
+        ordered: Sequence[tuple[int, ...]],
+        log_probs_AR: Floats,
+        tokens_AR: Sequence[Sequence[int]],
     ) -> None:
         """Adds what a tree of rank paths (`from_paths`) wants behind `asked`, and asks what was added.
 
@@ -124,7 +132,7 @@ class Growing:
         for place, node in enumerate(self.asked):
             for child in shape.children[node]:
                 rank = ordered[child][-1]
-                self.add(node, tokens_AR[place][rank], float(said_AR[place, rank]))
+                self.add(node, tokens_AR[place][rank], float(log_probs_AR[place, rank]))
         self.asked = list(range(since, len(self.parents)))
 
     def best(self, count: int) -> list[int]:
@@ -132,7 +140,7 @@ class Growing:
         come first: so they are a tree."""
         return sorted(range(1, len(self.parents)), key=lambda node: -self.values[node])[:count]
 
-    def narrow(self, count: int, since: int, most: int, least: float) -> None:
+    def select_frontier(self, count: int, since: int, most: int, least: float) -> None:
         """Chooses whom to ask next: of the `count` best nodes those from `since` on, `most` of them; nobody where that
         can hardly gain anything: guesses behind them are no more probable, and have to push others out."""
         best = self.best(count)

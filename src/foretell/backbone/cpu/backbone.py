@@ -20,8 +20,8 @@ from foretell.backbone.cpu.linear import PackedHeads, PackedLinear, ThreadedLine
 from foretell.backbone.eager.linear import (
     DrafterHeads,
     LevelDrafting,
-    LowerDrafting,
-    TreeClimber,
+    LowerLayerDrafter,
+    LowerLayerDrafting,
     TreeGrower,
     check_ids,
 )
@@ -168,10 +168,10 @@ class CompiledBackbone(Backbone):
 
         return CompiledGrower(self, drafting)
 
-    def climber(self, drafting: LowerDrafting) -> TreeClimber:
-        from foretell.drafting.cpu import CompiledClimber
+    def climber(self, drafting: LowerLayerDrafting) -> LowerLayerDrafter:
+        from foretell.drafting.cpu import CompiledLowerLayerDrafter
 
-        return CompiledClimber(self, drafting)
+        return CompiledLowerLayerDrafter(self, drafting)
 
     def prefix(self, tensors: Mapping[str, Tensor], fuse_dP: Tensor | None) -> PrefixLayer:
         from foretell.drafting.cpu import CompiledPrefix

@@ -24,7 +24,7 @@ from foretell.backbone.nodes import Nodes
 from foretell.loading.config import ModelConfig
 
 BLOCK = 64
-MOST_PRODUCTS = 1 << 20
+MAX_PRODUCTS = 1 << 20
 """Rows are processed in chunks whose gathered products stay below this many numbers."""
 
 
@@ -90,8 +90,8 @@ class EagerBackbone(Backbone):
     def pad_rows(self, rows: int) -> bool:
         for layer in self.layers:
             for linear in (layer.qkv, layer.out, layer.gate_up, layer.down):
-                linear.least_rows = rows
-        self._head.least_rows = rows
+                linear.min_rows = rows
+        self._head.min_rows = rows
         return True
 
     def _alike(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> EagerBackbone:
@@ -202,7 +202,7 @@ def attend(
         starts_M: where the room of each row's cache row begins in the pool.
         paths_MT: see `Nodes.paths_MT`; padded to whole blocks.
     """
-    chunk = max(1, MOST_PRODUCTS // (paths_MT.shape[1] * queries_MHD[0].numel()))
+    chunk = max(1, MAX_PRODUCTS // (paths_MT.shape[1] * queries_MHD[0].numel()))
     pieces = [
         _attend(
             queries_MHD[i : i + chunk], keys_GSD, values_GSD, starts_M[i : i + chunk], paths_MT[i : i + chunk], window

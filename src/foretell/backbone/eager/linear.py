@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from foretell.backbone.base import Backbone
     from foretell.backbone.cache import KVCache
 
-LEAST_ROWS, MOST_ROWS = 4, 64
+MIN_ROWS, MAX_ROWS = 4, 64
 
 
 class DrafterLinear(Protocol):
@@ -91,7 +91,7 @@ class TreeGrower(Protocol):
 
 
 @dataclass(frozen=True)
-class LowerDrafting:
+class LowerLayerDrafting:
     """What guesses behind the model's own lower layers.
 
     Attributes:
@@ -111,14 +111,14 @@ class LowerDrafting:
 
 
 @dataclass(frozen=True)
-class Asked:
+class DraftRequest:
     """A draft that is wanted of B rows; see `drafting.lower_layers.Lower`.
 
     Attributes:
         layers: those that draft; slots: cache rows; roots: newest tokens; budgets: tokens that may still be emitted.
         count: nodes besides the root; steps: levels; room: nodes of a row that run; all at most.
         thresholds: per row the probability below which its chain ends; none make trees.
-        beam, least: of trees, see `Growing.narrow`.
+        beam, least: of trees, see `Growing.select_frontier`.
         taps: layers whose streams are wanted of the nodes that run.
         waiting: per row states [W, d] that the adapter has still to read, or None.
     """
@@ -138,12 +138,12 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Climbed:
+class DraftedTrees:
     """Trees, of which the `ran` first nodes of each passed the layers.
 
     Attributes:
         trees: per row parents, tokens and how probable each node is given its parent.
-        hidden_Rd, taps: streams of the nodes that passed, row after row, and those after `Asked.taps` layers.
+        hidden_Rd, taps: streams of the nodes that passed, row after row, and those after `DraftRequest.taps` layers.
     """
 
     trees: list[tuple[list[int], list[int], list[float]]]
@@ -152,8 +152,8 @@ class Climbed:
     taps: dict[int, Tensor]
 
 
-class TreeClimber(Protocol):
-    def climb(self, asked: Asked, cache: KVCache, own: KVCache | None) -> Climbed:
+class LowerLayerDrafter(Protocol):
+    def climb(self, asked: DraftRequest, cache: KVCache, own: KVCache | None) -> DraftedTrees:
         """Drafts in one call what `drafting.lower_layers` drafts level by level.
 
         Args:
@@ -193,7 +193,7 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, packed: bool = True):
         self.bias = None if bias is None else bias.to(weight.dtype)
-        self.dtype, self.least_rows = weight.dtype, LEAST_ROWS
+        self.dtype, self.min_rows = weight.dtype, MIN_ROWS
         self.packed = _onednn_pack(weight) if packed and weight.device.type == "cpu" else None
         missing = -weight.shape[1] % 16
         if self.packed is None and missing:  # rows at odd places in memory, which MKL answers with odd sums
@@ -202,7 +202,7 @@ class Linear:
 
     def __call__(self, x_MK: Tensor) -> Tensor:
         x_MK = x_MK.to(self.dtype)
-        pieces = [self._piece(piece).float() for piece in x_MK.split(MOST_ROWS)]
+        pieces = [self._piece(piece).float() for piece in x_MK.split(MAX_ROWS)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def top(self, x_MK: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -212,8 +212,8 @@ class Linear:
     def _piece(self, x_MK: Tensor) -> Tensor:
         rows = len(x_MK)
         wider = 0 if self.packed is not None else self.weight.shape[1] - x_MK.shape[1]
-        if wider or rows < self.least_rows:
-            x_MK = F.pad(x_MK, (0, wider, 0, max(0, self.least_rows - rows)))
+        if wider or rows < self.min_rows:
+            x_MK = F.pad(x_MK, (0, wider, 0, max(0, self.min_rows - rows)))
         if self.packed is not None:
             y_MN = torch.ops.mkldnn._linear_pointwise(x_MK, self.packed, self.bias, "none", [], "")
         else:
@@ -261,7 +261,7 @@ class StackedHeads:
 def _onednn_pack(weight: Tensor) -> Tensor | None:
     """The weight in oneDNN's own layout, or None where this build or processor has none for its type."""
     try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, MOST_ROWS)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, MAX_ROWS)
         torch.ops.mkldnn._linear_pointwise(weight.new_zeros(4, weight.shape[1]), packed, None, "none", [], "")
     except (AttributeError, RuntimeError):
         return None

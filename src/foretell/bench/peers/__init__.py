@@ -137,7 +137,7 @@ def find(name: str) -> Kind:
 class Peer:
     """A contender in a process of its own, stopped while others answer: some spin when idle.
 
-    See `contenders.Contender`.
+    See `contenders.System`.
     """
 
     lossless = False

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache
 from foretell.backbone.eager.linear import DrafterHeads, LevelDrafting
-from foretell.contracts import FINAL, Draft, Drafter, Features, Row
+from foretell.contracts import FINAL_NORM, Draft, Drafter, Features, Row
 from foretell.drafters.hydra.heads import HydraHeads, shapes
 from foretell.drafting.checkpoint import damage_named, find
 from foretell.drafting.learning.heads import DecoderLayer
@@ -44,17 +44,17 @@ from foretell.drafting.options import (
 )
 from foretell.errors import UsageError
 from foretell.trees import TokenTree, from_paths
-from foretell.trees.calibration import Floats, believed
+from foretell.trees.calibration import Floats, calibrated
 from foretell.trees.growing import Growing
 from foretell.trees.published import published
 
-LEAST = 0.08
+MIN_GAIN = 0.08
 """Tokens that a level must be able to gain: it costs some 4 % of a step, which earns two."""
 BEAM = 8
 """Nodes of a level that are asked for more, at most: rows that the kernels multiply at the price of one."""
 WIDTH = 10
 """Guesses that each of them makes."""
-MOST = 128
+MAX_NODES = 128
 """Nodes of a tree."""
 
 
@@ -65,7 +65,7 @@ class Hydra(Drafter):
         arch, tensors: as `HydraHeads.checkpoint` gave them.
         paths: rank paths of static trees, prefixes first.
         size: (rows, context) -> nodes of the tree to draft, root included; 1 drafts nothing.
-        earned: tree size -> tokens per step on held-out text.
+        tokens_per_step: tree size -> tokens per step on held-out text.
         grown: best first, or static.
         scales: how far each head is believed.
     """
@@ -80,19 +80,19 @@ class Hydra(Drafter):
         tensors: dict[str, Tensor],
         paths: Sequence[Sequence[int]],
         size: Callable[[int, int], int],
-        earned: dict[int, float] | None = None,
+        tokens_per_step: dict[int, float] | None = None,
         grown: bool = True,
         scales: Sequence[Sequence[float]] = (),
     ):
         check_shapes(tensors, shapes(arch, backbone.config.hidden, len(tensors["vocabulary"])))
         self._scales = read_scales(scales, arch["heads"])
         self.tokens_per_step, self.size, self.grown, self.paths = (
-            earned or {},
+            tokens_per_step or {},
             size,
             grown,
             [tuple(path) for path in paths],
         )
-        self.taps, self.grounded, self.heads = (*arch["taps"], FINAL), arch["grounded"], arch["heads"]
+        self.taps, self.grounded, self.heads = (*arch["taps"], FINAL_NORM), arch["grounded"], arch["heads"]
         self.chained = arch["chained"]
         self._hidden, self._device = backbone.config.hidden, backbone.device
         self._embed, self._vocabulary_V = backbone.embed, tensors["vocabulary"].long().numpy()
@@ -138,12 +138,14 @@ class Hydra(Drafter):
         """
         found, tensors = find(cls.method, backbone, checkpoint, any_backbone)
         paths, grown = published(tree) if tree else found.paths, grown and not tree
-        most = MOST if grown else min(MOST, len(paths) + 1)
-        size = tree_size(backbone, nodes or (most if tree else 0), found.earned, cls.method, cls.usual_cost, most)
+        most = MAX_NODES if grown else min(MAX_NODES, len(paths) + 1)
+        size = tree_size(
+            backbone, nodes or (most if tree else 0), found.tokens_per_step, cls.method, cls.usual_cost, most
+        )
         with damage_named(checkpoint or f"The {cls.method} drafter that came with foretell"):
             if found.arch["prefix"] != cls.plus:
                 raise KeyError("prefix")
-            return cls(backbone, found.arch, tensors, paths, size, found.earned, grown, found.calibration)
+            return cls(backbone, found.arch, tensors, paths, size, found.tokens_per_step, grown, found.calibration)
 
     @classmethod
     def trainable(
@@ -184,8 +186,8 @@ class Hydra(Drafter):
         )  # fmt: skip
 
     @property
-    def most_nodes(self) -> int:
-        return MOST
+    def max_nodes(self) -> int:
+        return MAX_NODES
 
     # -- what was committed -----------------------------------------------------------------------------------------
 
@@ -194,7 +196,7 @@ class Hydra(Drafter):
             self._prefix = self._prefix.attached(cache.rows)
         self._states = {}
 
-    def holds(self, slot: int, tokens: int) -> int:
+    def reusable_tokens(self, slot: int, tokens: int) -> int:
         """An interruption may have kept states from the layer, and the last that a fused one read had another token
         after it."""
         return max(0, min(tokens - self._prefix.fused, self._prefix.length(slot))) if self._prefix else tokens
@@ -236,12 +238,12 @@ class Hydra(Drafter):
     # -- guesses ----------------------------------------------------------------------------------------------------
 
     def draft(self, rows: Sequence[Row]) -> Draft:
-        count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), self.most_nodes) - 1
+        count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), self.max_nodes) - 1
         if not count:
             return nothing(rows)
         if self.grown and self._grower:
             states = [self._states.get(row.slot) for row in rows]
-            grown = self._grower.grow([row.tokens[-1] for row in rows], states, count, BEAM, LEAST)
+            grown = self._grower.grow([row.tokens[-1] for row in rows], states, count, BEAM, MIN_GAIN)
             return Draft(
                 [TokenTree(tuple(parents)) for parents, _, _ in grown], [tokens for _, tokens, _ in grown],
                 [given for _, _, given in grown],
@@ -262,17 +264,17 @@ class Hydra(Drafter):
                     tree.asked = [node for node in tree.asked if shape[0].children[node]]
             if not any(tree.asked for tree in trees):
                 break
-            said_FR, tokens_FR = self._ask(k, trees, reading)
+            log_probs_FR, tokens_FR = self._ask(k, trees, reading)
             at = 0
             for tree in trees:
                 mine, since = slice(at, at + len(tree.asked)), len(tree.parents)
                 at = mine.stop
                 if shape:
-                    tree.fill(*shape, said_FR[mine], tokens_FR[mine])
+                    tree.fill(*shape, log_probs_FR[mine], tokens_FR[mine])
                 else:
-                    tree.extend(said_FR[mine], tokens_FR[mine], count)
+                    tree.extend(log_probs_FR[mine], tokens_FR[mine], count)
                     if k + 1 < self.heads:
-                        tree.narrow(count, since, BEAM, LEAST)
+                        tree.select_frontier(count, since, BEAM, MIN_GAIN)
         cut = [tree.cut(range(1, len(tree.parents)) if shape else tree.best(count)) for tree in trees]
         return Draft([tree for tree, _, _ in cut], [tokens for _, tokens, _ in cut], [given for _, _, given in cut])
 
@@ -291,13 +293,13 @@ class Hydra(Drafter):
         if self.chained:
             states_Fd, numbers = reading.room(len(asked))
             reading.ended.update(zip(asked, numbers, strict=True))
-        said_FKR, best_FKR = self._levels[k].top(
+        log_probs_FKR, best_FKR = self._levels[k].top(
             reading.store_Nd, read_FS, self._width, None if states_Fd is None else states_Fd[:, None]
         )
-        said_FR = said_FKR[:, 0].cpu().numpy()
+        log_probs_FR = log_probs_FKR[:, 0].cpu().numpy()
         if self._scales:
-            said_FR = believed(said_FR, self._scales[k])
-        return said_FR, self._vocabulary_V[best_FKR[:, 0].cpu().numpy()].tolist()
+            log_probs_FR = calibrated(log_probs_FR, self._scales[k])
+        return log_probs_FR, self._vocabulary_V[best_FKR[:, 0].cpu().numpy()].tolist()
 
 
 class HydraPlus(Hydra):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foretell.backbone.eager.linear import normed
-from foretell.contracts import FINAL
+from foretell.contracts import FINAL_NORM
 from foretell.drafting.learning.heads import DecoderLayer, GuessingHeads, TrainingBatch
 from foretell.drafting.learning.products import product
 from foretell.drafting.options import output_shape
@@ -45,7 +45,7 @@ class HydraHeads(GuessingHeads):
     ):  # fmt: skip
         super().__init__(head_Vd, vocabulary_V, whole, heads=heads, output=output, soft=soft)
         d = head_Vd.shape[1]
-        self.taps, self.embed, self.grounded, self.prefix = (*taps, FINAL), embed, grounded, prefix
+        self.taps, self.embed, self.grounded, self.prefix = (*taps, FINAL_NORM), embed, grounded, prefix
         self.tied, self.layers, self.dropout, self.chained = tied, layers, dropout, chained
         self.fuse = nn.Parameter(torch.zeros(d, d * len(self.taps))) if fused else None
         widths = _widths(d, 1 if fused else len(self.taps), heads, grounded, chained)

@@ -31,7 +31,7 @@ CHUNK = 512
 """Positions whose logits exist at once."""
 RANKS = 32
 """Guesses of a head that are looked at when trees are searched."""
-SAID = 10
+CALIBRATION_TOP_K = 10
 """Guesses of a head whose probabilities are held against what came."""
 
 
@@ -66,11 +66,11 @@ class Guessed:
 
     Attributes:
         ranks_PK: int64 as in `trees.search`: ranks of what came.
-        said_PKR: log-probabilities of each head's first guesses, best first, R of them at most `SAID`.
+        log_probs_PKR: of each head's first guesses, best first, R of them at most `CALIBRATION_TOP_K`.
     """
 
     ranks_PK: Tensor
-    said_PKR: Tensor
+    log_probs_PKR: Tensor
 
 
 class Trainable(nn.Module):
@@ -247,18 +247,20 @@ class GuessingHeads(Trainable):
     def guesses(self, batch: TrainingBatch) -> list[Guessed]:
         targets_PK, sources_P = targets(batch, self.heads, self.ahead)
         x_KPd, ranks_PK = self.read(batch, sources_P), torch.full_like(targets_PK, MISSED)
-        said_PKR = x_KPd.new_zeros(*targets_PK.shape, min(SAID, len(self.vocabulary_V)))
+        log_probs_PKR = x_KPd.new_zeros(*targets_PK.shape, min(CALIBRATION_TOP_K, len(self.vocabulary_V)))
         for k in range(self.heads):
             for at in range(0, len(sources_P), CHUNK):
                 logits = product(x_KPd[k, at : at + CHUNK], self.head(k))
                 values, best = logits.topk(min(RANKS, logits.shape[1]))
                 hit = self.vocabulary_V[best] == targets_PK[at : at + CHUNK, k, None]
                 ranks_PK[at : at + CHUNK, k] = torch.where(hit.any(1), hit.int().argmax(1), MISSED)
-                said_PKR[at : at + CHUNK, k] = values[:, : said_PKR.shape[2]] - logits.logsumexp(1, keepdim=True)
+                log_probs_PKR[at : at + CHUNK, k] = values[:, : log_probs_PKR.shape[2]] - logits.logsumexp(
+                    1, keepdim=True
+                )
         ranks_PK.masked_fill_(targets_PK < 0, ENDED)
         rows = sources_P // batch.tokens_BT.shape[1]
         where = [rows == row for row in range(len(batch.tokens_BT))]
-        return [Guessed(ranks_PK[mine].cpu(), said_PKR[mine].cpu()) for mine in where]
+        return [Guessed(ranks_PK[mine].cpu(), log_probs_PKR[mine].cpu()) for mine in where]
 
     def take_outputs(self, tensors: dict[str, Tensor]) -> None:
         """Takes over output matrices, for the tokens that both choose from."""

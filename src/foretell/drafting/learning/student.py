@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foretell.contracts import FINAL
+from foretell.contracts import FINAL_NORM
 from foretell.drafting.learning.finetune import causal, save
 from foretell.drafting.learning.heads import CHUNK, TrainingBatch
 from foretell.drafting.learning.products import number_type
 
-LEAST = 1e-6
+MIN_PROBABILITY = 1e-6
 """Probability of all tokens besides the teacher's, at least: its logarithm is taken."""
 
 
-class Pupil(nn.Module):
+class TrainableBackbone(nn.Module):
     """The part of a backbone that learns, as a trainer sees it.
 
     Args:
@@ -39,11 +39,11 @@ class Pupil(nn.Module):
     def model(self) -> nn.Module:
         return self._whole[0]
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Pupil:
+    def _apply(self, fn: Any, recurse: bool = True) -> TrainableBackbone:
         self.model._apply(fn)
         return super()._apply(fn, recurse)
 
-    def train(self, mode: bool = True) -> Pupil:
+    def train(self, mode: bool = True) -> TrainableBackbone:
         self.model.train(mode)
         return super().train(mode)
 
@@ -71,7 +71,7 @@ class Pupil(nn.Module):
         every = model.config.num_hidden_layers
         hooks = [each.register_forward_hook(after(layer)) for layer, each in enumerate(model.layers)]
         try:
-            model.config.num_hidden_layers = every if FINAL in taps else max(taps)  # as many as transformers runs
+            model.config.num_hidden_layers = every if FINAL_NORM in taps else max(taps)  # as many as transformers runs
             dtype = number_type(tokens_BT.device)
             with torch.autocast(tokens_BT.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 final_BTd = model(input_ids=tokens_BT, use_cache=False).last_hidden_state
@@ -79,7 +79,7 @@ class Pupil(nn.Module):
             model.config.num_hidden_layers = every
             for hook in hooks:
                 hook.remove()
-        return {tap: final_BTd if tap == FINAL else seen[tap] for tap in taps}
+        return {tap: final_BTd if tap == FINAL_NORM else seen[tap] for tap in taps}
 
     def normed(self, stream_BTd: Tensor) -> Tensor:
         """A stream behind the final norm, as the output head reads it."""
@@ -95,7 +95,7 @@ class Pupil(nn.Module):
         before_BT[:, :-1] = batch.supervised_BT[:, 1:]
         told = (batch.teacher_ids_BTm[before_BT], batch.teacher_p_BTm[before_BT])
         weight_Vd: Tensor = causal(self.model).get_output_embeddings().weight
-        return divergence(batch.states[FINAL][before_BT], weight_Vd, *told) / before_BT.sum()
+        return divergence(batch.states[FINAL_NORM][before_BT], weight_Vd, *told) / before_BT.sum()
 
     def save(self, base: str, out: Path) -> str:
         """Writes what became of the model `base`; returns the name that it has now."""
@@ -109,7 +109,7 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor) -> Tensor:
         assert not ctx.needs_input_grad[1]  # neither adapters nor a model that learns whole change the output matrix
         p_Pm = p_Pm.float() / p_Pm.float().sum(-1, keepdim=True).clamp(min=1.0)  # rounded, they may add up to more
-        rest_p_P = (1 - p_Pm.sum(-1)).clamp(min=LEAST)
+        rest_p_P = (1 - p_Pm.sum(-1)).clamp(min=MIN_PROBABILITY)
         dtype = number_type(x_Pd.device)
         weight, grad_Pd, total = weight_Vd.to(dtype), torch.empty_like(x_Pd), x_Pd.new_zeros((), dtype=torch.float32)
         for at in range(0, len(x_Pd), CHUNK):
