@@ -185,13 +185,13 @@ def test_an_estimate_counts_the_rounds_that_are_left(llm: LLM, tmp_path: Path) -
     runner.plain.answer = fixed  # type: ignore[assignment]
     encoded = {text: len(llm.encode(text)) for question in QUESTIONS for text in question.turns}
     read = 2 * (encoded["first"] + encoded["third"]) + encoded["and?"] + encoded["so?"] + encoded["second"] + 2 * 12
-    assert runner.estimate() == pytest.approx(2 * (read + 10.0 * (5 * 12 + 6)))  # two systems; six to warm up
+    assert runner.estimate() == pytest.approx(2 * (read + 10.0 * (5 * 12 + 6)), abs=0.1)  # two systems; six to warm up
     done = [record | {"ids": []} for turn in (0, 1) for record in [{"round": [0.0, 1, 0, 0, turn]}]]
     runner.records = done
     read -= 2 * encoded["first"] + encoded["and?"] + 12
-    assert runner.estimate() == pytest.approx(2 * (read + 10.0 * (3 * 12 + 6)))
+    assert runner.estimate() == pytest.approx(2 * (read + 10.0 * (3 * 12 + 6)), abs=0.1)
     runner.records = [{"round": list(each.key)} for each in runner.rounds()]
-    assert runner.estimate() == 0
+    assert runner.estimate() == pytest.approx(0, abs=0.1)
 
 
 def test_what_cannot_be_asked_is_found_out_before_anything_is_written(llm: LLM, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ ids are compared with.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +101,12 @@ class Runner:
     def estimate(self) -> float:
         """Seconds that the rounds left and their warm-up will take if every system is as fast as plain decoding.
 
-        From one short answer of plain decoding at each batch size: its prompt and its steps, timed apart.
+        From one short answer of plain decoding at each batch size (its prompt and its steps, timed apart), and from one
+        measurement of the read bandwidth, which precedes every round.
         """
+        began = time.perf_counter()
+        self.bandwidth()
+        reading = (time.perf_counter() - began) * len(self.left())
         prompt, tokens = self.llm.encode(PROMPT), min(8, self.settings.new_tokens)
         params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
         seconds = 0.0
@@ -121,7 +126,7 @@ class Runner:
             if rounds:
                 steps += self._warm_up_tokens * len(self.settings.temperatures)
             seconds += read * per_prompt_token + steps * per_step
-        return seconds * len(self.systems)
+        return seconds * len(self.systems) + reading
 
     def run(self, progress: Callable[[int, int, int], None] = lambda *_: None) -> list[dict[str, Any]]:
         """Measures the rounds left; returns every record.
