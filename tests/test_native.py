@@ -50,23 +50,25 @@ def outcome(code: str, *flags: str) -> str:
 
 
 GUARDS = """
-from foretell.backbone.eager.linear import DraftRequest, LevelDrafting, LowerLayerDrafting
+from foretell.drafting.kernels import kernels_for
+from foretell.drafting.protocols import DraftRequest, LevelDrafting, LowerLayerDrafting
 from foretell.backbone.cpu.linear import PackedLinear
 
 backbone, other = model().build("", BF16, 2), model(hidden_size=64, head_dim=16).build("", FP32, 2)
 tokens, d = torch.arange(4), 32
 hidden, nodes, cache = backbone.embed(tokens), Nodes.chains([0], [0], [4]), backbone.new_cache(1, 8)
-heads = backbone.heads([], [torch.randn(40, d)])
-stacked = backbone.heads([[(torch.randn(d, 2 * d), torch.zeros(d))]], heads)
+kernels = kernels_for(backbone)
+heads = kernels.heads([], [torch.randn(40, d)])
+stacked = kernels.heads([[(torch.randn(d, 2 * d), torch.zeros(d))]], heads)
 store, block, vocabulary = torch.randn(5, d), [(torch.randn(d, d), torch.zeros(d))], np.arange(40)
-levels = [backbone.heads([[(torch.randn(d, 2 * d), torch.zeros(d))]], heads)]
-grower = backbone.grower(LevelDrafting(levels, 1, 4, vocabulary, (), True, False))
-climber = backbone.climber(LowerLayerDrafting(heads, 4, vocabulary))
+levels = [kernels.heads([[(torch.randn(d, 2 * d), torch.zeros(d))]], heads)]
+grower = kernels.grower(LevelDrafting(levels, 1, 4, vocabulary, (), True, False))
+climber = kernels.lower_layers(LowerLayerDrafting(heads, 4, vocabulary))
 norms = {f"{name}_layernorm.weight": torch.ones(d) for name in ("input", "post_attention")}
 projections = {f"self_attn.{x}_proj.weight": torch.randn(n, d) for x, n in zip("qkvo", (32, 16, 16, 32))}
 mlp = {"mlp.gate_proj.weight": torch.randn(48, d), "mlp.up_proj.weight": torch.randn(48, d),
        "mlp.down_proj.weight": torch.randn(d, 48)}
-prefix = backbone.prefix(norms | projections | mlp, torch.randn(d, d))
+prefix = kernels.prefix_layer(norms | projections | mlp, torch.randn(d, d))
 prefix = prefix.attached(1)
 prefix.begin(0, 0, 8)
 linear = PackedLinear(torch.randn(40, d))
@@ -76,7 +78,7 @@ def climb(roots=(1,), budgets=(9,), slots=(0,), count=3, steps=2, room=4, layers
 
 def level(**changes):
     told = dict(levels=levels, streams=1, width=4, vocabulary_V=vocabulary, scales=(), grounded=True, chained=False)
-    return backbone.grower(LevelDrafting(**{**told, **changes}))
+    return kernels.grower(LevelDrafting(**{**told, **changes}))
 
 backbone.run_layers(hidden, nodes, cache)
 heads.top(store, [[0], [4]], 40), stacked.top(store, [[0, 1]], 3), climb(), level()
@@ -118,10 +120,10 @@ attempts = {
     "states too few": lambda: heads.top(store, [[0]], 1, torch.zeros(1, 1, 16)),
     "states not contiguous": lambda: heads.top(store, [[0], [1]], 1, torch.zeros(d, 1, 2).T),
     "store of another type": lambda: heads.top(store.double(), [[0]], 1),
-    "blocks of another width": lambda: backbone.heads([[(torch.randn(16, d), torch.zeros(16))]], heads),
-    "a bias of blocks too short": lambda: backbone.heads([[(torch.randn(d, d), torch.zeros(8))]], heads),
-    "matrices of two widths": lambda: backbone.heads([block * 2], [torch.randn(40, d), torch.randn(30, d)]),
-    "matrices of other kernels": lambda: other.heads([block], heads),
+    "blocks of another width": lambda: kernels.heads([[(torch.randn(16, d), torch.zeros(16))]], heads),
+    "a bias of blocks too short": lambda: kernels.heads([[(torch.randn(d, d), torch.zeros(8))]], heads),
+    "matrices of two widths": lambda: kernels.heads([block * 2], [torch.randn(40, d), torch.randn(30, d)]),
+    "matrices of other kernels": lambda: kernels_for(other).heads([block], heads),
     "a vocabulary beyond the embedding": lambda: level(vocabulary_V=vocabulary + 30),
     "a vocabulary too short": lambda: level(vocabulary_V=vocabulary[:39]),
     "more guesses than choices": lambda: level(width=41),
