@@ -25,7 +25,8 @@ from foretell.backbone.eager.backbone import EagerBackbone
 from foretell.backbone.eager.linear import MAX_ROWS
 from foretell.contracts import Draft
 from foretell.loading import ModelConfig
-from foretell.loading.families import FAMILIES, model_config, weight_shapes
+from foretell.loading.families import FAMILIES, model_config
+from foretell.loading.tensors import weight_shapes
 from foretell.trees import TokenTree, chain
 
 FP32, BF16 = torch.float32, torch.bfloat16
