@@ -20,8 +20,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from foretell.conversations import check_text, parse_record, turns_of
 from foretell.errors import ForetellError, UsageError
+from foretell.prompt_files import check_text, parse_record, turns_of
 
 SHIPPED = "mini"
 """23 questions of Spec-Bench over its 13 categories; the licence lies beside the file."""

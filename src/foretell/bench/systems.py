@@ -19,9 +19,9 @@ from foretell import drafters
 from foretell.api import LLM
 from foretell.backbone import Backbone
 from foretell.bench.memory import peak_bytes, reset_peak
-from foretell.engine import SpeculativeDecoder
+from foretell.engine import SpeculativeDecoder, run
 from foretell.errors import ForetellError
-from foretell.requests import SamplingParams, Statistics
+from foretell.requests import Request, SamplingParams, Statistics
 from foretell.verify import Typical
 
 
@@ -98,8 +98,8 @@ class ForetellSystem:
         answers = [Answer([], 0.0, []) for _ in prompts]
         reset_peak(self.llm.backbone.device)
         began = time.perf_counter()
-        requests = [(ids, params, key) for ids, key in zip(prompts, keys, strict=True)]
-        for index, event in LLM.run(decoder, requests):
+        requests = [Request(ids, params, key) for ids, key in zip(prompts, keys, strict=True)]
+        for index, event in run(decoder, requests):
             if event.error:
                 raise ForetellError(f"{self.name}: {event.error}")
             answer = answers[index]
