@@ -165,8 +165,9 @@ class Sampling:
 
 def drafter_table() -> str:
     """The drafters by name, read when help is printed: one registered from outside is in it."""
-    width = max(map(len, drafters.DRAFTERS))
-    rows = [f"  {name:{width}}  {help}".replace("[", "\\[") for name, (_, help) in drafters.DRAFTERS.items()]
+    table = drafters.table()
+    width = max(map(len, table))
+    rows = [f"  {name:{width}}  {help}".replace("[", "\\[") for name, (_, help) in table.items()]
     return "\n".join(["Drafters:", *rows])
 
 
