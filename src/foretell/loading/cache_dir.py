@@ -148,7 +148,7 @@ def _converted(cache: Path) -> Iterator[CachedModel]:
         current = manifest.get("converter", 1) == CONVERTER_VERSION
         folder = manifest_file.parent
         name, source = str(manifest.get("name", folder.name)), str(manifest.get("source", "gguf"))
-        problem = "" if current else "from an earlier version; made anew when it is next loaded"
+        problem = "" if current else "outdated: converted by an earlier version"
         yield CachedModel(name, folder, _folder_bytes(folder), manifest.get("licence"), source, problem)
 
 
