@@ -3,12 +3,18 @@
 What could is tried in a process of its own, with limits that the system keeps: exit status and output tell.
 """
 
+import ctypes
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from random_backbones import COMPILED
+
+from foretell.backbone.cpu import library
+from foretell.errors import ForetellError
 
 pytestmark = [
     pytest.mark.skipif(not COMPILED, reason="needs compiled kernels"),
@@ -47,6 +53,63 @@ def outcome(code: str, *flags: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr}"
     return done.stdout
+
+
+NATIVE = Path(library.__file__).parent / "native"
+HEADER = (NATIVE / "common.h").read_text()
+
+
+def test_every_structure_that_python_fills_is_compared_with_its_twin_in_c() -> None:
+    structures = {structure.__name__ for structure in library.Described.__subclasses__()}
+    compared = {line.split()[0] for line in library.layout() if ":" in line}
+    assert compared == structures
+    assert structures | {"Kernels"} == set(re.findall(r"^struct (\w+) {", HEADER, re.MULTILINE))  # Kernels: C alone
+
+
+def test_every_exported_call_is_compared_with_its_twin_in_c() -> None:
+    exported = set(re.findall(r"^int foretell_(\w+)\(", (NATIVE / "native.cpp").read_text(), re.MULTILINE))
+    assert exported == set(library.CALLS)
+
+
+def swapped(fields: list[tuple[str, type]]) -> list[tuple[str, type]]:
+    return [fields[1], fields[0], *fields[2:]]
+
+
+def longer(fields: list[tuple[str, type]]) -> list[tuple[str, type]]:
+    return [*fields, ("one_more", ctypes.c_int64)]
+
+
+def retyped(fields: list[tuple[str, type]]) -> list[tuple[str, type]]:
+    return [(fields[0][0], ctypes.c_double), *fields[1:]]
+
+
+def renamed(fields: list[tuple[str, type]]) -> list[tuple[str, type]]:
+    return [("other", fields[0][1]), *fields[1:]]
+
+
+@pytest.mark.parametrize("change", [swapped, longer, retyped, renamed])
+@pytest.mark.parametrize("name", ["Layer", "Rows"])
+def test_a_structure_that_differs_from_the_compiled_one_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[list[tuple[str, type]]], list[tuple[str, type]]]
+) -> None:
+    others = [each for each in library.Described.__subclasses__() if each.__name__ != name]
+    twin = type(name, (ctypes.Structure,), {"_fields_": change(getattr(library, name)._fields_)})
+    monkeypatch.setattr(library.Described, "__subclasses__", lambda: [*others, twin])
+    with pytest.raises(ForetellError, match=r"was compiled from other sources; install foretell again"):
+        library.loaded.__wrapped__()
+
+
+def test_a_call_that_differs_from_the_compiled_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(library.CALLS, "norm", library.CALLS["norm"][:-1])
+    with pytest.raises(ForetellError, match="other sources"):
+        library.loaded.__wrapped__()
+
+
+def test_a_library_too_old_to_describe_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "LIBRARY", Path("libm.so.6"))
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    with pytest.raises(ForetellError, match="other sources"):
+        library.loaded.__wrapped__()
 
 
 GUARDS = """
