@@ -11,16 +11,16 @@ def config() -> None:
     """Show the config file's path and the defaults in force.
 
     The file sets defaults for options. In its first lines stand those of the panels Model and Sampling, for every verb
-    that has them; in a table such as [generate] those of one verb; in one such as [drafters.medusa] those of a drafter.
+    that has them; in a table such as [generate] those of one verb; in one such as [options.medusa] those of a drafter.
     """
     from foretell.cli import VERBS, load_verb
-    from foretell.cli.defaults import DRAFTERS, VARIABLES, config_file, for_every_verb, of_drafter, of_verb, read
+    from foretell.cli.defaults import OPTIONS, VARIABLES, config_file, for_every_verb, of_drafter, of_verb, read
     from foretell.cli.options import Loading, Sampling
 
     path, content = config_file(), read()
     for verb in VERBS:
         of_verb(verb, load_verb(verb), VERBS)  # refuses what does not fit, of every verb
-    for drafter in content.get(DRAFTERS, {}):
+    for drafter in content.get(OPTIONS, {}):
         of_drafter(drafter)
     print(f"# {path}" + ("" if path.is_file() else " (does not exist, so these are foretell's own defaults)"))
     written = {key.replace("-", "_"): value for key, value in content.items()}
@@ -35,7 +35,7 @@ def config() -> None:
         else:
             rows.append((name, _toml(defaults[name]), ""))
     _print_aligned(rows)
-    for table in (*VERBS, DRAFTERS):
+    for table in (*VERBS, OPTIONS):
         _print_table(table, content.get(table, {}))
 
 

@@ -7,7 +7,7 @@
     [generate]                    # options of one verb
     batch_size = 8
 
-    [drafters.medusa]             # options of one drafter, as given with -o
+    [options.medusa]             # options of one drafter, as given with -o
     checkpoint = "~/heads/qwen3-0.6b"
 
 The command line wins over a verb's table, that over the first lines, and FORETELL_CACHE and FORETELL_OFFLINE over both.
@@ -29,7 +29,7 @@ from foretell.files import one_line
 
 VARIABLES = {"cache_dir": ("FORETELL_CACHE",), "offline": ("FORETELL_OFFLINE", "HF_HUB_OFFLINE")}
 """Option -> environment variables that win over the file."""
-DRAFTERS = "drafters"
+OPTIONS = "options"
 """The table that holds one table of options for each drafter."""
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a text"}
 
@@ -76,18 +76,18 @@ def of_verb(verb: str, command: Any, verbs: Collection[str]) -> dict[str, Any]:
         UsageError: an unknown key or a value of a wrong type, naming the file.
     """
     content = read()
-    shared = _checked_first_lines(content, {*verbs, DRAFTERS})
+    shared = _checked_first_lines(content, {*verbs, OPTIONS})
     return _of_command((verb,), command, shared, content.get(verb, {}))
 
 
 def of_drafter(drafter: str) -> list[str]:
     """Returns a drafter's options as key=value, as they would be given with -o."""
-    tables = read().get(DRAFTERS, {})
+    tables = read().get(OPTIONS, {})
     if not isinstance(tables, Mapping):
-        raise _refusal(f"{DRAFTERS} must be a table of tables, such as [{DRAFTERS}.medusa]")
+        raise _refusal(f"{OPTIONS} must be a table of tables, such as [{OPTIONS}.medusa]")
     table = tables.get(drafter, {})
     if not isinstance(table, Mapping):
-        raise _refusal(f"{DRAFTERS}.{drafter} must be a table, such as [{DRAFTERS}.{drafter}]")
+        raise _refusal(f"{OPTIONS}.{drafter} must be a table, such as [{OPTIONS}.{drafter}]")
     return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in table.items()]
 
 
@@ -117,7 +117,7 @@ def _of_command(
     inner: Mapping[str, Any] = getattr(command, "commands", {})
     panels = {param.name: getattr(param, "rich_help_panel", None) for param in command.params}
     found = {name: value for name, value in shared.items() if panels.get(name) in ("Model", "Sampling")}
-    hints = _options(command.callback.__annotations__ if command.callback else {})
+    hints = _options(get_type_hints(command.callback, include_extras=True) if command.callback else {})
     hints = {name: hint for name, hint in hints.items() if name in panels}
     for key, value in table.items():
         name = key.replace("-", "_")

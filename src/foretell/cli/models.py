@@ -49,7 +49,7 @@ def pull(
     cache: Cache,
     model: Annotated[str, typer.Argument(help="A catalogue name, a hub id, a .gguf file; + an adapter.")],
 ) -> None:
-    """Fetch a model, and convert it where that is needed, so that it loads without a network."""
+    """Fetch a model, so that it loads without a network; a GGUF file is converted, an adapter is merged."""
     from foretell.loading.resolve import resolve
 
     with load_progress() as progress:

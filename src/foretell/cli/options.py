@@ -109,12 +109,20 @@ class Loading(Base):
 
     def check(self) -> None:
         """Refuses an unknown drafter, too; its options are checked by `drafter_options`, which imports torch."""
-        if self.drafter not in drafters.DRAFTERS:
+        if self.drafter and self.drafter not in drafters.DRAFTERS:
             drafters.drafter_class(self.drafter)
         super().check()
 
     def drafter_options(self) -> dict[str, Any]:
-        """Returns the drafter's options: those of the config file, and over them those of the command line."""
+        """Returns the drafter's options: those of the config file, and over them those of the command line.
+
+        With -o help it lists what options there are, and exits.
+        """
+        if "help" in (self.option or ()):
+            from foretell.cli.drafters import show_options
+
+            show_options(self.drafter)
+            raise typer.Exit()
         return drafter_options(self.drafter, [*of_drafter(self.drafter), *(self.option or ())])
 
     def load(self, drafter: str = "", lookup: bool = False, **options: Any) -> LLM:
@@ -162,7 +170,8 @@ class Sampling:
     frequency_penalty: float = flag(0.0, "Subtracted from a token's logit for each time that it occurs in the answer.")
     logit_bias: list[str] | None = flag(None, "ID=VALUE, added to that token's logit; repeatable.")
     seed: int | None = flag(
-        None, "Seed of sampling; the same seed draws the same tokens with every drafter. By default a new one each time."
+        None,
+        "Seed of sampling; the same seed draws the same tokens with every drafter. By default a new one each time.",
     )
     stop: list[str] | None = flag(None, "A text, or a special token, that ends an answer; repeatable.")
     stop_id: list[int] | None = flag(None, "A token id that ends an answer; repeatable.")

@@ -22,7 +22,6 @@ from foretell.errors import ForetellError, UsageError
 from foretell.files import one_line, read_json
 from foretell.loading.cache_dir import Progress
 
-
 ADAPTERS = Path(__file__).parent / "adapters"
 """LoRA adapters that came with foretell, one folder each."""
 

@@ -42,6 +42,8 @@ _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")
 # root files only: no pickles, and no second copy of the weights in a maker's own format
 _HUB_FILES = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab.txt"]
 _HUB_SKIP = ["*/*", "*.bin", "*.pt", "*.pth"]
+UNPACKED = 1.1
+"""How much larger a converted GGUF has to be for a warning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,7 @@ def _from_gguf(path: Path, cache: Path, progress: Progress) -> Path:
         gguf.convert(path, folder, progress)
         write_manifest(folder, str(path.resolve()), "gguf", None)
         unpacked = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        if unpacked > 1.1 * packed:
+        if unpacked > UNPACKED * packed:
             warnings.warn(
                 f"{path.name} is unpacked to the 16-bit weights it is computed with: {unpacked / 1e6:,.0f} MB of disk "
                 f"and memory instead of {packed / 1e6:,.0f} MB, and the speed of 16-bit weights.",
