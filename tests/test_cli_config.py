@@ -147,7 +147,8 @@ def test_config_shows_what_is_in_force(
     assert ran.code == 0
     assert ran.out.startswith(f"# {path}\n")
     for line in (
-        'model = "m" +# from the file', "top_p = 0.5 +# from the file", 'cache_dir = "/elsewhere" +# from FORETELL_CACHE',
+        'model = "m" +# from the file', "top_p = 0.5 +# from the file",
+        'cache_dir = "/elsewhere" +# from FORETELL_CACHE',
         'drafter = "plain"', "# threads", r"\[generate\]\nbatch_size = 3", r"\[options.medusa\]\nnodes = 8",
     ):  # fmt: skip
         assert re.search(rf"^{line}$", ran.out, re.MULTILINE), line

@@ -18,8 +18,8 @@ HEADER = """\
 
 <!-- Written by tools/cli_help.py from `foretell --help`: edit src/foretell/cli, not this page. -->
 
-Answers go to stdout, everything else to stderr. Exit codes: 0 done; 1 it could not be done (a missing file, no network);
-2 it could never work as typed; 130 interrupted; 141 the reader of the output has left.
+Answers go to stdout, everything else to stderr. Exit codes: 0 done; 1 it could not be done (a missing file, no
+network); 2 it could never work as typed; 130 interrupted; 141 the reader of the output has left.
 
 ## Defaults of your own
 

@@ -104,7 +104,7 @@ def app() -> Any:
     outer.callback()(foretell)
     group = plain(typer.main.get_command(outer))
     for verb, (_, help) in VERBS.items():
-        group.add_command(TyperCommand(name=verb, help=help))  # type: ignore[attr-defined]
+        group.add_command(TyperCommand(name=verb, help=help))
     return group
 
 

@@ -133,7 +133,7 @@ def _of_command(
 
 
 def _options(hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that may be configured: not `option`, which belongs to one drafter, nor what stands beside the options."""
+    """The options that a file may set: all but `option`, which belongs to one drafter."""
     return {name: hint for name, hint in hints.items() if name not in ("option", "PANEL", "return", "ctx")}
 
 

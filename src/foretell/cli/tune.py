@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
@@ -72,23 +72,22 @@ def _measure_drafting(llm: LLM, loading: Loading, costs: StepCosts) -> float:
     seconds = 0.0
     with job_progress("measuring drafting", "", resumes=False) as progress:
         for i, (name, options) in enumerate(timed):
-            drafter = drafters.build(name, llm.backbone, **options)
-            seconds = _drafting(llm, drafter, lambda run, i=i: progress(i * RUNS + run, len(timed) * RUNS, 0))
+            drafter, runs = drafters.build(name, llm.backbone, **options), []
+            for run in range(RUNS):
+                runs.append(_drafting(llm, drafter))
+                progress(i * RUNS + run + 1, len(timed) * RUNS, 0)
+            seconds = median(runs)
             costs.drafting.setdefault(name, seconds)  # where two are of one method, what ships counts
     return seconds
 
 
-def _drafting(llm: LLM, drafter: Drafter, progress: Callable[[int], None]) -> float:
-    """Seconds a step that a drafter takes, the median of several answers."""
+def _drafting(llm: LLM, drafter: Drafter) -> float:
+    """Seconds a step that a drafter takes in one answer."""
     from foretell.api import LLM
 
     other, raw = LLM(llm.backbone, llm.tokenizer, drafter), not llm.tokenizer.has_chat_template
-    seconds = []
-    for run in range(RUNS):
-        statistics = other.generate([PROMPT], raw=raw, max_new_tokens=NEW_TOKENS, adapt=False)[0].statistics
-        seconds.append(statistics.draft_seconds / max(1, statistics.steps))
-        progress(run + 1)
-    return median(seconds)
+    statistics = other.generate([PROMPT], raw=raw, max_new_tokens=NEW_TOKENS, adapt=False)[0].statistics
+    return statistics.draft_seconds / max(1, statistics.steps)
 
 
 def _print_table(costs: StepCosts, drafting: float, tokens_per_step: Mapping[int, float]) -> None:
