@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from foretell import drafters
 from foretell.cli import VERBS, load_verb
 from foretell.cli.options import Loading, Sampling
 from foretell.contracts import Draft, Drafter, Row
+from foretell.drafting.options import option
 from foretell.requests import SamplingParams
-from foretell.trees import TokenTree
+from foretell.trees import chain
 
 
 @pytest.fixture
@@ -77,12 +79,13 @@ def test_options_have_the_defaults_of_the_library() -> None:
 class Parrot(Drafter):
     """A toy: guesses that the newest token comes again."""
 
-    def __init__(self, times: int = 1) -> None:
-        self.times = times
+    @dataclass(frozen=True)
+    class Options:
+        times: int = option(1, "how often it comes", low=1, high=9)
 
     def draft(self, rows: Sequence[Row]) -> Draft:
-        tree = TokenTree(tuple(range(-1, self.times)))
-        return Draft([tree] * len(rows), [[row.tokens[-1]] * (self.times + 1) for row in rows])
+        times = self.options.times
+        return Draft([chain(times)] * len(rows), [[row.tokens[-1]] * (times + 1) for row in rows])
 
 
 @pytest.fixture
@@ -317,7 +320,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(tiny: str) -> None:
     assert len(out.encode()) < 400
 
 
-# --- demo and models ----------------------------------------------------------------------------------------
+# --- demo ----------------------------------------------------------------------------------------------------
 
 
 def test_demo_compares(foretell: Foretell, tiny: str) -> None:
@@ -343,25 +346,6 @@ def test_demo_fails_when_the_ids_differ(foretell: Foretell, tiny: str, monkeypat
     ran = foretell("demo", "hello", "-m", tiny, "-n", "12", "--dtype", "fp32", "-d", "liar")
     assert ran.code == 1
     assert "the ids DIFFER" in ran.out
-
-
-def test_models_lists_what_is_here_and_what_could_be(foretell: Foretell, cache: Path) -> None:
-    ran = foretell("models")
-    assert ran.code == 0
-    assert re.search(r"smollm2-135m +\d+ MB +Apache-2.0 +catalog +no", ran.out)
-    assert foretell("models", "--json").lines == [
-        {
-            "name": "smollm2-135m", "bytes": 273_000_000, "licence": "Apache-2.0", "source": "catalog",
-            "cached": False, "path": None,
-        },
-        *(
-            {
-                "name": f"smollm2-135m+{adapter}", "bytes": 273_000_000, "licence": "Apache-2.0",
-                "source": "catalog, with an adapter", "cached": False, "path": None,
-            }
-            for adapter in ("layerskip", "medusa2")
-        ),
-    ]  # fmt: skip
 
 
 # --- the demo model -----------------------------------------------------------------------------------------

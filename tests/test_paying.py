@@ -12,12 +12,13 @@ from decoding import assert_same, decoder_of, finish, plainly
 from random_backbones import Model
 from test_lookup import TEXT, Line, Says
 from tiny_models import DIMENSIONS
+from trainables import trainable
 
 from foretell import drafters
 from foretell.backbone import Backbone
 from foretell.backbone.step_costs import StepCosts
 from foretell.cli.demo import _Side
-from foretell.cli.paying import held_back, verdict
+from foretell.cli.speculation_notes import held_back, verdict
 from foretell.contracts import Drafter
 from foretell.drafters.hydra.drafter import Hydra, HydraPlus
 from foretell.drafters.kangaroo import Kangaroo
@@ -32,12 +33,12 @@ PATHS = [[0], [1], [0, 0]]
 
 
 def heads(method: type[Medusa | Hydra], backbone: Backbone, size: Callable[[int, int], int]) -> Drafter:
-    tensors, arch = method.trainable(backbone, torch.arange(backbone.config.vocab), heads=2).checkpoint()
+    tensors, arch = trainable(method, backbone, torch.arange(backbone.config.vocab), heads=2).checkpoint()
     return method(backbone, arch, tensors, PATHS, size)
 
 
 def kangaroo(backbone: Backbone, size: Callable[[int, int], int]) -> Drafter:
-    tensors, arch = Kangaroo.trainable(backbone, torch.arange(backbone.config.vocab)).checkpoint()
+    tensors, arch = trainable(Kangaroo, backbone, torch.arange(backbone.config.vocab)).checkpoint()
     return Kangaroo(backbone, arch, tensors, size)
 
 
@@ -197,8 +198,11 @@ def test_the_command_line_says_that_it_does_not_pay(
         said = foretell(*arguments, *options, "--ignore-eos", stdin=b"hello\n/stats\n").err.splitlines()
         assert said[-1].startswith("Speculation was held back in 9 of 9 steps")
     for speed, sentence in (
-        (0.5, r"does not pay for this answer on this machine \(0\.50 times .*taken instead in 9 of 9 steps.*\.\n$"),
-        (1.5, r"was held back in 9 of 9 steps.*\.\n$"),
+        (
+            0.5,
+            r"does not pay for this answer on this machine \(0\.50 times .*taken instead in 9 of 9 steps.*\.\n\nNext:",
+        ),
+        (1.5, r"was held back in 9 of 9 steps.*\.\n\nNext:"),
     ):
         monkeypatch.setattr(_Side, "rate", property(lambda side, s=speed: 1.0 if side.name == "plain" else s))
         ran = foretell("demo", "hello", *options)
