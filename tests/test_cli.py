@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -247,47 +246,6 @@ def test_an_interruption_is_one_line(tiny: str, tmp_path: Path) -> None:
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err.strip()) == (130, "interrupted")
     assert not out or out.endswith("}\n")  # no line is cut in two
-
-
-# --- chat ---------------------------------------------------------------------------------------------------
-
-
-def test_chat_from_a_pipe(foretell: Foretell, tiny: str) -> None:
-    options = ("-m", tiny, "-n", "8", "--dtype", "fp32", "--ignore-eos", "--system", "be brief")
-    said = b"hello\n\nand?\n/stats\n/nonsense\n/clear\nhello\n/help\n/exit\nnever read\n"
-    ran = foretell("chat", *options, stdin=said)
-    assert ran.code == 0
-    assert re.search(r"answers: 2, tokens: 16 .*cache already: [1-9]\d* of", ran.err)
-    assert "no command /nonsense" in ran.err
-    assert "/clear  start a new conversation" in ran.err
-    once = foretell("chat", *options, stdin=b"hello\n")
-    assert ran.out.startswith(once.out)
-    assert ran.out.endswith(once.out)  # after /clear everything is as it was
-
-
-def test_a_conversation_that_outgrows_the_context(foretell: Foretell, tiny: str) -> None:
-    said = b"hello\n" + b"long " * 200 + b"\n/clear\nhello\n"
-    ran = foretell("chat", "-m", tiny, "-n", "8", "--dtype", "fp32", "--ignore-eos", stdin=said)
-    assert ran.code == 0
-    assert re.search("error: The conversation is now .* context of 512; /clear starts a new one", ran.err)
-    once = foretell("chat", "-m", tiny, "-n", "8", "--dtype", "fp32", "--ignore-eos", stdin=b"hello\n")
-    assert ran.out == once.out * 2
-
-
-@pytest.mark.slow
-def test_ctrl_c_stops_an_answer_and_not_the_chat(tiny: str) -> None:
-    process = in_a_process("chat", "-m", tiny, "-n", "400", "--ignore-eos", bufsize=1)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write("hello\n")
-    process.stdout.read(1)  # it has begun to answer
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    out, err = process.communicate("/stats\n", timeout=60)
-    assert process.returncode == 0
-    assert "(stopped)" in err
-    assert "answers: 0" in err
-    assert len(out.encode()) < 400
 
 
 # --- demo and models ----------------------------------------------------------------------------------------

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from foretell.verify import Typical
 
 
-def flag(default: Any, help: str, *short: str) -> Any:
-    """A field that becomes an option of the same name."""
-    return field(default=default, metadata={"help": help, "short": short})
+def flag(default: Any, help: str, *short: str, hidden: bool = False) -> Any:
+    """A field that becomes an option of the same name; `hidden` from help."""
+    return field(default=default, metadata={"help": help, "short": short, "hidden": hidden})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +183,8 @@ def flat(function: Callable[..., None]) -> Callable[..., None]:
         kinds = get_type_hints(group)
         for each in fields(group):
             names = (f"--{each.name.replace('_', '-')}", *each.metadata["short"])
-            option = typer.Option(*names, help=each.metadata["help"], rich_help_panel=group.PANEL)
+            meta = each.metadata
+            option = typer.Option(*names, help=meta["help"], rich_help_panel=group.PANEL, hidden=meta["hidden"])
             spread[each.name] = Annotated[kinds[each.name], option], each.default
 
     @wraps(function)
