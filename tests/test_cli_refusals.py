@@ -33,7 +33,10 @@ def refused(ran: Ran, code: int, sentence: str) -> None:
         (["hi", "-d", "prompt_lokup"], "Unknown drafter 'prompt_lokup': did you mean 'prompt_lookup'"),
         (["hi", "-o", "nodes"], "--option 'nodes' is not key=value"),
         (["hi", "-o", "nodes=3"], "Drafter 'plain' has no option 'nodes'; it has none"),
-        (["hi", "-d", "prompt_lookup", "-o", "node=3"], "has no option 'node'; it has .*nodes"),
+        (
+            ["hi", "-d", "prompt_lookup", "-o", "node=3"],
+            "did you mean 'nodes'. It has longest, .*nodes",
+        ),
         (["hi", "-d", "prompt_lookup", "-o", "nodes=many"], "is 'many'; it must be a whole number"),
         (["hi", "-d", "prompt_lookup", "-o", "dtype=fp32"], "has no option 'dtype'"),
         (["hi", "-m", "smolm"], "No model is called 'smolm'"),
@@ -106,7 +109,7 @@ def test_prompts_that_cannot_be_read(foretell: Foretell, cache: Path, tmp_path: 
 def test_a_long_line_is_refused_before_anything_is_answered(foretell: Foretell, tiny: str) -> None:
     lines = '{"prompt": "short"}\n{"prompt": "' + "long " * 200 + '"}\n'
     ran = foretell("generate", "--prompts", "-", "-m", tiny, "-n", "4", stdin=lines.encode())
-    refused(ran, 2, "stdin, line 2: A prompt of .* exceed this model's context")
+    refused(ran, 2, "stdin, line 2: A prompt of .* leaves no room for an answer")
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["generate", "--foo"], ["generate", "hi", "--dtype", "f8"]])

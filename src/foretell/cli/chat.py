@@ -22,13 +22,16 @@ from foretell.cli.chat_output import AnswerWriter, dim
 from foretell.cli.options import Loading, Sampling, flag
 from foretell.cli.paying import held_back
 from foretell.cli.terminal import interruptible, note
+from foretell.cli.wording import note_error
 from foretell.errors import ForetellError, UsageError
 from foretell.files import one_line, written_whole
+from foretell.prompt_files import check_text, parse_record
+from foretell.requests import Event, Request, SamplingParams, Statistics
+from foretell.results import Result, total
 
 if TYPE_CHECKING:
-    from foretell.api import LLM, Message, Result
+    from foretell.api import LLM, Message
     from foretell.engine import SpeculativeDecoder
-    from foretell.requests import Event, SamplingParams
 
 COMMANDS = {
     "/system": ("[TEXT]", 'show or set the system prompt; "" removes it'),
@@ -76,14 +79,14 @@ def chat(
     if sampling.logprobs is not None:
         raise UsageError("--logprobs is for `foretell generate --json`; chat shows text only.")
     params = sampling.params()  # what can be refused is, before a model is loaded
+    if system is not None:
+        check_text(system, "--system")
     at_keyboard = sys.stdin.isatty()
     if at_keyboard:
         note(f"loading {loading.model} ...")
     reader = open_reader()
     with reader.silence():
         rule = sampling.rule()
-        if system is not None:
-            _check_text(system, "--system")
         llm = loading.load()
         if not llm.tokenizer.has_chat_template:
             lacks = llm.tokenizer.lacks_template
@@ -101,7 +104,7 @@ def chat(
             with reader.silence():
                 conversation.take(turn)
         except ForetellError as error:
-            note(f"error: {error}")
+            note_error(error)
 
 
 def _banner(loading: Loading, llm: LLM) -> str:
@@ -148,7 +151,7 @@ class Chat:
         Raises:
             ForetellError: the turn is refused, or the answer ended in an error; the conversation is as before.
         """
-        _check_text(text, "this turn")
+        check_text(text, "this turn")
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self.llm.encode([*self._opening(self.system), *messages])
         params = self._limited(len(ids))
@@ -183,9 +186,6 @@ class Chat:
 
     def _stream(self, ids: list[int], params: SamplingParams) -> Result:
         """Shows an answer as it is decoded; one that is stopped has no finish reason, and statistics of its own."""
-        from foretell.api import Result
-        from foretell.requests import Statistics
-
         result, writer, steps, began = Result(), AnswerWriter(), 0, time.perf_counter()
         for event in self._events(ids, params):
             result.add(event)
@@ -199,11 +199,14 @@ class Chat:
 
     def _events(self, ids: list[int], params: SamplingParams) -> Iterator[Event]:
         """What the decoder emits, until the answer ends or Ctrl-C or Ctrl-D stops it."""
-        request = self.decoder.submit(ids, params, len(self.results))  # the key of its noise: no two answers share it
-        with interruptible() as interrupted:
-            while self.decoder.pending([request]) and not (interrupted or self.reader.has_left()):
-                yield from self.decoder.events([request])
-        self.decoder.cancel(request)
+        from foretell.engine import Driver
+
+        key = len(self.results)  # fixes the noise of sampling: no two answers share it
+        with Driver[None](self.decoder) as driver, interruptible() as interrupted:
+            driver.submit(None, Request(ids, params, key))
+            while driver.unfinished and not (interrupted or self.reader.has_left()):
+                for _, event in driver.step():
+                    yield event
 
     # -- commands ---------------------------------------------------------------------------------------------------
 
@@ -245,7 +248,7 @@ class Chat:
             ForetellError: the chat template has no place for one.
         """
         if text is not None:
-            _check_text(text, "the system prompt")
+            check_text(text, "the system prompt")
             self.llm.encode([*self._opening(text), {"role": "user", "content": "hello"}])
         self.system = text
 
@@ -275,8 +278,6 @@ class Chat:
         note(f"loaded {path}: turns: {len(self.messages) // 2}")
 
     def _note_totals(self) -> None:
-        from foretell.conversations import total
-
         sums, stopped = total(self.results), sum(not result.finish_reason for result in self.results)
         note(
             f"answers: {len(self.results)}{f' ({stopped} stopped)' if stopped else ''}, tokens: {sums.new_tokens} at "
@@ -320,8 +321,6 @@ def _save(path: Path, messages: list[Message]) -> Path:
 
 def _read(path: Path) -> list[Message]:
     """Reads the messages of a saved conversation: a system prompt or none, then turns and answers by turns."""
-    from foretell.conversations import parse_record
-
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -338,11 +337,5 @@ def _read(path: Path) -> list[Message]:
         raise ForetellError(f"{shape}, a user's and an assistant's in turn, with at most a system's before them.")
     for message in messages:
         if message["role"] != "assistant":  # an answer that was stopped at once is empty
-            _check_text(message["content"], f"{path}: a turn")
+            check_text(message["content"], f"{path}: a turn")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
-def _check_text(text: str, what: str) -> None:
-    from foretell.conversations import check_text
-
-    check_text(text, what)
