@@ -7,16 +7,16 @@ is in order.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from foretell.cli.chat_files import read_conversation, save_conversation
 from foretell.cli.chat_input import QUOTES, TurnReader, open_reader, unquoted
 from foretell.cli.chat_output import AnswerWriter, dim
 from foretell.cli.options import Loading, Sampling, flag
@@ -24,8 +24,7 @@ from foretell.cli.paying import held_back
 from foretell.cli.terminal import interruptible, note
 from foretell.cli.wording import note_error
 from foretell.errors import ForetellError, UsageError
-from foretell.files import one_line, written_whole
-from foretell.prompt_files import check_text, parse_record
+from foretell.prompt_files import check_text
 from foretell.requests import Event, Request, SamplingParams, Statistics
 from foretell.results import Result, total
 
@@ -53,7 +52,7 @@ HELP = "\n".join(
 )
 
 ANSWER_TOKENS, MIN_ANSWER_TOKENS = 1024, 64
-"""Limit of an answer where none was given, and to what it shrinks at the end of the model's context."""
+"""Default limit of an answer, and how far it shrinks where the model's context ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,9 @@ class ChatSampling(Sampling):
     """How tokens of a chat are chosen."""
 
     max_new_tokens: int | None = flag(  # type: ignore[assignment]
-        None, f"Most tokens of an answer; by default {ANSWER_TOKENS}, fewer at the end of the model's context.", "-n"
+        None,
+        f"Maximum number of tokens of an answer; by default {ANSWER_TOKENS}, fewer at the end of the model's context.",
+        "-n",
     )
     logprobs: int | None = flag(None, "Only for `foretell generate --json`.", hidden=True)
 
@@ -163,7 +164,9 @@ class Chat:
         if not result.finish_reason:
             note("(stopped)")
         elif result.finish_reason == "length":
-            note(f"(cut at {params.max_new_tokens} tokens; --max-new-tokens allows more)")
+            full = params.max_new_tokens < self.params.max_new_tokens
+            remedy = ": the context is full; /clear starts anew" if full else "; --max-new-tokens allows more"
+            note(f"(cut at {params.max_new_tokens} tokens{remedy})")
         if self.shows_stats:
             note(dim(self._speed(result)))
 
@@ -227,7 +230,8 @@ class Chat:
             case "/regen", "":
                 self._regenerate()
             case "/save", path if path:
-                note(f"saved {_save(Path(path).expanduser(), [*self._opening(self.system), *self.messages])}")
+                save_conversation(Path(path).expanduser(), [*self._opening(self.system), *self.messages])
+                note(f"saved {path}")
             case "/load", path if path:
                 self._load(Path(path).expanduser())
             case "/clear", "":
@@ -270,7 +274,7 @@ class Chat:
             note("(the same answer: it is always the most probable one; --temperature 0.7 samples)")
 
     def _load(self, path: Path) -> None:
-        messages = _read(path)
+        messages = read_conversation(path)
         opening = [message for message in messages[:1] if message["role"] == "system"]
         self.llm.encode(messages)  # what the chat template refuses is not taken over
         self.system = opening[0]["content"] if opening else None
@@ -295,47 +299,3 @@ class Chat:
             f"({stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, "
             f"{stats.acceptance_length:.2f} tokens per step{held})"
         )
-
-
-# -- saved conversations -----------------------------------------------------------------------------------------------
-
-
-def _save(path: Path, messages: list[Message]) -> Path:
-    """Writes a conversation as one line of JSON.
-
-    `messages` is all of it, for /load; `turns` are the user's, which `foretell generate --prompts` asks again.
-    """
-    turns = [message["content"] for message in messages if message["role"] == "user"]
-    if not turns:
-        raise UsageError("There is nothing to save yet; write a turn first.")
-    if path.exists():
-        try:
-            _read(path)
-        except ForetellError:
-            raise UsageError(f"{path} exists and is not a saved conversation; choose another file.") from None
-    with written_whole(path, remedy="choose another file") as partial:
-        line = json.dumps({"turns": turns, "messages": messages}, ensure_ascii=False)
-        partial.write_text(f"{line}\n", encoding="utf-8")
-    return path
-
-
-def _read(path: Path) -> list[Message]:
-    """Reads the messages of a saved conversation: a system prompt or none, then turns and answers by turns."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ForetellError(f"Cannot read {path} ({one_line(error)}); check the path.") from error
-    messages: Any = parse_record(text, str(path)).get("messages")
-    shape = f'{path} is not a saved conversation: "messages" must be a list of {{"role": ..., "content": "..."}}'
-    if not isinstance(messages, list) or not all(
-        isinstance(message, dict) and isinstance(message.get("content"), str) for message in messages
-    ):
-        raise ForetellError(f"{shape}.")
-    roles = [message.get("role") for message in messages]
-    talk = roles[1:] if roles[:1] == ["system"] else roles
-    if not talk or talk != ["user", "assistant"] * (len(talk) // 2):
-        raise ForetellError(f"{shape}, a user's and an assistant's in turn, with at most a system's before them.")
-    for message in messages:
-        if message["role"] != "assistant":  # an answer that was stopped at once is empty
-            check_text(message["content"], f"{path}: a turn")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
