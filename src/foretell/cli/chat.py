@@ -20,7 +20,7 @@ from foretell.cli.chat_files import read_conversation, save_conversation
 from foretell.cli.chat_input import QUOTES, TurnReader, open_reader, unquoted
 from foretell.cli.chat_output import AnswerWriter, dim
 from foretell.cli.options import Loading, Sampling, flag
-from foretell.cli.paying import held_back
+from foretell.cli.speculation_notes import held_back
 from foretell.cli.terminal import interruptible, note
 from foretell.cli.wording import note_error
 from foretell.errors import ForetellError, UsageError
@@ -82,6 +82,7 @@ def chat(
     params = sampling.params()  # what can be refused is, before a model is loaded
     if system is not None:
         check_text(system, "--system")
+    loading.check()
     at_keyboard = sys.stdin.isatty()
     if at_keyboard:
         note(f"loading {loading.model} ...")
