@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 from random_backbones import BF16, FP32, KERNELS, Model, examples, same, using
 from tiny_models import DIMENSIONS, save_tiny
 from torch import Tensor, nn
+from trainables import trainable
 
 from foretell import files as files_of_ours
 from foretell.api import load
@@ -1303,14 +1304,16 @@ def test_a_start_that_does_not_fit_is_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("method", "options"), [("hydra", {}), ("hydra++", {"linear": True}), ("medusa", {})])
+@pytest.mark.parametrize(
+    ("method", "options"), [("hydra", {}), ("hydra++", {"linear_tail": True}), ("medusa", {"output": "own"})]
+)
 def test_what_is_not_said_of_a_start_is_as_it_has_it(
     foretell: Foretell, tiny: str, data: str, tmp_path: Path, method: str, options: dict[str, Any]
 ) -> None:
     kind, llm = drafter_class(method), load(tiny, dtype="fp32", threads=1)
-    odd = {"heads": 2, "layers": 3, "taps": 1, "output": "own"} | options
-    tensors, arch = kind.trainable(
-        llm.backbone, torch.ones(llm.backbone.config.vocab), draft_vocab=100, **odd
+    odd = {"heads": 2, "layers": 3, "taps": 1} | options
+    tensors, arch = trainable(
+        kind, llm.backbone, torch.ones(llm.backbone.config.vocab), draft_vocab=100, **odd
     ).checkpoint()
     size = {"hidden": llm.backbone.config.hidden, "vocab": llm.backbone.config.vocab}
     made = Checkpoint(method=method, backbone=tiny, fingerprint=llm.backbone.fingerprint, arch=arch, **size)
@@ -1405,7 +1408,12 @@ def refused(ran: Ran, code: int, sentence: str) -> None:
         ("medusa", ["-m", "./nowhere"], 2, "here is no folder ./nowhere"),
         ("medusa", ["-o", "heads"], 2, "--option 'heads' is not key=value"),
         ("medusa", ["-o", "heads=many"], 2, "Option 'heads' of medusa training is 'many'; it must be a whole number"),
-        ("medusa", ["-o", "head=2"], 2, "edusa training has no option 'head'; it has heads, layers, output"),
+        (
+            "medusa",
+            ["-o", "head=2"],
+            2,
+            "did you mean 'heads'. It has .*heads, layers, output",
+        ),
         ("medusa", ["-o", "backbone=x"], 2, "edusa training has no option 'backbone'"),
         ("medusa", ["-o", "output=mine"], 2, "output is 'mine'; it must be shared, tied or own"),
         ("medusa", ["-o", "heads=0"], 2, "heads is 0; it must lie between 1 and 16"),

@@ -38,7 +38,7 @@ def learnt(backbone: Backbone, features: Features, settings: Settings, options: 
     """Trains an adapter; returns its accuracy and tokens per step on held-out text."""
     counts_V = written(features.data, backbone.config.vocab)
     torch.manual_seed(settings.seed)
-    module = Kangaroo.trainable(backbone, counts_V, None, **options)
+    module = Kangaroo.trainable(backbone, Kangaroo.Training(**options), counts_V)
     with tempfile.TemporaryDirectory() as folder:
         run = Trainer(module, features, settings, Path(folder), options)
         with job_progress(f"exit {options['exit']}", "") as progress:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import shlex
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from foretell import drafters
-from foretell.cli.options import Base, Training, parse_options
+from foretell.cli.options import Base, Training
 from foretell.cli.terminal import command_line, interruptible, job_progress, note
 from foretell.errors import ForetellError, UsageError
 
@@ -51,12 +50,13 @@ def train(
     ] = "",
 ) -> None:
     """Train a drafter for a model on what the model wrote."""
+    from foretell.drafting.options import converted, pairs
     from foretell.files import sole_writer
     from foretell.train.features import Features, Joined
     from foretell.train.trainer import Trainer
 
     cls = _trainable(method)
-    options, given = _options(method, cls, option or [])
+    given = converted(cls.Training, pairs(option or []), f"{method} training")
     settings, stores = training.settings(), _stores(data)
     _check_out(out, method)
     llm = base.load()
@@ -64,8 +64,7 @@ def train(
     for store in stores:
         _check(store, backbone, other_model)
     begin = _start(start, backbone, cls) if start else None
-    if begin:
-        options |= _taken(options, begin[0]) | given
+    options = cls.Training(**(_taken(cls, begin[0]) if begin else {}) | given)
     module = _module(cls, llm, stores, options, settings.seed, begin)
     begun = _begin(module, start, *begin) if begin else {}
     name = f"features-{backbone.fingerprint}-{'-'.join(map(str, module.taps)) or 'teacher'}"
@@ -76,7 +75,7 @@ def train(
     features = Joined(parts) if len(parts) > 1 else parts[0]
     with sole_writer(out):
         whose = {"method": method, "model": backbone.fingerprint, "dtype": str(backbone.dtype)}
-        run = Trainer(module, features, settings, out / "run", options | whose | begun)
+        run = Trainer(module, features, settings, out / "run", asdict(options) | whose | begun)
         run.resume()  # a run that cannot be gone on with is refused before any work
         _say_number_type(run)
         prepared = _prepare(features)
@@ -86,7 +85,7 @@ def train(
         run.log({"held_out": {"epoch": settings.epochs, **_figures(report)}})
         provenance = {
             "command": command_line(), "data": [store.manifest for store in stores],
-            "settings": asdict(settings), "options": options,
+            "settings": asdict(settings), "options": asdict(options),
             "accuracy": report.accuracy, "loss": report.loss, "seconds": round(run.seconds),
             "feature_seconds": round(prepared), "skipped_batches": run.skipped, "products": run.number_type, **begun,
         }  # fmt: skip
@@ -124,7 +123,7 @@ def _publish(
         provenance=provenance | {"fixed_trees": report.tokens_per_step},
     )  # fmt: skip
     checkpoint.save(out / "drafter", tensors)
-    drafter = cls.build(backbone, checkpoint=str(out / "drafter"))
+    drafter = cls.build(backbone, cls.Options(checkpoint=str(out / "drafter")))
     sizes = [size for size in SIZES if size <= drafter.max_nodes]
     with job_progress("replaying, %", "") as progress:
         tokens_per_step = by_size(drafter, features, told, sizes, lambda done: progress(round(done * 100), 100, 0))
@@ -201,7 +200,7 @@ def _check(store: Store, backbone: Backbone, other_model: bool) -> None:
 
 
 def _module(
-    cls: Any, llm: LLM, stores: Sequence[Store], options: dict[str, Any], seed: int,
+    cls: Any, llm: LLM, stores: Sequence[Store], options: Any, seed: int,
     begin: tuple[Checkpoint, dict[str, Tensor]] | None,
 ) -> Trainable:  # fmt: skip
     """What is to learn; what a fresh one draws follows from the seed."""
@@ -214,7 +213,7 @@ def _module(
     if begin:  # what it has not learnt to choose from, it has not learnt to leave alone
         counts_V[begin[1]["vocabulary"].long()] += counts_V.sum()
     torch.manual_seed(seed)
-    return cls.trainable(llm.backbone, counts_V, folder, **options)
+    return cls.trainable(llm.backbone, options, counts_V, folder)
 
 
 def _start(start: str, backbone: Backbone, cls: Any) -> tuple[Checkpoint, dict[str, Tensor]]:
@@ -242,9 +241,12 @@ def _start(start: str, backbone: Backbone, cls: Any) -> tuple[Checkpoint, dict[s
     return checkpoint, tensors
 
 
-def _taken(options: dict[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
+def _taken(cls: Any, checkpoint: Checkpoint) -> dict[str, Any]:
     """Options that a drafter was made with, as far as what begins with it has them too."""
-    theirs = {name: value for name, value in checkpoint.arch.items() if name in options}
+    from foretell.drafting.options import renamed
+
+    names = {each.name for each in fields(cls.Training)}
+    theirs = {name: value for name, value in renamed(cls.Training, checkpoint.arch).items() if name in names}
     return theirs | ({"taps": len(theirs["taps"])} if "taps" in theirs else {})
 
 
@@ -267,15 +269,6 @@ def _begin(module: Trainable, start: str, checkpoint: Checkpoint, tensors: dict[
 
 def _figures(report: Report) -> dict[str, Any]:
     return {name: value for name, value in asdict(report).items() if name != "replayed"}
-
-
-def _options(method: str, cls: Any, texts: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the module is made with, defaults included: they are written down, and may change later; what was given."""
-    parameters = dict(inspect.signature(cls.trainable).parameters)
-    parameters = {name: each for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
-    defaults = {name: each.default for name, each in parameters.items()}
-    given = dict(parse_options(f"{method} training", parameters, texts))
-    return defaults | given, given
 
 
 def written(talks: Iterable[Distilled], vocab: int) -> Tensor:

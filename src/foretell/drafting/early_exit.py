@@ -18,9 +18,9 @@ from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.contracts import Draft, Drafter, Row
 from foretell.drafting.checkpoint import damage_named, find, shipped
 from foretell.drafting.kernels import kernels_for
-from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, climbed
-from foretell.drafting.options import check_exit, nothing
+from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, check_exit, climbed
 from foretell.drafting.protocols import LowerLayerDrafting
+from foretell.drafting.tree_size import nothing
 from foretell.trees.calibration import Floats
 
 BEAM, WIDTH = 8, 10
