@@ -248,8 +248,8 @@ def spare(section: dict[str, Any]) -> list[str]:
         f"Skipped sublayers of {r['model']} (matchness on {r['tokens']:,} tokens that it wrote; commit "
         f"{section['commit']}, `{section['command']}`): one of {r['sublayers']} sublayers skipped alone "
         f"{alone[0]:.0%} to {alone[-1]:.0%}, half of them {alone[len(alone) // 2]:.0%} or more; greedily "
-        f"selected (and a token's cost then, as a share of a step): {greedy}. Both sublayers of every second layer, where the search begins: "
-        f"{r['every second layer']:.0%}.",
+        f"selected (and a token's cost then, as a share of a step): {greedy}. Both sublayers of every second layer, "
+        f"where the search begins: {r['every second layer']:.0%}.",
         "",
     ]
     for name, plan in r["found"].items():

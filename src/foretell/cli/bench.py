@@ -308,15 +308,20 @@ def sweep(
     _print(_measure(llm, base, folder, chosen, specs, how, run_code=False), folder)
 
 
-def setup(base: Base, peer: Annotated[str, typer.Argument(help="transformers, llama.cpp or vllm.")]) -> None:
+def setup(
+    peer: Annotated[str, typer.Argument(help="transformers, llama.cpp or vllm.")],
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Cache folder, in which the environment lies; else FORETELL_CACHE.")
+    ] = None,
+) -> None:
     """Install a peer in an environment of its own, in the cache folder."""
     from foretell.bench.peers import set_up
 
-    set_up(peer, base.cache_dir, note)
+    set_up(peer, cache_dir, note)
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 app.callback(invoke_without_command=True)(flat(run))
 app.command()(compare)
 app.command()(flat(sweep))
-app.command()(flat(setup))
+app.command()(setup)
