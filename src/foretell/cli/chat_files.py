@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foretell.errors import ForetellError, UsageError
-from foretell.files import exists, one_line, written_whole
+from foretell.files import atomic_write, exists, one_line
 from foretell.prompt_files import check_text, parse_record
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def save_conversation(path: Path, messages: list[Message]) -> None:
             read_conversation(path)
         except ForetellError:
             raise UsageError(f"{path} exists and is not a saved conversation; choose another file.") from None
-    with written_whole(path, remedy="choose another file") as partial:
+    with atomic_write(path, remedy="choose another file") as partial:
         line = json.dumps({"turns": turns, "messages": messages}, ensure_ascii=False)
         partial.write_text(f"{line}\n", encoding="utf-8")
 

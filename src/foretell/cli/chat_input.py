@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from foretell.cli.terminal import note
 from foretell.errors import ForetellError, UsageError
-from foretell.files import one_line, written_whole
+from foretell.files import atomic_write, one_line
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
@@ -250,7 +250,7 @@ def _shorten(history: Any, path: Path) -> None:
         if len(kept) == MAX_HISTORY_TURNS // 2 or size > MAX_HISTORY_BYTES // 2:
             break
         kept.append(turn)
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.touch(mode=0o600)
         shortened = type(history)(partial)
         for turn in reversed(kept):
