@@ -69,12 +69,15 @@ class Base:
         """Refuses, before torch is imported, what could not be loaded.
 
         Raises:
-            UsageError, ForetellError: an unknown model or device, or a model that offline mode forbids to fetch.
+            UsageError: an unknown model or device, no threads.
+            ForetellError: the model is not here and offline mode forbids fetching it.
         """
         from foretell.loading.resolve import check_name
 
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"Unknown device {self.device!r}; use cpu, or cuda (cuda:1, ...) where there is a GPU.")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"threads is {self.threads}; it must be at least 1.")
         check_name(self.model, cache_dir=self.cache_dir, offline=self.offline or None)
 
     def load(self, drafter: str = "plain", lookup: bool = False, **options: Any) -> LLM:
@@ -195,8 +198,6 @@ class Sampling:
         """Returns the rule of typical acceptance if it was given, with a note that it is lossy."""
         if self.typical is None:
             return None
-        from foretell.verify import Typical
-
         given = {"temperature": self.temperature} if self.temperature else {}
         if self.typical != "default":
             try:
@@ -204,6 +205,8 @@ class Sampling:
             except ValueError:
                 raise UsageError(f"--typical {self.typical!r} is not EPS,DELTA; write 0.09,0.3 or default.") from None
             given |= {"epsilon": epsilon, "delta": delta}
+        from foretell.verify import Typical
+
         rule = Typical(**given)
         note("note: typical acceptance is lossy: its output need not be the model's own.")
         return rule
