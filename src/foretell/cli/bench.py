@@ -117,14 +117,18 @@ def _spec(text: str) -> tuple[str, str, Any]:
     from foretell import drafters
     from foretell.bench.peers import PEERS
     from foretell.cli.options import drafter_options
+    from foretell.drafting.from_file import split
 
     name, _, rest = text.partition(":")
+    own = split(text)
+    if own:  # a drafter in a file
+        name, rest = ":".join(filter(None, own[:2])), own[2].removeprefix(":")
     parts = [part for part in rest.split(",") if part]
     if name in PEERS:
         return text, name, parts
-    if name not in drafters.DRAFTERS:
+    if not own and name not in drafters.table():
         raise UsageError(
-            f"Unknown drafter or peer {name!r}; the drafters are {', '.join(drafters.DRAFTERS)}, the peers "
+            f"Unknown drafter or peer {name!r}; the drafters are {', '.join(drafters.table())}, the peers "
             f"{', '.join(PEERS)}."
         )
     engine = {}

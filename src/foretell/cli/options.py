@@ -214,8 +214,9 @@ class Sampling:
 
 def drafter_table() -> str:
     """Returns the list of drafters for the end of help, registered ones included."""
-    width = max(map(len, drafters.DRAFTERS))
-    rows = [f"  {name:{width}}  {help}".replace("[", "\\[") for name, (_, help) in drafters.DRAFTERS.items()]
+    table = drafters.table()
+    width = max(map(len, table))
+    rows = [f"  {name:{width}}  {help}".replace("[", "\\[") for name, (_, help) in table.items()]
     return "\n".join(["Drafters:", *rows])
 
 
