@@ -58,26 +58,20 @@ def read() -> dict[str, Any]:
         raise ForetellError(f"The config file {path} cannot be read ({one_line(error)}); fix or delete it.") from error
 
 
-def for_every_verb() -> dict[str, Any]:
-    """Returns the options that may stand in the file's first lines, with their types."""
-    from foretell.cli.options import Loading, Sampling
-
-    return _options(get_type_hints(Loading) | get_type_hints(Sampling))
-
-
-def of_verb(verb: str, command: Any, verbs: Collection[str]) -> dict[str, Any]:
+def of_verb(verb: str, command: Any, verbs: Collection[str], shared: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a verb's defaults by option; those of its own commands in a mapping under each command's name.
 
     Args:
         command: the verb's click command.
         verbs: all verbs, each of which may have a table.
+        shared: options that may stand in the first lines -> their types.
 
     Raises:
         UsageError: an unknown key or a value of a wrong type, naming the file.
     """
     content = read()
-    shared = _checked_first_lines(content, {*verbs, OPTIONS})
-    return _of_command((verb,), command, shared, content.get(verb, {}))
+    values = _checked_first_lines(content, shared, {*verbs, OPTIONS})
+    return _of_command((verb,), command, values, content.get(verb, {}))
 
 
 def of_drafter(drafter: str) -> list[str]:
@@ -91,8 +85,9 @@ def of_drafter(drafter: str) -> list[str]:
     return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in table.items()]
 
 
-def _checked_first_lines(content: Mapping[str, Any], tables: Collection[str]) -> dict[str, Any]:
-    hints = for_every_verb()
+def _checked_first_lines(
+    content: Mapping[str, Any], hints: Mapping[str, Any], tables: Collection[str]
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in content.items():
         name = key.replace("-", "_")
@@ -117,8 +112,8 @@ def _of_command(
     inner: Mapping[str, Any] = getattr(command, "commands", {})
     panels = {param.name: getattr(param, "rich_help_panel", None) for param in command.params}
     found = {name: value for name, value in shared.items() if panels.get(name) in ("Model", "Sampling")}
-    hints = _options(get_type_hints(command.callback, include_extras=True) if command.callback else {})
-    hints = {name: hint for name, hint in hints.items() if name in panels}
+    hints = get_type_hints(command.callback, include_extras=True) if command.callback else {}
+    hints = {name: hint for name, hint in hints.items() if name in panels and name != "option"}  # of one drafter
     for key, value in table.items():
         name = key.replace("-", "_")
         if key in inner:
@@ -130,11 +125,6 @@ def _of_command(
     return found | {
         name: _of_command((*words, name), each, shared, table.get(name, {})) for name, each in inner.items()
     }
-
-
-def _options(hints: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a file may set: all but `option`, which belongs to one drafter."""
-    return {name: hint for name, hint in hints.items() if name not in ("option", "PANEL", "return", "ctx")}
 
 
 def _check(key: str, value: Any, hint: Any) -> None:

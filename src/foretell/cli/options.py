@@ -212,6 +212,17 @@ class Sampling:
         return rule
 
 
+def shared_options() -> dict[str, Any]:
+    """Returns the options of the panels Model and Sampling with their types, for a config file's first lines.
+
+    `option` is not among them: it belongs to one drafter.
+    """
+    kinds = get_type_hints(Loading) | get_type_hints(Sampling)
+    return {
+        each.name: kinds[each.name] for group in (Loading, Sampling) for each in fields(group) if each.name != "option"
+    }
+
+
 def drafter_table() -> str:
     """Returns the list of drafters for the end of help, registered ones included."""
     table = drafters.table()
