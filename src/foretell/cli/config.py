@@ -27,7 +27,7 @@ def config() -> None:
     defaults = vars(Loading()) | vars(Sampling())
     rows: list[tuple[str, str, str]] = []
     for name in shared:
-        variable = next((each for each in VARIABLES.get(name, ()) if os.environ.get(each)), None)
+        variable = next(filter(os.environ.get, VARIABLES.get(name, ())), None)
         if variable:
             rows.append((name, _toml(os.environ[variable]), f"from {variable}"))
         elif name in written:

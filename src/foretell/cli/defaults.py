@@ -99,7 +99,7 @@ def _checked_first_lines(
             raise _refusal(f"{what}{_near(key, known)}; a verb's own options stand in a table such as [generate]")
         _check(key, value, hints[name])
         found[name] = value
-    set_elsewhere = {name for name, names in VARIABLES.items() if any(os.environ.get(each) for each in names)}
+    set_elsewhere = {name for name, names in VARIABLES.items() if any(map(os.environ.get, names))}
     return {name: value for name, value in found.items() if name not in set_elsewhere}
 
 
@@ -137,11 +137,11 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Annotated:
         return _fits(value, inner[0])
     if origin in (Union, UnionType):
-        return any(_fits(value, each) for each in inner if each is not NoneType)
+        return any(_fits(value, member) for member in inner if member is not NoneType)
     if origin is Literal:
         return value in inner
     if origin is list:
-        return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is (str if hint is Path else hint)
@@ -152,7 +152,7 @@ def _kind(hint: Any) -> str:
     if origin is Annotated:
         return _kind(inner[0])
     if origin in (Union, UnionType):
-        return _kind(next(each for each in inner if each is not NoneType))
+        return _kind(next(member for member in inner if member is not NoneType))
     if origin is Literal:
         return " or ".join(map(repr, inner))
     if origin is list:

@@ -186,7 +186,7 @@ class Sampling:
     def params(self) -> SamplingParams:
         from foretell.requests import SamplingParams
 
-        same = set(vars(self)) & {each.name for each in fields(SamplingParams)} - {"stop", "logit_bias"}
+        same = set(vars(self)) & {param.name for param in fields(SamplingParams)} - {"stop", "logit_bias"}
         return SamplingParams(
             **{name: getattr(self, name) for name in same},
             logit_bias=dict(_bias(text) for text in self.logit_bias or ()),
@@ -219,7 +219,10 @@ def shared_options() -> dict[str, Any]:
     """
     kinds = get_type_hints(Loading) | get_type_hints(Sampling)
     return {
-        each.name: kinds[each.name] for group in (Loading, Sampling) for each in fields(group) if each.name != "option"
+        option.name: kinds[option.name]
+        for group in (Loading, Sampling)
+        for option in fields(group)
+        if option.name != "option"
     }
 
 
@@ -242,18 +245,18 @@ def flat(function: Callable[..., None]) -> Callable[..., None]:
             spread[parameter.name] = hints[parameter.name], parameter.default
             continue
         kinds = get_type_hints(group)
-        for each in fields(group):
+        for member in fields(group):
             option = typer.Option(
-                *_names(each.name, kinds[each.name] is bool), *each.metadata["short"],
-                help=each.metadata["help"], rich_help_panel=group.PANEL, show_default=each.default is not False,
-                autocompletion=COMPLETIONS.get(each.name),
+                *_names(member.name, kinds[member.name] is bool), *member.metadata["short"],
+                help=member.metadata["help"], rich_help_panel=group.PANEL, show_default=member.default is not False,
+                autocompletion=COMPLETIONS.get(member.name),
             )  # fmt: skip
-            spread[each.name] = Annotated[kinds[each.name], option], each.default
+            spread[member.name] = Annotated[kinds[member.name], option], member.default
 
     @wraps(function)
     def call(**given: Any) -> None:
         for name, group in groups.items():
-            given[name] = group(**{each.name: given.pop(each.name) for each in fields(group)})
+            given[name] = group(**{member.name: given.pop(member.name) for member in fields(group)})
         function(**given)
 
     call.__annotations__ = {name: annotation for name, (annotation, _) in spread.items()}
