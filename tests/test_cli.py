@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 from command_line import Foretell
 
+import foretell as package
 from foretell import drafters
 from foretell.cli import VERBS, load_verb
 from foretell.cli.options import Loading, Sampling
+from foretell.cli.terminal import program
 from foretell.contracts import Draft, Drafter, Row
 from foretell.drafting.options import option
 from foretell.requests import SamplingParams
@@ -57,6 +59,57 @@ def test_help_lists_every_verb(foretell: Foretell) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_says_what_its_row_says(verb: str) -> None:
     assert load_verb(verb).help.startswith(VERBS[verb][1].rstrip("."))
+
+
+def walked(words: tuple[str, ...], command: Any) -> list[tuple[str, ...]]:
+    inner = getattr(command, "commands", {})
+    return [words, *(path for name, each in inner.items() for path in walked((*words, name), each))]
+
+
+@pytest.mark.parametrize("words", [path for verb in VERBS for path in walked((verb,), load_verb(verb))], ids=" ".join)
+def test_help_has_no_words_of_the_parser(foretell: Foretell, words: tuple[str, ...]) -> None:
+    ran = foretell(*words, "-h")
+    assert ran.code == 0
+    assert not re.search(r"<(int|str|bool|float|path|list|uuid)|x[<>]=|\[default: no-", ran.out), ran.out
+    assert re.search(r"--help +-h ", ran.out)
+    assert foretell(*words, "--help").out == ran.out
+
+
+def test_the_version_has_a_short_name(foretell: Foretell) -> None:
+    assert foretell("-V").out == foretell("--version").out == f"foretell {package.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [("t", {"train", "tune"}), ("generate --loo", {"--lookup"}), ("generate -d hydra", {"hydra", "hydra++"}),
+     ("chat -m smollm2-135m+m", {"smollm2-135m+medusa2"})],
+)  # fmt: skip
+def test_a_shell_completes_verbs_options_drafters_and_models(
+    foretell: Foretell, cache: Path, monkeypatch: pytest.MonkeyPatch, words: str, found: set[str]
+) -> None:
+    monkeypatch.setenv("FORETELL_CONFIG", "/nowhere")  # a broken config is no reason to complete nothing
+    monkeypatch.setenv("_FORETELL_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"foretell {words}")
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+    assert set(foretell().out.split()) == found
+
+
+def test_how_to_run_it_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / ".venv/bin/foretell"
+    path.parent.mkdir(parents=True)
+    path.touch(0o755)
+    monkeypatch.chdir(tmp_path)
+    for typed in (".venv/bin/foretell", str(path)):
+        monkeypatch.setattr(sys, "argv", [typed])
+        monkeypatch.setenv("PATH", "/nowhere")
+        assert program() == ".venv/bin/foretell"
+        monkeypatch.setenv("PATH", str(path.parent))
+        assert program() == "foretell"
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert program() == str(path.relative_to("/"))
+    monkeypatch.setattr(sys, "argv", ["/x/foretell/__main__.py"])
+    assert re.fullmatch(r"python\S* -m foretell", program())
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)])
@@ -105,6 +158,29 @@ def test_a_registered_drafter_is_in_the_help_and_decodes(foretell: Foretell, tin
     assert (refused.code, refused.err) == (
         2, "error: Option 'times' of drafter 'parrot' is 'often'; it must be a whole number.\n",
     )  # fmt: skip
+
+
+def test_drafters_are_listed_with_what_ships(foretell: Foretell) -> None:
+    out = foretell("drafters").out
+    for name, (_, help) in drafters.DRAFTERS.items():
+        assert re.search(rf"^ {re.escape(name)} +{re.escape(help.split()[0])}", out, re.MULTILINE)
+    assert re.search(r"hydra\+\+ .* needed +smollm2-135m", out)
+    assert re.search(r"medusa2 .* needed +smollm2-135m\+medusa2", out)
+    assert re.search(r"prompt_lookup .* none", out)
+
+
+@pytest.mark.usefixtures("parrot")
+def test_options_of_a_drafter_are_listed(foretell: Foretell, tiny: str) -> None:
+    out = foretell("drafters", "parrot").out
+    assert re.search(r"times +int +1 +how often it comes", out)
+    assert "foretell train" not in out
+    assert foretell("generate", "hi", "-m", tiny, "-d", "parrot", "-o", "help").out == out
+    assert foretell("chat", "-m", tiny, "-d", "parrot", "-o", "help").out == out
+    assert re.search(r"Options of --drafter plain.*: none", foretell("drafters", "plain").out)
+    both = foretell("drafters", "medusa").out
+    assert re.search(
+        r"Options of --drafter medusa.*checkpoint .*Options of `foretell train medusa`.*heads ", both, re.S
+    )
 
 
 @pytest.mark.slow

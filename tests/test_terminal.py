@@ -14,6 +14,8 @@ from pseudo_terminal import SEVERAL, Shown, Terminal
 from tiny_gguf import write_gguf
 from tiny_models import tiny_model
 
+from foretell.loading.resolve import resolve
+
 pytestmark = pytest.mark.slow
 
 SETTINGS: dict[str, tuple[int, dict[str, str]]] = {
@@ -44,9 +46,14 @@ def commands(model: str, gguf: str, prompts: str, folder: Path) -> dict[str, tup
     trained = ["-d", "medusa", "-o", f"checkpoint={out}/heads"]
     return {
         "models": (["models"], None),
+        "drafters": (["drafters"], None),
+        "options": (["drafters", "hydra++"], None),
+        "config": (["config"], None),
         "help": (["train", "--help"], None),
         "generate": (["generate", "hello", *ours, *short, "--stats"], None),
         "convert": (["generate", "--raw", "hello", "-m", gguf, *TINY, *short, "--cache-dir", out], None),
+        "pull": (["pull", gguf, "--cache-dir", out], None),
+        "rm": (["rm", gguf, "--yes", "--cache-dir", out], None),
         "answer": (["generate", "--prompts", prompts, *ours, *short], f"{out}/answers"),
         "demo": (["demo", "hello", *ours, *short], None),
         "distill": (["distill", *ours, "--out", f"{out}/data", "--write", "8", "-n", "32", "--keep-repetitive"], None),
@@ -118,3 +125,14 @@ def test_what_takes_long_says_how_far_it_is(screens: Screens, setting: str, verb
     if setting == "wide":
         assert shown.colours
         assert "━" in "".join(lines)
+
+
+def test_rm_asks_in_a_terminal(tmp_path: Path) -> None:
+    gguf = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
+    resolve(str(gguf), cache_dir=tmp_path)
+    for answer, left in (("n", 1), ("y", 0)):
+        terminal = Terminal(ONE, ["rm", str(gguf), "--cache-dir", str(tmp_path)], 400, {})
+        terminal.wait_for("[y/N]")
+        terminal.type(answer + "\n")
+        assert terminal.leave()[0] == left  # a no leaves with 1, as every refusal
+        assert len(list((tmp_path / "models").iterdir())) == left
