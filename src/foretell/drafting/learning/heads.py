@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foretell.backbone import Backbone
-from foretell.backbone.base import layer_shapes
 from foretell.drafting.learning.products import number_type, product
 from foretell.drafting.options import option
 from foretell.drafting.vocabulary import draft_vocabulary, index_in
 from foretell.errors import UsageError
 from foretell.loading.config import ModelConfig
+from foretell.loading.tensors import ATTENTION, LAYER, bare, layer_shapes
 from foretell.trees.search import ENDED, MISSED
 
 CHUNK = 512
@@ -353,7 +353,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.config, self.rotation, self.mlp = config, rotation, mlp
         weights: dict[str, Tensor] = {}
-        for name, shape in layer_shapes(config, mlp).items():
+        for full_name, shape in layer_shapes(bare(config), LAYER if mlp else ATTENTION).items():
+            name = full_name.removesuffix(".weight")
             weights[name] = torch.randn(shape) / math.sqrt(shape[-1]) if len(shape) > 1 else torch.ones(shape)
             if name in ("self_attn.o_proj", "mlp.down_proj"):
                 weights[name].zero_()  # the stream starts as it came
