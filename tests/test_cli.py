@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Foretell
+from command_line import Foretell, ids_of, turns_of
 
 from foretell import drafters
 from foretell.cli import VERBS, load_verb
@@ -134,15 +134,6 @@ FIELDS = {
     "verify_seconds", "seconds", "tokens_per_second", "exact",
 }  # fmt: skip
 ANSWER = {"prompt", "text", "ids"}
-
-
-def turns_of(line: dict[str, Any]) -> list[dict[str, Any]]:
-    """The answers of a line: of each turn, or the only one."""
-    return line.get("turns", [line])
-
-
-def ids_of(lines: list[dict[str, Any]]) -> list[list[list[int]]]:
-    return [[turn["ids"] for turn in turns_of(line)] for line in lines]
 
 
 def answers(foretell: Foretell, tiny: str, path: Path, *arguments: str) -> list[dict[str, Any]]:
@@ -380,7 +371,7 @@ def test_the_demo_model_answers(foretell: Foretell, demo_folder: Path) -> None:
 @pytest.mark.real
 def test_the_demo_model_keeps_the_promise(foretell: Foretell, demo_folder: Path, prompts: Path) -> None:
     ids = [
-        [line["ids"] for line in foretell("generate", "--prompts", str(prompts), "--json", "-n", "12", *more).lines]
+        ids_of(foretell("generate", "--prompts", str(prompts), "--json", "-n", "12", *more).lines)
         for more in ([], ["-d", "prompt_lookup", "--no-adapt"], ["-d", "prompt_lookup", "-b", "4"])
     ]
     assert ids[0] == ids[1] == ids[2]

@@ -96,7 +96,7 @@ def _from_catalog(entry: catalog.Entry, cache: Path, offline: bool, progress: Pr
     if offline and not target.is_dir():
         raise ForetellError(
             f"{entry.name} is not in the cache {cache} and offline mode forbids fetching it; "
-            "run once without --offline, or name a local model folder or .gguf file."
+            "run once without `offline=True`, or name a local model folder or .gguf file."
         )
 
     def make(folder: Path) -> None:
@@ -162,7 +162,7 @@ def _from_hub(repo: str, revision: str | None, offline: bool) -> Path:
     if offline:
         raise ForetellError(
             f"{repo} is not complete in the hub cache and offline mode forbids fetching it; "
-            "run once without --offline, or name a local model folder or .gguf file."
+            "run once without `offline=True`, or name a local model folder or .gguf file."
         )
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIP))
