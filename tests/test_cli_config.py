@@ -10,7 +10,8 @@ from command_line import Foretell
 from test_cli_refusals import refused
 
 from foretell.cli import VERBS, load_verb
-from foretell.cli.defaults import config_file, of_drafter, of_verb
+from foretell.cli.config_file import config_file, of_drafter
+from foretell.cli.defaults import of_verb
 from foretell.cli.options import Loading
 from foretell.loading.cache_dir import cache_folder
 

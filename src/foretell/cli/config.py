@@ -14,7 +14,8 @@ def config() -> None:
     that has them; in a table such as [generate] those of one verb; in one such as [options.medusa] those of a drafter.
     """
     from foretell.cli import VERBS, load_verb
-    from foretell.cli.defaults import OPTIONS, VARIABLES, config_file, for_every_verb, of_drafter, of_verb, read
+    from foretell.cli.config_file import OPTIONS, config_file, of_drafter, read
+    from foretell.cli.defaults import VARIABLES, for_every_verb, of_verb
     from foretell.cli.options import Loading, Sampling
 
     path, content = config_file(), read()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hi
 import typer
 
 from foretell import drafters
-from foretell.cli.defaults import of_drafter
+from foretell.cli.config_file import of_drafter
 from foretell.cli.terminal import load_progress, note
 from foretell.errors import UsageError
 
