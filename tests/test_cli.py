@@ -15,12 +15,15 @@ from typing import Any
 import pytest
 from command_line import Foretell, ids_of, turns_of
 
+import foretell as package
 from foretell import drafters
 from foretell.cli import VERBS, load_verb
+from foretell.cli.generate import _note_speed
 from foretell.cli.options import Loading, Sampling
 from foretell.contracts import Draft, Drafter, Row
 from foretell.drafting.options import option
-from foretell.requests import SamplingParams
+from foretell.requests import SamplingParams, Statistics
+from foretell.results import Result
 from foretell.trees import chain
 
 
@@ -233,6 +236,18 @@ def test_answers_say_which_prompt_they_belong_to(foretell: Foretell, tiny: str, 
     assert "line" not in typed
     one = foretell("generate", "--prompts", str(prompts), "-m", tiny, "-n", "4", "--limit", "1").out
     assert one == foretell("generate", "one", "-m", tiny, "-n", "4").out + "\n"  # nothing to tell it apart from
+
+
+@pytest.mark.parametrize(("suspended", "stats", "terminal"), [(28, False, True), (28, True, False), (4, False, True)])
+def test_speculation_that_was_held_back_is_said(
+    tiny: str, suspended: int, stats: bool, terminal: bool, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a terminal if most steps were plain for it, and with --stats always."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    result = Result(statistics=Statistics(steps=35, plain_steps=30, suspended_steps=suspended, new_tokens=40))
+    _note_speed(package.load(tiny, threads=1), [result], 1.0, stats)
+    said = f"Speculation was held back in {suspended} of 35 steps" in capsys.readouterr().err
+    assert said == (suspended == 28)
 
 
 def test_lossy_decoding_says_so(foretell: Foretell, tiny: str) -> None:
