@@ -130,3 +130,13 @@ def test_refusals_that_need_no_model_load_no_torch(tmp_path: Path) -> None:
         )
         ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert (ran.stdout, sentence in ran.stderr) == ("2 False\n", True), ran.stderr
+
+
+def test_setup_takes_only_what_it_uses(foretell: Foretell) -> None:
+    helped = foretell("bench", "setup", "--help")
+    assert "--cache-dir" in helped.out
+    assert not [option for option in ("--model", "--dtype", "--threads") if option in helped.out]
+    assert foretell("bench", "setup", "transformers").err == (
+        "transformers needs no environment of its own: nothing to install.\n"
+    )
+    assert "Unknown peer 'vlm'; the peers are" in foretell("bench", "setup", "vlm").err

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from foretell.errors import ForetellError, UsageError
-from foretell.files import exists, whole_lines, write_errors, write_json
+from foretell.files import complete_lines, exists, write_errors, write_json
 
 ABOUT, ROUNDS, RESULTS = "bench.json", "rounds.jsonl", "results.json"
 SAME = "version", "commit", "machine"
@@ -125,6 +125,6 @@ def read_rounds(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / ROUNDS
     try:
-        return [record for line in whole_lines(path) for record in json.loads(line)]
+        return [record for line in complete_lines(path) for record in json.loads(line)]
     except ValueError as error:
         raise ForetellError(f"{path} is damaged; delete {folder}, or choose another --out.") from error
