@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Foretell
+from command_line import Foretell, ids_of, turns_of
 
 import foretell as package
 from foretell import drafters
 from foretell.cli import VERBS, load_verb
+from foretell.cli.generate import _note_speed
 from foretell.cli.options import Loading, Sampling
 from foretell.cli.terminal import program
 from foretell.contracts import Draft, Drafter, Row
 from foretell.drafting.options import option
-from foretell.requests import SamplingParams
+from foretell.requests import SamplingParams, Statistics
+from foretell.results import Result
 from foretell.trees import chain
 
 
@@ -211,15 +213,6 @@ FIELDS = {
 ANSWER = {"prompt", "text", "ids"}
 
 
-def turns_of(line: dict[str, Any]) -> list[dict[str, Any]]:
-    """The answers of a line: of each turn, or the only one."""
-    return line.get("turns", [line])
-
-
-def ids_of(lines: list[dict[str, Any]]) -> list[list[list[int]]]:
-    return [[turn["ids"] for turn in turns_of(line)] for line in lines]
-
-
 def answers(foretell: Foretell, tiny: str, path: Path, *arguments: str) -> list[dict[str, Any]]:
     options = ("-m", tiny, "--dtype", "fp32", "-n", "12", "--json")
     ran = foretell("generate", "--prompts", str(path), *options, *arguments)
@@ -319,6 +312,18 @@ def test_answers_say_which_prompt_they_belong_to(foretell: Foretell, tiny: str, 
     assert one == foretell("generate", "one", "-m", tiny, "-n", "4").out + "\n"  # nothing to tell it apart from
 
 
+@pytest.mark.parametrize(("suspended", "stats", "terminal"), [(28, False, True), (28, True, False), (4, False, True)])
+def test_speculation_that_was_held_back_is_said(
+    tiny: str, suspended: int, stats: bool, terminal: bool, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a terminal if most steps were plain for it, and with --stats always."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    result = Result(statistics=Statistics(steps=35, plain_steps=30, suspended_steps=suspended, new_tokens=40))
+    _note_speed(package.load(tiny, threads=1), [result], 1.0, stats)
+    said = f"Speculation was held back in {suspended} of 35 steps" in capsys.readouterr().err
+    assert said == (suspended == 28)
+
+
 def test_lossy_decoding_says_so(foretell: Foretell, tiny: str) -> None:
     ran = foretell("generate", "hi", "-m", tiny, "-n", "8", "-d", "prompt_lookup", "--typical", "0.1,0.3")
     assert ran.code == 0
@@ -395,7 +400,7 @@ def test_the_demo_model_answers(foretell: Foretell, demo_folder: Path) -> None:
 @pytest.mark.real
 def test_the_demo_model_keeps_the_promise(foretell: Foretell, demo_folder: Path, prompts: Path) -> None:
     ids = [
-        [line["ids"] for line in foretell("generate", "--prompts", str(prompts), "--json", "-n", "12", *more).lines]
+        ids_of(foretell("generate", "--prompts", str(prompts), "--json", "-n", "12", *more).lines)
         for more in ([], ["-d", "prompt_lookup", "--no-adapt"], ["-d", "prompt_lookup", "-b", "4"])
     ]
     assert ids[0] == ids[1] == ids[2]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pseudo_terminal import SEVERAL, Shown, Terminal
+from pseudo_terminal import ONE, SEVERAL, Shown, Terminal
 from tiny_gguf import write_gguf
 from tiny_models import tiny_model
 
