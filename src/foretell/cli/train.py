@@ -136,7 +136,7 @@ def _trainable(method: str) -> Any:
     """The drafter's class, if it has something to train."""
     cls: Any = drafters.drafter_class(method)
     if not hasattr(cls, "trainable"):
-        able = [name for name in drafters.DRAFTERS if hasattr(drafters.drafter_class(name), "trainable")]
+        able = [name for name in drafters.table() if hasattr(drafters.drafter_class(name), "trainable")]
         raise UsageError(f"Drafter {method!r} has nothing to train; those that have are {', '.join(able)}.")
     return cls
 

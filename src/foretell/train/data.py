@@ -27,6 +27,8 @@ from foretell.files import complete_lines, one_line, read_json, write_errors, wr
 from foretell.loading.catalog import current
 
 FORMAT = 1
+REFUSED = ("rejected", "unfinished", "too long")
+"""Finish reasons of a reply that is not kept: its conversation is kept up to it."""
 MANIFEST, CONVERSATIONS, PACKED = "distill.json", "conversations.jsonl", "conversations.jsonl.xz"
 
 

@@ -22,7 +22,7 @@ from foretell.errors import ForetellError, UsageError
 from foretell.files import complete_lines, write_errors
 from foretell.prompt_files import read_conversations
 from foretell.requests import Event, Request, SamplingParams
-from foretell.train.data import Distilled, Store
+from foretell.train.data import REFUSED, Distilled, Store
 from foretell.train.prompts import tasks
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ SHORTEST = 4
 DISTINCT = 0.3
 """Least share of different 4-grams among those of an answer's second half: below, the model runs in a circle."""
 CIRCLES = "repetitive"
-REFUSED = ("rejected", "unfinished", "too long")
-"""How a reply ends that is none: the conversation is kept up to it."""
 SHORTEST_TEXT = 40
 """Tokens of an answer worth asking about."""
 OWN_LINES, TASK_LINES = 1 << 20, 1 << 21
