@@ -101,7 +101,7 @@ class Trainable(nn.Module):
         Raises:
             UsageError: it does not fit; the sentence says "It".
         """
-        raise UsageError("This drafter cannot begin with another's numbers; leave out --start.")
+        raise UsageError("This drafter cannot begin with another's numbers; leave out `start=`.")
 
     @abstractmethod
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
@@ -309,7 +309,7 @@ class GuessingHeads(Trainable):
             return
         place_V = index_in(tensors["vocabulary"].long(), len(self.place))[self.vocabulary_V.cpu()]
         if len(tensors["head"]) not in (1, len(self.head_KVd)):
-            raise UsageError("It has an output matrix for each head; train with -o output=own and as many heads.")
+            raise UsageError("It has an output matrix for each head; train with `output='own'` and as many heads.")
         head_KVd = tensors["head"].float().expand(len(self.head_KVd), -1, -1)
         with torch.no_grad():
             self.head_KVd[:, place_V >= 0] = head_KVd[:, place_V[place_V >= 0]].to(self.head_KVd.device)
