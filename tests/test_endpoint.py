@@ -29,7 +29,7 @@ from foretell.conversations import Conversation
 from foretell.errors import ForetellError, UsageError
 from foretell.requests import SamplingParams
 from foretell.train import endpoint as asking
-from foretell.train.data import Store
+from foretell.train.data import ConversationStore
 from foretell.train.endpoint import FLOOR, JUDGED, KEY, SECONDS, TRIES, Agreement, Endpoint, turn_end
 
 END = 256
@@ -198,7 +198,7 @@ def command(model: str, prompts: str, out: Path, server: str = "", *more: str) -
 
 def written(folder: Path) -> tuple[Any, ...]:
     """What was kept, in whatever order, and what was dropped."""
-    store = Store.open(folder)
+    store = ConversationStore.open(folder)
     found = {(each.line, tuple(each.tokens), tuple(each.answers)) for each in store.conversations}
     assert len(found) == len(store.conversations)
     return found, store.dropped, store.lines
@@ -236,7 +236,7 @@ def test_an_endpoint_writes_what_the_model_itself_would(
         [talk] = [talk for talk in TALKS if talk[0] == body["messages"][0]["content"]]
         said = [each["content"] for each in body["messages"] if each["role"] == "user"]
         assert said == talk[: len(said)]
-    settings = Store.open(tmp_path / "data").manifest["settings"]
+    settings = ConversationStore.open(tmp_path / "data").manifest["settings"]
     assert settings["served"] == "tiny"
     assert "endpoint" not in settings  # the same model may be served elsewhere when the run goes on
 
@@ -521,7 +521,7 @@ def test_what_the_server_will_not_answer_is_dropped_alone(
     kept = {line: len(TALKS[line]) for line in ASKED} | {1: turn}
     assert {line: len(answers) for line, _, answers in found} == {line: count for line, count in kept.items() if count}
     assert dropped == Counter(["too long", reason])
-    assert Store.open(tmp_path / "data").manifest["counts"]["dropped"] == dict(dropped)
+    assert ConversationStore.open(tmp_path / "data").manifest["counts"]["dropped"] == dict(dropped)
     assert all(f"{count} {name}" in ran.err for name, count in dropped.items())
     server.asked.clear()
     assert foretell(*given).code == 0
@@ -594,7 +594,7 @@ def test_another_model_is_refused_unless_it_is_wanted(
     refused(foretell(*given), 1, f"{re.escape(server.url)} {sentence}")
     before = written(tmp_path / "data")
     assert JUDGED <= len(before[2]) == len(server.asked) < 40
-    manifest = Store.open(tmp_path / "data").manifest
+    manifest = ConversationStore.open(tmp_path / "data").manifest
     assert manifest["model"] == "big"
     assert manifest["fingerprint"] == f"not {llm.backbone.fingerprint} but big"  # training asks for --other-model too
     assert foretell(*given, OTHER).code == 0
@@ -602,7 +602,7 @@ def test_another_model_is_refused_unless_it_is_wanted(
     assert after[0] > before[0]
     assert after[2] == set(range(40))
     assert len(server.asked) == 40
-    assert Store.open(tmp_path / "data").manifest["fingerprint"] == manifest["fingerprint"]
+    assert ConversationStore.open(tmp_path / "data").manifest["fingerprint"] == manifest["fingerprint"]
 
 
 def test_a_short_run_is_judged_at_its_end(
@@ -616,7 +616,7 @@ def test_a_short_run_is_judged_at_its_end(
 
 
 def test_the_same_model_is_known_by_its_fingerprint(readable: str, llm: LLM, local: Path) -> None:
-    assert Store.open(local).manifest["fingerprint"] == llm.backbone.fingerprint
+    assert ConversationStore.open(local).manifest["fingerprint"] == llm.backbone.fingerprint
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
@@ -668,7 +668,7 @@ def test_a_run_that_broke_off_asks_for_nothing_twice(
     given = command(readable, prompts, tmp_path / "data", server.url, "-b", rows)
     refused(foretell(*given), 1, r"\(401 your credit is used up\).*; check .* then give the same command: it goes on")
     settled()
-    done = Store.open(tmp_path / "data").lines
+    done = ConversationStore.open(tmp_path / "data").lines
     assert SILENT < done < set(range(len(TALKS)))
     server.say = real
     server.asked.clear()
@@ -686,20 +686,20 @@ def test_an_interruption_asks_for_nothing_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Wherever it comes: here between two answers, while the main thread writes one down."""
-    server, append = serve(spoken_by(llm)), Store.append
+    server, append = serve(spoken_by(llm)), ConversationStore.append
     given = command(readable, prompts, tmp_path / "data", server.url, "-b", "2")
 
-    def interrupted(store: Store, line: int, found: Any) -> None:
+    def interrupted(store: ConversationStore, line: int, found: Any) -> None:
         if len(store.lines) == 2:  # one of them was too long to ask
             raise KeyboardInterrupt
         append(store, line, found)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Store, "append", interrupted)
+        patched.setattr(ConversationStore, "append", interrupted)
         ran = foretell(*given)
     assert (ran.code, ran.err.strip()) == (130, "interrupted; the same command goes on from here")
     settled()
-    done = Store.open(tmp_path / "data").lines
+    done = ConversationStore.open(tmp_path / "data").lines
     assert len(done) == 2
     server.asked.clear()
     assert foretell(*given).code == 0
@@ -760,7 +760,7 @@ def test_answers_that_are_none_are_one_sentence(
     server = serve(scripted(lambda body: (200, said)))
     ran = foretell(*command(readable, prompts, tmp_path / "data", server.url))
     refused(ran, 1, f"{re.escape(server.url)} answered with something else: ")
-    assert Store.open(tmp_path / "data").lines == SILENT
+    assert ConversationStore.open(tmp_path / "data").lines == SILENT
 
 
 def test_a_server_that_is_not_there_is_one_sentence(

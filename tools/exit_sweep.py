@@ -23,8 +23,8 @@ from foretell.backbone import Backbone
 from foretell.cli.terminal import job_progress
 from foretell.cli.train import replayed, written
 from foretell.drafters.kangaroo import Kangaroo
-from foretell.train.data import Store
-from foretell.train.features import Features
+from foretell.train.data import ConversationStore
+from foretell.train.features import FeatureStore
 from foretell.train.replay import by_size
 from foretell.train.trainer import Settings, Trainer
 
@@ -35,7 +35,7 @@ ADDED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def learnt(backbone: Backbone, features: Features, settings: Settings, options: dict[str, Any]) -> dict[str, Any]:
+def learnt(backbone: Backbone, features: FeatureStore, settings: Settings, options: dict[str, Any]) -> dict[str, Any]:
     """How good an adapter is after a training."""
     counts_V = written(features.data, backbone.config.vocab)
     torch.manual_seed(settings.seed)
@@ -68,9 +68,9 @@ def main() -> None:
     if args.varied not in exits:
         parser.error(f"--varied {args.varied} is none of the exits {args.exits}")
     backbone = foretell.load(core.MODEL, dtype="bf16").backbone
-    store = Store.open(args.data)
+    store = ConversationStore.open(args.data)
     name = f"features-{backbone.fingerprint}-{'-'.join(map(str, exits))}-{args.conversations}"
-    features = Features(backbone, store.conversations[: args.conversations], exits, store.folder / name)
+    features = FeatureStore(backbone, store.conversations[: args.conversations], exits, store.folder / name)
     with job_progress("features, %", "") as progress:
         features.prepare(lambda fraction: progress(round(fraction * 100), 100, 0))
     settings = Settings(epochs=args.epochs, batch_tokens=2048, learning_rate=2e-3)

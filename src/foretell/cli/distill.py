@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from foretell.api import LLM
     from foretell.conversations import Conversation
     from foretell.requests import SamplingParams
-    from foretell.train.data import Store
+    from foretell.train.data import ConversationStore
     from foretell.train.endpoint import Endpoint
 
 
@@ -93,21 +93,21 @@ def _check_out(out: Path) -> None:
         raise UsageError(f"{out} holds a drafter, or a run that makes one; choose another --out.")
 
 
-def _store(out: Path, model: str, llm: LLM, endpoint: Endpoint | None, settings: dict[str, Any]) -> Store:
+def _store(out: Path, model: str, llm: LLM, endpoint: Endpoint | None, settings: dict[str, Any]) -> ConversationStore:
     """The folder, begun by the local model; by another one where it was seen before that the endpoint serves such."""
     from foretell.files import read_json
     from foretell.loading.catalog import current
-    from foretell.train.data import MANIFEST, Store
+    from foretell.train.data import MANIFEST, ConversationStore
 
     about = {"model": model, "fingerprint": llm.backbone.fingerprint, "vocab": llm.backbone.config.vocab}
     if endpoint and (out / MANIFEST).is_file():
         foreign = _foreign(llm, endpoint)
         theirs = current(str(read_json(out / MANIFEST).get("fingerprint")))
         about |= foreign if theirs == foreign["fingerprint"] else {}
-    return Store.create(out, {**about, "settings": settings, "command": command_line()})
+    return ConversationStore.create(out, {**about, "settings": settings, "command": command_line()})
 
 
-def _close(store: Store, llm: LLM, endpoint: Endpoint | None, seconds: float) -> None:
+def _close(store: ConversationStore, llm: LLM, endpoint: Endpoint | None, seconds: float) -> None:
     """Writes down what there is, and who answered if that was another model."""
     if endpoint and endpoint.agreement.poor:
         store.manifest |= _foreign(llm, endpoint)
@@ -119,7 +119,7 @@ def _foreign(llm: LLM, endpoint: Endpoint) -> dict[str, str]:
     return {"model": endpoint.model, "fingerprint": f"not {llm.backbone.fingerprint} but {endpoint.model}"}
 
 
-def _say(store: Store, out: Path) -> None:
+def _say(store: ConversationStore, out: Path) -> None:
     counts = store.manifest["counts"]
     dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items()) or "none"
     note(f"{counts['conversations']} conversations, {counts['written']} tokens written; dropped: {dropped}. In {out}.")
@@ -171,8 +171,8 @@ def _own_prompts(llm: LLM, count: int, path: Path, seed: int, rows: int) -> list
 
 
 def _answer(
-    llm: LLM, store: Store, asked: list[Conversation], tasks: int, params: SamplingParams, rows: int, circles: bool,
-    endpoint: Endpoint | None,
+    llm: LLM, store: ConversationStore, asked: list[Conversation], tasks: int, params: SamplingParams, rows: int,
+    circles: bool, endpoint: Endpoint | None,
 ) -> None:  # fmt: skip
     """The prompts, then tasks in two halves: later ones are about the answers to earlier ones too."""
     from foretell.train.distill import SHORTEST_TEXT, distill, next_tasks

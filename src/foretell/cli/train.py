@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from foretell.backbone import Backbone
     from foretell.drafting.checkpoint import Checkpoint
     from foretell.drafting.learning.heads import Trainable
-    from foretell.train.data import Distilled, Store
+    from foretell.train.data import ConversationStore, Distilled
     from foretell.train.features import Batches
     from foretell.train.trainer import Report, Trainer
 
@@ -52,7 +52,7 @@ def train(
 ) -> None:
     """Train a drafter for a model on what the model wrote."""
     from foretell.files import sole_writer
-    from foretell.train.features import Features, Joined
+    from foretell.train.features import FeatureStore, JoinedFeatures
     from foretell.train.trainer import Trainer
 
     cls = _trainable(method)
@@ -70,10 +70,10 @@ def train(
     begun = _begin(module, start, *begin) if begin else {}
     name = f"features-{backbone.fingerprint}-{'-'.join(map(str, module.taps)) or 'teacher'}"
     parts = [
-        Features(backbone, store.conversations, module.taps, None if no_cache else store.folder / name)
+        FeatureStore(backbone, store.conversations, module.taps, None if no_cache else store.folder / name)
         for store in stores
     ]
-    features = Joined(parts) if len(parts) > 1 else parts[0]
+    features = JoinedFeatures(parts) if len(parts) > 1 else parts[0]
     with sole_writer(out):
         whose = {"method": method, "model": backbone.fingerprint, "dtype": str(backbone.dtype)}
         run = Trainer(module, features, settings, out / "run", options | whose | begun)
@@ -107,7 +107,7 @@ def _publish(
 ) -> Checkpoint:
     """Writes the drafter, with the tokens per step of the trees that it will draft."""
     from foretell.drafting.checkpoint import Checkpoint
-    from foretell.train.features import Features
+    from foretell.train.features import FeatureStore
     from foretell.train.replay import by_size
     from foretell.train.trainer import SIZES
 
@@ -115,7 +115,7 @@ def _publish(
     model, features, told = run.module.save_backbone(base.model, out), run.features, replayed(report.replayed)
     if model != base.model:  # a model of its own now, with states of its own
         backbone = replace(base, model=model).load().backbone
-        features = Features(backbone, [features.data[i] for i in told], run.module.taps, None)
+        features = FeatureStore(backbone, [features.data[i] for i in told], run.module.taps, None)
         told = list(range(len(told)))
     checkpoint = Checkpoint(
         method=cls.method, backbone=model, fingerprint=backbone.fingerprint, hidden=backbone.config.hidden,
@@ -142,12 +142,12 @@ def _trainable(method: str) -> Any:
     return cls
 
 
-def _stores(data: list[Path]) -> list[Store]:
-    from foretell.train.data import Store
+def _stores(data: list[Path]) -> list[ConversationStore]:
+    from foretell.train.data import ConversationStore
 
     if len({folder.resolve() for folder in data}) < len(data):
         raise UsageError("--data names a folder twice; give each once, and more --epochs to learn it longer.")
-    stores = [Store.open(folder) for folder in data]
+    stores = [ConversationStore.open(folder) for folder in data]
     for store in stores:
         if not store.conversations:
             raise UsageError(f"{store.folder} holds no conversations; distill some first.")
@@ -184,7 +184,7 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(each for each in folder.iterdir() if each.name[0] != ".") if folder.is_dir() else []
 
 
-def _check(store: Store, backbone: Backbone, other_model: bool) -> None:
+def _check(store: ConversationStore, backbone: Backbone, other_model: bool) -> None:
     """Refuses what another model wrote, unless it is wanted."""
     model, writer = store.manifest["model"], store.manifest["fingerprint"]
     if writer != backbone.fingerprint and not other_model:
@@ -201,7 +201,7 @@ def _check(store: Store, backbone: Backbone, other_model: bool) -> None:
 
 
 def _module(
-    cls: Any, llm: LLM, stores: Sequence[Store], options: dict[str, Any], seed: int,
+    cls: Any, llm: LLM, stores: Sequence[ConversationStore], options: dict[str, Any], seed: int,
     begin: tuple[Checkpoint, dict[str, Tensor]] | None,
 ) -> Trainable:  # fmt: skip
     """What is to learn; what a fresh one draws follows from the seed."""

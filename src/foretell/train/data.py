@@ -45,7 +45,7 @@ class Distilled:
 
 
 @dataclass
-class Store:
+class ConversationStore:
     """A folder of distilled conversations, open for reading and appending."""
 
     folder: Path
@@ -55,7 +55,7 @@ class Store:
     lines: set[int] = field(default_factory=set)
 
     @classmethod
-    def create(cls, folder: Path, manifest: dict[str, Any]) -> Store:
+    def create(cls, folder: Path, manifest: dict[str, Any]) -> ConversationStore:
         """Opens a folder to add to; one that exists must have been made with the same settings.
 
         Raises:
@@ -82,7 +82,7 @@ class Store:
         return store
 
     @classmethod
-    def open(cls, folder: Path, cut: bool = False) -> Store:
+    def open(cls, folder: Path, cut: bool = False) -> ConversationStore:
         """Reads what is there, without a last line cut short by an interruption; `cut` cuts it off the file too.
 
         Raises:

@@ -20,7 +20,7 @@ from foretell.conversations import Conversation, converse, read_conversations
 from foretell.errors import ForetellError, UsageError
 from foretell.files import whole_lines, write_errors
 from foretell.requests import Event, SamplingParams
-from foretell.train.data import Distilled, Store
+from foretell.train.data import ConversationStore, Distilled
 from foretell.train.prompts import tasks
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def write_prompts(
 def distill(
     llm: LLM,
     conversations: Sequence[Conversation],
-    store: Store,
+    store: ConversationStore,
     params: SamplingParams,
     *,
     rows: int,
@@ -196,7 +196,9 @@ def unfit(ids: Sequence[int]) -> str | None:
     return None
 
 
-def next_tasks(llm: LLM, store: Store, asked: Sequence[Conversation], count: int, seed: int) -> list[Conversation]:
+def next_tasks(
+    llm: LLM, store: ConversationStore, asked: Sequence[Conversation], count: int, seed: int
+) -> list[Conversation]:
     """`count` tasks about the first turns of `asked` and the first of the model's answers that was kept; none where no
     answer is long enough to ask about."""
     turns = {each.line: each.turns[0] for each in asked}

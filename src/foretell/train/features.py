@@ -85,7 +85,7 @@ class Batches(ABC):
         )
 
 
-class Features(Batches):
+class FeatureStore(Batches):
     """Those of one folder of data.
 
     Args:
@@ -213,10 +213,10 @@ class Features(Batches):
                 yield {name: tensor[start : start + count] for name, tensor in made.items()}
 
 
-class Joined(Batches):
+class JoinedFeatures(Batches):
     """Those of several folders, one after the other."""
 
-    def __init__(self, parts: Sequence[Features]):
+    def __init__(self, parts: Sequence[FeatureStore]):
         self.backbone, self.taps = parts[0].backbone, parts[0].taps
         self.data = [each for part in parts for each in part.data]
         self._parts, ends = parts, list(accumulate(len(part.data) for part in parts))

@@ -34,7 +34,7 @@ from foretell.train import malloc
 from foretell.train.data import Distilled, digest
 from foretell.train.features import Batches
 from foretell.trees.calibration import Floats, Scale, fit
-from foretell.trees.search import ENDED, Ranks, nested, replay
+from foretell.trees.search import ENDED, Ranks, nested, tree_tokens_per_step
 
 SIZES = (4, 8, 12, 16, 24, 32, 48, 64)
 """Tree sizes whose tokens per step are reported."""
@@ -352,7 +352,9 @@ class Trainer:
                 log_probs.append(each.log_probs_PKR.numpy())
         one, other = (slice(0, None, 2), slice(1, None, 2)) if len(ranks) > 1 else (slice(None), slice(None))
         paths = nested(ranks[one], CANDIDATES)
-        tokens_per_step = {n: round(replay(ranks[other], paths[: n - 1]), 4) for n in sizes if n <= len(paths) + 1}
+        tokens_per_step = {
+            n: round(tree_tokens_per_step(ranks[other], paths[: n - 1]), 4) for n in sizes if n <= len(paths) + 1
+        }
         return Report(sums, _accuracy(ranks), paths, tokens_per_step, fit(log_probs[one], ranks[one]), indices[other])
 
 
