@@ -21,14 +21,19 @@ COMMON = ["-O3", "-std=c++20", "-fPIC", "-ffp-contract=fast", "-fno-math-errno",
 COMMON += ["-I", str(NATIVE)]
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
-UNITS = {"native": "", "drafting/grow": "", "drafting/climb": "", "drafting/observe": "", "kernels_generic": ""}
-if platform.machine() in ("x86_64", "AMD64"):
-    UNITS |= {
-        "kernels_avx2": AVX2,
-        "kernels_avx512": AVX512,
-        "kernels_avx512bf16": f"{AVX512} -mavx512vnni -mavx512bf16",
-        "kernels_amx": f"{AVX512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16",
-    }
+FLAGS = {
+    "kernels_avx2": AVX2,
+    "kernels_avx512": AVX512,
+    "kernels_avx512bf16": f"{AVX512} -mavx512vnni -mavx512bf16",
+    "kernels_amx": f"{AVX512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16",
+}
+"""Of the translation units that are compiled for one instruction set of x86-64."""
+
+
+def units() -> list[Path]:
+    """Every source file that this machine's compiler can compile."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return [path for path in sorted(NATIVE.rglob("*.cpp")) if x86 or path.stem not in FLAGS]
 
 
 def compiler() -> list[str] | None:
@@ -58,9 +63,10 @@ class BuildKernels(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         library.parent.mkdir(parents=True, exist_ok=True)
         running = []
-        for unit, flags in UNITS.items():
-            objects.append(str(folder / f"{Path(unit).name}.o"))
-            command = [*tool, *COMMON, *flags.split(), "-c", str(NATIVE / f"{unit}.cpp"), "-o", objects[-1]]
+        for unit in units():
+            objects.append(str(folder / f"{unit.stem}.o"))
+            flags = FLAGS.get(unit.stem, "").split()
+            command = [*tool, *COMMON, *flags, "-c", str(unit), "-o", objects[-1]]
             running.append((command, subprocess.Popen(command)))
         for command, process in running:
             if process.wait():

@@ -236,7 +236,7 @@ def test_an_adapter_in_a_pickle_is_read_if_it_holds_nothing_else(tiny: str, copy
         tensors["base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"],
     ):
         torch.save(other, path)
-        assert "is damaged (it holds other things than tensors)" in refusal(name)
+        assert "is damaged (it holds objects that are not tensors)" in refusal(name)
     path.write_bytes(path.read_bytes()[:100])
     assert f"The adapter {copy} is damaged" in refusal(name)
 
@@ -265,9 +265,7 @@ def test_a_trainers_folder_names_its_checkpoints(tiny: str, adapter: Path, cache
     for step in (90, 500, 1000):
         shutil.copytree(adapter, tmp_path / "run" / f"checkpoint-{step}")
     last = tmp_path / "run" / "checkpoint-1000"
-    assert f"several moments of a training; name one of them, such as {tiny}+{last}." in refusal(
-        f"{tiny}+{tmp_path / 'run'}"
-    )
+    assert f"several training checkpoints; name one, such as {tiny}+{last}." in refusal(f"{tiny}+{tmp_path / 'run'}")
     assert merged(f"{tiny}+{last}").keys() == merged(f"{tiny}+{adapter}").keys()
     for folder in (adapter, last):
         assert f"{folder} holds an adapter and no model; add it to the model it is for: BASE+{folder}." in refusal(

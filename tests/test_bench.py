@@ -12,7 +12,9 @@ from foretell.bench import quality
 from foretell.bench.compare import compare
 from foretell.bench.metrics import figures, gaps, histogram, table
 from foretell.bench.peers.protocol import Clock
-from foretell.bench.suites import CODE, SHIPPED, SUMS, Question, load_suite
+from foretell.bench.report import tokens_per_step
+from foretell.bench.results import read_results
+from foretell.bench.suites import CODE, QUICK_QUESTIONS, SHIPPED, SUMS, Question, load_suite
 from foretell.errors import ForetellError, UsageError
 from foretell.loading.catalog import FORMER_FINGERPRINTS
 
@@ -33,6 +35,16 @@ def test_the_shipped_suite_has_every_category_of_spec_bench() -> None:
         dict.fromkeys(q.category for q in suite.questions)
     )
     assert suite.chosen(every=5, limit=3).questions == suite.questions[::5][:3]
+
+
+def test_a_quick_look_takes_the_shortest_question_of_each_kind(tmp_path: Path) -> None:
+    suite = load_suite(SHIPPED).quick()
+    assert len({question.category for question in suite.questions}) == len(suite.questions) == QUICK_QUESTIONS
+    assert max(sum(map(len, question.turns)) for question in suite.questions) < 200
+    lines = [{"id": f"{kind}{size}", "category": kind, "prompt": "x" * size} for kind in "ba" for size in (9, 3, 5)]
+    few = load_suite(written(tmp_path, "\n".join(map(json.dumps, lines))))
+    assert [question.id for question in few.quick(3).questions] == ["b3", "b5", "a3"]
+    assert few.quick(9).questions == few.questions
 
 
 def test_spec_bench_is_read(tmp_path: Path) -> None:
@@ -201,6 +213,25 @@ def test_tokens_that_a_stream_left_out_came_with_the_next(
     assert (clock.ids, clock.arrivals) == (whole, arrivals)
 
 
+def test_steps_in_which_speculation_was_held_back_are_told() -> None:
+    mine = [record("fast", i, 1.0, [(4, 1.0)], steps=4, suspended_steps=held) for i, held in enumerate((0, 3, 3))]
+    row = figures(mine, mine)
+    assert (row["steps"], row["suspended_steps"]) == (12, 6)
+    assert tokens_per_step(row) == "1.00 (50% held back)"
+    assert tokens_per_step(row | {"suspended_steps": 0}) == "1.00"
+    assert tokens_per_step({}) == ""
+
+
+def test_a_result_from_before_held_back_steps_were_a_figure_counts_them(tmp_path: Path) -> None:
+    rows = [{"contender": "fast", "batch": batch, "temperature": 0.0, "steps": 9} for batch in (1, 2)]
+    requests = [
+        {"contender": "fast", "round": [0.0, batch, 0, i, 0], "suspended_steps": held}
+        for batch, held in ((1, 2), (2, 5)) for i in range(2)
+    ]  # fmt: skip
+    (tmp_path / "results.json").write_text(json.dumps({"format": 1, "table": rows, "requests": requests}))
+    assert [row["suspended_steps"] for row in read_results(tmp_path)["table"]] == [4, 10]
+
+
 def test_a_histogram_has_every_step() -> None:
     assert histogram([(9, 6), (9, 2)], 10) == [4, 4, 2]
     assert histogram([], 3) == [3]
@@ -298,7 +329,7 @@ BEFORE = 1.2, 2.0, 3.5, 1.5, 2.2
     ],
 )
 def test_only_what_is_beyond_noise_counts(after: dict[str, Any], worse: list[str]) -> None:
-    changes = [each for each in compare(result(*BEFORE), after) if each.contender != "plain"]
+    changes = [each for each in compare(result(*BEFORE), after) if each.system != "plain"]
     assert [change.figure for change in changes if change.worse] == worse
     assert len(changes) == 3
     assert all(("worse" in str(change)) == change.worse for change in changes)
@@ -316,7 +347,7 @@ def test_a_result_from_before_fingerprints_covered_every_tensor_is_compared() ->
         list(compare(result(*BEFORE, fingerprint=former), result(*BEFORE, fingerprint="another")))
 
 
-def test_a_contender_that_is_gone_is_worse() -> None:
+def test_a_system_that_is_gone_is_worse() -> None:
     after = result(*BEFORE)
     after["table"].pop()
     assert [str(each) for each in compare(result(*BEFORE), after) if each.worse] == [

@@ -1,6 +1,5 @@
 """Whole benchmarks of a tiny model: what is compared, what an interruption costs, what a mistake says, real peers."""
 
-import json
 import re
 import time
 from dataclasses import replace
@@ -9,19 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import Foretell
 from tiny_gguf import write_gguf
 from tiny_models import tiny_model
 
 import foretell as package
 from foretell.api import LLM
-from foretell.bench.contenders import ForetellSystem, System
 from foretell.bench.gguf_files import gguf_file
 from foretell.bench.limits import limits, read_bandwidth, step_bytes
-from foretell.bench.peers import MissingPeerError, Peer
-from foretell.bench.results import RESULTS, collect, read_results
-from foretell.bench.runner import ABOUT, PLAIN, ROUNDS, Runner, Settings, read_rounds
+from foretell.bench.peers import MissingPeerError
+from foretell.bench.peers.process import Peer
+from foretell.bench.results import collect
+from foretell.bench.run_folder import ABOUT, ROUNDS, Settings, differences, read_rounds
+from foretell.bench.runner import PLAIN, Runner
 from foretell.bench.suites import Question
+from foretell.bench.systems import Answer, ForetellSystem, System
 from foretell.conversations import Conversation, converse
 from foretell.errors import ForetellError, UsageError
 from foretell.loading import ModelFolder
@@ -38,15 +38,15 @@ def llm(tiny: str) -> LLM:
     return package.load(tiny, dtype="fp32", threads=1)
 
 
-def settings_of(llm: LLM, contenders: list[System], **changes: Any) -> Settings:
+def settings_of(llm: LLM, systems: list[System], **changes: Any) -> Settings:
     plain = Settings(
         model="tiny", fingerprint=llm.backbone.fingerprint, dtype="float32", suite="s", digest="d",
-        questions=[q.id for q in QUESTIONS], contenders=[each.name for each in contenders], new_tokens=12,
+        questions=[q.id for q in QUESTIONS], systems=[each.name for each in systems], new_tokens=12,
     )  # fmt: skip
     return replace(plain, **changes)
 
 
-def contenders_of(llm: LLM) -> list[System]:
+def systems_of(llm: LLM) -> list[System]:
     return [
         ForetellSystem(llm, PLAIN, "plain", {}),
         ForetellSystem(llm, "prompt_lookup", "prompt_lookup", {"adapt": False}),
@@ -54,11 +54,11 @@ def contenders_of(llm: LLM) -> list[System]:
 
 
 def test_every_answer_is_compared_and_later_turns_follow_plain_ones(llm: LLM, tmp_path: Path) -> None:
-    contenders = contenders_of(llm)
+    systems = systems_of(llm)
     how = {"repeats": 2, "batches": [1, 2], "temperatures": [0.0, 1.0], "seed": 3}
-    runner = Runner(llm, contenders, QUESTIONS, settings_of(llm, contenders, **how), tmp_path / "out", {}, lambda: 1e9)
+    runner = Runner(llm, systems, QUESTIONS, settings_of(llm, systems, **how), tmp_path / "out", {}, lambda: 1e9)
     records = runner.run()
-    assert len(records) == 2 * 2 * 2 * 5 * 2  # contenders, repeats, batches, temperatures, turns of all questions
+    assert len(records) == 2 * 2 * 2 * 5 * 2  # systems, repeats, batches, temperatures, turns of all questions
     assert all(record["same"] for record in records if record["contender"] != PLAIN)
     for temperature in (0.0, 1.0):
         params = SamplingParams(max_new_tokens=12, temperature=temperature, seed=3)
@@ -95,43 +95,43 @@ def test_an_interrupted_run_goes_on_behind_its_last_round(llm: LLM, tmp_path: Pa
     def ids(records: list[dict[str, Any]]) -> list[Any]:
         return [(r["contender"], *r["round"], r["question"], r.get("ids"), r.get("same")) for r in records]
 
-    contenders = contenders_of(llm)
-    settings = settings_of(llm, contenders)
-    straight = Runner(llm, contenders, QUESTIONS, settings, tmp_path / "straight", {}, lambda: 1e9).run()
+    systems = systems_of(llm)
+    settings = settings_of(llm, systems)
+    straight = Runner(llm, systems, QUESTIONS, settings, tmp_path / "straight", {}, lambda: 1e9).run()
 
     def interrupt(done: int, total: int, tokens: int) -> None:
         if done > stop:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Runner(llm, contenders, QUESTIONS, settings, tmp_path / "cut", {}, lambda: 1e9).run(interrupt)
+        Runner(llm, systems, QUESTIONS, settings, tmp_path / "cut", {}, lambda: 1e9).run(interrupt)
     with (tmp_path / "cut" / ROUNDS).open("a") as file:
         file.write('[{"contender": "pl')  # cut short in the midst of a line
     assert len(read_rounds(tmp_path / "cut")) == 2 * (stop + 1)
     calls: list[int] = []
-    again = Runner(llm, contenders, QUESTIONS, settings, tmp_path / "cut", {}, lambda: 1e9)
+    again = Runner(llm, systems, QUESTIONS, settings, tmp_path / "cut", {}, lambda: 1e9)
     records = again.run(lambda done, total, tokens: calls.append(done))
     assert ids(records) == ids(straight)
     assert calls == list(range(stop + 2, 6))
     assert {record["sitting"] for record in records} == ({1, 2} if stop < 4 else {1})
-    about = {"contenders": {each.name: each.about for each in contenders}, "weight_bytes": 4}
+    about = {"contenders": {each.name: each.about for each in systems}, "weight_bytes": 4}
     results = collect(about, records, QUESTIONS, str)
     assert results["sittings"] == (2 if stop < 4 else 1)
 
 
 def test_another_run_is_not_gone_on_with(llm: LLM, tmp_path: Path) -> None:
-    contenders = contenders_of(llm)
-    Runner(llm, contenders, QUESTIONS, settings_of(llm, contenders), tmp_path / "out", {}, lambda: 1e9)
-    other = settings_of(llm, contenders, new_tokens=13, repeats=2)
-    with pytest.raises(UsageError, match="holds a run with other new_tokens, repeats; go on with the same, or"):
-        Runner(llm, contenders, QUESTIONS, other, tmp_path / "out", {}, lambda: 1e9)
+    systems = systems_of(llm)
+    Runner(llm, systems, QUESTIONS, settings_of(llm, systems), tmp_path / "out", {}, lambda: 1e9)
+    other = settings_of(llm, systems, new_tokens=13, repeats=2)
+    with pytest.raises(UsageError, match="holds another run: its --max-new-tokens 12, now 13; its repeats 1, now 2. G"):
+        Runner(llm, systems, QUESTIONS, other, tmp_path / "out", {}, lambda: 1e9)
     (tmp_path / "out" / ABOUT).write_text("{")
     with pytest.raises(ForetellError, match="is damaged; choose another --out"):
-        Runner(llm, contenders, QUESTIONS, settings_of(llm, contenders), tmp_path / "out", {}, lambda: 1e9)
+        Runner(llm, systems, QUESTIONS, settings_of(llm, systems), tmp_path / "out", {}, lambda: 1e9)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("dear")
     with pytest.raises(UsageError, match="holds other files; choose another --out"):
-        Runner(llm, contenders, QUESTIONS, settings_of(llm, contenders), tmp_path / "full", {}, lambda: 1e9)
+        Runner(llm, systems, QUESTIONS, settings_of(llm, systems), tmp_path / "full", {}, lambda: 1e9)
 
 
 class Wrong(ForetellSystem):
@@ -145,24 +145,63 @@ class Wrong(ForetellSystem):
 
 
 def test_a_run_is_not_gone_on_with_by_another_version(llm: LLM, tmp_path: Path) -> None:
-    contenders = contenders_of(llm)
+    systems = systems_of(llm)
     about = {"version": "1", "commit": "a", "machine": "m", "contenders": {PLAIN: {"options": ("x",)}}}
-    settings = settings_of(llm, contenders)
-    Runner(llm, contenders, QUESTIONS, settings, tmp_path / "out", about, lambda: 1e9)
-    Runner(llm, contenders, QUESTIONS, settings, tmp_path / "out", about, lambda: 1e9)
+    settings = settings_of(llm, systems)
+    Runner(llm, systems, QUESTIONS, settings, tmp_path / "out", about, lambda: 1e9)
+    Runner(llm, systems, QUESTIONS, settings, tmp_path / "out", about, lambda: 1e9)
     changed = about | {"commit": "b", "machine": "n"}
-    with pytest.raises(UsageError, match="holds a run with other commit, machine; go on with the same"):
-        Runner(llm, contenders, QUESTIONS, settings, tmp_path / "out", changed, lambda: 1e9)
+    with pytest.raises(UsageError, match="holds another run: its commit a, now b; its machine m, now n. Give its"):
+        Runner(llm, systems, QUESTIONS, settings, tmp_path / "out", changed, lambda: 1e9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "described"),
+    [
+        ({"questions": ["b"]}, "its questions are 3 (a, b, c), these 1 (b)"),
+        ({"systems": [PLAIN, "x"]}, "its systems plain, prompt_lookup, now plain, x"),
+        ({"batches": [1, 2]}, "its batch sizes 1, now 1, 2"),
+    ],
+)
+def test_a_difference_is_described_once_with_both_values(llm: LLM, changes: dict[str, Any], described: str) -> None:
+    settings = settings_of(llm, systems_of(llm))
+    runs = [
+        {"settings": each.to_json(), "contenders": {name: {"options": {}} for name in each.systems}}
+        for each in (settings, replace(settings, **changes))
+    ]
+    assert list(differences(*runs)) == [described]
+    changed = runs[0] | {"contenders": {PLAIN: {"options": {}}, "prompt_lookup": {"options": {"nodes": 8}}}}
+    assert list(differences(runs[0], changed)) == ["prompt_lookup had another options"]
+
+
+def test_an_estimate_counts_the_rounds_that_are_left(llm: LLM, tmp_path: Path) -> None:
+    systems = systems_of(llm)
+
+    def fixed(prompts: list[list[int]], params: SamplingParams, keys: list[int]) -> list[Answer]:
+        seconds = len(prompts[0]) * 1.0 + 10.0 * (params.max_new_tokens - 1)  # 1 s a token of the prompt, 10 s a step
+        return [Answer([0], seconds, [], prefill_seconds=len(prompts[0]) * 1.0)]
+
+    runner = Runner(llm, systems, QUESTIONS, settings_of(llm, systems), tmp_path / "out", {}, lambda: 1e9)
+    runner.plain.answer = fixed  # type: ignore[assignment]
+    encoded = {text: len(llm.encode(text)) for question in QUESTIONS for text in question.turns}
+    read = 2 * (encoded["first"] + encoded["third"]) + encoded["and?"] + encoded["so?"] + encoded["second"] + 2 * 12
+    assert runner.estimate() == pytest.approx(2 * (read + 10.0 * (5 * 12 + 6)), abs=0.1)  # two systems; six to warm up
+    done = [record | {"ids": []} for turn in (0, 1) for record in [{"round": [0.0, 1, 0, 0, turn]}]]
+    runner.records = done
+    read -= 2 * encoded["first"] + encoded["and?"] + 12
+    assert runner.estimate() == pytest.approx(2 * (read + 10.0 * (3 * 12 + 6)), abs=0.1)
+    runner.records = [{"round": list(each.key)} for each in runner.rounds()]
+    assert runner.estimate() == pytest.approx(0, abs=0.1)
 
 
 def test_what_cannot_be_asked_is_found_out_before_anything_is_written(llm: LLM, tmp_path: Path) -> None:
-    contenders = contenders_of(llm)
+    systems = systems_of(llm)
     for questions, how, sentence in (
         ([Question("long", "one", ("x" * 600,))], {}, "Question long, turn 1, has .* tokens, and 12 new ones exceed"),
         (QUESTIONS, {"temperatures": [-1.0]}, "temperature is -1.0"),
     ):
         with pytest.raises(UsageError, match=sentence):
-            Runner(llm, contenders, questions, settings_of(llm, contenders, **how), tmp_path / "o", {}, lambda: 1e9)
+            Runner(llm, systems, questions, settings_of(llm, systems, **how), tmp_path / "o", {}, lambda: 1e9)
         assert not (tmp_path / "o").exists()
 
 
@@ -176,24 +215,24 @@ def test_a_peer_that_fails_in_the_midst_takes_no_further_part(llm: LLM, tmp_path
                 raise MissingPeerError("it is tired.")
             return super().answer(*given)
 
-    contenders = [*contenders_of(llm), Failing(llm, "peer", "plain", {})]
-    settings = settings_of(llm, contenders)
-    runner = Runner(llm, contenders, QUESTIONS, settings, tmp_path / "out", {}, lambda: 1e9)
+    systems = [*systems_of(llm), Failing(llm, "peer", "plain", {})]
+    settings = settings_of(llm, systems)
+    runner = Runner(llm, systems, QUESTIONS, settings, tmp_path / "out", {}, lambda: 1e9)
     records = runner.run()
-    assert [sum(r["contender"] == name for r in records) for name in settings.contenders] == [5, 5, 1]
+    assert [sum(r["contender"] == name for r in records) for name in settings.systems] == [5, 5, 1]
     assert list(runner.failed) == ["peer"]
     assert re.fullmatch(
         r"It ended at question .; its figures are of the rounds before\. it is tired\.", runner.failed["peer"]
     )
-    about = {"contenders": {each.name: each.about for each in contenders}, "weight_bytes": 4}
+    about = {"contenders": {each.name: each.about for each in systems}, "weight_bytes": 4}
     assert [row["answers"] for row in collect(about, records, QUESTIONS, str)["table"]] == [5, 5, 1]
 
 
 def test_a_difference_is_found_and_weighed(llm: LLM, tmp_path: Path) -> None:
-    contenders = [contenders_of(llm)[0], Wrong(llm, "wrong", "plain", {})]
+    systems = [systems_of(llm)[0], Wrong(llm, "wrong", "plain", {})]
     question = [Question("a", "one", ("first",), "number", "7")]
-    settings = settings_of(llm, contenders, questions=["a"])
-    records = Runner(llm, contenders, question, settings, tmp_path / "out", {}, lambda: 1e9).run()
+    settings = settings_of(llm, systems, questions=["a"])
+    records = Runner(llm, systems, question, settings, tmp_path / "out", {}, lambda: 1e9).run()
     wrong = next(record for record in records if record["contender"] == "wrong")
     plain = next(record for record in records if record["contender"] == PLAIN)
     assert not wrong["same"]
@@ -204,7 +243,7 @@ def test_a_difference_is_found_and_weighed(llm: LLM, tmp_path: Path) -> None:
     if wrong["ids"][3] in said:
         margin = said[plain["ids"][3]] - said[wrong["ids"][3]]
         assert wrong["divergence"]["margin"] == pytest.approx(margin, abs=1e-3)
-    about = {"contenders": {each.name: each.about for each in contenders}, "weight_bytes": 4}
+    about = {"contenders": {each.name: each.about for each in systems}, "weight_bytes": 4}
     decode = lambda ids: llm.tokenizer.decode(ids, skip_special=True)  # noqa: E731
     rows = collect(about, records, question, decode)["table"]
     assert [set(row["quality"]) for row in rows] == [{"exact_match"}, {"exact_match", "agreement_rouge_l"}]
@@ -229,23 +268,23 @@ def test_the_bound_follows_from_the_median_bandwidth_of_a_run() -> None:
 
 @pytest.mark.slow
 def test_transformers_says_the_same_in_float32(llm: LLM, tiny: str, tmp_path: Path) -> None:
-    contenders: list[System] = [contenders_of(llm)[0]]
+    systems: list[System] = [systems_of(llm)[0]]
     for name, parts in (("transformers", []), ("transformers:prompt_lookup", ["prompt_lookup"])):
-        contenders.append(Peer(llm, name, "transformers", parts, rows=2, cache_dir=tmp_path))
-    settings = settings_of(llm, contenders)
+        systems.append(Peer(llm, name, "transformers", parts, rows=2, cache_dir=tmp_path))
+    settings = settings_of(llm, systems)
     try:
-        records = Runner(llm, contenders, QUESTIONS, settings, tmp_path / "out", {}, lambda: 1e9).run()
-        pair = contenders[1].answer(
+        records = Runner(llm, systems, QUESTIONS, settings, tmp_path / "out", {}, lambda: 1e9).run()
+        pair = systems[1].answer(
             [llm.encode("one"), llm.encode("a longer one")], SamplingParams(max_new_tokens=6), [0, 1]
         )
     finally:
-        for each in contenders:
+        for each in systems:
             each.close()
     assert len(records) == 15
     assert all(record["same"] for record in records if record["contender"] != PLAIN)
     assert all(sum(n for n, _ in record["arrivals"]) == record["new_tokens"] for record in records)
-    peaks = {c.name: max(r["peak_bytes"] for r in records if r["contender"] == c.name) for c in contenders}
-    assert all(10**8 < peaks[c.name] < 10**10 for c in contenders[1:])  # PyTorch alone takes more than the former
+    peaks = {c.name: max(r["peak_bytes"] for r in records if r["contender"] == c.name) for c in systems}
+    assert all(10**8 < peaks[c.name] < 10**10 for c in systems[1:])  # PyTorch alone takes more than the former
     singles = [llm.generate(text, max_new_tokens=6).ids for text in ("one", "a longer one")]
     assert [answer.ids for answer in pair] == singles
 
@@ -315,85 +354,3 @@ def test_a_gguf_file_in_another_type_holds_the_same_model(tmp_path: Path, kind: 
     assert theirs.encode("a b", raw=True) == ours.encode("a b", raw=True)
     with pytest.raises(ForetellError, match="did not come as GGUF; give its .gguf file"):
         gguf_file(ModelFolder("org/name", tmp_path, "hub"), "q4_1", tmp_path)
-
-
-# -- the command -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def suite(tmp_path: Path) -> str:
-    lines = [{"id": q.id, "category": q.category, "turns": q.turns} for q in QUESTIONS]
-    path = tmp_path / "suite.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(path)
-
-
-@pytest.mark.slow
-def test_the_command_writes_a_report(
-    foretell: Foretell, tiny: str, suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FORETELL_CACHE", str(tmp_path / "no peers here"))
-    out = tmp_path / "out"
-    command = ("bench", "-m", tiny, *TINY, "--suite", suite, "-n", "10", "-b", "1", "-b", "2")
-    ran = foretell(*command, "--out", str(out), "--run", "prompt_lookup:adapt=false", "--run", "vllm")
-    assert ran.code == 0, ran.err
-    assert "vllm is not installed; foretell bench setup vllm installs it" in ran.err
-    results = read_results(out)
-    assert [row["contender"] for row in results["table"]] == [PLAIN, "prompt_lookup:adapt=false"] * 2
-    assert all(row["same"] == row["compared"] == 5 for row in results["table"] if row["contender"] != PLAIN)
-    assert len(results["requests"]) == 20
-    assert list(results["by_category"]) == ["one", "two"]
-    page = (out / "report.html").read_text()
-    assert page.count("<svg") >= 2 and "http" not in re.sub(
-        r"http://www\.w3\.org|http://purl\.org|https://matplotlib\.org|http://creativecommons\.org", "", page
-    )
-    assert "vllm: not measured" in (out / "results.md").read_text()
-    for row in results["table"]:
-        assert f"{row['tokens_per_s']:.1f}" in page and f"{row['tokens_per_s']:.1f}" in ran.out
-    refused = foretell(*command, "--out", str(out))
-    assert (refused.code, "holds a finished benchmark" in refused.err) == (2, True)
-    same = foretell("bench", "compare", str(out), str(out / RESULTS))
-    assert (same.code, "worse" in same.out) == (0, False)
-    for row in results["table"]:
-        row["tokens_per_step"] = row.get("tokens_per_step", 1) * 0.9
-    (tmp_path / "slower").mkdir()
-    (tmp_path / "slower" / RESULTS).write_text(json.dumps(results))
-    worse = foretell("bench", "compare", str(out), str(tmp_path / "slower"))
-    assert (worse.code, worse.out.count("worse")) == (1, 4)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "sentence"),
-    [
-        ([], 2, "Say where the results go: --out DIR"),
-        (["--out", "{out}", "--run", "medussa"], 2, "Unknown drafter or peer 'medussa'"),
-        (["--out", "{out}", "--run", "prompt_lookup:depth=3"], 2, "has no option 'depth'"),
-        (["--out", "{out}", "--run", "prompt_lookup:lookup=1"], 2, "lookup is '1'; it must be true or false"),
-        (["--out", "{out}", "--suite", "nowhere"], 2, "Cannot read the suite nowhere"),
-        (["--out", "{out}", "--suite", "{broken}"], 1, "line 2 is not valid JSON"),
-        (["--out", "{broken}", "--suite", "{suite}"], 1, "annot write to"),
-        (["--out", "/proc/nowhere", "--suite", "{suite}"], 1, "annot write to"),
-        (["--out", "{out}", "-b", "0"], 2, "--batch-size is 0"),
-        (["--out", "{out}", "-t", "-1", "--suite", "{suite}"], 2, "temperature is -1.0"),
-        (["--out", "{out}", "-n", "100000", "--suite", "{suite}"], 2, "exceed the model's context"),
-    ],
-)
-def test_mistakes_are_one_line(
-    foretell: Foretell, tiny: str, suite: str, tmp_path: Path, arguments: list[str], code: int, sentence: str
-) -> None:
-    (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"pro')
-    names = {"out": str(tmp_path / "out"), "broken": str(tmp_path / "broken.jsonl"), "suite": suite}
-    ran = foretell("bench", "-m", tiny, *TINY, *(each.format(**names) for each in arguments))
-    assert (ran.code, ran.out) == (code, "")
-    assert re.search(rf"error: .*{re.escape(sentence)}", ran.err), ran.err
-
-
-def test_results_that_are_none_are_one_line(foretell: Foretell, tmp_path: Path) -> None:
-    (tmp_path / "other.json").write_text('{"format": 9}')
-    (tmp_path / "begun").mkdir()
-    (tmp_path / "begun" / ABOUT).write_text("{}")
-    for path, sentence in (
-        ("nowhere", "is no result of foretell bench"), ("other.json", "of this version"), ("begun", "unfinished"),
-    ):  # fmt: skip
-        ran = foretell("bench", "compare", str(tmp_path / path), str(tmp_path / path))
-        assert (ran.code, sentence in ran.err) == (1, True)

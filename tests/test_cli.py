@@ -126,10 +126,20 @@ def test_the_page_of_help_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # --- generate -----------------------------------------------------------------------------------------------
 
 FIELDS = {
-    "ids", "text", "finish_reason", "acceptance_length", "prompt_tokens", "new_tokens", "reused_tokens",
+    "finish_reason", "acceptance_length", "prompt_tokens", "new_tokens", "reused_tokens",
     "steps", "plain_steps", "suspended_steps", "drafted", "accepted", "prefill_seconds", "draft_seconds",
-    "verify_seconds", "seconds", "exact",
+    "verify_seconds", "seconds", "tokens_per_second", "exact",
 }  # fmt: skip
+ANSWER = {"prompt", "text", "ids"}
+
+
+def turns_of(line: dict[str, Any]) -> list[dict[str, Any]]:
+    """The answers of a line: of each turn, or the only one."""
+    return line.get("turns", [line])
+
+
+def ids_of(lines: list[dict[str, Any]]) -> list[list[list[int]]]:
+    return [[turn["ids"] for turn in turns_of(line)] for line in lines]
 
 
 def answers(foretell: Foretell, tiny: str, path: Path, *arguments: str) -> list[dict[str, Any]]:
@@ -143,8 +153,9 @@ def test_json_fields(foretell: Foretell, tiny: str, prompts: Path) -> None:
     lines = answers(foretell, tiny, prompts, "-d", "prompt_lookup")
     assert len(lines) == 5
     for line in lines:
-        assert set(line) - {"turns"} == FIELDS
-        assert line["new_tokens"] == len(line["ids"]) <= 12 * len(line.get("turns", [0]))
+        assert set(line) == FIELDS | {"line"} | ({"turns"} if "turns" in line else ANSWER)
+        ids = [token for turn in turns_of(line) for token in turn["ids"]]
+        assert line["new_tokens"] == len(ids) <= 12 * len(turns_of(line))
         assert line["finish_reason"] in ("stop", "length")
         assert line["seconds"] >= line["prefill_seconds"] >= 0
         assert line["acceptance_length"] == pytest.approx(line["new_tokens"] / line["steps"], abs=1e-4)
@@ -155,9 +166,7 @@ def test_turns_are_summed_and_listed(foretell: Foretell, tiny: str, prompts: Pat
     assert ["turns" in line for line in lines] == [False, True, False, True, False]
     whole, turns = lines[1], lines[1]["turns"]
     assert len(turns) == 3
-    assert all(set(turn) == FIELDS for turn in turns)
-    assert whole["ids"] == [token for turn in turns for token in turn["ids"]]
-    assert whole["text"] == "\n\n".join(turn["text"] for turn in turns)
+    assert all(set(turn) == FIELDS | ANSWER for turn in turns)
     assert whole["finish_reason"] == turns[-1]["finish_reason"]
     for name in ("prompt_tokens", "new_tokens", "steps", "reused_tokens"):
         assert whole[name] == sum(turn[name] for turn in turns)
@@ -171,11 +180,11 @@ def test_neither_batch_nor_drafter_changes_a_token(
     foretell: Foretell, tiny: str, prompts: Path, arguments: tuple[str, ...]
 ) -> None:
     alone = answers(foretell, tiny, prompts, *arguments)
-    ids = [line["ids"] for line in alone]
+    ids = ids_of(alone)
     for more in (["-b", "2"], ["-b", "8", "-d", "prompt_lookup", "--no-adapt"]):
-        assert [line["ids"] for line in answers(foretell, tiny, prompts, *arguments, *more)] == ids
+        assert ids_of(answers(foretell, tiny, prompts, *arguments, *more)) == ids
     some = answers(foretell, tiny, prompts, *arguments, "--every", "2", "--limit", "2")
-    assert [line["ids"] for line in some] == [ids[0], ids[2]]  # a line's noise is its own
+    assert ids_of(some) == [ids[0], ids[2]]  # a line's noise is its own
 
 
 def test_a_conversation_that_outgrows_the_context_ends_alone(foretell: Foretell, tiny: str, tmp_path: Path) -> None:
@@ -192,9 +201,10 @@ def test_a_conversation_that_outgrows_the_context_ends_alone(foretell: Foretell,
 
 
 def test_logprobs_come_when_asked_for(foretell: Foretell, tiny: str, prompts: Path) -> None:
-    for line in answers(foretell, tiny, prompts, "--logprobs", "2", "--limit", "2"):
-        assert [each["id"] for each in line["logprobs"]] == line["ids"]
-        assert all(each["logprob"] <= 0 and len(each["top"]) == 2 for each in line["logprobs"])
+    lines = answers(foretell, tiny, prompts, "--logprobs", "2", "--limit", "2")
+    for answer in (answer for line in lines for answer in turns_of(line)):
+        assert [each["id"] for each in answer["logprobs"]] == answer["ids"]
+        assert all(each["logprob"] <= 0 and len(each["top"]) == 2 for each in answer["logprobs"])
 
 
 def test_text_is_streamed_and_statistics_go_to_stderr(foretell: Foretell, tiny: str) -> None:
@@ -211,7 +221,24 @@ def test_prompts_from_stdin_as_text(foretell: Foretell, tiny: str, prompts: Path
     options = ("-m", tiny, "-n", "8", "--dtype", "fp32")
     lines = foretell("generate", "--prompts", str(prompts), *options, "--json").lines
     ran = foretell("generate", "--prompts", "-", *options, stdin=prompts.read_bytes())
-    assert ran.out == "".join(line["text"] + "\n\n" for line in lines)
+    texts = [
+        "\n".join([f"== line {line['line']} ==", *(f"> {turn['prompt']}\n{turn['text']}\n" for turn in turns_of(line))])
+        for line in lines
+    ]
+    assert ran.out == "".join(text + "\n" for text in texts)
+
+
+def test_answers_say_which_prompt_they_belong_to(foretell: Foretell, tiny: str, prompts: Path) -> None:
+    lines = answers(foretell, tiny, prompts)
+    assert [line["line"] for line in lines] == [1, 3, 4, 5, 6]  # as an editor counts them
+    assert [[turn["prompt"] for turn in turns_of(line)] for line in lines] == [
+        ["one"], ["two", "and then?", "and?"], ["three three three"], ["four"], ["five\u2028still five"],
+    ]  # fmt: skip
+    [typed] = foretell("generate", "hello", "-m", tiny, "-n", "4", "--json").lines
+    assert typed["prompt"] == "hello"
+    assert "line" not in typed
+    one = foretell("generate", "--prompts", str(prompts), "-m", tiny, "-n", "4", "--limit", "1").out
+    assert one == foretell("generate", "one", "-m", tiny, "-n", "4").out + "\n"  # nothing to tell it apart from
 
 
 def test_lossy_decoding_says_so(foretell: Foretell, tiny: str) -> None:

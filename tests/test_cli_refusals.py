@@ -106,7 +106,7 @@ def test_prompts_that_cannot_be_read(foretell: Foretell, cache: Path, tmp_path: 
 def test_a_long_line_is_refused_before_anything_is_answered(foretell: Foretell, tiny: str) -> None:
     lines = '{"prompt": "short"}\n{"prompt": "' + "long " * 200 + '"}\n'
     ran = foretell("generate", "--prompts", "-", "-m", tiny, "-n", "4", stdin=lines.encode())
-    refused(ran, 2, "stdin, line 2: A prompt of .* exceed this model's context")
+    refused(ran, 2, "stdin, line 2: A prompt of .* leaves no room for an answer")
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["generate", "--foo"], ["generate", "hi", "--dtype", "f8"]])

@@ -22,11 +22,11 @@ from command_line import Foretell
 import foretell as package
 from foretell.api import LLM, Result
 from foretell.conversations import MAX_TURNS, Conversation
-from foretell.engine import SpeculativeDecoder
+from foretell.engine import SpeculativeDecoder, run
 from foretell.errors import ForetellError, UsageError
 from foretell.files import read_json, sole_writer, write_json
 from foretell.loading.catalog import FORMER_FINGERPRINTS
-from foretell.requests import SamplingParams
+from foretell.requests import Request, SamplingParams
 from foretell.train import distill as distilling
 from foretell.train.data import CONVERSATIONS, MANIFEST, ConversationStore, Distilled
 from foretell.train.distill import (
@@ -331,7 +331,7 @@ def turn_by_turn(llm: LLM, talk: Conversation, params: SamplingParams) -> Iterat
             reply = llm.generate([messages], max_new_tokens=params.max_new_tokens)[0]
         else:
             key = talk.line * MAX_TURNS + number
-            for _, event in llm.run(llm.decoder(1), [(prompt, params, key)]):
+            for _, event in run(llm.decoder(1), [Request(prompt, params, key)]):
                 reply.add(event)
         yield prompt, reply.ids
         messages.append({"role": "assistant", "content": reply.text})
@@ -540,7 +540,7 @@ def test_a_model_that_writes_one_turn_only_is_refused(
         for index, _ in enumerate(requests):
             yield index, package.requests.Event(index, [1], [False], "the same again", finish_reason="stop")
 
-    monkeypatch.setattr(llm, "run", run)
+    monkeypatch.setattr(distilling, "run", run)
     with pytest.raises(ForetellError, match="give it prompts with --prompts") as error:
         write_prompts(llm, 3, tmp_path / "p.jsonl", seed=0, rows=2)
     one_sentence(error)

@@ -15,7 +15,6 @@ import pytest
 import torch
 from decoding import (
     Output,
-    Request,
     answers,
     assert_same,
     decoder_of,
@@ -36,9 +35,9 @@ from foretell.contracts import Draft, Drafter
 from foretell.conversations import Conversation, converse
 from foretell.drafters.plain import Plain
 from foretell.drafters.prompt_lookup import PromptLookup, WithLookup
-from foretell.engine import SpeculativeDecoder
+from foretell.engine import SpeculativeDecoder, run
 from foretell.errors import UsageError
-from foretell.requests import Decoder, SamplingParams
+from foretell.requests import Decoder, Request, SamplingParams
 from foretell.trees import TokenTree, chain
 from foretell.verify import Typical
 
@@ -49,7 +48,7 @@ def tiny(dtype: torch.dtype = FP32, **changes: Any) -> Backbone:
     return Model(LLAMA | changes).build(dtype=dtype)
 
 
-def mixed_requests(seed: int = 0, vocab: int = 64) -> list[Request]:
+def mixed_requests(seed: int = 0, vocab: int = 64) -> list[tuple[list[int], SamplingParams]]:
     """One of everything: greedy, sampled, truncated, penalised, with and without log-probabilities."""
     rng = random.Random(seed)
 
@@ -441,7 +440,9 @@ def test_what_a_caller_mistypes_is_one_sentence() -> None:
         ({"temperature": "hot"}, "temperature is 'hot'; it must be a number"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"stop": None}, "stop is None"),
-        ({"stop": "text"}, "stop is 'text'"),
+        ({"stop": ["text", ""]}, "stop is .*; it must be a non-empty string, or a sequence of them"),
+        ({"stop": ""}, "stop is ''"),
+        ({"stop": {"text"}}, "stop is {'text'}"),
         ({"stop_ids": ("a",)}, "stop_ids"),
         ({"logit_bias": {"3": 1.0}}, "must map token ids"),
         ({"logit_bias": {3: 1e39}}, "between -1000 and 1000"),
@@ -517,20 +518,20 @@ def test_streams_of_one_model_may_take_turns_and_be_left_unfinished() -> None:
     prompts = [[1, 2, 3], [4, 5], [6]]
     truth = [plainly(backbone, [(ids, SamplingParams(max_new_tokens=20, ignore_eos=True))])[0].ids for ids in prompts]
 
-    def run(ids: list[int]) -> Any:
-        return llm.run(llm.decoder(), [(ids, SamplingParams(max_new_tokens=20, ignore_eos=True), 0)])
+    def stream(ids: list[int]) -> Any:
+        return run(llm.decoder(), [Request(ids, SamplingParams(max_new_tokens=20, ignore_eos=True), 0)])
 
-    first, second = run(prompts[0]), run(prompts[1])
+    first, second = stream(prompts[0]), stream(prompts[1])
     got: list[list[int]] = [[], [], []]
     got[0] += next(first)[1].tokens
     got[1] += next(second)[1].tokens  # the first one's events wait for it
-    got[2] += [token for _, event in run(prompts[2]) for token in event.tokens]
+    got[2] += [token for _, event in stream(prompts[2]) for token in event.tokens]
     for i, each in enumerate((first, second)):
         got[i] += [token for _, event in each for token in event.tokens]
     assert got == truth
-    left = run(prompts[0])
+    left = stream(prompts[0])
     next(left)
-    assert [t for _, event in run(prompts[1]) for t in event.tokens] == truth[1]
+    assert [t for _, event in stream(prompts[1]) for t in event.tokens] == truth[1]
     left.close()
     assert not llm.decoder().busy
 
@@ -581,7 +582,7 @@ def test_conversations_beside_an_open_stream_get_their_own_events() -> None:
     truth = [
         replies[0].ids for _, replies in sorted(converse(llm, decoder, talks, params, raw=True), key=lambda x: x[0])
     ]
-    stream = llm.run(decoder, [([1, 2, 3], params, 0)])
+    stream = run(decoder, [Request([1, 2, 3], params, 0)])
     streamed = [*next(stream)[1].tokens]
     beside = dict(converse(llm, decoder, talks, params, rows=2, raw=True))
     assert [beside[i][0].ids for i in range(2)] == truth
@@ -613,7 +614,8 @@ def test_typical_acceptance_is_marked_lossy_and_takes_what_its_thresholds_allow(
 
 def test_typical_acceptance_at_a_low_temperature_is_greedy() -> None:
     backbone = tiny()
-    requests = [(ids, replace(params, temperature=0.0)) for ids, params in mixed_requests()]
+    greedy = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    requests = [(ids, replace(params, **greedy)) for ids, params in mixed_requests()]
     truth = plainly(backbone, requests)
     drafter = RandomTrees(64, 20, answers=answers(requests, truth))
     outputs = finish(decoder_of(backbone, drafter, max_rows=3, rule=Typical(temperature=1e-4)), requests)

@@ -20,7 +20,7 @@ FLOORS = {
     "files": -0.5,
     "trees": 0,
     "requests": 0.5,  # what is asked for and what comes of it: contracts build on them
-    "contracts": 1, "loading": 1,
+    "contracts": 1, "loading": 1, "prompt_files": 1, "results": 1,
     "backbone": 2, "verify": 2,
     "drafting": 2.5,  # what methods share while they draft and learn
     "drafters": 3, "engine": 3,

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from foretell import drafters
 from foretell.backbone import Backbone, Nodes
-from foretell.backbone.eager.linear import side_by_side
 from foretell.contracts import FINAL_NORM, Row
 from foretell.drafters.hydra import drafter as hydra
 from foretell.drafters.hydra.drafter import BEAM, Hydra, HydraPlus
@@ -23,6 +22,8 @@ from foretell.drafters.hydra.heads import HydraHeads
 from foretell.drafters.medusa import Medusa
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.drafting.checkpoint import Checkpoint
+from foretell.drafting.heads import side_by_side
+from foretell.drafting.kernels import kernels_for
 from foretell.drafting.learning.heads import DecoderLayer, GuessingHeads, TrainingBatch
 from foretell.drafting.options import Reading
 from foretell.drafting.prefix_layer import PrefixLayer
@@ -425,7 +426,7 @@ def test_one_call_is_the_layer_verb_by_verb(kernel: str, dtype: torch.dtype, tie
         assert module.prefix
         tensors = {name: each.to(dtype) for name, each in module.prefix.named().items()}
         fuse = module.fuse.to(dtype) if module.fuse is not None else None
-        ours, alone = (backbone.prefix(tensors, fuse) for _ in range(2))
+        ours, alone = (kernels_for(backbone).prefix_layer(tensors, fuse) for _ in range(2))
         twin = PrefixLayer(backbone, backbone.layer(tensors), fuse)
         assert type(ours) is not PrefixLayer
         generator = torch.Generator().manual_seed(3)

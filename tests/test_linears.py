@@ -10,8 +10,10 @@ from random_backbones import BF16, COMPILED, DTYPES, FP32, KERNELS, Model, build
 from tiny_models import DIMENSIONS
 
 from foretell.backbone.cpu import library
-from foretell.backbone.cpu.linear import Int8Linear, PackedHeads, PackedLinear
+from foretell.backbone.cpu.linear import Int8Linear, PackedLinear
 from foretell.backbone.eager.linear import Linear
+from foretell.drafting.cpu_heads import PackedHeads
+from foretell.drafting.kernels import kernels_for
 
 LLAMA = {"model_type": "llama", **DIMENSIONS}
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
@@ -124,7 +126,7 @@ def test_heads_name_guesses_of_their_vocabulary_whatever_they_read(kernel: str) 
             backbone = Model(LLAMA | {"hidden_size": 8}).build(kernel, dtype, 2)
         block = [(torch.randn(8, 8), torch.zeros(8))]
         for choices, count in ((1, 1), (40, 3), (100, 100)):
-            heads = backbone.heads([block], [torch.randn(choices, 8)])
+            heads = kernels_for(backbone).heads([block], [torch.randn(choices, 8)])
             for bad in (float("nan"), float("inf"), -float("inf"), 3e38):
                 store = torch.randn(3, 8)
                 store[1, 2] = bad
@@ -205,7 +207,10 @@ def test_heads_side_by_side_are_their_blocks_one_after_the_other(kernel: str) ->
         for part in parts_BSd[:, 1:].unbind(1):
             x_BI = torch.cat([x_BI, part * (part.square().mean(1, keepdim=True) + 1e-6).rsqrt()], 1)
         count = min(count, choices)
-        together, states_BKd = backbone.heads(blocks, outputs, linear), torch.full((rows, heads, hidden), torch.nan)
+        together, states_BKd = (
+            kernels_for(backbone).heads(blocks, outputs, linear),
+            torch.full((rows, heads, hidden), torch.nan),
+        )
         values, ids = (t.contiguous() for t in together.top(store_Nd, which, count, states_BKd))
         kept = in_int8 if dtype == BF16 and kernel != "eager" else torch.Tensor.float
         for k in range(heads):

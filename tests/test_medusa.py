@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from foretell import drafters
 from foretell.backbone import Backbone
-from foretell.backbone.eager.linear import side_by_side
 from foretell.contracts import FINAL_NORM
 from foretell.drafters.medusa import DECAY, Medusa, MedusaHeads
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.drafting import checkpoint
 from foretell.drafting.checkpoint import Checkpoint
+from foretell.drafting.heads import side_by_side
 from foretell.drafting.learning import heads
 from foretell.drafting.learning.heads import CALIBRATION_TOP_K, RANKS, TrainingBatch, soft_cross_entropy
 from foretell.drafting.options import draft_vocabulary, places

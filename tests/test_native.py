@@ -3,12 +3,18 @@
 What could is tried in a process of its own, with limits that the system keeps: exit status and output tell.
 """
 
+import ctypes
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from random_backbones import COMPILED
+
+from foretell.backbone.cpu import library
+from foretell.errors import ForetellError
 
 pytestmark = [
     pytest.mark.skipif(not COMPILED, reason="needs compiled kernels"),
@@ -49,24 +55,83 @@ def outcome(code: str, *flags: str) -> str:
     return done.stdout
 
 
+NATIVE = Path(library.__file__).parent / "native"
+HEADER = (NATIVE / "common.h").read_text()
+
+
+def test_every_structure_that_python_fills_is_compared_with_its_twin_in_c() -> None:
+    structures = {structure.__name__ for structure in library.Described.__subclasses__()}
+    compared = {line.split()[0] for line in library.layout() if ":" in line}
+    assert compared == structures
+    assert structures | {"Kernels"} == set(re.findall(r"^struct (\w+) {", HEADER, re.MULTILINE))  # Kernels: C alone
+
+
+def test_every_exported_call_is_compared_with_its_twin_in_c() -> None:
+    exported = set(re.findall(r"^int foretell_(\w+)\(", (NATIVE / "native.cpp").read_text(), re.MULTILINE))
+    assert exported == set(library.CALLS)
+
+
+def swapped(fields: list[tuple[str, type]]) -> list[tuple[str, type]]:
+    return [fields[1], fields[0], *fields[2:]]
+
+
+def longer(fields: list[tuple[str, type]]) -> list[tuple[str, type]]:
+    return [*fields, ("one_more", ctypes.c_int64)]
+
+
+def retyped(fields: list[tuple[str, type]]) -> list[tuple[str, type]]:
+    return [(fields[0][0], ctypes.c_double), *fields[1:]]
+
+
+def renamed(fields: list[tuple[str, type]]) -> list[tuple[str, type]]:
+    return [("other", fields[0][1]), *fields[1:]]
+
+
+@pytest.mark.parametrize("change", [swapped, longer, retyped, renamed])
+@pytest.mark.parametrize("name", ["Layer", "Rows"])
+def test_a_structure_that_differs_from_the_compiled_one_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[list[tuple[str, type]]], list[tuple[str, type]]]
+) -> None:
+    others = [each for each in library.Described.__subclasses__() if each.__name__ != name]
+    twin = type(name, (ctypes.Structure,), {"_fields_": change(getattr(library, name)._fields_)})
+    monkeypatch.setattr(library.Described, "__subclasses__", lambda: [*others, twin])
+    with pytest.raises(ForetellError, match=r"was compiled from other sources; install foretell again"):
+        library.loaded.__wrapped__()
+
+
+def test_a_call_that_differs_from_the_compiled_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(library.CALLS, "norm", library.CALLS["norm"][:-1])
+    with pytest.raises(ForetellError, match="other sources"):
+        library.loaded.__wrapped__()
+
+
+def test_a_library_too_old_to_describe_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "LIBRARY", Path("libm.so.6"))
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    with pytest.raises(ForetellError, match="other sources"):
+        library.loaded.__wrapped__()
+
+
 GUARDS = """
-from foretell.backbone.eager.linear import DraftRequest, LevelDrafting, LowerLayerDrafting
+from foretell.drafting.kernels import kernels_for
+from foretell.drafting.protocols import DraftRequest, LevelDrafting, LowerLayerDrafting
 from foretell.backbone.cpu.linear import PackedLinear
 
 backbone, other = model().build("", BF16, 2), model(hidden_size=64, head_dim=16).build("", FP32, 2)
 tokens, d = torch.arange(4), 32
 hidden, nodes, cache = backbone.embed(tokens), Nodes.chains([0], [0], [4]), backbone.new_cache(1, 8)
-heads = backbone.heads([], [torch.randn(40, d)])
-stacked = backbone.heads([[(torch.randn(d, 2 * d), torch.zeros(d))]], heads)
+kernels = kernels_for(backbone)
+heads = kernels.heads([], [torch.randn(40, d)])
+stacked = kernels.heads([[(torch.randn(d, 2 * d), torch.zeros(d))]], heads)
 store, block, vocabulary = torch.randn(5, d), [(torch.randn(d, d), torch.zeros(d))], np.arange(40)
-levels = [backbone.heads([[(torch.randn(d, 2 * d), torch.zeros(d))]], heads)]
-grower = backbone.grower(LevelDrafting(levels, 1, 4, vocabulary, (), True, False))
-climber = backbone.climber(LowerLayerDrafting(heads, 4, vocabulary))
+levels = [kernels.heads([[(torch.randn(d, 2 * d), torch.zeros(d))]], heads)]
+grower = kernels.grower(LevelDrafting(levels, 1, 4, vocabulary, (), True, False))
+climber = kernels.lower_layers(LowerLayerDrafting(heads, 4, vocabulary))
 norms = {f"{name}_layernorm.weight": torch.ones(d) for name in ("input", "post_attention")}
 projections = {f"self_attn.{x}_proj.weight": torch.randn(n, d) for x, n in zip("qkvo", (32, 16, 16, 32))}
 mlp = {"mlp.gate_proj.weight": torch.randn(48, d), "mlp.up_proj.weight": torch.randn(48, d),
        "mlp.down_proj.weight": torch.randn(d, 48)}
-prefix = backbone.prefix(norms | projections | mlp, torch.randn(d, d))
+prefix = kernels.prefix_layer(norms | projections | mlp, torch.randn(d, d))
 prefix = prefix.attached(1)
 prefix.begin(0, 0, 8)
 linear = PackedLinear(torch.randn(40, d))
@@ -76,7 +141,7 @@ def climb(roots=(1,), budgets=(9,), slots=(0,), count=3, steps=2, room=4, layers
 
 def level(**changes):
     told = dict(levels=levels, streams=1, width=4, vocabulary_V=vocabulary, scales=(), grounded=True, chained=False)
-    return backbone.grower(LevelDrafting(**{**told, **changes}))
+    return kernels.grower(LevelDrafting(**{**told, **changes}))
 
 backbone.run_layers(hidden, nodes, cache)
 heads.top(store, [[0], [4]], 40), stacked.top(store, [[0, 1]], 3), climb(), level()
@@ -118,10 +183,10 @@ attempts = {
     "states too few": lambda: heads.top(store, [[0]], 1, torch.zeros(1, 1, 16)),
     "states not contiguous": lambda: heads.top(store, [[0], [1]], 1, torch.zeros(d, 1, 2).T),
     "store of another type": lambda: heads.top(store.double(), [[0]], 1),
-    "blocks of another width": lambda: backbone.heads([[(torch.randn(16, d), torch.zeros(16))]], heads),
-    "a bias of blocks too short": lambda: backbone.heads([[(torch.randn(d, d), torch.zeros(8))]], heads),
-    "matrices of two widths": lambda: backbone.heads([block * 2], [torch.randn(40, d), torch.randn(30, d)]),
-    "matrices of other kernels": lambda: other.heads([block], heads),
+    "blocks of another width": lambda: kernels.heads([[(torch.randn(16, d), torch.zeros(16))]], heads),
+    "a bias of blocks too short": lambda: kernels.heads([[(torch.randn(d, d), torch.zeros(8))]], heads),
+    "matrices of two widths": lambda: kernels.heads([block * 2], [torch.randn(40, d), torch.randn(30, d)]),
+    "matrices of other kernels": lambda: kernels_for(other).heads([block], heads),
     "a vocabulary beyond the embedding": lambda: level(vocabulary_V=vocabulary + 30),
     "a vocabulary too short": lambda: level(vocabulary_V=vocabulary[:39]),
     "more guesses than choices": lambda: level(width=41),

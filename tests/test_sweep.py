@@ -1,4 +1,4 @@
-"""Sweeping typical acceptance: a contender for each threshold, the exact one beside them, and a plot of what it costs.
+"""Sweeping typical acceptance: a system for each threshold, the exact one beside them, and a plot of what it costs.
 
 ε comes from the command, δ is its root; `typical=true` still means the published pair.
 """
@@ -14,8 +14,9 @@ from command_line import Foretell
 
 import foretell as package
 from foretell.api import LLM
-from foretell.bench.contenders import ForetellSystem
-from foretell.bench.results import RESULTS, read_results
+from foretell.bench.results import read_results
+from foretell.bench.run_folder import RESULTS
+from foretell.bench.systems import ForetellSystem
 from foretell.verify import Typical
 
 TINY = ("--dtype", "fp32", "--threads", "1")
@@ -38,7 +39,7 @@ def suite(tmp_path: Path) -> str:
 
 
 @pytest.mark.slow
-def test_a_sweep_has_a_contender_for_each_threshold_and_the_exact_one(
+def test_a_sweep_has_a_system_for_each_threshold_and_the_exact_one(
     foretell: Foretell, tiny: str, cache: Path, suite: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"

@@ -391,8 +391,8 @@ def test_processors_are_their_definition(logits: list[int], params: SamplingPara
         ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
         ({"presence_penalty": 1000.0}, "presence_penalty is 1000.0"),
         ({"frequency_penalty": math.inf}, "frequency_penalty is inf"),
-        ({"stop": "end"}, "stop is 'end'.*tuple of non-empty strings"),
-        ({"stop": ("",)}, "tuple of non-empty strings"),
+        ({"stop": 3}, "stop is 3.*a non-empty string, or a sequence of them"),
+        ({"stop": ("",)}, "stop is .*a non-empty string"),
         ({"logprobs": 101}, "logprobs is 101.*0 and 100"),
     ],
 )

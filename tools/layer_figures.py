@@ -31,6 +31,7 @@ from foretell.cli.terminal import job_progress
 from foretell.contracts import Drafter
 from foretell.drafters.dynamic_exit import DEL
 from foretell.drafting.early_exit import candidates
+from foretell.drafting.kernels import kernels_for
 from foretell.drafting.skip_plan import Plan
 from foretell.train.data import ConversationStore
 
@@ -79,7 +80,7 @@ def plan_of(sublayers: Sequence[tuple[str, int]]) -> Plan:
 
 def pass_costs(backbone: Backbone, plans: dict[str, Plan], context: int = 300, repeats: int = 60) -> dict[str, float]:
     """What a token under each plan costs, as a share of one of the whole model; in turns, medians."""
-    head = backbone.heads([], [backbone.head_rows(torch.arange(backbone.config.vocab))])
+    head = kernels_for(backbone).heads([], [backbone.head_rows(torch.arange(backbone.config.vocab))])
     cache = backbone.new_cache(1, context + 1)
     backbone.run_layers(backbone.embed(torch.arange(1, context + 1)), Nodes.chains([0], [0], [context]), cache)
     cache.commit([0], [range(context)])

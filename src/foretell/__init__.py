@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from foretell.api import LLM, Result, load
+    from foretell.api import LLM, load
     from foretell.contracts import Draft, Drafter, Features, Row
     from foretell.drafters import register
     from foretell.errors import ForetellError, ForetellWarning, UsageError
     from foretell.requests import Decoder, Event, SamplingParams
+    from foretell.results import Result
     from foretell.trees import TokenTree
 
 _HOME = {
-    "LLM": "api", "Result": "api", "load": "api",
+    "LLM": "api", "load": "api", "Result": "results",
     "Draft": "contracts", "Drafter": "contracts", "Features": "contracts", "Row": "contracts",
     "Decoder": "requests", "Event": "requests", "SamplingParams": "requests",
     "register": "drafters", "ForetellError": "errors", "ForetellWarning": "errors", "UsageError": "errors",
@@ -39,3 +40,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'foretell' has no attribute {name!r}")
     return getattr(import_module(f"foretell.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, which tab completion would not find before they are imported."""
+    return __all__

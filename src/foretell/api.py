@@ -1,4 +1,4 @@
-"""The one place where backbone, drafter and acceptance rule meet.
+"""The composition root: a model, a drafter and an acceptance rule become an `LLM`.
 
 import foretell
 llm = foretell.load("smollm2-135m", drafter="prompt_lookup")
@@ -10,8 +10,8 @@ for event in llm.stream("And at sunset?"):
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, cast, overload
@@ -20,11 +20,14 @@ from foretell import drafters
 from foretell.backbone import Backbone, assemble
 from foretell.backbone.step_costs import costs_file
 from foretell.contracts import Drafter
-from foretell.engine import SpeculativeDecoder
+from foretell.engine import SpeculativeDecoder, run
 from foretell.errors import ForetellError, UsageError
 from foretell.loading import ModelFolder, Tokenizer, resolve
-from foretell.requests import Event, SamplingParams, Statistics, TokenLogprob
+from foretell.requests import Event, Request, SamplingParams
+from foretell.results import Result
 from foretell.verify import Typical
+
+__all__ = ["LLM", "Message", "Prompt", "Result", "load"]
 
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}"""
@@ -32,47 +35,29 @@ Prompt = str | list[Message] | list[int]
 """A user turn (or raw text), a conversation, or token ids."""
 
 
-@dataclass
-class Result:
-    """One finished request.
-
-    Attributes:
-        ids: generated token ids, an end-of-sequence token included.
-        text: their text, without special tokens and without the stop string.
-        finish_reason: "stop", "length" or "error".
-        error: what ended it before its time, in a sentence.
-    """
-
-    ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str = ""
-    error: str = ""
-    statistics: Statistics = field(default_factory=Statistics)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-
-    def add(self, event: Event) -> None:
-        self.ids += event.tokens
-        self.text += event.text
-        self.logprobs += event.logprobs
-        if event.finish_reason:
-            self.finish_reason, self.error = event.finish_reason, event.error
-            self.statistics = event.statistics or self.statistics
-
-
 class LLM:
     """A loaded model with a drafter. Make one with `load`.
 
-    Threads may share it: calls of the same batch size take turns step by step on one decoder, which holds a lock.
+    Threads may share it: calls of the same batch size take turns step by step on one decoder, which holds a lock. One
+    decoder is kept, so that calls of different batch sizes build it anew, see `decoder`.
     """
 
     def __init__(self, backbone: Backbone, tokenizer: Tokenizer, drafter: Drafter, folder: ModelFolder | None = None):
         self.backbone, self.tokenizer, self.drafter, self.folder = backbone, tokenizer, drafter, folder
         self._decoder: SpeculativeDecoder | None = None
-        self._asked: tuple[int, Typical | None, bool] | None = None  # what it was made for
+        self._decoder_options: tuple[int, Typical | None, bool] | None = None
         self._lock = threading.Lock()
 
+    def __repr__(self) -> str:
+        name, model = self.folder.name if self.folder else "model", self.backbone
+        return f"<LLM {name}: drafter {type(self.drafter).__name__}, {str(model.dtype)[6:]} on {model.device}>"
+
     def encode(self, prompt: Prompt, raw: bool = False) -> list[int]:
-        """Token ids of a prompt: text becomes a user turn under the chat template unless `raw`."""
+        """Returns the token ids of a prompt: text becomes a user turn under the chat template unless `raw`.
+
+        Raises:
+            UsageError: the prompt is empty, or neither text, nor a conversation, nor token ids.
+        """
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise UsageError("The prompt is empty; write something to answer.")
@@ -83,27 +68,32 @@ class LLM:
             raise UsageError(f"A prompt is text, a conversation or token ids, not {prompt!r}.")
         if not prompt:
             raise UsageError("The prompt is empty; write something to answer.")
-        parts = cast("Sequence[Any]", prompt)
-        if isinstance(parts[0], dict):
-            if odd := [part for part in parts if not isinstance(part, dict)]:
+        items = cast("Sequence[Any]", prompt)
+        if isinstance(items[0], dict):
+            if odd := [item for item in items if not isinstance(item, dict)]:
                 raise UsageError(
                     f"The conversation holds {odd[0]!r}, which is no message; "
                     'write {"role": "user", "content": "..."}.'
                 )
-            return self.tokenizer.chat(parts)
-        if odd := [part for part in parts if not isinstance(part, Integral) or isinstance(part, bool)]:
+            return self.tokenizer.chat(items)
+        if odd := [item for item in items if not isinstance(item, Integral) or isinstance(item, bool)]:
             raise UsageError(f"The prompt holds {odd[0]!r}, which is no token id; give text, or nothing but ids.")
-        return [int(token) for token in parts]
+        return [int(token) for token in items]
 
     def decoder(self, max_rows: int = 1, rule: Typical | None = None, adapt: bool = True) -> SpeculativeDecoder:
-        """The engine behind `generate`; kept between calls, so that a conversation keeps its cache."""
+        """Returns the engine behind `generate`.
+
+        One is kept, so that a conversation finds its cache at the next call: a call with other arguments drops it and
+        builds another. Calls in progress keep theirs to the end. Two threads that alternate between batch sizes
+        therefore rebuild it every time, and reuse no cache: let them make a `SpeculativeDecoder` each.
+        """
         with self._lock:
-            if self._decoder is None or self._asked != (max_rows, rule, adapt):
-                self._decoder = None  # frees the old cache first
+            if self._decoder is None or self._decoder_options != (max_rows, rule, adapt):
+                self._decoder = None  # frees the old cache before the new one is allocated
                 self._decoder = SpeculativeDecoder(
                     self.backbone, self.drafter, self.tokenizer, max_rows=max_rows, rule=rule, adapt=adapt
                 )
-                self._asked = max_rows, rule, adapt
+                self._decoder_options = max_rows, rule, adapt
             return self._decoder
 
     @overload
@@ -126,16 +116,17 @@ class LLM:
         Args:
             prompts: text (a user turn under the chat template, or as it is with `raw`), a conversation, token ids,
                 or a list of these.
-            rule: typical acceptance instead of exact verification (lossy).
-            adapt: go back to plain steps where speculation measurably loses.
+            rule: typical acceptance instead of exact verification (lossy). It has a temperature of its own and draws
+                no tokens: `seed` has no effect, and another temperature or a truncation is refused.
+            adapt: take plain steps where speculation measurably loses.
             sampling: fields of `SamplingParams`.
 
         Returns:
-            One `Result` for one prompt, else a list in order, in which an answer that ended before its time says so.
+            One `Result` for one prompt, else a list in order; an answer that failed has its `error` set.
 
         Raises:
             UsageError: naming the bad value.
-            ForetellError: the answer to the only prompt ended before its time.
+            ForetellError: the answer to the only prompt failed.
         """
         if not isinstance(prompts, Sequence):
             raise UsageError(f"A prompt is text, a conversation or token ids, not {prompts!r}.")
@@ -147,7 +138,7 @@ class LLM:
         decoder = self.decoder(max(1, min(batch_size, len(batch))), rule, adapt)
         encoded = [self.encode(prompt, raw) for prompt in batch]
         results = [Result() for _ in batch]
-        for index, event in self.run(decoder, [(ids, params, key) for key, ids in enumerate(encoded)]):
+        for index, event in run(decoder, [Request(ids, params, key) for key, ids in enumerate(encoded)]):
             results[index].add(event)
         if single and results[0].error:
             raise ForetellError(results[0].error)
@@ -156,37 +147,21 @@ class LLM:
     def stream(
         self, prompt: Prompt, *, raw: bool = False, rule: Typical | None = None, adapt: bool = True, **sampling: Any
     ) -> Iterator[Event]:
-        """Answers one prompt, yielding what each step emitted; close the iterator to stop early."""
+        """Answers one prompt, yielding what each step emitted; close the iterator to stop early.
+
+        Args:
+            prompt, raw, rule, adapt, sampling: see `generate`.
+
+        Raises:
+            UsageError: naming the bad value.
+            ForetellError: the answer failed.
+        """
         params = SamplingParams.of(**sampling)
         decoder = self.decoder(1, rule, adapt)
-        for _, event in self.run(decoder, [(self.encode(prompt, raw), params, 0)]):
+        for _, event in run(decoder, [Request(self.encode(prompt, raw), params, 0)]):
             yield event
             if event.error:
                 raise ForetellError(event.error)
-
-    @staticmethod
-    def run(
-        decoder: SpeculativeDecoder, requests: Sequence[tuple[list[int], SamplingParams, int]]
-    ) -> Generator[tuple[int, Event], None, None]:
-        """Submits (ids, params, key) triples and yields (index, event) until all are done.
-
-        An interruption cancels what is left, and the decoder stays usable.
-        """
-        numbers: dict[int, int] = {}
-        try:
-            for index, (ids, params, key) in enumerate(requests):
-                numbers[decoder.submit(ids, params, key)] = index
-            left = set(numbers)
-            while left:
-                mine = decoder.events(left)
-                if not (mine or decoder.pending(left)):
-                    return  # somebody else cancelled the rest
-                left -= {event.request for event in mine if event.finish_reason}
-                for event in mine:
-                    yield numbers[event.request], event
-        finally:
-            for number in numbers:
-                decoder.cancel(number)
 
 
 def load(
@@ -209,14 +184,14 @@ def load(
         model: a catalogue name, a Hugging Face hub id, a local folder or a .gguf file.
         drafter: a name from `foretell.drafters.DRAFTERS`; `options` are its own.
         lookup: merge candidates of prompt lookup into its trees.
-        dtype, device, threads, kernel: see `foretell.backbone.load`.
-        cache_dir, offline: see `foretell.backbone.resolve`.
+        dtype, device, threads, kernel: see `foretell.backbone.assemble`.
+        cache_dir, offline: see `foretell.loading.resolve`.
         progress: called with (stage, fraction) while files are fetched or converted.
 
     Raises:
         ForetellError, UsageError: one sentence with the remedy.
     """
-    drafters.drafter_class(drafter)  # a typing mistake must not cost a download
+    drafters.drafter_class(drafter)  # refuses a mistyped name before anything is downloaded
     folder = resolve(str(model), cache_dir=cache_dir, offline=offline, progress=progress)
     backbone = assemble(folder.path, dtype=dtype, device=device, threads=threads, kernel=kernel, cache_dir=cache_dir)
     backbone.costs = costs_file(backbone, cache_dir)

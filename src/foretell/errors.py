@@ -22,6 +22,10 @@ class UsageError(ForetellError):
     exit_code = 2
 
 
+class ContextError(UsageError):
+    """A prompt that leaves its answer no room in the model's context."""
+
+
 class ForetellWarning(UserWarning):
     """Something was done otherwise than it was asked for; the command line prints it as a note."""
 

@@ -1,4 +1,4 @@
-"""What a request asks for and what comes of it: sampling parameters, events, statistics, and whatever decodes them."""
+"""Requests and what comes of them: sampling parameters, events, statistics, and the protocol of a decoder."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class SamplingParams:
         presence_penalty, frequency_penalty: subtracted once, and once per occurrence, from tokens in the output.
         logit_bias: token id -> number added to its logit.
         seed: with the request's index and position it fixes every draw; None draws one, see `Statistics.seed`.
-        stop: strings that end the output (not part of the text); stop_ids: token ids that do.
-        ignore_eos: go on past the model's end-of-sequence tokens.
+        stop: strings that end the output and are not part of its text, or one such string; stop_ids: token ids that do.
+        ignore_eos: continue past the model's end-of-sequence tokens.
         logprobs: None, or how many of the most probable tokens to report beside each chosen one.
 
     Raises:
@@ -45,15 +45,15 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = field(default_factory=dict)
     seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_ids: tuple[int, ...] = ()
+    stop: Sequence[str] = ()
+    stop_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
 
     @classmethod
     def of(cls, **given: Any) -> SamplingParams:
-        """From what a caller typed: an unknown name is a `UsageError` too."""
-        names = [each.name for each in fields(cls)]
+        """Makes them from a caller's keyword arguments, of which an unknown one is a `UsageError` too."""
+        names = [known.name for known in fields(cls)]
         for name in given:
             if name not in names:
                 near = get_close_matches(name, names, n=1, cutoff=0.5)
@@ -74,30 +74,51 @@ class SamplingParams:
             raise UsageError(f"logit_bias is {bias!r}; it must map token ids to numbers.")
         if not all(abs(value) <= MAX_BIAS for value in bias.values()):
             raise UsageError(f"logit_bias is {bias}; its values must lie between -{MAX_BIAS} and {MAX_BIAS}.")
-        if not isinstance(self.stop, tuple | list) or not all(isinstance(text, str) and text for text in self.stop):
-            raise UsageError(f"stop is {self.stop!r}; it must be a tuple of non-empty strings.")
-        if not isinstance(self.stop_ids, tuple | list) or not all(is_number(token, True) for token in self.stop_ids):
-            raise UsageError(f"stop_ids is {self.stop_ids!r}; it must be a tuple of token ids.")
+        stops = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stops, Sequence) or not all(isinstance(text, str) and text for text in stops):
+            raise UsageError(f"stop is {self.stop!r}; it must be a non-empty string, or a sequence of them.")
+        if not isinstance(self.stop_ids, Sequence) or not all(is_number(token, True) for token in self.stop_ids):
+            raise UsageError(f"stop_ids is {self.stop_ids!r}; it must be a sequence of token ids.")
+        object.__setattr__(self, "stop", tuple(stops))
+        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
         if self.logprobs is not None and not (is_number(self.logprobs, True) and 0 <= self.logprobs <= 100):
             raise UsageError(f"logprobs is {self.logprobs!r}; it must be a whole number between 0 and 100.")
 
     def seeded(self) -> SamplingParams:
-        """The same with a seed if it samples: one drawn from the system's entropy where none was given."""
+        """Returns these parameters with a seed if they sample: drawn from the system's entropy if none was given."""
         drawn = self.temperature and self.seed is None
         return replace(self, seed=secrets.randbits(32)) if drawn else self
 
     @property
     def plain_greedy(self) -> bool:
-        """Whether a step needs nothing of the logits but where their greatest lies."""
+        """Whether a token is the argmax of the model's own logits."""
         return self.temperature == 0 and not self.edits_logits
 
     @property
     def edits_logits(self) -> bool:
+        """Whether penalties or biases change the logits before a token is chosen."""
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
 
 @dataclass(frozen=True)
+class Request:
+    """A prompt to be decoded.
+
+    Attributes:
+        prompt: token ids, at least one.
+        key: with the seed and the position it fixes the noise of sampling; None takes the request's number. Give one
+            where the order of submission may vary.
+    """
+
+    prompt: Sequence[int]
+    params: SamplingParams
+    key: int | None = None
+
+
+@dataclass(frozen=True)
 class TokenLogprob:
+    """A chosen token's log-probability, and the most probable tokens beside it as (id, log-probability)."""
+
     id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
@@ -105,18 +126,18 @@ class TokenLogprob:
 
 @dataclass
 class Statistics:
-    """Of one request. `seconds` runs from admission to the end, prefill included.
+    """Counts and seconds of one request. `seconds` runs from admission to the end, prefill included.
 
     Attributes:
         steps: verification passes that emitted tokens for it; plain_steps: those that carried no guess for it;
-            suspended_steps: those of them in which speculation was held back because it loses here, as measured.
-        seed: what fixed the draws of sampling.
+            suspended_steps: plain steps in which speculation was held back because it measurably loses here.
+        seed: fixed the draws of sampling.
         exact: whether the output is plain decoding's, token for token: drafter and rule are lossless, and a probe
             found this machine's arithmetic canonical.
         drafted: guesses verified; accepted: guesses kept, budget and stops applied.
-        draft_seconds, verify_seconds: parts of the steps, what drafters do with what was committed counted as drafting;
-            what neither covers is prefill, commit and text.
-        by_depth: how many steps offered, and how many accepted, a guess at depth 1, 2, ...
+        draft_seconds, verify_seconds: parts of the steps; the drafter's `observe` counts as drafting. The rest of
+            `seconds` is prefill, commit and text.
+        by_depth: (steps that drafted a guess at this depth, steps that accepted one) for depth 1, 2, ...
     """
 
     prompt_tokens: int = 0
@@ -142,10 +163,23 @@ class Statistics:
 
     @property
     def tokens_per_second(self) -> float:
+        """New tokens per second, prefill included."""
         return self.new_tokens / self.seconds if self.seconds else 0.0
 
+    @property
+    def held_back(self) -> float:
+        """Share of the steps in which speculation was held back because it does not pay here."""
+        return self.suspended_steps / self.steps if self.steps else 0.0
+
+    def __str__(self) -> str:
+        held_back = f", speculation held back in {self.suspended_steps} of {self.steps} steps"
+        return (
+            f"{self.tokens_per_second:.1f} tokens/s, {self.acceptance_length:.2f} tokens per step"
+            f"{held_back if self.suspended_steps else ''}"
+        )
+
     def count(self, height: int, nodes: int, emitted: int, accepted: int) -> None:
-        """Adds one step that drafted a tree of `nodes` guesses and emitted `emitted` tokens."""
+        """Adds one step that verified a tree of `nodes` guesses, `height` deep, and emitted `emitted` tokens."""
         self.steps += 1
         self.plain_steps += nodes == 0
         self.drafted += nodes
@@ -157,13 +191,13 @@ class Statistics:
             self.by_depth[depth] = (offered + 1, kept + (depth < accepted))
 
 
-@dataclass
+@dataclass(repr=False)
 class Event:
     """What one step emitted for one request.
 
     Attributes:
         tokens: new token ids; drafted: for each, whether a drafter had guessed it.
-        text: the text that became certain (a character or stop string in the making is held back).
+        text: the text that became certain (an unfinished character, or the beginning of a stop string, is held back).
         pieces: the same text token by token, with the drafted mark, for display.
         finish_reason: "stop", "length" or "error" on a request's last event, which carries its statistics too.
         error: the sentence that says why, if that is "error".
@@ -179,10 +213,23 @@ class Event:
     error: str = ""
     statistics: Statistics | None = None
 
+    def __repr__(self) -> str:
+        end = f", error: {self.error}" if self.error else f", {self.finish_reason}" if self.finish_reason else ""
+        return f"<Event of request {self.request}: {shortened(self.text)!r}, {len(self.tokens)} tokens{end}>"
+
+
+def shortened(text: str, width: int = 40) -> str:
+    """The beginning of a text, for display."""
+    return text if len(text) <= width else text[: width - 3] + "..."
+
 
 @runtime_checkable
 class Decoder(Protocol):
-    """What the API, the server and the benchmark drive; the speculative engine is one, HAMburger will be another."""
+    """Decodes any number of requests step by step; `engine.Driver` is how callers use one.
+
+    Callers may share a decoder: each asks for the `events` of its own requests, and what a step emits for the others
+    waits for them.
+    """
 
     lossless: bool
 
@@ -191,24 +238,35 @@ class Decoder(Protocol):
         """Whether any request is unfinished."""
         ...
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, key: int | None = None) -> int:
-        """Queues a request and returns its number, from 0 in order of submission.
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Refuses what `submit` would, and queues nothing.
 
-        With the seed and the position, `key` (by default that number) fixes the noise of sampling: give one where
-        the order of submission may vary.
+        Raises:
+            ContextError: prompt and answer exceed the model's context.
+            UsageError: anything else that could never be decoded.
         """
         ...
 
-    def step(self) -> list[Event]:
-        """Advances every admitted row once, and returns what was emitted for any of them: for a sole caller."""
+    def submit(self, prompt: Sequence[int], params: SamplingParams, key: int | None = None) -> int:
+        """Queues a request (see `Request`) and returns its number, from 0 in order of submission.
+
+        Raises:
+            UsageError: as `check` does.
+        """
         ...
 
     def events(self, requests: Collection[int]) -> list[Event]:
-        """What was emitted for these requests, else what a step emits: for callers that share the decoder."""
+        """Returns the events of these requests that wait, or those of one step if none do."""
+        ...
+
+    def step(self) -> list[Event]:
+        """Advances every admitted row once and returns all events: for a decoder that has one caller."""
         ...
 
     def pending(self, requests: Collection[int]) -> bool:
-        """Whether anything of these requests is still to come: not of one that somebody has cancelled."""
+        """Whether any of these requests has events still to come; cancelled ones have none."""
         ...
 
-    def cancel(self, request: int) -> None: ...
+    def cancel(self, request: int) -> None:
+        """Drops a request; unknown and finished ones are ignored."""
+        ...

@@ -13,27 +13,46 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from foretell.backbone.cache import KVCache
-from foretell.backbone.eager.linear import (
-    DrafterHeads,
-    DrafterLinear,
-    LevelDrafting,
-    LowerLayerDrafter,
-    LowerLayerDrafting,
-    StackedHeads,
-    TreeGrower,
-)
 from foretell.backbone.nodes import Nodes
-from foretell.drafting.prefix_layer import PrefixLayer
 from foretell.errors import UsageError, check
 from foretell.loading.config import ModelConfig
 
 SKIP_ATTENTION, SKIP_MLP = 1, 2
 """Bits of a skip plan: `bytes` with one entry per layer."""
+
+
+class LinearLayer(Protocol):
+    """A linear layer through a backbone's kernels: weights of any origin, packed once."""
+
+    def __call__(self, x_MK: Tensor) -> Tensor:
+        """y [M, N] float32 = x Wᵀ + b."""
+        ...
+
+    def top(self, x_MK: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` greatest outputs of each row, greatest first: values [M, count] and their indices int64."""
+        ...
+
+
+def check_ids(ids_M: Tensor, count: int) -> None:
+    """Refuses ids that are no rows of a table of `count`: behind it lies other memory.
+
+    Raises:
+        TypeError: they are not whole numbers of 64 bits.
+        IndexError: one lies outside [0, count).
+    """
+    check(ids_M.dtype == torch.int64, f"Ids are {ids_M.dtype}; they must be torch.int64.", TypeError)
+    check(ids_M.dim() == 1, f"Ids have shape {tuple(ids_M.shape)}; they must be a vector.")
+    if not len(ids_M):
+        return
+    low, high = map(int, ids_M.aminmax())
+    if low < 0 or high >= count:
+        raise IndexError(f"Id {low if low < 0 else high} is outside the table; ids lie between 0 and {count - 1}.")
 
 
 def layer_shapes(c: ModelConfig, mlp: bool) -> dict[str, tuple[int, ...]]:
@@ -156,45 +175,14 @@ class Backbone(ABC):
         """Normed states -> [M, V] float32."""
 
     @abstractmethod
-    def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> DrafterLinear:
-        """A drafter's own linear layer through this backbone's kernels.
+    def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> LinearLayer:
+        """A linear layer of someone else's through this backbone's kernels.
 
         The weight is cast to the backbone's type and packed once.
         """
 
-    def heads(
-        self, blocks: Sequence[Sequence[tuple[Tensor, Tensor]]], outputs: Sequence[Tensor] | DrafterHeads,
-        linear: bool = False,
-    ) -> DrafterHeads:  # fmt: skip
-        """A drafter's own heads through this backbone's kernels, K of them side by side.
-
-        Args:
-            blocks: by layer and head, weight [d, I or d] and bias [d] of x + SiLU(W x + b); the first layer reads
-                I numbers (`linear.side_by_side`), whose first d are its x. None at all: matrices read what comes.
-            outputs: the matrices [V, d] after the blocks, one per head or one for all; or other heads, whose
-                matrices serve these too.
-            linear: whether the last layer is x + W x + b.
-        """
-        return StackedHeads(self.linear, blocks, outputs, linear)
-
-    def grower(self, drafting: LevelDrafting) -> TreeGrower | None:
-        """What drafts trees in one call; None where asking level by level is as good."""
-        return None
-
-    def climber(self, drafting: LowerLayerDrafting) -> LowerLayerDrafter | None:
-        """What drafts with lower layers in one call; None where running them level by level is as good."""
-        return None
-
-    def prefix(self, tensors: Mapping[str, Tensor], fuse_dP: Tensor | None) -> PrefixLayer:
-        """A drafter's own layer over what was committed.
-
-        Args:
-            tensors: see `layer`; fuse_dP: see `PrefixLayer`.
-        """
-        return PrefixLayer(self, self.layer(tensors), fuse_dP)
-
     def layer(self, tensors: Mapping[str, Tensor], norm_d: Tensor | None = None) -> Backbone:
-        """A drafter's own layer of this backbone's shape and kernels, as a backbone of it alone.
+        """A layer of this backbone's shape and kernels with other weights, as a backbone of it alone.
 
         Args:
             tensors: by their names in a checkpoint, without "model.layers.0.". No biases, no norms within heads.

@@ -1,4 +1,4 @@
-"""Two result folders side by side: what got slower, or is accepted less, beyond noise.
+"""Comparison of two result folders: what got slower, or has fewer tokens per step, beyond noise.
 
 Machines change between runs, so speeds are compared through plain decoding of the same round: each question's speed-up
 after, over its speed-up before. Those ratios have a median and quartiles of their own, and a drop counts when both the
@@ -17,16 +17,16 @@ from foretell.errors import UsageError
 from foretell.loading.catalog import current
 
 SPEED_FLOOR, TOKENS_FLOOR, MACHINE_FLOOR = 0.03, 0.02, 0.15
-"""Relative drops that never count: of a speed-up; of tokens per step, which the governor moves; of plain's speed."""
+"""Relative drops that never count: of a speed-up, of tokens per step (the governor moves them), of plain's speed."""
 ALIKE = "model", "fingerprint", "dtype", "digest", "new_tokens"
-"""Settings without which nothing can be compared."""
+"""Settings that two results must share to be compared."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One figure of one contender in one setting, before and after."""
+    """One figure of one system in one setting, before and after."""
 
-    contender: str
+    system: str
     setting: str
     figure: str
     before: float
@@ -38,19 +38,19 @@ class Change:
         within = "better" if change > 0 else "less, which may be chance"
         verdict = "worse" if self.worse else "same within noise" if abs(change) < SPEED_FLOOR else within
         return (
-            f"{self.contender}, {self.setting}: {self.figure} {self.before:.3f} -> {self.after:.3f} "
+            f"{self.system}, {self.setting}: {self.figure} {self.before:.3f} -> {self.after:.3f} "
             f"({change:+.1%}): {verdict}"
         )
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> Iterator[Change]:
-    """Every figure that both have.
+    """Yields every figure that both have.
 
     Raises:
         UsageError: they measured different things.
     """
-    ours, theirs = _settings(after), _settings(before)
-    differ = [name for name in ALIKE if theirs.get(name) != ours.get(name)]
+    old, now = _settings(before), _settings(after)
+    differ = [name for name in ALIKE if old.get(name) != now.get(name)]
     if differ:
         raise UsageError(f"The two results differ in {', '.join(differ)}; compare runs of one suite and model.")
     new, ups = {_key(row): row for row in after["table"]}, [_speedups(result) for result in (before, after)]
@@ -92,10 +92,10 @@ def _where(row: dict[str, Any]) -> list[Any]:
 
 
 def _speedups(results: dict[str, Any]) -> dict[tuple[Any, ...], float]:
-    """(contender, round, question) -> tokens per second over plain's."""
+    """Returns (system, round, question) -> tokens per second over plain's."""
     rates = {
-        (each["contender"], tuple(each["round"]), each["question"]): each["new_tokens"] / each["seconds"]
-        for each in results["requests"]
-        if each["seconds"] and each["new_tokens"]
+        (answer["contender"], tuple(answer["round"]), answer["question"]): answer["new_tokens"] / answer["seconds"]
+        for answer in results["requests"]
+        if answer["seconds"] and answer["new_tokens"]
     }
     return {key: rate / rates[PLAIN, *key[1:]] for key, rate in rates.items() if (PLAIN, *key[1:]) in rates}

@@ -1,4 +1,4 @@
-"""GGUF files of a model for the peers that read them: the file it came from, and the same weights in other types."""
+"""GGUF files for the peers that read them: a model's original file, and the same weights in other types."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OTHER_TYPES = ("q8_0", "bf16")
 
 
 def gguf_file(folder: ModelFolder, kind: str, cache_dir: Path | None = None) -> Path:
-    """The model as GGUF: as it came for any `kind` that is not one of `OTHER_TYPES`, else converted once.
+    """Returns the model as GGUF: the original file for any `kind` not in `OTHER_TYPES`, else one converted once.
 
     Raises:
         ForetellError: the model did not come as GGUF.
@@ -46,7 +46,7 @@ def _source(folder: ModelFolder, kept: Path) -> Path:
 
 
 def _convert(source: Path, target: Path, kind: str) -> None:
-    """Every quantized tensor unpacked and packed again as `kind`; the others, and all metadata, as they are."""
+    """Unpacks every quantized tensor and packs it again as `kind`; copies all others and the metadata."""
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quants
 
     types: dict[str, tuple[Any, Any]] = {

@@ -1,4 +1,4 @@
-"""What this machine allows: a step must read all weights once, so tokens per step / reading time bounds the speed."""
+"""The bound of this machine: a step reads all weights once, so tokens per step / reading time bounds the speed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from foretell.backbone import Backbone
 from foretell.loading.families import weight_shapes
 
 BUFFER_BYTES = 256 << 20
-"""Far beyond any cache."""
+"""Bytes read by one measurement: far more than any cache holds."""
 
 
 def limits(weight_bytes: int, bandwidths: Sequence[float]) -> dict[str, float]:
-    """The bound that follows for plain decoding.
+    """Returns the bound for plain decoding.
 
     Args:
-        weight_bytes: that a step reads.
-        bandwidths: bytes per second, measured all through a run, since machines drift.
+        weight_bytes: bytes of the weights that a step reads.
+        bandwidths: bytes per second, measured throughout a run, since machines drift.
     """
     typical = median(bandwidths)
     return {
@@ -30,7 +30,7 @@ def limits(weight_bytes: int, bandwidths: Sequence[float]) -> dict[str, float]:
 
 
 def step_bytes(backbone: Backbone) -> int:
-    """Bytes of the weights that one step reads: all but an embedding that is not the output matrix too."""
+    """Counts the bytes of the weights that one step reads: all but an embedding that is not also the output matrix."""
     shapes = weight_shapes(backbone.config)
     if not backbone.config.tied:
         del shapes["model.embed_tokens.weight"]
@@ -38,7 +38,7 @@ def step_bytes(backbone: Backbone) -> int:
 
 
 def read_bandwidth(backbone: Backbone, repeats: int = 9) -> float:
-    """Bytes per second at which the backbone's own linear kernel streams weights that it uses once, at its best."""
+    """Measures bytes per second at which the backbone's own linear kernel streams weights that it uses once."""
     width = backbone.config.hidden
     itemsize = torch.empty(0, dtype=backbone.dtype).element_size()
     rows = BUFFER_BYTES // (itemsize * width)

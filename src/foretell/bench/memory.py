@@ -1,4 +1,4 @@
-"""The most memory that processes used since they were last asked."""
+"""Peak memory of processes since it was last reset."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 
 
 def reset_peak(device: torch.device, processes: Collection[int] = ()) -> None:
-    """Begins anew; where the system cannot (anything but Linux), the peak is that of a whole process so far.
+    """Resets the peak. Only Linux can: elsewhere the peak is that of the whole process so far.
 
     Args:
-        processes: whose; by default this one.
+        processes: ids; by default this process.
     """
     if device.type == "cuda" and not processes:
         torch.cuda.reset_peak_memory_stats(device)
@@ -26,7 +26,7 @@ def reset_peak(device: torch.device, processes: Collection[int] = ()) -> None:
 
 
 def peak_bytes(device: torch.device, processes: Collection[int] = ()) -> int:
-    """The sum over the processes, pages that they share counted for each; 0 where the system does not tell."""
+    """Returns the sum over the processes, shared pages counted for each; 0 where the system does not report it."""
     if device.type == "cuda" and not processes:
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":
@@ -39,7 +39,7 @@ def peak_bytes(device: torch.device, processes: Collection[int] = ()) -> int:
 
 
 def group(leader: int) -> list[int]:
-    """The processes of a group, on Linux."""
+    """Returns the process ids of a group, on Linux."""
     found = [leader]
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, ValueError, IndexError):

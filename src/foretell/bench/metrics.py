@@ -1,8 +1,9 @@
-"""Figures from records: one place, pure functions, each figure by the definition that the docs give.
+"""Figures computed from records by pure functions, each as docs/benchmarks.md defines it.
 
 Speed is reported twice: all tokens over all time, and Spec-Bench's mean of each question's own rate, whose ratio is its
 speed-up (arXiv 2401.07851); with and without prefill. Spread is the quartiles of a ratio taken round by round, where
-both sides ran within seconds of each other.
+both sides ran within seconds of each other. `mine` are the records of the system in question, `plain` those of plain
+decoding in the same setting.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ PLAIN = "plain"
 
 
 def table(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """One row of figures per setting (temperature, batch size) and contender, in the order they ran."""
+    """Returns one row of figures per setting (temperature, batch size) and system, in the order they ran."""
     out = []
     for (temperature, batch), at_setting in _groups(records, lambda r: tuple(r["round"][:2])).items():
         plain = [r for r in at_setting if r["contender"] == PLAIN]
@@ -28,16 +29,12 @@ def table(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def by_category(records: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:
-    """The same rows for each category of question."""
+    """Returns the same rows for each category of question."""
     return {name: table(mine) for name, mine in _groups(records, lambda r: r["category"]).items()}
 
 
 def figures(mine: Sequence[Record], plain: Sequence[Record]) -> dict[str, Any]:
-    """All that is known of one contender in one setting.
-
-    Args:
-        plain: the records of plain decoding in the same setting.
-    """
+    """Returns all figures of one system in one setting."""
     rounds, base = _rounds(mine), _rounds(plain)
     tokens, seconds = sum(r["new_tokens"] for r in mine), sum(each["seconds"] for each in rounds.values())
     rates, base_rates = _rates(mine), _rates(plain)
@@ -64,25 +61,30 @@ def figures(mine: Sequence[Record], plain: Sequence[Record]) -> dict[str, Any]:
 
 
 def gaps(arrivals: Sequence[tuple[int, float]]) -> Iterable[float]:
-    """Seconds between one token and the next: tokens that arrive together are no time apart."""
+    """Yields the seconds between one token and the next: 0 between tokens that arrive together."""
     for (_, before), (count, at) in pairwise(arrivals):
         yield at - before
         yield from [0.0] * (count - 1)
 
 
 def histogram(by_depth: Sequence[Sequence[int]], steps: int) -> list[int]:
-    """How many steps emitted 1, 2, ... tokens, from how many accepted a guess at each depth."""
+    """Counts the steps that emitted 1, 2, ... tokens, from the counts of (offered, accepted) guesses by depth."""
     reached = [steps, *(kept for _, kept in by_depth), 0]
     return [a - b for a, b in pairwise(reached)]
 
 
 def _steps(mine: Sequence[Record], seconds: float) -> dict[str, Any]:
-    """What speculation did, of those who say so."""
+    """Returns the figures of speculation, for systems that report steps.
+
+    `suspended_steps` are those that the governor took plain: they count among `steps`, with one token each.
+    """
     stepped = [r for r in mine if r.get("steps")]
     if not stepped:
         return {}
     steps, tokens = sum(r["steps"] for r in stepped), sum(r["new_tokens"] for r in stepped)
     out: dict[str, Any] = {"steps": steps, "tokens_per_step": tokens / steps}
+    if any("suspended_steps" in r for r in stepped):
+        out["suspended_steps"] = sum(r.get("suspended_steps", 0) for r in stepped)
     if drafted := sum(r.get("drafted", 0) for r in mine):
         out["accepted_share"] = sum(r.get("accepted", 0) for r in mine) / drafted
     depths = [r["by_depth"] for r in mine if r.get("by_depth")]
@@ -104,12 +106,12 @@ def _steps(mine: Sequence[Record], seconds: float) -> dict[str, Any]:
 
 
 def _one_by_one(records: Sequence[Record]) -> bool:
-    """Whether each round had one row: of several, each counts whole steps, and the parts of a round are not known."""
+    """Whether each round had one row: with several, the time of a round cannot be divided among its rows."""
     return len(_rounds(records)) == len(records)
 
 
 def _rates(records: Sequence[Record]) -> list[float]:
-    """Tokens per second of each question and repeat, all its turns together, as Spec-Bench counts them."""
+    """Returns tokens per second of each question and repeat, all its turns together, as Spec-Bench counts them."""
     out = []
     for mine in _groups(records, lambda r: (*r["round"][:3], r["question"])).values():
         seconds = sum(r["seconds"] for r in mine)
@@ -118,7 +120,7 @@ def _rates(records: Sequence[Record]) -> list[float]:
 
 
 def _rounds(records: Sequence[Record]) -> dict[tuple[Any, ...], dict[str, float]]:
-    """Round -> seconds from the first request to the last token, tokens per second, prefill."""
+    """Returns round -> seconds from the first request to the last token, tokens per second, prefill seconds."""
     out = {}
     for key, mine in _groups(records, lambda r: tuple(r["round"])).items():
         seconds = max(r["seconds"] for r in mine)

@@ -1,4 +1,4 @@
-"""Plots, where a reader would rather look than read. The only file that imports matplotlib."""
+"""Plots of trainings and benchmarks. The only file that imports matplotlib."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def training_curves(log: Path, out: Path) -> None:
         tokens_per_step = {int(size): tokens for size, tokens in report["tokens_per_step"].items()}
         axes[2].plot(list(tokens_per_step), list(tokens_per_step.values()), "o-", label=f"epoch {report['epoch']:g}")
     axes[2].set(title="held-out tokens per step", xlabel="nodes of the tree", ylabel="by replay")
-    for each in axes:
-        each.grid(alpha=0.3)
-        each.legend(fontsize=7)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
     figure.tight_layout()
     with write_errors(out.parent):
         figure.savefig(out, dpi=130)
@@ -44,7 +44,7 @@ def training_curves(log: Path, out: Path) -> None:
 
 
 def benchmark(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """(caption, SVG) of a benchmark's plots; none where matplotlib is not installed."""
+    """Returns (caption, SVG) of a benchmark's plots; none where matplotlib is not installed."""
     try:
         plt = _pyplot()
     except ForetellError:
@@ -53,8 +53,8 @@ def benchmark(results: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [row for row in results["table"] if (row["batch"], row["temperature"]) == _first(results)]
     drawn = [
         ("Speed against plain decoding by kind of question (median of rounds).", _by_category(plt, results)),
-        ("Share of the guesses at each depth that were accepted, of those that were offered.", _by_depth(plt, rows)),
-        ("How many tokens a step emitted.", _histogram(plt, rows)),
+        ("Share of the guesses at each depth that were accepted, of those that were verified.", _by_depth(plt, rows)),
+        ("Tokens emitted per step.", _histogram(plt, rows)),
     ]
     if swept := _swept(rows, results["contenders"]):
         drawn.append(("Speed and quality against the threshold of typical acceptance.", _by_threshold(plt, swept)))
@@ -64,7 +64,7 @@ def benchmark(results: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _first(results: dict[str, Any]) -> tuple[int, float]:
-    """The setting that is looked at more closely: batch size and temperature."""
+    """Returns the setting that most plots show: the first batch size and temperature."""
     return results["settings"]["batches"][0], results["settings"]["temperatures"][0]
 
 
@@ -122,35 +122,35 @@ def _by_batch(plt: Any, results: dict[str, Any]) -> str:
 
 
 def _swept(rows: list[dict[str, Any]], about: dict[str, Any]) -> list[tuple[float, dict[str, Any]]]:
-    """(ε, row) of contenders that differ in it alone; nothing where there are not two."""
+    """Returns (ε, row) of systems that differ in ε alone; nothing if there are fewer than two."""
     alike: dict[str, list[tuple[float, dict[str, Any]]]] = {}
     for row in rows:
-        what = about[row["contender"]]
-        if isinstance(what.get("typical"), dict):
-            rest = {name: what[name] for name in ("drafter", "options", "lookup", "adapt")}
-            alike.setdefault(str(rest), []).append((what["typical"]["epsilon"], row))
+        system = about[row["contender"]]
+        if isinstance(system.get("typical"), dict):
+            rest = {name: system[name] for name in ("drafter", "options", "lookup", "adapt")}
+            alike.setdefault(str(rest), []).append((system["typical"]["epsilon"], row))
     for found in alike.values():
         if len(found) > 1:
-            return sorted(found, key=lambda each: each[0])
+            return sorted(found, key=lambda pair: pair[0])
     return []
 
 
 def _by_threshold(plt: Any, swept: list[tuple[float, dict[str, Any]]]) -> str:
     figure, axes = plt.subplots(figsize=(6, 3.4))
-    at = [epsilon for epsilon, _ in swept]
-    axes.plot(at, [row["tokens_per_s"] for _, row in swept], "o-", label="tokens/s")
+    epsilons = [epsilon for epsilon, _ in swept]
+    axes.plot(epsilons, [row["tokens_per_s"] for _, row in swept], "o-", label="tokens/s")
     axes.set(xlabel="ε", ylabel="tokens/s", ylim=(0, None))
     scores = axes.twinx()
     scores.set(ylabel="score", ylim=(0, 1))
     for name in dict.fromkeys(name for _, row in swept for name in row["quality"]):
         values = [row["quality"].get(name) for _, row in swept]
-        scores.plot(at, values, "s--", label=name.replace("_", " "))
+        scores.plot(epsilons, values, "s--", label=name.replace("_", " "))
         axes.plot([], [], "s--", color=scores.lines[-1].get_color(), label=name.replace("_", " "))
     return _svg(plt, figure, axes)
 
 
 def _svg(plt: Any, figure: Any, axes: Any) -> str:
-    """The figure as an element to stand in a page; nothing if nothing was drawn."""
+    """Returns the figure as an SVG element for a page; empty if nothing was drawn."""
     if not axes.get_legend_handles_labels()[0]:
         plt.close(figure)
         return ""

@@ -1,7 +1,7 @@
-"""How good answers are, where a suite has references: for modes whose answers are not plain decoding's.
+"""Quality of answers against a suite's references: for modes whose answers are not plain decoding's.
 
 number   GSM8K: the number after ####, else the last one, equals the reference's
-code     HumanEval: the function passes the reference's tests (pass@1); only where running code was asked for
+code     HumanEval: the function passes the reference's tests (pass@1); only with --run-code
 text     ROUGE-L and BLEU against the reference
 """
 
@@ -21,16 +21,16 @@ from typing import Any
 from foretell.errors import ForetellError
 
 SECONDS, MEMORY_BYTES, FILE_BYTES = 10, 1 << 30, 1 << 20
-"""Limits of a program that a model wrote."""
+"""Limits of a program that a model wrote: processor time, memory, size of a file."""
 
 
 def judge(task: str, answers: Sequence[str], references: Sequence[Any]) -> dict[str, float]:
-    """Scores of a list of answers, each in 0..1."""
+    """Returns the scores of a list of answers, each in [0, 1]."""
     return JUDGES[task](answers, references)
 
 
 def agreement(answers: Sequence[str], truth: Sequence[str]) -> dict[str, float]:
-    """How near answers are to plain decoding's."""
+    """Returns how similar answers are to plain decoding's (ROUGE-L)."""
     return {"agreement_rouge_l": _rouge(answers, truth)}
 
 
@@ -84,7 +84,7 @@ def code(answers: Sequence[str], references: Sequence[dict[str, str]]) -> dict[s
 
 
 def program(answer: str, reference: dict[str, str]) -> str:
-    """The function that an answer holds (with the prompt before it where it gives a body only), and the tests."""
+    """Returns the function in an answer, behind the prompt where only a body is given, followed by the tests."""
     block = re.search(r"```(?:python|py)?\s*\n(.*?)(?:```|\Z)", answer, re.DOTALL | re.IGNORECASE)
     written = block[1] if block else answer
     if not re.search(rf"^\s*def\s+{re.escape(reference['entry'])}\b", written, re.MULTILINE):
@@ -94,10 +94,10 @@ def program(answer: str, reference: dict[str, str]) -> str:
 
 
 def passes(answer: str, reference: dict[str, str]) -> bool:
-    """Runs the tests in a process without our environment, with little time, memory and disk.
+    """Runs the tests in a process with an empty environment and limited time, memory and disk.
 
-    It may start no process, open no connection, and write nowhere but in its own folder. That stops accidents, not an
-    attacker: hence only on demand. It has passed when it says, behind the tests, what only we know.
+    It may start no process, open no connection, and write only in its own folder. That stops accidents, not an
+    attacker: hence only on demand. It has passed if, after the tests, it prints a random word chosen for this run.
     """
     end = secrets.token_hex(8)
     with tempfile.TemporaryDirectory() as folder:

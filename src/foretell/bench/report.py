@@ -1,4 +1,4 @@
-"""A result folder for people: a Markdown table and one self-contained page with plots."""
+"""The report of a run: a Markdown file, and one self-contained page with plots."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 
 def write_report(folder: Path, results: dict[str, Any]) -> None:
-    """`results.md` and `report.html` beside `results.json`; the page has plots where matplotlib is installed."""
+    """Writes `results.md` and `report.html`; the page has plots where matplotlib is installed."""
     with written_whole(folder / "results.md") as partial:
         partial.write_text(markdown(results), encoding="utf-8")
     with written_whole(folder / "report.html") as partial:
@@ -42,7 +42,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def facts(results: dict[str, Any]) -> list[str]:
-    """What a reader must know before any figure."""
+    """Returns what a reader must know before any figure: sizes, machine, command."""
     s, limits, count = results["settings"], results["limits"], results.get("sittings", 1)
     probed = f" Probing its arithmetic took {results['probe_seconds']:.1f} s." if "probe_seconds" in results else ""
     sittings = "all in one interleaved run" if count == 1 else f"interleaved, in {count} sittings"
@@ -57,7 +57,7 @@ def facts(results: dict[str, Any]) -> list[str]:
 
 
 def sections(results: dict[str, Any]) -> list[tuple[str, list[Row]]]:
-    """(title, rows) of each setting."""
+    """Returns (title, rows) of each setting."""
     out: dict[str, list[Row]] = {}
     for row in results["table"]:
         warmth = "greedy" if not row["temperature"] else f"temperature {row['temperature']:g}"
@@ -80,7 +80,7 @@ def main_table(rows: list[Row], limits: dict[str, Any]) -> Table:
             f"{row['tokens_per_s']:.1f}",
             f"{row['decode_tokens_per_s']:.1f}" if "decode_tokens_per_s" in row else "",
             f"{row['speedup']['median']:.2f}× ({row['speedup']['low']:.2f}-{row['speedup']['high']:.2f})",
-            f"{row['tokens_per_step']:.2f}" if "tokens_per_step" in row else "",
+            tokens_per_step(row),
             same(row),
             limit_share(row, limits),
         ]
@@ -110,7 +110,7 @@ def detail_table(rows: list[Row]) -> Table:
 
 
 def quality_table(rows: list[Row]) -> list[Table]:
-    """Scores, if there are any."""
+    """Returns a table of scores, or none without scores."""
     names = list(dict.fromkeys(name for row in rows for name in row["quality"]))
     body = [
         [row["contender"], *(f"{row['quality'][n]:.3f}" if n in row["quality"] else "" for n in names)] for row in rows
@@ -119,7 +119,7 @@ def quality_table(rows: list[Row]) -> list[Table]:
 
 
 def category_table(results: dict[str, Any]) -> Table:
-    """Speed-up by kind of question in the first setting, and tokens per step of those who have steps."""
+    """Returns the speed-up by kind of question in the first setting, and tokens per step where known."""
     first = results["table"][0]
     names = [name for name in results["settings"]["contenders"] if name != "plain"]
     body = []
@@ -140,17 +140,26 @@ def _in_category(row: Row | None) -> str:
     return f"{row['speedup']['median']:.2f}×{steps}"
 
 
+def tokens_per_step(row: Row) -> str:
+    """Formats tokens per step, with the share of steps in which the governor held speculation back, if any."""
+    if "tokens_per_step" not in row:
+        return ""
+    held_back = row.get("suspended_steps", 0) / row["steps"]
+    return f"{row['tokens_per_step']:.2f}" + (f" ({held_back:.0%} held back)" if held_back else "")
+
+
 def same(row: Row) -> str:
+    """Formats how many answers equal plain decoding's, and the largest margin where some differ."""
     if "same" not in row:
         return ""
-    told = f"{row['same']} of {row['compared']}"
+    counts = f"{row['same']} of {row['compared']}"
     if row["same"] == row["compared"] or not row["margins"]:
-        return told
-    return f"{told} (largest margin {row['margins'][-1]:.3f})"
+        return counts
+    return f"{counts} (largest margin {row['margins'][-1]:.3f})"
 
 
 def limit_share(row: Row, limits: dict[str, Any]) -> str:
-    """Decoding speed over bound: tokens per step x readings of the weights per second."""
+    """Formats decoding speed over its bound, tokens per step x readings of the weights per second."""
     if row["batch"] != 1 or "draft_share" not in row:  # peers read other weights
         return ""
     return f"{row['decode_tokens_per_s'] / (limits['plain_tokens_per_s'] * row['tokens_per_step']):.0%}"

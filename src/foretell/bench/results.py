@@ -1,4 +1,4 @@
-"""A finished run as `results.json`: settings, machine, every answer, and the figures that follow from them."""
+"""A finished run as `results.json`: settings, machine, every answer, and the figures computed from them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from foretell.backbone import Backbone
 from foretell.bench import quality
 from foretell.bench.limits import limits
 from foretell.bench.metrics import PLAIN, Record, by_category, table
+from foretell.bench.run_folder import ABOUT, RESULTS
 from foretell.bench.suites import Question
 from foretell.errors import ForetellError
 from foretell.files import exists, one_line, written_whole
 
 FORMAT = 1
-ABOUT, ROUNDS, RESULTS = "bench.json", "rounds.jsonl", "results.json"
 
 
 def machine(backbone: Backbone) -> str:
-    """The kind of hardware, not its name."""
+    """Describes the kind of hardware, without its name."""
     if backbone.device.type == "cuda":
         return f"one {torch.cuda.get_device_name(backbone.device)}, torch {torch.__version__}"
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
@@ -38,7 +38,7 @@ def machine(backbone: Backbone) -> str:
 
 
 def commit() -> str:
-    """The commit of the checkout that this library runs from; its version where it is installed."""
+    """Returns the commit of the checkout that this library runs from, or its version where it is installed."""
     folder = Path(foretell.__file__).parent
     command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
     try:
@@ -55,20 +55,18 @@ def collect(
     decode: Callable[[list[int]], str],
     run_code: bool = False,
 ) -> dict[str, Any]:
-    """All of it, as it is written.
+    """Returns the content of results.json; the arrival times of tokens stay in rounds.jsonl.
 
     Args:
-        about: as `Runner` keeps it in bench.json.
+        about: as the run's folder keeps it in bench.json.
         decode: token ids -> text, for suites with references.
         run_code: run programs that the model wrote, where the suite is judged by tests.
-
-    When each token arrived stays in rounds.jsonl; the figures made of it are here.
     """
     bandwidths = {tuple(record["round"]): record["read_bytes_per_s"] for record in records}
-    added = {name: each.get("added_parameters") for name, each in about["contenders"].items()}
+    added = {name: system.get("added_parameters") for name, system in about["contenders"].items()}
     try:
         scores, unjudged = _scores(records, questions, decode, run_code), {}
-    except ForetellError as error:  # a library that is not there must not cost what was measured
+    except ForetellError as error:  # a missing library must not discard what was measured
         scores, unjudged = {}, {"quality": str(error)}
     rows = table(records)
     for row in rows:
@@ -83,7 +81,7 @@ def collect(
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """`results.json`, an answer a line."""
+    """Writes `results.json`, one answer per line."""
     head = json.dumps({name: value for name, value in results.items() if name != "requests"}, indent=1)
     answers = ",\n".join(f"  {json.dumps(record)}" for record in results["requests"])
     with written_whole(folder / RESULTS) as partial:
@@ -91,10 +89,10 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """`results.json` of a folder, or the file itself.
+    """Reads `results.json` of a folder, or the file itself.
 
     Raises:
-        ForetellError: there is none, or it is none of this version's.
+        ForetellError: there is none, or another version wrote it.
     """
     if exists(path / ABOUT) and not exists(path / RESULTS):
         raise ForetellError(f"{path} holds an unfinished benchmark; give its command again to finish it.")
@@ -102,22 +100,33 @@ def read_results(path: Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ForetellError(f"{path} is no result of foretell bench ({one_line(error)}); check the path.") from error
+        raise ForetellError(f"{path} is not a result of foretell bench ({one_line(error)}); check the path.") from error
     if not isinstance(results, dict) or results.get("format") != FORMAT or "table" not in results:
-        raise ForetellError(f"{path} is no result of this version of foretell bench; measure again.")
+        raise ForetellError(f"{path} is not a result of this version of foretell bench; measure again.")
+    for row in results["table"]:
+        row.setdefault("suspended_steps", _suspended(results, row))  # results before it was a figure of its own
     return results
+
+
+def _suspended(results: dict[str, Any], row: dict[str, Any]) -> int:
+    """Counts the steps of a row in which speculation was held back, from its answers."""
+    return sum(
+        answer.get("suspended_steps", 0)
+        for answer in results.get("requests", ())
+        if answer["contender"] == row["contender"] and answer["round"][:2] == [row["temperature"], row["batch"]]
+    )
 
 
 def _scores(
     records: Sequence[Record], questions: Sequence[Question], decode: Callable[[list[int]], str], run_code: bool
 ) -> dict[tuple[Any, ...], dict[str, float]]:
-    """(contender, temperature, batch) -> scores of the first repeat, where there is something to judge by."""
-    asked = {question.id: question for question in questions}
+    """Returns (system, temperature, batch) -> scores of the first repeat, where the suite has references."""
+    by_id = {question.id: question for question in questions}
     tasks = {question.task for question in questions if question.task} - (set() if run_code else {"code"})
     lossy = {r["contender"] for r in records if r.get("same") is False}
     if not tasks and not lossy:
         return {}
-    said: dict[tuple[Any, ...], dict[tuple[str, int], str]] = defaultdict(dict)
+    texts_of: dict[tuple[Any, ...], dict[tuple[str, int], str]] = defaultdict(dict)
     plain: dict[tuple[Any, ...], list[int]] = {}
     for record in records:
         if record["contender"] == PLAIN:
@@ -126,14 +135,14 @@ def _scores(
         temperature, batch, repeat, *_ = record["round"]
         if repeat == 0:
             ids = record.get("ids") or plain[temperature, batch, repeat, record["question"], record["turn"]]
-            said[record["contender"], temperature, batch][record["question"], record["turn"]] = decode(ids)
+            texts_of[record["contender"], temperature, batch][record["question"], record["turn"]] = decode(ids)
     out: dict[tuple[Any, ...], dict[str, float]] = defaultdict(dict)
-    for key, answers in said.items():
+    for key, answers in texts_of.items():
         for task in tasks:
-            last = {q: len(asked[q].turns) - 1 for q, _ in answers if asked[q].task == task}
+            last = {q: len(by_id[q].turns) - 1 for q, _ in answers if by_id[q].task == task}
             texts = [answers[q, turn] for q, turn in last.items()]
-            out[key] |= quality.judge(task, texts, [asked[q].reference for q in last])
+            out[key] |= quality.judge(task, texts, [by_id[q].reference for q in last])
         if key[0] in lossy:
-            base = said[PLAIN, key[1], key[2]]
-            out[key] |= quality.agreement(list(answers.values()), [base[each] for each in answers])
+            base = texts_of[PLAIN, key[1], key[2]]
+            out[key] |= quality.agreement(list(answers.values()), [base[turn] for turn in answers])
     return out

@@ -1,11 +1,11 @@
-"""What is asked: suites of questions, some with references to judge the answers by.
+"""Suites of questions, some with references to judge the answers by.
 
-Read by their own layouts, told apart by the fields of their first line:
+Each layout is recognized by the fields of a file's first line:
 
     Spec-Bench   {"question_id": 81, "category": "writing", "turns": [...]}         (arXiv 2401.07851)
     HumanEval    {"task_id", "prompt", "entry_point", "test", ...}, also .jsonl.gz  (arXiv 2107.03374)
     GSM8K        {"question": ..., "answer": "... #### 42"}                          (arXiv 2110.14168)
-    any other    {"prompt": ...} or {"turns": [...]}, with "category" and "reference" if they like
+    any other    {"prompt": ...} or {"turns": [...]}, optionally with "category" and "reference"
     text         prompts with blank lines between them
 """
 
@@ -20,11 +20,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from foretell.conversations import check_text, parse_record, turns_of
 from foretell.errors import ForetellError, UsageError
+from foretell.prompt_files import check_text, parse_record, turns_of
 
 SHIPPED = "mini"
 """23 questions of Spec-Bench over its 13 categories; the licence lies beside the file."""
+
+QUICK_QUESTIONS, QUICK_TOKENS = 4, 24
+"""What `--quick` measures: so few that three systems take well under a minute at 12 tokens per second."""
 
 CODE = "Complete this Python function. Answer with the whole function in one code block.\n\n{prompt}"
 SUMS = "{question}\n\nThink step by step, and end with the answer alone after ####."
@@ -32,13 +35,13 @@ SUMS = "{question}\n\nThink step by step, and end with the answer alone after ##
 
 @dataclass(frozen=True)
 class Question:
-    """One conversation to be had.
+    """One conversation.
 
     Attributes:
         id: unique in its suite.
         turns: the user's turns, in order.
-        task: how an answer is judged, a key of `quality.JUDGES`; "" if there is nothing to judge it by.
-        reference: what it is judged by, for the last turn.
+        task: how an answer is judged, a key of `quality.JUDGES`; "" without a reference.
+        reference: what the answer to the last turn is compared with.
     """
 
     id: str
@@ -55,7 +58,7 @@ class Suite:
     digest: str = ""
 
     def chosen(self, every: int = 1, limit: int | None = None, per_category: int | None = None) -> Suite:
-        """Every k-th question, of these so many of each category, of these so many in all."""
+        """Selects every k-th question, of these so many of each category, of these so many in all."""
         taken: list[Question] = []
         counts: dict[str, int] = {}
         for question in self.questions[::every]:
@@ -64,9 +67,19 @@ class Suite:
                 taken.append(question)
         return Suite(self.name, taken[:limit], self.digest)
 
+    def quick(self, count: int = QUICK_QUESTIONS) -> Suite:
+        """Selects the shortest question of each category, then the next shortest, `count` in all, in order."""
+        length = {question.id: sum(map(len, question.turns)) for question in self.questions}
+        rank: dict[str, int] = {}
+        counts: dict[str, int] = {}
+        for question in sorted(self.questions, key=lambda question: length[question.id]):
+            rank[question.id] = counts[question.category] = counts.get(question.category, -1) + 1
+        taken = sorted(rank, key=lambda id: (rank[id], length[id]))[:count]
+        return Suite(self.name, [question for question in self.questions if question.id in taken], self.digest)
+
 
 def load_suite(name: str) -> Suite:
-    """A shipped suite by name, or a file.
+    """Loads a shipped suite by name, or a file.
 
     Raises:
         ForetellError: it cannot be read; or a line is malformed, naming file, line and what is wrong.
@@ -164,7 +177,7 @@ LAYOUTS: tuple[tuple[set[str], Callable[[dict[str, Any], str], Question]], ...] 
     ({"task_id", "prompt", "entry_point", "test"}, _human_eval),
     ({"question", "answer"}, _gsm8k),
 )
-"""(fields that tell a layout, its reader); what has none of them is read as `prompt` or `turns`."""
+"""(fields that a layout has, its reader); any other line is read as `prompt` or `turns`."""
 
 
 def _text(record: dict[str, Any], key: str, where: str) -> str:

@@ -64,7 +64,9 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except ForetellError as mistake:
-            terminal.note(f"error: {mistake}")
+            from foretell.cli.wording import note_error
+
+            note_error(mistake)
             raise typer.Exit(mistake.exit_code) from mistake
         except BrokenPipeError as leaving:
             raise typer.Exit(_reader_left()) from leaving

@@ -1,10 +1,10 @@
-"""`foretell bench`: drafters and peers over a suite in one interleaved run; `compare` two runs; `setup` a peer."""
+"""`foretell bench`: measures drafters and peers over a suite in one interleaved run; `compare`, `sweep`, `setup`."""
 
 from __future__ import annotations
 
 import math
 from contextlib import suppress
-from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,59 +19,61 @@ EPSILONS = (0.01, 0.03, 0.06, 0.09, 0.15, 0.25)
 
 if TYPE_CHECKING:
     from foretell.api import LLM
-    from foretell.bench.contenders import System
     from foretell.bench.suites import Suite
+    from foretell.bench.systems import System
 
 
 def run(
     ctx: typer.Context,
     base: Base,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the results; an interrupted run goes on.")
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Folder for the results; an interrupted run resumes there. By default bench-1, bench-2, ...: "
+            "the first without finished results.",
+        ),
     ] = None,
-    contenders: Annotated[
+    systems: Annotated[
         list[str] | None,
         typer.Option(
             "--run",
             "-r",
             help="A drafter or peer, with options: medusa:nodes=16,lookup=true; repeatable. "
-            "Plain decoding always runs. By default prompt_lookup and the best drafter there is.",
+            "Plain decoding always runs. By default prompt_lookup and the fastest drafter that comes with foretell.",
         ),
     ] = None,
     suite: Annotated[
         str, typer.Option("--suite", help="mini, or a file: Spec-Bench, HumanEval, GSM8K, JSON lines, text.")
     ] = "mini",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens a turn.")] = 128,
-    repeats: Annotated[int, typer.Option(min=1, help="How often every question is asked.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Limit of a turn.")] = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="Times that every question is answered.")] = 1,
     batch_size: Annotated[list[int] | None, typer.Option("--batch-size", "-b", help="Rows; repeatable.")] = None,
     temperature: Annotated[list[float] | None, typer.Option("--temperature", "-t", help="Repeatable.")] = None,
-    every: Annotated[int, typer.Option(min=1, help="Ask every K-th question only.")] = 1,
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask at most so many questions.")] = None,
-    per_category: Annotated[int | None, typer.Option(min=1, help="Ask at most so many of each category.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A first look: one question of each kind, 64 tokens.")] = False,
-    run_code: Annotated[
-        bool, typer.Option("--run-code", help="Judge code by running it (in a process with limits).")
+    every: Annotated[int, typer.Option(min=1, help="Use every K-th question only.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many questions.")] = None,
+    per_category: Annotated[int | None, typer.Option(min=1, help="Use at most this many of each category.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A first look, under a minute: the 4 shortest questions, 24 tokens.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of sampled answers.")] = 0,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Judge code by running it, in a process with limits.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of sampled answers.")] = 0,
 ) -> None:
     """Measure drafters and peers over a suite of questions, in turns, and write a report.
 
-    Every answer is compared with plain decoding's, token by token. `foretell bench compare A B` says what got worse
+    Every answer is compared with plain decoding's, token by token. `foretell bench compare A B` shows what got worse
     between two results, `foretell bench setup PEER` installs a peer in an environment of its own.
     """
     if ctx.invoked_subcommand:
         return
-    if out is None:
-        raise UsageError("Say where the results go: --out DIR.")
-    from foretell.bench.suites import load_suite
-    from foretell.files import exists
+    specs, folder = [_spec(text) for text in systems or ()], _folder(out)
+    from foretell.bench.suites import QUICK_TOKENS, load_suite
 
+    chosen = load_suite(suite).chosen(every, limit, per_category)
     if quick:
-        per_category, max_new_tokens, repeats = per_category or 1, min(max_new_tokens, 64), 1
-    asked = load_suite(suite).chosen(every, limit, per_category)
-    specs = [_spec(text, base) for text in contenders or ()]
-    if exists(out / "results.json"):
-        raise UsageError(f"{out} holds a finished benchmark; choose another --out, or delete it.")
+        chosen, max_new_tokens, repeats = chosen.quick(), min(max_new_tokens, QUICK_TOKENS), 1
     batches, temperatures = batch_size or [1], temperature or [0.0]
     if min(batches) < 1:
         raise UsageError(f"--batch-size is {min(batches)}; it must be at least 1.")
@@ -80,10 +82,27 @@ def run(
         "new_tokens": max_new_tokens, "repeats": repeats, "batches": batches, "temperatures": temperatures,
         "seed": seed,
     }  # fmt: skip
-    _say(_measure(llm, base, out, asked, specs, how, run_code), out)
+    _print(_measure(llm, base, folder, chosen, specs, how, run_code), folder)
 
 
-def _say(results: dict[str, Any], out: Path) -> None:
+def _folder(out: Path | None) -> Path:
+    """Returns where the results go.
+
+    Raises:
+        UsageError: the folder that was named holds a finished run.
+    """
+    from foretell.bench.run_folder import RESULTS
+    from foretell.files import exists
+
+    if out is None:
+        out = next(path for number in count(1) if not exists((path := Path(f"bench-{number}")) / RESULTS))
+        note(f"The results go to {out}; --out names another folder.")
+    elif exists(out / RESULTS):
+        raise UsageError(f"{out} holds a finished benchmark; choose another --out, or delete it.")
+    return out
+
+
+def _print(results: dict[str, Any], out: Path) -> None:
     from foretell.bench.report import main_table, quality_table, sections
 
     for title, rows in sections(results):
@@ -93,14 +112,14 @@ def _say(results: dict[str, Any], out: Path) -> None:
     note(f"\nIn {out}: report.html, results.md, results.json.")
 
 
-def _spec(text: str, base: Base) -> tuple[str, str, Any]:
-    """(text, drafter or peer, options of the drafter or parts of the peer's variant)."""
+def _spec(text: str) -> tuple[str, str, Any]:
+    """Returns (text, drafter or peer, options of the drafter or parts of the peer's variant)."""
     from foretell import drafters
-    from foretell.bench.contenders import parse_spec
     from foretell.bench.peers import PEERS
     from foretell.cli.options import drafter_options
 
-    name, parts = parse_spec(text)
+    name, _, rest = text.partition(":")
+    parts = [part for part in rest.split(",") if part]
     if name in PEERS:
         return text, name, parts
     if name not in drafters.DRAFTERS:
@@ -118,7 +137,7 @@ def _spec(text: str, base: Base) -> tuple[str, str, Any]:
 
 
 def _switch(text: str, key: str, value: str) -> bool | float:
-    """An option of the engine: true or false; `typical` may be a threshold instead."""
+    """Parses an option of the engine: true or false; `typical` may be a threshold instead."""
     if value.lower() in ("", "true", "false"):
         return value.lower() != "false"
     if key == "typical":
@@ -138,74 +157,87 @@ def _measure(
     how: dict[str, Any],
     run_code: bool,
 ) -> dict[str, Any]:
-    from foretell import drafters
     from foretell.files import sole_writer
 
-    best = drafters.recommended(llm.backbone)
-    chosen = specs or [
-        ("prompt_lookup", "prompt_lookup", {}),
-        *([(f"{best}:lookup=true", best, {"lookup": True})] * (best != "prompt_lookup")),
-    ]
-    there: list[System] = []
+    systems: list[System] = []
     try:
-        missing = _contenders(llm, base, chosen, max(how["batches"]), there)
+        missing = _start(llm, base, specs or _default_specs(llm, out), max(how["batches"]), systems)
         with sole_writer(out):
-            return _run(llm, base, out, suite, there, missing, how, run_code)
+            return _run(llm, base, out, suite, systems, missing, how, run_code)
     finally:
-        for each in there:
-            each.close()
+        for system in systems:
+            system.close()
+
+
+def _default_specs(llm: LLM, out: Path) -> list[tuple[str, str, Any]]:
+    """Returns what runs when nothing is named: the systems of the run to be resumed, else the defaults; prints why."""
+    from foretell.bench.run_folder import begun
+    from foretell.bench.systems import default_specs
+
+    found = begun(out)
+    if found is None:
+        texts, reason = default_specs(llm.backbone)
+    else:
+        texts = [name for name in found["settings"]["contenders"] if name != "plain"]
+        reason = f"{out} holds an unfinished run of them."
+    note(f"Systems: {', '.join(['plain', *texts])}. {reason} --run names others.")
+    return [_spec(text) for text in texts]
 
 
 def _run(
-    llm: LLM, base: Base, out: Path, suite: Suite, there: list[System], missing: dict[str, str],
+    llm: LLM, base: Base, out: Path, suite: Suite, systems: list[System], missing: dict[str, str],
     how: dict[str, Any], run_code: bool,
 ) -> dict[str, Any]:  # fmt: skip
     from foretell import __version__
     from foretell.bench.limits import read_bandwidth, step_bytes
     from foretell.bench.report import write_report
     from foretell.bench.results import collect, commit, machine, write_results
-    from foretell.bench.runner import Runner, Settings
+    from foretell.bench.run_folder import Settings
+    from foretell.bench.runner import Runner
 
     settings = Settings(
         model=base.model, fingerprint=llm.backbone.fingerprint, dtype=str(llm.backbone.dtype).removeprefix("torch."),
         suite=suite.name, digest=suite.digest, questions=[question.id for question in suite.questions],
-        contenders=[each.name for each in there], **how,
+        systems=[system.name for system in systems], **how,
     )  # fmt: skip
     about = {
         "machine": machine(llm.backbone), "version": __version__, "commit": commit(), "command": command_line(),
-        "contenders": {each.name: each.about for each in there}, "missing": missing,
+        "contenders": {system.name: system.about for system in systems}, "missing": missing,
         "weight_bytes": step_bytes(llm.backbone), "probe_seconds": round(llm.backbone.probe_seconds, 2),
     }  # fmt: skip
-    runner = Runner(llm, there, suite.questions, settings, out, about, lambda: read_bandwidth(llm.backbone))
+    runner = Runner(llm, systems, suite.questions, settings, out, about, lambda: read_bandwidth(llm.backbone))
+    note(
+        f"{len(runner.left())} rounds of up to {settings.new_tokens} tokens for each of {len(systems)} systems: about "
+        f"{runner.estimate():.0f} s, if all are as fast as plain decoding."
+    )
     with job_progress("measuring", "tokens/s") as progress:
         records = runner.run(progress)
     for name, reason in runner.failed.items():
         note(f"note: {name}: {reason}")
     about["missing"] = missing | runner.failed
     decode = lambda ids: llm.tokenizer.decode(ids, skip_special=True)  # noqa: E731
-    results = collect({"settings": asdict(settings), **about}, records, suite.questions, decode, run_code)
+    results = collect({"settings": settings.to_json(), **about}, records, suite.questions, decode, run_code)
     write_report(out, results)
-    write_results(out, results)  # last: it says that the run is finished
+    write_results(out, results)  # last: its presence marks the run as finished
     return results
 
 
-def _contenders(
-    llm: LLM, base: Base, chosen: list[tuple[str, str, Any]], rows: int, there: list[System]
-) -> dict[str, str]:
-    """Adds those that are there, plain first; says why others are not."""
-    from foretell.bench.contenders import ForetellSystem
-    from foretell.bench.peers import PEERS, MissingPeerError, Peer
+def _start(llm: LLM, base: Base, specs: list[tuple[str, str, Any]], rows: int, systems: list[System]) -> dict[str, str]:
+    """Adds each system that can run, plain first; returns why others cannot."""
+    from foretell.bench.peers import PEERS, MissingPeerError
+    from foretell.bench.peers.process import Peer
+    from foretell.bench.systems import ForetellSystem
 
-    there.append(ForetellSystem(llm, "plain", "plain", {}))
+    systems.append(ForetellSystem(llm, "plain", "plain", {}))
     missing: dict[str, str] = {}
-    for text, name, options in chosen:
-        if text in [each.name for each in there]:
+    for text, name, options in specs:
+        if text in [system.name for system in systems]:
             continue
         try:
             if name in PEERS:
-                there.append(Peer(llm, text, name, options, rows=rows, cache_dir=base.cache_dir))
+                systems.append(Peer(llm, text, name, options, rows=rows, cache_dir=base.cache_dir))
             else:
-                there.append(ForetellSystem(llm, text, name, options))
+                systems.append(ForetellSystem(llm, text, name, options))
         except MissingPeerError as error:
             missing[text] = str(error)
             note(f"note: {error}")
@@ -226,13 +258,13 @@ def compare(
     before: Annotated[Path, typer.Argument(help="A result folder.")],
     after: Annotated[Path, typer.Argument(help="Another one.")],
 ) -> None:
-    """Say what got slower or is accepted less, beyond noise; exit code 1 if anything did."""
+    """Compare two results: what got slower, or has fewer tokens per step, beyond noise; exit code 1 if anything did."""
     from foretell.bench.compare import compare as changes
     from foretell.bench.results import read_results
 
     found = list(changes(read_results(before), read_results(after)))
     if not found:
-        raise ForetellError("The two results have no contender and setting in common; nothing can be compared.")
+        raise ForetellError("The two results have no system and setting in common; nothing can be compared.")
     for change in found:
         print(change)
     if any(change.worse for change in found):
@@ -241,42 +273,39 @@ def compare(
 
 def sweep(
     base: Base,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the results; an interrupted run goes on.")],
-    drafter: Annotated[str, typer.Option("--drafter", "-d", help="What guesses, with options as in --run.")] = "",
+    out: Annotated[Path, typer.Option("--out", help="Folder for the results; an interrupted run resumes there.")],
+    drafter: Annotated[str, typer.Option("--drafter", "-d", help="The drafter, with options as in --run.")] = "",
     epsilon: Annotated[list[float] | None, typer.Option(min=0, help="A threshold to try; repeatable.")] = None,
     temperature: Annotated[
-        float, typer.Option("--temperature", "-t", help="Of plain decoding, and of the rule.")
+        float, typer.Option("--temperature", "-t", help="Temperature of plain decoding and of the rule.")
     ] = 0.7,
     suite: Annotated[
-        str, typer.Option("--suite", help="As of foretell bench; one with references is scored.")
+        str, typer.Option("--suite", help="As for foretell bench; one with references is scored.")
     ] = "mini",
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask at most so many questions.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Most tokens a turn.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of sampled answers.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many questions.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Limit of a turn.")] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of sampled answers.")] = 0,
 ) -> None:
-    """Sweep the threshold of typical acceptance, which is lossy: what speed costs in quality.
+    """Sweep the threshold of typical acceptance, which is lossy: speed against quality.
 
-    Exact verification, and plain decoding, run beside. The report plots tokens per second and each score against ε.
+    Exact verification and plain decoding run too. The report plots tokens per second and each score against ε.
     """
     from foretell import drafters
     from foretell.bench.suites import load_suite
-    from foretell.files import exists
 
     if temperature <= 0:
         raise UsageError(f"--temperature is {temperature}; typical acceptance needs one above 0.")
-    if exists(out / "results.json"):
-        raise UsageError(f"{out} holds a finished benchmark; choose another --out, or delete it.")
-    asked = load_suite(suite).chosen(1, limit, None)
-    if drafter and "typical" in _spec(drafter, base)[2]:  # refused before anything is loaded
+    folder, chosen = _folder(out), load_suite(suite).chosen(1, limit, None)
+    if drafter and "typical" in _spec(drafter)[2]:  # refused before anything is loaded
         raise UsageError(f"--drafter {drafter} has a threshold already; leave `typical` out.")
     llm = base.load()
-    what = drafter or drafters.recommended(llm.backbone)
-    join = "," if ":" in what else ":"
-    specs = [_spec(what, base), *(_spec(f"{what}{join}typical={e:g}", base) for e in epsilon or EPSILONS)]
+    name = drafter or drafters.recommended(llm.backbone)
+    join = "," if ":" in name else ":"
+    specs = [_spec(name), *(_spec(f"{name}{join}typical={e:g}") for e in epsilon or EPSILONS)]
     how = {
         "new_tokens": max_new_tokens, "repeats": 1, "batches": [1], "temperatures": [temperature], "seed": seed,
     }  # fmt: skip
-    _say(_measure(llm, base, out, asked, specs, how, run_code=False), out)
+    _print(_measure(llm, base, folder, chosen, specs, how, run_code=False), folder)
 
 
 def setup(base: Base, peer: Annotated[str, typer.Argument(help="transformers, llama.cpp or vllm.")]) -> None:

@@ -38,7 +38,7 @@ def chat(
     """Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands."""
     if sampling.logprobs is not None:
         raise UsageError("--logprobs is for `foretell generate --json`; chat shows text only.")
-    from foretell.conversations import check_text
+    from foretell.prompt_files import check_text
 
     sampling.params()  # what can be refused is, before a model is loaded
     if system is not None:
@@ -75,7 +75,7 @@ class Talk:
     def answer(self, text: str) -> None:
         """Streams the answer to a turn and remembers both; a turn that is refused is forgotten."""
         from foretell.api import Result
-        from foretell.conversations import check_text
+        from foretell.prompt_files import check_text
 
         check_text(text, "this turn")
         messages = [*self.messages, {"role": "user", "content": text}]
@@ -104,7 +104,7 @@ class Talk:
         self.results.append(result)
 
     def command(self, line: str) -> None:
-        from foretell.conversations import total
+        from foretell.results import total
 
         match line:
             case "/clear":

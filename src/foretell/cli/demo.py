@@ -81,7 +81,7 @@ def demo(
     Answers one question plainly, then with the drafter, and compares.
     Exits with 1 if the two answers differ though the drafter promises that they do not.
     """
-    from foretell.conversations import check_text
+    from foretell.prompt_files import check_text
 
     text = QUESTION if question is None else question
     check_text(text, "the question")

@@ -1,7 +1,7 @@
 """`foretell generate`: one prompt streamed, or a file of prompts answered side by side.
 
-A file is read and checked whole before the model is loaded, and answers come out in its order, each as soon
-as those before it are out.
+A file is read and checked completely before the model is loaded. Answers are printed in its order, each as soon as
+those before it are.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import typer
 from foretell.cli.options import Loading, Sampling
 from foretell.cli.paying import note_held_back
 from foretell.cli.terminal import answer_progress, note
+from foretell.cli.wording import note_error
 from foretell.errors import ForetellError, UsageError
 
 if TYPE_CHECKING:
-    from foretell.api import LLM, Result
-    from foretell.conversations import Conversation
+    from foretell.api import LLM
+    from foretell.prompt_files import Conversation
     from foretell.requests import Event
+    from foretell.results import Result
 
 
 def generate(
@@ -47,74 +49,92 @@ def generate(
     if sampling.logprobs is not None and not as_json:
         raise UsageError("--logprobs needs --json, which prints them.")
     params, rule = sampling.params(), sampling.rule()
-    asked = _asked(prompt, prompts, raw, every, limit)
+    conversations = _conversations(prompt, prompts, raw, every, limit)
     llm = loading.load()
     from foretell.conversations import converse
 
-    rows = min(batch_size, len(asked))
+    rows = min(batch_size, len(conversations))
     decoder = llm.decoder(rows, rule, not sampling.no_adapt)
     streamed = prompt is not None and not as_json
-    done: list[Result] = []
-    began = time.perf_counter()
+    headed = len(conversations) > 1 or len(conversations[0].turns) > 1
+    finished: list[Result] = []
     failed: dict[int, str] = {}
+    began = time.perf_counter()
 
     def fail(index: int, error: ForetellError) -> None:
         failed[index] = str(error)
-        note(f"error: {error}")
+        note_error(error)
 
-    with answer_progress(len(asked)) as progress:
+    with answer_progress(len(conversations)) as progress:
 
-        def hear(index: int, event: Event) -> None:
+        def show(index: int, event: Event) -> None:
             if streamed:
                 print(event.text, end="", flush=True)
             progress(len(event.tokens), False)
 
-        answers = converse(llm, decoder, asked, params, rows=rows, raw=raw, on_event=hear, on_error=fail)
+        answers = converse(llm, decoder, conversations, params, rows=rows, raw=raw, on_event=show, on_error=fail)
         for index, replies in in_order(answers):
             progress(0, True)
-            done += replies
+            finished += replies
             if as_json:
-                print(_line(asked[index], replies, failed.get(index)), flush=True)
+                print(_json(conversations[index], replies, failed.get(index)), flush=True)
             else:
-                print("" if streamed else "\n\n".join(reply.text for reply in replies) + "\n", flush=True)
-    if stats:
-        _note_speed(llm, done, time.perf_counter() - began)
+                print("" if streamed else _text(conversations[index], replies, headed), flush=True)
+    if finished:
+        _note_speed(llm, finished, time.perf_counter() - began, stats)
     if failed:
-        raise ForetellError(f"{len(failed)} of {len(asked)} conversations could not be answered to their end.")
+        raise ForetellError(f"{len(failed)} of {len(conversations)} conversations could not be answered to their end.")
 
 
-def _note_speed(llm: LLM, done: Sequence[Result], seconds: float) -> None:
-    from foretell.conversations import total
+def _note_speed(llm: LLM, finished: Sequence[Result], seconds: float, stats: bool) -> None:
+    """Prints figures if they were asked for, and whether speculation was held back to whoever sits at a terminal."""
+    from foretell.results import total
 
-    sums, seed = total(done), done[-1].statistics.seed if done else None
-    note(
-        f"{sums.new_tokens} tokens in {seconds:.2f} s, prompts included: {sums.new_tokens / seconds:.1f} "
-        f"tokens/s, {sums.acceptance_length:.2f} tokens per step" + ("" if seed is None else f"; seed {seed}")
-    )
-    note_held_back(sums, llm.backbone)
+    sums, seed = total(finished), finished[-1].statistics.seed
+    if stats:
+        note(
+            f"{sums.new_tokens} tokens in {seconds:.2f} s, prompts included: {sums.new_tokens / seconds:.1f} "
+            f"tokens/s, {sums.acceptance_length:.2f} tokens per step" + ("" if seed is None else f"; seed {seed}")
+        )
+    if stats or (sums.held_back > 0.5 and sys.stdout.isatty()):
+        note_held_back(sums, llm.backbone)
 
 
-def _line(asked: Conversation, replies: list[Result], error: str | None) -> str:
-    """One conversation's JSON."""
-    from foretell.conversations import fields
+def _json(conversation: Conversation, replies: list[Result], error: str | None) -> str:
+    """One line of JSON: a prompt with its answer, or the turns of a conversation with theirs."""
+    from foretell.results import answer_json, conversation_json
 
-    turns = {"turns": [fields([reply]) for reply in replies]} if "turns" in asked.record else {}
-    return json.dumps(fields(replies) | turns | ({"error": error} if error else {}))
+    line = {"line": conversation.line + 1} if conversation.where else {}
+    prompts = conversation.turns
+    single = "turns" not in conversation.record and replies
+    answers = answer_json(prompts[0], replies[0]) if single else conversation_json(prompts, replies)
+    return json.dumps(line | answers | ({"error": error} if error else {}))
+
+
+def _text(conversation: Conversation, replies: list[Result], headed: bool) -> str:
+    """Answers for a reader: with the line and the turns that they belong to, where there are several."""
+    if not headed:
+        return "".join(reply.text + "\n" for reply in replies)
+    turns = [f"> {turn}\n{reply.text}\n" for turn, reply in zip(conversation.turns, replies, strict=False)]
+    return "\n".join([f"== line {conversation.line + 1} ==", *turns])
 
 
 def in_order(answers: Iterator[tuple[int, list[Result]]]) -> Iterator[tuple[int, list[Result]]]:
-    """The same pairs by rising index: what is early waits for those before it."""
-    early: dict[int, list[Result]] = {}
+    """Yields the same pairs by rising index; those that come early wait."""
+    waiting: dict[int, list[Result]] = {}
     following = 0
     for index, replies in answers:
-        early[index] = replies
-        while following in early:
-            yield following, early.pop(following)
+        waiting[index] = replies
+        while following in waiting:
+            yield following, waiting.pop(following)
             following += 1
 
 
-def _asked(prompt: str | None, prompts: str | None, raw: bool, every: int, limit: int | None) -> list[Conversation]:
-    from foretell.conversations import Conversation, check_text, read_conversations
+def _conversations(
+    prompt: str | None, prompts: str | None, raw: bool, every: int, limit: int | None
+) -> list[Conversation]:
+    """What is to be answered: the typed prompt, or the lines of a file."""
+    from foretell.prompt_files import Conversation, check_text, read_conversations
 
     if prompt is not None:
         text = _read("-") if prompt == "-" else prompt

@@ -29,9 +29,9 @@ from torch.nn import functional as F
 
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.backbone.base import SKIP_MLP
-from foretell.backbone.eager.linear import LowerLayerDrafting
 from foretell.contracts import Draft, Drafter, Features, Row
 from foretell.drafting.checkpoint import damage_named, find
+from foretell.drafting.kernels import kernels_for
 from foretell.drafting.learning.heads import DecoderLayer, GuessingHeads, TrainingBatch
 from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, climbed, lasts
 from foretell.drafting.options import (
@@ -45,6 +45,7 @@ from foretell.drafting.options import (
     read_scales,
     tree_size,
 )
+from foretell.drafting.protocols import LowerLayerDrafting
 from foretell.errors import check_numbers
 from foretell.loading.config import ModelConfig
 from foretell.trees.calibration import Floats, calibrated
@@ -116,11 +117,11 @@ class Kangaroo(Drafter):
         self._adapter = backbone.layer(layer, tensors["norm"].float())
         self._skip = None if arch["mlp"] else bytes([SKIP_MLP])
         shared = arch["output"] == "shared"
-        self._head = backbone.heads(
+        self._head = kernels_for(backbone).heads(
             [], [backbone.head_rows(tensors["vocabulary"].long()) if shared else tensors["head"][0]]
         )
         self._width = 1 if chain else min(WIDTH, len(self._vocabulary_V))
-        self._climber = backbone.climber(LowerLayerDrafting(
+        self._climber = kernels_for(backbone).lower_layers(LowerLayerDrafting(
             self._head, self._width, self._vocabulary_V, None if chain or not self._scales else self._scales[0],
             self._adapter, self._skip,
         ))  # fmt: skip

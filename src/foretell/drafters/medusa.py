@@ -31,9 +31,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foretell.backbone import Backbone, KVCache
-from foretell.backbone.eager.linear import side_by_side
 from foretell.contracts import FINAL_NORM, Draft, Drafter, Features, Row
 from foretell.drafting.checkpoint import damage_named, find
+from foretell.drafting.heads import side_by_side
+from foretell.drafting.kernels import kernels_for
 from foretell.drafting.learning.heads import GuessingHeads, TrainingBatch
 from foretell.drafting.learning.products import number_type
 from foretell.drafting.options import (
@@ -164,7 +165,7 @@ class Medusa(Drafter):
         ]
         shared = arch["output"] == "shared"
         outputs = backbone.head_rows(tensors["vocabulary"].long())[None] if shared else tensors["head"]
-        self._heads = backbone.heads(blocks, list(outputs))
+        self._heads = kernels_for(backbone).heads(blocks, list(outputs))
         self.parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
         self._states: dict[int, list[Tensor]] = {}  # slot -> of the newest token but one: state, then streams [d]
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.contracts import Draft, Drafter, Features, Row
+from foretell.drafting.kernels import kernels_for
 from foretell.drafting.lower_layers import MAX_TREE_NODES, AcceptanceTracker, EarlyExitTrees, Threshold
 from foretell.drafting.options import DEFAULT_NODES, tree_size
 from foretell.drafting.skip_plan import Plan, PlanSearch
@@ -59,7 +60,7 @@ class Swift(Drafter):
         self.steps, self.nodes = steps, nodes
         self.tracker = AcceptanceTracker(threshold or Threshold(0.8))
         self._kept = search.score  # matchness of the plan in the file
-        self._head = backbone.heads([], [backbone.head_rows(torch.arange(backbone.config.vocab))])
+        self._head = kernels_for(backbone).heads([], [backbone.head_rows(torch.arange(backbone.config.vocab))])
         self._width = min(SIBLINGS[-1][1], backbone.config.vocab)
         self._cache: KVCache | None = None
         self._round = 0

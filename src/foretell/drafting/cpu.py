@@ -6,28 +6,53 @@ millisecond. Legend: B rows, M states, R nodes that ran, d hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from foretell.backbone.base import Backbone
+from foretell.backbone.base import Backbone, check_ids
 from foretell.backbone.cache import KVCache
 from foretell.backbone.cpu import library
 from foretell.backbone.cpu.backbone import CompiledBackbone
 from foretell.backbone.cpu.library import call, table
-from foretell.backbone.cpu.linear import PackedHeads, ThreadedLinear
-from foretell.backbone.eager.linear import DraftedTrees, DraftRequest, LevelDrafting, LowerLayerDrafting, check_ids
+from foretell.backbone.cpu.linear import ThreadedLinear
+from foretell.drafting.cpu_heads import PackedHeads
+from foretell.drafting.heads import DrafterHeads
 from foretell.drafting.prefix_layer import PrefixLayer
+from foretell.drafting.protocols import DraftedTrees, DraftRequest, LevelDrafting, LowerLayerDrafting
 from foretell.errors import check
 
 Integers = NDArray[np.int64]
 Trees = list[tuple[list[int], list[int], list[float]]]
 
 
-class CompiledPrefix(PrefixLayer):
+class CpuKernels:
+    """See `protocols.DraftKernels`."""
+
+    def __init__(self, backbone: CompiledBackbone):
+        self.backbone = backbone
+
+    def heads(
+        self, blocks: Sequence[Sequence[tuple[Tensor, Tensor]]], outputs: Sequence[Tensor] | DrafterHeads,
+        linear: bool = False,
+    ) -> PackedHeads:  # fmt: skip
+        b = self.backbone
+        return PackedHeads(blocks, outputs, linear, b.dtype, b.threads, b.build)
+
+    def grower(self, drafting: LevelDrafting) -> CpuGrower:
+        return CpuGrower(self.backbone, drafting)
+
+    def lower_layers(self, drafting: LowerLayerDrafting) -> CpuLowerLayerDrafter:
+        return CpuLowerLayerDrafter(self.backbone, drafting)
+
+    def prefix_layer(self, tensors: Mapping[str, Tensor], fuse_dP: Tensor | None) -> CpuPrefixLayer:
+        return CpuPrefixLayer(self.backbone, self.backbone.layer(tensors), fuse_dP)
+
+
+class CpuPrefixLayer(PrefixLayer):
     """In one call of the kernels."""
 
     def __init__(self, backbone: CompiledBackbone, layer: Backbone, fuse_dP: Tensor | None):
@@ -66,8 +91,8 @@ class CompiledPrefix(PrefixLayer):
         return out_Md
 
 
-class CompiledLowerLayerDrafter:
-    """See `linear.LowerLayerDrafter`."""
+class CpuLowerLayerDrafter:
+    """See `protocols.LowerLayerDrafter`."""
 
     def __init__(self, backbone: CompiledBackbone, drafting: LowerLayerDrafting):
         head, adapter, config = drafting.head, drafting.adapter, backbone.config
@@ -143,8 +168,8 @@ class CompiledLowerLayerDrafter:
             check(fits, f"A chain of {asked.count} nodes has no room for {asked.steps} steps.")
 
 
-class CompiledGrower:
-    """See `linear.TreeGrower`."""
+class CpuGrower:
+    """See `protocols.TreeGrower`."""
 
     def __init__(self, backbone: CompiledBackbone, drafting: LevelDrafting):
         self._backbone, d, hidden = backbone, drafting, backbone.config.hidden

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache, Nodes
-from foretell.backbone.eager.linear import LowerLayerDrafting
 from foretell.contracts import Draft, Drafter, Row
 from foretell.drafting.checkpoint import damage_named, find, shipped
+from foretell.drafting.kernels import kernels_for
 from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, climbed
 from foretell.drafting.options import check_exit, nothing
+from foretell.drafting.protocols import LowerLayerDrafting
 from foretell.trees.calibration import Floats
 
 BEAM, WIDTH = 8, 10
@@ -48,9 +49,11 @@ class EarlyExitDrafter(Drafter):
         self._backbone, self.size, self.chain, self.steps = backbone, size, chain, steps
         ids_V = torch.arange(backbone.config.vocab) if ids_V is None else ids_V.long()
         self._vocabulary_V = ids_V.numpy()
-        self._head = backbone.heads([], [backbone.head_rows(ids_V)])
+        self._head = kernels_for(backbone).heads([], [backbone.head_rows(ids_V)])
         self._width = 1 if chain else min(WIDTH, len(ids_V))
-        self._climber = backbone.climber(LowerLayerDrafting(self._head, self._width, self._vocabulary_V))
+        self._climber = kernels_for(backbone).lower_layers(
+            LowerLayerDrafting(self._head, self._width, self._vocabulary_V)
+        )
         self._cache: KVCache | None = None
 
     @property

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache, Nodes
-from foretell.backbone.eager.linear import DraftRequest, LowerLayerDrafter
 from foretell.contracts import Draft, Features, Resume, Row
+from foretell.drafting.protocols import DraftRequest, LowerLayerDrafter
 from foretell.trees import TokenTree
 from foretell.trees.calibration import Floats
 from foretell.trees.growing import Growing

@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from foretell.backbone.eager.linear import normed
+from foretell.backbone.base import Backbone
 from foretell.backbone.nodes import Nodes
-
-if TYPE_CHECKING:
-    from foretell.backbone.base import Backbone
+from foretell.drafting.heads import normed
 
 
 class PrefixLayer:

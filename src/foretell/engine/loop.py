@@ -27,6 +27,7 @@ from torch import Tensor
 from foretell.backbone import Backbone, Nodes
 from foretell.contracts import FINAL_NORM, Draft, Drafter, Features, Verdict
 from foretell.engine import sequence as state
+from foretell.engine.checks import check_draft, check_request
 from foretell.engine.governor import Governor
 from foretell.engine.passes import Pass, run_pass
 from foretell.engine.text_stream import Decodes, TextStream
@@ -83,23 +84,14 @@ class SpeculativeDecoder:
     def busy(self) -> bool:
         return bool(self._waiting or self._rows or self._outbox)
 
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        check_request(prompt, params, self.backbone.config, self.rule)
+        TextStream(self.tokenizer, params.stop)  # refuses stop strings that could never be met
+
     def submit(self, prompt: Sequence[int], params: SamplingParams, key: int | None = None) -> int:
-        c, room = self.backbone.config, self.backbone.config.max_positions
-        if not prompt:
-            raise UsageError("The prompt is empty; give at least one token.")
-        unknown = next((token for token in prompt if not 0 <= token < c.vocab), None)
-        if unknown is not None:
-            raise UsageError(f"The prompt holds token {unknown}; this model's ids lie between 0 and {c.vocab - 1}.")
-        if any(not 0 <= token < c.vocab for token in chain(params.logit_bias, params.stop_ids)):
-            raise UsageError(f"logit_bias or stop_ids name a token outside 0..{c.vocab - 1}.")
-        if len(prompt) + params.max_new_tokens > room:
-            raise UsageError(
-                f"A prompt of {len(prompt)} tokens and {params.max_new_tokens} new ones exceed this model's context of "
-                f"{room}; shorten the prompt or lower max_new_tokens to at most {max(0, room - len(prompt))}."
-            )
-        ends = frozenset(params.stop_ids) | frozenset(() if params.ignore_eos else c.eos_ids)
+        self.check(prompt, params)
+        ends = frozenset(params.stop_ids) | frozenset(() if params.ignore_eos else self.backbone.config.eos_ids)
         stream_of = partial(TextStream, self.tokenizer, params.stop, list(prompt))
-        stream_of()  # says what is wrong with the stop strings
         with self._lock:
             request = self._requests
             self._requests += 1
@@ -144,8 +136,9 @@ class SpeculativeDecoder:
     def pending(self, requests: Collection[int]) -> bool:
         """Whether anything of these requests is still to come."""
         with self._lock:
-            alive = (row.request for row in (*self._waiting, *self._rows) if not row.finished)
-            return any(request in requests for request in (*alive, *(event.request for event in self._outbox)))
+            unfinished = (row.request for row in chain(self._rows, self._waiting) if not row.finished)
+            emitted = (event.request for event in self._outbox)
+            return any(request in requests for request in chain(unfinished, emitted))
 
     def _advance(self) -> None:
         for row in [row for row in self._rows if row.finished]:  # an error has kept it from leaving
@@ -197,7 +190,7 @@ class SpeculativeDecoder:
                 row.statistics.suspended_steps += self.governor.suspended
             return _roots(rows)
         draft = self.drafter.draft(rows)
-        _check(draft, rows, self.drafter.max_nodes, self.backbone.config.vocab)
+        check_draft(draft, rows, self.drafter.max_nodes, self.backbone.config.vocab)
         for i, row in enumerate(rows):
             row.statistics.suspended_steps += draft.held and len(draft.trees[i]) == 1
             if draft.trees[i].height >= row.budget:
@@ -348,20 +341,6 @@ class SpeculativeDecoder:
 def _roots(rows: Sequence[state.Sequence]) -> Draft:
     """No guesses: a plain step."""
     return Draft([ROOT] * len(rows), [[row.tokens[-1]] for row in rows])
-
-
-def _check(draft: Draft, rows: Sequence[state.Sequence], most: int, vocab: int) -> None:
-    """Refuses a draft that would break the promise instead of merely guessing badly."""
-    if len(draft.trees) != len(rows):
-        raise UsageError(f"The drafter gave {len(draft.trees)} trees for {len(rows)} rows.")
-    for tokens, row in zip(draft.tokens, rows, strict=True):
-        if len(tokens) > most:
-            raise UsageError(f"The drafter gave a tree of {len(tokens)} nodes; its max_nodes allows {most}.")
-        if tokens[0] != row.tokens[-1] or not 0 <= min(tokens) <= max(tokens) < vocab:
-            raise UsageError(
-                f"The drafter gave tokens {tokens}; the first must be the row's newest, {row.tokens[-1]}, and all must "
-                f"lie in 0..{vocab - 1}."
-            )
 
 
 def _starts(draft: Draft) -> list[int]:

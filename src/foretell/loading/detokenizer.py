@@ -1,13 +1,13 @@
-"""The text of ids as they come, equal to that of decoding them all at once.
+"""Incremental detokenization: text token by token, equal to decoding all ids at once.
 
-Decoders of tokenizers look beyond the token at hand: sentencepiece's drop the first space of a text, bytes make a
-character only together, and a run of byte tokens is text only if all of it is valid UTF-8. So the text of an answer is
-what decoding prompt and answer shows beyond the prompt's own text (from the first character in which they differ, as
-where a prompt ends within a character). Decoding everything anew at every token would cost the square of the length.
-What is decoded instead depends on the kind of decoder:
+A tokenizer's decoder looks at more than one token: sentencepiece's drops the first space of a text, some tokens are
+only part of a character, and a run of byte tokens is text only if all of it is valid UTF-8. So the text of an answer is
+defined as decode(prompt + answer) without decode(prompt): the part after the first character in which they differ (they
+may differ within the prompt, which can end within a character). Decoding everything again at every token would take
+time quadratic in the length, so one of two classes does it, by the kind of decoder:
 
-    ByteText     GPT-2's kind joins bytes: an incremental UTF-8 decoder is all its state.
-    WindowText   others, from the last solid token on (see `Kind`): it grows over tokens that show nothing only.
+    ByteText     GPT-2's decoder joins bytes: an incremental UTF-8 decoder is the whole state.
+    WindowText   all others: decodes from the last solid token (see `Kind`) on, usually one or two tokens.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ if TYPE_CHECKING:
 _BYTE_TOKEN = re.compile(r"<0x[+0-9A-Fa-f][0-9A-Fa-f]>")  # the library reads +A as a number too
 _JOINING = ("Fuse", "ByteLevel")
 _BY_TOKEN = {"Replace", "ByteFallback", "Strip", "Metaspace", "WordPiece", "CTC"}
-"""Decoders that change a token by itself, by whether it is the first or the same as the one before, or within a run of
-byte tokens."""
+"""Decoders that look at one token, whether it is the first or repeats the one before, and at runs of byte tokens."""
 _PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
-_OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)
-BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+_UNPRINTABLE = (byte for byte in range(256) if byte not in _PRINTABLE)
+BYTES = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + i): byte for i, byte in enumerate(_UNPRINTABLE)}
 """The letters in which GPT-2's vocabulary spells bytes."""
 
 
@@ -41,23 +40,23 @@ class Detokenizer(Protocol):
         ...
 
     def pending(self) -> str:
-        """What is held back, as it would read if no token followed."""
+        """Returns the text held back so far, as it reads if no token follows."""
         ...
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a decoder looks at besides the token.
+    """The context that a decoder looks at besides the token itself.
 
-    A token is solid if it shows text by itself that is no half character and no byte of a run. Let t be a solid token
-    and x and y any others. `local` promises that decoding x t y shows decode(x t), then what decode(t y) shows beyond
-    decode(t): whoever looks at the first token, at the one before or at a space to strip finds t in both.
+    A token is solid if it decodes, alone, to text without half a character, and is not part of a run of bytes. If a
+    decoder is `local`, a solid token t separates its neighbours: for any tokens x before and y after it,
+    decode(x t y) = decode(x t) + (decode(t y) without decode(t)).
 
     Attributes:
-        local: whether that holds. It does for decoders that go token by token, then join, then strip at most.
-        runs: byte tokens in a row are read together.
-        halves: a token may end within a character, which reads U+FFFD until it is complete.
-        joins_bytes: the text is the bytes of all tokens, read as UTF-8, and nothing else.
+        local: true for decoders that work token by token, then join, then at most strip.
+        runs: consecutive byte tokens are decoded together.
+        halves: a token may end within a character, which decodes to U+FFFD until it is complete.
+        joins_bytes: the text is the bytes of all tokens, decoded as UTF-8, and nothing else.
     """
 
     local: bool
@@ -67,7 +66,7 @@ class Kind:
 
     @classmethod
     def of(cls, decoder: Any) -> Kind:
-        """Of a decoder of the tokenizers library; None joins tokens with spaces."""
+        """Reads it off a decoder of the tokenizers library; None joins tokens with spaces."""
         names = _names(json.loads(decoder.__getstate__())) if decoder is not None else []
         joined = next((i for i, name in enumerate(names) if name in _JOINING), len(names))
         by_token = _BY_TOKEN.issuperset(names[:joined]) and {*_JOINING, "Strip"}.issuperset(names[joined:])
@@ -78,7 +77,7 @@ class Kind:
 
 
 def follow(backend: tokenizers.Tokenizer, kind: Kind, special: frozenset[int], prompt: Sequence[int]) -> Detokenizer:
-    """The text of what follows a prompt; `special` tokens show nothing."""
+    """Returns a detokenizer for what follows a prompt; `special` tokens have no text."""
 
     def piece(token: int) -> str | None:
         return None if token in special else backend.id_to_token(token)
@@ -89,7 +88,7 @@ def follow(backend: tokenizers.Tokenizer, kind: Kind, special: frozenset[int], p
 
 
 class ByteText:
-    """Of a tokenizer that joins bytes."""
+    """Detokenizer of a tokenizer that joins bytes."""
 
     def __init__(self, bytes_of: Callable[[int], bytes], prompt: Sequence[int]):
         self._bytes_of = bytes_of
@@ -116,13 +115,13 @@ class ByteText:
 
 
 class WindowText:
-    """Of any other tokenizer. Where its kind is not `local`, nothing is certain before the end."""
+    """Detokenizer of any other tokenizer; where its kind is not `local`, all text is held back until the end."""
 
     def __init__(
         self, decode: Callable[[list[int]], str], piece: Callable[[int], str | None], kind: Kind, prompt: Sequence[int]
     ):
         self._decode, self._piece, self._kind = decode, piece, kind
-        start = next((at for at in reversed(range(len(prompt))) if self._solid(prompt[at])), 0)
+        start = next((i for i in reversed(range(len(prompt))) if self._solid(prompt[i])), 0)
         self._window = [token for token in prompt[start:] if piece(token) is not None]
         self._shown = decode(self._window)
         self._held = False
@@ -134,14 +133,14 @@ class WindowText:
         self._held = True
         if not self._kind.local or self._in_run(token):
             return ""
-        whole = self._decode(self._window)
-        if self._kind.halves and whole.endswith("\ufffd"):
+        text = self._decode(self._window)
+        if self._kind.halves and text.endswith("\ufffd"):
             return ""
         self._held = False
-        text, self._shown = _beyond(self._shown, whole), whole
+        new, self._shown = _beyond(self._shown, text), text
         if self._solid(token):
             self._window, self._shown = [token], self._decode([token])
-        return text
+        return new
 
     def pending(self) -> str:
         return _beyond(self._shown, self._decode(self._window)) if self._held else ""
@@ -156,15 +155,15 @@ class WindowText:
         return self._kind.runs and _BYTE_TOKEN.fullmatch(self._piece(token) or "") is not None
 
 
-def _beyond(before: str, whole: str) -> str:
-    """What a text shows beyond another, from the first character in which they differ."""
-    if whole.startswith(before):
-        return whole[len(before) :]
-    return whole[next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(whole)) :]
+def _beyond(before: str, text: str) -> str:
+    """Returns `text` from the first character in which it differs from `before`."""
+    if text.startswith(before):
+        return text[len(before) :]
+    return text[next((i for i, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), len(text)) :]
 
 
 def _bytes(piece: str) -> bytes:
-    """What GPT-2's spelling of bytes stands for; an added token may be spelled as it is."""
+    """Returns the bytes that GPT-2's spelling stands for; an added token may be spelled as it is."""
     try:
         return bytes(BYTES[letter] for letter in piece)
     except KeyError:
@@ -174,5 +173,5 @@ def _bytes(piece: str) -> bytes:
 def _names(decoder: dict[str, Any]) -> list[str]:
     """The decoders in a sequence of sequences."""
     if decoder["type"] == "Sequence":
-        return [name for each in decoder["decoders"] for name in _names(each)]
+        return [name for part in decoder["decoders"] for name in _names(part)]
     return [str(decoder["type"])]

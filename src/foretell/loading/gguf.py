@@ -2,12 +2,12 @@
 
 GGUF is llama.cpp's format: weights in quantized blocks under names of its own, and the tokenizer as metadata.
 Each tensor is unpacked to float32 and rounded once to bfloat16, a smaller step than its quantization was;
-unquantized files keep their float type. From then on the stored folder is the model, for a float32 run too.
+unquantized files keep their float type. The folder is then the model, for a float32 run too.
 Tensors stream through shard by shard, so memory is bounded by a shard, not by the model.
 
 One thing is not plain renaming: llama.cpp rotates neighbouring pairs of head dimensions where Hugging Face
-rotates halves, so Llama's q and k rows are stored interleaved and are put back. Metadata that change what the
-model computes are translated or, by name, refused: a key that is overlooked would be another model.
+rotates halves, so Llama's q and k rows are stored interleaved and are put back. Metadata that change what
+the model computes are translated or refused by name: an overlooked key would load another model.
 """
 
 import json
@@ -122,7 +122,7 @@ def _config(file: GGUFFile) -> dict[str, Any]:
         raise ForetellError(f"{file.path} has no tensor token_embd.weight, so it is not a whole language model.")
     dimensions = _dimensions(file, architecture)
     head_dim = dimensions.get("head_dim") or dimensions["hidden_size"] // dimensions["num_attention_heads"]
-    _refuse_what_we_do_not_compute(file, architecture, head_dim)
+    _refuse_unsupported_keys(file, architecture, head_dim)
     rotated = file.get(f"{architecture}.rope.dimension_count")
     if rotated not in (None, head_dim):
         dimensions["partial_rotary_factor"] = rotated / head_dim
@@ -173,7 +173,7 @@ def _positive(file: GGUFFile, key: str, fraction: bool = False) -> Any:
     return value
 
 
-def _refuse_what_we_do_not_compute(file: GGUFFile, architecture: str, head_dim: int) -> None:
+def _refuse_unsupported_keys(file: GGUFFile, architecture: str, head_dim: int) -> None:
     """Every other key of the architecture must have a value that changes nothing."""
     values = {key: file.get(f"{architecture}.{key}") for key in file.keys(f"{architecture}.")}
     wrong = {key: value for key, value in values.items() if key not in _READ and value not in _HARMLESS.get(key, ())}
@@ -224,10 +224,10 @@ def _rope(file: GGUFFile, architecture: str, head_dim: int, context: int) -> dic
 
 
 def _rope_divisors(file: GGUFFile, head_dim: int) -> list[float]:
-    """What every frequency is divided by: how converters write down the scaling of Llama 3.1."""
+    """Divisors of the frequencies, one each: how converters write down the scaling of Llama 3.1."""
     tensor = next(tensor for tensor in file.tensors if tensor.name == _ROPE_DIVISORS)
     divisors: list[float] = _values(tensor).flatten().tolist()
-    if len(divisors) != head_dim // 2 or not all(0 < each < math.inf for each in divisors):
+    if len(divisors) != head_dim // 2 or not all(0 < divisor < math.inf for divisor in divisors):
         raise ForetellError(
             f"{file.path} needs {head_dim // 2} positive numbers in {_ROPE_DIVISORS}, one for each frequency, but it "
             f"holds {reprlib.repr(divisors)}; fetch the file again."

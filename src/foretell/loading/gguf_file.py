@@ -44,7 +44,7 @@ class GGUFFile:
 
     @cached_property
     def tensors(self) -> "list[ReaderTensor]":
-        """All tensors, in the order of the file."""
+        """The tensors of all parts, in the order of the file."""
         return [tensor for reader in self.readers for tensor in reader.tensors]
 
 

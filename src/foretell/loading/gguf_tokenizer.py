@@ -1,9 +1,8 @@
 """The tokenizer inside a GGUF file, written out as tokenizer.json.
 
-GGUF keeps the vocabulary, but of everything else that decides the ids only hints: the name of a split rule, a
-few flags, the ids of some marks, and what llama.cpp does where nothing is said. A hint that is overlooked changes
-ids without a word, so what is not understood is refused. Two kinds occur with the families we open: byte-level
-BPE ("gpt2") and sentencepiece ("llama").
+GGUF holds the vocabulary, but only hints about the rest: the name of a split rule, a few flags, the ids of some
+marks, and defaults that llama.cpp has built in. An overlooked hint silently changes ids, so an unknown one is
+refused. The families supported here use two kinds: byte-level BPE ("gpt2") and sentencepiece ("llama").
 """
 
 import json
@@ -29,13 +28,13 @@ _SPACE = "▁"
 
 @dataclass(frozen=True, slots=True)
 class SplitRule:
-    """How a byte-level vocabulary wants text cut before merging; each pattern cuts the pieces of the one before."""
+    """Splits text before the merges of a byte-level vocabulary; each pattern splits the pieces of the one before."""
 
     patterns: tuple[str, ...] = ()
-    digits_apart: bool = False  # then every digit is a piece
-    gpt2: bool = False  # and GPT-2's own pattern comes last; the library has it built in
-    whole_words: bool = False  # a piece that is a token stays whole, whatever merges would make of it
-    start_mark: bool = False  # text begins with one, unless the file says otherwise
+    digits_apart: bool = False  # every digit is a piece of its own
+    gpt2: bool = False  # GPT-2's own pattern, built into the library, comes last
+    whole_words: bool = False  # a piece that is a token is not merged from parts
+    start_mark: bool = False  # text begins with BOS, unless the file says otherwise
     normal_form: bool = False  # accents are composed first (NFC)
 
 
@@ -45,7 +44,7 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 
 
 def _words(digits: str, others: str = r" ?[^\s\p{L}\p{N}]+[\r\n]*") -> str:
-    """The pattern of GPT-4 and of most models since, with what they differ in."""
+    """The pattern of GPT-4 and of most models since; they differ in the arguments."""
     return rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}|{others}|{_BREAKS}"
 
 
@@ -115,7 +114,7 @@ def write_tokenizer(file: GGUFFile, folder: Path) -> None:
 
 
 def splitter(rule: SplitRule) -> "tokenizers.pre_tokenizers.PreTokenizer":
-    """The rule as the library runs it, bytes written as letters included."""
+    """Builds the library's pre-tokenizer of a rule; it also spells bytes as letters."""
     from tokenizers import Regex, pre_tokenizers
 
     steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rule.patterns]
@@ -126,7 +125,7 @@ def splitter(rule: SplitRule) -> "tokenizers.pre_tokenizers.PreTokenizer":
 
 
 def marks(file: GGUFFile) -> dict[str, int]:
-    """The ids of the marks that the file names: bos, eos, eot, eom, unk and pad."""
+    """Returns the ids of the marks that the file names: bos, eos, eot, eom, unk and pad."""
     count = len(file.get("tokenizer.ggml.tokens", ()))
     defaults: Mapping[str, int] = _SPM_MARKS if file.get("tokenizer.ggml.model") == "llama" else {}
     found: dict[str, int] = {}
@@ -167,7 +166,7 @@ def _types(file: GGUFFile, tokens: list[str]) -> list[int]:
 
 
 def _vocabulary(file: GGUFFile, tokens: list[str]) -> dict[str, int]:
-    """Token -> id, without what converters append until the vocabulary is as long as the embedding."""
+    """Maps tokens to ids, without the padding that converters append up to the length of the embedding."""
     return {
         token: index
         for index, (token, kind) in enumerate(zip(tokens, _types(file, tokens), strict=True))
@@ -207,7 +206,7 @@ def _byte_level(file: GGUFFile, tokens: list[str], rule: SplitRule) -> "tokenize
 
 
 def _sentencepiece(file: GGUFFile, tokens: list[str]) -> "tokenizers.Tokenizer":
-    """Spaces are a letter of their own, and one goes before every stretch of text between marks."""
+    """Builds a sentencepiece tokenizer: a space is a letter, and each stretch of text between marks begins with one."""
     from tokenizers import decoders, normalizers
 
     for key in ("remove_extra_whitespaces", "precompiled_charsmap"):
@@ -243,7 +242,7 @@ def _bpe(
 
 
 def _merges(file: GGUFFile, tokens: list[str], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Sentencepiece joins the pair whose token has the best score; as merges: all pairs, the best first."""
+    """Turns scores into merges: sentencepiece joins the pair whose token scores best, so pairs come best first."""
     scores = file.get("tokenizer.ggml.scores") or ()
     ordinary = [i for i, kind in enumerate(_types(file, tokens)) if kind == NORMAL and tokens[i] in vocabulary]
     if len(scores) != len(tokens) or len({scores[i] for i in ordinary}) < 2:
@@ -263,7 +262,7 @@ def _merges(file: GGUFFile, tokens: list[str], vocabulary: Mapping[str, int]) ->
 def _add_special_tokens(
     backend: "tokenizers.Tokenizer", file: GGUFFile, tokens: list[str], ids: Mapping[str, int]
 ) -> None:
-    """Tokens that text is searched for before it is split; the marks among them are special."""
+    """Adds the tokens that are found in text before it is split; the marks among them are special."""
     from tokenizers import AddedToken
 
     kinds = _types(file, tokens)
@@ -284,7 +283,7 @@ def _add_special_tokens(
 def _add_marks(
     backend: "tokenizers.Tokenizer", file: GGUFFile, tokens: list[str], ids: Mapping[str, int], start_mark: bool
 ) -> None:
-    """The marks around a bare text, as a template of the library."""
+    """Sets the marks around a bare text, as a template of the library."""
     from tokenizers import processors
 
     around = {"bos": file.get("tokenizer.ggml.add_bos_token", start_mark and "bos" in ids)}

@@ -1,11 +1,11 @@
-"""A changed model by name: `BASE+ADAPTER` is BASE with low-rank changes (LoRA) worked into its weights.
+"""A changed model by name: `BASE+ADAPTER` is BASE with a LoRA adapter merged into its weights.
 
     smollm2-135m+medusa2          the adapter came with foretell
     Qwen/Qwen3-0.6B+./my-lora     a folder of peft (adapter_config.json and adapter_model.safetensors, or .bin), or of
                                   mlx-lm (adapter_config.json and adapters.safetensors)
 
-The sum W + s·B·A is made once and kept in the cache as a model of its own: it loads, steps and is fingerprinted like
-any other, and its plain decoding is the reference for what drafts for it. LoRA, arXiv 2106.09685, §4.1.
+W + s·B·A is computed once and cached as a model of its own: it loads, steps and is fingerprinted like any other, and
+its plain decoding is the reference for its drafters. LoRA, arXiv 2106.09685, §4.1.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _PLAIN = {
     "peft_version", "base_model_name_or_path", "revision", "megatron_core", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "qalora_group_size",
 }  # fmt: skip
-"""Settings of peft that a sum needs, or that leave no trace in it; any other one that is set would need more."""
+"""Settings of peft that the sum uses or that do not affect it; any other one, if set, is refused."""
 _MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq")
-"""Beginnings of an adapter that change the weights it is added to."""
+"""Initialisations (peft) that change the base weights too."""
 
 
 def split(name: str) -> tuple[str, Path] | None:
-    """Base and adapter folder of `BASE+ADAPTER`; None where the name is no such sum.
+    """Splits `BASE+ADAPTER` into base and adapter folder; None if the name is not such a sum.
 
     Raises:
         UsageError: there is no such adapter.
@@ -51,17 +51,17 @@ def split(name: str) -> tuple[str, Path] | None:
     if "+" not in name[1:] or Path(name).expanduser().exists():
         return None
     parts = name.split("+")
-    for at in range(len(parts) - 1, 0, -1):  # base and adapter may hold one themselves
-        base, adapter = "+".join(parts[:at]), "+".join(parts[at:])
+    for i in range(len(parts) - 1, 0, -1):  # base and adapter may contain a + themselves
+        base, adapter = "+".join(parts[:i]), "+".join(parts[i:])
         for folder in (SHIPPED / adapter, Path(adapter).expanduser(), Path(adapter).expanduser() / "adapter"):
             if base and adapter and (folder / CONFIG).is_file():
                 return base, folder
     base, _, adapter = name.rpartition("+")
     if found := _checkpoints(Path(adapter).expanduser()):
         raise UsageError(
-            f"{adapter} holds adapters of several moments of a training; name one of them, such as {base}+{found[-1]}."
+            f"{adapter} holds adapters of several training checkpoints; name one, such as {base}+{found[-1]}."
         )
-    known = ", ".join(sorted(each.parent.name for each in SHIPPED.glob(f"*/{CONFIG}"))) or "none"
+    known = ", ".join(sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG}"))) or "none"
     raise UsageError(
         f"There is no adapter {adapter!r} to add to {base}; name a folder with {CONFIG}, or one that came with "
         f"foretell ({known})."
@@ -69,7 +69,7 @@ def split(name: str) -> tuple[str, Path] | None:
 
 
 def refuse_alone(folder: Path) -> None:
-    """Says what is missing where a folder that was named as a model holds adapters only.
+    """Refuses a folder named as a model that holds adapters only.
 
     Raises:
         UsageError: it does.
@@ -82,13 +82,13 @@ def refuse_alone(folder: Path) -> None:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The adapters that a trainer left in its folder, the latest last."""
-    found = [each.parent for each in folder.glob(f"checkpoint-*/{CONFIG}") if re.fullmatch(r".*-\d+", each.parent.name)]
-    return sorted(found, key=lambda each: int(each.name.rpartition("-")[2]))
+    """Lists the adapters that a trainer left in its folder, the latest last."""
+    found = [path.parent for path in folder.glob(f"checkpoint-*/{CONFIG}") if re.fullmatch(r".*-\d+", path.parent.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def identity(adapter: Path) -> str:
-    """A digest of what would be added."""
+    """Returns a digest of the adapter's files."""
     try:
         files = (adapter / CONFIG, _tensors_file(adapter))
         return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
@@ -97,7 +97,7 @@ def identity(adapter: Path) -> str:
 
 
 def merge(base: Path, adapter: Path, target: Path, progress: Progress) -> None:
-    """Writes the model folder `target`: `base` with the adapter worked in.
+    """Writes the model folder `target`: `base` with the adapter merged in.
 
     Raises:
         ForetellError, UsageError: the adapter is damaged, of another kind, or made for another model.
@@ -119,7 +119,7 @@ def merge(base: Path, adapter: Path, target: Path, progress: Progress) -> None:
 
 
 def copy_beside(base: Path, target: Path) -> None:
-    """Copies config, tokenizer and what else a model folder holds beside its weights, where it is not there yet."""
+    """Copies all files of a model folder but its weights, unless they exist in `target`."""
     for path in base.iterdir():
         weights = path.name.startswith("model") or path.suffix in (".safetensors", ".bin", ".pt", ".pth")
         if path.is_file() and not weights and path.name != MANIFEST and not (target / path.name).exists():
@@ -137,19 +137,19 @@ def _tensors_file(adapter: Path) -> Path:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file; of a pickle too, as long as it holds nothing else."""
+    """Reads the tensors of a safetensors file, or of a pickle that holds nothing else."""
     from safetensors.torch import load_file
 
     if path.suffix != ".bin":
         return load_file(path)
     found = torch.load(path, weights_only=True, map_location="cpu")
-    if not isinstance(found, dict) or not all(isinstance(each, Tensor) for each in found.values()):
-        raise ValueError("it holds other things than tensors")
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise ValueError("it holds objects that are not tensors")
     return found
 
 
 class _Changes:
-    """What an adapter adds, by the names of the weights."""
+    """Reads the changes of an adapter, by the names of the weights."""
 
     def __init__(self, adapter: Path):
         from safetensors import SafetensorError

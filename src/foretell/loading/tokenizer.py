@@ -1,9 +1,9 @@
 """Text to token ids and back, and a conversation to the prompt the model was trained on.
 
-The ids are those of transformers, but importing it costs most of a second at every start, so the two things
-it does here are done directly: tokenizer.json is run by the `tokenizers` library, and the chat template, a
-Jinja program that came with the weights and is not to be trusted, is rendered in the same kind of sandbox.
-transformers itself is called only for folders without a tokenizer.json.
+The ids are those of transformers, but importing it takes most of a second, so its two jobs are done directly:
+tokenizer.json is run by the `tokenizers` library, and the chat template, an untrusted Jinja program that came with
+the weights, is rendered in the same kind of sandbox. transformers is imported only for folders without a
+tokenizer.json.
 """
 
 import json
@@ -26,7 +26,7 @@ Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 ENDS = frozenset(
     ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<EOT>", "[EOT]", "<end_of_utterance>")
 ) | {"<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>"}  # fmt: skip
-"""Marks that end a turn or a text wherever they are special; checkpoints often declare only one of those they use."""
+"""Marks that end a turn or a text if they are special tokens; checkpoints often declare only one of several."""
 
 
 class Tokenizer:
@@ -72,7 +72,7 @@ class Tokenizer:
             ) from None
 
     def encode_raw(self, text: str) -> list[int]:
-        """Token ids of a text to go on with: the marks around it included, but never two start marks."""
+        """Returns token ids of a text to continue: with the marks around it, but never two start marks."""
         ids = self.encode(text, special=True)
         mark = next((mark for mark, index in self.special.items() if ids[:2] == [index, index]), None)
         plain = self.encode(text)
@@ -86,20 +86,20 @@ class Tokenizer:
         return ids[1:]
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """The text of token ids, exactly as spelled: no clean-up of spaces."""
+        """Returns the text of token ids exactly as spelled: no clean-up of spaces."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
     @cached_property
     def special(self) -> dict[str, int]:
-        """Tokens that are marks and no text, by how they are written."""
+        """Special tokens, by their spelling."""
         added = self._backend.get_added_tokens_decoder()
         return {token.content: index for index, token in added.items() if token.special}
 
     def follow(self, prompt: Sequence[int]) -> Detokenizer:
-        """The text of what is written after a prompt, token by token, without special tokens.
+        """Returns a detokenizer of what follows a prompt, without special tokens.
 
-        Together it is what decoding all ids shows beyond the prompt's text. `decode` of the answer alone may lack a
-        space at its beginning.
+        Its pieces together are the text of prompt and answer without the prompt's. `decode` of the answer alone may
+        lack a space at its beginning.
         """
         return follow(self._backend, self._kind, frozenset(self.special.values()), prompt)
 
@@ -113,7 +113,7 @@ class Tokenizer:
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
-        """The ids that end an answer, as far as the vocabulary, its settings and the chat template tell."""
+        """Ids that end an answer, as far as vocabulary, settings and chat template tell."""
         added = self._backend.get_added_tokens_decoder().items()
         special = {token.content: index for index, token in added if token.special}
         known = [index for text, index in special.items() if text in ENDS]
@@ -124,23 +124,23 @@ class Tokenizer:
         return tuple(dict.fromkeys(index for index in found if index is not None))
 
     def _after_answer(self) -> str:
-        """What the chat template writes after an answer; empty where it cannot tell."""
+        """Returns the text that the chat template writes after an answer; empty where it cannot be told."""
         answer = "~ the answer ~"
         turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
         try:
             _, found, after = self.render_chat(turns, add_generation_prompt=False).rpartition(answer)
-        except ForetellError:  # no template, or one that will not have these messages: nothing to learn from it
+        except ForetellError:  # no template, or one that refuses these messages
             return ""
         return after.lstrip() if found else ""
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether `chat` can work."""
+        """True if `chat` works."""
         return isinstance(self._template, str)
 
     @property
     def lacks_template(self) -> str:
-        """Why `chat` cannot work, as the end of a sentence."""
+        """The reason that `chat` cannot work, as the end of a sentence."""
         if not self._template:
             return "has no chat template"
         return f"has chat templates named {', '.join(sorted(self._template))}, but none named default"
@@ -150,8 +150,8 @@ class Tokenizer:
         if not messages:
             raise ForetellError("The conversation is empty; give at least one message.")
         # None stands for "not given" in the OpenAI format, and templates would print it
-        given = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        plain = json.loads(json.dumps(given))  # a copy of plain types is all a template may touch
+        messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        plain = json.loads(json.dumps(messages))  # a template may touch a copy of plain types only
         template = self._compiled
         try:
             return template.render(
@@ -161,7 +161,7 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt,
                 **self._marks,
             )
-        except Exception as error:  # a stranger's program: it may divide by zero or recurse without end
+        except Exception as error:  # an untrusted program: it may divide by zero or recurse without end
             raise ForetellError(
                 f"The chat template of {self._name} refuses these messages ({one_line(error)}); "
                 "change them, or pass the whole prompt as text (--raw)."
@@ -196,7 +196,7 @@ def _load_backend(folder: Path) -> "tokenizers.Tokenizer":
 
 
 def _rebuild_backend(folder: Path) -> "tokenizers.Tokenizer":
-    """Folders with only vocab.json and merges.txt, or a sentencepiece model: transformers knows how."""
+    """Rebuilds the tokenizer of a folder with only vocab.json and merges.txt, or a sentencepiece model."""
     if not any((folder / name).is_file() for name in ("tokenizer.model", "vocab.json", "tokenizer_config.json")):
         raise ForetellError(f"{folder} has no tokenizer.json, so text cannot become tokens; fetch the model again.")
     from transformers import AutoTokenizer
@@ -218,9 +218,9 @@ def _rebuild_backend(folder: Path) -> "tokenizers.Tokenizer":
 
 
 def _read_template(folder: Path, settings: Mapping[str, Any]) -> str | dict[str, str] | None:
-    """The default chat template: a file of its own in new checkpoints, a setting in older ones.
+    """Reads the default chat template: its own file in new checkpoints, a setting in older ones.
 
-    Several by name, where none of them is called default.
+    Returns several by name where none is called default.
     """
     path = folder / "chat_template.jinja"
     if path.is_file():
@@ -255,7 +255,7 @@ def _content(value: Any) -> str:
 
 
 def _sandbox() -> "jinja2.Environment":
-    """The environment templates are written for: transformers' one."""
+    """Makes the environment that templates are written for: transformers'."""
     import jinja2
     import jinja2.ext
     import jinja2.nodes

@@ -16,10 +16,12 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from foretell.api import LLM, Result
-from foretell.conversations import Conversation, converse, read_conversations
+from foretell.conversations import Conversation, converse
+from foretell.engine import run
 from foretell.errors import ForetellError, UsageError
 from foretell.files import whole_lines, write_errors
-from foretell.requests import Event, SamplingParams
+from foretell.prompt_files import read_conversations
+from foretell.requests import Event, Request, SamplingParams
 from foretell.train.data import ConversationStore, Distilled
 from foretell.train.prompts import tasks
 
@@ -71,9 +73,9 @@ def write_prompts(
     decoder = llm.decoder(rows)
     attempt, written, repeats = len(seen), 0, 0
     while len(seen) < count:
-        tries = [(prefix, params, key) for key in range(attempt, attempt + 4 * rows)]
+        tries = [Request(prefix, params, key) for key in range(attempt, attempt + 4 * rows)]
         results, turns = [Result() for _ in tries], 0
-        with closing(llm.run(decoder, tries)) as events:
+        with closing(run(decoder, tries)) as events:
             for index, event in events:
                 if event.error:
                     raise ForetellError(event.error)

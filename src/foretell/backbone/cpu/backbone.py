@@ -12,21 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foretell.backbone.base import Backbone
+from foretell.backbone.base import Backbone, check_ids
 from foretell.backbone.cache import KVCache
 from foretell.backbone.cpu import library
 from foretell.backbone.cpu.library import call, table
-from foretell.backbone.cpu.linear import PackedHeads, PackedLinear, ThreadedLinear
-from foretell.backbone.eager.linear import (
-    DrafterHeads,
-    LevelDrafting,
-    LowerLayerDrafter,
-    LowerLayerDrafting,
-    TreeGrower,
-    check_ids,
-)
+from foretell.backbone.cpu.linear import PackedLinear, ThreadedLinear
 from foretell.backbone.nodes import Nodes
-from foretell.drafting.prefix_layer import PrefixLayer
 from foretell.errors import check
 from foretell.loading.config import ModelConfig
 
@@ -156,27 +147,6 @@ class CompiledBackbone(Backbone):
 
     def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> ThreadedLinear:
         return ThreadedLinear(self._packed(weight_NK, bias_N), self.threads)
-
-    def heads(
-        self, blocks: Sequence[Sequence[tuple[Tensor, Tensor]]], outputs: Sequence[Tensor] | DrafterHeads,
-        linear: bool = False,
-    ) -> PackedHeads:  # fmt: skip
-        return PackedHeads(blocks, outputs, linear, self.dtype, self.threads, self.build)
-
-    def grower(self, drafting: LevelDrafting) -> TreeGrower:
-        from foretell.drafting.cpu import CompiledGrower
-
-        return CompiledGrower(self, drafting)
-
-    def climber(self, drafting: LowerLayerDrafting) -> LowerLayerDrafter:
-        from foretell.drafting.cpu import CompiledLowerLayerDrafter
-
-        return CompiledLowerLayerDrafter(self, drafting)
-
-    def prefix(self, tensors: Mapping[str, Tensor], fuse_dP: Tensor | None) -> PrefixLayer:
-        from foretell.drafting.cpu import CompiledPrefix
-
-        return CompiledPrefix(self, self.layer(tensors), fuse_dP)
 
     def _alike(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> CompiledBackbone:
         return CompiledBackbone(config, weights.__getitem__, self.dtype, self.threads, self.build)

@@ -1,7 +1,8 @@
 """The compiled kernels, reached with ctypes: one call runs any range of layers over any set of rows.
 
 The shared library is built with the package (`native/`); where no compiler was at hand it is absent and the eager
-modules serve instead. The structures below mirror `native/common.h` word for word.
+modules serve instead. The structures below mirror `native/common.h`, and a library whose structures or argument lists
+differ is refused when it is loaded.
 
 Native code sees pointers alone: it can neither keep a tensor alive nor tell how long it is. So pointers are made in
 two places only, `Described` and `call`, which hold what the pointers lead to; and every size, type and index that
@@ -26,8 +27,6 @@ from torch import Tensor
 from foretell.errors import ForetellError, UsageError, check
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
-LAYOUT = 12
-"""Of the structures below and of the calls; what `foretell_layout` in native.cpp must say too."""
 BUILDS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
 FULL = "The kernels found too little memory; use fewer threads, a smaller batch or a shorter prompt."
 
@@ -68,27 +67,34 @@ def table(items: Sequence[Any]) -> Array[Any] | None:
     return made
 
 
-def _words(names: str) -> list[tuple[str, type]]:
+def _numbers(names: str) -> list[tuple[str, type]]:
     return [(name, c_int64) for name in names.split()]
 
 
+def _pointers(names: str) -> list[tuple[str, type]]:
+    return [(name, c_void_p) for name in names.split()]
+
+
 class Layer(Described):
-    _fields_ = _words(
-        "attention_norm qkv qkv_bias query_norm key_norm out out_bias "
-        "mlp_norm gate_up gate_up_bias down down_bias window"
-    )
+    _fields_ = [
+        *_pointers("attention_norm qkv qkv_bias query_norm key_norm out out_bias"),
+        *_pointers("mlp_norm gate_up gate_up_bias down down_bias"), *_numbers("window"),
+    ]  # fmt: skip
 
 
 class Model(Described):
-    _fields_ = [*_words("hidden heads kv_heads head_dim mlp threads"), ("eps", c_double), *_words("layers")]
+    _fields_ = [*_numbers("hidden heads kv_heads head_dim mlp threads"), ("eps", c_double), *_pointers("layers")]
 
 
 class Cache(Described):
-    _fields_ = _words("keys values layer_stride starts head_stride")
+    _fields_ = [*_pointers("keys values"), *_numbers("layer_stride"), *_pointers("starts"), *_numbers("head_stride")]
 
 
 class Rows(Described):
-    _fields_ = _words("count sequences sequence node cache_row length offset parents position cosine sine")
+    _fields_ = [
+        *_numbers("count sequences"),
+        *_pointers("sequence node cache_row length offset parents position cosine sine"),
+    ]  # fmt: skip
 
     @classmethod
     def of(cls, count: int, sequences: int, words: NDArray[np.int32], places: Sequence[int], *angles: Tensor) -> Rows:
@@ -100,41 +106,76 @@ class Rows(Described):
 
 
 class Span(Described):
-    _fields_ = _words("begin end skip taps")
+    _fields_ = [*_numbers("begin end"), *_pointers("skip taps")]
 
 
 class Heads(Described):
-    _fields_ = _words("heads hidden inputs layers linear outputs choices threads weight bias output scale output_scale")
+    _fields_ = [
+        *_numbers("heads hidden inputs layers linear outputs choices threads"),
+        *_pointers("weight bias output scale output_scale"),
+    ]  # fmt: skip
 
 
 class Committed(Described):
-    _fields_ = _words(
-        "sequences cache_row length count cosine sine fuse others stream following embedding packed"
-    )  # fmt: skip
+    _fields_ = [
+        *_numbers("sequences"), *_pointers("cache_row length count cosine sine fuse"), *_numbers("others"),
+        *_pointers("stream following embedding"), *_numbers("packed"),
+    ]  # fmt: skip
 
 
 class Drafting(Described):
-    _fields_ = _words("levels hidden streams width grounded chained heads embedding packed vocabulary scales")
+    _fields_ = [
+        *_numbers("levels hidden streams width grounded chained"), *_pointers("heads embedding"), *_numbers("packed"),
+        *_pointers("vocabulary scales"),
+    ]  # fmt: skip
 
 
 class Wanted(Described):
     _fields_ = [
-        *_words("rows count beam"), ("least", c_double), *_words("states roots sizes parents tokens given")
+        *_numbers("rows count beam"), ("least", c_double), *_pointers("states roots sizes parents tokens given")
     ]  # fmt: skip
 
 
 class Lower(Described):
     _fields_ = [
-        *_words("model adapter skip norm"), ("eps", c_double), *_words("head width vocabulary scale embedding packed")
+        *_pointers("model adapter skip norm"), ("eps", c_double), *_pointers("head"), *_numbers("width"),
+        *_pointers("vocabulary scale embedding"), *_numbers("packed"),
     ]  # fmt: skip
 
 
 class Climb(Described):
     _fields_ = [
-        *_words("rows layers count steps room beam"), ("least", c_double),
-        *_words("thresholds roots budget cache_row length own_length waiting states cosine sine cache own"),
-        *_words("sizes ran at parents tokens given hidden tapped"),
+        *_numbers("rows layers count steps room beam"), ("least", c_double),
+        *_pointers("thresholds roots budget cache_row length own_length waiting states cosine sine cache own"),
+        *_pointers("sizes ran at parents tokens given hidden tapped"),
     ]  # fmt: skip
+
+
+def layout() -> set[str]:
+    """The structures and the argument lists, one line each, as `foretell_layout_text` in native.cpp writes them."""
+    kinds = {type_: kind for kind, type_ in KINDS.items()}
+    lines = {f"{name} {arguments}" for name, arguments in CALLS.items()}
+    for structure in Described.__subclasses__():
+        fields = [f"{name}@{getattr(structure, name).offset}{kinds[type_]}" for name, type_, *_ in structure._fields_]
+        lines.add(f"{structure.__name__} {ctypes.sizeof(structure)}: {' '.join(fields)}")
+    return lines
+
+
+def _compiled_layout(lib: ctypes.CDLL) -> set[str]:
+    """What a library was compiled with; nothing for one so old that it cannot tell."""
+    if not hasattr(lib, "foretell_layout_text"):
+        return set()
+    lib.foretell_layout_text.restype = ctypes.c_char_p
+    return set(lib.foretell_layout_text().decode().splitlines())
+
+
+KINDS = {"p": c_void_p, "n": c_int64, "i": c_int, "d": c_double}
+"""What fields and arguments are, as native.cpp calls them."""
+CALLS = {
+    "pack": "ppnnpi", "unpack_rows": "ppnpnpi", "layers": "pppppppi", "norm": "pppdnnp", "linear": "ppnnpnppnppini",
+    "heads": "ppppnnpppi", "observe": "pppppnpi", "grow": "pppi", "climb": "pppi", "attention": "ppppppni",
+}  # fmt: skip
+"""The arguments of the exported functions that `call` reaches."""
 
 
 @cache
@@ -143,23 +184,13 @@ def loaded() -> ctypes.CDLL | None:
     if not LIBRARY.exists():
         return None
     lib = ctypes.CDLL(str(LIBRARY))
-    if not hasattr(lib, "foretell_layout") or lib.foretell_layout() != LAYOUT:
+    if _compiled_layout(lib) != layout():
         raise ForetellError(f"{LIBRARY} was compiled from other sources; install foretell again (pip install -e .).")
-    pointer, flag, size = c_void_p, c_int, c_int64
-    lib.foretell_build.restype, lib.foretell_build.argtypes = pointer, [ctypes.c_char_p]
-    lib.foretell_name.restype, lib.foretell_name.argtypes = ctypes.c_char_p, [pointer]
+    lib.foretell_build.restype, lib.foretell_build.argtypes = c_void_p, [ctypes.c_char_p]
+    lib.foretell_name.restype, lib.foretell_name.argtypes = ctypes.c_char_p, [c_void_p]
     lib.foretell_message.restype = lib.foretell_last_build.restype = ctypes.c_char_p
-    lib.foretell_pack.argtypes = [pointer, pointer, size, size, pointer, flag]
-    lib.foretell_unpack_rows.argtypes = [pointer, pointer, size, pointer, size, pointer, flag]
-    lib.foretell_layers.argtypes = [pointer] * 7 + [flag]
-    lib.foretell_norm.argtypes = [pointer, pointer, pointer, c_double, size, size, pointer]
-    lib.foretell_linear.argtypes = [
-        pointer, pointer, size, size, pointer, size, pointer, pointer, size, pointer, pointer, flag, size, flag
-    ]  # fmt: skip
-    lib.foretell_heads.argtypes = [pointer, pointer, pointer, pointer, size, size, pointer, pointer, pointer, flag]
-    lib.foretell_observe.argtypes = [pointer] * 5 + [size, pointer, flag]
-    lib.foretell_grow.argtypes = lib.foretell_climb.argtypes = [pointer, pointer, pointer, flag]
-    lib.foretell_attention.argtypes = [pointer] * 6 + [size, flag]
+    for name, kinds in CALLS.items():
+        getattr(lib, f"foretell_{name}").argtypes = [KINDS[kind] for kind in kinds]
     return lib
 
 

@@ -1,7 +1,7 @@
 """llama.cpp's own server, in process (xllamacpp), on a GGUF file.
 
-A stream leaves out tokens that end within a character; where some are missing the answer is asked for once more,
-whole and untimed.
+A stream leaves out tokens that end within a character; where some are missing the answer is requested once more, as
+a whole and untimed.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ def make(config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
     server = xllamacpp.Server(params)
 
-    def ask(request: Request, prompt: list[int], stream: bool, hear: Callable[[dict[str, Any]], None]) -> None:
-        def heard(chunk: dict[str, Any]) -> None:
+    def complete(request: Request, prompt: list[int], stream: bool, receive: Callable[[dict[str, Any]], None]) -> None:
+        def on_chunk(chunk: dict[str, Any]) -> None:
             if "error" in chunk:
                 raise RuntimeError(chunk["error"])
-            hear(chunk["__verbose"])
+            receive(chunk["__verbose"])
 
         server.handle_completions(
             {"prompt": prompt, "max_tokens": request["new_tokens"], "temperature": request["temperature"],
              "seed": request["seed"], "top_k": 0, "top_p": 1.0, "min_p": 0.0, "cache_prompt": False, "stream": stream,
              "return_tokens": True, "verbose": True},
-            heard,
+            on_chunk,
         )  # fmt: skip
 
     def timed(request: Request, prompt: list[int]) -> tuple[Clock, dict[str, Any], float]:
-        clock, told = Clock(), {}
+        clock, last = Clock(), {}
 
-        def hear(chunk: dict[str, Any]) -> None:
+        def receive(chunk: dict[str, Any]) -> None:
             clock.add(chunk["tokens"])
-            told.update(chunk)
+            last.update(chunk)
 
-        ask(request, prompt, True, hear)
-        return clock, told, clock.answer()["seconds"]
+        complete(request, prompt, True, receive)
+        return clock, last, clock.answer()["seconds"]
 
-    def finished(request: Request, prompt: list[int], clock: Clock, told: dict[str, Any], seconds: float) -> Answer:
-        if len(clock.ids) != told["tokens_predicted"]:
-            ask(request, prompt, False, lambda whole: clock.missed(whole["tokens"]))
-        times = told["timings"]
+    def finished(request: Request, prompt: list[int], clock: Clock, last: dict[str, Any], seconds: float) -> Answer:
+        if len(clock.ids) != last["tokens_predicted"]:
+            complete(request, prompt, False, lambda chunk: clock.missed(chunk["tokens"]))
+        times = last["timings"]
         known: dict[str, Any] = {"seconds": seconds, "prefill_seconds": times["prompt_ms"] / 1e3}
         if "ngram" in config["options"]:
             accepted = times.get("draft_n_accepted", 0)
@@ -61,8 +61,8 @@ def make(config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     def answer(request: Request) -> list[Answer]:
         prompts = request["prompts"]
         with ThreadPoolExecutor(len(prompts)) as pool:
-            heard = list(pool.map(lambda prompt: timed(request, prompt), prompts))
-        return [finished(request, prompt, *each) for prompt, each in zip(prompts, heard, strict=True)]
+            streamed = list(pool.map(lambda prompt: timed(request, prompt), prompts))
+        return [finished(request, prompt, *answer) for prompt, answer in zip(prompts, streamed, strict=True)]
 
     about = {"version": version("xllamacpp"), "file": config["gguf"].rsplit("/", 1)[-1]}
     return answer, about | {"system": " ".join(str(xllamacpp.get_system_info()).split())}

@@ -1,4 +1,4 @@
-"""How the benchmark talks with a peer: JSON lines over the pipes of a process that has an environment of its own.
+"""The protocol between benchmark and peer: JSON lines over the pipes of a process in an environment of its own.
 
     -> {"model": "...", "dtype": "bf16", "threads": 2, ...}                          once
     <- {"ready": {"version": "..."}}                                                 or {"error": "..."}
@@ -25,30 +25,30 @@ def serve(make: Callable[[dict[str, Any]], tuple[Callable[[Request], list[Answer
     """Answers requests until stdin ends.
 
     Args:
-        make: of the first line, makes the function that answers, and what is to be told of it.
+        make: given the first line, returns the function that answers, and a description for the report.
     """
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not stand among the answers
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
 
-    def say(message: dict[str, Any]) -> None:
+    def send(message: dict[str, Any]) -> None:
         out.write(json.dumps(message) + "\n")
         out.flush()
 
     try:
         answer, about = make(json.loads(sys.stdin.readline()))
-    except Exception as error:  # whatever a foreign library raises is told to whoever started us
-        say({"error": f"{type(error).__name__}: {error}"})
+    except Exception as error:  # any error of the peer's library is reported to the benchmark
+        send({"error": f"{type(error).__name__}: {error}"})
         return
-    say({"ready": about})
+    send({"ready": about})
     for line in sys.stdin:
         try:
-            say({"answers": answer(json.loads(line))})
+            send({"answers": answer(json.loads(line))})
         except Exception as error:
-            say({"error": f"{type(error).__name__}: {error}"})
+            send({"error": f"{type(error).__name__}: {error}"})
 
 
 class Clock:
-    """Notes when tokens come."""
+    """Records when tokens arrive."""
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
@@ -61,15 +61,15 @@ class Clock:
             self.arrivals.append((len(ids), time.perf_counter() - self.began))
 
     def missed(self, ids: list[int]) -> None:
-        """Learns all ids, some of which were not heard: those came with the next that was.
+        """Replaces the ids by the complete list: a token that the stream left out arrived with the next one.
 
-        Where they are not what was heard and more, nobody knows when they came.
+        If the streamed ids are not a subsequence of `ids`, no arrival is known.
         """
-        ends = list(_places(ids, self.ids))
-        arrivals, begin, heard = [], 0, 0
+        ends = list(_ends(ids, self.ids))
+        arrivals, begin, streamed = [], 0, 0
         for count, at in self.arrivals if len(ends) == len(self.ids) else []:
-            heard += count
-            end = ends[heard - 1] if heard < len(ends) else len(ids)
+            streamed += count
+            end = ends[streamed - 1] if streamed < len(ends) else len(ids)
             arrivals.append((end - begin, at))
             begin = end
         self.ids, self.arrivals = ids, arrivals
@@ -78,11 +78,11 @@ class Clock:
         return {"ids": self.ids, "seconds": time.perf_counter() - self.began, "arrivals": self.arrivals, **known}
 
 
-def _places(ids: list[int], some: list[int]) -> Iterator[int]:
-    """Behind which of `ids` each of `some` of them ends, as far as they go in order."""
-    at = 0
-    for token in some:
-        if token not in ids[at:]:
+def _ends(ids: list[int], streamed: list[int]) -> Iterator[int]:
+    """Yields the index in `ids` just after each streamed token, in order, until one is missing."""
+    end = 0
+    for token in streamed:
+        if token not in ids[end:]:
             return
-        at = ids.index(token, at) + 1
-        yield at
+        end = ids.index(token, end) + 1
+        yield end

@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class Arrivals(BaseStreamer):
-    """Hands the tokens of each step to a clock; the first call brings the prompt."""
+    """Passes the tokens of each step to a clock; the first call carries the prompt."""
 
     def __init__(self, clock: Clock):
         self.clock, self.prompt = clock, True

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache
-from foretell.backbone.eager.linear import DrafterHeads, LevelDrafting
 from foretell.contracts import FINAL_NORM, Draft, Drafter, Features, Row
 from foretell.drafters.hydra.heads import HydraHeads, shapes
 from foretell.drafting.checkpoint import damage_named, find
+from foretell.drafting.heads import DrafterHeads
+from foretell.drafting.kernels import kernels_for
 from foretell.drafting.learning.heads import DecoderLayer
 from foretell.drafting.options import (
     Reading,
@@ -42,6 +43,7 @@ from foretell.drafting.options import (
     spread,
     tree_size,
 )
+from foretell.drafting.protocols import LevelDrafting
 from foretell.errors import UsageError
 from foretell.trees import TokenTree, from_paths
 from foretell.trees.calibration import Floats, calibrated
@@ -110,15 +112,15 @@ class Hydra(Drafter):
             if arch["linear"]:
                 pairs.append((tensors["last"][k], tensors["last_bias"][k].float()))
             matrices: Any = self._levels[0] if k and len(outputs) == 1 else [outputs[k]]
-            self._levels.append(backbone.heads([[pair] for pair in pairs], matrices, arch["linear"]))
+            self._levels.append(kernels_for(backbone).heads([[pair] for pair in pairs], matrices, arch["linear"]))
         streams = 1 if arch["fused"] else len(self.taps)
         vocabulary, reads = self._vocabulary_V, (self.grounded, self.chained)
-        self._grower = backbone.grower(
+        self._grower = kernels_for(backbone).grower(
             LevelDrafting(self._levels, streams, self._width, vocabulary, self._scales, *reads)
         )
         layer = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("prefix.")}
         fuse = tensors["fuse"] if arch["fused"] else None
-        self._prefix = backbone.prefix(layer, fuse) if arch["prefix"] else None
+        self._prefix = kernels_for(backbone).prefix_layer(layer, fuse) if arch["prefix"] else None
         self.parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
         self._states: dict[int, Tensor] = {}  # slot -> of the newest token but one: state, then streams [S, d]
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foretell.backbone.eager.linear import normed
 from foretell.contracts import FINAL_NORM
+from foretell.drafting.heads import normed
 from foretell.drafting.learning.heads import DecoderLayer, GuessingHeads, TrainingBatch
 from foretell.drafting.learning.products import product
 from foretell.drafting.options import output_shape
@@ -66,7 +66,7 @@ class HydraHeads(GuessingHeads):
         ]
 
     def states(self, k: int, x_PI: Tensor) -> Tensor:
-        """What the output matrix of head k reads, [P, d]; `x_PI` as `linear.side_by_side` gives it."""
+        """What the output matrix of head k reads, [P, d]; `x_PI` as `drafting.heads.side_by_side` gives it."""
         out_Pd = x_PI[:, : self.deep_KLdd.shape[-1]]
         for weight, bias in self.blocks(k):
             read = F.dropout(x_PI, self.dropout, self.training)

@@ -1,22 +1,18 @@
-// The C face of the kernels: picks the best build for this processor, runs it on a team of threads, and takes
-// plain pointers, so that Python reaches it with ctypes and no header of PyTorch or Python is needed.
-#include <algorithm>
+// The C face of the kernels: picks the best build for this processor and takes plain pointers, so that Python reaches it
+// with ctypes and no header of PyTorch or Python is needed.
 #include <atomic>
-#include <csignal>
+#include <cstddef>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <exception>
-#include <mutex>
 #include <new>
-#include <pthread.h>
 #include <stdexcept>
-#include <system_error>
-#include <thread>
-#include <utility>
+#include <string>
+#include <type_traits>
 #include <vector>
 
 #include "common.h"
+#include "threads.h"
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -24,152 +20,6 @@
 #endif
 
 namespace foretell {
-
-// ---- Threads: a team of our own. A waiting thread spins for as long as the parts of a step are out of balance and
-// then sleeps: a thread that burnt its share of a busy core would be the one kept waiting when its turn comes.
-// PyTorch's OpenMP team has other manners, so nothing in a step may call on it.
-
-constexpr int kSpins = 2000;  // tens of microseconds
-
-template <class Number>
-static void wait_while(const std::atomic<Number>& value, Number old) {
-    for (int spins = 0; spins < kSpins; spins++) {
-        if (value.load(std::memory_order_acquire) != old) return;
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#endif
-    }
-    value.wait(old, std::memory_order_acquire);
-}
-
-static std::atomic<int> arrived{0}, rounds{0};  // the barrier
-static std::atomic<bool> broken{false};         // a thread left its body with an exception: nobody may wait for it
-
-struct Broken : std::exception {};
-
-static void break_barrier() {
-    broken.store(true, std::memory_order_release);
-    rounds.fetch_add(1, std::memory_order_acq_rel);
-    rounds.notify_all();
-}
-
-static void mend_barrier() { arrived.store(0), rounds.store(0), broken.store(false); }
-
-void wait(int64_t threads) {
-    if (threads == 1) return;
-    int now = rounds.load(std::memory_order_acquire);
-    if (broken.load(std::memory_order_acquire)) throw Broken();
-    if (arrived.fetch_add(1, std::memory_order_acq_rel) < (int)threads - 1) {
-        wait_while(rounds, now);
-        if (broken.load(std::memory_order_acquire)) throw Broken();
-        return;
-    }
-    arrived.store(0, std::memory_order_relaxed);
-    rounds.store(now + 1, std::memory_order_release);
-    rounds.notify_all();
-}
-
-struct Team {
-    // `round` counts in steps of kMaxThreads; the rest is how many threads the round wants. One number, so that a
-    // thread that wakes late for a round that went on without it cannot take the next round's threads for this one's;
-    // of 64 bits, so that it never comes round to what a sleeping thread saw last.
-    std::atomic<int64_t> round{0};
-    std::atomic<int> running{0};
-    void (*body)(void*, int64_t) = nullptr;
-    void* context = nullptr;
-    std::vector<std::thread> threads;
-    std::mutex failing;
-    std::exception_ptr failure;  // the first of this round
-
-    // No exception may leave a thread. Those of the others waiting at the barrier follow from the first, which counts.
-    void run_body(int id) {
-        try {
-            body(context, id);
-        } catch (...) {
-            {
-                std::lock_guard<std::mutex> lock(failing);
-                if (!failure) failure = std::current_exception();
-            }
-            break_barrier();
-        }
-    }
-    void work(int id, int64_t seen) {
-        for (;;) {
-            wait_while(round, seen);
-            seen = round.load(std::memory_order_acquire);
-            if (id >= seen % kMaxThreads) continue;
-            run_body(id);
-            if (running.fetch_sub(1, std::memory_order_acq_rel) == 1) running.notify_one();
-        }
-    }
-    // Starts threads until there are `count` with the caller, or the system gives no more; returns how many there are.
-    int recruit(int count) {
-        if ((int)threads.size() >= count - 1) return count;
-        // signals are the interpreter's: its threads answer them, ours never do (but for faults of their own)
-        sigset_t ours, before;
-        sigfillset(&ours);
-        for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigdelset(&ours, fault);
-        pthread_sigmask(SIG_SETMASK, &ours, &before);
-        try {
-            while ((int)threads.size() < count - 1) {
-                int id = (int)threads.size() + 1;
-                threads.emplace_back([this, id, now = round.load()] { work(id, now); });
-            }
-        } catch (const std::system_error&) {  // a limit on threads
-        } catch (const std::bad_alloc&) {     // no room for another stack
-        }
-        pthread_sigmask(SIG_SETMASK, &before, nullptr);
-        return (int)threads.size() + 1;
-    }
-    void run(int count, void (*b)(void*, int64_t), void* c) {
-        body = b, context = c;
-        running.store(count - 1, std::memory_order_relaxed);
-        int64_t now = round.load(std::memory_order_relaxed) / kMaxThreads;
-        round.store((now + 1) * kMaxThreads + count);  // in order with what notify_all reads: who sleeps on it
-        round.notify_all();
-        run_body(0);
-        for (int left; (left = running.load(std::memory_order_acquire));) wait_while(running, left);
-        if (!failure) return;
-        mend_barrier();
-        std::rethrow_exception(std::exchange(failure, nullptr));
-    }
-};
-
-static Team* team = new Team;  // never destroyed: its threads may outlive static destructors
-static std::mutex one_call;    // scratch, team and barrier belong to one call at a time
-
-// A forked child has none of the parent's threads: it begins with a team of its own. The parent forks between calls.
-// The new team takes the old one's place, for memory may have run out; the old one's threads are not there to miss it.
-[[maybe_unused]] static const int forking = pthread_atfork(
-    [] { one_call.lock(); }, [] { one_call.unlock(); },
-    [] {
-        new (team) Team;
-        mend_barrier();
-        one_call.unlock();
-    });
-
-int64_t recruit(int64_t threads) {
-    return threads <= 1 ? 1 : team->recruit((int)std::min<int64_t>(threads, kMaxThreads - 1));
-}
-
-void parallel(int64_t threads, void (*body)(void*, int64_t), void* context) {
-    if (threads == 1) return body(context, 0);
-    team->run((int)threads, body, context);
-}
-
-void* scratch(int64_t thread, int purpose, int64_t bytes) {
-    static struct { void* data; int64_t bytes; } blocks[kMaxThreads][kPurposes];
-    auto& block = blocks[thread][purpose];
-    if (block.bytes < bytes) {
-        free(block.data);
-        block = {nullptr, 0};
-        int64_t wanted = (bytes + bytes / 4 + 127) / 64 * 64;
-        void* data = aligned_alloc(64, wanted);
-        if (!data) throw std::bad_alloc();
-        block = {memset(data, 0, wanted), wanted};
-    }
-    return block.data;
-}
 
 static std::atomic<const char*> last{""};  // the build whose code ran last
 
@@ -225,12 +75,6 @@ static const Kernels* find(const char* wanted) {
 
 using namespace foretell;
 
-// The structures of common.h as Python fills them: words of 64 bits without gaps.
-static_assert(sizeof(Layer) == 13 * 8 && sizeof(Model) == 8 * 8 && sizeof(Cache) == 5 * 8 && sizeof(Rows) == 11 * 8);
-static_assert(sizeof(Span) == 4 * 8 && sizeof(Heads) == 13 * 8 && sizeof(Committed) == 12 * 8);
-static_assert(sizeof(Drafting) == 11 * 8 && sizeof(Wanted) == 10 * 8 && sizeof(Lower) == 11 * 8);
-static_assert(sizeof(Climb) == 27 * 8);
-
 // What went wrong in the last call of this thread.
 static thread_local char message[256];
 
@@ -266,9 +110,6 @@ static int alone(Body body) noexcept {
 
 #pragma GCC visibility push(default)
 extern "C" {
-
-// Counts changes of the structures in common.h and of the calls below; Python refuses a library with another number.
-int foretell_layout() { return 12; }
 
 // A build by name, or the best one for an empty name; null if this processor cannot run it.
 const Kernels* foretell_build(const char* name) { return find(name); }
@@ -346,4 +187,91 @@ int foretell_attention(const Kernels* build, const Model* model, const Cache* ca
 }
 
 }  // extern "C"
+#pragma GCC visibility pop
+
+// ---- What Python has to know: its ctypes structures and argument lists are compared with this text when it loads, so
+// that neither side can change alone. A member that is missing here does not compile.
+
+struct Field {
+    const char* name;
+    char kind;
+    size_t offset, size;
+};
+
+// p: pointer, n: int64_t, i: int, d: double
+template <class T>
+constexpr char kind_of() {
+    if (std::is_pointer_v<T>) return 'p';
+    if (std::is_floating_point_v<T>) return 'd';
+    return sizeof(T) == 8 ? 'n' : 'i';
+}
+
+template <size_t N>
+constexpr bool covers(const Field (&fields)[N], size_t size) {  // all members, in order, without gaps
+    size_t end = 0;
+    for (const Field& field : fields) {
+        if (field.offset != end) return false;
+        end += field.size;
+    }
+    return end == size;
+}
+
+template <size_t N>
+static std::string structure(const char* name, const Field (&fields)[N], size_t size) {
+    std::string line = name + (" " + std::to_string(size)) + ":";
+    for (const Field& field : fields)
+        line += " " + std::string(field.name) + "@" + std::to_string(field.offset) + field.kind;
+    return line + "\n";
+}
+
+template <class Result, class... Arguments>
+static std::string call(const char* name, Result (*)(Arguments...)) {
+    return name + (" " + std::string{kind_of<Arguments>()...}) + "\n";
+}
+
+#define FIELD(name) Field{#name, kind_of<decltype(S::name)>(), offsetof(S, name), sizeof(S::name)}
+#define STRUCTURE(name, ...)                                                              \
+    [] {                                                                                  \
+        using S = name;                                                                   \
+        static constexpr Field fields[] = {__VA_ARGS__};                                  \
+        static_assert(covers(fields, sizeof(S)), #name ": not all members are described"); \
+        return structure(#name, fields, sizeof(S));                                       \
+    }()
+#define CALL(name) call(#name, foretell_##name)
+
+static const std::string& described() {
+    static const std::string text =
+        STRUCTURE(Layer, FIELD(attention_norm), FIELD(qkv), FIELD(qkv_bias), FIELD(query_norm), FIELD(key_norm),
+                  FIELD(out), FIELD(out_bias), FIELD(mlp_norm), FIELD(gate_up), FIELD(gate_up_bias), FIELD(down),
+                  FIELD(down_bias), FIELD(window)) +
+        STRUCTURE(Model, FIELD(hidden), FIELD(heads), FIELD(kv_heads), FIELD(head_dim), FIELD(mlp), FIELD(threads),
+                  FIELD(eps), FIELD(layers)) +
+        STRUCTURE(Cache, FIELD(keys), FIELD(values), FIELD(layer_stride), FIELD(starts), FIELD(head_stride)) +
+        STRUCTURE(Rows, FIELD(count), FIELD(sequences), FIELD(sequence), FIELD(node), FIELD(cache_row),
+                  FIELD(length), FIELD(offset), FIELD(parents), FIELD(position), FIELD(cosine), FIELD(sine)) +
+        STRUCTURE(Span, FIELD(begin), FIELD(end), FIELD(skip), FIELD(taps)) +
+        STRUCTURE(Heads, FIELD(heads), FIELD(hidden), FIELD(inputs), FIELD(layers), FIELD(linear), FIELD(outputs),
+                  FIELD(choices), FIELD(threads), FIELD(weight), FIELD(bias), FIELD(output), FIELD(scale),
+                  FIELD(output_scale)) +
+        STRUCTURE(Committed, FIELD(sequences), FIELD(cache_row), FIELD(length), FIELD(count), FIELD(cosine),
+                  FIELD(sine), FIELD(fuse), FIELD(others), FIELD(stream), FIELD(following), FIELD(embedding),
+                  FIELD(packed)) +
+        STRUCTURE(Drafting, FIELD(levels), FIELD(hidden), FIELD(streams), FIELD(width), FIELD(grounded),
+                  FIELD(chained), FIELD(heads), FIELD(embedding), FIELD(packed), FIELD(vocabulary), FIELD(scales)) +
+        STRUCTURE(Wanted, FIELD(rows), FIELD(count), FIELD(beam), FIELD(least), FIELD(states), FIELD(roots),
+                  FIELD(sizes), FIELD(parents), FIELD(tokens), FIELD(given)) +
+        STRUCTURE(Lower, FIELD(model), FIELD(adapter), FIELD(skip), FIELD(norm), FIELD(eps), FIELD(head),
+                  FIELD(width), FIELD(vocabulary), FIELD(scale), FIELD(embedding), FIELD(packed)) +
+        STRUCTURE(Climb, FIELD(rows), FIELD(layers), FIELD(count), FIELD(steps), FIELD(room), FIELD(beam),
+                  FIELD(least), FIELD(thresholds), FIELD(roots), FIELD(budget), FIELD(cache_row), FIELD(length),
+                  FIELD(own_length), FIELD(waiting), FIELD(states), FIELD(cosine), FIELD(sine), FIELD(cache),
+                  FIELD(own), FIELD(sizes), FIELD(ran), FIELD(at), FIELD(parents), FIELD(tokens), FIELD(given),
+                  FIELD(hidden), FIELD(tapped)) +
+        CALL(pack) + CALL(unpack_rows) + CALL(layers) + CALL(norm) + CALL(linear) + CALL(heads) + CALL(observe) +
+        CALL(grow) + CALL(climb) + CALL(attention);
+    return text;
+}
+
+#pragma GCC visibility push(default)
+extern "C" const char* foretell_layout_text() { return described().c_str(); }
 #pragma GCC visibility pop

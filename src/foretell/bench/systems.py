@@ -1,9 +1,10 @@
-"""Who runs: drafters of this library in this process, and peers in processes and environments of their own.
+"""The systems under measurement: drafters of this library in this process, peers in processes of their own.
 
     plain    medusa    medusa:nodes=16,lookup=true    medusa:typical=0.09    transformers:prompt_lookup    llama.cpp
 
-A contender answers token ids with token ids, so that everybody reads the same prompt and one counter counts all. It
-also says when tokens arrived, and, if it knows, what it guessed.
+A system takes token ids and returns token ids, so that all read the same prompt and one counter counts all tokens. It
+also returns when tokens arrived and, where it knows them, the counts of its guesses. Result files name a system under
+the key "contender", as the first published ones did.
 """
 
 from __future__ import annotations
@@ -16,22 +17,23 @@ from typing import Any, Protocol
 
 from foretell import drafters
 from foretell.api import LLM
+from foretell.backbone import Backbone
 from foretell.bench.memory import peak_bytes, reset_peak
-from foretell.engine import SpeculativeDecoder
+from foretell.engine import SpeculativeDecoder, run
 from foretell.errors import ForetellError
-from foretell.requests import SamplingParams, Statistics
+from foretell.requests import Request, SamplingParams, Statistics
 from foretell.verify import Typical
 
 
 @dataclass
 class Answer:
-    """What became of one prompt.
+    """The answer to one prompt.
 
     Attributes:
         seconds: from the request to its last token, prefill included.
-        arrivals: (tokens, seconds since the request), each time some came.
-        prefill_seconds: None where a peer does not say.
-        statistics: of our own engine: steps, guesses, time of their parts; peers give what they know.
+        arrivals: (tokens, seconds since the request) of each arrival.
+        prefill_seconds: None where a peer does not report it.
+        statistics: steps, guesses and the time of their parts, as `Statistics` names them; of peers, those they report.
     """
 
     ids: list[int]
@@ -42,11 +44,12 @@ class Answer:
 
 
 class System(Protocol):
-    """
+    """One way of decoding.
+
     Attributes:
-        name: as it was asked for.
+        name: the text that requested it.
         lossless: whether its tokens must equal plain decoding's.
-        about: versions, options, added parameters: for the report.
+        about: versions, options and added parameters, for the report.
     """
 
     name: str
@@ -54,12 +57,12 @@ class System(Protocol):
     about: dict[str, Any]
 
     def answer(self, prompts: Sequence[list[int]], params: SamplingParams, keys: Sequence[int]) -> list[Answer]:
-        """Answers prompts side by side; none may profit from an earlier call."""
+        """Answers prompts in one batch; no state of an earlier call may be reused."""
         ...
 
     @property
     def peak_bytes(self) -> int:
-        """Most memory of its process since its last answer began."""
+        """Peak memory of its process since its last answer began."""
         ...
 
     def close(self) -> None: ...
@@ -69,8 +72,9 @@ class ForetellSystem:
     """A drafter of this library.
 
     Args:
-        options: of the drafter; and of the engine `lookup`, `adapt`, and `typical`: whether acceptance is typical, or
-            with which threshold ε (δ being its root, as in the paper's sweep).
+        options: those of the drafter, and of the engine `lookup`, `adapt` (the governor, on by default: it holds
+            speculation back where plain steps measure faster) and `typical`: true, or the threshold ε of typical
+            acceptance (δ is its square root, as in the paper's sweep).
     """
 
     def __init__(self, llm: LLM, name: str, drafter: str, options: dict[str, Any]):
@@ -94,8 +98,8 @@ class ForetellSystem:
         answers = [Answer([], 0.0, []) for _ in prompts]
         reset_peak(self.llm.backbone.device)
         began = time.perf_counter()
-        requests = [(ids, params, key) for ids, key in zip(prompts, keys, strict=True)]
-        for index, event in LLM.run(decoder, requests):
+        requests = [Request(ids, params, key) for ids, key in zip(prompts, keys, strict=True)]
+        for index, event in run(decoder, requests):
             if event.error:
                 raise ForetellError(f"{self.name}: {event.error}")
             answer = answers[index]
@@ -105,12 +109,12 @@ class ForetellSystem:
                 assert event.statistics is not None
                 answer.seconds = time.perf_counter() - began
                 answer.prefill_seconds = event.statistics.prefill_seconds
-                answer.statistics = _told(event.statistics)
+                answer.statistics = _counts(event.statistics)
         self._peak = peak_bytes(self.llm.backbone.device)
         return answers
 
     def _decoder(self, rows: int, temperature: float) -> SpeculativeDecoder:
-        """One that lasts, for what its governor has learnt about this batch size."""
+        """The decoder of this batch size, kept between calls so that its governor keeps its measurements."""
         if (rows, temperature) not in self._decoders:
             rule = replace(self.typical, temperature=temperature) if self.typical and temperature else self.typical
             self._decoders[rows, temperature] = SpeculativeDecoder(
@@ -126,18 +130,30 @@ class ForetellSystem:
         self._decoders.clear()
 
 
-def _thresholds(asked: bool | float) -> Typical | None:
-    if asked is False:
+def _thresholds(typical: bool | float) -> Typical | None:
+    if typical is False:
         return None
-    return Typical() if asked is True else Typical(asked, math.sqrt(max(asked, 0)))
+    return Typical() if typical is True else Typical(typical, math.sqrt(max(typical, 0)))
 
 
-def _told(statistics: Statistics) -> dict[str, Any]:
+def _counts(statistics: Statistics) -> dict[str, Any]:
     names = ("steps", "plain_steps", "suspended_steps", "drafted", "accepted", "draft_seconds", "verify_seconds")
     return {name: getattr(statistics, name) for name in names} | {"by_depth": statistics.by_depth}
 
 
-def parse_spec(text: str) -> tuple[str, list[str]]:
-    """ "name:key=value,flag" as a name and its parts."""
-    name, _, rest = text.partition(":")
-    return name, [part for part in rest.split(",") if part]
+def default_specs(backbone: Backbone) -> tuple[list[str], str]:
+    """What runs beside plain decoding when nothing is named, and why, in one sentence.
+
+    The recommended drafter depends on step costs measured on this machine, so it may change after `foretell tune`.
+    """
+    from foretell.backbone.step_costs import step_costs
+
+    best = drafters.recommended(backbone)
+    if best == "prompt_lookup":
+        return [best], "No trained drafter comes with foretell for this model, so only prompt_lookup runs beside plain."
+    costs = step_costs(backbone)
+    source = "a first reading of step costs; `foretell tune` measures them" if costs is None or costs.first else (
+        "the step costs that `foretell tune` measured"
+    )  # fmt: skip
+    reason = f"{best} is the fastest drafter that comes with foretell for this model, by {source} here."
+    return ["prompt_lookup", f"{best}:lookup=true"], reason
