@@ -24,7 +24,7 @@ from foretell.drafting.skip_plan import Plan, PlanSearch
 from foretell.requests import SamplingParams
 from foretell.train.data import Distilled
 from foretell.train.features import FeatureStore
-from foretell.train.replay import Replay, by_size, replay
+from foretell.train.replay import Replay, tokens_per_step_by_size, replay
 from foretell.trees import TokenTree
 
 # features are kept in bfloat16, but the engine's drafters read float32: here nothing is rounded
@@ -160,12 +160,12 @@ def test_an_answer_without_a_prompt_is_skipped() -> None:
 
 
 @pytest.mark.parametrize("kind", [Medusa, Hydra])
-def test_each_size_is_replayed_alone_and_the_drafters_own_rule_comes_back(kind: type[Drafter]) -> None:
+def test_each_size_is_replayed_alone_and_the_drafter_is_unchanged(kind: type[Drafter]) -> None:
     backbone = backbone_of()
     data = conversations(backbone)
     drafter = drafter_of(kind, backbone, data)
     stored, rule, fractions = FeatureStore(backbone, data, drafter.taps), drafter.size, list[float]()
-    tokens_per_step = by_size(drafter, stored, [3, 1], [2, 4, 12], fractions.append)
+    tokens_per_step = tokens_per_step_by_size(drafter, stored, [3, 1], [2, 4, 12], fractions.append)
     assert drafter.size is rule
     assert list(tokens_per_step) == [2, 4, 12]
     for size, tokens in tokens_per_step.items():

@@ -47,8 +47,9 @@ from foretell.train import features as featuring
 from foretell.train import trainer as training
 from foretell.train.data import ConversationStore, Distilled
 from foretell.train.features import TEACHER, FeatureStore, JoinedFeatures
-from foretell.train.replay import by_size
-from foretell.train.trainer import SIZES, Settings, Trainer
+from foretell.train.replay import tokens_per_step_by_size
+from foretell.train.evaluation import SIZES
+from foretell.train.trainer import Settings, Trainer
 from foretell.trees import chain
 from foretell.trees.search import ENDED, MISSED
 
@@ -1150,7 +1151,7 @@ def replayed(model: str, data: str, folder: Path) -> dict[str, float]:
     llm = load(model, "medusa", dtype="fp32", threads=1, checkpoint=str(folder))
     features = FeatureStore(llm.backbone, ConversationStore.open(Path(data)).conversations, llm.drafter.taps)
     sizes = [size for size in SIZES if size <= llm.drafter.max_nodes]
-    return by_size(llm.drafter, features, range(1, len(features.data), 2), sizes, lambda done: None)
+    return tokens_per_step_by_size(llm.drafter, features, range(1, len(features.data), 2), sizes, lambda done: None)
 
 
 def test_from_a_model_alone_to_a_trained_drafter(

@@ -21,11 +21,11 @@ import torch
 import foretell
 from foretell.backbone import Backbone
 from foretell.cli.terminal import job_progress
-from foretell.cli.train import replayed, written
 from foretell.drafters.kangaroo import Kangaroo
 from foretell.train.data import ConversationStore
 from foretell.train.features import FeatureStore
-from foretell.train.replay import by_size
+from foretell.train.replay import tokens_per_step_by_size
+from foretell.train.recipe import to_replay, token_counts
 from foretell.train.trainer import Settings, Trainer
 
 NODES = (8, 16)
@@ -37,7 +37,7 @@ ADDED: dict[str, dict[str, Any]] = {
 
 def learnt(backbone: Backbone, features: FeatureStore, settings: Settings, options: dict[str, Any]) -> dict[str, Any]:
     """How good an adapter is after a training."""
-    counts_V = written(features.data, backbone.config.vocab)
+    counts_V = token_counts(features.data, backbone.config.vocab)
     torch.manual_seed(settings.seed)
     module = Kangaroo.trainable(backbone, counts_V, None, **options)
     with tempfile.TemporaryDirectory() as folder:
@@ -47,7 +47,7 @@ def learnt(backbone: Backbone, features: FeatureStore, settings: Settings, optio
         report = run.evaluate()
     tensors, arch = module.checkpoint()
     drafter = Kangaroo(backbone, arch, tensors, lambda rows, context: NODES[0], scales=report.calibration)
-    tokens_per_step = by_size(drafter, features, replayed(report.replayed), NODES, lambda done: None)
+    tokens_per_step = tokens_per_step_by_size(drafter, features, to_replay(report.replayed), NODES, lambda done: None)
     return {
         "options": options, "parameters": sum(each.numel() for each in module.parameters()),
         "top1": report.accuracy[0]["top1"], "top5": report.accuracy[0]["top5"],
