@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from test_medusa import VOCAB, WIDTH, backbone_of
+from trainables import trainable
 
 from foretell import drafters
 from foretell.drafting import checkpoint
@@ -149,7 +150,7 @@ def test_what_ships_has_todays_fingerprints() -> None:
 
 def fresh(method: str) -> Any:
     counts = torch.arange(VOCAB).flip(0)
-    return drafters.drafter_class(method).trainable(backbone_of(), counts, heads=3, draft_vocab=40)
+    return trainable(drafters.drafter_class(method), backbone_of(), counts, heads=3, draft_vocab=40)
 
 
 def refused_as_damaged(folder: Path, method: str, damage: dict[str, Any], other: dict[str, Any] | None = None) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from foretell import drafters
 from foretell.cli import VERBS, load_verb
 from foretell.cli.options import Loading, Sampling
 from foretell.contracts import Draft, Drafter, Row
+from foretell.drafting.options import option
 from foretell.requests import SamplingParams
-from foretell.trees import TokenTree
+from foretell.trees import chain
 
 
 @pytest.fixture
@@ -77,12 +79,13 @@ def test_options_have_the_defaults_of_the_library() -> None:
 class Parrot(Drafter):
     """A toy: guesses that the newest token comes again."""
 
-    def __init__(self, times: int = 1) -> None:
-        self.times = times
+    @dataclass(frozen=True)
+    class Options:
+        times: int = option(1, "how often it comes", low=1, high=9)
 
     def draft(self, rows: Sequence[Row]) -> Draft:
-        tree = TokenTree(tuple(range(-1, self.times)))
-        return Draft([tree] * len(rows), [[row.tokens[-1]] * (self.times + 1) for row in rows])
+        times = self.options.times
+        return Draft([chain(times)] * len(rows), [[row.tokens[-1]] * (times + 1) for row in rows])
 
 
 @pytest.fixture

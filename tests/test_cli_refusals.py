@@ -33,7 +33,10 @@ def refused(ran: Ran, code: int, sentence: str) -> None:
         (["hi", "-d", "prompt_lokup"], "Unknown drafter 'prompt_lokup': did you mean 'prompt_lookup'"),
         (["hi", "-o", "nodes"], "--option 'nodes' is not key=value"),
         (["hi", "-o", "nodes=3"], "Drafter 'plain' has no option 'nodes'; it has none"),
-        (["hi", "-d", "prompt_lookup", "-o", "node=3"], "has no option 'node'; it has .*nodes"),
+        (
+            ["hi", "-d", "prompt_lookup", "-o", "node=3"],
+            "did you mean 'nodes'. It has longest, .*nodes",
+        ),
         (["hi", "-d", "prompt_lookup", "-o", "nodes=many"], "is 'many'; it must be a whole number"),
         (["hi", "-d", "prompt_lookup", "-o", "dtype=fp32"], "has no option 'dtype'"),
         (["hi", "-m", "smolm"], "No model is called 'smolm'"),

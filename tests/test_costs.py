@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_backbones import BF16, FP32, Model, examples
 from tiny_models import DIMENSIONS
+from trainables import trainable
 
 import foretell as package
 from foretell import drafters
@@ -37,7 +38,7 @@ from foretell.contracts import Draft
 from foretell.drafters.medusa import Medusa
 from foretell.drafting import checkpoint
 from foretell.drafting.checkpoint import Checkpoint
-from foretell.drafting.options import DEFAULT_NODES, tree_size
+from foretell.drafting.tree_size import DEFAULT_NODES, tree_size
 from foretell.errors import ForetellError, UsageError
 from foretell.requests import SamplingParams
 
@@ -453,7 +454,7 @@ def test_sizes_that_no_tree_has(cache: Path, nodes: int) -> None:
 
 def untrained(backbone: Backbone, folder: Path) -> Path:
     """A Medusa checkpoint whose tree earns what `TOKENS_PER_STEP` says."""
-    module = Medusa.trainable(backbone, torch.arange(backbone.config.vocab), heads=2, draft_vocab=40)
+    module = trainable(Medusa, backbone, torch.arange(backbone.config.vocab), heads=2, draft_vocab=40)
     tensors, arch = module.checkpoint()
     paths = [*([i] for i in range(8)), *([0, i] for i in range(8))]
     Checkpoint(
@@ -470,7 +471,7 @@ def test_medusa_drafts_that_tree(
     backbone = tiny_backbone()
     backbone.costs = costs_file(backbone)
     StepCosts(TABLE).save(backbone.costs)
-    drafter = Medusa.build(backbone, checkpoint=str(untrained(backbone, tmp_path / "heads")), **options)
+    drafter = drafters.build("medusa", backbone, checkpoint=str(untrained(backbone, tmp_path / "heads")), **options)
     expected = nodes or StepCosts(TABLE).best_size(1, 128, TOKENS_PER_STEP, 1.5)  # Medusa's usual share of a plain step
     assert drafter.size(1, 130) == expected
     drafted, draft = set[int](), drafter.draft
@@ -504,7 +505,7 @@ def test_tune_measures_prints_and_keeps(foretell: Foretell, tiny: str, cache: Pa
     seconds = kept.seconds[1][128]
     relative = [f"{seconds[n] / seconds[1]:.2f}" for n in NODES[1:]]
     assert row.split() == ["1", "128", f"{seconds[1] * 1e3:.1f}", *relative]
-    drafter = Medusa.build(backbone, checkpoint=str(untrained(backbone, tmp_path / "heads")))
+    drafter = drafters.build("medusa", backbone, checkpoint=str(untrained(backbone, tmp_path / "heads")))
     assert drafter.size(1, 100) == kept.best_size(1, 64, TOKENS_PER_STEP, 0.15 * kept.of(1, 64, 1))
 
 

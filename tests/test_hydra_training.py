@@ -7,6 +7,7 @@ import torch
 from test_medusa import VOCAB, WIDTH, backbone_of, batch_of
 from torch import Tensor
 from torch.nn import functional as F
+from trainables import trainable
 
 from foretell.backbone import Backbone
 from foretell.drafters.hydra.drafter import Hydra, HydraPlus
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "in_float32")
 
 def fresh(backbone: Backbone, plus: bool = False, vocabulary: int = 30, **options: Any) -> HydraHeads:
     kind = HydraPlus if plus else Hydra
-    return kind.trainable(backbone, torch.arange(VOCAB).flip(0), heads=3, draft_vocab=vocabulary, **options)
+    return trainable(kind, backbone, torch.arange(VOCAB).flip(0), heads=3, draft_vocab=vocabulary, **options)
 
 
 def perturbed(module: HydraHeads) -> HydraHeads:
@@ -66,20 +67,16 @@ def streams_of(module: HydraHeads, backbone: Backbone, batch: TrainingBatch) -> 
 
 def log_probs(module: HydraHeads, backbone: Backbone, read: list[Tensor], path: list[int]) -> list[Tensor]:
     """Log-probabilities of each head down a path of tokens, the root first."""
-    states: list[Tensor] = []
     found = []
     for k, token in enumerate(path):
-        if module.grounded:
-            read = [*read, norm(backbone.embed(torch.tensor([token]))[0].double())]
-        x = torch.cat([*read, norm(states[-1])] if module.chained and k else read)
+        read = [*read, norm(backbone.embed(torch.tensor([token]))[0].double())]
+        x = torch.cat(read)
         out = x[:WIDTH]
         x = out = out + F.silu(module.first[k].double() @ x + module.first_bias_Kd[k])
         for layer in range(module.layers - 1):
-            which = 0 if module.tied else layer
-            out = out + F.silu(module.deep_KLdd[k, which].double() @ out + module.deep_bias_KLd[k, which])
+            out = out + F.silu(module.deep_KLdd[k, layer].double() @ out + module.deep_bias_KLd[k, layer])
         if module.last_Kdd is not None and module.last_bias_Kd is not None:
             out = out + module.last_Kdd[k].double() @ out + module.last_bias_Kd[k]
-        states.append(out)
         found.append((module.head(k).double() @ out).log_softmax(-1))
     return found
 
@@ -102,9 +99,8 @@ def written_out(module: HydraHeads, backbone: Backbone, batch: TrainingBatch) ->
 @pytest.mark.parametrize(
     ("plus", "options"),
     [
-        (False, {"soft": 0.0}), (False, {"layers": 3, "tied": True, "linear": True, "taps": 1}),
-        (False, {"chained": True, "layers": 2}), (False, {"chained": True, "grounded": False, "output": "own"}),
-        (True, {"soft": 1.0}), (True, {"fused": True, "chained": True}),
+        (False, {"soft": 0.0}), (False, {"layers": 3, "linear_tail": True, "taps": 1}), (False, {"taps": 0}),
+        (True, {"soft": 1.0}), (True, {"fuse_prefix": True, "linear_tail": True}),
     ],
     ids=str,
 )  # fmt: skip
@@ -121,15 +117,14 @@ def test_the_loss_and_its_gradient_are_those_written_out(plus: bool, options: di
         assert truth.any()
 
 
-@pytest.mark.parametrize("chained", [True, False])
-def test_a_head_teaches_the_head_before_it_where_they_are_chained(chained: bool) -> None:
-    module = perturbed(fresh(backbone_of(), chained=chained))
+def test_a_head_teaches_itself_alone() -> None:
+    module = perturbed(fresh(backbone_of()))
     losses = module.losses(some_batch())
     for k in range(3):
         module.zero_grad()
         losses[f"head {k + 1}"].backward(retain_graph=True)
         reached = [each.grad is not None and bool(each.grad.any()) for each in module.first]
-        assert reached == [head == k or (chained and head < k) for head in range(3)]
+        assert reached == [head == k for head in range(3)]
 
 
 def test_the_second_head_has_nothing_to_guess_at_the_end_of_each_answer() -> None:
@@ -157,8 +152,9 @@ def read_alike(module: HydraHeads) -> Tensor:
 
 def noisy(which: str, dropout: float) -> HydraHeads:
     """Fresh heads, but for one part: alone it depends on what is dropped before it."""
-    options = {"layers": 2, "linear": True, "dropout": dropout}
-    module = fresh(backbone_of(), which == "fuse", fused=which == "fuse", **options)
+    options = {"layers": 2, "linear_tail": True, "dropout": dropout}
+    fused = {"fuse_prefix": True} if which == "fuse" else {}
+    module = fresh(backbone_of(), which == "fuse", **options, **fused)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         if which in ("first", "deep"):  # so far up, SiLU is a straight line, and a mean stays one

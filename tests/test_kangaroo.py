@@ -20,6 +20,7 @@ from decoding import (
 from random_backbones import BF16, COMPILED, FP32, KERNELS, Model, build, same, using
 from test_medusa import LLAMA, VOCAB, WIDTH, backbone_of, batch_of, requests
 from torch import Tensor
+from trainables import trainable
 
 from foretell import drafters
 from foretell.backbone import Backbone, Nodes
@@ -38,7 +39,7 @@ from foretell.requests import SamplingParams
 def random_adapter(backbone: Backbone, noise: float = 0.15, seed: int = 0, **options: Any) -> KangarooAdapter:
     counts = torch.arange(VOCAB).flip(0)
     torch.manual_seed(seed)
-    module = Kangaroo.trainable(backbone, counts, **{"draft_vocab": 40, "exit": 1, **options})
+    module = trainable(Kangaroo, backbone, counts, **{"draft_vocab": 40, "exit": 1, **options})
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():

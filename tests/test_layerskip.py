@@ -13,6 +13,7 @@ from test_kangaroo import shallow, sure_backbone
 from test_medusa import VOCAB, WIDTH, backbone_of, requests
 from test_medusa2 import DATA, batch_of, save_tiny
 from torch import Tensor
+from trainables import trainable
 
 from foretell import drafters
 from foretell.backbone import Backbone
@@ -378,7 +379,7 @@ def backbone(folder: Path) -> Backbone:
 def learner(backbone: Backbone, folder: Path, **options: Any) -> EarlyExitTraining:
     torch.manual_seed(0)
     given = {"draft_vocab": 0, "rank": 4, "stride": 1, "deepest": 4, "exit": 2} | options
-    return LayerSkip.trainable(backbone, torch.ones(backbone.config.vocab), folder, **given)
+    return trainable(LayerSkip, backbone, torch.ones(backbone.config.vocab), folder, **given)
 
 
 def test_shares_add_up_and_rotate(backbone: Backbone, folder: Path) -> None:
@@ -478,7 +479,7 @@ def test_a_checkpoint_says_where_to_exit(backbone: Backbone, folder: Path, tmp_p
         ("layerskip", {"threshold": 1.01}, "threshold is 1.01; it must lie between 0 and 1"),
         ("layerskip", {"steps": -1}, "steps is -1"),
         ("layerskip", {"nodes": 100}, "2 to 64 nodes, not 100"),
-        ("del", {"stride": LAYERS}, "stride is 5; it must lie between 0 and 4"),
+        ("del", {"stride": LAYERS}, "stride is 5; it must lie between 1 and 4"),
         ("del", {"steps": 64}, "steps is 64"),
     ],
 )

@@ -15,6 +15,7 @@ from tiny_models import DIMENSIONS
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from trainables import trainable
 
 from foretell import drafters
 from foretell.backbone import Backbone
@@ -26,7 +27,7 @@ from foretell.drafting.checkpoint import Checkpoint
 from foretell.drafting.heads import side_by_side
 from foretell.drafting.learning import heads
 from foretell.drafting.learning.heads import CALIBRATION_TOP_K, RANKS, TrainingBatch, soft_cross_entropy
-from foretell.drafting.options import draft_vocabulary, places
+from foretell.drafting.vocabulary import draft_vocabulary, index_in
 from foretell.errors import ForetellError, UsageError
 from foretell.requests import SamplingParams
 from foretell.train.data import Distilled
@@ -51,8 +52,8 @@ def random_heads(
     backbone: Backbone, heads: int, layers: int, output: str, vocabulary: int, seed: int = 0, **reads: Any
 ) -> MedusaHeads:
     counts = torch.arange(VOCAB).flip(0)
-    module = Medusa.trainable(
-        backbone, counts, heads=heads, layers=layers, output=output, draft_vocab=vocabulary, **reads
+    module = trainable(
+        Medusa, backbone, counts, heads=heads, layers=layers, output=output, draft_vocab=vocabulary, **reads
     )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -192,7 +193,7 @@ def batch_of(tokens: list[list[int]], supervised: list[list[bool]], seed: int = 
 def test_fresh_heads_say_what_the_output_head_says() -> None:
     for output in ("shared", "tied", "own"):
         for backbone in (backbone_of(), backbone_of(tie_word_embeddings=True)):
-            module = Medusa.trainable(backbone, torch.ones(VOCAB), layers=2, output=output, draft_vocab=0)
+            module = trainable(Medusa, backbone, torch.ones(VOCAB), layers=2, output=output, draft_vocab=0)
             states = torch.randn(4, WIDTH)
             h_PI = side_by_side(torch.stack([states, *torch.randn(3, 4, WIDTH)], 1))
             assert all(torch.equal(each, states) for each in module.states(h_PI))
@@ -267,7 +268,7 @@ def test_gradients_reach_the_heads_and_nothing_else() -> None:
     before = backbone.head_rows(torch.arange(VOCAB)).clone()
     tokens = [[(7 * i) % VOCAB for i in range(20)]]
     for output in ("shared", "tied", "own"):
-        module = Medusa.trainable(backbone, torch.ones(VOCAB), output=output, draft_vocab=0, layers=2)
+        module = trainable(Medusa, backbone, torch.ones(VOCAB), output=output, draft_vocab=0, layers=2)
         torch.stack(list(module.losses(batch_of(tokens, [[True] * 20])).values())).sum().backward()
         names = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
         assert names == {"weights.0", "weights.1", "bias_LKd"} | ({"head_KVd"} if output != "shared" else set())
@@ -287,7 +288,7 @@ def test_a_cyclic_sequence_is_learnt_one_head_one_step_further() -> None:
     batch.states[FINAL_NORM] = states[torch.tensor(tokens)][None]
     batch.teacher_ids_BTm = torch.tensor([*tokens[1:], 0])[None, :, None]
     batch.teacher_p_BTm = torch.ones(1, 60, 1)
-    module = Medusa.trainable(backbone, torch.ones(VOCAB), heads=3, output="tied", draft_vocab=0, **PAPER)
+    module = trainable(Medusa, backbone, torch.ones(VOCAB), heads=3, output="tied", draft_vocab=0, **PAPER)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.02, weight_decay=0)
     for _ in range(60):
         optimizer.zero_grad()
@@ -303,14 +304,14 @@ def test_a_cyclic_sequence_is_learnt_one_head_one_step_further() -> None:
 
 
 def test_nothing_supervised_is_no_loss_and_no_rank() -> None:
-    module = Medusa.trainable(backbone_of(), torch.ones(VOCAB))
+    module = trainable(Medusa, backbone_of(), torch.ones(VOCAB))
     batch = batch_of([[1, 2, 3, 4]], [[False] * 4])
     assert module.losses(batch) == {}
     assert [(len(each.ranks_PK), each.log_probs_PKR.shape) for each in module.guesses(batch)] == [(0, (0, 4, 10))]
 
 
 def test_a_short_conversation_teaches_only_the_heads_that_it_reaches() -> None:
-    module = Medusa.trainable(backbone_of(), torch.ones(VOCAB), heads=4, draft_vocab=0)
+    module = trainable(Medusa, backbone_of(), torch.ones(VOCAB), heads=4, draft_vocab=0)
     losses = module.losses(batch_of([[1, 2, 3, 4]], [[True] * 4]))
     assert list(losses) == ["head 1", "head 2"]
     assert all(torch.isfinite(loss) for loss in losses.values())
@@ -351,7 +352,7 @@ def test_what_would_have_been_guessed_position_by_position(vocabulary: int, monk
 def test_tokens_outside_the_draft_vocabulary_are_not_taught_and_never_drafted() -> None:
     backbone, counts = backbone_of(), torch.zeros(VOCAB)
     counts[10:20] = 5
-    module = Medusa.trainable(backbone, counts, draft_vocab=10, soft=0.0)
+    module = trainable(Medusa, backbone, counts, draft_vocab=10, soft=0.0)
     assert module.vocabulary_V.tolist() == list(range(10, 20))
     assert sum(each.item() for each in module.losses(batch_of([[1, 2, 3, 4, 5]], [[True] * 5])).values()) == 0.0
     drafter = drafter_of(backbone, module, [(r,) for r in range(8)])
@@ -362,7 +363,7 @@ def test_a_draft_vocabulary_holds_the_most_frequent_tokens() -> None:
     counts = torch.tensor([3, 9, 3, 0, 7])
     assert draft_vocabulary(counts, 3).tolist() == [0, 1, 4]  # of equals, the smaller id
     assert draft_vocabulary(counts, 0).tolist() == draft_vocabulary(counts, 9).tolist() == [0, 1, 2, 3, 4]
-    assert places(torch.tensor([1, 4]), 5).tolist() == [-1, 0, -1, -1, 1]
+    assert index_in(torch.tensor([1, 4]), 5).tolist() == [-1, 0, -1, -1, 1]
 
 
 def test_heads_begin_with_what_others_have_learnt() -> None:
@@ -385,7 +386,7 @@ def test_of_other_draft_vocabularies_the_tokens_that_both_have_are_taken() -> No
     learnt = random_heads(backbone, 3, 1, "tied", 20)
     counts = (torch.arange(VOCAB) - 20).abs().neg()
     for output in ("tied", "own"):
-        fresh = Medusa.trainable(backbone, counts, heads=3, layers=1, output=output, draft_vocab=15)
+        fresh = trainable(Medusa, backbone, counts, heads=3, layers=1, output=output, draft_vocab=15)
         assert fresh.vocabulary_V.tolist() == list(range(13, 28))
         tensors, arch = learnt.checkpoint()
         before = fresh.head_KVd.detach().clone()
@@ -406,7 +407,7 @@ def test_of_other_draft_vocabularies_the_tokens_that_both_have_are_taken() -> No
 )  # fmt: skip
 def test_heads_of_other_options_are_no_beginning(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     backbone = backbone_of()
-    learnt, fresh = (Medusa.trainable(backbone, torch.ones(VOCAB), **options) for options in (theirs, ours))
+    learnt, fresh = (trainable(Medusa, backbone, torch.ones(VOCAB), **options) for options in (theirs, ours))
     tensors, arch = learnt.checkpoint()
     with pytest.raises(UsageError, match=r"^It is made with other options; train with the same .*root=\.$"):
         fresh.start(arch, tensors)
@@ -510,7 +511,7 @@ def test_what_cannot_be_drafted_with_is_refused(tmp_path: Path) -> None:
     assert "format 99" in refusal(backbone, checkpoint=str(saved(tmp_path / "new", backbone, module, format=99)))
     assert "nodes, not 1; choose another" in refusal(backbone, checkpoint=str(good), nodes=1)
     with pytest.raises(UsageError, match="must be shared, tied or own"):
-        Medusa.trainable(backbone, torch.ones(VOCAB), output="none")
+        trainable(Medusa, backbone, torch.ones(VOCAB), output="none")
     for broken in ({"heads": 3, "layers": 1, "output": "tied"}, {"heads": 2, "layers": 1, "output": "own"}, {}):
         folder = saved(tmp_path / "broken", backbone, module, arch=broken)
         assert "broken is damaged (at " in refusal(backbone, checkpoint=str(folder))

@@ -19,6 +19,7 @@ from command_line import Foretell, Ran
 from random_backbones import prefilled, same
 from tiny_models import DIMENSIONS, save_tiny
 from torch import Tensor
+from trainables import trainable
 
 from foretell.backbone import Backbone
 from foretell.backbone.load import assemble
@@ -70,7 +71,7 @@ def backbone(folder: Path) -> Backbone:
 def learning(backbone: Backbone, folder: Path, seed: int = 0, **options: Any) -> JointHeads:
     torch.manual_seed(seed)
     given = {"heads": 3, "draft_vocab": 0, "rank": 4, "warm": 0.0} | options
-    return Medusa2.trainable(backbone, torch.ones(backbone.config.vocab), folder, **given)
+    return trainable(Medusa2, backbone, torch.ones(backbone.config.vocab), folder, **given)
 
 
 def batch_of(backbone: Backbone, module: Trainable, data: list[Distilled] = DATA) -> TrainingBatch:
@@ -489,7 +490,7 @@ def test_what_is_saved_is_the_model_that_learnt(
 
 
 def test_the_heads_are_medusas_and_may_begin_with_them(backbone: Backbone, folder: Path) -> None:
-    medusa = Medusa.trainable(backbone, torch.ones(VOCAB), heads=3, draft_vocab=0)
+    medusa = trainable(Medusa, backbone, torch.ones(VOCAB), heads=3, draft_vocab=0)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in medusa.parameters():
@@ -511,7 +512,7 @@ def test_the_heads_are_medusas_and_may_begin_with_them(backbone: Backbone, folde
         ({"adapt": "half"}, r"adapt is 'half'; it must be lora or full\."),
         ({"schedule": "cosine"}, r"schedule is 'cosine'; it must be constant or sine\."),
         ({"rank": 0}, r"rank is 0; it must lie between 1 and 1024\."),
-        ({"rank": 2.5}, r"rank is 2\.5; it must be a whole number\."),
+        ({"rank": 2.5}, r"'rank' of .* is 2\.5; it must be a whole number\."),
         ({"weight": -1}, "weight is -1; it must lie between"),
         ({"weight": math.nan}, "weight is nan; it must lie between"),
         ({"slower": 101.0}, "slower is 101.0; it must lie between"),
@@ -532,7 +533,7 @@ def test_what_it_needs_is_said_in_one_sentence(
     backbone: Backbone, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ForetellError, match=r"^Medusa-2 changes the backbone, and needs the folder that it lies in\.$"):
-        Medusa2.trainable(backbone, torch.ones(VOCAB))
+        trainable(Medusa2, backbone, torch.ones(VOCAB))
     monkeypatch.setitem(sys.modules, "peft", None)
     sentence = r"^Adapters need peft \(pip install 'foretell\[train\]'\); without it use -o adapt=full\.$"
     with pytest.raises(UsageError, match=sentence):
@@ -667,7 +668,10 @@ def test_a_backbone_that_learnt_whole_is_a_folder(foretell: Foretell, tiny: str,
         ("schedule=cosine", "schedule is 'cosine'; it must be constant or sine"),
         ("rank=0", "rank is 0; it must lie between 1 and 1024"),
         ("rank=many", "Option 'rank' of medusa2 training is 'many'; it must be a whole number"),
-        ("ranks=4", "edusa2 training has no option 'ranks'; it has heads, .*adapt, rank, weight, schedule, slower"),
+        (
+            "ranks=4",
+            "edusa2 training has no option 'ranks'; did you mean 'rank'. It has .*heads, .*adapt, rank",
+        ),
         ("folder=/", "edusa2 training has no option 'folder'"),
     ],
 )

@@ -12,6 +12,7 @@ from decoding import assert_same, decoder_of, finish, plainly
 from random_backbones import Model
 from test_lookup import TEXT, Line, Says
 from tiny_models import DIMENSIONS
+from trainables import trainable
 
 from foretell import drafters
 from foretell.backbone import Backbone
@@ -32,12 +33,12 @@ PATHS = [[0], [1], [0, 0]]
 
 
 def heads(method: type[Medusa | Hydra], backbone: Backbone, size: Callable[[int, int], int]) -> Drafter:
-    tensors, arch = method.trainable(backbone, torch.arange(backbone.config.vocab), heads=2).checkpoint()
+    tensors, arch = trainable(method, backbone, torch.arange(backbone.config.vocab), heads=2).checkpoint()
     return method(backbone, arch, tensors, PATHS, size)
 
 
 def kangaroo(backbone: Backbone, size: Callable[[int, int], int]) -> Drafter:
-    tensors, arch = Kangaroo.trainable(backbone, torch.arange(backbone.config.vocab)).checkpoint()
+    tensors, arch = trainable(Kangaroo, backbone, torch.arange(backbone.config.vocab)).checkpoint()
     return Kangaroo(backbone, arch, tensors, size)
 
 

@@ -14,6 +14,7 @@ import torch
 from command_line import Foretell
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from trainables import trainable
 
 from foretell import drafters
 from foretell.api import LLM, load
@@ -27,8 +28,8 @@ from foretell.train.trainer import Settings, Trainer
 TINY = {"dtype": "fp32", "threads": 1}
 METHODS: dict[str, dict[str, Any]] = {
     "medusa": {"heads": 2},
-    "hydra": {"heads": 2, "linear": True},
-    "hydra++": {"heads": 2, "linear": True, "fused": True},
+    "hydra": {"heads": 2, "linear_tail": True},
+    "hydra++": {"heads": 2, "linear_tail": True, "fuse_prefix": True},
     "kangaroo": {"exit": 1, "mlp": True, "output": "tied"},
     "medusa2": {"heads": 2, "rank": 4, "warm": 0.0},
     "layerskip": {"exit": 1, "stride": 1, "rank": 4, "period": 1, "hold": 1.0, "dropout": 0.0},
@@ -147,7 +148,7 @@ def learning(llm: LLM, method: str) -> Trainable:
     assert llm.folder
     cls: Any = drafters.drafter_class(method)
     counts_V = torch.ones(llm.backbone.config.vocab)
-    module: Trainable = cls.trainable(llm.backbone, counts_V, llm.folder.path, draft_vocab=0, **METHODS[method])
+    module: Trainable = trainable(cls, llm.backbone, counts_V, llm.folder.path, draft_vocab=0, **METHODS[method])
     with torch.no_grad():  # they begin as what gives most gradients no way through
         for parameter in module.parameters():
             if parameter.requires_grad:

@@ -11,6 +11,7 @@ from test_kangaroo import drafter_of as kangaroo_of
 from test_kangaroo import random_adapter
 from test_medusa import VOCAB, backbone_of, some_paths
 from toy_drafters import Oracle
+from trainables import trainable
 
 from foretell.backbone import Backbone
 from foretell.contracts import Draft, Drafter, Row
@@ -24,7 +25,7 @@ from foretell.drafting.skip_plan import Plan, PlanSearch
 from foretell.requests import SamplingParams
 from foretell.train.data import Distilled
 from foretell.train.features import FeatureStore
-from foretell.train.replay import Replay, tokens_per_step_by_size, replay
+from foretell.train.replay import Replay, replay, tokens_per_step_by_size
 from foretell.trees import TokenTree
 
 # features are kept in bfloat16, but the engine's drafters read float32: here nothing is rounded
@@ -58,7 +59,7 @@ def drafter_of(kind: Any, backbone: Backbone, data: Sequence[Distilled], nodes: 
     """Random heads that choose from a dozen tokens of the text, so that many of their guesses come true."""
     written = [token for told in data for start, end in told.answers for token in told.tokens[start:end]]
     counts = torch.bincount(torch.tensor(written), minlength=VOCAB)
-    module = kind.trainable(backbone, counts, heads=3, draft_vocab=12).eval()
+    module = trainable(kind, backbone, counts, heads=3, draft_vocab=12).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():

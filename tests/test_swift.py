@@ -356,7 +356,7 @@ def test_plans_that_do_not_fit_are_one_sentence(tmp_path: Path) -> None:
         ({"ratio": -0.1}, "ratio is -0.1; it must lie between 0 and 1"),
         ({"steps": 64}, "steps is 64"),
         ({"window": 0}, "window is 0"),
-        ({"nodes": 1}, "nodes is 1"),
+        ({"nodes": 1}, "2 to 64 nodes, not 1"),
     ],
 )
 def test_options_that_cannot_be_are_one_sentence(options: dict[str, Any], sentence: str) -> None:

@@ -32,6 +32,7 @@ from hypothesis import strategies as st
 from random_backbones import BF16, FP32, KERNELS, Model, examples, same, using
 from tiny_models import DIMENSIONS, save_tiny
 from torch import Tensor, nn
+from trainables import trainable
 
 from foretell import files as files_of_ours
 from foretell.api import load
@@ -46,9 +47,9 @@ from foretell.errors import ForetellError, UsageError
 from foretell.train import features as featuring
 from foretell.train import trainer as training
 from foretell.train.data import ConversationStore, Distilled
+from foretell.train.evaluation import SIZES
 from foretell.train.features import TEACHER, FeatureStore, JoinedFeatures
 from foretell.train.replay import tokens_per_step_by_size
-from foretell.train.evaluation import SIZES
 from foretell.train.trainer import Settings, Trainer
 from foretell.trees import chain
 from foretell.trees.search import ENDED, MISSED
@@ -579,7 +580,7 @@ def test_a_run_that_is_asked_to_stop_loses_no_step(trainer: Made, after: int) ->
 
 
 def test_the_log_tells_each_step_once_whatever_cut_it(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "REPORT", 1)
+    monkeypatch.setattr(training, "LOG_STEPS", 1)
 
     def steps(folder: Path) -> list[int]:
         return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -630,7 +631,7 @@ def test_the_batches_of_a_step_follow_from_seed_and_number(trainer: Made, monkey
         return batch(self, indices)
 
     monkeypatch.setattr(FeatureStore, "batch", spy)
-    monkeypatch.setattr(training, "REPORT", 1)
+    monkeypatch.setattr(training, "LOG_STEPS", 1)
     trainer("a", seed=3).run()
     straight = seen.copy()
     seen.clear()
@@ -835,7 +836,8 @@ def test_data_with_nothing_to_learn_is_skipped_and_counted(trainer: Made) -> Non
     made.run()
     assert made.skipped == made.steps > 8
     assert (table(made) == 0.5).all()
-    assert [json.loads(line)["loss"] for line in (made.folder / "log.jsonl").read_text().splitlines()] == [{}]
+    lines = (made.folder / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == [{}, {}]  # of the first step and of the last
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -854,7 +856,7 @@ def test_batches_with_nothing_to_learn_do_no_harm(trainer: Made, accumulate: int
 
 
 def test_the_logged_loss_is_the_mean_of_its_steps(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "REPORT", 4)
+    monkeypatch.setattr(training, "LOG_STEPS", 4)
     seen: list[float] = []
     step = Trainer._step
 
@@ -867,10 +869,11 @@ def test_the_logged_loss_is_the_mean_of_its_steps(trainer: Made, monkeypatch: py
     made = trainer(epochs=3)
     made.run()
     lines = [json.loads(line) for line in (made.folder / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [*range(4, made.steps, 4), made.steps]
+    steps = [line["step"] for line in lines]
+    assert steps == [1, *range(4, made.steps, 4), made.steps]
     assert made.steps % 4
-    for line, begin in zip(lines, range(0, made.steps, 4), strict=True):
-        part = seen[begin : begin + 4]  # the last line holds fewer
+    for line, begin, end in zip(lines, [0, *steps], steps, strict=False):
+        part = seen[begin:end]
         assert line["loss"]["head 1"] == pytest.approx(sum(part) / len(part), abs=1e-4)
 
 
@@ -1146,6 +1149,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def ids_of(lines: list[dict[str, Any]]) -> list[list[list[int]]]:
+    """The ids of each line's answers."""
+    return [[turn["ids"] for turn in line.get("turns", [line])] for line in lines]
+
+
 def replayed(model: str, data: str, folder: Path) -> dict[str, float]:
     """What a drafter earns, by tree size, in every second conversation: trees were searched in the others."""
     llm = load(model, "medusa", dtype="fp32", threads=1, checkpoint=str(folder))
@@ -1192,7 +1200,7 @@ def test_an_interrupted_command_ends_with_the_same_drafter(
     foretell: Foretell, tiny: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert foretell(*command(tiny, data, tmp_path / "straight")).code == 0
-    monkeypatch.setattr(training, "REPORT", 1)
+    monkeypatch.setattr(training, "LOG_STEPS", 1)
     for after in (3, 5):
         with monkeypatch.context() as patched:
             patched.setattr(Trainer, "_step", once(Trainer._step, after))
@@ -1304,14 +1312,16 @@ def test_a_start_that_does_not_fit_is_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("method", "options"), [("hydra", {}), ("hydra++", {"linear": True}), ("medusa", {})])
+@pytest.mark.parametrize(
+    ("method", "options"), [("hydra", {}), ("hydra++", {"linear_tail": True}), ("medusa", {"output": "own"})]
+)
 def test_what_is_not_said_of_a_start_is_as_it_has_it(
     foretell: Foretell, tiny: str, data: str, tmp_path: Path, method: str, options: dict[str, Any]
 ) -> None:
     kind, llm = drafter_class(method), load(tiny, dtype="fp32", threads=1)
-    odd = {"heads": 2, "layers": 3, "taps": 1, "output": "own"} | options
-    tensors, arch = kind.trainable(
-        llm.backbone, torch.ones(llm.backbone.config.vocab), draft_vocab=100, **odd
+    odd = {"heads": 2, "layers": 3, "taps": 1} | options
+    tensors, arch = trainable(
+        kind, llm.backbone, torch.ones(llm.backbone.config.vocab), draft_vocab=100, **odd
     ).checkpoint()
     size = {"hidden": llm.backbone.config.hidden, "vocab": llm.backbone.config.vocab}
     made = Checkpoint(method=method, backbone=tiny, fingerprint=llm.backbone.fingerprint, arch=arch, **size)
@@ -1406,7 +1416,12 @@ def refused(ran: Ran, code: int, sentence: str) -> None:
         ("medusa", ["-m", "./nowhere"], 2, "here is no folder ./nowhere"),
         ("medusa", ["-o", "heads"], 2, "--option 'heads' is not key=value"),
         ("medusa", ["-o", "heads=many"], 2, "Option 'heads' of medusa training is 'many'; it must be a whole number"),
-        ("medusa", ["-o", "head=2"], 2, "edusa training has no option 'head'; it has heads, layers, output"),
+        (
+            "medusa",
+            ["-o", "head=2"],
+            2,
+            "did you mean 'heads'. It has .*heads, layers, output",
+        ),
         ("medusa", ["-o", "backbone=x"], 2, "edusa training has no option 'backbone'"),
         ("medusa", ["-o", "output=mine"], 2, "output is 'mine'; it must be shared, tied or own"),
         ("medusa", ["-o", "heads=0"], 2, "heads is 0; it must lie between 1 and 16"),

@@ -24,8 +24,8 @@ from foretell.cli.terminal import job_progress
 from foretell.drafters.kangaroo import Kangaroo
 from foretell.train.data import ConversationStore
 from foretell.train.features import FeatureStore
-from foretell.train.replay import tokens_per_step_by_size
 from foretell.train.recipe import to_replay, token_counts
+from foretell.train.replay import tokens_per_step_by_size
 from foretell.train.trainer import Settings, Trainer
 
 NODES = (8, 16)
@@ -39,7 +39,7 @@ def learnt(backbone: Backbone, features: FeatureStore, settings: Settings, optio
     """How good an adapter is after a training."""
     counts_V = token_counts(features.data, backbone.config.vocab)
     torch.manual_seed(settings.seed)
-    module = Kangaroo.trainable(backbone, counts_V, None, **options)
+    module = Kangaroo.trainable(backbone, Kangaroo.Training(**options), counts_V)
     with tempfile.TemporaryDirectory() as folder:
         run = Trainer(module, features, settings, Path(folder), options)
         with job_progress(f"exit {options['exit']}", "") as progress:

@@ -40,7 +40,7 @@ def learnt(data: Path, number_type: str) -> dict[str, Any]:
 
     backbone = foretell.load(core.MODEL, dtype="bf16", threads=1).backbone
     talks = ConversationStore.open(data).conversations[:CONVERSATIONS]
-    module = Medusa.trainable(backbone, token_counts(talks, backbone.config.vocab))
+    module = Medusa.trainable(backbone, Medusa.Training(), token_counts(talks, backbone.config.vocab))
     chosen, ends = products.chosen(torch.device("cpu")), list[float]()
     with tempfile.TemporaryDirectory() as folder, products.multiply_in(number_type):
         features = FeatureStore(backbone, talks, module.taps, Path(folder) / "features")

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from torch import Tensor
 
@@ -123,8 +123,19 @@ class Features:
     paths: list[list[int]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class NoOptions:
+    """Options of a drafter that has none."""
+
+
 class Drafter(ABC):
-    """One method. Subclasses live in one file under `drafters/` and have one row in its table.
+    """One method: a file under `drafters/` and a row in its table, or a class of the user's own.
+
+    Options: a frozen dataclass whose fields are made by `drafting.options.option`; it is the only list of them.
+
+    One engine calls its copy of a drafter (`attached`) from one thread at a time. `reset`, `draft` and `observe` get
+    rows in any order, and `draft` and `observe` may get some of the engine's rows only; `row.slot` tells them apart,
+    and a later row reuses the slot of one that has ended.
 
     Attributes:
         taps: hidden states to hand to `observe` (see `FINAL_NORM`).
@@ -134,8 +145,10 @@ class Drafter(ABC):
         usual_cost: what drafting takes, as a share of a plain step, where nobody has measured it.
         parameters: numbers that it adds to the model.
         tokens_per_step: what its tree of each size earned on held-out text, where that was measured.
+        backbone, options: what `build` was given.
     """
 
+    Options: ClassVar[type[Any]] = NoOptions
     taps: tuple[int, ...] = ()
     cuts: tuple[int, ...] = ()
     lossless: bool = True
@@ -144,10 +157,23 @@ class Drafter(ABC):
     parameters: int = 0
     tokens_per_step: Mapping[int, float] = MappingProxyType({})
 
+    backbone: Backbone
+    options: Any
+
+    def __init__(self, backbone: Any = None, options: Any = None):
+        self.backbone, self.options = backbone, options
+
     @classmethod
-    def build(cls, backbone: Backbone, *args: Any, **options: Any) -> Drafter:
-        """Makes the drafter for a backbone; options come from the command line or from `foretell.load`."""
-        return cls(**options)
+    def build(cls, backbone: Backbone, options: Any) -> Drafter:
+        """Returns the drafter for a backbone.
+
+        Args:
+            options: an instance of `Options`, whose values `drafting.options.parse` has checked.
+
+        Raises:
+            UsageError, ForetellError: it cannot be made for this backbone; the sentence names the remedy.
+        """
+        return cls(backbone, options)
 
     @property
     def max_nodes(self) -> int:

@@ -11,7 +11,7 @@ not here: `--help` must be quick.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
@@ -205,53 +205,12 @@ def flat(function: Callable[..., None]) -> Callable[..., None]:
 # -- one value -----------------------------------------------------------------------------------------------
 
 
-def _typed(text: str, default: object) -> Any:
-    """An option's text in the type of its default; where that says nothing, as what it looks like."""
-    if isinstance(default, str):
-        return text
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return {"true": True, "false": False}.get(text.lower(), text)
-
-
-def parse_options(whose: str, parameters: dict[str, inspect.Parameter], texts: list[str]) -> Iterator[tuple[str, Any]]:
-    """key=value texts as arguments of a function; refuses one it does not have, or a value of another type.
-
-    Args:
-        whose: how an error names what has the options.
-        parameters: of the function; those without a default are not options.
-    """
-    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-    known = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
-    for text in texts:
-        name, equals, value_text = text.partition("=")
-        name = name.replace("-", "_")
-        if not (equals and name):
-            raise UsageError(f"--option {text!r} is not key=value; write, say, -o nodes=16.")
-        if name not in known and (not takes_any or name in _RESERVED):
-            has = f"it has {', '.join(known)}" if known else "it has none"
-            raise UsageError(f"{whose} has no option {name!r}; {has}.")
-        default = known.get(name)
-        value, wanted = _typed(value_text, default), _KINDS.get(type(default))
-        if wanted and not (type(value) is type(default) or (type(default) is float and type(value) is int)):
-            raise UsageError(f"Option {name!r} of {whose[0].lower()}{whose[1:]} is {value!r}; it must be {wanted}.")
-        yield name, value
-
-
 def drafter_options(drafter: str, texts: list[str] | None) -> dict[str, Any]:
-    from foretell.contracts import Drafter
+    """Checks key=value texts against the drafter's options; returns the values given, by name."""
+    from foretell.drafting.options import converted, pairs
 
-    cls = drafters.drafter_class(drafter)
-    builds_itself = cls.build.__func__ is not Drafter.build.__func__  # type: ignore[attr-defined]
-    parameters = dict(inspect.signature(cls.build if builds_itself else cls).parameters)
-    return dict(parse_options(f"Drafter {drafter!r}", parameters, texts or []))
-
-
-_RESERVED = {each.name for each in fields(Loading)} | {"progress"}
-_KINDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    given = pairs(texts or [])
+    return converted(drafters.drafter_class(drafter).Options, given, f"Drafter {drafter!r}")
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -35,10 +35,11 @@ def train(
     ] = "",
 ) -> None:
     """Train a drafter for a model on what the model wrote."""
+    from foretell.drafting.options import pairs
     from foretell.train import recipe
 
     with recipe.begin(
-        method, base.model, data, out, settings=training.settings(), options=recipe.pairs(method, option or []),
+        method, base.model, data, out, settings=training.settings(), options=pairs(option or []),
         start=start, keep_features=not no_cache, other_model=other_model,
         load=lambda name: replace(base, model=name).load(), command=command_line(),
     ) as run:  # fmt: skip

@@ -68,18 +68,16 @@ def build(name: str, backbone: Backbone, lookup: bool = False, **options: Any) -
     Raises:
         UsageError: for an unknown name or an option that it does not have.
     """
+    from foretell.drafting.options import parse
+
     cls = drafter_class(name)
-    try:
-        drafter = cls.build(backbone, **options)
-    except TypeError as error:
-        if "unexpected keyword argument" not in str(error):
-            raise
-        raise UsageError(f"Drafter {name!r} has no such option: {error}.") from error
+    parsed = parse(cls.Options, options, f"Drafter {name!r}")
+    drafter = cls.build(backbone, parsed)
     if not lookup:
         return drafter
     from foretell.drafters.prompt_lookup import prices_of, with_lookup
 
-    sized = options.get("nodes") or options.get("tree")  # who says how large trees are has them so
+    sized = getattr(parsed, "nodes", 0) or getattr(parsed, "tree", "")  # a size that was given holds
     return with_lookup(drafter, None if sized else prices_of(backbone))
 
 

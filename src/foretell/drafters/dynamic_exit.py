@@ -21,7 +21,7 @@ Legend: B rows, C candidate exits, S slots, T committed positions of all rows, d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -30,10 +30,12 @@ from torch.nn import functional as F
 
 from foretell.backbone import Backbone, KVCache
 from foretell.contracts import FINAL_NORM, Draft, Features, Row
+from foretell.drafting.checkpoint import CheckpointOptions
 from foretell.drafting.early_exit import OVERHEAD, EarlyExitDrafter, candidates
-from foretell.drafting.lower_layers import MAX_TREE_NODES
-from foretell.drafting.options import DEFAULT_NODES, check_exit, tree_size
-from foretell.errors import check_numbers
+from foretell.drafting.lower_layers import MAX_TREE_NODES, check_exit
+from foretell.drafting.options import option
+from foretell.drafting.tree_size import DEFAULT_NODES, tree_size
+from foretell.errors import UsageError
 from foretell.trees.calibration import Floats
 
 DECAY = 0.95
@@ -140,6 +142,18 @@ class DEL(EarlyExitDrafter):
 
     method = "del"
 
+    @dataclass(frozen=True)
+    class Options(CheckpointOptions):
+        stride: int = option(
+            0, "Every so many layers are candidates; by default those that learnt to exit, else every tenth part.",
+            low=0,
+        )  # fmt: skip
+        chain: bool = option(True, "Draft chains, as in the paper; false grows trees.")
+        steps: int = option(
+            LONGEST, "How often the lower layers are run for a draft, at most.", low=0, high=MAX_TREE_NODES - 1
+        )
+        every: int = option(EVERY, "Steps between two readings of the exits; 1 as in the paper.", low=1, high=1 << 20)
+
     def __init__(
         self, backbone: Backbone, ids_V: Tensor | None, exits: Sequence[int], size: Callable[[int, int], int],
         chain: bool = True, steps: int = LONGEST, every: int = EVERY,
@@ -155,32 +169,18 @@ class DEL(EarlyExitDrafter):
         self.shadows = Shadows(self.exits, backbone.config.layers, backbone.device, cost=cost)
 
     @classmethod
-    def build(
-        cls, backbone: Backbone, checkpoint: str = "", stride: int = 0, nodes: int = 0, chain: bool = True,
-        steps: int = LONGEST, every: int = EVERY, any_backbone: bool = False,
-    ) -> DEL:  # fmt: skip
-        """See `Drafter.build`.
-
-        Args:
-            checkpoint: folder that `foretell train layerskip` wrote: its draft vocabulary and exits; by default those
-                that came with foretell for this backbone, else the whole vocabulary.
-            stride: every so many layers are candidates; by default those that learnt to exit, else every tenth part.
-            nodes: size of trees; by default what pays most by what steps cost here.
-            chain: draft chains, as in the paper; false grows trees.
-            steps: how often the lower layers are run for a draft, at most.
-            every: steps between two readings of the exits; 1 as in the paper.
-            any_backbone: accept a checkpoint of another model of the same sizes.
-        """
-        layers = backbone.config.layers
-        options = SimpleNamespace(stride=stride, steps=steps, every=every)
-        ranges = [("stride", 0, layers - 1), ("steps", 0, MAX_TREE_NODES - 1), ("every", 1, 1 << 20)]
-        check_numbers(options, ranges, whole=("stride", "steps", "every"))
-        ids_V, arch, tokens_per_step = candidates(backbone, checkpoint, any_backbone)
+    def build(cls, backbone: Backbone, options: Options) -> DEL:
+        """See `Drafter.build`."""
+        layers, stride = backbone.config.layers, options.stride
+        if stride > layers - 1:
+            raise UsageError(f"stride is {stride}; it must lie between 1 and {layers - 1} for this model.")
+        ids_V, arch, tokens_per_step = candidates(backbone, options.checkpoint, options.any_backbone)
         exits = arch.get("exits") if not stride else None
-        exits = exits or list(range(stride or max(1, layers // 10), layers, stride or max(1, layers // 10)))
-        nodes = nodes or (DEFAULT_NODES if chain else 0)  # chains have their steps
+        stride = stride or max(1, layers // 10)
+        nodes = options.nodes or (DEFAULT_NODES if options.chain else 0)  # chains have their steps
         size = tree_size(backbone, nodes, tokens_per_step, cls.method, cls.usual_cost, MAX_TREE_NODES)
-        return cls(backbone, ids_V, exits, size, chain, steps, every)
+        exits = exits or list(range(stride, layers, stride))
+        return cls(backbone, ids_V, exits, size, options.chain, options.steps, options.every)
 
     def bind(self, cache: KVCache) -> None:
         super().bind(cache)

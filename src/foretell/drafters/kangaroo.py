@@ -18,8 +18,8 @@ Legend: B rows, F nodes that are asked, P positions, d hidden width, V draft voc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,23 +30,21 @@ from torch.nn import functional as F
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.backbone.base import SKIP_MLP
 from foretell.contracts import Draft, Drafter, Features, Row
-from foretell.drafting.checkpoint import damage_named, find
-from foretell.drafting.kernels import kernels_for
-from foretell.drafting.learning.heads import DecoderLayer, GuessingHeads, TrainingBatch
-from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, climbed, lasts
-from foretell.drafting.options import (
-    DEFAULT_NODES,
-    check_exit,
-    check_options,
+from foretell.drafting.checkpoint import (
+    CheckpointOptions,
+    Loaded,
     check_shapes,
-    draft_vocabulary,
-    nothing,
+    damage_named,
+    find,
     output_shape,
     read_scales,
-    tree_size,
 )
+from foretell.drafting.kernels import kernels_for
+from foretell.drafting.learning.heads import DecoderLayer, GuessingHeads, HeadTraining, TrainingBatch, draft_outputs
+from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, check_exit, climbed, lasts
+from foretell.drafting.options import option, stored_options
 from foretell.drafting.protocols import LowerLayerDrafting
-from foretell.errors import check_numbers
+from foretell.drafting.tree_size import DEFAULT_NODES, nothing, tree_size
 from foretell.loading.config import ModelConfig
 from foretell.trees.calibration import Floats, calibrated
 
@@ -62,20 +60,20 @@ class KangarooAdapter(GuessingHeads):
     """The adapter while it learns: at position p it guesses token p + 1, as the output head does (§3.1).
 
     Args:
-        head_Vd, vocabulary_V, whole, output, soft: see `GuessingHeads`.
+        head_Vd, vocabulary_V, vocab_size: see `GuessingHeads`.
+        training: see `Kangaroo.Training`.
         exit: the layer whose stream it reads.
-        mlp: whether an MLP follows its attention.
     """
 
     ahead = 1
 
     def __init__(
-        self, head_Vd: Tensor, vocabulary_V: Tensor, whole: int, *, output: str, soft: float, exit: int, mlp: bool,
+        self, head_Vd: Tensor, vocabulary_V: Tensor, vocab_size: int, training: Kangaroo.Training, *, exit: int,
         config: ModelConfig, rotation: Callable[[Tensor], tuple[Tensor, Tensor]], norm_d: Tensor,
     ):  # fmt: skip
-        super().__init__(head_Vd, vocabulary_V, whole, heads=1, output=output, soft=soft)
-        self.taps, self.exit, self.mlp = (exit,), exit, mlp
-        self.layer, self.norm = DecoderLayer(config, rotation, mlp), nn.Parameter(norm_d.clone().float())
+        super().__init__(head_Vd, vocabulary_V, vocab_size, heads=1, output=training.output, soft=training.soft)
+        self.options, self.taps, self.exit = training, (exit,), exit
+        self.layer, self.norm = DecoderLayer(config, rotation, training.mlp), nn.Parameter(norm_d.clone().float())
         self.eps = config.eps
 
     def read(self, batch: TrainingBatch, sources_P: Tensor) -> Tensor:
@@ -84,7 +82,7 @@ class KangarooAdapter(GuessingHeads):
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"adapter.{name}": weight for name, weight in self.layer.named().items()} | {"norm": self.norm}
-        return self.stored(tensors), {"heads": 1, "output": self.output, "taps": [self.exit], "mlp": self.mlp}
+        return self.stored(tensors), {"heads": 1, "taps": [self.exit]} | stored_options(self.options)
 
 
 class Kangaroo(Drafter):
@@ -101,6 +99,28 @@ class Kangaroo(Drafter):
     """
 
     method, usual_cost = "kangaroo", 0.35
+
+    @dataclass(frozen=True)
+    class Options(CheckpointOptions):
+        chain: bool = option(False, "Draft chains, as in the paper, instead of trees.")
+        steps: int = option(
+            6, "How often the lower layers are run for a draft, at most.", low=0, high=MAX_TREE_NODES - 1
+        )
+        threshold: float = option(
+            0.6, "A chain ends after a token less probable than this: 0 never, 1 always.", low=0, high=1
+        )
+
+    @dataclass(frozen=True)
+    class Training(HeadTraining):
+        soft: float = option(
+            1.0, "Share of the loss against the model's whole distribution instead of the written token.", low=0, high=1
+        )
+        exit: int = option(0, "Layers that draft; by default a tenth of them.")
+        output: str = option(
+            "shared", "Output matrix: the model's own, as in the paper, or a trained copy.",
+            choices=("shared", "tied"), stored=True,
+        )  # fmt: skip
+        mlp: bool = option(False, "Whether an MLP follows the adapter's attention; not in the paper.", stored=True)
 
     def __init__(
         self, backbone: Backbone, arch: dict[str, Any], tensors: dict[str, Tensor], size: Callable[[int, int], int],
@@ -133,50 +153,26 @@ class Kangaroo(Drafter):
         self._lost: set[int] = set()  # slots whose row it has not seen from its beginning
 
     @classmethod
-    def build(
-        cls, backbone: Backbone, checkpoint: str = "", nodes: int = 0, chain: bool = False, steps: int = 6,
-        threshold: float = 0.6, any_backbone: bool = False,
-    ) -> Kangaroo:  # fmt: skip
-        """See `Drafter.build`.
-
-        Args:
-            checkpoint: folder of a trained adapter; by default the one that came with foretell for this backbone.
-            nodes: tree size; by default what pays most by what steps cost here.
-            chain: draft chains, as in the paper, instead of trees.
-            steps: how often the lower layers are run for a draft, at most.
-            threshold: a chain ends behind a token less probable than this; 0 never, 1 always.
-            any_backbone: accept an adapter of another model of the same sizes.
-        """
-        options = SimpleNamespace(threshold=threshold, steps=steps)
-        check_numbers(options, [("threshold", 0, 1), ("steps", 0, MAX_TREE_NODES - 1)], whole=("steps",))
-        found, tensors = find(cls.method, backbone, checkpoint, any_backbone)
-        nodes = nodes or (DEFAULT_NODES if chain else 0)  # chains have their steps
+    def build(cls, backbone: Backbone, options: Options, loaded: Loaded | None = None) -> Kangaroo:
+        """See `Drafter.build`, and `TrainableMethod.build` for `loaded`."""
+        found, tensors = loaded or find(cls.method, backbone, options.checkpoint, options.any_backbone)
+        nodes = options.nodes or (DEFAULT_NODES if options.chain else 0)  # chains have their steps
         size = tree_size(backbone, nodes, found.tokens_per_step, cls.method, cls.usual_cost, MAX_TREE_NODES)
-        with damage_named(checkpoint or f"The {cls.method} drafter that came with foretell"):
+        with damage_named(options.checkpoint or f"The {cls.method} drafter that came with foretell"):
             return cls(
-                backbone, found.arch, tensors, size, found.tokens_per_step, chain, steps, threshold, found.calibration
-            )
+                backbone, found.arch, tensors, size, found.tokens_per_step, options.chain, options.steps,
+                options.threshold, found.calibration,
+            )  # fmt: skip
 
     @classmethod
     def trainable(
-        cls, backbone: Backbone, counts_V: Tensor, folder: Path | None = None, *, exit: int = 0, output: str = "shared",
-        draft_vocab: int = 8192, soft: float = 1.0, mlp: bool = False,
-    ) -> KangarooAdapter:  # fmt: skip
-        """A fresh adapter; see `learning.Method`.
-
-        Args:
-            exit: layers that draft; by default a tenth of them.
-            output: shared (the backbone's, frozen, as in the paper) or tied (a copy that learns).
-            draft_vocab: how many of the most frequent tokens it chooses from; 0 for all, as in the paper.
-            soft: share of the loss that is against the backbone's distribution instead of the written token.
-            mlp: whether an MLP follows its attention; not in the paper.
-        """
-        check_options(backbone, output, soft=soft, draft_vocab=draft_vocab)
-        exit = check_exit(exit or max(1, round(backbone.config.layers / 10)), backbone)
-        vocabulary_V = draft_vocabulary(counts_V, draft_vocab)
+        cls, backbone: Backbone, training: Training, counts_V: Tensor, folder: Path | None = None
+    ) -> KangarooAdapter:
+        """Returns a fresh adapter; see `TrainableMethod`."""
         return KangarooAdapter(
-            backbone.head_rows(vocabulary_V).cpu(), vocabulary_V, len(counts_V), output=output, soft=soft, exit=exit,
-            mlp=mlp, config=backbone.config, rotation=backbone.rotation,
+            *draft_outputs(backbone, counts_V, training.draft_vocab), training,
+            exit=check_exit(training.exit or max(1, round(backbone.config.layers / 10)), backbone),
+            config=backbone.config, rotation=backbone.rotation,
             norm_d=backbone.norm(torch.ones(1, backbone.config.hidden, device=backbone.device))[0].cpu(),
         )  # fmt: skip
 

@@ -20,9 +20,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,13 +29,15 @@ from torch import Tensor, nn
 
 from foretell.backbone import Backbone, KVCache
 from foretell.contracts import FINAL_NORM, Draft, Features, Row
+from foretell.drafting.checkpoint import CheckpointOptions, Loaded
 from foretell.drafting.early_exit import EarlyExitDrafter, candidates
 from foretell.drafting.learning.finetune import WAYS, learning
-from foretell.drafting.learning.heads import GuessingHeads, TrainingBatch, targets, weighed
+from foretell.drafting.learning.heads import GuessingHeads, HeadTraining, TrainingBatch, draft_outputs, targets, weighed
 from foretell.drafting.learning.student import TrainableBackbone
-from foretell.drafting.lower_layers import MAX_TREE_NODES, AcceptanceTracker, Threshold
-from foretell.drafting.options import DEFAULT_NODES, check_exit, check_options, draft_vocabulary, tree_size
-from foretell.errors import ForetellError, UsageError, check_numbers
+from foretell.drafting.lower_layers import MAX_TREE_NODES, AcceptanceTracker, Threshold, check_exit
+from foretell.drafting.options import option
+from foretell.drafting.tree_size import DEFAULT_NODES, tree_size
+from foretell.errors import ForetellError, UsageError
 
 SHAPES, CURRICULA = ("uniform", "cumulative"), ("rotational", "gradual")
 
@@ -63,26 +64,24 @@ class EarlyExitTraining(GuessingHeads):
 
     Args:
         model: a transformers model, with peft's adapters or whole; folder: where it lay.
-        head_Vd, vocabulary_V, whole, soft: see `GuessingHeads`.
-        exits: layers after which it shall say the next token; exit: the one whose accuracy is reported.
-        dropout: p_max of the last layer.
-        scale, shape: see `exit_scales`.
-        curriculum: rotational, one exit in `period` learns in a step, or gradual, from the last to the first.
-        hold: share of the steps in which the last layer is held to what it said, by so much more; in the others layers
-            above the exits need not be run.
+        head_Vd, vocabulary_V, vocab_size: see `GuessingHeads`.
+        training: see `LayerSkip.Training`.
+        exits: layers that learn to guess the next token; exit: the one whose accuracy is reported.
+        layers: of the backbone.
     """
 
     ahead = 1
 
     def __init__(
-        self, model: nn.Module, folder: Path, head_Vd: Tensor, vocabulary_V: Tensor, whole: int, *, soft: float,
-        exits: Sequence[int], exit: int, layers: int, dropout: float, scale: float, shape: str, curriculum: str,
-        period: int, hold: float,
+        self, model: nn.Module, folder: Path, head_Vd: Tensor, vocabulary_V: Tensor, vocab_size: int,
+        training: LayerSkip.Training, *, exits: Sequence[int], exit: int, layers: int,
     ):  # fmt: skip
-        super().__init__(head_Vd, vocabulary_V, whole, heads=1, output="shared", soft=soft)
+        super().__init__(head_Vd, vocabulary_V, vocab_size, heads=1, output="shared", soft=training.soft)
         self.student, self.exits, self.exit = TrainableBackbone(model, folder), list(exits), exit
-        self.dropped, self.scales = drop_rates(layers, dropout), exit_scales(layers, scale, shape)
-        self.curriculum, self.period, self.hold, self._done = curriculum, period, hold, 0.0
+        self.dropped = drop_rates(layers, training.dropout)
+        self.scales = exit_scales(layers, training.scale, training.shape)
+        self.curriculum, self.period, self.hold = training.curriculum, training.period, training.hold
+        self._done = 0.0
 
     def begin(self, done: float) -> None:
         self._done = done
@@ -143,6 +142,38 @@ class LayerSkip(EarlyExitDrafter):
 
     method = "layerskip"
 
+    @dataclass(frozen=True)
+    class Options(CheckpointOptions):
+        exit: int = option(0, "Layers that draft; by default the checkpoint's, else a quarter of them.")
+        chain: bool = option(False, "Draft chains, as in the paper, instead of trees.")
+        steps: int = option(
+            6, "How often the lower layers are run for a draft, at most.", low=0, high=MAX_TREE_NODES - 1
+        )
+        threshold: float = option(0.0, "A chain ends after a token less probable than this; 0 never.", low=0, high=1)
+        adaptive: bool = option(False, "Let the threshold follow how many drafts are accepted, as in Draft & Verify.")
+
+    @dataclass(frozen=True)
+    class Training(HeadTraining):
+        soft: float = option(
+            1.0, "Share of the loss against the model's whole distribution instead of the written token.", low=0, high=1
+        )
+        exit: int = option(0, "The exit that drafts by default; else a quarter of the layers.")
+        stride: int = option(2, "Every so many layers learn to exit.", low=1)
+        deepest: int = option(0, "The last layer that learns to; by default half of them.")
+        adapt: str = option("lora", "What of the model learns: adapters, or all of it.", choices=WAYS)
+        rank: int = option(32, "Of the adapters; their scale α/r is 1/2.", low=1, high=1024)
+        dropout: float = option(0.1, "p_max: how often the last layer is dropped, earlier ones less.", low=0, high=0.9)
+        scale: float = option(1.0, "Weight of an exit's loss beside the last layer's.", low=0, high=100)
+        shape: str = option("uniform", "Of these weights; the paper's is cumulative.", choices=SHAPES)
+        curriculum: str = option(
+            "rotational", "Which exits learn in a step: one in `period`, or ever earlier ones.", choices=CURRICULA
+        )
+        period: int = option(4, "Of the rotational curriculum.", low=1, high=1024)
+        hold: float = option(
+            0.25, "Share of the steps in which all layers run, and the last is held to its former output.",
+            low=0.01, high=1,
+        )  # fmt: skip
+
     def __init__(
         self, backbone: Backbone, ids_V: Tensor | None, exit: int, size: Callable[[int, int], int],
         tokens_per_step: dict[int, float] | None = None, chain: bool = False, steps: int = 6,
@@ -153,82 +184,33 @@ class LayerSkip(EarlyExitDrafter):
         self.tokens_per_step, self.tracker = tokens_per_step or {}, AcceptanceTracker(threshold or Threshold(0.0))
 
     @classmethod
-    def build(
-        cls, backbone: Backbone, checkpoint: str = "", exit: int = 0, nodes: int = 0, chain: bool = False,
-        steps: int = 6, threshold: float = 0.0, adaptive: bool = False, any_backbone: bool = False,
-    ) -> LayerSkip:  # fmt: skip
-        """See `Drafter.build`.
-
-        Args:
-            checkpoint: folder that `foretell train layerskip` wrote: its draft vocabulary and exit; by default those
-                that came with foretell for this backbone, else the whole vocabulary.
-            exit: layers that draft; by default the checkpoint's, else a quarter of them.
-            nodes: tree size; by default what pays most by what steps cost here.
-            chain: draft chains, as in the paper, instead of trees.
-            steps: how often the lower layers are run for a draft, at most.
-            threshold: a chain ends behind a token less probable than this; 0 never.
-            adaptive: let that follow how many drafts are accepted, as Draft & Verify does.
-            any_backbone: accept a checkpoint of another model of the same sizes.
-        """
-        options = SimpleNamespace(threshold=threshold, steps=steps)
-        check_numbers(options, [("threshold", 0, 1), ("steps", 0, MAX_TREE_NODES - 1)], whole=("steps",))
-        ids_V, arch, tokens_per_step = candidates(backbone, checkpoint, any_backbone)
-        nodes = nodes or (DEFAULT_NODES if chain else 0)  # chains have their steps
+    def build(cls, backbone: Backbone, options: Options, loaded: Loaded | None = None) -> LayerSkip:
+        """See `Drafter.build`, and `TrainableMethod.build` for `loaded`."""
+        ids_V, arch, tokens_per_step = candidates(backbone, options.checkpoint, options.any_backbone, loaded)
+        nodes = options.nodes or (DEFAULT_NODES if options.chain else 0)  # chains have their steps
         size = tree_size(backbone, nodes, tokens_per_step, cls.method, cls.usual_cost, MAX_TREE_NODES)
-        exit = exit or arch.get("exit") or max(1, backbone.config.layers // 4)
-        return cls(backbone, ids_V, exit, size, tokens_per_step, chain, steps, Threshold(threshold, adaptive))
+        exit, threshold = options.exit or arch.get("exit"), Threshold(options.threshold, options.adaptive)
+        return cls(
+            backbone, ids_V, exit or max(1, backbone.config.layers // 4), size, tokens_per_step, options.chain,
+            options.steps, threshold,
+        )  # fmt: skip
 
     @classmethod
     def trainable(
-        cls, backbone: Backbone, counts_V: Tensor, folder: Path | None = None, *, exit: int = 0, stride: int = 2,
-        deepest: int = 0, draft_vocab: int = 8192, soft: float = 1.0, adapt: str = "lora", rank: int = 32,
-        dropout: float = 0.1, scale: float = 1.0, shape: str = "uniform", curriculum: str = "rotational",
-        period: int = 4, hold: float = 0.25,
-    ) -> EarlyExitTraining:  # fmt: skip
-        """The backbone in `folder`, that is to learn; see `learning.Method`.
-
-        Args:
-            exit: the one whose accuracy is reported and that drafts by default; else a quarter of the layers.
-            stride, deepest: every so many layers up to this one (half of them by default) become exits.
-            draft_vocab: how many of the most frequent tokens exits choose from; 0 for all, as in the paper.
-            soft: share of the exits' loss that is against the backbone's distribution instead of the written token.
-            adapt: what of the backbone learns: lora, or full.
-            rank: of the adapters; their scale α/r is 1/2.
-            dropout: how often the last layer is dropped, p_max; others less.
-            scale, shape: what exits count beside the last layer: uniform, or cumulative as in the paper.
-            curriculum: rotational or gradual.
-            period: rotational: one exit in so many learns in a step.
-            hold: share of the steps in which all layers are run, and the last is held to what it said.
-        """
-        layers = backbone.config.layers
-        check_options(backbone, "shared", soft=soft, draft_vocab=draft_vocab)
-        for name, value, allowed in (
-            ("adapt", adapt, WAYS),
-            ("shape", shape, SHAPES),
-            ("curriculum", curriculum, CURRICULA),
-        ):
-            if value not in allowed:
-                raise UsageError(f"{name} is {value!r}; it must be {' or '.join(allowed)}.")
-        numbers = SimpleNamespace(rank=rank, dropout=dropout, scale=scale, period=period, stride=stride, hold=hold)
-        ranges = [
-            ("rank", 1, 1024),
-            ("dropout", 0, 0.9),
-            ("scale", 0, 100),
-            ("period", 1, 1024),
-            ("stride", 1, layers - 1),
-            ("hold", 0.01, 1),
-        ]
-        check_numbers(numbers, ranges, whole=("rank", "period", "stride"))
-        exit = check_exit(exit or max(1, layers // 4 // stride * stride), backbone)
-        deepest = check_exit(deepest or max(stride, layers // 2), backbone)
-        exits = sorted({exit, *range(stride, deepest + 1, stride)})
+        cls, backbone: Backbone, training: Training, counts_V: Tensor, folder: Path | None = None
+    ) -> EarlyExitTraining:
+        """Returns the backbone in `folder`, which is to learn; see `TrainableMethod`."""
+        layers, stride = backbone.config.layers, training.stride
+        if stride > layers - 1:
+            raise UsageError(f"stride is {stride}; it must lie between 1 and {layers - 1} for this model.")
+        exit = check_exit(training.exit or max(1, layers // 4 // stride * stride), backbone)
+        deepest = check_exit(training.deepest or max(stride, layers // 2), backbone)
         if folder is None:
             raise ForetellError("LayerSkip changes the backbone, and needs the folder that it lies in.")
-        vocabulary_V = draft_vocabulary(counts_V, draft_vocab)
         return EarlyExitTraining(
-            learning(folder, adapt, rank, 0.0), folder, backbone.head_rows(vocabulary_V).cpu(), vocabulary_V,
-            len(counts_V), soft=soft, exits=exits, exit=exit, layers=layers, dropout=dropout, scale=scale, shape=shape,
-            curriculum=curriculum, period=period, hold=hold,
+            learning(folder, training.adapt, training.rank, 0.0), folder,
+            *draft_outputs(backbone, counts_V, training.draft_vocab), training,
+            exits=sorted({exit, *range(stride, deepest + 1, stride)}), exit=exit, layers=layers,
         )  # fmt: skip
 
     def bind(self, cache: KVCache) -> None:

@@ -21,6 +21,7 @@ tokens, R ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +33,22 @@ from torch.nn import functional as F
 
 from foretell.backbone import Backbone, KVCache
 from foretell.contracts import FINAL_NORM, Draft, Drafter, Features, Row
-from foretell.drafting.checkpoint import damage_named, find
-from foretell.drafting.heads import side_by_side
-from foretell.drafting.kernels import kernels_for
-from foretell.drafting.learning.heads import GuessingHeads, TrainingBatch
-from foretell.drafting.learning.products import number_type
-from foretell.drafting.options import (
-    check_options,
+from foretell.drafting.checkpoint import (
+    CheckpointOptions,
+    Loaded,
     check_shapes,
     check_tree,
-    draft_vocabulary,
-    nothing,
+    damage_named,
+    find,
     output_shape,
     read_scales,
-    spread,
-    tree_size,
 )
+from foretell.drafting.heads import side_by_side
+from foretell.drafting.kernels import kernels_for
+from foretell.drafting.learning.heads import GuessingHeads, HeadTraining, TrainingBatch, draft_outputs, evenly_spread
+from foretell.drafting.learning.products import number_type
+from foretell.drafting.options import option, stored_options
+from foretell.drafting.tree_size import nothing, tree_size
 from foretell.errors import UsageError
 from foretell.trees.growing import Candidates
 from foretell.trees.published import published
@@ -61,7 +62,8 @@ class MedusaHeads(GuessingHeads):
     """The heads while they learn; float32, multiplied as `products` says.
 
     Args:
-        head_Vd, vocabulary_V, whole, heads, output, soft: see `GuessingHeads`.
+        head_Vd, vocabulary_V, vocab_size: see `GuessingHeads`.
+        training: see `Medusa.Training`.
         taps: layers whose streams are read besides the final state.
         embed: the backbone's embedding, if the token just chosen is read too.
     """
@@ -69,12 +71,13 @@ class MedusaHeads(GuessingHeads):
     decay = DECAY
 
     def __init__(
-        self, head_Vd: Tensor, vocabulary_V: Tensor, whole: int, *, heads: int, layers: int, output: str, soft: float,
+        self, head_Vd: Tensor, vocabulary_V: Tensor, vocab_size: int, training: Medusa.Training, *,
         taps: Sequence[int] = (), embed: Callable[[Tensor], Tensor] | None = None,
     ):  # fmt: skip
-        super().__init__(head_Vd, vocabulary_V, whole, heads=heads, output=output, soft=soft)
+        heads, layers = training.heads, training.layers
+        super().__init__(head_Vd, vocabulary_V, vocab_size, heads=heads, output=training.output, soft=training.soft)
         d = head_Vd.shape[1]
-        self.layers, self.taps, self.embed = layers, (*taps, FINAL_NORM), embed
+        self.options, self.layers, self.taps, self.embed = training, layers, (*taps, FINAL_NORM), embed
         widths = [d * (len(self.taps) + (embed is not None)), *[d] * (layers - 1)]
         # zeros, the bias too: at the start every head says what the output head says
         self.weights = nn.ParameterList([torch.zeros(heads, d, width) for width in widths])
@@ -115,8 +118,7 @@ class MedusaHeads(GuessingHeads):
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors: dict[str, Tensor] = {f"weight.{layer}": weight for layer, weight in enumerate(self.weights)}
         tensors["bias"] = self.bias_LKd
-        arch = {"heads": self.heads, "layers": self.layers, "output": self.output, "taps": list(self.taps[:-1])}
-        return self.stored(tensors), arch | {"root": self.embed is not None}
+        return self.stored(tensors), stored_options(self.options) | {"taps": list(self.taps[:-1])}
 
 
 class Medusa(Drafter):
@@ -134,6 +136,22 @@ class Medusa(Drafter):
 
     method = "medusa"
     STARTS = ("medusa", "medusa2")  # whose numbers its heads may begin with
+
+    @dataclass(frozen=True)
+    class Options(CheckpointOptions):
+        tree: str = option("", "A published tree by name, drafted as it is; by default the one found in training.")
+        grown: bool = option(True, "Choose the most probable guesses at each step; false takes fixed trees.")
+
+    @dataclass(frozen=True)
+    class Training(HeadTraining):
+        heads: int = option(4, "How many; head k guesses the token k + 1 ahead.", low=1, high=16, stored=True)
+        layers: int = option(2, "Residual blocks of each head.", low=1, high=8, stored=True)
+        output: str = option(
+            "tied", "Output matrix: the model's own, one trained copy for all heads, or one for each.",
+            choices=("shared", "tied", "own"), stored=True,
+        )  # fmt: skip
+        taps: int = option(2, "Intermediate layers whose streams are read too; 0 as in the paper.", low=0, high=8)
+        root: bool = option(True, "Read the token just chosen too; false as in the paper.", stored=True)
 
     def __init__(
         self,
@@ -170,55 +188,25 @@ class Medusa(Drafter):
         self._states: dict[int, list[Tensor]] = {}  # slot -> of the newest token but one: state, then streams [d]
 
     @classmethod
-    def build(
-        cls,
-        backbone: Backbone,
-        checkpoint: str = "",
-        nodes: int = 0,
-        tree: str = "",
-        grown: bool = True,
-        any_backbone: bool = False,
-    ) -> Medusa:
-        """See `Drafter.build`.
-
-        Args:
-            checkpoint: folder of trained heads; by default those that came with foretell for this backbone.
-            nodes: tree size; by default what pays most by what steps cost here.
-            tree: a published tree by name; by default those found for the heads.
-            grown: grow each step's tree anew from what the heads say; false as in the paper.
-            any_backbone: accept heads of another model of the same sizes.
-        """
-        found, tensors = find(cls.method, backbone, checkpoint, any_backbone)
-        paths = published(tree) if tree else found.paths
-        tokens_per_step = {} if tree else found.tokens_per_step
+    def build(cls, backbone: Backbone, options: Options, loaded: Loaded | None = None) -> Medusa:
+        """See `Drafter.build`, and `TrainableMethod.build` for `loaded`."""
+        found, tensors = loaded or find(cls.method, backbone, options.checkpoint, options.any_backbone)
+        paths = published(options.tree) if options.tree else found.paths
+        tokens_per_step = {} if options.tree else found.tokens_per_step
         most = len(paths) + 1
-        size = tree_size(backbone, nodes or (most if tree else 0), tokens_per_step, cls.method, cls.usual_cost, most)
-        with damage_named(checkpoint or f"The {cls.method} drafter that came with foretell"):
-            return cls(backbone, found.arch, tensors, paths, size, tokens_per_step, grown, found.calibration)
+        nodes = options.nodes or (most if options.tree else 0)
+        size = tree_size(backbone, nodes, tokens_per_step, cls.method, cls.usual_cost, most)
+        with damage_named(options.checkpoint or f"The {cls.method} drafter that came with foretell"):
+            return cls(backbone, found.arch, tensors, paths, size, tokens_per_step, options.grown, found.calibration)
 
     @classmethod
     def trainable(
-        cls, backbone: Backbone, counts_V: Tensor, folder: Path | None = None, *, heads: int = 4,
-        layers: int = 2, output: str = "tied",
-        draft_vocab: int = 8192, soft: float = 0.5, taps: int = 2, root: bool = True,
-    ) -> MedusaHeads:  # fmt: skip
-        """Fresh heads; see `learning.Method`.
-
-        Args:
-            heads: how many; head k guesses the token k + 1 ahead.
-            layers: residual blocks of each.
-            output: shared, tied or own (see the module).
-            draft_vocab: how many of the most frequent tokens heads choose from; 0 for all.
-            soft: share of the loss that is against the backbone's distribution instead of the written token.
-            taps: how many streams part-way up are read, evenly spread over the layers; 0 as in the paper.
-            root: whether the token just chosen is read; not in the paper.
-        """
-        check_options(backbone, output, heads=heads, layers=layers, soft=soft, draft_vocab=draft_vocab, taps=taps)
-        vocabulary_V = draft_vocabulary(counts_V, draft_vocab)
-        head_Vd = backbone.head_rows(vocabulary_V).cpu()
+        cls, backbone: Backbone, training: Training, counts_V: Tensor, folder: Path | None = None
+    ) -> MedusaHeads:
+        """Returns fresh heads; see `TrainableMethod`."""
         return MedusaHeads(
-            head_Vd, vocabulary_V, len(counts_V), heads=heads, layers=layers, output=output, soft=soft,
-            taps=spread(taps, backbone), embed=backbone.embed if root else None,
+            *draft_outputs(backbone, counts_V, training.draft_vocab), training,
+            taps=evenly_spread(training.taps, backbone), embed=backbone.embed if training.root else None,
         )  # fmt: skip
 
     @property

@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,10 +25,10 @@ from torch import Tensor, nn
 from foretell.backbone import Backbone
 from foretell.drafters.medusa import Medusa, MedusaHeads
 from foretell.drafting.learning.finetune import WAYS, learning
-from foretell.drafting.learning.heads import Guessed, TrainingBatch, weighed
+from foretell.drafting.learning.heads import Guessed, TrainingBatch, draft_outputs, evenly_spread, weighed
 from foretell.drafting.learning.student import TrainableBackbone
-from foretell.drafting.options import check_options, draft_vocabulary, spread
-from foretell.errors import ForetellError, UsageError, check_numbers
+from foretell.drafting.options import option
+from foretell.errors import ForetellError
 
 RISE = 0.03
 """Share of the training in which the backbone's rate rises."""
@@ -42,19 +41,18 @@ class JointHeads(MedusaHeads):
 
     Args:
         model: a transformers model, with peft's adapters or whole; folder: where it lay.
-        head_Vd, vocabulary_V, whole, rest: see `MedusaHeads`.
-        weight: λ0, of the heads' loss; schedule: constant, or a sine's first quarter.
-        slower: learning rate of the backbone relative to the heads'.
-        warm: share of the training in which the heads learn alone.
+        head_Vd, vocabulary_V, vocab_size, rest: see `MedusaHeads`.
+        training: see `Medusa2.Training`.
     """
 
     def __init__(
-        self, model: nn.Module, folder: Path, head_Vd: Tensor, vocabulary_V: Tensor, whole: int, *, weight: float,
-        schedule: str, slower: float, warm: float, **rest: Any,
+        self, model: nn.Module, folder: Path, head_Vd: Tensor, vocabulary_V: Tensor, vocab_size: int,
+        training: Medusa2.Training, **rest: Any,
     ):  # fmt: skip
-        super().__init__(head_Vd, vocabulary_V, whole, **rest)
+        super().__init__(head_Vd, vocabulary_V, vocab_size, training, **rest)
         self.student = TrainableBackbone(model, folder)
-        self.weight, self.schedule, self.slower, self.warm = weight, schedule, slower, warm
+        self.weight, self.schedule = training.weight, training.schedule
+        self.slower, self.warm = training.slower, training.warm
         self._done = 0.0
 
     @property
@@ -122,36 +120,25 @@ class Medusa2(Medusa):
 
     method = "medusa2"
 
-    @classmethod
-    def trainable(
-        cls, backbone: Backbone, counts_V: Tensor, folder: Path | None = None, *, heads: int = 4, layers: int = 2,
-        output: str = "tied", draft_vocab: int = 8192, soft: float = 0.5, taps: int = 2, root: bool = True,
-        adapt: str = "lora", rank: int = 16, weight: float = 0.2, schedule: str = "constant", slower: float = 0.25,
-        warm: float = 0.1, dropout: float = 0.0,
-    ) -> JointHeads:  # fmt: skip
-        """Fresh heads over the backbone in `folder`; see `learning.Method`.
+    @dataclass(frozen=True)
+    class Training(Medusa.Training):
+        adapt: str = option("lora", "What of the model learns: adapters, or all of it.", choices=WAYS)
+        rank: int = option(16, "Of the adapters; their scale α/r is 1/2, as in the paper.", low=1, high=1024)
+        weight: float = option(0.2, "λ0, weight of the heads' loss beside the model's.", low=0, high=100)
+        schedule: str = option("constant", "Of λ0: sine rises to it.", choices=("constant", "sine"))
+        slower: float = option(0.25, "Learning rate of the model relative to the heads'.", low=0, high=100)
+        warm: float = option(0.1, "Share of the training in which the heads learn alone.", low=0, high=1)
+        dropout: float = option(0.0, "Of what adapters read.", low=0, high=0.9)
 
-        Args:
-            heads, layers, output, draft_vocab, soft, taps, root: as Medusa's.
-            adapt: what of the backbone learns: lora, or full.
-            rank: of the adapters; their scale α/r is 1/2, as in the paper.
-            weight: λ0, of the heads' loss; schedule: constant or sine.
-            slower: learning rate of the backbone relative to the heads'.
-            warm: share of the training in which the heads learn alone.
-            dropout: of what adapters read; a pass or two over the data need none.
-        """
-        check_options(backbone, output, heads=heads, layers=layers, soft=soft, draft_vocab=draft_vocab, taps=taps)
-        for name, value, allowed in (("adapt", adapt, WAYS), ("schedule", schedule, ("constant", "sine"))):
-            if value not in allowed:
-                raise UsageError(f"{name} is {value!r}; it must be {' or '.join(allowed)}.")
-        numbers = SimpleNamespace(rank=rank, weight=weight, slower=slower, warm=warm, dropout=dropout)
-        ranges = [("rank", 1, 1024), ("weight", 0, 100), ("slower", 0, 100), ("warm", 0, 1), ("dropout", 0, 0.9)]
-        check_numbers(numbers, ranges, whole=("rank",))
+    @classmethod
+    def trainable(  # type: ignore[override]  # each method has a Training of its own
+        cls, backbone: Backbone, training: Training, counts_V: Tensor, folder: Path | None = None
+    ) -> JointHeads:
+        """Returns fresh heads over the backbone in `folder`; see `TrainableMethod`."""
         if folder is None:
             raise ForetellError("Medusa-2 changes the backbone, and needs the folder that it lies in.")
-        vocabulary_V = draft_vocabulary(counts_V, draft_vocab)
         return JointHeads(
-            learning(folder, adapt, rank, dropout), folder, backbone.head_rows(vocabulary_V).cpu(), vocabulary_V,
-            len(counts_V), heads=heads, layers=layers, output=output, soft=soft, taps=spread(taps, backbone),
-            embed=backbone.embed if root else None, weight=weight, schedule=schedule, slower=slower, warm=warm,
+            learning(folder, training.adapt, training.rank, training.dropout), folder,
+            *draft_outputs(backbone, counts_V, training.draft_vocab), training,
+            taps=evenly_spread(training.taps, backbone), embed=backbone.embed if training.root else None,
         )  # fmt: skip

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from foretell.backbone.step_costs import step_costs
 from foretell.contracts import Draft, Drafter, Features, Resume, Row
+from foretell.drafting.options import option
 from foretell.errors import UsageError
 from foretell.trees import Guesses, TokenTree
 from foretell.trees.tree import ROOT, merged
@@ -92,6 +93,16 @@ class PromptLookup(Drafter):
         prices: of so many nodes at least; guesses that do not pay are left out. Without them all stay.
     """
 
+    @dataclass(frozen=True)
+    class Options:
+        longest: int = option(4, "Longest n-gram looked up.", low=1, high=16)
+        shortest: int = option(1, "Shortest n-gram looked up.", low=1, high=16)
+        candidates: int = option(8, "Earlier occurrences looked at.", low=1, high=64)
+        nodes: int = option(0, "Largest tree, root included; by default what pays here, 16 at most.", low=0, high=256)
+        min_probability: float = option(
+            0.02, "A guess less probable than this is not drafted.", low=1e-9, high=1, former="least"
+        )
+
     def __init__(
         self, longest: int = 4, shortest: int = 1, candidates: int = 8, nodes: int = NODES, least: float = 0.02,
         prices: Prices | None = None,
@@ -108,16 +119,12 @@ class PromptLookup(Drafter):
         self._indexes: dict[int, _Index] = {}
 
     @classmethod
-    def build(
-        cls, backbone: Backbone, longest: int = 4, shortest: int = 1, candidates: int = 8, nodes: int = 0,
-        least: float = 0.02,
-    ) -> PromptLookup:  # fmt: skip
-        """See `Drafter.build`.
-
-        Args:
-            nodes: the largest tree, root included; by default as many as pay by what steps cost here, 16 at most.
-        """
-        return cls(longest, shortest, candidates, nodes or NODES, least, None if nodes else prices_of(backbone))
+    def build(cls, backbone: Backbone, options: Options) -> PromptLookup:
+        """See `Drafter.build`."""
+        return cls(
+            options.longest, options.shortest, options.candidates, options.nodes or NODES, options.min_probability,
+            None if options.nodes else prices_of(backbone),
+        )  # fmt: skip
 
     @property
     def max_nodes(self) -> int:

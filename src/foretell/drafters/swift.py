@@ -17,9 +17,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -29,9 +29,10 @@ from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.contracts import Draft, Drafter, Features, Row
 from foretell.drafting.kernels import kernels_for
 from foretell.drafting.lower_layers import MAX_TREE_NODES, AcceptanceTracker, EarlyExitTrees, Threshold
-from foretell.drafting.options import DEFAULT_NODES, tree_size
+from foretell.drafting.options import option
 from foretell.drafting.skip_plan import Plan, PlanSearch
-from foretell.errors import ForetellError, UsageError, check_numbers
+from foretell.drafting.tree_size import tree_size
+from foretell.errors import ForetellError, UsageError
 from foretell.trees.calibration import Floats
 
 SIBLINGS = ((0.95, 3), (0.8, 5), (0.5, 8), (0.0, 10))
@@ -51,6 +52,18 @@ class Swift(Drafter):
 
     usual_cost = 1.5  # some three tokens at half a step each
 
+    @dataclass(frozen=True)
+    class Options:
+        plan: str = option("", "File that a plan is read from, and that a better one is written to.")
+        search: bool = option(True, "Look for plans while decoding.")
+        ratio: float = option(0.45, "Share of the sublayers that are skipped.", low=0, high=1)
+        window: int = option(32, "Tokens that candidates are scored on.", low=1, high=1024)
+        every: int = option(1, "Steps between two candidates.", low=1, high=1 << 20)
+        nodes: int = option(0, "Tree size, root included; by default what would pay most here.", low=0)
+        steps: int = option(25, "Tokens of a chain, at most.", low=0, high=MAX_TREE_NODES - 1)
+        threshold: float = option(0.8, "A chain ends after a token less probable than this.", low=0, high=1)
+        adaptive: bool = option(False, "Let the threshold follow how many drafts are accepted, as in Draft & Verify.")
+
     def __init__(
         self, backbone: Backbone, search: PlanSearch, window: int = 32, every: int = 1, steps: int = 25,
         nodes: int = 16, threshold: Threshold | None = None, path: Path | None = None,
@@ -68,33 +81,11 @@ class Swift(Drafter):
         self._searching = threading.Lock()  # engines search together
 
     @classmethod
-    def build(
-        cls, backbone: Backbone, plan: str = "", search: bool = True, ratio: float = 0.45, window: int = 32,
-        every: int = 1, nodes: int = 0, steps: int = 25, threshold: float = 0.8, adaptive: bool = False,
-    ) -> Swift:  # fmt: skip
-        """See `Drafter.build`.
-
-        Args:
-            plan: file that the plan is read from, if there is one, and that one of higher matchness is written to.
-            search: look for plans while decoding: at first without a plan, and again when the text changes.
-            ratio: share of the sublayers between first and last layer that are skipped.
-            window: tokens that candidates are scored on.
-            every: steps between two candidates.
-            nodes: tree size; by default what would pay most of modest trees by what steps cost here.
-            steps: tokens of a chain, at most.
-            threshold: a chain ends behind a token less probable than this.
-            adaptive: let that follow how many drafts are accepted, as Draft & Verify does.
-        """
-        options = SimpleNamespace(
-            ratio=ratio, window=window, every=every, nodes=nodes or DEFAULT_NODES, steps=steps, threshold=threshold
-        )
-        ranges = [("ratio", 0, 1), ("window", 1, 1024), ("every", 1, 1 << 20), ("nodes", 2, MAX_TREE_NODES)]
-        whole = ("window", "every", "nodes", "steps")
-        check_numbers(options, [*ranges, ("steps", 0, MAX_TREE_NODES - 1), ("threshold", 0, 1)], whole=whole)
-        path, found, score = Path(plan).expanduser() if plan else None, None, -1.0
-        if path and path.exists():
-            found, score = Plan.load(path, backbone)
-        elif path and not search:
+    def build(cls, backbone: Backbone, options: Options) -> Swift:
+        """See `Drafter.build`."""
+        path, search = Path(options.plan).expanduser() if options.plan else None, options.search
+        found, score = Plan.load(path, backbone) if path and path.exists() else (None, -1.0)
+        if path and not path.exists() and not search:
             raise UsageError(f"There is no plan {path}; let one be found (search=true), or name another file.")
         if path and search and not os.access(path.parent, os.W_OK):
             raise ForetellError(f"No plan can be kept in {path.parent}; name a file in a folder that can be written.")
@@ -105,9 +96,10 @@ class Swift(Drafter):
                     "with -o plan=FILE."
                 )
             search = False
-        plans = PlanSearch(backbone.config.layers, ratio, found, score, search)
-        nodes = nodes or tree_size(backbone, 0, {}, "swift", cls.usual_cost, MAX_TREE_NODES)(1, 0)
-        return cls(backbone, plans, window, every, steps, nodes, Threshold(threshold, adaptive), path)
+        plans = PlanSearch(backbone.config.layers, options.ratio, found, score, search)
+        nodes = tree_size(backbone, options.nodes, {}, "swift", cls.usual_cost, MAX_TREE_NODES)(1, 0)
+        threshold = Threshold(options.threshold, options.adaptive)
+        return cls(backbone, plans, options.window, options.every, options.steps, nodes, threshold, path)
 
     @property
     def max_nodes(self) -> int:

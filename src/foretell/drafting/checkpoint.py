@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,9 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, int8, uint8
 
+from foretell.drafting.options import option
 from foretell.errors import ForetellError, UsageError
 from foretell.files import one_line, read_json, staged_folder, write_errors
 from foretell.loading.catalog import current
+from foretell.trees import from_paths
+from foretell.trees.calibration import Scale
 
 if TYPE_CHECKING:
     from foretell.backbone import Backbone
@@ -36,9 +39,18 @@ SHIPPED = Path(__file__).parents[1] / "drafters" / "trained"
 """Checkpoints that came with the package, in folders of any name."""
 
 
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Options of every drafter that is read from a checkpoint."""
+
+    checkpoint: str = option("", "Folder of a trained drafter; by default the one that ships for this model.")
+    nodes: int = option(0, "Tree size, root included; by default what pays most at the step costs here.", low=0)
+    any_backbone: bool = option(False, "Accept a checkpoint of another model of the same sizes.")
+
+
 @dataclass
 class Checkpoint:
-    """See the module's first lines.
+    """What config.json holds.
 
     Attributes:
         method: the drafter's name in the table.
@@ -80,7 +92,11 @@ class Checkpoint:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def load(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]]:
+Loaded = tuple[Checkpoint, dict[str, Tensor]]
+"""A checkpoint and its tensors, read from a folder or fresh from a training."""
+
+
+def load(folder: Path) -> Loaded:
     """Reads a checkpoint.
 
     Raises:
@@ -193,7 +209,7 @@ def tokens_per_step(folder: Path) -> dict[int, float]:
     return {int(size): tokens for size, tokens in read_json(folder / "config.json")["tokens_per_step"].items()}
 
 
-def find(method: str, backbone: Backbone, folder: str = "", any_backbone: bool = False) -> tuple[Checkpoint, Any]:
+def find(method: str, backbone: Backbone, folder: str = "", any_backbone: bool = False) -> Loaded:
     """The checkpoint in `folder`, or the shipped one for this backbone; refuses what does not fit.
 
     Raises:
@@ -235,3 +251,45 @@ def find(method: str, backbone: Backbone, folder: str = "", any_backbone: bool =
     if (deepest := max(checkpoint.arch.get("taps", []), default=0)) > c.layers:
         raise UsageError(f"{folder} reads layer {deepest}, but this model has {c.layers}; train a drafter for it.")
     return checkpoint, tensors
+
+
+# -- what a drafter is made from ------------------------------------------------------------------------------
+
+
+def check_shapes(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuses tensors that are not what a config names: kernels would read past their ends.
+
+    Raises:
+        KeyError: naming one.
+    """
+    for name, shape in shapes.items():
+        if name not in tensors or tuple(tensors[name].shape) != shape:
+            raise KeyError(name)
+
+
+def output_shape(arch: dict[str, Any], d: int, choices: int) -> dict[str, tuple[int, ...]]:
+    """Of a checkpoint's output matrices; empty where they are the backbone's."""
+    copies = {"own": arch["heads"], "tied": 1}
+    return {} if arch["output"] == "shared" else {"head": (copies[arch["output"]], choices, d)}
+
+
+def check_tree(paths: Sequence[Sequence[int]], heads: int, choices: int) -> None:
+    """Refuses rank paths that heads choosing from so many tokens cannot fill.
+
+    Raises:
+        UsageError: naming what is wrong with them.
+    """
+    tree, ordered = from_paths(paths)
+    if tree.height > heads or any(path[-1] >= choices for path in ordered[1:]):
+        raise UsageError(
+            f"The tree is deeper than the {heads} heads, or names a rank beyond the {choices} tokens they choose from; "
+            "take another tree."
+        )
+
+
+def read_scales(calibration: Sequence[Sequence[float]], heads: int) -> list[Scale]:
+    """A checkpoint's calibration (see `trees.calibration`); refuses one of other heads."""
+    scales = [(float(slope), float(bias)) for slope, bias in calibration]
+    if len(scales) not in (0, heads):
+        raise UsageError(f"The drafter is calibrated for {len(scales)} heads, but has {heads}; train it again.")
+    return scales

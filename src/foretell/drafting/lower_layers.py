@@ -20,6 +20,7 @@ from torch import Tensor
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.contracts import Draft, Features, Resume, Row
 from foretell.drafting.protocols import DraftRequest, LowerLayerDrafter
+from foretell.errors import UsageError, is_number
 from foretell.trees import TokenTree
 from foretell.trees.calibration import Floats
 from foretell.trees.growing import Growing
@@ -275,6 +276,14 @@ class AcceptanceTracker:
                 self.threshold.told(kept, len(chain.tokens) if kept < known else kept, chain.most)
                 found.append((kept, known))
         return found
+
+
+def check_exit(exit: int, backbone: Backbone) -> int:
+    """Refuses an exit that leaves no layer to draft with, or none to verify with."""
+    most = backbone.config.layers - 1
+    if not is_number(exit, whole=True) or not 1 <= exit <= most:
+        raise UsageError(f"The exit is layer {exit}; this model can leave after layer 1 to {most}.")
+    return exit
 
 
 def lasts(tensor_Md: Tensor, counts: Sequence[int]) -> Tensor:

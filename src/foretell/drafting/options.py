@@ -1,170 +1,183 @@
-"""What trained drafters share when they draft: how large a tree, which tokens to choose from, what heads read.
+"""Options of a method: one frozen dataclass, read by the command line, by checkpoints and by resumed trainings.
 
-Legend: V (draft) vocabulary.
+    @dataclass(frozen=True)
+    class Options:
+        length: int = option(3, "Guesses per step.", low=1, high=16)
+
+A field has one of the types int, float, bool, str and tuple[int, ...], or None beside one of them. `parse` makes an
+instance of what somebody typed, `described` lists the options for help. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from types import SimpleNamespace
-from typing import Any
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import torch
-from torch import Tensor
+from foretell.errors import UsageError, is_number
 
-from foretell.backbone import Backbone
-from foretell.backbone.step_costs import step_costs
-from foretell.contracts import Draft, Row
-from foretell.errors import UsageError, check_numbers, is_number
-from foretell.trees import from_paths
-from foretell.trees.calibration import Scale
-from foretell.trees.tree import ROOT
+Table = TypeVar("Table")
 
-DEFAULT_NODES = 16
-MODEST = {4: 1.5, 8: 1.7, 16: 1.85}
-"""Tree size -> tokens per step, where nobody has measured what a drafter earns: as little as the least of ours."""
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "whole numbers"}
+SHORT = {int: "int", float: "float", bool: "true|false", str: "text", tuple: "int,int,..."}
+TRUTH = {"true": True, "false": False}
 
 
-def tree_size(
-    backbone: Backbone, nodes: int, tokens_per_step: Mapping[int, float], method: str, usual_cost: float, most: int
-) -> Callable[[int, int], int]:
-    """How large a tree to draft for (rows, context): `nodes` if given, else what pays most by the costs measured
-    on this machine and the `tokens_per_step` of each size; 1 where no size pays. What drafting with `method` takes
-    counts too, and is `usual_cost` plain steps until it is measured.
+@dataclass(frozen=True)
+class OptionHelp:
+    """One option as help shows it; `type` and `default` are text."""
 
-    Without `tokens_per_step` a drafter gets its try, with a tree of the size that would pay most of modest ones.
-    Where costs cannot be known, trees have 16 nodes (one tile of the kernels).
+    name: str
+    type: str
+    default: str
+    help: str
+
+
+def option(
+    default: Any, help: str, *, low: float | None = None, high: float | None = None,
+    choices: tuple[str, ...] = (), former: str = "", stored: bool = False,
+) -> Any:  # fmt: skip
+    """A field of an options dataclass.
+
+    Args:
+        low, high: the smallest and the largest number allowed, both included.
+        choices: the only texts allowed.
+        former: an earlier name, which is still read.
+        stored: a checkpoint keeps it, because what was trained has its shape from it.
+    """
+    about = {"help": help, "low": low, "high": high, "choices": choices, "former": former, "stored": stored}
+    return field(default=default, metadata=about)
+
+
+def parse(cls: type[Table], given: Mapping[str, Any], owner: str = "This method") -> Table:
+    """An instance of an options dataclass; what is not given keeps its default.
+
+    Args:
+        given: name -> value; a text is converted to the option's type.
+        owner: names in errors what has the options, as in "Drafter 'medusa'".
 
     Raises:
-        UsageError: `nodes` is more than the drafter's trees have.
+        UsageError: for an unknown name, with near ones, or a value of another type or outside its range.
     """
-    if nodes:
-        if not is_number(nodes, whole=True) or not 2 <= nodes <= most:
-            raise UsageError(f"Its trees have 2 to {most} nodes, not {nodes}; choose another -o nodes=.")
-        return lambda rows, context: nodes
-    costs = step_costs(backbone)
-    if costs is None:
-        return lambda rows, context: DEFAULT_NODES
-    modest = {min(size, most): tokens for size, tokens in MODEST.items()}
-
-    @cache
-    def best(rows: int, context: int) -> int:
-        drafting = costs.drafting.get(method, usual_cost * costs.of(rows, context, 1))
-        if tokens_per_step:
-            return costs.best_size(rows, context, tokens_per_step, drafting)
-        rates = costs.rates(rows, context, modest, drafting)
-        return max(rates, key=rates.__getitem__)
-
-    return lambda rows, context: best(rows, context // 64 * 64)
+    return cls(**converted(cls, given, owner))
 
 
-def nothing(rows: Sequence[Row]) -> Draft:
-    """The draft of a drafter whose trees do not pay here."""
-    return Draft([ROOT] * len(rows), [[row.tokens[-1]] for row in rows], [[1.0] for _ in rows], held=True)
+def converted(cls: type[Any], given: Mapping[str, Any], owner: str = "This method") -> dict[str, Any]:
+    """The given values alone, under their present names, as `parse` checks and converts them."""
+    table, values = _fields(cls), dict[str, Any]()
+    for name, value in renamed(cls, given).items():
+        if name not in table:
+            near = get_close_matches(name, table, n=1, cutoff=0.5)
+            has = f"it has {', '.join(table)}" if table else "it has none"
+            hint = f"did you mean {near[0]!r}? I{has[1:]}" if near else has
+            raise UsageError(f"{owner} has no option {name!r}; {hint}.")
+        values[name] = _value(table[name], _type(cls, name), value, owner)
+    return values
 
 
-def check_tree(paths: Sequence[Sequence[int]], heads: int, choices: int) -> None:
-    """Refuses rank paths that heads choosing from so many tokens cannot fill.
+def renamed(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with former names, and hyphens, replaced by present names."""
+    present = {each.metadata.get("former"): each.name for each in fields(cls) if each.metadata.get("former")}
+    return {present.get(name.replace("-", "_"), name.replace("-", "_")): value for name, value in values.items()}
+
+
+def stored_options(options: Any) -> dict[str, Any]:
+    """The options that a checkpoint keeps, by name."""
+    return {each.name: getattr(options, each.name) for each in fields(options) if each.metadata.get("stored")}
+
+
+def pairs(texts: Iterable[str]) -> dict[str, str]:
+    """Splits key=value texts.
 
     Raises:
-        UsageError: naming what is wrong with them.
+        UsageError: for a text without a key or an equals sign.
     """
-    tree, ordered = from_paths(paths)
-    if tree.height > heads or any(path[-1] >= choices for path in ordered[1:]):
-        raise UsageError(
-            f"The tree is deeper than the {heads} heads, or names a rank beyond the {choices} tokens they choose from; "
-            "take another tree."
-        )
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (equals and name):
+            raise UsageError(f"--option {text!r} is not key=value; write, say, -o nodes=16.")
+        found[name] = value
+    return found
 
 
-def read_scales(calibration: Sequence[Sequence[float]], heads: int) -> list[Scale]:
-    """A checkpoint's calibration (see `trees.calibration`); refuses one of other heads."""
-    scales = [(float(slope), float(bias)) for slope, bias in calibration]
-    if len(scales) not in (0, heads):
-        raise UsageError(f"The drafter is calibrated for {len(scales)} heads, but has {heads}; train it again.")
-    return scales
+def described(cls: type[Any]) -> list[OptionHelp]:
+    """The options of a dataclass in their order, for help."""
+    out = []
+    for each in fields(cls):
+        kind, choices = _kind(_type(cls, each.name)), each.metadata.get("choices")
+        default = "" if each.default is MISSING else each.default
+        text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        text = text.lower() if kind is bool or default is None else text
+        out.append(OptionHelp(each.name, "|".join(choices or ()) or SHORT[kind], text, each.metadata.get("help", "")))
+    return out
 
 
-def check_shapes(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Refuses tensors that are not what a config names: kernels would read past their ends.
-
-    Raises:
-        KeyError: naming one.
-    """
-    for name, shape in shapes.items():
-        if name not in tensors or tuple(tensors[name].shape) != shape:
-            raise KeyError(name)
+def _fields(cls: type[Any]) -> dict[str, Field[Any]]:
+    return {each.name: each for each in fields(cls)}
 
 
-def output_shape(arch: dict[str, Any], d: int, choices: int) -> dict[str, tuple[int, ...]]:
-    """Of a checkpoint's output matrices; empty where they are the backbone's."""
-    copies = {"own": arch["heads"], "tied": 1}
-    return {} if arch["output"] == "shared" else {"head": (copies[arch["output"]], choices, d)}
+def _type(cls: type[Any], name: str) -> Any:
+    return get_type_hints(cls)[name]
 
 
-def check_options(backbone: Backbone, output: str, **numbers: float) -> None:
-    """Refuses what heads cannot be made with; `numbers` are options of these names, those that a method has."""
-    if output not in ("shared", "tied", "own"):
-        raise UsageError(f"output is {output!r}; it must be shared, tied or own.")
-    ranges = {
-        "heads": (1, 16), "layers": (1, 8), "soft": (0, 1), "draft_vocab": (0, 2**31),
-        "taps": (0, min(8, backbone.config.layers - 1)), "dropout": (0, 0.9),
-    }  # fmt: skip
-    check_numbers(SimpleNamespace(**numbers), [(name, *ranges[name]) for name in numbers])
+def _kind(hint: Any) -> type:
+    """int, float, bool, str or tuple: the type of an option, None beside it left out."""
+    if get_origin(hint) in (Union, UnionType):
+        hint = next(each for each in get_args(hint) if each is not NoneType)
+    kind = get_origin(hint) or hint
+    if kind not in WORDS:
+        raise TypeError(f"An option cannot have the type {hint!r}; choose int, float, bool, str or tuple[int, ...].")
+    return kind
 
 
-def check_exit(exit: int, backbone: Backbone) -> int:
-    """Refuses an exit that leaves no layer to draft with, or none to verify with."""
-    most = backbone.config.layers - 1
-    if not is_number(exit, whole=True) or not 1 <= exit <= most:
-        raise UsageError(f"The exit is layer {exit}; this model can leave after layer 1 to {most}.")
-    return exit
+def _value(about: Field[Any], hint: Any, value: Any, owner: str) -> Any:
+    """The value in its option's type, if it is allowed."""
+    kind, metadata = _kind(hint), about.metadata
+    if NoneType in get_args(hint) and (value is None or value == "none"):
+        return None
+    converted = _from_text(kind, value) if isinstance(value, str) else value
+    if kind is float and is_number(converted, whole=True):
+        converted = float(converted)
+    if kind is str and isinstance(converted, os.PathLike):
+        converted = os.fspath(converted)
+    if kind is tuple and isinstance(converted, list):
+        converted = tuple(converted)
+    fits = isinstance(converted, kind) and (kind is bool or not isinstance(converted, bool))
+    if not fits or (kind is tuple and not all(is_number(each, whole=True) for each in converted)):
+        raise UsageError(f"Option {about.name!r} of {_within(owner)} is {value!r}; it must be {WORDS[kind]}.")
+    if (choices := metadata.get("choices")) and converted not in choices:
+        allowed = ", ".join(choices[:-1]) + " or " + choices[-1]
+        raise UsageError(f"{about.name} is {value!r}; it must be {allowed}.")
+    low, high = metadata.get("low"), metadata.get("high")
+    for number in converted if kind is tuple else (converted,):
+        if (low is not None and not low <= number) or (high is not None and not number <= high):  # NaN fits nothing
+            shown = converted if isinstance(value, str) else value
+            raise UsageError(f"{about.name} is {shown}; it must {_range(low, high)}.")
+    return converted
 
 
-def spread(taps: int, backbone: Backbone) -> list[int]:
-    """So many layers, evenly spread."""
-    return [round(backbone.config.layers * (i + 1) / (taps + 1)) for i in range(taps)]
+def _from_text(kind: type, text: str) -> Any:
+    """The text in an option's type; unchanged where that fails."""
+    try:
+        if kind is tuple:
+            return tuple(int(part) for part in text.split(","))
+        if kind is bool:
+            return TRUTH.get(text.lower(), text)
+        return kind(text)
+    except ValueError:
+        return text
 
 
-def draft_vocabulary(counts_V: Tensor, size: int) -> Tensor:
-    """The `size` most frequent tokens, ascending [V'] int64 (all of them for 0); ties go to the smaller id."""
-    if not size or size >= len(counts_V):
-        return torch.arange(len(counts_V))
-    return counts_V.argsort(descending=True, stable=True)[:size].sort().values
+def _range(low: float | None, high: float | None) -> str:
+    if low is None or high is None:
+        return f"be at most {high}" if low is None else f"be at least {low}"
+    return f"lie between {low} and {high}"
 
 
-def places(vocabulary_V: Tensor, whole: int) -> Tensor:
-    """[whole] int64: where each token stands in a draft vocabulary, -1 where it does not."""
-    place = torch.full((whole,), -1)
-    place[vocabulary_V] = torch.arange(len(vocabulary_V))
-    return place
-
-
-class Reading:
-    """What heads read while a draft is made: rows of one store, so that levels share what they have in common.
-
-    Attributes:
-        parts: by (row of the batch, node): which of the store's rows are read there.
-        ended: by the same: which one holds the state that the head ended in.
-    """
-
-    def __init__(self, width: int, device: torch.device):
-        self.store_Nd, self.used = torch.empty(64, width, device=device), 0
-        self.parts: dict[tuple[int, int], list[int]] = {}
-        self.ended: dict[tuple[int, int], int] = {}
-
-    def room(self, count: int) -> tuple[Tensor, range]:
-        """So many rows to be filled, and their numbers."""
-        if self.used + count > len(self.store_Nd):
-            larger = self.store_Nd.new_empty(2 * (self.used + count), self.store_Nd.shape[1])
-            larger[: self.used] = self.store_Nd[: self.used]
-            self.store_Nd = larger
-        numbers = range(self.used, self.used + count)
-        self.used += count
-        return self.store_Nd[numbers.start : numbers.stop], numbers
-
-    def add(self, states_Fd: Tensor) -> range:
-        rows_Fd, numbers = self.room(len(states_Fd))
-        rows_Fd.copy_(states_Fd)
-        return numbers
+def _within(owner: str) -> str:
+    """The owner's name in the middle of a sentence."""
+    return owner[0].lower() + owner[1:]

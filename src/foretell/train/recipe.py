@@ -6,9 +6,9 @@
     trained = recipe.run("medusa", llm, "data", "heads", options={"heads": 3}, progress=print)
     llm = foretell.load(trained.model, "medusa", checkpoint=trained.folder)
 
-`run` is four steps, which may be called one by one: `begin` refuses what cannot work, locks the folder and resumes a run
-that was interrupted there; `Run.prepare` computes the features; `Run.train` trains; `Run.publish` measures the drafter
-and writes it.
+`run` takes four steps, which may be called one by one: `begin` refuses what cannot work, locks the folder and resumes a
+run that was interrupted there; `Run.prepare` computes the features; `Run.train` trains; `Run.publish` measures the
+drafter and writes it.
 
     heads/run                     the trainer's state and log
     heads/drafter                 the drafter (`drafting.checkpoint`)
@@ -17,7 +17,6 @@ and writes it.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -30,7 +29,9 @@ from torch import Tensor
 from foretell import api, drafters
 from foretell.api import LLM
 from foretell.drafting.checkpoint import Checkpoint
-from foretell.drafting.learning.heads import Method, Trainable
+from foretell.drafting.learning.heads import Trainable
+from foretell.drafting.learning.method import TrainableMethod
+from foretell.drafting.options import converted
 from foretell.errors import ForetellError, UsageError
 from foretell.files import read_json, sole_writer, write_errors
 from foretell.train.data import ConversationStore, Distilled
@@ -78,7 +79,7 @@ class Trained:
 
 def run(
     method: str,
-    model: LLM | str,
+    model: LLM | str | Path,
     data: Folders,
     out: str | Path,
     *,
@@ -123,7 +124,7 @@ def run(
 @contextmanager
 def begin(
     method: str,
-    model: LLM | str,
+    model: LLM | str | Path,
     data: Folders,
     out: str | Path,
     *,
@@ -142,20 +143,19 @@ def begin(
             method changes the backbone. By default as `model` was loaded.
         command: kept with the drafter, as the command that made it.
     """
-    out, settings, given = Path(out), settings or Settings(), dict(options or {})
+    out, settings = Path(out), settings or Settings()
     cls = method_class(method)
-    chosen = training_options(method, cls, given)
+    given = converted(cls.Training, options or {}, f"{method} training")
     check_out(out, method)
     stores = open_data(data)
-    llm = model if isinstance(model, LLM) else (load or api.load)(model)
+    llm = model if isinstance(model, LLM) else (load or api.load)(str(model))
     backbone = llm.backbone
     if llm.folder is None:
         raise UsageError("Training needs a model that foretell.load has loaded: the drafter keeps its name.")
     for store in stores:
         check_data(store, llm, other_model)
     origin = read_start(start, backbone, cls) if start else None
-    if origin:
-        chosen |= inherited(chosen, origin[0]) | given
+    chosen = cls.Training(**(inherited(cls, origin[0]) if origin else {}) | given)
     module = new_module(cls, llm, stores, chosen, settings.seed, origin)
     started = initialise(module, start, *origin) if origin else {}
     name = f"features-{backbone.fingerprint}-{'-'.join(map(str, module.taps)) or 'teacher'}"
@@ -167,12 +167,12 @@ def begin(
         identity = {"method": method, "model": backbone.fingerprint, "dtype": str(backbone.dtype)}
         trainer = Trainer(
             module, JoinedFeatures(features) if len(features) > 1 else features[0], settings, out / "run",
-            chosen | identity | started,
+            asdict(chosen) | identity | started,
         )  # fmt: skip
         trainer.resume()  # what cannot be resumed is refused before any work
         provenance = {
             "command": command, "data": [store.manifest for store in stores], "settings": asdict(settings),
-            "options": chosen, **started,
+            "options": asdict(chosen), **started,
         }  # fmt: skip
         yield Run(cls, llm, llm.folder.name, trainer, out, provenance, load or _loads_like(llm))
 
@@ -187,7 +187,7 @@ class Run:
         provenance: what the checkpoint will say about its making.
     """
 
-    cls: type[Method]
+    cls: type[TrainableMethod]
     llm: LLM
     model: str
     trainer: Trainer
@@ -209,6 +209,7 @@ class Run:
     def publish(self, progress: Progress = quiet) -> Trained:
         """Measures the drafter on held-out text, and writes it; `progress` counts per cent."""
         trainer, module, backbone = self.trainer, self.trainer.module, self.llm.backbone
+        progress(0, 100)
         report = trainer.evaluate()
         figures = {name: value for name, value in asdict(report).items() if name != "replayed"}
         trainer.log({"held_out": {"epoch": trainer.settings.epochs, **figures}})
@@ -229,7 +230,7 @@ class Run:
                 "fixed_trees": report.tokens_per_step,
             },
         )  # fmt: skip
-        drafter = self.cls.build(backbone, checkpoint=(checkpoint, tensors))
+        drafter = self.cls.build(backbone, self.cls.Options(), (checkpoint, tensors))
         sizes = [size for size in SIZES if size <= drafter.max_nodes]
         checkpoint.tokens_per_step = tokens_per_step_by_size(
             drafter, features, indices, sizes, lambda fraction: progress(round(fraction * 100), 100)
@@ -246,7 +247,7 @@ def trainable_methods() -> list[str]:
     return [name for name in drafters.DRAFTERS if hasattr(drafters.drafter_class(name), "trainable")]
 
 
-def method_class(method: str) -> type[Method]:
+def method_class(method: str) -> type[TrainableMethod]:
     """The drafter's class, if it can be trained."""
     cls: Any = drafters.drafter_class(method)
     if not hasattr(cls, "trainable"):
@@ -254,18 +255,6 @@ def method_class(method: str) -> type[Method]:
             f"Drafter {method!r} has nothing to train; those that have are {', '.join(trainable_methods())}."
         )
     return cls
-
-
-def training_options(method: str, cls: type[Method], given: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of a training, defaults included: they are written down, and defaults may change later."""
-    defaults = {
-        name: each.default for name, each in inspect.signature(cls.trainable).parameters.items()
-        if each.kind is each.KEYWORD_ONLY
-    }  # fmt: skip
-    for name in given:
-        if name not in defaults:
-            raise UsageError(f"{method} training has no option {name!r}; it has {', '.join(defaults)}.")
-    return defaults | dict(given)
 
 
 def check_out(out: Path, method: str) -> None:
@@ -330,7 +319,7 @@ def check_data(store: ConversationStore, llm: LLM, other_model: bool) -> None:
 
 
 def new_module(
-    cls: type[Method], llm: LLM, stores: Sequence[ConversationStore], options: Mapping[str, Any], seed: int,
+    cls: type[TrainableMethod], llm: LLM, stores: Sequence[ConversationStore], options: Any, seed: int,
     origin: Start | None,
 ) -> Trainable:  # fmt: skip
     """A module with fresh weights, which follow from the seed."""
@@ -339,7 +328,7 @@ def new_module(
     if origin:  # a token that its heads never chose from was never trained down either: only its own are chosen
         counts_V[origin[1]["vocabulary"].long()] += counts_V.sum()
     torch.manual_seed(seed)
-    return cls.trainable(llm.backbone, counts_V, llm.folder.path if llm.folder else None, **options)
+    return cls.trainable(llm.backbone, options, counts_V, llm.folder.path if llm.folder else None)
 
 
 def token_counts(conversations: Iterable[Distilled], vocab_size: int) -> Tensor:

@@ -1,9 +1,9 @@
 """Decoding replayed: the drafter itself, over text whose backbone states are known.
 
-Verification keeps exactly those guesses that the backbone's own text continues with. So the tokens per step on text that
-the backbone wrote can be measured without running the backbone, except for layers that drafting itself runs: the drafter
-observes the states of what was committed, drafts, and observes how far its tree was accepted, as in decoding. All of the
-drafter runs: levels, grown trees, merged lookup, its own caches.
+Verification keeps exactly those guesses that the backbone's own text continues with. So the tokens per step on text
+that the backbone wrote can be measured without running the backbone, except for layers that drafting itself runs: the
+drafter observes the states of what was committed, drafts, and observes how far its tree was accepted, as in decoding.
+All of the drafter runs: levels, grown trees, merged lookup, its own caches.
 
 Legend: T tokens of a conversation.
 """

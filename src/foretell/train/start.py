@@ -6,7 +6,7 @@ taken from the other drafter, so that its weights fit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch import Tensor
 from foretell import drafters
 from foretell.backbone import Backbone
 from foretell.drafting.checkpoint import Checkpoint, fingerprint, load, shipped
-from foretell.drafting.learning.heads import Method, Trainable
+from foretell.drafting.learning.heads import Trainable
+from foretell.drafting.learning.method import TrainableMethod
+from foretell.drafting.options import renamed
 from foretell.errors import ForetellError, UsageError
 from foretell.files import one_line
 
@@ -23,7 +25,7 @@ Start = tuple[Checkpoint, dict[str, Tensor]]
 """A drafter to begin with: its checkpoint and tensors."""
 
 
-def read_start(start: str, backbone: Backbone, cls: type[Method]) -> Start:
+def read_start(start: str, backbone: Backbone, cls: type[TrainableMethod]) -> Start:
     """Reads the drafter to begin with.
 
     Raises:
@@ -51,9 +53,10 @@ def read_start(start: str, backbone: Backbone, cls: type[Method]) -> Start:
     return checkpoint, tensors
 
 
-def inherited(options: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
-    """The options that a drafter was made with, as far as a training that begins with it has them too."""
-    values = {name: value for name, value in checkpoint.arch.items() if name in options}
+def inherited(cls: type[TrainableMethod], checkpoint: Checkpoint) -> dict[str, Any]:
+    """The options that a drafter was made with, as far as `cls` has them too."""
+    names = {each.name for each in fields(cls.Training)}
+    values = {name: value for name, value in renamed(cls.Training, checkpoint.arch).items() if name in names}
     return values | ({"taps": len(values["taps"])} if "taps" in values else {})
 
 
@@ -65,7 +68,6 @@ def initialise(module: Trainable, start: str, checkpoint: Checkpoint, tensors: d
         raise UsageError(str(error).replace("It", start, 1)) from error
     except (KeyError, RuntimeError) as error:
         raise ForetellError(f"{start} is damaged, or of another method: {one_line(error)}.") from error
-    earlier = checkpoint.provenance.get("started_by", [])
-    return {
-        "start": fingerprint(tensors), "started_by": [*earlier, checkpoint.provenance.get("command") or checkpoint.method]
-    }  # fmt: skip
+    about = checkpoint.provenance
+    commands = [*about.get("started_by", []), about.get("command") or checkpoint.method]
+    return {"start": fingerprint(tensors), "started_by": commands}

@@ -18,6 +18,7 @@ Legend: B rows, K heads, d hidden width, P positions, T tokens, V draft vocabula
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,24 +28,22 @@ from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache
 from foretell.contracts import FINAL_NORM, Draft, Drafter, Features, Row
-from foretell.drafters.hydra.heads import HydraHeads, shapes
-from foretell.drafting.checkpoint import damage_named, find
-from foretell.drafting.heads import DrafterHeads
-from foretell.drafting.kernels import kernels_for
-from foretell.drafting.learning.heads import DecoderLayer
-from foretell.drafting.options import (
-    Reading,
-    check_options,
+from foretell.drafters.hydra.heads import HydraHeads, HydraPlusTraining, HydraTraining, read_arch, shapes
+from foretell.drafting.checkpoint import (
+    CheckpointOptions,
+    Loaded,
     check_shapes,
     check_tree,
-    draft_vocabulary,
-    nothing,
+    damage_named,
+    find,
     read_scales,
-    spread,
-    tree_size,
 )
+from foretell.drafting.heads import DrafterHeads
+from foretell.drafting.kernels import kernels_for
+from foretell.drafting.learning.heads import DecoderLayer, draft_outputs, evenly_spread
+from foretell.drafting.options import option
 from foretell.drafting.protocols import LevelDrafting
-from foretell.errors import UsageError
+from foretell.drafting.tree_size import nothing, tree_size
 from foretell.trees import TokenTree, from_paths
 from foretell.trees.calibration import Floats, calibrated
 from foretell.trees.growing import Growing
@@ -75,6 +74,13 @@ class Hydra(Drafter):
     method, plus = "hydra", False
     STARTS: ClassVar[tuple[str, ...]] = ("medusa", "medusa2", "hydra")  # whose numbers its heads may begin with
 
+    @dataclass(frozen=True)
+    class Options(CheckpointOptions):
+        tree: str = option("", "A published tree by name, drafted as it is.")
+        grown: bool = option(True, "Choose the most probable guesses at each step; false takes fixed trees.")
+
+    Training: ClassVar[type[HydraTraining]] = HydraTraining
+
     def __init__(
         self,
         backbone: Backbone,
@@ -86,6 +92,7 @@ class Hydra(Drafter):
         grown: bool = True,
         scales: Sequence[Sequence[float]] = (),
     ):
+        arch = read_arch(arch)
         check_shapes(tensors, shapes(arch, backbone.config.hidden, len(tensors["vocabulary"])))
         self._scales = read_scales(scales, arch["heads"])
         self.tokens_per_step, self.size, self.grown, self.paths = (
@@ -94,96 +101,54 @@ class Hydra(Drafter):
             grown,
             [tuple(path) for path in paths],
         )
-        self.taps, self.grounded, self.heads = (*arch["taps"], FINAL_NORM), arch["grounded"], arch["heads"]
-        self.chained = arch["chained"]
+        self.taps, self.heads = (*arch["taps"], FINAL_NORM), arch["heads"]
         self._hidden, self._device = backbone.config.hidden, backbone.device
         self._embed, self._vocabulary_V = backbone.embed, tensors["vocabulary"].long().numpy()
         check_tree(self.paths, self.heads, len(self._vocabulary_V))
         self._shape = cache(lambda count: from_paths(self.paths[:count]))
-        shared = arch["output"] == "shared"
-        outputs = backbone.head_rows(tensors["vocabulary"].long())[None] if shared else tensors["head"]
         most = max((rank for path in self.paths for rank in path), default=0) + 1
         self._width = min(WIDTH, len(self._vocabulary_V)) if grown else most
         self._levels: list[DrafterHeads] = []
         for k in range(self.heads):
-            deep = [0 if arch["tied"] else layer for layer in range(arch["layers"] - 1)]
             pairs = [(tensors[f"first.{k}"], tensors["first_bias"][k].float())]
-            pairs += [(tensors["deep"][k, layer], tensors["deep_bias"][k, layer].float()) for layer in deep]
-            if arch["linear"]:
+            pairs += zip(tensors["deep"][k], tensors["deep_bias"][k].float(), strict=True)
+            if arch["linear_tail"]:
                 pairs.append((tensors["last"][k], tensors["last_bias"][k].float()))
-            matrices: Any = self._levels[0] if k and len(outputs) == 1 else [outputs[k]]
-            self._levels.append(kernels_for(backbone).heads([[pair] for pair in pairs], matrices, arch["linear"]))
-        streams = 1 if arch["fused"] else len(self.taps)
-        vocabulary, reads = self._vocabulary_V, (self.grounded, self.chained)
+            outputs = self._levels[0] if k else list(tensors["head"])
+            self._levels.append(kernels_for(backbone).heads([[pair] for pair in pairs], outputs, arch["linear_tail"]))
+        streams = 1 if arch["fuse_prefix"] else len(self.taps)
+        vocabulary, reads = self._vocabulary_V, (True, False)
         self._grower = kernels_for(backbone).grower(
             LevelDrafting(self._levels, streams, self._width, vocabulary, self._scales, *reads)
         )
         layer = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("prefix.")}
-        fuse = tensors["fuse"] if arch["fused"] else None
+        fuse = tensors["fuse"] if arch["fuse_prefix"] else None
         self._prefix = kernels_for(backbone).prefix_layer(layer, fuse) if arch["prefix"] else None
         self.parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
         self._states: dict[int, Tensor] = {}  # slot -> of the newest token but one: state, then streams [S, d]
 
     @classmethod
-    def build(
-        cls, backbone: Backbone, checkpoint: str = "", nodes: int = 0, tree: str = "", grown: bool = True,
-        any_backbone: bool = False,
-    ) -> Hydra:  # fmt: skip
-        """See `Drafter.build`.
-
-        Args:
-            checkpoint: folder of trained heads; by default those that came with foretell for this backbone.
-            nodes: tree size; by default what pays most by what steps cost here.
-            tree: a published tree by name, drafted as it is.
-            grown: grow each step's tree anew from what the heads say; false takes the one found for the heads.
-            any_backbone: accept heads of another model of the same sizes.
-        """
-        found, tensors = find(cls.method, backbone, checkpoint, any_backbone)
-        paths, grown = published(tree) if tree else found.paths, grown and not tree
+    def build(cls, backbone: Backbone, options: Options, loaded: Loaded | None = None) -> Hydra:
+        """See `Drafter.build`, and `TrainableMethod.build` for `loaded`."""
+        found, tensors = loaded or find(cls.method, backbone, options.checkpoint, options.any_backbone)
+        paths = published(options.tree) if options.tree else found.paths
+        grown = options.grown and not options.tree
         most = MAX_NODES if grown else min(MAX_NODES, len(paths) + 1)
-        size = tree_size(
-            backbone, nodes or (most if tree else 0), found.tokens_per_step, cls.method, cls.usual_cost, most
-        )
-        with damage_named(checkpoint or f"The {cls.method} drafter that came with foretell"):
+        nodes = options.nodes or (most if options.tree else 0)
+        size = tree_size(backbone, nodes, found.tokens_per_step, cls.method, cls.usual_cost, most)
+        with damage_named(options.checkpoint or f"The {cls.method} drafter that came with foretell"):
             if found.arch["prefix"] != cls.plus:
                 raise KeyError("prefix")
             return cls(backbone, found.arch, tensors, paths, size, found.tokens_per_step, grown, found.calibration)
 
     @classmethod
     def trainable(
-        cls, backbone: Backbone, counts_V: Tensor, folder: Path | None = None, *, heads: int = 4,
-        layers: int = 0, output: str = "tied",
-        draft_vocab: int = 8192, soft: float = 0.5, taps: int = 2, grounded: bool = True, tied: bool = False,
-        linear: bool = False, chained: bool = False, fused: bool = False, dropout: float = 0.0,
-    ) -> HydraHeads:  # fmt: skip
-        """Fresh heads; see `learning.Method`.
-
-        Args:
-            layers: blocks of each head; by default 1, and 2 of hydra++.
-            soft: share of the loss that is against the backbone's distribution instead of the written token; in the
-                paper 0, and 1 of Hydra++.
-            taps: how many streams part-way up are read, evenly spread over the layers.
-            grounded: whether heads read the tokens of their path.
-            tied: whether all but the first block of a head are one and the same.
-            linear: whether a block x + W x + b follows them.
-            chained: whether heads read the state that the head before them ended in: they learn on what they said
-                themselves, as EAGLE-3 does (arXiv 2503.01840, training-time test). Tokens that they guessed wrongly
-                need not be learnt from: nothing behind one is ever accepted.
-            fused: whether the layer of hydra++ reads the streams part-way up, and the token after each state, and heads
-                its stream alone (EAGLE-3, §3.1).
-        """
-        layers = layers or 1 + cls.plus
-        check_options(
-            backbone, output, heads=heads, layers=layers, soft=soft, draft_vocab=draft_vocab, taps=taps, dropout=dropout
-        )
-        if fused and not cls.plus:
-            raise UsageError("fused is an option of hydra++, whose layer reads what is fused; leave it out.")
-        vocabulary_V = draft_vocabulary(counts_V, draft_vocab)
+        cls, backbone: Backbone, training: HydraTraining, counts_V: Tensor, folder: Path | None = None
+    ) -> HydraHeads:
+        """Returns fresh heads; see `TrainableMethod`."""
         return HydraHeads(
-            backbone.head_rows(vocabulary_V).cpu(), vocabulary_V, len(counts_V), heads=heads, layers=layers,
-            output=output, soft=soft, taps=spread(taps, backbone),
-            embed=backbone.embed, grounded=grounded, tied=tied, linear=linear, chained=chained,
-            fused=fused, dropout=dropout,
+            *draft_outputs(backbone, counts_V, training.draft_vocab), training,
+            taps=evenly_spread(training.taps, backbone), embed=backbone.embed,
             prefix=DecoderLayer(backbone.config, backbone.rotation) if cls.plus else None,
         )  # fmt: skip
 
@@ -285,27 +250,42 @@ class Hydra(Drafter):
         asked = [(row, node) for row, tree in enumerate(trees) for node in tree.asked]
         above = [(row, max(0, trees[row].parents[node])) for row, node in asked]
         read_FS = [reading.parts[each] for each in above]
-        if self.grounded:
-            embedded_Fd = self._embed(torch.tensor([trees[row].tokens[node] for row, node in asked]))
-            read_FS = [[*read, number] for read, number in zip(read_FS, reading.add(embedded_Fd), strict=True)]
+        embedded_Fd = self._embed(torch.tensor([trees[row].tokens[node] for row, node in asked]))
+        read_FS = [[*read, number] for read, number in zip(read_FS, reading.add(embedded_Fd), strict=True)]
         reading.parts.update(zip(asked, read_FS, strict=True))
-        if self.chained and k:
-            read_FS = [[*read, reading.ended[each]] for read, each in zip(read_FS, above, strict=True)]
-        states_Fd = None
-        if self.chained:
-            states_Fd, numbers = reading.room(len(asked))
-            reading.ended.update(zip(asked, numbers, strict=True))
-        log_probs_FKR, best_FKR = self._levels[k].top(
-            reading.store_Nd, read_FS, self._width, None if states_Fd is None else states_Fd[:, None]
-        )
+        log_probs_FKR, best_FKR = self._levels[k].top(reading.store_Nd, read_FS, self._width)
         log_probs_FR = log_probs_FKR[:, 0].cpu().numpy()
         if self._scales:
             log_probs_FR = calibrated(log_probs_FR, self._scales[k])
         return log_probs_FR, self._vocabulary_V[best_FKR[:, 0].cpu().numpy()].tolist()
 
 
+class Reading:
+    """What heads read while a draft is made: rows of one store, so that levels share what they have in common.
+
+    Attributes:
+        parts: by (row of the batch, node): which of the store's rows are read there.
+    """
+
+    def __init__(self, width: int, device: torch.device):
+        self.store_Nd, self.used = torch.empty(64, width, device=device), 0
+        self.parts: dict[tuple[int, int], list[int]] = {}
+
+    def add(self, states_Fd: Tensor) -> range:
+        """Stores rows; returns their indices."""
+        count = len(states_Fd)
+        if self.used + count > len(self.store_Nd):
+            larger = self.store_Nd.new_empty(2 * (self.used + count), self.store_Nd.shape[1])
+            larger[: self.used] = self.store_Nd[: self.used]
+            self.store_Nd = larger
+        numbers = range(self.used, self.used + count)
+        self.used += count
+        self.store_Nd[numbers.start : numbers.stop] = states_Fd
+        return numbers
+
+
 class HydraPlus(Hydra):
     """With a layer before the heads."""
 
-    method, plus = "hydra++", True
+    method, plus, Training = "hydra++", True, HydraPlusTraining
     STARTS = (*Hydra.STARTS, method)

@@ -1,11 +1,12 @@
-"""Hydra's heads while they learn; `hydra.py` says what they are.
+"""Hydra's heads while they learn; `drafter.py` says what they are.
 
 Legend: K heads, L deeper blocks of a head, d hidden width, P positions, I numbers a head reads, V draft vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,59 +15,92 @@ from torch.nn import functional as F
 
 from foretell.contracts import FINAL_NORM
 from foretell.drafting.heads import normed
-from foretell.drafting.learning.heads import DecoderLayer, GuessingHeads, TrainingBatch
+from foretell.drafting.learning.heads import DecoderLayer, GuessingHeads, HeadTraining, TrainingBatch
 from foretell.drafting.learning.products import product
-from foretell.drafting.options import output_shape
+from foretell.drafting.options import option, renamed, stored_options
 from foretell.errors import UsageError
 
 
+@dataclass(frozen=True)
+class HydraTraining(HeadTraining):
+    """What Hydra's heads are trained with."""
+
+    heads: int = option(4, "How many; head k guesses the token k + 1 ahead.", low=1, high=16, stored=True)
+    layers: int = option(1, "Residual blocks of each head.", low=1, high=8, stored=True)
+    taps: int = option(2, "Intermediate layers whose streams are read too; 0 as in the paper.", low=0, high=8)
+    linear_tail: bool = option(
+        False, "Whether a last block x + W x + b follows, which can lower a number by more than SiLU's 0.28.",
+        former="linear", stored=True,
+    )  # fmt: skip
+    dropout: float = option(0.0, "Of what every block, and the output matrix, reads.", low=0, high=0.9)
+
+
+@dataclass(frozen=True)
+class HydraPlusTraining(HydraTraining):
+    """What Hydra++'s heads, and the layer before them, are trained with."""
+
+    layers: int = option(2, "Residual blocks of each head.", low=1, high=8, stored=True)
+    fuse_prefix: bool = option(
+        False, "Whether the layer reads the intermediate streams and the token after each state, and the heads its "
+        "stream alone, as in EAGLE-3.", former="fused", stored=True,
+    )  # fmt: skip
+
+
+GONE = {"output": "tied", "grounded": True, "tied": False, "chained": False}
+"""Options of earlier versions, with the only values that are still read."""
+
+
+def read_arch(arch: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a checkpoint under their present names.
+
+    Raises:
+        UsageError: it was trained with an option that is gone.
+    """
+    for name, kept in GONE.items():
+        if arch.get(name, kept) != kept:
+            raise UsageError(
+                f"It was trained with {name}={str(arch[name]).lower()}, which this version no longer has; train it "
+                "again, or install the version that wrote it."
+            )
+    return ({} if arch["prefix"] else {"fuse_prefix": False}) | renamed(HydraPlusTraining, arch)
+
+
 class HydraHeads(GuessingHeads):
-    """The heads while they learn; float32, multiplied as `products` says.
+    """The heads while they learn; float32, multiplied as `products` says. All share one trained output matrix.
 
     Args:
-        head_Vd, vocabulary_V, whole, heads, output, soft: see `GuessingHeads`.
-        layers: blocks of each head; the first reads the path, the others d numbers.
-        tied: whether all but the first block of a head are one and the same.
-        linear: whether a block x + W x + b follows: x + SiLU(W x + b) can lower no number by more than 0.28.
+        head_Vd, vocabulary_V, vocab_size: see `GuessingHeads`.
+        training: its `layers` count the blocks of each head; the first reads the path, the others d numbers.
         taps: layers whose streams are read besides the final state.
-        grounded: whether heads read the tokens of their path; false makes them Medusa's.
-        chained: whether heads read the state that the head before them ended in, too.
-        prefix: the layer before the heads, if there is one.
-        fused: whether that layer reads, besides the final states, the other streams and the token after each; its
-            stream is then the only one that heads read.
-        dropout: of what every block, and the output matrix, reads.
+        embed: the backbone's embedding.
+        prefix: the layer before the heads of Hydra++, or None.
     """
 
     def __init__(
-        self, head_Vd: Tensor, vocabulary_V: Tensor, whole: int, *, heads: int, layers: int, output: str, soft: float,
-        taps: Sequence[int], embed: Callable[[Tensor], Tensor], grounded: bool = True, tied: bool = False,
-        linear: bool = False, chained: bool = False, prefix: DecoderLayer | None = None, fused: bool = False,
-        dropout: float = 0.0,
+        self, head_Vd: Tensor, vocabulary_V: Tensor, vocab_size: int, training: HydraTraining, *,
+        taps: Sequence[int], embed: Callable[[Tensor], Tensor], prefix: DecoderLayer | None = None,
     ):  # fmt: skip
-        super().__init__(head_Vd, vocabulary_V, whole, heads=heads, output=output, soft=soft)
-        d = head_Vd.shape[1]
-        self.taps, self.embed, self.grounded, self.prefix = (*taps, FINAL_NORM), embed, grounded, prefix
-        self.tied, self.layers, self.dropout, self.chained = tied, layers, dropout, chained
+        heads, d = training.heads, head_Vd.shape[1]
+        super().__init__(head_Vd, vocabulary_V, vocab_size, heads=heads, output="tied", soft=training.soft)
+        self.options, self.taps, self.embed, self.prefix = training, (*taps, FINAL_NORM), embed, prefix
+        self.layers, self.dropout = training.layers, training.dropout
+        fused = isinstance(training, HydraPlusTraining) and training.fuse_prefix
         self.fuse = nn.Parameter(torch.zeros(d, d * len(self.taps))) if fused else None
-        widths = _widths(d, 1 if fused else len(self.taps), heads, grounded, chained)
+        widths = _widths(d, 1 if fused else len(self.taps), heads)
         self.first = nn.ParameterList([torch.zeros(d, width) for width in widths])
         self.first_bias_Kd = nn.Parameter(torch.zeros(heads, d))
-        stored = min(1, layers - 1) if tied else layers - 1
-        self.deep_KLdd = nn.Parameter(torch.zeros(heads, stored, d, d))
-        self.deep_bias_KLd = nn.Parameter(torch.zeros(heads, stored, d))
-        self.last_Kdd = nn.Parameter(torch.zeros(heads, d, d)) if linear else None
-        self.last_bias_Kd = nn.Parameter(torch.zeros(heads, d)) if linear else None
+        self.deep_KLdd = nn.Parameter(torch.zeros(heads, self.layers - 1, d, d))
+        self.deep_bias_KLd = nn.Parameter(torch.zeros(heads, self.layers - 1, d))
+        self.last_Kdd = nn.Parameter(torch.zeros(heads, d, d)) if training.linear_tail else None
+        self.last_bias_Kd = nn.Parameter(torch.zeros(heads, d)) if training.linear_tail else None
 
     def blocks(self, k: int) -> list[tuple[Tensor, Tensor]]:
         """Weight and bias of each block of head k."""
-        deep = [0 if self.tied else layer for layer in range(self.layers - 1)]
-        return [
-            (self.first[k], self.first_bias_Kd[k]),
-            *((self.deep_KLdd[k, layer], self.deep_bias_KLd[k, layer]) for layer in deep),
-        ]
+        deep = zip(self.deep_KLdd[k], self.deep_bias_KLd[k], strict=True)
+        return [(self.first[k], self.first_bias_Kd[k]), *deep]
 
     def states(self, k: int, x_PI: Tensor) -> Tensor:
-        """What the output matrix of head k reads, [P, d]; `x_PI` as `drafting.heads.side_by_side` gives it."""
+        """What the output matrix reads of head k, [P, d]; `x_PI` as `drafting.heads.side_by_side` gives it."""
         out_Pd = x_PI[:, : self.deep_KLdd.shape[-1]]
         for weight, bias in self.blocks(k):
             read = F.dropout(x_PI, self.dropout, self.training)
@@ -91,43 +125,41 @@ class HydraHeads(GuessingHeads):
         tokens = batch.tokens_BT.flatten()
         out: list[Tensor] = []
         for k in range(self.heads):
-            if self.grounded:  # beyond the end there is nothing to guess either
-                parts.append(normed(self.embed(tokens[(sources_P + k + 1).clamp(max=len(tokens) - 1)])))
-            before = [normed(out[-1])] if self.chained and k else []
-            out.append(self.states(k, torch.cat(parts + before, 1)))
+            # beyond the end there is nothing to guess either
+            parts.append(normed(self.embed(tokens[(sources_P + k + 1).clamp(max=len(tokens) - 1)])))
+            out.append(self.states(k, torch.cat(parts, 1)))
         return torch.stack(out)
 
     @torch.no_grad()
     def start(self, arch: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         if "weight.0" in tensors:  # Medusa's heads, which read no more than the root
-            tensors = _as_hydra(tensors)
-            lacks = dict.fromkeys(("tied", "linear", "chained", "prefix", "fused"), False)
-            arch = arch | {"grounded": arch["root"]} | lacks
+            if arch["output"] == "own":
+                raise UsageError("It has an output matrix for each head; train one with -o output=tied to begin with.")
+            tensors, arch = _as_hydra(tensors), arch | {"linear_tail": False, "prefix": False, "fuse_prefix": False}
+        else:
+            arch = read_arch(arch)
         theirs, ours = tensors["deep"].shape[1], self.deep_KLdd.shape[1]
-        more = arch["grounded"] > self.grounded or arch["chained"] > self.chained or arch["prefix"] > bool(self.prefix)
-        more = more or arch["fused"] > (self.fuse is not None)
-        if arch["taps"] != list(self.taps[:-1]) or more or (arch["chained"] and arch["grounded"] != self.grounded):
+        more = arch["prefix"] > bool(self.prefix) or arch["fuse_prefix"] > (self.fuse is not None)
+        if arch["taps"] != list(self.taps[:-1]) or more:
             raise UsageError("It reads other things than these heads; train with the same method and options.")
-        if arch["linear"] > (self.last_Kdd is not None):
-            raise UsageError("It has a last block without SiLU; train with -o linear=true.")
-        alike = arch["tied"] == self.tied and (not self.tied or arch["layers"] == self.layers)
-        if theirs > ours or (theirs and not alike):
-            same = f"-o layers={arch['layers']}" + ("" if alike else f" -o tied={str(arch['tied']).lower()}")
+        if arch["linear_tail"] > (self.last_Kdd is not None):
+            raise UsageError("It has a last block without SiLU; train with -o linear_tail=true.")
+        if theirs > ours:
             raise UsageError(
-                f"It has {_blocks(arch['layers'], arch['tied'])} in each head, these would have "
-                f"{_blocks(self.layers, self.tied)}; train with {same}."
+                f"It has {_blocks(arch['layers'])} in each head, these would have {_blocks(self.layers)}; train with "
+                f"-o layers={arch['layers']}."
             )
         for k in range(min(self.heads, arch["heads"])):
             parts = tensors[f"first.{k}"].split(len(self.first[k]), 1)
-            if self.fuse is not None and not arch["fused"]:  # streams that now come through the layer
+            if self.fuse is not None and not arch["fuse_prefix"]:  # streams that now come through the layer
                 parts = (parts[0], *parts[len(self.taps) :])
             first = torch.cat(parts, 1)  # what they did not read begins with zeros
             self.first[k][:, : first.shape[1]] = first
             self.first_bias_Kd[k] = tensors["first_bias"][k]
             self.deep_KLdd[k, :theirs], self.deep_bias_KLd[k, :theirs] = tensors["deep"][k], tensors["deep_bias"][k]
-            if self.last_Kdd is not None and self.last_bias_Kd is not None and arch["linear"]:
+            if self.last_Kdd is not None and self.last_bias_Kd is not None and arch["linear_tail"]:
                 self.last_Kdd[k], self.last_bias_Kd[k] = tensors["last"][k], tensors["last_bias"][k]
-        if self.fuse is not None and arch["fused"]:
+        if self.fuse is not None and arch["fuse_prefix"]:
             self.fuse.copy_(tensors["fuse"])
         if self.prefix and arch["prefix"]:
             for name, weight in self.prefix.named().items():
@@ -143,36 +175,30 @@ class HydraHeads(GuessingHeads):
             tensors["fuse"] = self.fuse
         if self.prefix:
             tensors |= {f"prefix.{name}": weight for name, weight in self.prefix.named().items()}
-        arch = {
-            "heads": self.heads, "layers": self.layers, "output": self.output, "taps": list(self.taps[:-1]),
-            "grounded": self.grounded, "tied": self.tied, "linear": self.last_Kdd is not None, "chained": self.chained,
-            "prefix": self.prefix is not None, "fused": self.fuse is not None,
-        }  # fmt: skip
+        arch = stored_options(self.options) | {"taps": list(self.taps[:-1]), "prefix": self.prefix is not None}
         return self.stored(tensors), arch
 
 
-def _blocks(layers: int, tied: bool) -> str:
-    """In words."""
-    return f"{layers} block{'s' * (layers != 1)}{' (tied)' if tied and layers > 1 else ''}"
+def _blocks(layers: int) -> str:
+    return f"{layers} block{'s' * (layers != 1)}"
 
 
-def _widths(d: int, streams: int, heads: int, grounded: bool, chained: bool) -> list[int]:
-    """What each head reads: streams, the tokens of the path, the state of the head before."""
-    return [d * (streams + grounded * (k + 1) + chained * (k > 0)) for k in range(heads)]
+def _widths(d: int, streams: int, heads: int) -> list[int]:
+    """Numbers that each head reads: streams and the tokens of its path."""
+    return [d * (streams + k + 1) for k in range(heads)]
 
 
 def shapes(arch: dict[str, Any], d: int, choices: int) -> dict[str, tuple[int, ...]]:
-    """Of a checkpoint's tensors; the prefix layer's are checked where it is made."""
-    heads, stored = arch["heads"], min(1, arch["layers"] - 1) if arch["tied"] else arch["layers"] - 1
-    streams = len(arch["taps"]) + 1
-    widths = _widths(d, 1 if arch["fused"] else streams, heads, arch["grounded"], arch["chained"])
+    """Expected shape of each checkpoint tensor but those of the prefix layer, which are checked where it is made."""
+    heads, deep, streams = arch["heads"], arch["layers"] - 1, len(arch["taps"]) + 1
+    widths = _widths(d, 1 if arch["fuse_prefix"] else streams, heads)
     found: dict[str, tuple[int, ...]] = {f"first.{k}": (d, width) for k, width in enumerate(widths)}
-    found |= {"first_bias": (heads, d), "deep": (heads, stored, d, d), "deep_bias": (heads, stored, d)}
-    if arch["linear"]:
+    found |= {"first_bias": (heads, d), "deep": (heads, deep, d, d), "deep_bias": (heads, deep, d)}
+    if arch["linear_tail"]:
         found |= {"last": (heads, d, d), "last_bias": (heads, d)}
-    if arch["fused"]:
+    if arch["fuse_prefix"]:
         found["fuse"] = (d, d * streams)
-    return found | output_shape(arch, d, choices)
+    return found | {"head": (1, choices, d)}
 
 
 def _as_hydra(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,15 +14,17 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foretell.backbone import Backbone
 from foretell.backbone.base import layer_shapes
 from foretell.drafting.learning.products import number_type, product
-from foretell.drafting.options import places
+from foretell.drafting.options import option
+from foretell.drafting.vocabulary import draft_vocabulary, index_in
 from foretell.errors import UsageError
 from foretell.loading.config import ModelConfig
 from foretell.trees.search import ENDED, MISSED
@@ -117,20 +119,6 @@ class Trainable(nn.Module):
         """Tensors to save, and the numbers that the drafter needs besides to make its module of them."""
 
 
-class Method(Protocol):
-    """What a drafter class adds when it can be trained."""
-
-    @classmethod
-    def trainable(cls, backbone: Any, counts_V: Tensor, folder: Path | None = None, **options: Any) -> Trainable:
-        """A fresh module.
-
-        Args:
-            counts_V: how often each token was written in the data, for draft vocabularies.
-            folder: of the backbone's files, for methods that change it.
-        """
-        ...
-
-
 class _SoftCrossEntropy(torch.autograd.Function):
     """Gradients are made while a chunk's logits are at hand; all logits at once would be gigabytes."""
 
@@ -173,6 +161,38 @@ def weighed(term: Tensor, weight: float) -> Tensor:
     return term.detach() + weight * (term - term.detach())
 
 
+@dataclass(frozen=True)
+class HeadTraining:
+    """Options of every method that trains heads over a draft vocabulary."""
+
+    draft_vocab: int = option(8192, "The most frequent tokens, which heads choose from; 0 for all.", low=0, high=2**31)
+    soft: float = option(
+        0.5, "Share of the loss against the model's whole distribution instead of the written token.", low=0, high=1
+    )
+
+
+def draft_outputs(backbone: Backbone, counts_V: Tensor, size: int) -> tuple[Tensor, Tensor, int]:
+    """What `GuessingHeads` is made from: output rows of a draft vocabulary, its token ids, and the vocabulary's size.
+
+    Args:
+        counts_V: how often each token was written; size: tokens of the draft vocabulary, 0 for all.
+    """
+    vocabulary_V = draft_vocabulary(counts_V, size)
+    return backbone.head_rows(vocabulary_V).cpu(), vocabulary_V, len(counts_V)
+
+
+def evenly_spread(taps: int, backbone: Backbone) -> list[int]:
+    """As many layers as `taps`, evenly spread over the backbone.
+
+    Raises:
+        UsageError: the backbone has fewer layers.
+    """
+    layers = backbone.config.layers
+    if taps > layers - 1:
+        raise UsageError(f"taps is {taps}; it must lie between 0 and {layers - 1} for this model of {layers} layers.")
+    return [round(layers * (i + 1) / (taps + 1)) for i in range(taps)]
+
+
 class GuessingHeads(Trainable):
     """K heads: the k-th (from 0) guesses, at position p, token p + k + `ahead` out of a draft vocabulary.
 
@@ -181,7 +201,7 @@ class GuessingHeads(Trainable):
 
     Args:
         head_Vd: the backbone's output rows of the draft vocabulary.
-        vocabulary_V: their token ids; `whole` is the size of the backbone's vocabulary.
+        vocabulary_V: their token ids; vocab_size: of the backbone.
         output: whose output matrices: shared (the backbone's, frozen), tied (one copy for all heads) or own.
         soft: share of the loss that is against the backbone's distribution instead of the written token.
     """
@@ -192,7 +212,7 @@ class GuessingHeads(Trainable):
     vocabulary_V: Tensor
     place: Tensor
 
-    def __init__(self, head_Vd: Tensor, vocabulary_V: Tensor, whole: int, *, heads: int, output: str, soft: float):
+    def __init__(self, head_Vd: Tensor, vocabulary_V: Tensor, vocab_size: int, *, heads: int, output: str, soft: float):
         super().__init__()
         self.heads, self.output, self.soft = heads, output, soft
         if output == "shared":
@@ -201,7 +221,7 @@ class GuessingHeads(Trainable):
             copies = heads if output == "own" else 1
             self.head_KVd = nn.Parameter(head_Vd.float().repeat(copies, 1, 1))
         self.register_buffer("vocabulary_V", vocabulary_V)
-        self.register_buffer("place", places(vocabulary_V, whole), persistent=False)
+        self.register_buffer("place", index_in(vocabulary_V, vocab_size), persistent=False)
 
     @abstractmethod
     def read(self, batch: TrainingBatch, sources_P: Tensor) -> Tensor:
@@ -266,7 +286,7 @@ class GuessingHeads(Trainable):
         """Takes over output matrices, for the tokens that both choose from."""
         if self.output == "shared" or "head" not in tensors:
             return
-        place_V = places(tensors["vocabulary"].long(), len(self.place))[self.vocabulary_V.cpu()]
+        place_V = index_in(tensors["vocabulary"].long(), len(self.place))[self.vocabulary_V.cpu()]
         if len(tensors["head"]) not in (1, len(self.head_KVd)):
             raise UsageError("It has an output matrix for each head; train with -o output=own and as many heads.")
         head_KVd = tensors["head"].float().expand(len(self.head_KVd), -1, -1)
