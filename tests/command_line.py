@@ -32,6 +32,11 @@ class Ran:
 Foretell = Callable[..., Ran]
 
 
+def answer_ids(lines: list[dict[str, Any]]) -> list[list[list[int]]]:
+    """The token ids of each answer, line by line of `generate --json`; a conversation lists its turns."""
+    return [[turn["ids"] for turn in line.get("turns", [line])] for line in lines]
+
+
 def runner(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Foretell:
     """A function that runs the command line with the arguments and the stdin it is given."""
 

@@ -28,18 +28,16 @@ from foretell.files import read_json, sole_writer, write_json
 from foretell.loading.catalog import FORMER_FINGERPRINTS
 from foretell.requests import Request, SamplingParams
 from foretell.train import distill as distilling
+from foretell.train import prompts as prompting
 from foretell.train.data import CONVERSATIONS, MANIFEST, ConversationStore, Distilled
 from foretell.train.distill import (
-    DISTINCT,
-    SHORTEST,
+    MIN_DISTINCT,
+    MIN_TOKENS,
     distill,
     next_tasks,
-    read_prompts,
     unfit,
-    user_turn,
-    write_prompts,
 )
-from foretell.train.prompts import ABROAD, LANGUAGES, cut, tasks
+from foretell.train.prompts import FOREIGN, LANGUAGES, cut, read_prompts, tasks, user_turn, write_prompts
 
 END = 256
 """The tiny model's end of turn; its other tokens are bytes, the first 94 of them printable ASCII."""
@@ -349,7 +347,7 @@ def test_answers_are_what_plain_decoding_writes_turn_by_turn(llm: LLM, tmp_path:
     sequences = Counter(each.line for each in store.conversations)
     for talk in TALKS:
         if talk.line != 5:
-            written = [each for each in turn_by_turn(llm, talk, params) if len(each[1]) >= SHORTEST]
+            written = [each for each in turn_by_turn(llm, talk, params) if len(each[1]) >= MIN_TOKENS]
             assert in_answers(store, talk.line) == written
             if params is ENDING:  # the template only appends: one sequence holds all turns
                 assert sequences[talk.line] == min(1, len(written))
@@ -366,7 +364,7 @@ def test_an_answer_that_reads_back_otherwise_ends_its_sequence(llm: LLM, tmp_pat
     talk = Conversation(("a", "b", "c", "d"), 1)
     replies = [Result([letter] * 4, "qqqq"), Result([byte] * 4, "\ufffd" * 4), Result([letter] * 3, "qqq"),
                Result([letter] * 4 + [END], "qqqq")]  # fmt: skip
-    found = list(distilling._kept(llm, talk, replies, circles=False))
+    found = list(distilling._kept(llm, talk, replies, keep_repetitive=False))
     one = len(llm.tokenizer.encode("u:a<|end|>a:"))
     before = llm.tokenizer.encode("u:a<|end|>a:qqqq<|end|>u:b<|end|>a:")
     two = len(before)
@@ -396,7 +394,7 @@ def test_what_does_not_fit_is_dropped_and_counted(llm: LLM, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("bias", "length", "reason"),
-    [({END: 100.0}, 40, "empty"), ({7: 100.0}, 60, "repetitive"), ({7: 100.0}, SHORTEST - 1, "empty")],
+    [({END: 100.0}, 40, "empty"), ({7: 100.0}, 60, "repetitive"), ({7: 100.0}, MIN_TOKENS - 1, "empty")],
 )
 def test_answers_not_worth_learning_from_are_dropped_and_counted(
     llm: LLM, tmp_path: Path, bias: dict[int, float], length: int, reason: str
@@ -413,7 +411,7 @@ def test_answers_in_circles_are_kept_on_demand(llm: LLM, tmp_path: Path) -> None
     for token, length, answers in ((7, 60, 3), (END, 40, 0)):
         store = ConversationStore.create(tmp_path / str(token), dict(ABOUT))
         params = SamplingParams(max_new_tokens=length, logit_bias={token: 100.0})
-        distill(llm, talks, store, params, rows=3, circles=True)
+        distill(llm, talks, store, params, rows=3, keep_repetitive=True)
         assert sum(len(each.answers) for each in store.conversations) == answers
         assert store.dropped == ({} if answers else {"empty": 3})
 
@@ -425,7 +423,7 @@ def circle(period: int, length: int) -> list[int]:
 @pytest.mark.parametrize(
     ("ids", "reason"),
     [
-        ([], "empty"), ([1, 2, 3], "empty"), ([1, 2, 3, 4], None), ([5] * SHORTEST, None),
+        ([], "empty"), ([1, 2, 3], "empty"), ([1, 2, 3, 4], None), ([5] * MIN_TOKENS, None),
         ([5] * 52, None),  # 23 4-grams in its second half: too short to judge
         ([5] * 53, "repetitive"),
         (list(range(500)), None), ([*range(100), *[5] * 100], "repetitive"), ([*[5] * 100, *range(100)], None),
@@ -437,7 +435,7 @@ def test_answers_in_circles_are_unfit(ids: list[int], reason: str | None) -> Non
     half = ids[len(ids) // 2 :]
     grams = Counter(zip(half, half[1:], half[2:], half[3:], strict=False))
     if reason == "repetitive":
-        assert len(grams) < DISTINCT * grams.total()
+        assert len(grams) < MIN_DISTINCT * grams.total()
 
 
 # --- prompts from nothing -----------------------------------------------------------------------------------
@@ -474,7 +472,7 @@ def talkative(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], N
     """Makes some tokens likelier where the model writes prompts."""
 
     def favour(bias: dict[int, float]) -> None:
-        monkeypatch.setattr(distilling, "SamplingParams", partial(SamplingParams, logit_bias=bias))
+        monkeypatch.setattr(prompting, "SamplingParams", partial(SamplingParams, logit_bias=bias))
 
     return favour
 
@@ -540,7 +538,7 @@ def test_a_model_that_writes_one_turn_only_is_refused(
         for index, _ in enumerate(requests):
             yield index, package.requests.Event(index, [1], [False], "the same again", finish_reason="stop")
 
-    monkeypatch.setattr(distilling, "run", run)
+    monkeypatch.setattr(prompting, "run", run)
     with pytest.raises(ForetellError, match="give it prompts with --prompts") as error:
         write_prompts(llm, 3, tmp_path / "p.jsonl", seed=0, rows=2)
     one_sentence(error)
@@ -551,7 +549,7 @@ def test_a_model_that_writes_one_turn_only_is_refused(
 
 TEXTS = [
     ("What is a tree?", "A tree is a plant. It grows for years."),
-    (ABROAD.format(target="German", text="trees"), "Ein Baum ist eine Pflanze. Er hat Wurzeln."),
+    (FOREIGN.format(target="German", text="trees"), "Ein Baum ist eine Pflanze. Er hat Wurzeln."),
     ("Name a bird.", "An owl is a bird. It flies at night."),
 ]
 
@@ -757,7 +755,7 @@ def test_tasks_are_answered_after_what_they_are_about(
 def test_where_no_answer_is_long_enough_no_tasks_are_made(
     foretell: Foretell, tiny: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tasks: str
 ) -> None:
-    monkeypatch.setattr(distilling, "SHORTEST_TEXT", 41)
+    monkeypatch.setattr(distilling, "MIN_TASK_TOKENS", 41)
     options = ("--prompts", str(prompts), "-n", "41", "--tasks", tasks, "--out", str(tmp_path / "data"))
     monkeypatch.setattr(distilling, "unfit", lambda ids: "empty")  # none is
     ran = foretell("distill", "-m", tiny, *TINY, *options)

@@ -15,8 +15,9 @@ from foretell.errors import UsageError
 from foretell.requests import SamplingParams
 from foretell.train import recipe
 from foretell.train.data import ConversationStore
-from foretell.train.distill import distill, read_prompts
+from foretell.train.distill import distill
 from foretell.train.evaluation import SIZES
+from foretell.train.prompts import read_prompts
 from foretell.train.recipe import MAX_REPLAYED, Trained, to_replay
 from foretell.train.trainer import Settings
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import Foretell, Ran
+from command_line import Foretell, Ran, answer_ids
 from hypothesis import given
 from hypothesis import strategies as st
 from random_backbones import BF16, FP32, KERNELS, Model, examples, same, using
@@ -1149,11 +1149,6 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def ids_of(lines: list[dict[str, Any]]) -> list[list[list[int]]]:
-    """The ids of each line's answers."""
-    return [[turn["ids"] for turn in line.get("turns", [line])] for line in lines]
-
-
 def replayed(model: str, data: str, folder: Path) -> dict[str, float]:
     """What a drafter earns, by tree size, in every second conversation: trees were searched in the others."""
     llm = load(model, "medusa", dtype="fp32", threads=1, checkpoint=str(folder))
@@ -1190,7 +1185,7 @@ def test_from_a_model_alone_to_a_trained_drafter(
             ours = foretell(
                 "generate", *options, *sampling, "-b", rows, "-d", "medusa", "-o", f"checkpoint={drafter}", "--no-adapt"
             ).lines
-            assert [line["ids"] for line in ours] == [line["ids"] for line in plain]
+            assert answer_ids(ours) == answer_ids(plain)
             assert all(line["drafted"] for line in ours)
             if not sampling:
                 assert sum(line["steps"] for line in ours) < 0.9 * sum(line["steps"] for line in plain)

@@ -28,6 +28,8 @@ from foretell.loading.catalog import current
 
 FORMAT = 1
 MANIFEST, CONVERSATIONS, PACKED = "distill.json", "conversations.jsonl", "conversations.jsonl.xz"
+REFUSED = ("rejected", "unfinished", "too long")
+"""Finish reasons of a reply that is no answer: the conversation is kept up to it."""
 
 
 @dataclass(frozen=True)
