@@ -24,8 +24,9 @@ from foretell.backbone.cpu.backbone import CompiledBackbone
 from foretell.backbone.eager.backbone import EagerBackbone
 from foretell.backbone.eager.linear import MAX_ROWS
 from foretell.contracts import Draft
+from foretell.exactness import random_weights
 from foretell.loading import ModelConfig
-from foretell.loading.families import FAMILIES, model_config, weight_shapes
+from foretell.loading.families import FAMILIES, model_config
 from foretell.trees import TokenTree, chain
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -89,18 +90,7 @@ class Model:
         return replace(config, inv_freq=inv_freq, rope_scale=scale)
 
     def weights(self) -> dict[str, Tensor]:
-        """Matrices that keep a vector's length, so that no layer drowns another; biases and norms are random too."""
-        generator = torch.Generator().manual_seed(self.seed)
-        weights = {}
-        for name, shape in weight_shapes(self.config).items():
-            weight = torch.randn(shape, generator=generator)
-            if name.endswith("norm.weight"):
-                weights[name] = 1 + 0.2 * weight
-            elif "embed" in name or name.endswith("bias"):
-                weights[name] = 0.5 * weight
-            else:
-                weights[name] = weight * shape[-1] ** -0.5
-        return weights
+        return random_weights(self.config, self.seed)
 
     def build(self, kernel: str = "", dtype: torch.dtype = FP32, threads: int = 1) -> Backbone:
         """A backbone; call it inside `using(kernel)`."""

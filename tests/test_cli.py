@@ -320,7 +320,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(tiny: str) -> None:
     assert len(out.encode()) < 400
 
 
-# --- demo and models ----------------------------------------------------------------------------------------
+# --- demo ----------------------------------------------------------------------------------------------------
 
 
 def test_demo_compares(foretell: Foretell, tiny: str) -> None:
@@ -346,25 +346,6 @@ def test_demo_fails_when_the_ids_differ(foretell: Foretell, tiny: str, monkeypat
     ran = foretell("demo", "hello", "-m", tiny, "-n", "12", "--dtype", "fp32", "-d", "liar")
     assert ran.code == 1
     assert "the ids DIFFER" in ran.out
-
-
-def test_models_lists_what_is_here_and_what_could_be(foretell: Foretell, cache: Path) -> None:
-    ran = foretell("models")
-    assert ran.code == 0
-    assert re.search(r"smollm2-135m +\d+ MB +Apache-2.0 +catalog +no", ran.out)
-    assert foretell("models", "--json").lines == [
-        {
-            "name": "smollm2-135m", "bytes": 273_000_000, "licence": "Apache-2.0", "source": "catalog",
-            "cached": False, "path": None,
-        },
-        *(
-            {
-                "name": f"smollm2-135m+{adapter}", "bytes": 273_000_000, "licence": "Apache-2.0",
-                "source": "catalog, with an adapter", "cached": False, "path": None,
-            }
-            for adapter in ("layerskip", "medusa2")
-        ),
-    ]  # fmt: skip
 
 
 # --- the demo model -----------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def module(name: str) -> Any:
         try:
             return import_module(path)
         except ModuleNotFoundError as error:
-            if error.name != path:  # a module that this one imports is missing
+            if not path.startswith(str(error.name)):  # a module that this one imports is missing
                 raise
     raise ModuleNotFoundError(f"none of {', '.join(MOVED[name])}")
 

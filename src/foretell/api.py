@@ -166,7 +166,7 @@ class LLM:
 
 def load(
     model: str | Path = "smollm2-135m",
-    drafter: str = "plain",
+    drafter: str | type[Drafter] = "plain",
     *,
     lookup: bool = False,
     dtype: str | None = None,
@@ -182,7 +182,7 @@ def load(
 
     Args:
         model: a catalogue name, a Hugging Face hub id, a local folder or a .gguf file.
-        drafter: a name from `foretell.drafters.DRAFTERS`; `options` are its own.
+        drafter: a name from `foretell.drafters.table()`, "mine.py:Class", or a class; `options` are its own.
         lookup: merge candidates of prompt lookup into its trees.
         dtype, device, threads, kernel: see `foretell.backbone.assemble`.
         cache_dir, offline: see `foretell.loading.resolve`.
@@ -191,7 +191,7 @@ def load(
     Raises:
         ForetellError, UsageError: one sentence with the remedy.
     """
-    drafters.drafter_class(drafter)  # refuses a mistyped name before anything is downloaded
+    drafters.parse_options(drafter, options)  # refuses what is mistyped before anything is downloaded
     folder = resolve(str(model), cache_dir=cache_dir, offline=offline, progress=progress)
     backbone = assemble(folder.path, dtype=dtype, device=device, threads=threads, kernel=kernel, cache_dir=cache_dir)
     backbone.costs = costs_file(backbone, cache_dir)

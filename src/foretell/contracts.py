@@ -16,9 +16,11 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
+import torch
 from torch import Tensor
 
 from foretell.errors import UsageError
@@ -52,14 +54,14 @@ class Row(Protocol):
 
 @dataclass(frozen=True)
 class Resume:
-    """Where verification may go on: drafting has run the lower layers over the first nodes of each tree.
+    """States from which verification resumes: drafting has run the lower layers over the first nodes of each tree.
 
-    Their keys and values lie in the slots of these nodes. The engine runs the others up to the same layer.
+    Their keys and values lie in the slots of these nodes. The engine runs the others through the same layers.
 
     Attributes:
-        layer: layers that were run.
-        ran: per row how many nodes, the root first; 0 for none.
-        hidden_Rd: the streams that they ended in, float32, row after row.
+        layer: number of layers that were run.
+        ran: per row, how many nodes they were run over: the first ones of the tree, root included; 0 for none.
+        hidden_Rd: residual streams of the R nodes after `layer` layers, float32, row after row.
         taps: tap -> states [R, d] of the same nodes, for those of the drafter's taps that lie below `layer`.
     """
 
@@ -67,6 +69,44 @@ class Resume:
     ran: list[int]
     hidden_Rd: Tensor
     taps: dict[int, Tensor] = field(default_factory=dict)
+
+    def kept(self, nodes: Sequence[Sequence[int]]) -> Resume:
+        """Keeps some of the nodes, which become the first ones of smaller trees.
+
+        Args:
+            nodes: per row, which of its first `ran` nodes, in their new order.
+        """
+        starts = accumulate(self.ran, initial=0)
+        index = [start + node for start, those in zip(starts, nodes, strict=False) for node in those]
+        pieces = {tap: [states] for tap, states in self.taps.items()}
+        return self._selected([self.hidden_Rd], pieces, index, [len(those) for those in nodes])
+
+    def joined(self, counts: Sequence[int], hidden_Od: Tensor, taps: Mapping[int, Tensor]) -> Resume:
+        """Adds the O other nodes, which the engine has run: each row's nodes follow those that drafting ran.
+
+        Args:
+            counts: per row, how many others.
+            hidden_Od: their residual streams after `layer` layers, row after row.
+            taps: states [O, d] of the same nodes, for the taps of `self.taps`.
+        """
+        index: list[int] = []
+        ran, other = 0, len(self.hidden_Rd)
+        for before, count in zip(self.ran, counts, strict=True):
+            index += [*range(ran, ran + before), *range(other, other + count)]
+            ran, other = ran + before, other + count
+        pieces = {tap: [states, taps[tap]] for tap, states in self.taps.items()}
+        sums = [before + count for before, count in zip(self.ran, counts, strict=True)]
+        return self._selected([self.hidden_Rd, hidden_Od], pieces, index, sums)
+
+    def _selected(
+        self, hidden: list[Tensor], taps: dict[int, list[Tensor]], index: list[int], ran: list[int]
+    ) -> Resume:
+        index_K = torch.tensor(index, dtype=torch.int64, device=self.hidden_Rd.device)
+
+        def select(pieces: list[Tensor]) -> Tensor:
+            return torch.cat(pieces).index_select(0, index_K)
+
+        return Resume(self.layer, ran, select(hidden), {tap: select(pieces) for tap, pieces in taps.items()})
 
 
 @dataclass

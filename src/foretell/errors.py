@@ -1,8 +1,8 @@
-"""What a user can do wrong, said in one sentence.
+"""Errors that a user can fix, each one sentence.
 
-Every mistake that can be foreseen is refused at the door: the sentence names the value, what is allowed, and
-what to do next. The command line prints it without a traceback and leaves with `exit_code`; a library caller
-catches `ForetellError`. Anything else that is raised is a bug of ours and keeps its traceback.
+Foreseeable mistakes are refused early: the sentence names the value, what is allowed, and what to do next. The command
+line prints it without a traceback and exits with `exit_code`; a library caller catches `ForetellError`. Any other
+exception is a bug of foretell and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Container, Iterable
 
 
 class ForetellError(Exception):
-    """A mistake the user can mend: a missing file, a malformed checkpoint, no network, a full disk."""
+    """An error that the user can fix: a missing file, a malformed checkpoint, no network, a full disk."""
 
     exit_code = 1
 
 
 class UsageError(ForetellError):
-    """A request that could never work as typed: an unknown name, flags that contradict each other."""
+    """A request that cannot work as typed: an unknown name, options that contradict each other."""
 
     exit_code = 2
 
@@ -27,21 +27,21 @@ class ContextError(UsageError):
 
 
 class ForetellWarning(UserWarning):
-    """Something was done otherwise than it was asked for; the command line prints it as a note."""
+    """Warns that something was done differently than requested; the command line prints it as a note."""
 
 
 def check(holds: object, sentence: str, error: type[Exception] = ValueError) -> None:
-    """Guards what native code, which cannot look, takes for granted: unlike an assert also under `python -O`.
+    """Checks what native code relies on and cannot check itself; unlike an assert, under `python -O` too.
 
     Raises:
-        ValueError: or another error; the caller has a bug.
+        ValueError: or the given error: the caller has a bug.
     """
     if not holds:
         raise error(sentence)
 
 
 def check_numbers(holder: object, ranges: Iterable[tuple[str, float, float]], whole: Container[str] = ()) -> None:
-    """Refuses attributes that are no numbers, or outside [low, high]; those in `whole` must be whole.
+    """Refuses attributes that are not numbers in [low, high]; those in `whole` must be integers.
 
     Raises:
         UsageError: naming the attribute, its value and what is allowed.
@@ -55,5 +55,5 @@ def check_numbers(holder: object, ranges: Iterable[tuple[str, float, float]], wh
 
 
 def is_number(value: object, whole: bool = False) -> bool:
-    """Whether a value is a number; a truth value is none."""
+    """Returns whether a value is a number (an integer, if `whole`); a bool is not."""
     return isinstance(value, int if whole else int | float) and not isinstance(value, bool)

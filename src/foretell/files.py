@@ -1,7 +1,7 @@
-"""Files read and written so that nothing is ever half there.
+"""Files and folders written atomically, and read with errors of one sentence.
 
-What is written appears under its final name only when it is complete: it is made in a hidden folder beside
-and renamed. What is read and turns out broken is named in one sentence, with the remedy.
+A file or folder appears under its final name only when it is complete: it is written under a hidden name beside it and
+renamed. A broken file is reported with its path and the remedy.
 """
 
 import errno
@@ -20,7 +20,11 @@ ANOTHER_FOLDER = "choose another folder (--cache-dir for the cache)"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object."""
+    """Reads a JSON object.
+
+    Raises:
+        ForetellError: the file is missing, cannot be read, or holds something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -33,19 +37,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """What an exception of someone else's says, fit to stand inside a sentence of ours."""
+    """Returns the message of a library's exception on one line, shortened to `limit` characters, to quote it."""
     text = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def write_json(path: Path, content: Any, shared: bool = False) -> None:
-    """Writes a JSON file whole or not at all; its folder is made. `shared`: as `written_whole` has it."""
+    """Writes a JSON file atomically and creates its folder; `shared` as for `written_whole`."""
     with written_whole(path, shared=shared) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def exists(path: Path) -> bool:
-    """Whether a file is there; false, too, where the folder may not be entered."""
+    """Returns whether a file exists; False as well where its folder may not be entered."""
     try:
         return path.exists()
     except OSError:
@@ -56,10 +60,15 @@ def exists(path: Path) -> bool:
 def written_whole(
     path: Path, needed_bytes: int = 0, remedy: str = ANOTHER_FOLDER, shared: bool = False
 ) -> Iterator[Path]:
-    """Yields the name to write to; the file takes its place when the block ends, and vanishes when it fails.
+    """Yields the path to write to: renamed to `path` when the block ends, deleted when it fails.
 
     Args:
-        shared: others may be writing the same file with no lock between us; the name is then like no other's.
+        needed_bytes: disk space to require beforehand.
+        remedy: end of the sentence if the file cannot be written.
+        shared: other processes may write the same file without a lock, so the temporary name is unique.
+
+    Raises:
+        ForetellError: the disk is full, or the folder cannot be written to.
     """
     own = f".{secrets.token_hex(4)}" if shared else ""
     partial = path.with_name(f".{path.name}{own}.partial")
@@ -74,11 +83,11 @@ def written_whole(
 
 
 def whole_lines(path: Path, unfinished: bytes | None = None, *, cut: bool = True) -> list[bytes]:
-    """Lines of a file that is only appended to, without what an interruption cut short at its end.
+    """Returns the complete lines of an append-only file, without a last one that an interruption cut short.
 
     Args:
-        unfinished: what a last line holds that is nothing without the next.
-        cut: cut it off the file too; for those that add to it.
+        unfinished: text that marks a line as incomplete without the next one.
+        cut: truncate the file to these lines too, before appending to it.
     """
     data = path.read_bytes() if path.exists() else b""
     lines = data.split(b"\n")[:-1]
@@ -93,10 +102,10 @@ def whole_lines(path: Path, unfinished: bytes | None = None, *, cut: bool = True
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Keeps other processes from writing to a folder that this one adds to; it is made if need be.
+    """Locks a folder against other writers while the block runs; creates it if needed.
 
     Raises:
-        UsageError: another process is at it.
+        UsageError: another process holds the lock.
     """
     from filelock import FileLock, Timeout
 
@@ -117,7 +126,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
-    """Yields an empty folder that becomes `target` when the block ends, and vanishes when it fails.
+    """Yields an empty folder that becomes `target` when the block ends, and is deleted when it fails.
 
     The caller holds the lock of `target`, so any older staging folder was left by a process that was killed.
     """
@@ -133,7 +142,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_errors(folder: Path, needed_bytes: int = 0, remedy: str = ANOTHER_FOLDER) -> Iterator[None]:
-    """Turns a full disk or a forbidden folder into one sentence that says what to do."""
+    """Turns a full disk or a folder without write permission into a `ForetellError` that names the remedy."""
     try:
         if needed_bytes:
             _require_room(folder, needed_bytes, remedy)
@@ -147,17 +156,17 @@ def write_errors(folder: Path, needed_bytes: int = 0, remedy: str = ANOTHER_FOLD
 
 
 def disk_full(folder: Path, reason: str, remedy: str = ANOTHER_FOLDER) -> ForetellError:
-    """The sentence for a disk without room."""
+    """Makes the error for a full disk."""
     return ForetellError(f"There is not enough disk space in {folder} ({reason}); free some, or {remedy}.")
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error is the system's "no space left", however the library in between dressed it up."""
+    """Returns whether an error is the system's "no space left", also if a library wrapped it."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 
 
 def _require_room(folder: Path, needed_bytes: int, remedy: str) -> None:
-    """Makes the folder first: a place that cannot be written, such as /proc, often reports a full disk as well."""
+    """Creates the folder first: a path that cannot be written, such as /proc, may report a full disk as well."""
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foretell.cli.options import Base, flat
+from foretell.cli.options import Base, Cache, flat
 from foretell.cli.terminal import command_line, job_progress, note
 from foretell.errors import ForetellError, UsageError
 
@@ -117,14 +117,18 @@ def _spec(text: str) -> tuple[str, str, Any]:
     from foretell import drafters
     from foretell.bench.peers import PEERS
     from foretell.cli.options import drafter_options
+    from foretell.drafting.from_file import split
 
     name, _, rest = text.partition(":")
+    own = split(text)
+    if own:  # a drafter in a file
+        name, rest = ":".join(filter(None, own[:2])), own[2].removeprefix(":")
     parts = [part for part in rest.split(",") if part]
     if name in PEERS:
         return text, name, parts
-    if name not in drafters.DRAFTERS:
+    if not own and name not in drafters.table():
         raise UsageError(
-            f"Unknown drafter or peer {name!r}; the drafters are {', '.join(drafters.DRAFTERS)}, the peers "
+            f"Unknown drafter or peer {name!r}; the drafters are {', '.join(drafters.table())}, the peers "
             f"{', '.join(PEERS)}."
         )
     engine = {}
@@ -308,11 +312,11 @@ def sweep(
     _print(_measure(llm, base, folder, chosen, specs, how, run_code=False), folder)
 
 
-def setup(base: Base, peer: Annotated[str, typer.Argument(help="transformers, llama.cpp or vllm.")]) -> None:
+def setup(cache: Cache, peer: Annotated[str, typer.Argument(help="transformers, llama.cpp or vllm.")]) -> None:
     """Install a peer in an environment of its own, in the cache folder."""
     from foretell.bench.peers import set_up
 
-    set_up(peer, base.cache_dir, note)
+    set_up(peer, cache.cache_dir, note)
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")

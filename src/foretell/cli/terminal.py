@@ -1,14 +1,15 @@
-"""The terminal besides the answers: notes and progress on stderr, and Ctrl-C. stdout holds answers only."""
+"""Everything on the terminal that is not an answer: notes and progress, on stderr, and Ctrl-C."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,18 @@ def warnings_as_notes() -> Iterator[None]:
 
         warnings.showwarning = ours
         yield
+
+
+def program() -> str:
+    """Returns what to type to run foretell here: its name, or its path where the name alone is not found."""
+    path = Path(sys.argv[0])
+    if path.name != "foretell":
+        return f"{Path(sys.executable).name} -m foretell"
+    if shutil.which("foretell"):
+        return "foretell"
+    with suppress(ValueError):
+        path = path.absolute().relative_to(Path.cwd())
+    return str(path)
 
 
 def command_line() -> str:

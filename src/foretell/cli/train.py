@@ -16,7 +16,9 @@ from foretell.errors import ForetellError
 if TYPE_CHECKING:
     from foretell.train.recipe import Run, Trained
 
-Method = Annotated[str, typer.Argument(help="A drafter that can be trained.")]
+Method = Annotated[
+    str, typer.Argument(help="A drafter that can be trained; `foretell drafters` lists them, and the options of each.")
+]
 
 
 def train(

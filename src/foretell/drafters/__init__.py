@@ -1,19 +1,29 @@
 """The methods: one file each, one row each in this table.
 
-A row is "module:Class" and a line of help; the module is imported when the drafter is first used. `register` adds
-a row from outside, with nothing else to edit: command line, benchmark and server read this table.
+A row is "module:Class" and a line of help; the module is imported when the drafter is first used. Rows from outside:
+`register` adds one, an installed package adds one by an entry point of the group `foretell.drafters`, and a file of the
+user's own needs none. Command line and benchmark read `table`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
-from foretell.errors import UsageError
+from foretell.drafting.from_file import checked, drafter_in, split
+from foretell.drafting.options import parse
+from foretell.errors import ForetellError, UsageError
+from foretell.files import one_line
 
 if TYPE_CHECKING:
     from foretell.backbone import Backbone
+    from foretell.backbone.step_costs import StepCosts
     from foretell.contracts import Drafter
 
 DRAFTERS: dict[str, tuple[str | type[Drafter], str]] = {
@@ -39,50 +49,117 @@ CONTEXT = 512
 
 
 def register(name: str, drafter: type[Drafter] | str, help: str) -> None:
-    """Adds a drafter under a name: a class, or "module:Class" to be imported when it is used."""
-    if name in DRAFTERS:
+    """Adds a drafter under a name: a class, or "module:Class" to be imported when it is used.
+
+    Raises:
+        UsageError: the name is taken.
+    """
+    if name in table():
         raise UsageError(f"A drafter named {name!r} exists already; choose another name.")
     DRAFTERS[name] = (drafter, help)
 
 
-def drafter_class(name: str) -> type[Drafter]:
-    """The class behind a name.
+def table() -> dict[str, tuple[str | type[Drafter], str]]:
+    """All drafters by name: those above, those registered, and those that installed packages add."""
+    return DRAFTERS | {name: row for name, row in _installed().items() if name not in DRAFTERS}
+
+
+@cache
+def _installed() -> dict[str, tuple[str, str]]:
+    """Rows of installed packages, from their entry points of the group `foretell.drafters`."""
+    found = entry_points(group="foretell.drafters")
+    return {each.name: (each.value, f"from the package {each.dist.name if each.dist else '?'}") for each in found}
+
+
+def drafter_class(drafter: str | type[Drafter]) -> type[Drafter]:
+    """The class behind a name, "mine.py:Class" for one in a file, or a class itself.
 
     Raises:
-        UsageError: for an unknown name, with near ones.
+        UsageError: for an unknown name, with near ones, or what is no drafter.
+        ForetellError: the file, or the package that adds the name, cannot be loaded.
     """
-    if name not in DRAFTERS:
-        near = get_close_matches(name, DRAFTERS, n=1, cutoff=0.5)
+    if not isinstance(drafter, str):
+        return checked(drafter, f"drafter={drafter!r}")
+    if parts := split(drafter):
+        file, name, rest = parts
+        if rest:
+            raise UsageError(f"Drafter {drafter!r} is not FILE.py or FILE.py:Class; correct what follows {file}.")
+        return drafter_in(file, name)
+    rows = DRAFTERS if drafter in DRAFTERS else table()
+    if drafter not in rows:
+        near = get_close_matches(drafter, rows, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UsageError(f"Unknown drafter {name!r}: {hint}the drafters are {', '.join(sorted(DRAFTERS))}.")
-    target = DRAFTERS[name][0]
+        raise UsageError(f"Unknown drafter {drafter!r}: {hint}the drafters are {', '.join(sorted(rows))}.")
+    target = rows[drafter][0]
     if not isinstance(target, str):
         return target
     module, _, attribute = target.partition(":")
-    return getattr(import_module(module), attribute)
+    if drafter in DRAFTERS:
+        return getattr(import_module(module), attribute)
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ForetellError(
+            f"Drafter {drafter!r} ({rows[drafter][1]}) cannot be imported ({one_line(error)}); install that package "
+            "again."
+        ) from error
+    return checked(found, f"Drafter {drafter!r} ({rows[drafter][1]})")
 
 
-def build(name: str, backbone: Backbone, lookup: bool = False, **options: Any) -> Drafter:
-    """Makes the drafter `name` for a backbone; `lookup` merges candidates of prompt lookup into its trees.
+def parse_options(drafter: str | type[Drafter], options: Mapping[str, Any]) -> Any:
+    """The options of a drafter, checked, as its `build` takes them.
 
     Raises:
-        UsageError: for an unknown name or an option that it does not have.
+        UsageError: for an unknown drafter or option, or a value that is not allowed.
     """
-    from foretell.drafting.options import parse
+    cls = drafter_class(drafter)
+    name = drafter if isinstance(drafter, str) else cls.__name__
+    return parse(cls.Options, options, f"Drafter {name!r}")
 
-    cls = drafter_class(name)
-    parsed = parse(cls.Options, options, f"Drafter {name!r}")
-    drafter = cls.build(backbone, parsed)
+
+def build(drafter: str | type[Drafter], backbone: Backbone, lookup: bool = False, **options: Any) -> Drafter:
+    """Makes a drafter for a backbone; `lookup` merges candidates of prompt lookup into its trees.
+
+    Args:
+        drafter: see `drafter_class`.
+
+    Raises:
+        UsageError, ForetellError: it cannot be made; the sentence names the remedy.
+    """
+    parsed = parse_options(drafter, options)
+    built = drafter_class(drafter).build(backbone, parsed)
     if not lookup:
-        return drafter
+        return built
     from foretell.drafters.prompt_lookup import prices_of, with_lookup
 
     sized = getattr(parsed, "nodes", 0) or getattr(parsed, "tree", "")  # a size that was given holds
-    return with_lookup(drafter, None if sized else prices_of(backbone))
+    return with_lookup(built, None if sized else prices_of(backbone))
 
 
-def recommended(backbone: Backbone) -> str:
-    """The best drafter that needs nothing but foretell: one trained for this backbone, else prompt lookup.
+@dataclass(frozen=True)
+class Recommendation:
+    """The drafter to use where none is named, and why.
+
+    Attributes:
+        name: of the drafter.
+        gains: drafter that ships for this model -> estimated tokens per second relative to plain decoding, best first.
+        source: where the costs behind the estimates come from.
+    """
+
+    name: str
+    gains: dict[str, float]
+    source: str
+
+    def __str__(self) -> str:
+        if not self.gains:
+            return f"{self.name}: no trained drafter comes with foretell for this model"
+        others = ", ".join(f"{name} {gain:.2f}x" for name, gain in self.gains.items() if name != self.name)
+        best = f"{self.name}: estimated at {self.gains[self.name]:.2f}x plain decoding by {self.source}"
+        return best + (f"; {others}" if others else "")
+
+
+def recommend(backbone: Backbone) -> Recommendation:
+    """Chooses the best drafter that needs nothing but foretell: one that ships for this backbone, else prompt lookup.
 
     Of several, the one of most tokens per second by what steps cost here, or elsewhere where that cannot be known; and
     by what drafting costs, as `foretell tune` measured, or usually where it has not measured all of them.
@@ -90,16 +167,34 @@ def recommended(backbone: Backbone) -> str:
     from foretell.backbone.step_costs import StepCosts, step_costs
     from foretell.drafting.checkpoint import shipped, tokens_per_step
 
-    mine = shipped(backbone)
-    if not mine:
-        return "prompt_lookup"
-    costs = step_costs(backbone) or StepCosts({1: {CONTEXT: USUAL}})
-    drafting = {method: drafter_class(method).usual_cost * costs.of(1, CONTEXT, 1) for method in mine}
-    if costs.drafting.keys() >= mine.keys():
+    folders = shipped(backbone)
+    if not folders:
+        return Recommendation("prompt_lookup", {}, "")
+    known = step_costs(backbone)
+    costs = known or StepCosts({1: {CONTEXT: USUAL}})
+    plain = costs.of(1, CONTEXT, 1)
+    drafting = {method: drafter_class(method).usual_cost * plain for method in folders}
+    if costs.drafting.keys() >= folders.keys():
         drafting = costs.drafting
 
-    def rate(method: str) -> float:
-        rates = costs.rates(1, CONTEXT, tokens_per_step(mine[method]), drafting[method])
-        return max(rates.values(), default=0.0)
+    def gain(method: str) -> float:
+        rates = costs.rates(1, CONTEXT, tokens_per_step(folders[method]), drafting[method])
+        return plain * max(rates.values(), default=0.0)
 
-    return max(mine, key=rate)
+    gains = dict(sorted(((method, gain(method)) for method in folders), key=lambda pair: -pair[1]))
+    return Recommendation(next(iter(gains)), gains, _source(backbone, known))
+
+
+def _source(backbone: Backbone, costs: StepCosts | None) -> str:
+    """Where step costs come from, in words."""
+    if costs is None:
+        return "what steps usually cost"
+    if costs.first or backbone.costs is None or not backbone.costs.is_file():
+        return "a first reading of step costs here (`foretell tune` measures them closely)"
+    day = datetime.fromtimestamp(backbone.costs.stat().st_mtime).date()
+    return f"the costs that `foretell tune` measured here on {day}"
+
+
+def recommended(backbone: Backbone) -> str:
+    """Returns the name of the drafter that `recommend` chooses."""
+    return recommend(backbone).name

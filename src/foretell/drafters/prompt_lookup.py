@@ -19,11 +19,10 @@ from functools import cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from foretell.backbone.step_costs import step_costs
-from foretell.contracts import Draft, Drafter, Features, Resume, Row
+from foretell.contracts import Draft, Drafter, Features, Row
 from foretell.drafting.options import option
 from foretell.errors import UsageError
 from foretell.trees import Guesses, TokenTree
@@ -270,19 +269,13 @@ class WithLookup(Drafter):
             both, stay = self._merged(draft.trees[i], draft.tokens[i], given, theirs, ran)
             found.append(both)
             kept.append(stay if draft.resume and draft.resume.ran[i] else [])
-        resume = draft.resume and self._left(draft.resume, rows, kept)
+        resume = draft.resume
+        if resume:
+            assert self._cache is not None, "the engine binds its cache first"
+            self._cache.gather([row.slot for row in rows], kept, resume.layer)
+            resume = resume.kept(kept)
         given_all = [g.probabilities for g in found]
         return Draft([g.tree for g in found], [g.tokens for g in found], given_all, resume, draft.held)
-
-    def _left(self, resume: Resume, rows: Sequence[Row], kept: Sequence[Sequence[int]]) -> Resume:
-        """What ran of the nodes that are still there; they move up in the cache."""
-        assert self._cache is not None, "the engine binds its cache first"
-        self._cache.gather([row.slot for row in rows], kept, resume.layer)
-        begins = [0, *accumulate(resume.ran)]
-        index = torch.tensor([begin + node for begin, nodes in zip(begins, kept, strict=False) for node in nodes])
-        index = index.to(resume.hidden_Rd.device)
-        taps = {tap: states.index_select(0, index) for tap, states in resume.taps.items()}
-        return Resume(resume.layer, list(map(len, kept)), resume.hidden_Rd.index_select(0, index), taps)
 
     def _merged(
         self, tree: TokenTree, tokens: list[int], given: list[float] | None, found: Guesses, ran: int

@@ -78,13 +78,13 @@ class CpuPrefixLayer(PrefixLayer):
         check(fits and min(counts) >= 0, f"A prefix layer reads float32 states [{M}, {d}].")
         if fuse:
             check(len(next_M) == M and fuse.inputs == len(parts) * d, "A fused layer reads every stream and token.")
-            check_ids(next_M, self._backbone.tokens)
+            check_ids(next_M, self._backbone.embedding.outputs)
         ends = [length + count for length, count in zip(lengths, counts, strict=True)]
         cache, (cosine, sine) = layer.described(self.cache, rows, ends), layer.rotations(max(ends))
         told = np.array([rows, lengths, counts], dtype=np.int64)
         committed = library.Committed(
-            len(rows), *told, cosine, sine, fuse.packed if fuse else None, len(others), table(parts[1:]), next_M,
-            *self._backbone.embedding,
+            len(rows), *told, cosine, sine, fuse.matrix.about if fuse else None, len(others), table(parts[1:]), next_M,
+            self._backbone.embedding.about,
         )  # fmt: skip
         out_Md = torch.empty_like(parts[0])
         call("observe", layer.build, layer.about, cache, committed, parts[0], M, out_Md, layer.bf16)
@@ -106,12 +106,12 @@ class CpuLowerLayerDrafter:
         check(0 < drafting.width <= about.choices == len(drafting.vocabulary_V), "Guesses are some of the vocabulary.")
         check(not drafting.skip or adapter, "Sublayers of an adapter are skipped, where there is one.")
         vocabulary_V = np.ascontiguousarray(drafting.vocabulary_V, dtype=np.int64)
-        check_ids(torch.from_numpy(vocabulary_V), backbone.tokens)
+        check_ids(torch.from_numpy(vocabulary_V), backbone.embedding.outputs)
         self._about = library.Lower(
             backbone.about, adapter.about if adapter else None,
             np.frombuffer(drafting.skip, dtype=np.uint8) if drafting.skip else None, reads.norm_weight,
             reads.config.eps, about, drafting.width, vocabulary_V,
-            None if drafting.scale is None else np.array(drafting.scale, dtype=np.float32), *backbone.embedding,
+            None if drafting.scale is None else np.array(drafting.scale, dtype=np.float32), backbone.embedding.about,
         )  # fmt: skip
 
     def climb(self, asked: DraftRequest, cache: KVCache, own: KVCache | None) -> DraftedTrees:
@@ -155,7 +155,7 @@ class CpuLowerLayerDrafter:
     def _check(self, asked: DraftRequest, states: Sequence[Tensor | None], has_own: bool) -> None:
         """Refuses a draft whose parts do not fit together."""
         rows, d = len(asked.slots), self._backbone.config.hidden
-        check_ids(torch.tensor(asked.roots, dtype=torch.int64), self._backbone.tokens)
+        check_ids(torch.tensor(asked.roots, dtype=torch.int64), self._backbone.embedding.outputs)
         fits = len(asked.roots) == len(asked.budgets) == len(states) == rows and asked.count >= 0
         check(fits and len(asked.thresholds) in (0, rows), "Every row has a root, a budget and a threshold, or none.")
         fits = asked.layers > 0 and all(0 < tap <= asked.layers for tap in asked.taps)
@@ -185,16 +185,16 @@ class CpuGrower:
             check(0 < d.width <= about.choices == len(d.vocabulary_V), "Guesses are some of the vocabulary.")
         check(len(d.scales) in (0, len(levels)), "Every level is believed so far, or none.")
         vocabulary_V = np.ascontiguousarray(d.vocabulary_V, dtype=np.int64)
-        check_ids(torch.from_numpy(vocabulary_V), backbone.tokens)
+        check_ids(torch.from_numpy(vocabulary_V), backbone.embedding.outputs)
         scales = np.array(d.scales, dtype=np.float32).reshape(-1, 2) if d.scales else None
         self._about = library.Drafting(
             len(levels), hidden, d.streams, d.width, d.grounded, d.chained, table([level.about for level in levels]),
-            *backbone.embedding, vocabulary_V, scales,
+            backbone.embedding.about, vocabulary_V, scales,
         )  # fmt: skip
 
     def grow(self, roots: Sequence[int], states: Sequence[Tensor | None], count: int, beam: int, least: float) -> Trees:
         rows, newest = len(roots), torch.tensor(roots, dtype=torch.int64)
-        check_ids(newest, self._backbone.tokens)
+        check_ids(newest, self._backbone.embedding.outputs)
         check(len(states) == rows and count >= 0, "A tree grows from a root and the states of its row.")
         fits = all(each is None or (each.shape == self._shape and each.dtype == torch.float32) for each in states)
         check(fits, f"Heads read {self._shape} float32 states of a row.")

@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from foretell.errors import ForetellError
 from foretell.files import one_line, read_json
 from foretell.loading.config import ModelConfig
@@ -227,6 +225,8 @@ def _rope(raw: Raw, settings: Raw, head_dim: int) -> tuple[tuple[float, ...], fl
             "could not stay exact; use a model without it."
         )
     if kind == "default":
+        import torch  # here, because names are checked before torch is worth its import
+
         # float32 tensor arithmetic, because that is how transformers rounds these
         inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim))
         return tuple(inv_freq.tolist()), 1.0
@@ -253,6 +253,7 @@ def _context(raw: Raw, settings: Raw) -> int:
 
 def _scaled_rope(raw: Raw, kind: str) -> tuple[tuple[float, ...], float]:
     """The formulas of transformers itself, for configs that scale their frequencies."""
+    import torch
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

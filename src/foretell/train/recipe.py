@@ -244,7 +244,7 @@ class Run:
 
 def trainable_methods() -> list[str]:
     """The drafters of the table that can be trained."""
-    return [name for name in drafters.DRAFTERS if hasattr(drafters.drafter_class(name), "trainable")]
+    return [name for name in drafters.table() if hasattr(drafters.drafter_class(name), "trainable")]
 
 
 def method_class(method: str) -> type[TrainableMethod]:

@@ -34,7 +34,7 @@ def read_start(start: str, backbone: Backbone, cls: type[TrainableMethod]) -> St
     """
     folder = shipped(backbone).get(start, Path(start).expanduser())
     if not folder.is_dir():
-        lacks = f"No {start} drafter comes with foretell for this model" if start in drafters.DRAFTERS else ""
+        lacks = f"No {start} drafter comes with foretell for this model" if start in drafters.table() else ""
         raise UsageError(f"{lacks or f'There is no folder {start}'}; begin with the folder of a drafter.")
     checkpoint, tensors = load(folder / "drafter" if (folder / "drafter/config.json").is_file() else folder)
     able = getattr(cls, "STARTS", (checkpoint.method,))

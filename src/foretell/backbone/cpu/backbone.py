@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foretell.backbone.base import Backbone, check_ids
+from foretell.backbone.base import Backbone
 from foretell.backbone.cache import KVCache
 from foretell.backbone.cpu import library
+from foretell.backbone.cpu.formats import PackedMatrix, exact_format
 from foretell.backbone.cpu.library import call, table
 from foretell.backbone.cpu.linear import PackedLinear, ThreadedLinear
 from foretell.backbone.nodes import Nodes
@@ -33,6 +34,7 @@ class CompiledBackbone(Backbone):
         build: the kernels; bf16: whether `dtype` is bfloat16, as they are told.
         about: the layers, as they are described to the kernels.
         norm_weight: of the final norm, float32 [d].
+        embedding: a row a token; of a tied model the packed head.
     """
 
     def __init__(
@@ -46,9 +48,12 @@ class CompiledBackbone(Backbone):
         layers = [self._layer(f"model.layers.{i}.", read, config.windows[i]) for i in range(config.layers)]
         self.norm_weight = _vector(read("model.norm.weight"), config.hidden)
         self._head = self._packed(read("model.embed_tokens.weight" if config.tied else "lm_head.weight"))
-        self._embedding = None if config.tied else read("model.embed_tokens.weight").to(dtype)
-        wide = self._head.inputs if self._embedding is None else self._embedding.shape[1]
-        check(wide == self._head.inputs == config.hidden, "The embedding is as wide as the model.")
+        self.embedding = self._head.matrix
+        if not config.tied:
+            rows = exact_format(dtype, packed=False)
+            self.embedding = PackedMatrix(read("model.embed_tokens.weight"), rows, self.build)
+        fits = self.embedding.inputs == self._head.inputs == config.hidden
+        check(fits, "The embedding is as wide as the model.")
         check(config.head_dim == 2 * len(config.inv_freq), "Every pair of a head's numbers has a frequency.")
         self.about = library.Model(
             config.hidden, config.heads, config.kv_heads, config.head_dim, config.mlp, threads, config.eps,
@@ -65,12 +70,12 @@ class CompiledBackbone(Backbone):
 
         def linear(
             names: list[str], biased: bool, outputs: int, inputs: int, join: Join = torch.cat
-        ) -> tuple[Tensor, Tensor | None]:
+        ) -> tuple[library.Matrix, Tensor | None]:
             weight = join([read(f"{prefix}{name}.weight") for name in names])
             bias = join([read(f"{prefix}{name}.bias").float() for name in names]) if biased else None
             packed = self._packed(weight, bias)
             check((packed.outputs, packed.inputs) == (outputs, inputs), f"{names[0]} has not the model's shape.")
-            return packed.packed, packed.bias
+            return packed.matrix.about, packed.bias
 
         def vector(name: str, size: int = c.hidden) -> Tensor:
             return _vector(read(f"{prefix}{name}.weight"), size)
@@ -92,10 +97,7 @@ class CompiledBackbone(Backbone):
         return PackedLinear(weight.to(self.dtype), bias, self.build)
 
     def embed(self, tokens_M: Tensor) -> Tensor:
-        if self._embedding is None:
-            return self._head.rows(tokens_M)
-        check_ids(tokens_M, self.tokens)
-        return self._embedding.index_select(0, tokens_M).float()
+        return self.embedding.rows(tokens_M)
 
     def run_layers(
         self,
@@ -152,17 +154,7 @@ class CompiledBackbone(Backbone):
         return CompiledBackbone(config, weights.__getitem__, self.dtype, self.threads, self.build)
 
     def head_rows(self, ids_N: Tensor) -> Tensor:
-        return self._head.rows(ids_N).to(self.dtype)
-
-    @property
-    def embedding(self) -> tuple[Tensor, bool]:
-        """A row a token, and whether they are packed."""
-        return (self._head.packed, True) if self._embedding is None else (self._embedding, False)
-
-    @property
-    def tokens(self) -> int:
-        """Rows of the embedding."""
-        return self._head.outputs if self._embedding is None else len(self._embedding)
+        return self._head.matrix.rows(ids_N).to(self.dtype)
 
     def described(
         self, cache: KVCache, rows: Sequence[int], ends: Sequence[int], layers: int | None = None
