@@ -1183,7 +1183,18 @@ def test_from_a_model_alone_to_a_trained_drafter(
         plain = foretell("generate", *options, *sampling).lines
         for rows in ("1", "3"):
             ours = foretell(
-                "generate", *options, *sampling, "-b", rows, "-d", "medusa", "-o", f"checkpoint={drafter}", "--no-adapt"
+                "generate",
+                *options,
+                *sampling,
+                "-b",
+                rows,
+                "-d",
+                "medusa",
+                "-o",
+                f"checkpoint={drafter}",
+                "-o",
+                "nodes=4",
+                "--no-adapt",
             ).lines
             assert answer_ids(ours) == answer_ids(plain)
             assert all(line["drafted"] for line in ours)
