@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from foretell.cli.drafters import show_options
 from foretell.cli.options import Base, Training
 from foretell.cli.terminal import command_line, interruptible, job_progress, note
 from foretell.errors import ForetellError
@@ -30,7 +29,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for the drafter; an interrupted run is resumed in it.")],
     option: Annotated[
         list[str] | None,
-        typer.Option("--option", "-o", help="key=value of the method; repeatable; `-o help` lists them."),
+        typer.Option("--option", "-o", help="key=value of the method; `foretell drafters METHOD` lists them."),
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute features batch by batch; keep none.")] = False,
     other_model: Annotated[bool, typer.Option("--other-model", help="Allow data that another model wrote.")] = False,
@@ -42,9 +41,6 @@ def train(
     from foretell.drafting.options import pairs
     from foretell.train import recipe
 
-    if "help" in (option or ()):
-        show_options(method)
-        return
     with recipe.begin(
         method, base.model, data, out, settings=training.settings(), options=pairs(option or []),
         start=start, keep_features=not no_cache, other_model=other_model,
