@@ -24,6 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_line import Foretell, Ran, answer_ids
@@ -249,9 +250,9 @@ class Counting(FeatureStore):
         super().__init__(*args)
         self.computed = Counter[int]()
 
-    def _compute(self, data: Sequence[Distilled], *lent: Any) -> Any:
+    def _compute(self, data: Sequence[Distilled], *known: Any) -> Any:
         self.computed.update(each.line for each in data)
-        return super()._compute(data, *lent)
+        return super()._compute(data, *known)
 
 
 def test_preparing_goes_on_where_it_was(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -597,6 +598,58 @@ def test_the_log_tells_each_step_once_whatever_cut_it(trainer: Made, monkeypatch
     log.write_text(log.read_text()[:-5])
     assert trainer("cut").resume()
     assert steps(final.folder) == list(range(1, final.steps))
+
+
+class Drawing(Words):
+    """Draws a number for every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[float] = []
+
+    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        self.drawn.append(float(torch.rand(())))
+        return super().losses(batch)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["seeds of today", "seeds of a run of an earlier version"])
+def test_what_a_resumed_run_draws_is_what_a_straight_one_draws(trainer: Made, tmp_path: Path, old: bool) -> None:
+    def seeds_of(step: int, number: int) -> int:
+        if old:
+            return hash((0, step, number)) % 2**31
+        return int(np.random.SeedSequence((0, step, number)).generate_state(1)[0])
+
+    module, made = Drawing(), trainer("cut", module=Drawing(), accumulate=2)
+    made.save()
+    if old:
+        state = torch.load(made.folder / "state.pt", weights_only=True)
+        del state["seeds"]  # as earlier versions wrote it
+        torch.save(state, made.folder / "state.pt")
+    with pytest.raises(KeyboardInterrupt):
+        trainer("cut", module=module, accumulate=2).run(stop=lambda: len(module.drawn) == 6)
+    final = trainer("cut", module=module, accumulate=2)
+    final.run()
+    expected = []
+    for step in range(final.steps):
+        for number in range(2):
+            torch.manual_seed(seeds_of(step, number))
+            expected.append(float(torch.rand(())))
+    assert module.drawn == expected
+    assert len(set(expected)) == len(expected) > 8
+
+
+def test_slow_steps_are_logged_by_the_clock(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seventeen steps of four seconds: the log must show life before the last one."""
+    clock = count(0.0, 4.0)
+    made = trainer(epochs=3)
+    assert 12 <= made.steps <= 19
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    made.run()
+    lines = [json.loads(line) for line in (made.folder / "log.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines]
+    assert steps[0] == 1
+    assert steps[-1] == made.steps
+    assert max(later - step for step, later in pairwise(steps)) <= 3
 
 
 def test_a_state_that_cannot_be_read_is_not_called_damaged(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
