@@ -29,12 +29,18 @@ class Ran:
         return [json.loads(line) for line in self.out.splitlines()]
 
 
+def turns_of(line: dict[str, Any]) -> list[dict[str, Any]]:
+    """The answers in a line of JSON: of each turn, or the only one."""
+    answers: list[dict[str, Any]] = line.get("turns", [line])
+    return answers
+
+
+def ids_of(lines: list[dict[str, Any]]) -> list[list[list[int]]]:
+    """The token ids of each answer in each line."""
+    return [[turn["ids"] for turn in turns_of(line)] for line in lines]
+
+
 Foretell = Callable[..., Ran]
-
-
-def answer_ids(lines: list[dict[str, Any]]) -> list[list[list[int]]]:
-    """The token ids of each answer, line by line of `generate --json`; a conversation lists its turns."""
-    return [[turn["ids"] for turn in line.get("turns", [line])] for line in lines]
 
 
 def runner(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Foretell:

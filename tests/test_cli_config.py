@@ -11,7 +11,7 @@ from test_cli_refusals import refused
 
 from foretell.cli import VERBS, load_verb
 from foretell.cli.defaults import config_file, of_drafter, of_verb
-from foretell.cli.options import Loading
+from foretell.cli.options import Loading, shared_options
 from foretell.loading.cache_dir import cache_folder
 
 Configured = Callable[[str], Path]
@@ -26,6 +26,10 @@ def configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Configured:
         return path
 
     return write
+
+
+def defaults_of(verb: str) -> dict[str, Any]:
+    return of_verb(verb, load_verb(verb), VERBS, shared_options())
 
 
 def test_where_the_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +72,7 @@ def test_what_is_turned_on_can_be_turned_off(foretell: Foretell, tiny: str, conf
 
 def test_the_first_lines_reach_only_options_of_that_meaning(configured: Configured) -> None:
     configured('model = "m"\nmax_new_tokens = 9\nseed = 3\n[bench]\nlimit = 2\n[bench.sweep]\nlimit = 4\n')
-    found = {verb: of_verb(verb, load_verb(verb), VERBS) for verb in VERBS}
+    found = {verb: defaults_of(verb) for verb in VERBS}
     assert found["generate"] == found["chat"] == {"model": "m", "max_new_tokens": 9, "seed": 3}
     assert found["bench"]["model"] == found["train"]["model"] == "m"
     assert not {"seed", "max_new_tokens"} & {*found["bench"], *found["train"], *found["distill"], *found["demo"]}
@@ -81,11 +85,11 @@ def test_the_environment_wins_over_the_file(configured: Configured, monkeypatch:
     configured('cache_dir = "/there"\noffline = true\n')
     for name in ("FORETELL_CACHE", "FORETELL_OFFLINE", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
-    assert of_verb("generate", load_verb("generate"), VERBS) == {"cache_dir": "/there", "offline": True}
-    assert of_verb("rm", load_verb("rm"), VERBS) == {"cache_dir": "/there"}
+    assert defaults_of("generate") == {"cache_dir": "/there", "offline": True}
+    assert defaults_of("rm") == {"cache_dir": "/there"}
     monkeypatch.setenv("FORETELL_CACHE", "/elsewhere")
     monkeypatch.setenv("FORETELL_OFFLINE", "0")
-    assert of_verb("generate", load_verb("generate"), VERBS) == {}
+    assert defaults_of("generate") == {}
     assert cache_folder() == Path("/elsewhere")
 
 

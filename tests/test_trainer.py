@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_line import Foretell, Ran, answer_ids
+from command_line import Foretell, Ran, ids_of
 from hypothesis import given
 from hypothesis import strategies as st
 from random_backbones import BF16, FP32, KERNELS, Model, examples, same, using
@@ -1249,7 +1249,7 @@ def test_from_a_model_alone_to_a_trained_drafter(
                 "nodes=4",
                 "--no-adapt",
             ).lines
-            assert answer_ids(ours) == answer_ids(plain)
+            assert ids_of(ours) == ids_of(plain)
             assert all(line["drafted"] for line in ours)
             if not sampling:
                 assert sum(line["steps"] for line in ours) < 0.9 * sum(line["steps"] for line in plain)

@@ -34,7 +34,7 @@ max_new_tokens = 512
 [generate]                       # options of one verb
 batch_size = 8
 
-[options.medusa]                # options of one drafter, as given with -o
+[options.medusa]                 # options of one drafter, as given with -o
 checkpoint = "/home/me/heads/drafter"
 ```
 

@@ -67,8 +67,9 @@ class Verbs(TyperGroup):
         command = load_verb(name)
         if not ctx.resilient_parsing:  # a broken config file does not stop a shell from completing words
             from foretell.cli.defaults import of_verb
+            from foretell.cli.options import shared_options
 
-            ctx.default_map = {name: of_verb(name, command, VERBS)}
+            ctx.default_map = {name: of_verb(name, command, VERBS, shared_options())}
         return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:

@@ -14,20 +14,20 @@ def config() -> None:
     that has them; in a table such as [generate] those of one verb; in one such as [options.medusa] those of a drafter.
     """
     from foretell.cli import VERBS, load_verb
-    from foretell.cli.defaults import OPTIONS, VARIABLES, config_file, for_every_verb, of_drafter, of_verb, read
-    from foretell.cli.options import Loading, Sampling
+    from foretell.cli.defaults import OPTIONS, VARIABLES, config_file, of_drafter, of_verb, read
+    from foretell.cli.options import Loading, Sampling, shared_options
 
-    path, content = config_file(), read()
+    path, content, shared = config_file(), read(), shared_options()
     for verb in VERBS:
-        of_verb(verb, load_verb(verb), VERBS)  # refuses what does not fit, of every verb
+        of_verb(verb, load_verb(verb), VERBS, shared)  # refuses what does not fit, of every verb
     for drafter in content.get(OPTIONS, {}):
         of_drafter(drafter)
     print(f"# {path}" + ("" if path.is_file() else " (does not exist, so these are foretell's own defaults)"))
     written = {key.replace("-", "_"): value for key, value in content.items()}
     defaults = vars(Loading()) | vars(Sampling())
     rows: list[tuple[str, str, str]] = []
-    for name in for_every_verb():
-        variable = next((each for each in VARIABLES.get(name, ()) if os.environ.get(each)), None)
+    for name in shared:
+        variable = next(filter(os.environ.get, VARIABLES.get(name, ())), None)
         if variable:
             rows.append((name, _toml(os.environ[variable]), f"from {variable}"))
         elif name in written:

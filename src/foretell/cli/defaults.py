@@ -58,26 +58,20 @@ def read() -> dict[str, Any]:
         raise ForetellError(f"The config file {path} cannot be read ({one_line(error)}); fix or delete it.") from error
 
 
-def for_every_verb() -> dict[str, Any]:
-    """Returns the options that may stand in the file's first lines, with their types."""
-    from foretell.cli.options import Loading, Sampling
-
-    return _options(get_type_hints(Loading) | get_type_hints(Sampling))
-
-
-def of_verb(verb: str, command: Any, verbs: Collection[str]) -> dict[str, Any]:
+def of_verb(verb: str, command: Any, verbs: Collection[str], shared: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a verb's defaults by option; those of its own commands in a mapping under each command's name.
 
     Args:
         command: the verb's click command.
         verbs: all verbs, each of which may have a table.
+        shared: options that may stand in the first lines -> their types.
 
     Raises:
         UsageError: an unknown key or a value of a wrong type, naming the file.
     """
     content = read()
-    shared = _checked_first_lines(content, {*verbs, OPTIONS})
-    return _of_command((verb,), command, shared, content.get(verb, {}))
+    values = _checked_first_lines(content, shared, {*verbs, OPTIONS})
+    return _of_command((verb,), command, values, content.get(verb, {}))
 
 
 def of_drafter(drafter: str) -> list[str]:
@@ -91,8 +85,9 @@ def of_drafter(drafter: str) -> list[str]:
     return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in table.items()]
 
 
-def _checked_first_lines(content: Mapping[str, Any], tables: Collection[str]) -> dict[str, Any]:
-    hints = for_every_verb()
+def _checked_first_lines(
+    content: Mapping[str, Any], hints: Mapping[str, Any], tables: Collection[str]
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in content.items():
         name = key.replace("-", "_")
@@ -104,7 +99,7 @@ def _checked_first_lines(content: Mapping[str, Any], tables: Collection[str]) ->
             raise _refusal(f"{what}{_near(key, known)}; a verb's own options stand in a table such as [generate]")
         _check(key, value, hints[name])
         found[name] = value
-    set_elsewhere = {name for name, names in VARIABLES.items() if any(os.environ.get(each) for each in names)}
+    set_elsewhere = {name for name, names in VARIABLES.items() if any(map(os.environ.get, names))}
     return {name: value for name, value in found.items() if name not in set_elsewhere}
 
 
@@ -117,8 +112,8 @@ def _of_command(
     inner: Mapping[str, Any] = getattr(command, "commands", {})
     panels = {param.name: getattr(param, "rich_help_panel", None) for param in command.params}
     found = {name: value for name, value in shared.items() if panels.get(name) in ("Model", "Sampling")}
-    hints = _options(get_type_hints(command.callback, include_extras=True) if command.callback else {})
-    hints = {name: hint for name, hint in hints.items() if name in panels}
+    hints = get_type_hints(command.callback, include_extras=True) if command.callback else {}
+    hints = {name: hint for name, hint in hints.items() if name in panels and name != "option"}  # of one drafter
     for key, value in table.items():
         name = key.replace("-", "_")
         if key in inner:
@@ -132,11 +127,6 @@ def _of_command(
     }
 
 
-def _options(hints: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a file may set: all but `option`, which belongs to one drafter."""
-    return {name: hint for name, hint in hints.items() if name not in ("option", "PANEL", "return", "ctx")}
-
-
 def _check(key: str, value: Any, hint: Any) -> None:
     if not _fits(value, hint):
         raise _refusal(f"{key} is {value!r}; it must be {_kind(hint)}")
@@ -147,11 +137,11 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Annotated:
         return _fits(value, inner[0])
     if origin in (Union, UnionType):
-        return any(_fits(value, each) for each in inner if each is not NoneType)
+        return any(_fits(value, member) for member in inner if member is not NoneType)
     if origin is Literal:
         return value in inner
     if origin is list:
-        return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is (str if hint is Path else hint)
@@ -162,7 +152,7 @@ def _kind(hint: Any) -> str:
     if origin is Annotated:
         return _kind(inner[0])
     if origin in (Union, UnionType):
-        return _kind(next(each for each in inner if each is not NoneType))
+        return _kind(next(member for member in inner if member is not NoneType))
     if origin is Literal:
         return " or ".join(map(repr, inner))
     if origin is list:

@@ -38,5 +38,5 @@ def _word(hint: Any) -> str | None:
     if origin in (Annotated, list):
         return _word(inner[0])
     if origin in (Union, UnionType):
-        return _word(next(each for each in inner if each is not NoneType))
+        return _word(next(member for member in inner if member is not NoneType))
     return None if origin is Literal else WORDS.get(hint, "TEXT")

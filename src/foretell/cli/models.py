@@ -70,17 +70,17 @@ def rm(
     from foretell.loading.cache_dir import cache_folder, remove, stored_models
 
     names = {model, model.lower(), str(Path(model).expanduser().resolve())}
-    named = [each for each in stored_models(cache.cache_dir) if each.name in names]
-    here = [each for each in named if each.source != "hub"]
+    named = [stored for stored in stored_models(cache.cache_dir) if stored.name in names]
+    here = [stored for stored in named if stored.source != "hub"]
     if not here:
         raise UsageError(_why_not(model, bool(named), cache_folder(cache.cache_dir)))
-    size = f"{sum(each.bytes for each in here) / 1e6:,.0f} MB"
+    size = f"{sum(stored.bytes for stored in here) / 1e6:,.0f} MB"
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError(f"Deleting {model} ({size}) needs a yes; give --yes.")
         typer.confirm(f"Delete {model} ({size}) from {here[0].path.parent}?", abort=True, err=True)
-    for each in here:
-        remove(each)
+    for stored in here:
+        remove(stored)
     note(f"{model} is deleted: {size} are free again.")
 
 

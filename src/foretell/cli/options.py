@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from foretell.verify import Typical
 
 
-def flag(default: Any, help: str, *short: str) -> Any:
-    """Returns a dataclass field that becomes an option of the same name."""
-    return field(default=default, metadata={"help": help, "short": short})
+def flag(default: Any, help: str, *short: str, hidden: bool = False) -> Any:
+    """Returns a dataclass field that becomes an option of the same name; `hidden` from help."""
+    return field(default=default, metadata={"help": help, "short": short, "hidden": hidden})
 
 
 CACHE = "Where fetched models are kept; by default FORETELL_CACHE, else ~/.cache/foretell."
@@ -69,12 +69,15 @@ class Base:
         """Refuses, before torch is imported, what could not be loaded.
 
         Raises:
-            UsageError, ForetellError: an unknown model or device, or a model that offline mode forbids to fetch.
+            UsageError: an unknown model or device, no threads.
+            ForetellError: the model is not here and offline mode forbids fetching it.
         """
         from foretell.loading.resolve import check_name
 
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise UsageError(f"Unknown device {self.device!r}; use cpu, or cuda (cuda:1, ...) where there is a GPU.")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"threads is {self.threads}; it must be at least 1.")
         check_name(self.model, cache_dir=self.cache_dir, offline=self.offline or None)
 
     def load(self, drafter: str = "plain", lookup: bool = False, **options: Any) -> LLM:
@@ -183,7 +186,7 @@ class Sampling:
     def params(self) -> SamplingParams:
         from foretell.requests import SamplingParams
 
-        same = set(vars(self)) & {each.name for each in fields(SamplingParams)} - {"stop", "logit_bias"}
+        same = set(vars(self)) & {param.name for param in fields(SamplingParams)} - {"stop", "logit_bias"}
         return SamplingParams(
             **{name: getattr(self, name) for name in same},
             logit_bias=dict(_bias(text) for text in self.logit_bias or ()),
@@ -195,8 +198,6 @@ class Sampling:
         """Returns the rule of typical acceptance if it was given, with a note that it is lossy."""
         if self.typical is None:
             return None
-        from foretell.verify import Typical
-
         given = {"temperature": self.temperature} if self.temperature else {}
         if self.typical != "default":
             try:
@@ -204,9 +205,25 @@ class Sampling:
             except ValueError:
                 raise UsageError(f"--typical {self.typical!r} is not EPS,DELTA; write 0.09,0.3 or default.") from None
             given |= {"epsilon": epsilon, "delta": delta}
+        from foretell.verify import Typical
+
         rule = Typical(**given)
         note("note: typical acceptance is lossy: its output need not be the model's own.")
         return rule
+
+
+def shared_options() -> dict[str, Any]:
+    """Returns the options of the panels Model and Sampling with their types, for a config file's first lines.
+
+    `option` is not among them: it belongs to one drafter.
+    """
+    kinds = get_type_hints(Loading) | get_type_hints(Sampling)
+    return {
+        option.name: kinds[option.name]
+        for group in (Loading, Sampling)
+        for option in fields(group)
+        if option.name != "option"
+    }
 
 
 def drafter_table() -> str:
@@ -228,18 +245,18 @@ def flat(function: Callable[..., None]) -> Callable[..., None]:
             spread[parameter.name] = hints[parameter.name], parameter.default
             continue
         kinds = get_type_hints(group)
-        for each in fields(group):
+        for member in fields(group):
             option = typer.Option(
-                *_names(each.name, kinds[each.name] is bool), *each.metadata["short"],
-                help=each.metadata["help"], rich_help_panel=group.PANEL, show_default=each.default is not False,
-                autocompletion=COMPLETIONS.get(each.name),
+                *_names(member.name, kinds[member.name] is bool), *member.metadata["short"],
+                help=member.metadata["help"], rich_help_panel=group.PANEL, show_default=member.default is not False,
+                autocompletion=COMPLETIONS.get(member.name), hidden=member.metadata["hidden"],
             )  # fmt: skip
-            spread[each.name] = Annotated[kinds[each.name], option], each.default
+            spread[member.name] = Annotated[kinds[member.name], option], member.default
 
     @wraps(function)
     def call(**given: Any) -> None:
         for name, group in groups.items():
-            given[name] = group(**{each.name: given.pop(each.name) for each in fields(group)})
+            given[name] = group(**{member.name: given.pop(member.name) for member in fields(group)})
         function(**given)
 
     call.__annotations__ = {name: annotation for name, (annotation, _) in spread.items()}

@@ -139,14 +139,14 @@ def check_name(name: str, *, cache_dir: str | Path | None = None, offline: bool 
         return None
     cache = cache_folder(cache_dir)
     if source == "catalog" and not _catalog_folder(entry := catalog.CATALOG[name.lower()], cache).is_dir():
-        raise ForetellError(f"{entry.name} is not in the cache {cache} and {_FORBIDDEN}")
+        raise ForetellError(f"{entry.name} is not in the cache {cache} {_FORBIDDEN}")
     if source == "hub" and _snapshot(*_repo(name)) is None:
-        raise ForetellError(f"{_repo(name)[0]} is not complete in the hub cache and {_FORBIDDEN}")
+        raise ForetellError(f"{_repo(name)[0]} is not complete in the hub cache {_FORBIDDEN}")
     return None
 
 
 _FORBIDDEN = (
-    "offline mode forbids fetching it; fetch it once with a network, or name a local model folder or .gguf file."
+    "and offline mode forbids fetching it; fetch it once with a network, or name a local model folder or .gguf file."
 )
 
 

@@ -22,7 +22,7 @@ from foretell.api import LLM
 from foretell.conversations import Conversation
 from foretell.engine import run
 from foretell.errors import ForetellError
-from foretell.files import whole_lines, write_errors
+from foretell.files import complete_lines, write_errors
 from foretell.prompt_files import read_conversations
 from foretell.requests import Request, SamplingParams
 from foretell.results import Result
@@ -141,7 +141,7 @@ def write_prompts(
     Raises:
         ForetellError: the model writes no turns, or none but repetitions.
     """
-    seen = {prompt.turns[0] for prompt in read_prompts(path)} if whole_lines(path) else set()
+    seen = {prompt.turns[0] for prompt in read_prompts(path)} if complete_lines(path) else set()
     prefix, ends = user_turn(llm)
     params = SamplingParams(max_new_tokens=384, temperature=1.0, top_p=0.95, seed=seed, **ends)
     decoder = llm.decoder(rows)
