@@ -16,7 +16,7 @@ from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.contracts import Draft, Drafter, Row
-from foretell.drafting.checkpoint import damage_named, find, shipped
+from foretell.drafting.checkpoint import Loaded, damage_named, find, shipped
 from foretell.drafting.kernels import kernels_for
 from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, check_exit, climbed
 from foretell.drafting.protocols import LowerLayerDrafting
@@ -90,12 +90,12 @@ class EarlyExitDrafter(Drafter):
 
 
 def candidates(
-    backbone: Backbone, checkpoint: str, any_backbone: bool
+    backbone: Backbone, checkpoint: str, any_backbone: bool, loaded: Loaded | None = None
 ) -> tuple[Tensor | None, dict[str, Any], dict[int, float]]:
     """Of a checkpoint, given or shipped: draft vocabulary, exits and tokens per step. Without one, nothing."""
-    if not checkpoint and LEARNT not in shipped(backbone):
+    if not loaded and not checkpoint and LEARNT not in shipped(backbone):
         return None, {}, {}
-    found, tensors = find(LEARNT, backbone, checkpoint, any_backbone)
+    found, tensors = loaded or find(LEARNT, backbone, checkpoint, any_backbone)
     with damage_named(checkpoint or "The layerskip drafter that came with foretell"):
         exits = [check_exit(exit, backbone) for exit in (found.arch["exit"], *found.arch["exits"])]
         return tensors["vocabulary"], {"exit": exits[0], "exits": exits[1:]}, found.tokens_per_step

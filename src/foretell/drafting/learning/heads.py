@@ -14,7 +14,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -117,27 +117,6 @@ class Trainable(nn.Module):
     @abstractmethod
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors to save, and the numbers that the drafter needs besides to make its module of them."""
-
-
-class Method(Protocol):
-    """What a drafter class adds when it can be trained.
-
-    Attributes:
-        Training: a frozen dataclass, the only list of what a training can be given (see `drafting.options`).
-    """
-
-    Training: ClassVar[type[Any]]
-
-    @classmethod
-    def trainable(cls, backbone: Any, training: Any, counts_V: Tensor, folder: Path | None = None) -> Trainable:
-        """Returns a fresh module.
-
-        Args:
-            training: an instance of `Training`, whose values `drafting.options.parse` has checked.
-            counts_V: how often each token was written in the data, for draft vocabularies.
-            folder: of the backbone's files, for methods that change it.
-        """
-        ...
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
