@@ -437,10 +437,7 @@ def test_the_demo_model_answers(foretell: Foretell, demo_folder: Path) -> None:
 @pytest.mark.real
 def test_the_demo_model_keeps_the_promise(foretell: Foretell, demo_folder: Path, prompts: Path) -> None:
     ids = [
-        [
-            [turn["ids"] for turn in turns_of(line)]
-            for line in foretell("generate", "--prompts", str(prompts), "--json", "-n", "12", *more).lines
-        ]
+        ids_of(foretell("generate", "--prompts", str(prompts), "--json", "-n", "12", *more).lines)
         for more in ([], ["-d", "prompt_lookup", "--no-adapt"], ["-d", "prompt_lookup", "-b", "4"])
     ]
     assert ids[0] == ids[1] == ids[2]
