@@ -6,23 +6,24 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Foretell
+from command_line import Foretell, ids_of, turns_of
 
 import foretell as package
 from foretell import drafters
 from foretell.cli import VERBS, load_verb
+from foretell.cli.generate import _note_speed
 from foretell.cli.options import Loading, Sampling
 from foretell.cli.terminal import program
 from foretell.contracts import Draft, Drafter, Row
 from foretell.drafting.options import option
-from foretell.requests import SamplingParams
+from foretell.requests import SamplingParams, Statistics
+from foretell.results import Result
 from foretell.trees import chain
 
 
@@ -212,15 +213,6 @@ FIELDS = {
 ANSWER = {"prompt", "text", "ids"}
 
 
-def turns_of(line: dict[str, Any]) -> list[dict[str, Any]]:
-    """The answers of a line: of each turn, or the only one."""
-    return line.get("turns", [line])
-
-
-def ids_of(lines: list[dict[str, Any]]) -> list[list[list[int]]]:
-    return [[turn["ids"] for turn in turns_of(line)] for line in lines]
-
-
 def answers(foretell: Foretell, tiny: str, path: Path, *arguments: str) -> list[dict[str, Any]]:
     options = ("-m", tiny, "--dtype", "fp32", "-n", "12", "--json")
     ran = foretell("generate", "--prompts", str(path), *options, *arguments)
@@ -320,6 +312,18 @@ def test_answers_say_which_prompt_they_belong_to(foretell: Foretell, tiny: str, 
     assert one == foretell("generate", "one", "-m", tiny, "-n", "4").out + "\n"  # nothing to tell it apart from
 
 
+@pytest.mark.parametrize(("suspended", "stats", "terminal"), [(28, False, True), (28, True, False), (4, False, True)])
+def test_speculation_that_was_held_back_is_said(
+    tiny: str, suspended: int, stats: bool, terminal: bool, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a terminal if most steps were plain for it, and with --stats always."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    result = Result(statistics=Statistics(steps=35, plain_steps=30, suspended_steps=suspended, new_tokens=40))
+    _note_speed(package.load(tiny, threads=1), [result], 1.0, stats)
+    said = f"Speculation was held back in {suspended} of 35 steps" in capsys.readouterr().err
+    assert said == (suspended == 28)
+
+
 def test_lossy_decoding_says_so(foretell: Foretell, tiny: str) -> None:
     ran = foretell("generate", "hi", "-m", tiny, "-n", "8", "-d", "prompt_lookup", "--typical", "0.1,0.3")
     assert ran.code == 0
@@ -353,47 +357,6 @@ def test_an_interruption_is_one_line(tiny: str, tmp_path: Path) -> None:
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err.strip()) == (130, "interrupted")
     assert not out or out.endswith("}\n")  # no line is cut in two
-
-
-# --- chat ---------------------------------------------------------------------------------------------------
-
-
-def test_chat_from_a_pipe(foretell: Foretell, tiny: str) -> None:
-    options = ("-m", tiny, "-n", "8", "--dtype", "fp32", "--ignore-eos", "--system", "be brief")
-    said = b"hello\n\nand?\n/stats\n/nonsense\n/clear\nhello\n/help\n/exit\nnever read\n"
-    ran = foretell("chat", *options, stdin=said)
-    assert ran.code == 0
-    assert re.search(r"answers: 2, tokens: 16 .*cache already: [1-9]\d* of", ran.err)
-    assert "no command /nonsense" in ran.err
-    assert "/clear  start a new conversation" in ran.err
-    once = foretell("chat", *options, stdin=b"hello\n")
-    assert ran.out.startswith(once.out)
-    assert ran.out.endswith(once.out)  # after /clear everything is as it was
-
-
-def test_a_conversation_that_outgrows_the_context(foretell: Foretell, tiny: str) -> None:
-    said = b"hello\n" + b"long " * 200 + b"\n/clear\nhello\n"
-    ran = foretell("chat", "-m", tiny, "-n", "8", "--dtype", "fp32", "--ignore-eos", stdin=said)
-    assert ran.code == 0
-    assert re.search("error: The conversation is now .* context of 512; /clear starts a new one", ran.err)
-    once = foretell("chat", "-m", tiny, "-n", "8", "--dtype", "fp32", "--ignore-eos", stdin=b"hello\n")
-    assert ran.out == once.out * 2
-
-
-@pytest.mark.slow
-def test_ctrl_c_stops_an_answer_and_not_the_chat(tiny: str) -> None:
-    process = in_a_process("chat", "-m", tiny, "-n", "400", "--ignore-eos", bufsize=1)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write("hello\n")
-    process.stdout.read(1)  # it has begun to answer
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    out, err = process.communicate("/stats\n", timeout=60)
-    assert process.returncode == 0
-    assert "(stopped)" in err
-    assert "answers: 0" in err
-    assert len(out.encode()) < 400
 
 
 # --- demo ----------------------------------------------------------------------------------------------------

@@ -238,7 +238,7 @@ def test_a_full_disk_leaves_nothing(place: str, cache: Path, tmp_path: Path, mon
         monkeypatch.setattr("foretell.loading.gguf.write_tokenizer", raising(full))
     else:
         monkeypatch.setattr("foretell.files._free_bytes", lambda folder: 10)
-    with pytest.raises(ForetellError, match="not enough disk space in .*--cache-dir"):
+    with pytest.raises(ForetellError, match="not enough disk space in .*`cache_dir=`"):
         resolve(str(path))
     assert not (cache / "models").exists() or list((cache / "models").iterdir()) == []
     assert cached_models() == []
@@ -288,9 +288,9 @@ def test_a_folder_left_by_a_killed_process_is_swept(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.write_text("a file where the folder should be")
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
-    with pytest.raises(ForetellError, match="Cannot write to .*--cache-dir"):
+    with pytest.raises(ForetellError, match="Cannot write to .*`cache_dir=`"):
         resolve(str(path))
-    with pytest.raises(ForetellError, match="Cannot write to /proc/nope/models .*--cache-dir"):
+    with pytest.raises(ForetellError, match="Cannot write to /proc/nope/models .*`cache_dir=`"):
         resolve(str(path), cache_dir="/proc/nope")  # its file system also says that no byte is free
     (tmp_path / "closed" / "models").mkdir(parents=True)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere

@@ -72,19 +72,19 @@ def main() -> None:
     answers = llm.generate(prompts, max_new_tokens=args.new_tokens)
     written = [([*prompt, *answer.ids], len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
     records = [json.loads(line) for line in args.questions.read_text().splitlines()]
-    told = [text for each in records for text in (each.get("reference") or [])[:1]]  # others list words, or nothing
-    texts = [llm.encode(text, raw=True) for text in told if isinstance(text, str) and text.strip()]
+    references = [text for record in records for text in (record.get("reference") or [])[:1]]  # some list words
+    texts = [llm.encode(text, raw=True) for text in references if isinstance(text, str) and text.strip()]
     human = [(tokens[:512], 1) for tokens in texts if len(tokens) > 1]
     sums = [each for each in records if "####" in (each.get("reference") or [""])[0]]
-    asked = [SUMS.format(question=each["turns"][0]) for each in sums]
+    problems = [SUMS.format(question=each["turns"][0]) for each in sums]
     solutions = [each["reference"][0] for each in sums]
     numbers = [solution.rpartition("####")[2].strip() for solution in solutions]
-    solved = [answered(llm, question, solution) for question, solution in zip(asked, solutions, strict=True)]
+    solved = [answered(llm, question, solution) for question, solution in zip(problems, solutions, strict=True)]
     measured = {"human": human, "own": written, "sums": solved}
     out: dict[str, Any] = {"questions": len(prompts), "texts": len(human), "sums": len(sums)}
     for name, each in models.items():
-        said = each.generate(asked, max_new_tokens=256)
-        out[name] = figures(each, measured) | judge("number", [answer.text for answer in said], numbers)
+        results = each.generate(problems, max_new_tokens=256)
+        out[name] = figures(each, measured) | judge("number", [answer.text for answer in results], numbers)
     core.save(args.model, out)
 
 

@@ -1,8 +1,8 @@
 """The seam: draft -> verify -> commit -> observe.
 
 A drafter guesses a tree of future tokens for each row; the engine verifies the trees in one forward pass, commits
-the path that the target model agrees with, and lets the drafter observe what was committed. The engine, the server
-and the benchmark know drafters only through this page.
+the path that the target model agrees with, and lets the drafter observe what was committed. The engine and the
+benchmark know drafters only through this file.
 
 Between steps, the cache of a row holds every committed token but the newest: the newest is the root of the next
 tree and enters the model together with the guesses.
@@ -136,7 +136,7 @@ class Draft:
 
 @dataclass
 class Verdict:
-    """What survived verification, per row: the accepted path (the root first) and the token that follows it.
+    """The outcome of verification, per row: the accepted path (the root first) and the token that follows it.
 
     The accepted tokens are the path's without the root; `bonus` is the target's own choice after them and becomes
     the next root. A step therefore emits len(path) tokens: the acceptance length.
@@ -148,12 +148,12 @@ class Verdict:
 
 @dataclass
 class Features:
-    """What the pass computed for the nodes that were committed; B rows one after another.
+    """States of the committed nodes, from the pass that verified them; B rows one after another.
 
     Attributes:
         counts: committed nodes of each row, the old root first; their tokens are known to the rows.
         taps: tap -> hidden states [sum of counts, d] float32, in committed order.
-        extra: what the drafter's `at_cut` inserted, as it left the final norm: float32 [rows inserted, d], or None.
+        extra: final-norm output of the rows that `at_cut` inserted, float32 [rows inserted, d], or None.
         paths: the accepted path of each row (empty while a prompt is prefilled).
     """
 
@@ -182,10 +182,10 @@ class Drafter(ABC):
         cuts: layers after which `at_cut` may add rows to the verification pass.
         lossless: whether the output equals plain decoding's under exact verification.
         depth: layers of the backbone that drafting runs, in the engine's cache (see `bind`).
-        usual_cost: what drafting takes, as a share of a plain step, where nobody has measured it.
-        parameters: numbers that it adds to the model.
-        tokens_per_step: what its tree of each size earned on held-out text, where that was measured.
-        backbone, options: what `build` was given.
+        usual_cost: cost of drafting as a share of a plain step, used until it is measured on this machine.
+        parameters: number of parameters that it adds to the model.
+        tokens_per_step: number of nodes of a tree -> tokens per step on held-out text, where that was measured.
+        backbone, options: the arguments of `build`.
     """
 
     Options: ClassVar[type[Any]] = NoOptions
@@ -226,44 +226,45 @@ class Drafter(ABC):
         return 0
 
     def attached(self, cache: KVCache) -> Self:
-        """A drafter for the rows of one engine: it shares the weights, and what it keeps of rows is its own."""
+        """Returns a drafter for one engine, which shares the weights and has its own state of rows."""
         own = copy.copy(self)
         own.bind(cache)
         return own
 
     def bind(self, cache: KVCache) -> None:  # noqa: B027
-        """Begins anew with the rows of an engine's cache, where methods that run layers while drafting run them.
+        """Clears the state of all rows and takes an engine's cache, in which methods may run layers while drafting.
 
-        What is kept of rows is assigned, not emptied: engines that share the drafter have shallow copies of it.
+        Assign new containers instead of emptying the old ones: engines that share the drafter have shallow copies.
         """
 
     def reusable_tokens(self, slot: int, tokens: int) -> int:
-        """How many of the first `tokens` in a slot's cache need not come to `observe` again.
+        """Returns how many of the first `tokens` in a slot's cache need not be passed to `observe` again.
 
-        The rest is computed anew for the next request, which shares these tokens and may differ from there on.
+        The next request in this slot begins with these tokens; the engine runs those that are not reusable again.
         """
         return tokens
 
     def forget(self, slots: Sequence[int]) -> None:  # noqa: B027
-        """Nobody will take these slots over: gives back what was kept for that."""
+        """Frees the state of these slots, whose caches no later request will reuse."""
 
     def reset(self, rows: Sequence[Row]) -> None:  # noqa: B027
-        """New sequences have taken these slots: forget what was there, and make room for all of theirs.
+        """Clears the state of slots that new rows have taken, and reserves memory for all that these may need.
 
-        A `ForetellError` refuses the request, and the others go on.
+        Raises:
+            ForetellError: there is no memory for a row; the engine refuses that request, and continues with the others.
         """
 
     @abstractmethod
     def draft(self, rows: Sequence[Row]) -> Draft:
-        """Guesses for every row. A root-only tree is always allowed."""
+        """Returns guesses for every row; a tree of the root alone is always allowed."""
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:  # noqa: B027
-        """What was committed, after every chunk of a prompt and after every step."""
+        """Receives what was committed: after every chunk of a prompt, and after every step."""
 
     def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Any) -> tuple[Tensor, Any]:
-        """After `layer` layers of verification: returns hidden states and nodes with rows inserted.
+        """Inserts rows after `layer` layers of verification; returns hidden states and nodes that include them.
 
-        `Nodes.extended` appends guesses to each row's tree and says where the old nodes went; an inserted row
-        attends to its ancestors and itself, and no drafted node attends to it.
+        `Nodes.extended` appends guesses to each row's tree and returns the new index of the old nodes; an inserted
+        row attends to its ancestors and itself, and no drafted node attends to it.
         """
         return hidden_Md, nodes

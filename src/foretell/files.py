@@ -16,7 +16,7 @@ from typing import Any
 
 from foretell.errors import ForetellError, UsageError
 
-ANOTHER_FOLDER = "choose another folder (--cache-dir for the cache)"
+ANOTHER_FOLDER = "choose another folder (`cache_dir=` for the cache)"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from foretell.verify import Typical
 
 
-def flag(default: Any, help: str, *short: str) -> Any:
-    """Returns a dataclass field that becomes an option of the same name."""
-    return field(default=default, metadata={"help": help, "short": short})
+def flag(default: Any, help: str, *short: str, hidden: bool = False) -> Any:
+    """Returns a dataclass field that becomes an option of the same name; `hidden` from help."""
+    return field(default=default, metadata={"help": help, "short": short, "hidden": hidden})
 
 
 CACHE = "Where fetched models are kept; by default FORETELL_CACHE, else ~/.cache/foretell."
@@ -249,7 +249,7 @@ def flat(function: Callable[..., None]) -> Callable[..., None]:
             option = typer.Option(
                 *_names(member.name, kinds[member.name] is bool), *member.metadata["short"],
                 help=member.metadata["help"], rich_help_panel=group.PANEL, show_default=member.default is not False,
-                autocompletion=COMPLETIONS.get(member.name),
+                autocompletion=COMPLETIONS.get(member.name), hidden=member.metadata["hidden"],
             )  # fmt: skip
             spread[member.name] = Annotated[kinds[member.name], option], member.default
 

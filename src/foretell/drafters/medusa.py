@@ -108,7 +108,9 @@ class MedusaHeads(GuessingHeads):
         names = [name for name in ours if name not in ("head", "vocabulary")]
         others = arch["taps"] != list(self.taps[:-1]) or arch["root"] != (self.embed is not None)
         if others or any(name not in tensors or tensors[name].shape != ours[name].shape for name in names):
-            raise UsageError("It is made with other options; train with the same -o heads=, layers=, taps= and root=.")
+            raise UsageError(
+                "It is made with other options; train with the same `heads=`, `layers=`, `taps=` and `root=`."
+            )
         for layer, weight in enumerate(self.weights):
             weight.copy_(tensors[f"weight.{layer}"])
         self.bias_LKd.copy_(tensors["bias"])

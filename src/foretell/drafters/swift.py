@@ -93,7 +93,7 @@ class Swift(Drafter):
             if found is None:
                 raise UsageError(
                     "A search for plans needs optuna (pip install 'foretell[search]'); or name a plan found earlier "
-                    "with -o plan=FILE."
+                    "with `plan='FILE'`."
                 )
             search = False
         plans = PlanSearch(backbone.config.layers, options.ratio, found, score, search)

@@ -70,7 +70,7 @@ class Plan:
             writer, layers, score = current(str(raw["backbone"])), raw["layers"], float(raw["matchness"])
             plan = cls(tuple(map(int, raw["attention"])), tuple(map(int, raw["mlp"])))
         except (KeyError, TypeError, ValueError) as error:
-            raise ForetellError(f"{path} is no plan of sublayers to skip; name another file with -o plan=.") from error
+            raise ForetellError(f"{path} is no plan of sublayers to skip; name another file with `plan=`.") from error
         if (writer, layers) != (backbone.fingerprint, backbone.config.layers):
             raise UsageError(
                 f"{path} was found for another model (fingerprint {writer}, {layers} layers), not for this one "
@@ -78,7 +78,7 @@ class Plan:
             )
         inner = range(1, layers - 1)
         if not set(plan.attention) | set(plan.mlp) <= set(inner):
-            raise ForetellError(f"{path} skips layers outside 1 to {layers - 2}; name another file with -o plan=.")
+            raise ForetellError(f"{path} skips layers outside 1 to {layers - 2}; name another file with `plan=`.")
         return plan, score
 
 
@@ -177,7 +177,7 @@ class PlanSearch:
             except ImportError as error:
                 raise UsageError(
                     "A search for plans needs optuna (pip install 'foretell[search]'); or name a plan found earlier "
-                    "with -o plan=FILE -o search=false."
+                    "with `plan='FILE'` and `search=False`."
                 ) from error
             optuna.logging.set_verbosity(optuna.logging.WARNING)
             sampler = optuna.samplers.TPESampler(seed=self._seed, n_startup_trials=0)

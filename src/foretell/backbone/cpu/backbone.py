@@ -7,6 +7,7 @@ gate and up interleaved. A tied embedding is read back from the packed head.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +22,10 @@ from foretell.backbone.cpu.linear import PackedLinear, ThreadedLinear
 from foretell.backbone.nodes import Nodes
 from foretell.errors import check
 from foretell.loading.config import ModelConfig
+from foretell.loading.tensors import parts
 
 Reader = Callable[[str], Tensor]
 """Gives a weight by its Hugging Face name."""
-Join = Callable[[list[Tensor]], Tensor]
 
 
 class CompiledBackbone(Backbone):
@@ -45,8 +46,8 @@ class CompiledBackbone(Backbone):
         self.build = build or library.default()
         self.kernels = self.build.name
         self.bf16 = int(dtype == torch.bfloat16)
-        layers = [self._layer(f"model.layers.{i}.", read, config.windows[i]) for i in range(config.layers)]
-        self.norm_weight = _vector(read("model.norm.weight"), config.hidden)
+        layers = [self._layer(i, read) for i in range(config.layers)]
+        self.norm_weight = _vector(_checked(read("model.norm.weight"), (config.hidden,)))
         self._head = self._packed(read("model.embed_tokens.weight" if config.tied else "lm_head.weight"))
         self.embedding = self._head.matrix
         if not config.tied:
@@ -65,33 +66,19 @@ class CompiledBackbone(Backbone):
         """The kernels put the query heads of one key head into one tile of sixteen rows."""
         return config.heads // config.kv_heads <= 16
 
-    def _layer(self, prefix: str, read: Reader, window: int) -> library.Layer:
-        c = self.config
-
-        def linear(
-            names: list[str], biased: bool, outputs: int, inputs: int, join: Join = torch.cat
-        ) -> tuple[library.Matrix, Tensor | None]:
-            weight = join([read(f"{prefix}{name}.weight") for name in names])
-            bias = join([read(f"{prefix}{name}.bias").float() for name in names]) if biased else None
-            packed = self._packed(weight, bias)
-            check((packed.outputs, packed.inputs) == (outputs, inputs), f"{names[0]} has not the model's shape.")
-            return packed.matrix.about, packed.bias
-
-        def vector(name: str, size: int = c.hidden) -> Tensor:
-            return _vector(read(f"{prefix}{name}.weight"), size)
-
-        heads = ("self_attn.q_norm", "self_attn.k_norm")
-        gate_up, padded = ["mlp.gate_proj", "mlp.up_proj"], c.mlp + -c.mlp % 32
-        return library.Layer(
-            vector("input_layernorm"),
-            *linear([f"self_attn.{x}_proj" for x in "qkv"], c.attention_bias, c.q_width + 2 * c.kv_width, c.hidden),
-            *(vector(name, c.head_dim) if c.qk_norm else None for name in heads),
-            *linear(["self_attn.o_proj"], c.out_bias, c.hidden, c.q_width),
-            vector("post_attention_layernorm"),
-            *linear(gate_up, c.mlp_bias, 2 * padded, c.hidden, _interleave),
-            *linear(["mlp.down_proj"], c.mlp_bias, c.hidden, c.mlp),
-            window,
-        )
+    def _layer(self, index: int, read: Reader) -> library.Layer:
+        c, fields = self.config, dict[str, Any](window=self.config.windows[index])
+        for part, tensors in parts(c).items():
+            names = {f"model.layers.{index}.{tensor.name}": tensor.shape(c) for tensor in tensors}
+            weights = [_checked(read(f"{name}.weight"), shape) for name, shape in names.items()]
+            if not tensors[0].is_matrix:
+                fields[part] = _vector(weights[0])
+                continue
+            join = _interleave if part == "gate_up" else torch.cat
+            biases = [read(f"{name}.bias").float() for name in names] if tensors[0].has_bias(c) else []
+            linear = self._packed(join(weights), join(biases) if biases else None)
+            fields[part], fields[f"{part}_bias"] = linear.matrix.about, linear.bias
+        return library.Layer(*(fields.get(field[0]) for field in library.Layer._fields_))
 
     def _packed(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
         return PackedLinear(weight.to(self.dtype), bias, self.build)
@@ -169,8 +156,12 @@ class CompiledBackbone(Backbone):
         return library.Rows.of(len(nodes), len(nodes.trees), nodes.words, nodes.places, *angles)
 
 
-def _vector(weight: Tensor, size: int) -> Tensor:
-    check(weight.shape == (size,), f"A vector of shape {tuple(weight.shape)} should have {size} numbers.")
+def _checked(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+    check(weight.shape == shape, f"A weight of shape {tuple(weight.shape)} should have the shape {shape}.")
+    return weight
+
+
+def _vector(weight: Tensor) -> Tensor:
     return weight.to(torch.float32, copy=True).contiguous()
 
 

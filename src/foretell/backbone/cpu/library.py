@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ctypes import Array, Structure, c_double, c_int, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foretell.errors import ForetellError, UsageError, check
+from foretell.loading.tensors import parts
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
 BUILDS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
@@ -81,12 +82,17 @@ class Matrix(Described):
     _fields_ = [*_pointers("blocks scale"), *_numbers("format outputs inputs")]
 
 
+def _layer_fields() -> Iterator[tuple[str, type]]:
+    """The parts of `loading.tensors.LAYER`: a matrix and its bias, or a norm."""
+    for part, (tensor, *_) in parts().items():
+        if tensor.is_matrix:
+            yield part, Matrix
+        yield f"{part}_bias" if tensor.is_matrix else part, c_void_p
+    yield "window", c_int64
+
+
 class Layer(Described):
-    _fields_ = [
-        *_pointers("attention_norm"), ("qkv", Matrix), *_pointers("qkv_bias query_norm key_norm"),
-        ("out", Matrix), *_pointers("out_bias mlp_norm"), ("gate_up", Matrix), *_pointers("gate_up_bias"),
-        ("down", Matrix), *_pointers("down_bias"), *_numbers("window"),
-    ]  # fmt: skip
+    _fields_ = list(_layer_fields())
 
     @staticmethod
     def _field(value: Any) -> Any:

@@ -134,7 +134,7 @@ class HydraHeads(GuessingHeads):
     def start(self, arch: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         if "weight.0" in tensors:  # Medusa's heads, which read no more than the root
             if arch["output"] == "own":
-                raise UsageError("It has an output matrix for each head; train one with -o output=tied to begin with.")
+                raise UsageError("It has an output matrix for each head; train one with `output='tied'` to begin with.")
             tensors, arch = _as_hydra(tensors), arch | {"linear_tail": False, "prefix": False, "fuse_prefix": False}
         else:
             arch = read_arch(arch)
@@ -143,11 +143,11 @@ class HydraHeads(GuessingHeads):
         if arch["taps"] != list(self.taps[:-1]) or more:
             raise UsageError("It reads other things than these heads; train with the same method and options.")
         if arch["linear_tail"] > (self.last_Kdd is not None):
-            raise UsageError("It has a last block without SiLU; train with -o linear_tail=true.")
+            raise UsageError("It has a last block without SiLU; train with `linear_tail=True`.")
         if theirs > ours:
             raise UsageError(
                 f"It has {_blocks(arch['layers'])} in each head, these would have {_blocks(self.layers)}; train with "
-                f"-o layers={arch['layers']}."
+                f"`layers={arch['layers']}`."
             )
         for k in range(min(self.heads, arch["heads"])):
             parts = tensors[f"first.{k}"].split(len(self.first[k]), 1)

@@ -34,7 +34,7 @@ def learning(folder: Path, way: str, rank: int, dropout: float) -> nn.Module:
             from peft import LoraConfig, get_peft_model
         except ImportError as error:
             raise UsageError(
-                "Adapters need peft (pip install 'foretell[train]'); without it use -o adapt=full."
+                "Adapters need peft (pip install 'foretell[train]'); without it use `adapt='full'`."
             ) from error
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

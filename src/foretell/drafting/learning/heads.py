@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foretell.backbone import Backbone
-from foretell.backbone.base import layer_shapes
 from foretell.drafting.learning.products import number_type, product
 from foretell.drafting.options import option
 from foretell.drafting.vocabulary import draft_vocabulary, index_in
 from foretell.errors import UsageError
 from foretell.loading.config import ModelConfig
+from foretell.loading.tensors import ATTENTION, LAYER, bare, layer_shapes
 from foretell.trees.search import ENDED, MISSED
 
 CHUNK = 512
@@ -101,7 +101,7 @@ class Trainable(nn.Module):
         Raises:
             UsageError: it does not fit; the sentence says "It".
         """
-        raise UsageError("This drafter cannot begin with another's numbers; leave out --start.")
+        raise UsageError("This drafter cannot begin with another's numbers; leave out `start=`.")
 
     @abstractmethod
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
@@ -309,7 +309,7 @@ class GuessingHeads(Trainable):
             return
         place_V = index_in(tensors["vocabulary"].long(), len(self.place))[self.vocabulary_V.cpu()]
         if len(tensors["head"]) not in (1, len(self.head_KVd)):
-            raise UsageError("It has an output matrix for each head; train with -o output=own and as many heads.")
+            raise UsageError("It has an output matrix for each head; train with `output='own'` and as many heads.")
         head_KVd = tensors["head"].float().expand(len(self.head_KVd), -1, -1)
         with torch.no_grad():
             self.head_KVd[:, place_V >= 0] = head_KVd[:, place_V[place_V >= 0]].to(self.head_KVd.device)
@@ -353,7 +353,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.config, self.rotation, self.mlp = config, rotation, mlp
         weights: dict[str, Tensor] = {}
-        for name, shape in layer_shapes(config, mlp).items():
+        for full_name, shape in layer_shapes(bare(config), LAYER if mlp else ATTENTION).items():
+            name = full_name.removesuffix(".weight")
             weights[name] = torch.randn(shape) / math.sqrt(shape[-1]) if len(shape) > 1 else torch.ones(shape)
             if name in ("self_attn.o_proj", "mlp.down_proj"):
                 weights[name].zero_()  # the stream starts as it came
