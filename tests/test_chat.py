@@ -181,7 +181,7 @@ def test_help_hides_what_chat_refuses(foretell: Foretell) -> None:
 @pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_not_the_chat(tiny: str) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "foretell.cli", "chat", "-m", tiny, "-n", "400", "--ignore-eos"], text=True, bufsize=1,
+        [sys.executable, "-m", "foretell", "chat", "-m", tiny, "-n", "400", "--ignore-eos"], text=True, bufsize=1,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent / "src")},
     )  # fmt: skip

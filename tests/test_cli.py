@@ -40,7 +40,7 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def in_a_process(*arguments: str, **options: Any) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "foretell.cli", *arguments]
+    command = [sys.executable, "-m", "foretell", *arguments]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent / "src")}
     return subprocess.Popen(
         command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
