@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
+import torch
 from torch import Tensor
 
 from foretell.errors import UsageError
@@ -52,14 +53,14 @@ class Row(Protocol):
 
 @dataclass(frozen=True)
 class Resume:
-    """Where verification may go on: drafting has run the lower layers over the first nodes of each tree.
+    """Where verification goes on: drafting has run the lower layers over the first nodes of each tree.
 
-    Their keys and values lie in the slots of these nodes. The engine runs the others up to the same layer.
+    Their keys and values lie in the slots of these nodes. The engine runs the other nodes up to the same layer.
 
     Attributes:
         layer: layers that were run.
         ran: per row how many nodes, the root first; 0 for none.
-        hidden_Rd: the streams that they ended in, float32, row after row.
+        hidden_Rd: their streams after these layers, float32, row after row.
         taps: tap -> states [R, d] of the same nodes, for those of the drafter's taps that lie below `layer`.
     """
 
@@ -67,6 +68,12 @@ class Resume:
     ran: list[int]
     hidden_Rd: Tensor
     taps: dict[int, Tensor] = field(default_factory=dict)
+
+    def selected(self, indices: Sequence[int], ran: list[int]) -> Resume:
+        """Returns the same for some of the nodes: `indices` of their states, `ran` of them in each row."""
+        index_R = torch.tensor(indices, dtype=torch.int64, device=self.hidden_Rd.device)
+        taps = {tap: states.index_select(0, index_R) for tap, states in self.taps.items()}
+        return Resume(self.layer, ran, self.hidden_Rd.index_select(0, index_R), taps)
 
 
 @dataclass
@@ -76,10 +83,10 @@ class Draft:
     Attributes:
         trees: one per row.
         tokens: ids node by node, one list per row; the root holds the row's newest token.
-        probabilities: per row how probable each node is given its parent (1 for the root), or None where that is
-            not known. Verification never needs them; trees that are merged or cut keep the most probable guesses.
-        resume: given when the drafter has already run lower layers over some of the nodes.
-        held: whether the drafter guessed nothing because no tree pays at what steps cost here.
+        probabilities: per row the probability of each node given its parent (1 for the root), or None if unknown.
+            Verification does not need them; trees that are merged or cut keep the most probable guesses.
+        resume: set if the drafter has run lower layers over some of the nodes.
+        held: whether nothing was guessed because no tree pays at the step costs of this machine.
     """
 
     trees: list[TokenTree]
@@ -96,7 +103,7 @@ class Draft:
 
 @dataclass
 class Verdict:
-    """What survived verification, per row: the accepted path (the root first) and the token that follows it.
+    """The outcome of verification, per row: the accepted path (the root first) and the token that follows it.
 
     The accepted tokens are the path's without the root; `bonus` is the target's own choice after them and becomes
     the next root. A step therefore emits len(path) tokens: the acceptance length.
@@ -108,12 +115,12 @@ class Verdict:
 
 @dataclass
 class Features:
-    """What the pass computed for the nodes that were committed; B rows one after another.
+    """States that the pass computed for the committed nodes; B rows one after another.
 
     Attributes:
         counts: committed nodes of each row, the old root first; their tokens are known to the rows.
         taps: tap -> hidden states [sum of counts, d] float32, in committed order.
-        extra: what the drafter's `at_cut` inserted, as it left the final norm: float32 [rows inserted, d], or None.
+        extra: the rows that the drafter's `at_cut` inserted, after the final norm: float32 [rows inserted, d], or None.
         paths: the accepted path of each row (empty while a prompt is prefilled).
     """
 
@@ -138,13 +145,13 @@ class Drafter(ABC):
     and a later row reuses the slot of one that has ended.
 
     Attributes:
-        taps: hidden states to hand to `observe` (see `FINAL_NORM`).
+        taps: hidden states that `observe` is given (see `FINAL_NORM`).
         cuts: layers after which `at_cut` may add rows to the verification pass.
         lossless: whether the output equals plain decoding's under exact verification.
         depth: layers of the backbone that drafting runs, in the engine's cache (see `bind`).
-        usual_cost: what drafting takes, as a share of a plain step, where nobody has measured it.
+        usual_cost: drafting time as a share of a plain step, until it is measured.
         parameters: numbers that it adds to the model.
-        tokens_per_step: what its tree of each size earned on held-out text, where that was measured.
+        tokens_per_step: tree size -> tokens per step on held-out text, if that was measured.
         backbone, options: what `build` was given.
     """
 
@@ -186,42 +193,48 @@ class Drafter(ABC):
         return 0
 
     def attached(self, cache: KVCache) -> Self:
-        """A drafter for the rows of one engine: it shares the weights, and what it keeps of rows is its own."""
+        """Returns a copy for the rows of one engine, with the same weights and with state of its own."""
         own = copy.copy(self)
         own.bind(cache)
         return own
 
     def bind(self, cache: KVCache) -> None:  # noqa: B027
-        """Begins anew with the rows of an engine's cache, where methods that run layers while drafting run them.
+        """Starts with empty state for the rows of an engine's cache, in which drafting may run layers.
 
-        What is kept of rows is assigned, not emptied: engines that share the drafter have shallow copies of it.
+        Assign new state rather than emptying the old: engines that share the drafter have shallow copies of it.
         """
 
     def reusable_tokens(self, slot: int, tokens: int) -> int:
-        """How many of the first `tokens` in a slot's cache need not come to `observe` again.
+        """How many of the first `tokens` in a slot's cache the next request may reuse without observing them again.
 
-        The rest is computed anew for the next request, which shares these tokens and may differ from there on.
+        The rest is computed anew for that request, which begins with the same tokens.
         """
         return tokens
 
     def forget(self, slots: Sequence[int]) -> None:  # noqa: B027
-        """Nobody will take these slots over: gives back what was kept for that."""
+        """Frees what was kept of these slots: no later request will reuse their tokens."""
 
     def reset(self, rows: Sequence[Row]) -> None:  # noqa: B027
-        """New sequences have taken these slots: forget what was there, and make room for all of theirs.
+        """Begins new rows: drops the state of their slots, and reserves room for all of their tokens.
 
-        A `ForetellError` refuses the request, and the others go on.
+        A row's first `row.reused` tokens are those that its slot held already; they are not observed again.
+
+        Raises:
+            ForetellError: refuses the request; the others go on.
         """
 
     @abstractmethod
     def draft(self, rows: Sequence[Row]) -> Draft:
-        """Guesses for every row. A root-only tree is always allowed."""
+        """Returns guesses for each of these rows, which may be some of the engine's only.
+
+        A tree of the root alone is always allowed.
+        """
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:  # noqa: B027
-        """What was committed, after every chunk of a prompt and after every step."""
+        """Takes in what was committed, after every chunk of a prompt and after every step."""
 
     def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Any) -> tuple[Tensor, Any]:
-        """After `layer` layers of verification: returns hidden states and nodes with rows inserted.
+        """Returns hidden states and nodes with rows inserted after `layer` layers of verification.
 
         `Nodes.extended` appends guesses to each row's tree and says where the old nodes went; an inserted row
         attends to its ancestors and itself, and no drafted node attends to it.

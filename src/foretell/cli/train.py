@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from foretell.api import LLM
     from foretell.backbone import Backbone
     from foretell.drafting.checkpoint import Checkpoint
-    from foretell.drafting.learning.heads import Trainable
+    from foretell.drafting.learning.trainable import Trainable
     from foretell.train.data import Distilled, Store
     from foretell.train.features import Batches
     from foretell.train.trainer import Report, Trainer

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from foretell.backbone import Backbone, Nodes
 from foretell.contracts import FINAL_NORM
-from foretell.drafting.learning.heads import TrainingBatch
+from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.errors import UsageError
 from foretell.files import sole_writer, write_errors, written_whole
 from foretell.train.data import Distilled, digest

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from foretell.drafting.learning import products
-from foretell.drafting.learning.heads import Trainable
+from foretell.drafting.learning.trainable import Trainable
 from foretell.errors import ForetellError, UsageError, check_numbers
 from foretell.files import one_line, whole_lines, write_errors, written_whole
 from foretell.loading.catalog import current
