@@ -1,4 +1,5 @@
 # make demo: everything from nothing to the demo. make test: the tests. Needs Python 3.11 or newer and make.
+# Without an NVIDIA GPU torch comes without CUDA, from PyTorch's index of CPU builds if that can be reached.
 # The first Python that runs and is new enough; `make PYTHON=...` overrides.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
   $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done || echo python3)
@@ -7,8 +8,8 @@ BIN := $(VENV)/bin
 NATIVE := $(wildcard $(addprefix src/foretell/backbone/cpu/native/,* */*))
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
-# Every test runs the best build of the kernels that the processor has, and some run each. These, which ask for none,
-# run once more with each lower build as the best one.
+# Every test runs the best build of the kernels that the processor has, and some run each of them. These run the best one
+# only, so `make builds` runs them once more with each lower build in its place.
 LOWER := from foretell.backbone.cpu.library import BUILDS, find; print(*[name for name in BUILDS if find(name)][1:])
 EXACT := $(patsubst %,tests/test_%.py,engine engine_faults verify grow native cache breadth medusa hydra kangaroo layerskip swift replay)
 
@@ -20,11 +21,12 @@ help:
 	@echo "make builds the exactness tests with each lower build of the kernels as the best one"
 	@echo "make check  ruff and types, generated docs up to date  make docs   regenerate them"
 
-$(VENV)/done: pyproject.toml setup.py constraints.txt $(NATIVE)
+$(VENV)/done: pyproject.toml setup.py constraints.txt tools/cpu_index.py $(NATIVE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "foretell needs Python 3.11 or newer; $(PYTHON) is older. Try: make PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check $$($(PYTHON) tools/cpu_index.py) \
+	  -c constraints.txt -e ".[dev]"
 	touch $@
 
 venv: $(VENV)/done

@@ -29,6 +29,17 @@ class Ran:
         return [json.loads(line) for line in self.out.splitlines()]
 
 
+def turns_of(line: dict[str, Any]) -> list[dict[str, Any]]:
+    """The answers in a line of JSON: of each turn, or the only one."""
+    answers: list[dict[str, Any]] = line.get("turns", [line])
+    return answers
+
+
+def ids_of(lines: list[dict[str, Any]]) -> list[list[list[int]]]:
+    """The token ids of each answer in each line."""
+    return [[turn["ids"] for turn in turns_of(line)] for line in lines]
+
+
 Foretell = Callable[..., Ran]
 
 

@@ -1,6 +1,6 @@
-"""Running an engine to the end, and what plain decoding of each request alone would have said.
+"""Runs an engine to the end, and compares it with plain decoding of each request alone.
 
-The truth is one request at a time, one token at a time, each with a cache of its own.
+The reference is one request at a time, one token at a time, each with a cache of its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -56,7 +56,7 @@ def finish(decoder: SpeculativeDecoder, requests: Sequence[Request], keys: Seque
 
 
 def plainly(backbone: Backbone, requests: Sequence[Request], tokenizer: Any = None) -> list[Output]:
-    """The truth: one request at a time, one token at a time, each in a cache of its own."""
+    """The reference: one request at a time, one token at a time, each in a cache of its own."""
     return [
         finish(SpeculativeDecoder(backbone, Plain(), tokenizer), [request], [key])[0]
         for key, request in enumerate(requests)
@@ -93,12 +93,12 @@ def decoder_of(backbone: Backbone, drafter: Drafter, tokenizer: Any = None, **op
 
 
 def put(owner: Any, name: str, value: Any) -> None:
-    """Another method in the place of one."""
+    """Replaces a method of one object."""
     setattr(owner, name, value)
 
 
 def watched(drafter: Method) -> Method:
-    """The same, which an engine attaches itself instead of a copy, so that a test sees what it does."""
+    """The same drafter, which engines attach itself instead of a copy of it, so that a test can inspect it."""
 
     def attached(cache: KVCache) -> Drafter:
         drafter.bind(cache)
@@ -109,13 +109,13 @@ def watched(drafter: Method) -> Method:
 
 
 def shared(drafter: Method) -> Method:
-    """The same, attached as it is meant to be: by copies that share its weights."""
+    """The same drafter, attached as copies that share its weights: undoes `watched`."""
     drafter.__dict__.pop("attached", None)
     return drafter
 
 
 def drafts_of(drafter: Drafter) -> list[Draft]:
-    """A list that fills with all that it drafts from now on."""
+    """Returns a list to which every later draft is appended."""
     seen: list[Draft] = []
     made = watched(drafter).draft
 
@@ -128,7 +128,7 @@ def drafts_of(drafter: Drafter) -> list[Draft]:
 
 
 def texts_and_drafts(backbone: Backbone, drafter: Drafter, steps: int) -> Iterator[tuple[list[int], Draft]]:
-    """What a row holds before each of its first steps, and what is drafted then."""
+    """Yields a row's tokens before each of its first steps, and the draft of that step."""
     seen, decoder, text = drafts_of(drafter), decoder_of(backbone, drafter), [1, 2, 3, 4, 5, 6]
     decoder.submit(text, SamplingParams(max_new_tokens=40, ignore_eos=True))
     for _ in range(steps):
@@ -138,7 +138,7 @@ def texts_and_drafts(backbone: Backbone, drafter: Drafter, steps: int) -> Iterat
 
 
 def held_like_a_fresh_prefill(decoder: SpeculativeDecoder) -> int:
-    """Holds every parked cache against a prefill of its tokens, bit for bit; returns how many tokens that were."""
+    """Compares every parked cache with a prefill of its tokens, bit for bit; returns how many tokens they hold."""
     for slot, tokens in decoder._parked.items():
         assert decoder.cache.lengths[slot] == len(tokens)
         if tokens:

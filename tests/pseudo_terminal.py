@@ -15,10 +15,10 @@ from dataclasses import dataclass
 PATIENCE = 120.0
 """Seconds without a word after which a program counts as stuck."""
 
-_OWN = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
-ONE = _OWN + "from foretell.cli import main; main()"
+OWN = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+ONE = OWN + "from foretell.cli import main; main()"
 SEVERAL = (
-    _OWN
+    OWN
     + """
 import json, os, struct, sys, traceback
 from foretell.cli import main

@@ -103,7 +103,10 @@ def test_defaults_are_explained_and_a_run_is_resumed_with_the_systems_it_holds(
     ran = foretell(*command)
     assert ran.code == 0, ran.err
     assert "The results go to bench-1; --out names another folder." in ran.err
-    assert "Systems: plain, prompt_lookup. No trained drafter comes with foretell for this model" in ran.err
+    assert (
+        "Systems: plain, prompt_lookup. Chosen for this model and machine: prompt_lookup: no trained drafter comes"
+        in ran.err
+    )
     assert re.search(r"5 rounds of up to 4 tokens for each of 2 systems: about \d+ s, if all are as fast", ran.err)
     assert foretell(*command, "--run", "prompt_lookup:nodes=8").code == 0
     folder = tmp_path / "bench-2"
@@ -130,3 +133,13 @@ def test_refusals_that_need_no_model_load_no_torch(tmp_path: Path) -> None:
         )
         ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert (ran.stdout, sentence in ran.stderr) == ("2 False\n", True), ran.stderr
+
+
+def test_setup_takes_only_what_it_uses(foretell: Foretell) -> None:
+    helped = foretell("bench", "setup", "--help")
+    assert "--cache-dir" in helped.out
+    assert not [option for option in ("--model", "--dtype", "--threads") if option in helped.out]
+    assert foretell("bench", "setup", "transformers").err == (
+        "transformers needs no environment of its own: nothing to install.\n"
+    )
+    assert "Unknown peer 'vlm'; the peers are" in foretell("bench", "setup", "vlm").err

@@ -6,21 +6,24 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Foretell
+from command_line import Foretell, ids_of, turns_of
 
+import foretell as package
 from foretell import drafters
 from foretell.cli import VERBS, load_verb
+from foretell.cli.generate import _note_speed
 from foretell.cli.options import Loading, Sampling
+from foretell.cli.terminal import program
 from foretell.contracts import Draft, Drafter, Row
 from foretell.drafting.options import option
-from foretell.requests import SamplingParams
+from foretell.requests import SamplingParams, Statistics
+from foretell.results import Result
 from foretell.trees import chain
 
 
@@ -58,6 +61,57 @@ def test_help_lists_every_verb(foretell: Foretell) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_says_what_its_row_says(verb: str) -> None:
     assert load_verb(verb).help.startswith(VERBS[verb][1].rstrip("."))
+
+
+def walked(words: tuple[str, ...], command: Any) -> list[tuple[str, ...]]:
+    inner = getattr(command, "commands", {})
+    return [words, *(path for name, each in inner.items() for path in walked((*words, name), each))]
+
+
+@pytest.mark.parametrize("words", [path for verb in VERBS for path in walked((verb,), load_verb(verb))], ids=" ".join)
+def test_help_has_no_words_of_the_parser(foretell: Foretell, words: tuple[str, ...]) -> None:
+    ran = foretell(*words, "-h")
+    assert ran.code == 0
+    assert not re.search(r"<(int|str|bool|float|path|list|uuid)|x[<>]=|\[default: no-", ran.out), ran.out
+    assert re.search(r"--help +-h ", ran.out)
+    assert foretell(*words, "--help").out == ran.out
+
+
+def test_the_version_has_a_short_name(foretell: Foretell) -> None:
+    assert foretell("-V").out == foretell("--version").out == f"foretell {package.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [("t", {"train", "tune"}), ("generate --loo", {"--lookup"}), ("generate -d hydra", {"hydra", "hydra++"}),
+     ("chat -m smollm2-135m+m", {"smollm2-135m+medusa2"})],
+)  # fmt: skip
+def test_a_shell_completes_verbs_options_drafters_and_models(
+    foretell: Foretell, cache: Path, monkeypatch: pytest.MonkeyPatch, words: str, found: set[str]
+) -> None:
+    monkeypatch.setenv("FORETELL_CONFIG", "/nowhere")  # a broken config is no reason to complete nothing
+    monkeypatch.setenv("_FORETELL_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", f"foretell {words}")
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+    assert set(foretell().out.split()) == found
+
+
+def test_how_to_run_it_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / ".venv/bin/foretell"
+    path.parent.mkdir(parents=True)
+    path.touch(0o755)
+    monkeypatch.chdir(tmp_path)
+    for typed in (".venv/bin/foretell", str(path)):
+        monkeypatch.setattr(sys, "argv", [typed])
+        monkeypatch.setenv("PATH", "/nowhere")
+        assert program() == ".venv/bin/foretell"
+        monkeypatch.setenv("PATH", str(path.parent))
+        assert program() == "foretell"
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert program() == str(path.relative_to("/"))
+    monkeypatch.setattr(sys, "argv", ["/x/foretell/__main__.py"])
+    assert re.fullmatch(r"python\S* -m foretell", program())
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)])
@@ -108,6 +162,29 @@ def test_a_registered_drafter_is_in_the_help_and_decodes(foretell: Foretell, tin
     )  # fmt: skip
 
 
+def test_drafters_are_listed_with_what_ships(foretell: Foretell) -> None:
+    out = foretell("drafters").out
+    for name, (_, help) in drafters.DRAFTERS.items():
+        assert re.search(rf"^ {re.escape(name)} +{re.escape(help.split()[0])}", out, re.MULTILINE)
+    assert re.search(r"hydra\+\+ .* needed +smollm2-135m", out)
+    assert re.search(r"medusa2 .* needed +smollm2-135m\+medusa2", out)
+    assert re.search(r"prompt_lookup .* none", out)
+
+
+@pytest.mark.usefixtures("parrot")
+def test_options_of_a_drafter_are_listed(foretell: Foretell, tiny: str) -> None:
+    out = foretell("drafters", "parrot").out
+    assert re.search(r"times +int +1 +how often it comes", out)
+    assert "foretell train" not in out
+    assert foretell("generate", "hi", "-m", tiny, "-d", "parrot", "-o", "help").out == out
+    assert foretell("chat", "-m", tiny, "-d", "parrot", "-o", "help").out == out
+    assert re.search(r"Options of --drafter plain.*: none", foretell("drafters", "plain").out)
+    both = foretell("drafters", "medusa").out
+    assert re.search(
+        r"Options of --drafter medusa.*checkpoint .*Options of `foretell train medusa`.*heads ", both, re.S
+    )
+
+
 @pytest.mark.slow
 def test_the_page_of_help_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "tools"))
@@ -134,15 +211,6 @@ FIELDS = {
     "verify_seconds", "seconds", "tokens_per_second", "exact",
 }  # fmt: skip
 ANSWER = {"prompt", "text", "ids"}
-
-
-def turns_of(line: dict[str, Any]) -> list[dict[str, Any]]:
-    """The answers of a line: of each turn, or the only one."""
-    return line.get("turns", [line])
-
-
-def ids_of(lines: list[dict[str, Any]]) -> list[list[list[int]]]:
-    return [[turn["ids"] for turn in turns_of(line)] for line in lines]
 
 
 def answers(foretell: Foretell, tiny: str, path: Path, *arguments: str) -> list[dict[str, Any]]:
@@ -244,6 +312,18 @@ def test_answers_say_which_prompt_they_belong_to(foretell: Foretell, tiny: str, 
     assert one == foretell("generate", "one", "-m", tiny, "-n", "4").out + "\n"  # nothing to tell it apart from
 
 
+@pytest.mark.parametrize(("suspended", "stats", "terminal"), [(28, False, True), (28, True, False), (4, False, True)])
+def test_speculation_that_was_held_back_is_said(
+    tiny: str, suspended: int, stats: bool, terminal: bool, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a terminal if most steps were plain for it, and with --stats always."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    result = Result(statistics=Statistics(steps=35, plain_steps=30, suspended_steps=suspended, new_tokens=40))
+    _note_speed(package.load(tiny, threads=1), [result], 1.0, stats)
+    said = f"Speculation was held back in {suspended} of 35 steps" in capsys.readouterr().err
+    assert said == (suspended == 28)
+
+
 def test_lossy_decoding_says_so(foretell: Foretell, tiny: str) -> None:
     ran = foretell("generate", "hi", "-m", tiny, "-n", "8", "-d", "prompt_lookup", "--typical", "0.1,0.3")
     assert ran.code == 0
@@ -279,48 +359,7 @@ def test_an_interruption_is_one_line(tiny: str, tmp_path: Path) -> None:
     assert not out or out.endswith("}\n")  # no line is cut in two
 
 
-# --- chat ---------------------------------------------------------------------------------------------------
-
-
-def test_chat_from_a_pipe(foretell: Foretell, tiny: str) -> None:
-    options = ("-m", tiny, "-n", "8", "--dtype", "fp32", "--ignore-eos", "--system", "be brief")
-    said = b"hello\n\nand?\n/stats\n/nonsense\n/clear\nhello\n/help\n/exit\nnever read\n"
-    ran = foretell("chat", *options, stdin=said)
-    assert ran.code == 0
-    assert re.search(r"answers: 2, tokens: 16 .*cache already: [1-9]\d* of", ran.err)
-    assert "no command /nonsense" in ran.err
-    assert "/clear  start a new conversation" in ran.err
-    once = foretell("chat", *options, stdin=b"hello\n")
-    assert ran.out.startswith(once.out)
-    assert ran.out.endswith(once.out)  # after /clear everything is as it was
-
-
-def test_a_conversation_that_outgrows_the_context(foretell: Foretell, tiny: str) -> None:
-    said = b"hello\n" + b"long " * 200 + b"\n/clear\nhello\n"
-    ran = foretell("chat", "-m", tiny, "-n", "8", "--dtype", "fp32", "--ignore-eos", stdin=said)
-    assert ran.code == 0
-    assert re.search("error: The conversation is now .* context of 512; /clear starts a new one", ran.err)
-    once = foretell("chat", "-m", tiny, "-n", "8", "--dtype", "fp32", "--ignore-eos", stdin=b"hello\n")
-    assert ran.out == once.out * 2
-
-
-@pytest.mark.slow
-def test_ctrl_c_stops_an_answer_and_not_the_chat(tiny: str) -> None:
-    process = in_a_process("chat", "-m", tiny, "-n", "400", "--ignore-eos", bufsize=1)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write("hello\n")
-    process.stdout.read(1)  # it has begun to answer
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    out, err = process.communicate("/stats\n", timeout=60)
-    assert process.returncode == 0
-    assert "(stopped)" in err
-    assert "answers: 0" in err
-    assert len(out.encode()) < 400
-
-
-# --- demo and models ----------------------------------------------------------------------------------------
+# --- demo ----------------------------------------------------------------------------------------------------
 
 
 def test_demo_compares(foretell: Foretell, tiny: str) -> None:
@@ -348,25 +387,6 @@ def test_demo_fails_when_the_ids_differ(foretell: Foretell, tiny: str, monkeypat
     assert "the ids DIFFER" in ran.out
 
 
-def test_models_lists_what_is_here_and_what_could_be(foretell: Foretell, cache: Path) -> None:
-    ran = foretell("models")
-    assert ran.code == 0
-    assert re.search(r"smollm2-135m +\d+ MB +Apache-2.0 +catalog +no", ran.out)
-    assert foretell("models", "--json").lines == [
-        {
-            "name": "smollm2-135m", "bytes": 273_000_000, "licence": "Apache-2.0", "source": "catalog",
-            "cached": False, "path": None,
-        },
-        *(
-            {
-                "name": f"smollm2-135m+{adapter}", "bytes": 273_000_000, "licence": "Apache-2.0",
-                "source": "catalog, with an adapter", "cached": False, "path": None,
-            }
-            for adapter in ("layerskip", "medusa2")
-        ),
-    ]  # fmt: skip
-
-
 # --- the demo model -----------------------------------------------------------------------------------------
 
 
@@ -380,7 +400,7 @@ def test_the_demo_model_answers(foretell: Foretell, demo_folder: Path) -> None:
 @pytest.mark.real
 def test_the_demo_model_keeps_the_promise(foretell: Foretell, demo_folder: Path, prompts: Path) -> None:
     ids = [
-        [line["ids"] for line in foretell("generate", "--prompts", str(prompts), "--json", "-n", "12", *more).lines]
+        ids_of(foretell("generate", "--prompts", str(prompts), "--json", "-n", "12", *more).lines)
         for more in ([], ["-d", "prompt_lookup", "--no-adapt"], ["-d", "prompt_lookup", "-b", "4"])
     ]
     assert ids[0] == ids[1] == ids[2]

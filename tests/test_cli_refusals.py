@@ -1,6 +1,9 @@
 """What the command line refuses: one sentence, the right exit code, nothing on stdout, and no model loaded in vain."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,49 @@ def refused(ran: Ran, code: int, sentence: str) -> None:
 def test_what_could_never_work(foretell: Foretell, cache: Path, arguments: list[str], sentence: str) -> None:
     refused(foretell("generate", *arguments), 2, sentence)
     assert not cache.exists()  # nothing was fetched
+
+
+EARLY = (
+    ["generate", "hi", "-d", "prompt_lokup"],
+    ["generate", "hi", "-m", "smolm"],
+    ["generate", "hi", "-m", "./nowhere"],
+    ["generate", "hi", "-m", "./nowhere.gguf"],
+    ["generate", "hi", "-m", "smollm2-135m+nothing"],
+    ["generate", "hi", "-m", "org/elsewhere", "--offline"],
+    ["generate", "hi", "--device", "tpu"],
+    ["generate", "hi", "--threads", "0"],
+    ["generate", "hi", "-n", "0"],
+    ["generate", "hi", "--typical", "0.1"],
+    ["generate", "--prompts", "nowhere.jsonl"],
+    ["generate", " "],
+    ["chat", "-d", "prompt_lokup"],
+    ["chat", "--system", " "],
+    ["demo", "-m", "smolm"],
+    ["demo", "-d", "prompt_lokup"],
+    ["tune", "-d", "prompt_lokup"],
+    ["tune", "--device", "tpu"],
+    ["drafters", "prompt_lokup"],
+    ["pull", "smolm"],
+    ["rm", "smolm"],
+)
+"""What can be refused without a model."""
+
+
+@pytest.mark.slow
+def test_what_needs_no_model_is_refused_without_torch(tmp_path: Path) -> None:
+    """All in one process, which the first import of torch would show."""
+    code = f"""
+import sys
+from foretell.cli import main
+for arguments in {EARLY!r}:
+    try: main(arguments)
+    except SystemExit as left: assert left.code in (1, 2), arguments
+    assert not {{"torch", "transformers", "numpy", "huggingface_hub"}} & set(sys.modules), arguments
+"""
+    environment = os.environ | {"FORETELL_CACHE": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert len(re.findall("^error: ", ran.stderr, re.MULTILINE)) == len(EARLY)
 
 
 @pytest.mark.parametrize(

@@ -534,8 +534,8 @@ def test_tune_says_which_tree_a_drafter_will_take(foretell: Foretell, tiny: str,
     head, row = ran.out.splitlines()
     assert head.split()[-2:] == ["tree", "gain"]
     best = kept.best_size(1, 128, TOKENS_PER_STEP, kept.drafting["medusa"])
-    assert row.split()[-2] == str(best)
-    assert ("no tree pays there" in ran.err) == (best == 1)
+    assert row.split()[-2] == (str(best) if best > 1 else "off")
+    assert (": left off" in ran.err) == (best == 1)
 
 
 @pytest.mark.parametrize(("tokens", "size"), [(9.0, 16), (1.01, 1)])
@@ -556,9 +556,26 @@ def test_tune_says_where_no_tree_pays(
     )
     kept = StepCosts.load(next((cache / "costs").iterdir()))
     assert kept is not None
-    gain = tokens * 0.010625 / (0.02 + kept.drafting["medusa"]) if size > 1 else 1
-    assert ran.out.splitlines()[1].split()[-2:] == [str(size), f"{gain:.2f}"]
-    assert ("tree 1: no tree pays there" in ran.err) == (size == 1)
+    gain = f"{tokens * 0.010625 / (0.02 + kept.drafting['medusa']):.2f}"
+    assert ran.out.splitlines()[1].split()[-2:] == [str(size) if size > 1 else "off", gain]
+    assert (f"batch 1, context 128: tree of 16 nodes, gain {gain}: left off\n" in ran.err) == (size == 1)
+
+
+def test_tune_says_when_another_drafter_becomes_the_recommended_one(
+    foretell: Foretell, tiny: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = package.load(tiny, dtype="fp32", threads=1).backbone
+    monkeypatch.setattr("foretell.backbone.step_costs._step_seconds", lambda b, c, size, *_: 0.01 * (1 + size / 16))
+    options = ("tune", "--quick", "-m", tiny, "--dtype", "fp32", "--threads", "1")
+    first = foretell(*options).err.splitlines()[-1]
+    assert first.startswith("Used where no drafter is named: prompt_lookup: no trained drafter comes with foretell")
+    chosen = iter(("kangaroo", "hydra++"))
+    monkeypatch.setattr(
+        drafters, "recommend", lambda backbone: drafters.Recommendation(name := next(chosen), {name: 1.2}, "measuring")
+    )
+    last = foretell(*options).err.splitlines()[-1]
+    assert last.startswith("Used where no drafter is named (until now kangaroo): hydra++: estimated at 1.20x plain")
+    assert StepCosts.load(costs_file(backbone)) is not None
 
 
 def test_tune_needs_no_chat_template(foretell: Foretell, tiny: str, cache: Path, tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from foretell.cli.wording import for_command_line
 from foretell.files import ANOTHER_FOLDER
+from foretell.loading.resolve import _FORBIDDEN
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src/foretell"
@@ -17,7 +19,8 @@ def source() -> str:
     """All code of the package, with its adjacent string literals joined as Python joins them."""
     code = "\n".join(path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py")))
     code = re.sub(r"""["']\s*\n\s*f?["']""", "", code)
-    return code.replace("{remedy}", ANOTHER_FOLDER)
+    code = code.replace("{remedy}", ANOTHER_FOLDER).replace("{_FORBIDDEN}", _FORBIDDEN)
+    return for_command_line(code)
 
 
 def test_troubleshooting_quotes_what_is_printed() -> None:

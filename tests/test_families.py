@@ -11,7 +11,8 @@ from command_line import save_tiny_chat
 from tiny_models import DIMENSIONS, ROPES, VARIANTS, save_tiny, tiny_config, tiny_model
 
 from foretell.errors import ForetellError
-from foretell.loading.families import FAMILIES, model_config, read_config, weight_shapes
+from foretell.loading.families import FAMILIES, model_config, read_config
+from foretell.loading.tensors import LAYER, parts, weight_shapes
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -21,6 +22,17 @@ def test_every_tensor_of_transformers_is_expected_with_its_shape(variant: str) -
     if model.config.tie_word_embeddings:
         del theirs["lm_head.weight"]
     assert weight_shapes(model_config(model.config)) == theirs
+
+
+def test_tensors_that_are_fused_fit_together_in_every_family() -> None:
+    """A row names numbers and switches of `ModelConfig`; one of a part has a bias only if all have."""
+    for family in FAMILIES:
+        config = model_config({"model_type": family, **DIMENSIONS})
+        for tensors in parts(config).values():
+            assert all(tensor.is_matrix for tensor in tensors) or len(tensors) == 1
+            assert len({tensor.shape(config)[1:] for tensor in tensors}) == 1
+            assert len({(tensor.bias, tensor.only_if) for tensor in tensors}) == 1
+    assert len({tensor.name for tensor in LAYER}) == len(LAYER)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

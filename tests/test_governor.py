@@ -71,9 +71,7 @@ def test_one_slow_step_decides_nothing() -> None:
 
 def test_the_governor_never_changes_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(
-        "foretell.engine.loop.time.perf_counter", lambda: clock.__setitem__(0, clock[0] + 1) or clock[0]
-    )
+    monkeypatch.setattr("time.perf_counter", lambda: clock.__setitem__(0, clock[0] + 1) or clock[0])
     monkeypatch.setattr("foretell.engine.governor.TRIAL", 4)
     monkeypatch.setattr("foretell.engine.governor.PATIENCE", 6)
 

@@ -10,7 +10,8 @@ from random_backbones import BF16, COMPILED, DTYPES, FP32, KERNELS, Model, build
 from tiny_models import DIMENSIONS
 
 from foretell.backbone.cpu import library
-from foretell.backbone.cpu.linear import Int8Linear, PackedLinear
+from foretell.backbone.cpu.formats import FORMATS, PackedMatrix
+from foretell.backbone.cpu.linear import PackedLinear
 from foretell.backbone.eager.linear import Linear
 from foretell.drafting.cpu_heads import PackedHeads
 from foretell.drafting.kernels import kernels_for
@@ -84,7 +85,7 @@ def test_a_packed_linear_multiplies_and_no_row_sees_another(kernel: str) -> None
         truth = x.to(dtype).double() @ weight.double().T + (0 if bias is None else bias.double())
         torch.testing.assert_close(y.double(), truth, atol=1e-4, rtol=1e-4)
         assert same(torch.cat([linear(x[i : i + 1], 1) for i in range(rows)]), y)
-        assert same(linear.rows(torch.arange(outputs)), weight.float())
+        assert same(linear.matrix.rows(torch.arange(outputs)), weight.float())
 
     sizes, rows = st.integers(1, 200), st.integers(1, 80)
     check(kernel, 40, holds, DTYPES, rows, sizes, sizes, st.booleans(), st.integers(1, 3))
@@ -159,8 +160,34 @@ def test_weights_that_are_not_contiguous_are_packed_as_their_copies(kernel: str,
     with using(kernel):
         best = library.default()
         for _ in range(3):
-            assert same(PackedLinear(turned).packed, PackedLinear(turned.contiguous()).packed)
-            assert same(Int8Linear(turned, None, best).packed, Int8Linear(turned.contiguous(), None, best).packed)
+            for row in FORMATS.values():
+                assert same(PackedMatrix(turned, row, best).blocks, PackedMatrix(turned.contiguous(), row, best).blocks)
+
+
+@compiled_only
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_gives_back_its_numbers_and_multiplies_them(kernel: str, name: str) -> None:
+    row, by_itself = FORMATS[name], name not in ("bf16_rows", "fp32_rows", "int8_both")
+
+    def holds(rows: int, inputs: int, outputs: int, biased: bool, threads: int) -> None:
+        generator = torch.Generator().manual_seed(rows + inputs)
+        weight = torch.randn(outputs, inputs, generator=generator)
+        numbers, scale = row.numbers(weight)
+        truth = numbers.float() if scale is None else numbers.float() * scale[:, None]
+        matrix = PackedMatrix(weight, row, library.default())
+        ids = torch.randint(outputs, (5,), generator=generator)
+        assert same(matrix.rows(ids), truth[ids])
+        if not by_itself:  # only read row by row; or a product of draft heads, tested with them
+            return
+        bias = torch.randn(outputs, generator=generator) if biased else None
+        linear, x = PackedLinear(weight, bias, format=row), torch.randn(rows, inputs, generator=generator)
+        y = linear(x, threads)
+        wanted = x.to(row.activations).double() @ truth.double().T + (0 if bias is None else bias.double())
+        torch.testing.assert_close(y.double(), wanted, atol=1e-4, rtol=1e-4)
+        assert same(torch.cat([linear(x[i : i + 1], 1) for i in range(rows)]), y)
+
+    sizes = st.integers(1, 200)
+    check(kernel, 20, holds, st.integers(1, 80), sizes, sizes, st.booleans(), st.integers(1, 3))
 
 
 MEETING = ("amx", "avx512bf16")
@@ -227,7 +254,8 @@ def test_heads_side_by_side_are_their_blocks_one_after_the_other(kernel: str) ->
             assert all(len(set(row)) == count for row in ids[:, k].tolist())
         if kept is in_int8:
             assert isinstance(together, PackedHeads)
-            assert {each.packed.dtype for each in (*together._blocks, *together._outputs)} == {torch.int8}
+            assert {each.matrix.format.name for each in together._blocks} <= {"int8"}
+            assert {each.matrix.format.name for each in together._outputs} == {"int8_both"}
         unasked = together.top(store_Nd, which, count)  # the states cost nothing else
         assert same(unasked[0], values)
         assert same(unasked[1], ids)

@@ -2,10 +2,12 @@
 
 import errno
 import hashlib
+import json
 import os
 import subprocess
 import sys
 import threading
+import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from tiny_gguf import write_gguf
 from tiny_models import opened, raising, save_tiny, tiny_model
 
-from foretell.errors import ForetellError, UsageError
+from foretell.errors import ForetellError, ForetellWarning, UsageError
 from foretell.files import staged_folder
 from foretell.loading import cache_dir, catalog
 from foretell.loading.cache_dir import cached_models
@@ -40,7 +42,11 @@ def test_a_local_folder_is_taken_as_it_is(cache: Path, tmp_path: Path) -> None:
             "smolm2",
             "No model is called 'smolm2'; did you mean smollm2-135m.*hub id.*local model folder.*gguf",
         ),
-        ("qwen", "called 'qwen'; the names are: smollm2-135m. A hub id.*local model folder.*gguf"),
+        (
+            "qwen",
+            r"called 'qwen'; the names are: smollm2-135m, smollm2-135m\+layerskip, smollm2-135m\+medusa2\. "
+            "A hub id.*local model folder.*gguf",
+        ),
         ("zzz", "the names are: smollm2-135m"),
         ("", "No model is called ''"),
         ("./nowhere", "There is no folder ./nowhere"),
@@ -52,6 +58,33 @@ def test_unknown_names(name: str, sentence: str, cache: Path) -> None:
     with pytest.raises(UsageError, match=sentence) as caught:
         resolve(name)
     assert caught.value.exit_code == 2
+
+
+def test_an_unknown_name_lists_the_hub_cache(cache: Path, tmp_path: Path) -> None:
+    make_snapshot(tmp_path / "hub", "org/owl")
+    with pytest.raises(UsageError, match=r"\+medusa2; in the hub cache: org/owl\. A hub id"):
+        resolve("qwen")
+    with pytest.raises(UsageError, match=r"did you mean org/owl\?"):
+        resolve("orgowl")
+
+
+def test_names_are_checked_without_a_network_and_without_torch(cache: Path, tmp_path: Path) -> None:
+    make_snapshot(tmp_path / "hub", "org/owl")
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
+    code = f"""
+import sys
+from foretell.errors import ForetellError, UsageError
+from foretell.loading.resolve import check_name
+def refused(name, offline=None):
+    try: check_name(name, offline=offline)
+    except ForetellError as error: return type(error)
+assert [refused(n, True) for n in ("org/owl", {str(path)!r}, {str(path.parent)!r})] == [None, None, UsageError]
+assert [refused(n, False) for n in ("smollm2-135m", "org/elsewhere", "smollm2-135m+medusa2")] == [None] * 3
+assert [refused(n, True) for n in ("smollm2-135m", "org/elsewhere", "smollm2-135m+medusa2")] == [ForetellError] * 3
+assert [refused(n) for n in ("smolm", "", "smolm+medusa2", "smollm2-135m+medusa9")] == [UsageError] * 4
+assert not {{"torch", "numpy", "huggingface_hub"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_file_or_a_folder_of_gguf_files_is_explained(cache: Path, tmp_path: Path) -> None:
@@ -81,18 +114,30 @@ def test_a_cached_snapshot_needs_no_network(cache: Path, tmp_path: Path, monkeyp
     import huggingface_hub
 
     snapshot = make_snapshot(tmp_path / "hub")
-    real = huggingface_hub.snapshot_download
-
-    def local_only(repo: str, **options: Any) -> str:
-        assert options["local_files_only"]
-        return real(repo, cache_dir=tmp_path / "hub", **options)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", local_only)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", raising(AssertionError()))
     assert resolve("org/tiny").path == snapshot
+    assert resolve(f"org/tiny@{'0' * 40}").path == snapshot
     assert resolve("org/tiny", offline=True).path == snapshot
     [listed] = cached_models()
     assert (listed.name, listed.source, listed.path) == ("org/tiny", "hub", snapshot)
     assert listed.bytes > 1000
+
+
+def test_the_hub_cache_is_listed_with_what_does_not_load(cache: Path, tmp_path: Path) -> None:
+    whole, bare, other = (make_snapshot(tmp_path / "hub", f"org/{name}") for name in ("whole", "bare", "other"))
+    (bare / "tokenizer.json").unlink()
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_type": "owl"}))
+    (tmp_path / "hub/models--org--whole/refs/v2").write_text(whole.name)
+    make_snapshot(tmp_path / "hub", "org/data")
+    (tmp_path / "hub/models--org--data/snapshots" / whole.name / "config.json").unlink()
+    listed = {model.name: model.problem for model in cache_dir.stored_models()}
+    assert listed == {
+        "org/whole": "", "org/whole@v2": "", "org/other": "model_type 'owl' is not supported",
+        "org/bare": "incomplete: no tokenizer (tokenizer.json, tokenizer.model or vocab.json)",
+    }  # fmt: skip
+    assert [model.name for model in cached_models()] == ["org/whole", "org/whole@v2"]
+    assert resolve("org/whole@v2", offline=True).path == whole
 
 
 @pytest.mark.parametrize("part", ["tokenizer.json", "config.json", "model.safetensors"])
@@ -193,7 +238,7 @@ def test_a_full_disk_leaves_nothing(place: str, cache: Path, tmp_path: Path, mon
         monkeypatch.setattr("foretell.loading.gguf.write_tokenizer", raising(full))
     else:
         monkeypatch.setattr("foretell.files._free_bytes", lambda folder: 10)
-    with pytest.raises(ForetellError, match="not enough disk space in .*--cache-dir"):
+    with pytest.raises(ForetellError, match="not enough disk space in .*`cache_dir=`"):
         resolve(str(path))
     assert not (cache / "models").exists() or list((cache / "models").iterdir()) == []
     assert cached_models() == []
@@ -211,6 +256,26 @@ def test_any_interruption_leaves_nothing_and_the_next_run_succeeds(
     opened(resolve(str(path)).path)
 
 
+def test_a_packed_gguf_says_what_it_becomes(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as large as it was: nothing to say
+        resolve(str(path))
+    os.utime(path, (1, 1))  # another file
+    monkeypatch.setattr(sys.modules["foretell.loading.resolve"], "UNPACKED", 0.1)
+    with pytest.warns(ForetellWarning, match=r"tiny.gguf is unpacked to .*16-bit.* \d+ MB .*instead of \d+ MB"):
+        resolve(str(path))
+
+
+def test_a_removed_model_is_gone_and_nothing_else(cache: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        resolve(str(write_gguf(tmp_path / f"{name}.gguf", tiny_model("llama"))))
+    one, two = cached_models()
+    cache_dir.remove(one)
+    assert cached_models() == [two]
+    assert list((cache / "models").iterdir()) == [two.path]
+
+
 def test_a_folder_left_by_a_killed_process_is_swept(tmp_path: Path) -> None:
     left = tmp_path / ".model.partial"
     left.mkdir()
@@ -223,9 +288,9 @@ def test_a_folder_left_by_a_killed_process_is_swept(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.write_text("a file where the folder should be")
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
-    with pytest.raises(ForetellError, match="Cannot write to .*--cache-dir"):
+    with pytest.raises(ForetellError, match="Cannot write to .*`cache_dir=`"):
         resolve(str(path))
-    with pytest.raises(ForetellError, match="Cannot write to /proc/nope/models .*--cache-dir"):
+    with pytest.raises(ForetellError, match="Cannot write to /proc/nope/models .*`cache_dir=`"):
         resolve(str(path), cache_dir="/proc/nope")  # its file system also says that no byte is free
     (tmp_path / "closed" / "models").mkdir(parents=True)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere

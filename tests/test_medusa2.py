@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import Foretell, Ran
+from command_line import Foretell, Ran, ids_of
 from random_backbones import prefilled, same
 from tiny_models import DIMENSIONS, save_tiny
 from torch import Tensor
@@ -536,7 +536,7 @@ def test_what_it_needs_is_said_in_one_sentence(
     with pytest.raises(ForetellError, match=r"^Medusa-2 changes the backbone, and needs the folder of its files\.$"):
         trainable(Medusa2, backbone, torch.ones(VOCAB))
     monkeypatch.setitem(sys.modules, "peft", None)
-    sentence = r"^Adapters need peft \(pip install 'foretell\[train\]'\); without it use -o adapt=full\.$"
+    sentence = r"^Adapters need peft \(pip install 'foretell\[train\]'\); without it use `adapt='full'`\.$"
     with pytest.raises(UsageError, match=sentence):
         learning(backbone, folder)
     assert learning(backbone, folder, adapt="full").groups()[1][0]
@@ -585,7 +585,7 @@ def assert_lossless(foretell: Foretell, model: str, where: Path, drafter: Path) 
         heads = ["-d", "medusa2", "-o", f"checkpoint={drafter}", "--no-adapt", "-b", "3"]
         ours = foretell("generate", *options, "-n", "40", "--json", *sampling, *heads).lines
         assert len(plain) == 8
-        assert [line["ids"] for line in ours] == [line["ids"] for line in plain]
+        assert ids_of(ours) == ids_of(plain)
         assert all(line["drafted"] for line in ours)
 
 

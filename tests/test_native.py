@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from random_backbones import COMPILED
 
 from foretell.backbone.cpu import library
+from foretell.backbone.cpu.formats import FORMATS, PackedMatrix
 from foretell.errors import ForetellError
 
 pytestmark = [
@@ -69,6 +71,20 @@ def test_every_structure_that_python_fills_is_compared_with_its_twin_in_c() -> N
 def test_every_exported_call_is_compared_with_its_twin_in_c() -> None:
     exported = set(re.findall(r"^int foretell_(\w+)\(", (NATIVE / "native.cpp").read_text(), re.MULTILINE))
     assert exported == set(library.CALLS)
+
+
+def test_every_weight_format_has_a_row_on_either_side() -> None:
+    rows = re.findall(r'^    {"(\w+)", ', (NATIVE / "products" / "formats.inc").read_text(), re.MULTILINE)
+    assert set(rows) == set(FORMATS)
+
+
+def test_weights_that_do_not_meet_these_activations_are_refused() -> None:
+    """Their panels would be read beyond their end: the kernels look at the format themselves."""
+    x, out, build = torch.zeros(1, 8), torch.zeros(1, 40), library.default()
+    for name, bf16 in (("fp32", 1), ("bf16", 0), ("int8", 0), ("fp32_rows", 0)):
+        matrix = PackedMatrix(torch.randn(40, 8), FORMATS[name], build).about
+        with pytest.raises(ForetellError, match=r"failed in linear: weights of this format do not meet activations"):
+            library.call("linear", build, x, 1, matrix, None, out, 0, None, None, 0, 2, bf16)
 
 
 def swapped(fields: list[tuple[str, type]]) -> list[tuple[str, type]]:
@@ -169,7 +185,7 @@ attempts = {
     "an id behind the vocabulary": lambda: backbone.embed(torch.tensor([64])),
     "an id before the vocabulary": lambda: backbone.embed(torch.tensor([-1])),
     "ids of another type": lambda: backbone.embed(torch.tensor([1.0])),
-    "rows of a packed matrix": lambda: linear.rows(torch.tensor([40])),
+    "rows of a packed matrix": lambda: linear.matrix.rows(torch.tensor([40])),
     "norm of another width": lambda: backbone.norm(torch.zeros(2, 31)),
     "norm of another type": lambda: backbone.norm(torch.zeros(2, 32).half()),
     "linear of another width": lambda: linear(torch.zeros(2, 31), 1),

@@ -18,7 +18,7 @@ from foretell import drafters
 from foretell.backbone import Backbone
 from foretell.backbone.step_costs import StepCosts
 from foretell.cli.demo import _Side
-from foretell.cli.paying import held_back, verdict
+from foretell.cli.speculation_notes import held_back, verdict
 from foretell.contracts import Drafter
 from foretell.drafters.hydra.drafter import Hydra, HydraPlus
 from foretell.drafters.kangaroo import Kangaroo
@@ -198,8 +198,11 @@ def test_the_command_line_says_that_it_does_not_pay(
         said = foretell(*arguments, *options, "--ignore-eos", stdin=b"hello\n/stats\n").err.splitlines()
         assert said[-1].startswith("Speculation was held back in 9 of 9 steps")
     for speed, sentence in (
-        (0.5, r"does not pay for this answer on this machine \(0\.50 times .*taken instead in 9 of 9 steps.*\.\n$"),
-        (1.5, r"was held back in 9 of 9 steps.*\.\n$"),
+        (
+            0.5,
+            r"does not pay for this answer on this machine \(0\.50 times .*taken instead in 9 of 9 steps.*\.\n\nNext:",
+        ),
+        (1.5, r"was held back in 9 of 9 steps.*\.\n\nNext:"),
     ):
         monkeypatch.setattr(_Side, "rate", property(lambda side, s=speed: 1.0 if side.name == "plain" else s))
         ran = foretell("demo", "hello", *options)

@@ -163,7 +163,7 @@ def test_a_stop_string_that_could_never_be_met_is_refused(stop: str) -> None:
 def test_without_a_tokenizer_there_is_no_text() -> None:
     out = TextStream(None)
     assert (out.push(3), out.finish(), out.stopped) == ("", "", False)
-    with pytest.raises(UsageError, match=r"stop is \('x',\), but there is no tokenizer to find it; name ids in stop"):
+    with pytest.raises(UsageError, match=r"stop is \('x',\), but there is no tokenizer to find it; give token ids in"):
         TextStream(None, ["x"])
 
 

@@ -14,6 +14,8 @@ from pseudo_terminal import ONE, SEVERAL, Shown, Terminal
 from tiny_gguf import write_gguf
 from tiny_models import tiny_model
 
+from foretell.loading.resolve import resolve
+
 pytestmark = pytest.mark.slow
 
 SETTINGS: dict[str, tuple[int, dict[str, str]]] = {
@@ -44,9 +46,14 @@ def commands(model: str, gguf: str, prompts: str, folder: Path) -> dict[str, tup
     trained = ["-d", "medusa", "-o", f"checkpoint={out}/heads"]
     return {
         "models": (["models"], None),
+        "drafters": (["drafters"], None),
+        "options": (["drafters", "hydra++"], None),
+        "config": (["config"], None),
         "help": (["train", "--help"], None),
         "generate": (["generate", "hello", *ours, *short, "--stats"], None),
         "convert": (["generate", "--raw", "hello", "-m", gguf, *TINY, *short, "--cache-dir", out], None),
+        "pull": (["pull", gguf, "--cache-dir", out], None),
+        "rm": (["rm", gguf, "--yes", "--cache-dir", out], None),
         "answer": (["generate", "--prompts", prompts, *ours, *short], f"{out}/answers"),
         "demo": (["demo", "hello", *ours, *short], None),
         "distill": (["distill", *ours, "--out", f"{out}/data", "--write", "8", "-n", "32", "--keep-repetitive"], None),
@@ -120,39 +127,12 @@ def test_what_takes_long_says_how_far_it_is(screens: Screens, setting: str, verb
         assert "━" in "".join(lines)
 
 
-@pytest.fixture
-def lasting(tiny: str, tmp_path: Path) -> str:
-    """The tiny model with room for an answer that takes a minute."""
-    for path in Path(tiny).iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1 << 16}))
-    return str(tmp_path)
-
-
-@pytest.mark.parametrize("environment", [{}, {"TERM": "dumb"}], ids=["xterm", "dumb"])
-def test_chat_in_a_terminal(lasting: str, environment: dict[str, str]) -> None:
-    """A turn is read and answered; Ctrl-C ends an answer and nothing else, Ctrl-D leaves."""
-    options = ["-m", lasting, *TINY, "-n", "60000", "--ignore-eos"]
-    chat = Terminal(ONE, ["chat", *options], 80, environment)
-    shown = [chat.wait_for("> ")]
-    assert f"{lasting} with plain. /help lists the commands, Ctrl-D leaves." in "".join(shown[0].lines)
-    for words in ("hello", "and now?"):  # the second time, too
-        chat.type(words + "\n")
-        chat.wait_for(words)
-        chat.wait_for_more(200)  # in the midst of the answer
-        chat.type("\x03")
-        shown.append(chat.wait_for("(stopped)"))
-        assert len(shown[-1].text) > 200
-        shown.append(chat.wait_for("> "))
-    chat.type_until("\x03", "(Ctrl-D or /exit leaves)")
-    chat.wait_for("> ")
-    chat.type("/stats\n")
-    chat.wait_for("tokens per step")
-    chat.wait_for("> ")
-    chat.type("\x04")
-    code, last = chat.leave()
-    assert (code, last.text.strip()) == (0, "")
-    assert "Traceback" not in chat.text
-    if environment:
-        assert not Shown(chat.text).escapes
+def test_rm_asks_in_a_terminal(tmp_path: Path) -> None:
+    gguf = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
+    resolve(str(gguf), cache_dir=tmp_path)
+    for answer, left in (("n", 1), ("y", 0)):
+        terminal = Terminal(ONE, ["rm", str(gguf), "--cache-dir", str(tmp_path)], 400, {})
+        terminal.wait_for("[y/N]")
+        terminal.type(answer + "\n")
+        assert terminal.leave()[0] == left  # a no leaves with 1, as every refusal
+        assert len(list((tmp_path / "models").iterdir())) == left

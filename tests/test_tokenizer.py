@@ -160,7 +160,7 @@ def test_named_templates_without_a_default_are_named(named: list[tuple[str, str]
         ours = Tokenizer.from_folder(tmp_path)
         assert not ours.has_chat_template
         names = ", ".join(sorted(name for name, _ in named))
-        sentence = f"has chat templates named {names}, but none named default, so it cannot read messages; .*--raw"
+        sentence = f"has chat templates named {names}, but none named default, so it cannot read messages; .*`raw=True`"
         with pytest.raises(ForetellError, match=sentence):
             ours.chat(CONVERSATIONS[0])
         with pytest.raises(ValueError, match="no default specified"):
@@ -197,17 +197,20 @@ def test_a_folder_without_template_says_raw(tmp_path: Path) -> None:
     save_tokenizer(tmp_path, None)
     ours = Tokenizer.from_folder(tmp_path)
     assert not ours.has_chat_template
-    with pytest.raises(ForetellError, match="has no chat template.*--raw"):
+    with pytest.raises(ForetellError, match="has no chat template.*`raw=True`"):
         ours.chat(CONVERSATIONS[0])
 
 
 @pytest.mark.parametrize(
     ("template", "sentence"),
     [
-        ("{{ raise_exception('roles must\nalternate') }}", r"refuses these messages \(roles must alternate\); .*--raw"),
+        (
+            "{{ raise_exception('roles must\nalternate') }}",
+            r"refuses these messages \(roles must alternate\).*`raw=",
+        ),
         ("{{ messages[0].content + 1 }}", "refuses these messages"),
         ("{{ messages[9].content.strip() }}", "refuses these messages"),
-        ("{% if %}", "not valid Jinja.*--raw"),
+        ("{% if %}", "not valid Jinja.*`raw=True`"),
         # a template is a stranger's program: nothing of Python may be within its reach
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses these messages.*unsafe"),
         ("{% set n = namespace(__class__=1) %}", "refuses these messages"),
@@ -220,7 +223,7 @@ def test_a_folder_without_template_says_raw(tmp_path: Path) -> None:
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "refuses these messages .*recursion"),
         ("{{ messages[0].nothing.at.all }}", "refuses these messages .*no attribute"),
         ("{{ 'x' * 10 ** 18 }}", "refuses these messages .MemoryError"),
-        ("{{ " + "(" * 2000 + "1" + ")" * 2000 + " }}", "not valid Jinja.*--raw"),
+        ("{{ " + "(" * 2000 + "1" + ")" * 2000 + " }}", "not valid Jinja.*`raw=True`"),
         ({"default": {}}, "must hold chat_template as text, but it holds a dict"),
         (3, "must hold chat_template as text, but it holds a int"),
         ([{"name": "default", "template": 3}], "must hold chat_template as text, but it holds a int"),

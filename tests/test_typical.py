@@ -45,7 +45,7 @@ rules = st.builds(
 def test_typical_acceptance_is_its_definition(draft: Draft, rule: Typical, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = [2 * torch.randn(len(tree), VOCAB, generator=generator) for tree in draft.trees]
-    verdict = typical(draft, logits.__getitem__, rule)
+    verdict = typical(draft, logits, rule)
     for row, (tree, tokens) in enumerate(zip(draft.trees, draft.tokens, strict=True)):
         path, bonus = typical_twin(tree, tokens, logits[row], rule)
         assert len(verdict.paths[row]) == len(path)
@@ -64,18 +64,18 @@ def test_the_ends_of_the_thresholds(draft: Draft, seed: int) -> None:
     draft = Draft([tree for tree, _ in pairs], [ids for _, ids in pairs])  # siblings differ, so paths are unique
     generator = torch.Generator().manual_seed(seed)
     logits = [torch.rand(len(tree), VOCAB, generator=generator).argsort(1).float() for tree in draft.trees]
-    none = typical(draft, logits.__getitem__, Typical(epsilon=1.5, delta=VOCAB + 1.0, temperature=1.0))
+    none = typical(draft, logits, Typical(epsilon=1.5, delta=VOCAB + 1.0, temperature=1.0))
     assert none.paths == [[0]] * len(logits)
     assert none.bonus == [int(x[0].argmax()) for x in logits]
-    everything = typical(draft, logits.__getitem__, Typical(epsilon=0.0, temperature=1.0))
+    everything = typical(draft, logits, Typical(epsilon=0.0, temperature=1.0))
     assert [len(path) - 1 for path in everything.paths] == [tree.height for tree in draft.trees]
-    cold = typical(draft, logits.__getitem__, Typical(temperature=1e-2))
-    assert cold == walk(draft, lambda row, node, path: int(logits[row][node].argmax()))
+    cold = typical(draft, logits, Typical(temperature=1e-2))
+    assert cold == walk(draft, [x.argmax(1).tolist() for x in logits])
 
 
 def test_an_impossible_guess_is_never_typical() -> None:
     logits_NV = torch.tensor([[0.0, -math.inf, 0.0], [0.0, 0.0, 0.0]])
-    verdict = typical(Draft([chain(1)], [[0, 1]]), lambda row: logits_NV, Typical(epsilon=0.0, delta=0.0))
+    verdict = typical(Draft([chain(1)], [[0, 1]]), [logits_NV], Typical(epsilon=0.0, delta=0.0))
     assert verdict == Verdict([[0]], [0])
 
 

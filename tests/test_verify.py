@@ -23,7 +23,7 @@ from foretell.contracts import Draft, Verdict
 from foretell.errors import UsageError
 from foretell.requests import SamplingParams
 from foretell.trees import TokenTree, cartesian, chain
-from foretell.verify import Typical, distribution, draws, process, sample, typical, uniform, walk
+from foretell.verify import DAMAGED, Typical, by_row, distribution, process, sample, targets, typical, uniform, walk
 
 VOCAB = 5
 
@@ -43,6 +43,30 @@ def hashed(*words: int) -> int:
 
 
 # -- walking --------------------------------------------------------------------------------------------------------
+
+Choose = Callable[[int, list[int]], int]
+"""(row, path from the root) -> the target's token after its last node."""
+
+
+def everywhere(draft: Draft, choose: Choose) -> list[list[int]]:
+    """The target's tokens after all nodes."""
+    return [[choose(row, tree.path(node)) for node in range(len(tree))] for row, tree in enumerate(draft.trees)]
+
+
+def walked(draft: Draft, choose: Choose) -> Verdict:
+    """The slow twin of `walk`: asks for one token at a time, and no node that it does not reach."""
+    paths, bonus = [], []
+    for row, (tree, tokens) in enumerate(zip(draft.trees, draft.tokens, strict=True)):
+        path = [0]
+        while True:
+            token = choose(row, path)
+            following = [child for child in tree.children[path[-1]] if tokens[child] == token]
+            if not following:
+                break
+            path.append(following[0])
+        paths.append(path)
+        bonus.append(token)
+    return Verdict(paths, bonus)
 
 
 def walk_twin(tree: TokenTree, tokens: list[int], target: Callable[[int, list[int]], int]) -> tuple[list[int], int]:
@@ -69,7 +93,8 @@ def test_walking_follows_the_target_as_far_as_the_tree_goes(draft: Draft, mood: 
     for tree, tokens in zip(draft.trees, draft.tokens, strict=True):
         if any(len({tokens[c] for c in children}) < len(children) for children in tree.children):
             return  # alike siblings: see the next test
-    verdict = walk(draft, lambda row, node, path: target(row, path))
+    verdict = walk(draft, everywhere(draft, target))
+    assert verdict == walked(draft, target)
     for row, (tree, tokens) in enumerate(zip(draft.trees, draft.tokens, strict=True)):
         path, bonus = walk_twin(tree, tokens, lambda node, path, row=row: target(row, path))
         assert (verdict.paths[row], verdict.bonus[row]) == (path, bonus)
@@ -79,7 +104,7 @@ def test_walking_follows_the_target_as_far_as_the_tree_goes(draft: Draft, mood: 
 @given(drafts(24, VOCAB), st.integers(0, 3))
 def test_what_is_emitted_is_what_the_target_writes_one_by_one(draft: Draft, mood: int) -> None:
     """For every tree, alike siblings or not: accepted tokens and bonus continue the root as plain decoding would."""
-    verdict = walk(draft, lambda row, node, path: hashed(row, mood, *(draft.tokens[row][n] for n in path)))
+    verdict = walk(draft, everywhere(draft, lambda row, path: hashed(row, mood, *(draft.tokens[row][n] for n in path))))
     for row, (path, bonus) in enumerate(zip(verdict.paths, verdict.bonus, strict=True)):
         tokens = draft.tokens[row]
         assert path == draft.trees[row].path(path[-1])
@@ -95,19 +120,19 @@ def test_what_is_emitted_is_what_the_target_writes_one_by_one(draft: Draft, mood
 def test_an_oracle_gets_the_height_and_an_adversary_the_root(tree: TokenTree) -> None:
     deepest = tree.path(tree.depths.index(tree.height))
     draft = Draft([tree], [list(range(len(tree)))])  # every token different: the node's own number
-    right = walk(draft, lambda row, node, path: ([*deepest, -1])[len(path)])
+    right = walk(draft, everywhere(draft, lambda row, path: ([*deepest, -1])[len(path)]))
     assert right == Verdict([deepest], [-1])
-    assert walk(draft, lambda row, node, path: -1) == Verdict([[0]], [-1])
+    assert walk(draft, [[-1] * len(tree)]) == Verdict([[0]], [-1])
 
 
 def test_padding_is_never_accepted() -> None:
     """The target wants token 0 after a short leaf, where padded implementations hold a 0 that nobody guessed."""
     tree, tokens = TokenTree((-1, 0, 0, 2, 3)), [7, 1, 2, 0, 0]
-    verdict = walk(Draft([tree], [tokens]), lambda row, node, path: [1, 0, 0, 0, 0][node])
+    verdict = walk(Draft([tree], [tokens]), [[1, 0, 0, 0, 0]])
     assert verdict == Verdict([[0, 1]], [0])
     logits_NV = torch.zeros(5, 8)
     logits_NV[0, 1] = logits_NV[1, 0] = 99
-    assert typical(Draft([tree], [tokens]), lambda row: logits_NV, Typical()) == Verdict([[0, 1]], [0])
+    assert typical(Draft([tree], [tokens]), [logits_NV], Typical()) == Verdict([[0, 1]], [0])
 
 
 # -- noise ----------------------------------------------------------------------------------------------------------
@@ -252,8 +277,8 @@ def verify(draft: Draft, state: State, key: int) -> list[int]:
     """What one step emits, verification as the engine does it."""
     (tree,), (tokens,) = draft.trees, draft.tokens
     nodes = [state.tokens[:-1] + [tokens[n] for n in tree.path(node)] for node in range(len(tree))]
-    logits_MV = torch.stack([target_logits(history) for history in nodes])
-    verdict = walk(draft, draws(draft, [state], [key], logits_MV, [0]))
+    logits_NV = torch.stack([target_logits(history) for history in nodes])
+    verdict = walk(draft, targets(draft, [state], [key], [logits_NV]))
     return [*(tokens[n] for n in verdict.paths[0][1:]), verdict.bonus[0]]
 
 
@@ -298,10 +323,86 @@ def test_rows_of_a_batch_draw_with_their_own_keys_and_parameters() -> None:
         for node in range(len(tree))
     ]
     logits_MV = torch.stack([target_logits(history) for history in nodes])
-    verdict = walk(draft, draws(draft, states, [6, 7], logits_MV, [0, len(draft.trees[0])]))
+    verdict = walk(draft, targets(draft, states, [6, 7], logits_MV.split([len(tree) for tree in draft.trees])))
     for row, state in enumerate(states):
         emitted = [*(draft.tokens[row][n] for n in verdict.paths[row][1:]), verdict.bonus[row]]
         assert emitted == plain(state, len(emitted), 6 + row)
+
+
+def drawn_one_by_one(draft: Draft, states: Sequence[State], keys: Sequence[int], logits: Sequence[Tensor]) -> Choose:
+    """The slow twin of `targets`: one node's token, from its logits and its path alone."""
+
+    def choose(row: int, path: list[int]) -> int:
+        state, logits_V = states[row], logits[row][path[-1]]
+        if not bool(logits_V.isfinite().all()):
+            return DAMAGED
+        history = state.tokens + [draft.tokens[row][node] for node in path[1:]]
+        logits_V = process(logits_V, state.params, history, state.prompt_length)
+        if state.params.temperature == 0:
+            return next(token for token, x in enumerate(logits_V.tolist()) if x == max(logits_V.tolist()))
+        return sample(logits_V, state.params, uniform(state.params.seed or 0, keys[row], len(history)))
+
+    return choose
+
+
+@examples(150)
+@given(st.data(), st.lists(drafts(10, VOCAB), min_size=1, max_size=3), st.integers(0, 999))
+def test_the_tokens_after_all_nodes_are_those_chosen_one_by_one(
+    data: st.DataObject, made: list[Draft], seed: int
+) -> None:
+    """Every node, reached or not, read in any order: mixed batches, ties, logits that are not finite."""
+    pairs = [pair for draft in made for pair in zip(draft.trees, draft.tokens, strict=True)]
+    draft = Draft([tree for tree, _ in pairs], [tokens for _, tokens in pairs])
+    states = []
+    for _, tokens in pairs:
+        params = data.draw(truncations)
+        if data.draw(st.booleans()):
+            params = SamplingParams(**{**vars(params), "temperature": 0.0})
+        if data.draw(st.booleans()):
+            params = SamplingParams(temperature=params.temperature, top_p=params.top_p, seed=params.seed)
+        states.append(State([4, 0, tokens[0]], params, prompt_length=2))
+    generator, keys = torch.Generator().manual_seed(seed), [seed + row for row in range(len(pairs))]
+    logits = [torch.randint(-2, 3, (len(tree), VOCAB), generator=generator).float() for tree, _ in pairs]
+    for odd in (math.nan, math.inf, -math.inf):
+        row = data.draw(st.integers(0, len(pairs) - 1))
+        node, token = data.draw(st.integers(0, len(logits[row]) - 1)), data.draw(st.integers(0, VOCAB - 1))
+        logits[row][node, token] = odd
+    choose = drawn_one_by_one(draft, states, keys, logits)
+    found = targets(draft, states, keys, logits)
+    expected = everywhere(draft, choose)
+    assert walk(draft, found) == walked(draft, choose)
+    for row in data.draw(st.permutations(range(len(pairs)))):
+        for node in data.draw(st.permutations(range(len(pairs[row][0])))):
+            assert found[row][node] == expected[row][node]
+        assert list(found[row]) == expected[row] == list(found[row][:])
+        assert len(found[row]) == len(expected[row])
+
+
+def test_a_row_that_samples_reads_its_nodes_only_when_they_are_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[float] = []
+
+    def counted(logits_V: Tensor, params: SamplingParams, noise: float) -> int:
+        drawn.append(noise)
+        return sample(logits_V, params, noise)
+
+    monkeypatch.setattr("foretell.verify.target.sample", counted)
+    tree = cartesian([3, 3])[0]
+    draft, state = Draft([tree], [[0] * len(tree)]), State([0, 0], SamplingParams(temperature=1, seed=0))
+    logits_NV = torch.full((len(tree), VOCAB), -1000.0)
+    logits_NV[:, 3] = 0  # which no node holds
+    assert walk(draft, targets(draft, [state], [0], [logits_NV])) == Verdict([[0]], [3])
+    assert len(drawn) == 1
+
+
+def test_tokens_of_all_nodes_are_split_by_rows() -> None:
+    draft = Draft([chain(2), chain(0), chain(1)], [[0, 0, 0], [0], [0, 0]])
+    assert by_row(draft, [1, 2, 3, 4, 5, 6]) == [[1, 2, 3], [4], [5, 6]]
+
+
+def test_sampling_needs_a_seed() -> None:
+    draft, state = Draft([chain(0)], [[0]]), State([0], SamplingParams(temperature=1))
+    with pytest.raises(UsageError, match="needs a seed"):
+        targets(draft, [state], [0], [torch.zeros(1, VOCAB)])
 
 
 def second_tokens(redraw: bool) -> tuple[list[int], list[float]]:

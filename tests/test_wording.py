@@ -1,6 +1,8 @@
 """The library names Python's arguments, and the command line its own options."""
 
+import ast
 import re
+from pathlib import Path
 
 import pytest
 from command_line import Foretell
@@ -8,6 +10,11 @@ from command_line import Foretell
 import foretell as package
 from foretell.cli.wording import for_command_line
 from foretell.errors import ForetellError
+
+ROOT = Path(package.__file__).parent
+SPEAK_PYTHON = ("backbone", "drafters", "drafting", "engine", "loading", "trees", "verify")
+"""Folders whose errors name Python's arguments; `drafting/options.py` also parses what the command line was given."""
+FILES = [path for folder in SPEAK_PYTHON for path in sorted((ROOT / folder).rglob("*.py")) if path.name != "options.py"]
 
 
 @pytest.mark.parametrize(
@@ -26,6 +33,24 @@ from foretell.errors import ForetellError
 )
 def test_arguments_become_options(sentence: str, spoken: str) -> None:
     assert for_command_line(sentence) == spoken
+
+
+def options_named(source: str) -> list[str]:
+    """Options of the command line in the sentences that the code raises."""
+    raised = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Raise))
+    texts = (node.value for each in raised for node in ast.walk(each) if isinstance(node, ast.Constant))
+    return [text for text in texts if isinstance(text, str) and re.search(r"(^|[ (`])(--[a-z]|-[a-z] \w+=)", text)]
+
+
+@pytest.mark.parametrize("path", [*FILES, *sorted(ROOT.glob("*.py"))], ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_library_names_no_option_of_the_command_line(path: Path) -> None:
+    assert options_named(path.read_text(encoding="utf-8")) == []
+
+
+def test_the_check_itself() -> None:
+    assert options_named('raise E(f"run {x} without --offline.")') == [" without --offline."]
+    assert options_named('raise E("say (-o nodes=3)")') == ["say (-o nodes=3)"]
+    assert options_named('run("--no-deps")\nraise E("a - b, x-o, `nodes=3`")') == []
 
 
 def test_the_command_line_prints_its_own_options(foretell: Foretell, tiny: str) -> None:

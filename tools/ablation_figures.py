@@ -1,8 +1,8 @@
-"""Gathers what several trainings came to, side by side, in docs/results/ablation.json.
+"""Collects the figures of several trainings in docs/results/ablation.json.
 
     python tools/ablation_figures.py FOLDER
 
-Every FOLDER/NAME/drafter is one of them: the same data, steps and start, other options.
+Every FOLDER/NAME/drafter is one training: the same data, steps and start, other options.
 """
 
 from __future__ import annotations

@@ -89,8 +89,8 @@ def turn(checkout: Path, kernel: str | None) -> dict[str, float]:
         began = time.perf_counter()
         run(checkout, "-c", program.format(kernel=kernel))
         found[name] = time.perf_counter() - began
-    told = run(checkout, __file__, str(checkout), "--measure", *(["--kernel", kernel] if kernel else []))
-    return found | json.loads(told.splitlines()[-1])
+    printed = run(checkout, __file__, str(checkout), "--measure", *(["--kernel", kernel] if kernel else []))
+    return found | json.loads(printed.splitlines()[-1])
 
 
 def compared(before: list[dict[str, float]], after: list[dict[str, float]]) -> dict[str, dict[str, float]]:

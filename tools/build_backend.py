@@ -1,7 +1,7 @@
 """setuptools, plus a C++ compiler as a build requirement where the machine has none.
 
-`pip install foretell` on a bare machine must still end with compiled kernels: the ziglang package is a whole
-compiler in a wheel, fetched only if no other is on the path.
+`pip install foretell` on a bare machine should still compile the kernels: the ziglang package is a complete compiler
+in a wheel, fetched only if no other is on the path.
 """
 
 import os

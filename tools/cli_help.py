@@ -18,12 +18,39 @@ HEADER = """\
 
 <!-- Written by tools/cli_help.py from `foretell --help`: edit src/foretell/cli, not this page. -->
 
-Answers go to stdout, everything else to stderr. Exit codes: 0 done; 1 it could not be done (a missing file,
-no network); 2 it could never work as typed; 130 interrupted; 141 whoever read the output has left.
+Answers go to stdout, everything else to stderr. Exit codes: 0 done; 1 it could not be done (a missing file, no
+network); 2 it could never work as typed; 130 interrupted; 141 the reader of the output has left.
+
+## Defaults of your own
+
+`foretell config` shows which defaults are in force, and the file that may change them, `~/.config/foretell/config.toml`
+(in `$XDG_CONFIG_HOME` if that is set; `FORETELL_CONFIG` names another file):
+
+```toml
+model = "Qwen/Qwen3-0.6B"        # options of the panels Model and Sampling, for every verb that has them
+lookup = true
+max_new_tokens = 512
+
+[generate]                       # options of one verb
+batch_size = 8
+
+[options.medusa]                 # options of one drafter, as given with -o
+checkpoint = "/home/me/heads/drafter"
+```
+
+The command line wins over a verb's table, and that over the first lines; `FORETELL_CACHE` and `FORETELL_OFFLINE` win
+over the file. An option that the file turns on is turned off by its other name, as in `--no-lookup`. `foretell bench`
+takes no drafter's options from the file, so that its command line says all that it ran.
+
+## Completion
+
+`foretell --install-completion` completes verbs, options, models and drafters in bash, zsh, fish and PowerShell.
+
+## foretell
 """
 # what typer and rich look at; whatever forces colours has to go
 _FIXED = {"TERMINAL_WIDTH": "100", "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb", "PYTHONUTF8": "1"}
-_FIXED |= {"_TYPER_FORCE_DISABLE_TERMINAL": "1"}
+_FIXED |= {"FORETELL_CONFIG": os.devnull, "_TYPER_FORCE_DISABLE_TERMINAL": "1"}
 _FORCING = {"FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "CLICOLOR_FORCE"}
 
 
@@ -31,7 +58,7 @@ def help_text(*verb: str) -> str:
     """What `foretell VERB --help` prints, without trailing spaces."""
     environment = {name: value for name, value in os.environ.items() if name not in _FORCING} | _FIXED
     environment["PYTHONPATH"] = str(ROOT / "src")
-    command = [sys.executable, "-m", "foretell.cli", *verb, "--help"]
+    command = [sys.executable, "-m", "foretell", *verb, "--help"]
     out = subprocess.run(command, env=environment, capture_output=True, check=True, encoding="utf-8").stdout
     return "\n".join(line.rstrip() for line in out.strip("\n").splitlines()).strip("\n")
 

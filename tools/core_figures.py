@@ -41,7 +41,7 @@ MODEL = "smollm2-135m"
 
 
 def save(section: str, result: Any) -> None:
-    """Adds one section, with the command, commit and machine that made it."""
+    """Adds one section to the results, with its command, commit and machine."""
     whole = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     command = "python " + " ".join(["tools/" + Path(sys.argv[0]).name, *(Path(a).name for a in sys.argv[1:])])
@@ -58,7 +58,7 @@ def machine() -> str:
 
 
 def timed(function: Callable[[], Any], repeats: int) -> float:
-    """Median seconds of a call."""
+    """Returns the median seconds of a call."""
     seconds = []
     for _ in range(repeats):
         began = time.perf_counter()
@@ -76,7 +76,7 @@ def load_questions(path: Path, every: int, limit: int | None) -> list[str]:
 
 
 def read_bandwidth() -> float:
-    """Bytes per second at which the linear kernel streams weights it uses once: 226 MB, one row."""
+    """Measures bytes per second at which the linear kernel streams weights that it uses once: 226 MB, one row."""
     weight = torch.randn(4 * 49152, 576).bfloat16()
     linear, x = PackedLinear(weight), torch.randn(1, 576)
     return weight.numel() * 2 / timed(lambda: linear.argmax(x, usable_cores()), 15)
@@ -98,7 +98,7 @@ def section_machine(_: argparse.Namespace) -> Any:
 
 
 def section_step(_: argparse.Namespace) -> Any:
-    """Cost of a step by nodes and keys, relative to one node; sizes take turns, medians of rounds."""
+    """Measures the cost of a step by nodes and keys, relative to one node; sizes take turns, medians of rounds."""
     out: dict[str, Any] = {}
     for dtype in ("bf16", "fp32"):
         backbone = assemble(resolve(MODEL).path, dtype=dtype)
@@ -112,9 +112,9 @@ def section_step(_: argparse.Namespace) -> Any:
 
 
 def section_attention(_: argparse.Namespace) -> Any:
-    """Canonical attention against PyTorch's fused, inexact one: microseconds a layer, thirty layers at a time.
+    """Compares canonical attention with PyTorch's fused, inexact one: microseconds a layer, thirty layers at a time.
 
-    Processes take turns, one for each: within one, the threads of the other library would spin on our cores.
+    Each runs in a process of its own, in turns: within one, threads of the other library would spin on the same cores.
     """
     runs: dict[str, list[dict[str, float]]] = {"canonical": [], "sdpa": []}
     for _round in range(5):
@@ -124,8 +124,10 @@ def section_attention(_: argparse.Namespace) -> Any:
             results.append(json.loads(done.stdout.splitlines()[-1]))
     out = {}
     for setting in runs["sdpa"][0]:
-        ours, theirs = (median(result[setting] for result in results) for results in runs.values())
-        out[setting] = {"canonical_us": round(ours, 1), "sdpa_us": round(theirs, 1), "ratio": round(ours / theirs, 2)}
+        canonical, sdpa = (median(result[setting] for result in results) for results in runs.values())
+        out[setting] = {
+            "canonical_us": round(canonical, 1), "sdpa_us": round(sdpa, 1), "ratio": round(canonical / sdpa, 2),
+        }  # fmt: skip
     return out
 
 
@@ -194,7 +196,7 @@ class Transformers:
 
 
 def section_batch(args: argparse.Namespace) -> Any:
-    """32 prompts at once, 256 tokens each (end of sequence ignored), three interleaved repeats."""
+    """Measures 32 prompts in one batch, 256 tokens each (end of sequence ignored), three interleaved repeats."""
     llm = foretell.load(MODEL, dtype="bf16")
     prompts = [llm.encode(q) for q in (args.prompts * 32)[:32]]
     peer = Transformers(torch.bfloat16).model
@@ -251,19 +253,19 @@ print(json.dumps([first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 10
 
 
 def section_reference(args: argparse.Namespace) -> Any:
-    """Plain in float32 against transformers' greedy search in float32."""
+    """Compares plain decoding in float32 with transformers' greedy search in float32."""
     llm, peer = foretell.load(MODEL, dtype="fp32"), Transformers(torch.float32)
-    ours, differences, tokens = ForetellSystem(llm, "plain"), [], 0
+    plain, differences, tokens = ForetellSystem(llm, "plain"), [], 0
     for number, question in enumerate(args.prompts):
         ids = llm.encode(question)
-        mine, theirs = ours(ids, args.new_tokens)[0], peer(ids, args.new_tokens)[0]
-        tokens += len(theirs)
-        if mine != theirs:
-            at = next(i for i, (a, b) in enumerate(zip(mine, theirs, strict=False)) if a != b)
+        own, others = plain(ids, args.new_tokens)[0], peer(ids, args.new_tokens)[0]
+        tokens += len(others)
+        if own != others:
+            at = next(i for i, (a, b) in enumerate(zip(own, others, strict=False)) if a != b)
             with torch.inference_mode():
-                top = peer.model(torch.tensor([ids + theirs[:at]])).logits[0, -1].topk(2).values
+                top = peer.model(torch.tensor([ids + others[:at]])).logits[0, -1].topk(2).values
             differences.append({"prompt": number, "at": at, "top2_margin": float(top[0] - top[1])})
-        print(number, len(theirs), "same" if mine == theirs else differences[-1], flush=True)
+        print(number, len(others), "same" if own == others else differences[-1], flush=True)
     return {"prompts": len(args.prompts), "tokens": tokens, "differences": differences}
 
 
@@ -271,7 +273,7 @@ def section_reference(args: argparse.Namespace) -> Any:
 
 
 def section_exactness(args: argparse.Namespace) -> Any:
-    """Ids, log-probabilities and cache bytes of three drafters against plain, in every setting asked for."""
+    """Compares ids, log-probabilities and cache bytes of three drafters with plain decoding's, in every setting."""
     before = json.loads(RESULTS.read_text()).get("exactness", {}).get("result", {}) if RESULTS.exists() else {}
     out = dict(before)
     for dtype in args.dtypes:

@@ -1,9 +1,9 @@
-"""What drafting with a model's own layers would gain at other sizes, from what was measured here.
+"""Predicts what drafting with a model's own layers would gain at other sizes, from measurements of the demo model.
 
-A step of a large model is bound by reading its weights, whether it carries one node or sixteen, and calls cost nothing
-beside it. Then a level of drafts costs the bytes that it reads, c of a step, and with the tokens per step t and the
-levels n measured on the demo model the speed-up is t / (1 + n · c). Turned round: how often must single guesses be
-right, at the best length of chains, for a speed-up that is aimed at? For docs/own-layers.md.
+A step of a large model is bound by reading its weights, with one node or sixteen, and calls cost nothing in comparison.
+Then a level of drafts costs the share c of a step's bytes that it reads, and with t tokens and n levels per step, as
+measured on the demo model, the speed-up is t / (1 + n · c). Conversely: the accuracy that single guesses need, at the
+best length of chains, for a given speed-up. For docs/own-layers.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Size:
-    """A Llama of so many layers, widths and tokens; weights in two bytes, draft heads in one."""
+    """A Llama by its layers, widths and vocabulary; weights of two bytes, draft heads of one."""
 
     name: str
     layers: int
@@ -33,20 +33,20 @@ class Size:
         return 2 * self.vocab * self.hidden
 
     @property
-    def whole(self) -> int:
+    def all_weights(self) -> int:
         return self.layers * self.layer + self.head
 
     def kangaroo(self) -> float:
-        """A level: the lower layers, an adapter of a layer's size, 8,192 rows of an output matrix."""
-        return (self.exit * self.layer + self.layer + 8192 * self.hidden) / self.whole
+        """Returns the cost of a level: the lower layers, an adapter of a layer's size, 8,192 output rows."""
+        return (self.exit * self.layer + self.layer + 8192 * self.hidden) / self.all_weights
 
     def leaving(self, layers: float) -> float:
-        """A token from an exit, through as many rows."""
-        return (layers * self.layer + 8192 * self.hidden) / self.whole
+        """Returns the cost of a token from an exit: its layers and as many rows."""
+        return (layers * self.layer + 8192 * self.hidden) / self.all_weights
 
     def skipping(self, share: float) -> float:
-        """A token from the whole model without a share of its sublayers, through the whole output matrix in a byte."""
-        return ((1 - share) * self.layers * self.layer + self.head / 2) / self.whole
+        """Returns the cost of a token without a share of the sublayers, with the whole output matrix in int8."""
+        return ((1 - share) * self.layers * self.layer + self.head / 2) / self.all_weights
 
 
 SIZES = (
@@ -59,22 +59,22 @@ SIZES = (
 
 
 def gain(tokens: float, levels: float, cost: float) -> float:
-    """Speed-up of steps that earn so many tokens for so many levels of drafts."""
+    """Returns the speed-up of steps with this many tokens and levels of drafts, each level at a share of a step."""
     return tokens / (1 + levels * cost)
 
 
 def chain_gain(right: float, cost: float, longest: int = 25) -> float:
-    """The best speed-up of chains whose single guesses are right so often."""
+    """Returns the best speed-up over lengths of chains, each guess right with this probability."""
     return max(gain(sum(right**i for i in range(length + 1)), length, cost) for length in range(longest + 1))
 
 
 def needed(aim: float, cost: float) -> float:
-    """How often single guesses of chains must be right for a speed-up; above 1 where no guess is good enough."""
+    """Returns the probability that a guess must be right with for a speed-up; above 1 if no accuracy suffices."""
     return next((p / 1000 for p in range(1001) if chain_gain(p / 1000, cost) >= aim), 1.001)
 
 
 def table(tokens: float, levels: float) -> list[str]:
-    """Markdown, with the tokens per step and levels that Kangaroo's trees had here."""
+    """Returns Markdown, given the measured tokens and levels per step of Kangaroo's trees."""
     rows: list[tuple[str, Callable[[Size], str]]] = [
         ("a level of `kangaroo`, of a step", lambda size: f"{size.kangaroo():.1%}"),
         ("`kangaroo` with this page's tokens and levels", lambda size: f"{gain(tokens, levels, size.kangaroo()):.2f}×"),

@@ -3,7 +3,7 @@
     python tools/drafter_figures.py SECTION [--drafters medusa hydra hydra++] [--questions FILE] [--model MODEL]
 
 Sections: sizes (tokens per step and per second by tree size: grown, one tree, with lookup merged, against plain, all in
-one run), tune (what steps and drafting cost, and how long that takes to find out), exactness (ids, log-probabilities
+one run), tune (the cost of steps, and the time to measure it), exactness (ids, log-probabilities
 and cache against plain). NAME is `heads`, or what MODEL adds to the demo model.
 """
 
@@ -33,7 +33,7 @@ WARM_UP = "Hello there."
 
 @dataclass
 class Answer:
-    """One prompt's, with the seconds that steps of its sizes cost alone at the middle of its context."""
+    """One prompt's answer; `possible` is the seconds that its steps would cost alone, at the middle of its context."""
 
     ids: list[int]
     seconds: float
@@ -51,14 +51,14 @@ class Run:
         self.llm, self.nodes = LLM(llm.backbone, llm.tokenizer, drafter, llm.folder), nodes
 
     def __call__(self, ids: list[int], new_tokens: int, costs: StepCosts) -> Answer:
-        # without the governor: what a tree earns, not what is made of it
+        # without the governor: the figures of the tree itself
         answer = self.llm.generate(ids, max_new_tokens=new_tokens, adapt=False)
         steps = answer.statistics.steps
         return Answer(answer.ids, answer.statistics.seconds, answer.statistics, steps * costs.of(1, 0, self.nodes))
 
 
 def section_sizes(args: argparse.Namespace) -> Any:
-    """Prompt by prompt, each in turn, and the cost of steps before each: the machine drifts."""
+    """Measures all drafters prompt by prompt, in turns, the cost of steps before each, since the machine drifts."""
     llm = foretell.load(args.model, dtype="bf16")
     runs = {"plain": Run(llm, "plain"), "prompt_lookup": Run(llm, "prompt_lookup")}
     for drafter in args.drafters:
@@ -105,7 +105,7 @@ def _figures(answers: list[Answer], plain: list[Answer], name: str) -> dict[str,
 
 
 def _by_depth(answers: list[Answer]) -> list[float]:
-    """Share of the guesses offered at each depth that were accepted."""
+    """Returns, by depth, the share of the steps with a guess there that accepted one."""
     each = [a.statistics.by_depth for a in answers]
     deepest = max(map(len, each), default=0)
     sums = [[sum(d[at][i] for d in each if at < len(d)) for i in (0, 1)] for at in range(deepest)]
@@ -113,7 +113,7 @@ def _by_depth(answers: list[Answer]) -> list[float]:
 
 
 def section_tune(args: argparse.Namespace) -> Any:
-    """What `foretell tune` measures of steps, and how long that takes."""
+    """Measures the costs that `foretell tune` does, and the time that takes."""
     llm = foretell.load(args.model, dtype="bf16")
     began = time.perf_counter()
     costs = measure(llm.backbone)
@@ -127,7 +127,7 @@ def section_tune(args: argparse.Namespace) -> Any:
 
 
 def section_exactness(args: argparse.Namespace) -> Any:
-    """Trained heads against plain, in every setting; resumable like the core's."""
+    """Compares trained heads with plain decoding in every setting; resumable, as in core_figures."""
     out = json.loads(core.RESULTS.read_text()).get("exactness", {}).get("result", {}) if core.RESULTS.exists() else {}
     for dtype in args.dtypes:
         llm = foretell.load(args.model, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Trees to try exactness with, and what a run leaves: ids, log-probabilities and the bytes of its cache."""
+"""Drafters that test exactness, and what a run leaves: ids, log-probabilities and the bytes of its cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from foretell.trees import TokenTree
 
 
 class RandomTrees(Drafter):
-    """Trees of random shape with random tokens, up to `nodes`."""
+    """Drafts trees of random shape with random tokens, up to `nodes`."""
 
     def __init__(self, nodes: int = 64, vocab: int = 49152):
         self.nodes, self.vocab, self.random = nodes, vocab, random.Random(0)
@@ -37,7 +37,7 @@ class RandomTrees(Drafter):
 
 
 class ForcedTrees(RandomTrees):
-    """Random trees into which the right path, known from a plain run, is woven."""
+    """Drafts random trees that contain the correct path, known from a plain run."""
 
     answers: dict[tuple[int, ...], list[int]]  # prompt -> its tokens
 
@@ -70,7 +70,7 @@ class ForcedTrees(RandomTrees):
 
 
 def transcript(llm: Any, drafter: Drafter, prompts: list[list[int]], rows: int, params: SamplingParams) -> list[Any]:
-    """Of each prompt: ids, the log-probability of each, and a digest of the cache's bytes."""
+    """Returns for each prompt: ids, their log-probabilities, and a digest of the cache's bytes."""
     decoder = SpeculativeDecoder(llm.backbone, drafter, max_rows=rows, adapt=False)
     out: list[Any] = [None] * len(prompts)
     collected: dict[int, tuple[list[int], list[float]]] = {}
@@ -94,13 +94,13 @@ def transcript(llm: Any, drafter: Drafter, prompts: list[list[int]], rows: int, 
 
 
 def _slot(decoder: SpeculativeDecoder, prompts: list[list[int]], request: int) -> int:
-    """The slot of a request that finished in its first step."""
+    """Finds the slot of a request that finished in its first step."""
     start = prompts[request][:-1]
     return next(slot for slot, held in decoder._parked.items() if held[: len(start)] == start)
 
 
 def compared(truth: list[Any], got: list[Any]) -> dict[str, int]:
-    """How many prompts agree in ids, in log-probabilities and in the bytes of the cache."""
+    """Counts the prompts that agree in ids, in log-probabilities and in the bytes of the cache."""
     same = [sum(a[i] == b[i] for a, b in zip(truth, got, strict=True)) for i in range(3)]
     return {
         "prompts": len(truth), "tokens": sum(len(t[0]) for t in truth),

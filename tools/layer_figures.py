@@ -1,12 +1,12 @@
-"""Measures what drafting with a model's own layers rests on, and writes docs/results/layers.json, section by section.
+"""Measures what drafting with a model's own layers depends on; writes docs/results/layers.json, section by section.
 
     python tools/layer_figures.py spare DATA [--plans FILE ...]       which sublayers the demo model can do without
     python tools/layer_figures.py control QUESTIONS                   what DEL's statistics cost in a round
 
 `spare` scores plans by matchness, as SWIFT does, on answers of DATA: each sublayer left out alone, then greedily one
 more at a time (drawn in docs/images/spare.png), and plans that `foretell generate --drafter swift -o plan=FILE` found.
-`control` decodes questions with DEL as it comes, reading its exits every fourth step, and reading them at every step:
-those that learnt with their draft vocabulary, over the whole vocabulary, and with every layer as an exit.
+`control` decodes questions with DEL, which reads its exits every fourth step by default, and at every step: the trained
+exits with their draft vocabulary, over the whole vocabulary, and with every layer as an exit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from foretell.train.data import Store
 
 IMAGE = core.RESULTS.parents[1] / "images/spare.png"
 WINDOW, TEXTS, TRIED = 32, 48, 24
-"""Tokens that a plan is scored on in each text, texts, and sublayers tried for each place of the greedy search."""
+"""Tokens of a text that a plan is scored on; texts; sublayers tried at each step of the greedy search."""
 
 
 class Matchness:
@@ -77,7 +77,7 @@ def plan_of(sublayers: Sequence[tuple[str, int]]) -> Plan:
 
 
 def pass_costs(backbone: Backbone, plans: dict[str, Plan], context: int = 300, repeats: int = 60) -> dict[str, float]:
-    """What a token under each plan costs, as a share of one of the whole model; in turns, medians."""
+    """Measures a token's cost under each plan, as a share of the whole model's; in turns, medians."""
     head = kernels_for(backbone).heads([], [backbone.head_rows(torch.arange(backbone.config.vocab))])
     cache = backbone.new_cache(1, context + 1)
     backbone.run_layers(backbone.embed(torch.arange(1, context + 1)), Nodes.chains([0], [0], [context]), cache)
@@ -135,7 +135,7 @@ def section_spare(args: argparse.Namespace) -> Any:
 
 
 def draw(spare: dict[str, Any]) -> None:
-    """What plans reach, and what they would have to reach to pay."""
+    """Draws the matchness that plans reach, and what they need to pay."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -144,11 +144,13 @@ def draw(spare: dict[str, Any]) -> None:
     costs = {int(name.split()[0]): cost for name, cost in spare["cost"].items() if name.endswith("left out")}
     figure, axes = plt.subplots(figsize=(6.5, 3.6))
     axes.plot(range(len(spare["greedy"]) + 1), [1.0, *spare["greedy"]], "o-", markersize=3, label="matchness reached")
-    axes.plot(list(costs), list(costs.values()), "k--", label="wanted to lose nothing")  # what a token costs
+    axes.plot(list(costs), list(costs.values()), "k--", label="needed to break even")  # what a token costs
     wanted = {count: cost_model.needed(1.3, cost) for count, cost in costs.items()}
     reachable = {count: share for count, share in wanted.items() if share <= 1}
-    axes.plot(list(reachable), list(reachable.values()), "k:", label="wanted for 1.3×")
-    axes.set(xlabel=f"of {spare['sublayers']} sublayers left out, the dearest last", ylabel="matchness", ylim=(0, 1.02))
+    axes.plot(list(reachable), list(reachable.values()), "k:", label="needed for 1.3×")
+    axes.set(
+        xlabel=f"of {spare['sublayers']} sublayers left out, the most harmful last", ylabel="matchness", ylim=(0, 1.02)
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.tight_layout()
@@ -157,13 +159,13 @@ def draw(spare: dict[str, Any]) -> None:
 
 
 class Timed:
-    """A call that remembers how long it took."""
+    """A callable that sums the seconds of its calls."""
 
     def __init__(self, call: Callable[..., Any]):
         self.call, self.seconds = call, 0.0
 
     def where(self, counts: Callable[..., Any]) -> Callable[..., Any]:
-        """Only calls of such arguments are timed."""
+        """Returns a callable that times only calls whose arguments satisfy `counts`."""
         return lambda *args: self(*args) if counts(*args) else self.call(*args)
 
     def __call__(self, *args: Any) -> Any:
@@ -175,7 +177,7 @@ class Timed:
 
 
 def section_control(args: argparse.Namespace) -> Any:
-    """Interleaved, question by question; a round's statistics are `observe` and the choice of the exit."""
+    """Measures DEL's statistics (`observe`) and its choice of an exit, interleaved question by question."""
     llm = foretell.load(args.model, dtype="bf16")
     backbone = llm.backbone
     ids_V, arch, _ = candidates(backbone, "", False)

@@ -1,11 +1,11 @@
-"""Counts how often prompt lookup's guesses come true: the table FOLLOWS of drafters/prompt_lookup.py.
+"""Counts how often prompt lookup's guesses are right: the table FOLLOWS of drafters/prompt_lookup.py.
 
     python tools/lookup_table.py DATA [--conversations 400]
 
-DATA is a folder that `foretell distill` wrote. Its answers are gone through in steps, as decoding would: the
-continuations of the newest tokens are followed as far as they come true, and the next step begins behind the first
-token that none of them guessed. (Counted at every token instead, long matches look surer than they are when a step
-begins.) Each guess counts by the tokens that match before it and the number of better guesses beside it.
+DATA is a folder that `foretell distill` wrote. Its answers are read in steps, as in decoding: the continuations of the
+newest tokens are followed as long as they are right, and the next step begins after the first token that none of them
+guessed. (Counted at every token instead, long matches would look more reliable than they are at the start of a step.)
+Guesses are counted by the length of their match and the number of better guesses beside them.
 """
 
 import argparse

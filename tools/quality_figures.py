@@ -1,11 +1,10 @@
-"""Measures what a backbone lost when it learnt together with heads, and writes docs/results/quality.json.
+"""Measures what a backbone lost in training together with heads; writes docs/results/quality.json.
 
     python tools/quality_figures.py BASE+ADAPTER --questions FILE [--every 5] [--new-tokens 128]
 
-On texts that people wrote (the references in FILE): perplexity of both models. On what the base model answers to the
-questions: the share of tokens that the changed model would have chosen too, and its perplexity there. On the sums
-among the questions (GSM8K): exact match of both models' own answers, and the perplexity of the worked solutions that
-they are asked for, since a small model may get no sum right before or after.
+On human texts (the references in FILE): perplexity of both models. On the base model's answers to the questions: the
+share of tokens that the changed model would choose too, and its perplexity. On the GSM8K problems among the questions:
+exact match of both models' answers, and perplexity of the reference solutions, since a small model may solve none.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from foretell.bench.suites import SUMS, load_suite
 
 
 def log_p_and_best(backbone: Backbone, tokens: list[int], start: int) -> tuple[float, int]:
-    """Sum of the log-probabilities of tokens[start:], and how many of them are the most probable ones."""
+    """Returns the sum of the log-probabilities of tokens[start:], and how many of them are the most probable ones."""
     nodes = Nodes.chains([0], [0], [len(tokens) - 1])
     states_Md = backbone.forward(torch.tensor(tokens[:-1]), nodes, backbone.new_cache(1, len(tokens)))
     log_p_PV = backbone.logits(states_Md[start - 1 :]).log_softmax(-1)
@@ -36,10 +35,10 @@ def log_p_and_best(backbone: Backbone, tokens: list[int], start: int) -> tuple[f
 
 
 def figures(llm: LLM, texts: dict[str, list[tuple[list[int], int]]]) -> dict[str, float]:
-    """Of texts by kind: perplexity per token, and the share of tokens that the model would have chosen.
+    """Returns by kind of text: perplexity per token, and the share of tokens that the model would choose.
 
     Args:
-        texts: kind -> tokens, and where in them it begins to count.
+        texts: kind -> (tokens, index of the first that counts) of each text.
     """
     out = {}
     for name, those in texts.items():
@@ -51,7 +50,7 @@ def figures(llm: LLM, texts: dict[str, list[tuple[list[int], int]]]) -> dict[str
 
 
 def answered(llm: LLM, question: str, answer: str) -> tuple[list[int], int]:
-    """A question that was answered so, and where the answer begins."""
+    """Returns the tokens of a question with its answer, and the index at which the answer begins."""
     prompt = llm.encode(question)
     return [*prompt, *llm.tokenizer.encode(answer)], len(prompt)
 
@@ -73,19 +72,19 @@ def main() -> None:
     answers = llm.generate(prompts, max_new_tokens=args.new_tokens)
     written = [([*prompt, *answer.ids], len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
     records = [json.loads(line) for line in args.questions.read_text().splitlines()]
-    told = [text for each in records for text in (each.get("reference") or [])[:1]]  # others list words, or nothing
-    texts = [llm.encode(text, raw=True) for text in told if isinstance(text, str) and text.strip()]
+    references = [text for record in records for text in (record.get("reference") or [])[:1]]  # some list words
+    texts = [llm.encode(text, raw=True) for text in references if isinstance(text, str) and text.strip()]
     human = [(tokens[:512], 1) for tokens in texts if len(tokens) > 1]
     sums = [each for each in records if "####" in (each.get("reference") or [""])[0]]
-    asked = [SUMS.format(question=each["turns"][0]) for each in sums]
+    problems = [SUMS.format(question=each["turns"][0]) for each in sums]
     solutions = [each["reference"][0] for each in sums]
     numbers = [solution.rpartition("####")[2].strip() for solution in solutions]
-    solved = [answered(llm, question, solution) for question, solution in zip(asked, solutions, strict=True)]
+    solved = [answered(llm, question, solution) for question, solution in zip(problems, solutions, strict=True)]
     measured = {"human": human, "own": written, "sums": solved}
     out: dict[str, Any] = {"questions": len(prompts), "texts": len(human), "sums": len(sums)}
     for name, each in models.items():
-        said = each.generate(asked, max_new_tokens=256)
-        out[name] = figures(each, measured) | judge("number", [answer.text for answer in said], numbers)
+        results = each.generate(problems, max_new_tokens=256)
+        out[name] = figures(each, measured) | judge("number", [answer.text for answer in results], numbers)
     core.save(args.model, out)
 
 

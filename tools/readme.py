@@ -1,4 +1,4 @@
-"""Writes the figures of README.md and docs/training.md from docs/results; --check fails when they are stale."""
+"""Writes the figures of README.md and the pages of docs/ from docs/results; --check fails when they are stale."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ END = "<!-- end of figures -->"
 
 
 def measured(folder: Path) -> list[str]:
-    """The table of a benchmark's results, and what a reader must know before it."""
+    """Returns the tables of a benchmark's results, with the facts to read them by."""
     results = read_results(folder)
     settings = results["settings"]
     lines = [f"{settings['model']}, suite {settings['suite']}: {' '.join(facts(results))}", ""]
@@ -34,22 +34,23 @@ def measured(folder: Path) -> list[str]:
 
 
 def drafting(rows: list[dict[str, Any]]) -> list[str]:
-    """What drafts cost and how deep they came, of those who say so."""
-    told = [
+    """Returns drafting's share of the time and acceptance by depth, for systems that report them."""
+    figures = [
         f"{row['contender']} {row['draft_share']:.0%}, {' '.join(f'{p:.0%}' for p in row['acceptance_by_depth'][:6])}"
         for row in rows
         if "acceptance_by_depth" in row and "draft_share" in row
     ]
-    if not told:
+    if not figures:
         return []
     return [
-        f"Drafting's share of the time, and the guesses that were accepted at depth 1, 2, ...: {'; '.join(told)}.",
+        "Drafting's share of the time, and, of the steps with a guess at depth 1, 2, ..., the share that accepted one: "
+        f"{'; '.join(figures)}.",
         "",
     ]
 
 
 def core(results: dict[str, Any]) -> list[str]:
-    """A sentence for each section of core.json that has one, machine by machine."""
+    """Returns a sentence for each section of core.json that has one, machine by machine."""
     lines = []
     for machine in dict.fromkeys(results[name]["machine"] for name in SENTENCES if name in results):
         lines += [f"On {machine} (docs/results/core.json has commands and commits):", ""]
@@ -86,8 +87,7 @@ def step(r: dict[str, Any]) -> str:
 
 
 def batch(r: dict[str, Any]) -> str:
-    ours, theirs = r["plain"]["tokens_per_s"], r["transformers"]["tokens_per_s"]
-    return f"Batch of 32: {ours} tokens/s (transformers: {theirs})."
+    return f"Batch of 32: {r['plain']['tokens_per_s']} tokens/s (transformers: {r['transformers']['tokens_per_s']})."
 
 
 def startup(r: dict[str, Any]) -> str:
@@ -98,11 +98,11 @@ def startup(r: dict[str, Any]) -> str:
 SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
     "exactness": exactness, "machine": plain_step, "step": step, "batch": batch, "startup": startup,
 }  # fmt: skip
-"""Section of the results -> its sentence; a section not measured yet has none."""
+"""Section of the results -> its sentence."""
 
 
 def by_size(model: str, results: dict[str, Any]) -> list[str]:
-    """Tokens per step and speed by tree size, of the heads that ship for a model."""
+    """Returns tokens per step and speed by tree size, of the heads that ship for a model."""
     if "sizes" not in results:
         return []
     sizes = results["sizes"]["result"]
@@ -110,8 +110,8 @@ def by_size(model: str, results: dict[str, Any]) -> list[str]:
         f"Heads that come with foretell for {model}, by tree size; {results['sizes']['machine']}; "
         f"{sizes['prompts']} Spec-Bench questions, {sizes['new_tokens']} new tokens, bfloat16, greedy, batch 1, all in "
         f"one interleaved run (commit {results['sizes']['commit']}, `{results['sizes']['command']}`). Tokens per step, "
-        "and decoding speed against plain decoding's; *possible* is the share of it that would be there if drafting "
-        "were free and a step cost what its nodes cost alone.",
+        "and decoding speed against plain decoding's; *possible* is the share reached of the speed-up with free "
+        "drafting and steps that cost what their nodes cost alone.",
         "",
         "| nodes | grown at each step | possible | drafting | one tree | with lookup merged |",
         "|---|---|---|---|---|---|",
@@ -123,7 +123,7 @@ def by_size(model: str, results: dict[str, Any]) -> list[str]:
         cells.append(f"{row['draft_ms'] / row['step_ms']:.0%}")
         cells += [f"{each['tokens_per_step']:.2f}, {each['decode_speedup']:.2f}×" if each else "" for each in others]
         lines.append(f"| {run} | {' | '.join(cells)} |")
-    lines += ["", "Share of the guesses offered that was accepted, by depth, 16 nodes: " + "; ".join(
+    lines += ["", "Of the steps with a guess at depth 1, 2, ..., the share that accepted one, 16 nodes: " + "; ".join(
         f"{run.partition(' ')[0]} {', '.join(f'{share:.0%}' for share in sizes[run]['accepted_by_depth'])}"
         for run in sizes if run.endswith(" 16")
     ) + "."]  # fmt: skip
@@ -135,7 +135,7 @@ def by_size(model: str, results: dict[str, Any]) -> list[str]:
 
 
 def fastest(model: str, results: dict[str, Any]) -> str:
-    """The heads that decode fastest, in a sentence."""
+    """Returns a sentence about the fastest heads."""
     sizes = results["sizes"]["result"]
     rows = {run: row for run, row in sizes.items() if isinstance(row, dict) and run.rpartition(" ")[0]}
     run = max(rows, key=lambda run: rows[run]["decode_speedup"])
@@ -148,17 +148,17 @@ def fastest(model: str, results: dict[str, Any]) -> str:
 
 
 def quality(results: dict[str, Any]) -> list[str]:
-    """What models lost when they learnt together with heads."""
+    """Returns what models lost in training together with heads."""
     lines = []
     for model, section in results.items():
         r = section["result"]
         base, after = r[model.rpartition("+")[0]], r[model]
         lines += [
-            f"What `{model}` lost: on {r['texts']} texts that people wrote, perplexity {base['human_perplexity']:.2f} "
-            f"before and {after['human_perplexity']:.2f} after; on {r['questions']} answers of the model as it was, "
-            f"{base['own_perplexity']:.3f} and {after['own_perplexity']:.3f}, where it would now choose "
-            f"{after['own_agreement']:.1%} of the tokens; on the worked solutions of {r['sums']} sums (GSM8K) "
-            f"{base['sums_perplexity']:.2f} and {after['sums_perplexity']:.2f}, its own answers to them right in "
+            f"What `{model}` lost: on {r['texts']} human texts, perplexity {base['human_perplexity']:.2f} "
+            f"before and {after['human_perplexity']:.2f} after; on {r['questions']} answers of the original model, "
+            f"{base['own_perplexity']:.3f} and {after['own_perplexity']:.3f}, of whose tokens it would "
+            f"choose {after['own_agreement']:.1%}; on the reference solutions of {r['sums']} GSM8K problems "
+            f"{base['sums_perplexity']:.2f} and {after['sums_perplexity']:.2f}, its own answers correct in "
             f"{base['exact_match']:.0%} and {after['exact_match']:.0%} (commit {section['commit']}, "
             f"`{section['command']}`).",
             "",
@@ -167,7 +167,7 @@ def quality(results: dict[str, Any]) -> list[str]:
 
 
 def own_layers(folder: Path) -> list[str]:
-    """Drafters without heads: what was measured, and what it would come to at other sizes."""
+    """Returns the figures of drafters without heads, and predictions for other sizes."""
     lines = ["## Measured", ""]
     for each in sorted(folder.glob("own_layers*/results.json")):
         lines += measured(each.parent)
@@ -177,22 +177,22 @@ def own_layers(folder: Path) -> list[str]:
         if row := rows.get("kangaroo"):
             tokens, levels = row["tokens_per_step"], row["levels_per_step"]
             lines += [
-                "At other sizes (`python tools/cost_model.py`): what a guess would cost where a step costs the reading "
-                f"of the weights and nothing else, and what the {tokens:.2f} tokens and {levels:.2f} levels a step "
-                "that Kangaroo had would gain there.",
+                "At other sizes (`python tools/cost_model.py`): the cost of a guess where a step costs exactly the "
+                f"reading of its weights, and the gain there of Kangaroo's {tokens:.2f} tokens and {levels:.2f} "
+                "levels per step.",
                 "", *cost_model.table(tokens, levels), "",
             ]  # fmt: skip
     if (folder / "exits.json").exists():
         lines += exits(_json(folder / "exits.json")["exits"])
     if (folder / "layers.json").exists():
         found = _json(folder / "layers.json")
-        lines += [line for name, tell in (("spare", spare), ("control", control)) if name in found
-                  for line in tell(found[name])]  # fmt: skip
+        lines += [line for name, lines_of in (("spare", spare), ("control", control)) if name in found
+                  for line in lines_of(found[name])]  # fmt: skip
     return lines
 
 
 def step_costs(results: dict[str, Any]) -> list[str]:
-    """What a step of each drafter costs beside a plain one, part by part, and what that asks of it."""
+    """Returns the cost of a step of each drafter, by part, in plain steps, and the tokens that it needs to pay."""
 
     def seconds(row: dict[str, Any], share: float = 1.0) -> float:
         return share * row["seconds"] / row["steps"]
@@ -200,10 +200,10 @@ def step_costs(results: dict[str, Any]) -> list[str]:
     rows = {row["contender"]: row for row in results["table"]}
     plain = seconds(rows["plain"], 1 - rows["plain"]["prefill_share"])
     lines = [
-        "Steps taken apart. Where drafting does not pay, foretell holds it back: such steps are plain ones, and count "
-        "here too. Rows with `lookup=true` owe to lookup what they have more than the same without.",
+        "Steps by part. Steps in which the governor held speculation back are plain ones, and count here too. The "
+        "difference between a row with `lookup=true` and the same without is due to lookup.",
         "",
-        "| in plain steps | drafting | verification | the rest | tokens a step must earn to lose nothing | held back |",
+        "| in plain steps | drafting | verification | the rest | tokens per step to break even | held back |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
@@ -216,15 +216,16 @@ def step_costs(results: dict[str, Any]) -> list[str]:
 
 
 def exits(section: dict[str, Any]) -> list[str]:
-    """Kangaroo's adapter at each exit after the same little training."""
+    """Returns the figures of Kangaroo's adapter at each exit after the same short training."""
     r = section["result"]
     lines = [
-        f"Where Kangaroo leaves {r['model']} ({r['layers']} layers): adapters that read {r['conversations']:,} "
+        f"Kangaroo's exit from {r['model']} ({r['layers']} layers): adapters trained on {r['conversations']:,} "
         f"conversations ({r['tokens'] / 1e3:.0f} thousand tokens, prompts included; epochs: "
         f"{r['settings']['epochs']:g}; commit {section['commit']}, `{section['command']}`), in the "
-        "paper's form and with more; on those held out. Trees get a level only where it pays: from deeper exits fewer.",
+        "paper's form and with additions; on held-out text. Trees get a level only where it pays: fewer from deeper "
+        "exits.",
         "",
-        "| adapter | numbers that learn | right first | among five | tokens per step, 8 nodes | 16 |",
+        "| adapter | trained parameters | top 1 | top 5 | tokens per step, 8 nodes | 16 |",
         "|---|---|---|---|---|---|",
     ]
     for name, run in r.items():
@@ -236,7 +237,7 @@ def exits(section: dict[str, Any]) -> list[str]:
 
 
 def spare(section: dict[str, Any]) -> list[str]:
-    """What SWIFT has to work with."""
+    """Returns how well the model does without some of its sublayers, which SWIFT depends on."""
     r = section["result"]
     alone = sorted(share for kind in r["alone"].values() for share in kind)
     counts = (5, 10, 15, 20, 25)
@@ -244,32 +245,32 @@ def spare(section: dict[str, Any]) -> list[str]:
         f"{count} {r['greedy'][count - 1]:.0%} ({r['cost'][f'{count} left out']:.0%})" for count in counts
     )
     lines = [
-        f"What {r['model']} can spare (matchness on {r['tokens']:,} tokens that it wrote; commit {section['commit']}, "
-        f"`{section['command']}`): any one of {r['sublayers']} sublayers left out alone {alone[0]:.0%} to "
-        f"{alone[-1]:.0%}, half of them {alone[len(alone) // 2]:.0%} or more; greedily the best to leave out (and what "
-        f"a token then costs, of a step): {greedy}. Both sublayers of every second layer, where the search begins: "
-        f"{r['every second layer']:.0%}.",
+        f"Skipped sublayers of {r['model']} (matchness on {r['tokens']:,} tokens that it wrote; commit "
+        f"{section['commit']}, `{section['command']}`): one of {r['sublayers']} sublayers skipped alone "
+        f"{alone[0]:.0%} to {alone[-1]:.0%}, half of them {alone[len(alone) // 2]:.0%} or more; greedily "
+        f"selected (and a token's cost then, as a share of a step): {greedy}. Both sublayers of every second layer, "
+        f"where the search begins: {r['every second layer']:.0%}.",
         "",
     ]
     for name, plan in r["found"].items():
         lines += [
-            f"The plan `{name}` that a search found while it decoded leaves out {plan['skipped']} sublayers: matchness "
-            f"{plan['matchness_then']:.0%} on the window that it was chosen by, {plan['matchness']:.0%} on these "
+            f"The plan `{name}`, found by a search during decoding, skips {plan['skipped']} sublayers: matchness "
+            f"{plan['matchness_then']:.0%} on the window that selected it, {plan['matchness']:.0%} on these "
             f"tokens, and a token costs {r['cost'][name]:.0%} of a step.",
             "",
         ]
-    return [*lines, "![what can be left out, and what would pay](images/spare.png)", ""]
+    return [*lines, "![matchness by skipped sublayers, and what pays](images/spare.png)", ""]
 
 
 def control(section: dict[str, Any]) -> list[str]:
-    """What it costs DEL to know which exit pays."""
+    """Returns the cost of DEL's statistics, by which it selects an exit."""
     r = section["result"]
     lines = [
-        f"What DEL's statistics cost on {r['model']} ({r['questions']} development questions, {r['new_tokens']} new "
-        f"tokens, a plain step {r['plain_step_ms']:.1f} ms; commit {section['commit']}, `{section['command']}`), in a "
-        "round: reading what was committed off at the exits (the end of a prompt not counted), and choosing one.",
+        f"The cost of DEL's statistics on {r['model']} ({r['questions']} development questions, {r['new_tokens']} new "
+        f"tokens, a plain step {r['plain_step_ms']:.1f} ms; commit {section['commit']}, `{section['command']}`), per "
+        "step: reading committed tokens at the exits (the end of a prompt not counted), and selecting one.",
         "",
-        "| | exits | reading off | choosing | of a plain step | tokens per step |",
+        "| | exits | reading | selecting | of a plain step | tokens per step |",
         "|---|---|---|---|---|---|",
     ]
     for name, run in r.items():
@@ -280,12 +281,12 @@ def control(section: dict[str, Any]) -> list[str]:
 
 
 def ablation(section: dict[str, Any]) -> list[str]:
-    """What each option of Hydra++ is worth after the same training."""
+    """Returns the effect of each option of Hydra++ after the same training."""
     runs = section["result"]
     common = next(iter(runs.values()))["command"].partition(" -o ")[0]
     lines = [
-        f"What the options of Hydra++ are worth after little training (`{common}` and the options named), "
-        "on held-out conversations: how often each head's first guess is right, and tokens per step by tree size.",
+        f"The effect of Hydra++'s options after a short training (`{common}` and the options named), on held-out "
+        "conversations: how often each head's first guess is right, and tokens per step by tree size.",
         "",
         "| options | head 1 | 2 | 3 | 4 | 8 nodes | 16 | 32 |",
         "|---|---|---|---|---|---|---|---|",
@@ -299,14 +300,14 @@ def ablation(section: dict[str, Any]) -> list[str]:
 
 
 def trained() -> list[str]:
-    """How the heads that ship were made."""
+    """Returns how the heads that ship were trained."""
     lines = []
     for config in sorted((ROOT / "src/foretell/drafters/trained").glob("*/config.json")):
         made, name = json.loads(config.read_text())["provenance"], config.parent.name
         data = made["data"] if isinstance(made["data"], list) else [made["data"]]  # one, at first
         written, talks = (sum(each["counts"][what] for each in data) for what in ("written", "conversations"))
         commands = "`, `".join(each["command"] for each in data)
-        begun = f" (begun with what {_commands(made['started_by'])} had made)" if "started_by" in made else ""
+        begun = f" (started from the result of {_commands(made['started_by'])})" if "started_by" in made else ""
         heads = ", ".join(f"{head['top1']:.0%} / {head['top5']:.0%}" for head in made["accuracy"])
         minutes = [
             f"{part} {seconds / 60:.0f} minutes"
@@ -320,7 +321,7 @@ def trained() -> list[str]:
             f"`{name}` on two cores: {written:,} tokens in {talks:,} "
             f"conversations (`{commands}`), then `{made['command']}`{begun}: {', '.join(minutes)}"
             f"{' (' + made['note'] + ')' if 'note' in made else ''}. Held-out accuracy "
-            f"by head, first / among five: {heads}.",
+            f"by head, top 1 / top 5: {heads}.",
             "",
             f"![training curves](images/{name}.png)",
             "",
@@ -329,18 +330,18 @@ def trained() -> list[str]:
 
 
 def _minutes(name: str) -> float:
-    """That training took, of a drafter that ships."""
+    """Returns the minutes that training a shipped drafter took."""
     config = ROOT / f"src/foretell/drafters/trained/{name}/config.json"
     return float(_json(config)["provenance"]["seconds"]) / 60
 
 
 def _commands(run: list[str]) -> str:
-    """In the order in which they were given, each going on with what came of the one before."""
+    """Joins commands in their order; each continued the result of the one before."""
     return ", then ".join(f"`{each}`" for each in run)
 
 
 def pages() -> dict[Path, str]:
-    """Page -> its block of figures."""
+    """Returns page -> its block of figures."""
     folder = ROOT / "docs/results"
     head = ["## Measured", ""]
     every = sorted(path.parent for path in folder.glob("*/results.json"))

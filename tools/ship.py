@@ -1,4 +1,4 @@
-"""Puts a trained drafter into the package: its heads in eight bits a number, its curves, its adapter if it has one.
+"""Copies a trained drafter into the package: its heads in int8, its curves, its adapter if it has one.
 
 python tools/ship.py FOLDER         the folder that `foretell train` wrote
 """
@@ -16,7 +16,7 @@ IMAGES = Path(__file__).parents[1] / "docs/images"
 
 
 def ship(folder: Path) -> Path:
-    """Returns the folder in the package."""
+    """Copies the drafter of a training's folder; returns its folder in the package."""
     found, tensors = checkpoint.load(folder / "drafter")
     base, _, adapter = found.backbone.partition("+")
     if adapter:  # its name in the package is the method's, whatever the folder was called

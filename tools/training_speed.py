@@ -2,8 +2,8 @@
 
     python tools/training_speed.py DATA
 
-On this processor as it is, and with the libraries held to AVX2, so that none of its units for bfloat16 are used. One
-thread, and what it takes of its core's time counts, so that other work on the machine does not.
+On this processor as it is, and with the libraries limited to AVX2, so that its bfloat16 units are not used. With one
+thread and by processor time, so that other work on the machine does not count.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any
 HELD = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 PROCESSORS: dict[str, dict[str, str]] = {"as it is": {}, "held to AVX2": HELD}
 CONVERSATIONS, BATCH_TOKENS, SECONDS = 40, 1024, 30.0
-"""Of the data, of a batch, and of the steps that count (two at least)."""
+"""Conversations of the data; tokens of a batch; seconds of measured steps, of which there are at least two."""
 
 
 def learnt(data: Path, number_type: str) -> dict[str, Any]:
-    """Tokens that a second of one core learns, prompts included; and the type that would be taken here."""
+    """Returns the tokens trained per second of core time, prompts included, and the type chosen on this processor."""
     import core_figures as core
     import torch
 
@@ -47,7 +47,7 @@ def learnt(data: Path, number_type: str) -> dict[str, Any]:
         features.prepare()
         run = Trainer(module, features, Settings(epochs=1000, batch_tokens=BATCH_TOKENS), Path(folder) / "run")
         tokens = [sum(len(talks[i].tokens) for i in batch) for batch in run._epoch(0)]
-        with suppress(KeyboardInterrupt):  # how a run ends that is asked to
+        with suppress(KeyboardInterrupt):  # raised when `stop` ends a run
             run.run(
                 lambda *_: ends.append(time.process_time()),
                 stop=lambda: len(ends) == len(tokens) or (len(ends) > 2 and ends[-1] - ends[0] > SECONDS),
@@ -56,25 +56,25 @@ def learnt(data: Path, number_type: str) -> dict[str, Any]:
 
 
 def table(section: dict[str, Any], minutes: float) -> list[str]:
-    """The figures, and what they make of a training that took so many minutes on a processor as it is."""
+    """Returns the figures as Markdown, and what they predict for a training that took `minutes` here."""
     found = section["result"]
     chosen = {processor: found[processor]["chosen"] for processor in PROCESSORS}
     rate = {processor: found[processor][chosen[processor]] for processor in PROCESSORS}
     longer = rate["as it is"] / rate["held to AVX2"]
     return [
-        "Training multiplies in float32 or in bfloat16, whichever the machine is faster at. Tokens that Medusa's heads "
-        f"learn in a second of one core's time, prompts included, in batches of {BATCH_TOKENS} tokens, on one core of "
-        f"{section['machine'].partition(' of ')[2]}: as it is, and with PyTorch's libraries held to AVX2, which stands "
-        "for a processor that has no more (none was measured); other work ran beside (commit "
+        "Training multiplies in float32 or in bfloat16, whichever is faster on the machine. Tokens per second of core "
+        f"time in training Medusa's heads, prompts included, in batches of {BATCH_TOKENS} tokens, on one core of "
+        f"{section['machine'].partition(' of ')[2]}: as it is, and with PyTorch's libraries limited to AVX2, which "
+        "stands for a processor without more (none was measured); other work ran beside (commit "
         f"{section['commit']}, `{section['command']}`):",
         "",
-        "| processor | float32 | bfloat16 | taken |",
+        "| processor | float32 | bfloat16 | chosen |",
         "|---|---|---|---|",
         *(f"| {each} | {found[each]['float32']:,.0f} | {found[each]['bfloat16']:,.0f} | {chosen[each]} |"
           for each in PROCESSORS),
         "",
-        f"So the training of `medusa-smollm2-135m`, {minutes:.0f} minutes with units for bfloat16, takes about "
-        f"{minutes * longer:.0f} with AVX2 alone (reckoned from the table, not run).",
+        f"So the training of `medusa-smollm2-135m`, {minutes:.0f} minutes with units for bfloat16, would take about "
+        f"{minutes * longer:.0f} with AVX2 alone (calculated from the table, not measured).",
         "",
     ]  # fmt: skip
 

@@ -39,7 +39,7 @@ class LLM:
     """A loaded model with a drafter. Make one with `load`.
 
     Threads may share it: calls of the same batch size take turns step by step on one decoder, which holds a lock. One
-    decoder is kept, so that calls of different batch sizes build it anew, see `decoder`.
+    decoder is kept: calls of different batch sizes rebuild it, see `decoder`.
     """
 
     def __init__(self, backbone: Backbone, tokenizer: Tokenizer, drafter: Drafter, folder: ModelFolder | None = None):

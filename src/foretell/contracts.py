@@ -1,8 +1,8 @@
 """The seam: draft -> verify -> commit -> observe.
 
 A drafter guesses a tree of future tokens for each row; the engine verifies the trees in one forward pass, commits
-the path that the target model agrees with, and lets the drafter observe what was committed. The engine, the server
-and the benchmark know drafters only through this page.
+the path that the target model agrees with, and lets the drafter observe what was committed. The engine and the
+benchmark know drafters only through this file.
 
 Between steps, the cache of a row holds every committed token but the newest: the newest is the root of the next
 tree and enters the model together with the guesses.
@@ -16,6 +16,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
@@ -53,14 +54,14 @@ class Row(Protocol):
 
 @dataclass(frozen=True)
 class Resume:
-    """Where verification goes on: drafting has run the lower layers over the first nodes of each tree.
+    """States from which verification resumes: drafting has run the lower layers over the first nodes of each tree.
 
-    Their keys and values lie in the slots of these nodes. The engine runs the other nodes up to the same layer.
+    Their keys and values lie in the slots of these nodes. The engine runs the others through the same layers.
 
     Attributes:
-        layer: layers that were run.
-        ran: per row how many nodes, the root first; 0 for none.
-        hidden_Rd: their streams after these layers, float32, row after row.
+        layer: number of layers that were run.
+        ran: per row, how many nodes they were run over: the first ones of the tree, root included; 0 for none.
+        hidden_Rd: residual streams of the R nodes after `layer` layers, float32, row after row.
         taps: tap -> states [R, d] of the same nodes, for those of the drafter's taps that lie below `layer`.
     """
 
@@ -69,11 +70,43 @@ class Resume:
     hidden_Rd: Tensor
     taps: dict[int, Tensor] = field(default_factory=dict)
 
-    def selected(self, indices: Sequence[int], ran: list[int]) -> Resume:
-        """Returns the same for some of the nodes: `indices` of their states, `ran` of them in each row."""
-        index_R = torch.tensor(indices, dtype=torch.int64, device=self.hidden_Rd.device)
-        taps = {tap: states.index_select(0, index_R) for tap, states in self.taps.items()}
-        return Resume(self.layer, ran, self.hidden_Rd.index_select(0, index_R), taps)
+    def kept(self, nodes: Sequence[Sequence[int]]) -> Resume:
+        """Keeps some of the nodes, which become the first ones of smaller trees.
+
+        Args:
+            nodes: per row, which of its first `ran` nodes, in their new order.
+        """
+        starts = accumulate(self.ran, initial=0)
+        index = [start + node for start, those in zip(starts, nodes, strict=False) for node in those]
+        pieces = {tap: [states] for tap, states in self.taps.items()}
+        return self._selected([self.hidden_Rd], pieces, index, [len(those) for those in nodes])
+
+    def joined(self, counts: Sequence[int], hidden_Od: Tensor, taps: Mapping[int, Tensor]) -> Resume:
+        """Adds the O other nodes, which the engine has run: each row's nodes follow those that drafting ran.
+
+        Args:
+            counts: per row, how many others.
+            hidden_Od: their residual streams after `layer` layers, row after row.
+            taps: states [O, d] of the same nodes, for the taps of `self.taps`.
+        """
+        index: list[int] = []
+        ran, other = 0, len(self.hidden_Rd)
+        for before, count in zip(self.ran, counts, strict=True):
+            index += [*range(ran, ran + before), *range(other, other + count)]
+            ran, other = ran + before, other + count
+        pieces = {tap: [states, taps[tap]] for tap, states in self.taps.items()}
+        sums = [before + count for before, count in zip(self.ran, counts, strict=True)]
+        return self._selected([self.hidden_Rd, hidden_Od], pieces, index, sums)
+
+    def _selected(
+        self, hidden: list[Tensor], taps: dict[int, list[Tensor]], index: list[int], ran: list[int]
+    ) -> Resume:
+        index_K = torch.tensor(index, dtype=torch.int64, device=self.hidden_Rd.device)
+
+        def select(pieces: list[Tensor]) -> Tensor:
+            return torch.cat(pieces).index_select(0, index_K)
+
+        return Resume(self.layer, ran, select(hidden), {tap: select(pieces) for tap, pieces in taps.items()})
 
 
 @dataclass
@@ -83,10 +116,10 @@ class Draft:
     Attributes:
         trees: one per row.
         tokens: ids node by node, one list per row; the root holds the row's newest token.
-        probabilities: per row the probability of each node given its parent (1 for the root), or None if unknown.
-            Verification does not need them; trees that are merged or cut keep the most probable guesses.
-        resume: set if the drafter has run lower layers over some of the nodes.
-        held: whether nothing was guessed because no tree pays at the step costs of this machine.
+        probabilities: per row how probable each node is given its parent (1 for the root), or None where that is
+            not known. Verification never needs them; trees that are merged or cut keep the most probable guesses.
+        resume: given when the drafter has already run lower layers over some of the nodes.
+        held: whether the drafter guessed nothing because no tree pays at what steps cost here.
     """
 
     trees: list[TokenTree]
@@ -115,12 +148,12 @@ class Verdict:
 
 @dataclass
 class Features:
-    """States that the pass computed for the committed nodes; B rows one after another.
+    """States of the committed nodes, from the pass that verified them; B rows one after another.
 
     Attributes:
         counts: committed nodes of each row, the old root first; their tokens are known to the rows.
         taps: tap -> hidden states [sum of counts, d] float32, in committed order.
-        extra: the rows that the drafter's `at_cut` inserted, after the final norm: float32 [rows inserted, d], or None.
+        extra: final-norm output of the rows that `at_cut` inserted, float32 [rows inserted, d], or None.
         paths: the accepted path of each row (empty while a prompt is prefilled).
     """
 
@@ -145,14 +178,14 @@ class Drafter(ABC):
     and a later row reuses the slot of one that has ended.
 
     Attributes:
-        taps: hidden states that `observe` is given (see `FINAL_NORM`).
+        taps: hidden states to hand to `observe` (see `FINAL_NORM`).
         cuts: layers after which `at_cut` may add rows to the verification pass.
         lossless: whether the output equals plain decoding's under exact verification.
         depth: layers of the backbone that drafting runs, in the engine's cache (see `bind`).
-        usual_cost: drafting time as a share of a plain step, until it is measured.
-        parameters: numbers that it adds to the model.
-        tokens_per_step: tree size -> tokens per step on held-out text, if that was measured.
-        backbone, options: what `build` was given.
+        usual_cost: cost of drafting as a share of a plain step, used until it is measured on this machine.
+        parameters: number of parameters that it adds to the model.
+        tokens_per_step: number of nodes of a tree -> tokens per step on held-out text, where that was measured.
+        backbone, options: the arguments of `build`.
     """
 
     Options: ClassVar[type[Any]] = NoOptions
@@ -193,50 +226,48 @@ class Drafter(ABC):
         return 0
 
     def attached(self, cache: KVCache) -> Self:
-        """Returns a copy for the rows of one engine, with the same weights and with state of its own."""
+        """Returns a drafter for one engine, which shares the weights and has its own state of rows."""
         own = copy.copy(self)
         own.bind(cache)
         return own
 
     def bind(self, cache: KVCache) -> None:  # noqa: B027
-        """Starts with empty state for the rows of an engine's cache, in which drafting may run layers.
+        """Clears the state of all rows and takes an engine's cache, in which methods may run layers while drafting.
 
-        Assign new state rather than emptying the old: engines that share the drafter have shallow copies of it.
+        Assign new containers instead of emptying the old ones: engines that share the drafter have shallow copies.
         """
 
     def reusable_tokens(self, slot: int, tokens: int) -> int:
-        """How many of the first `tokens` in a slot's cache the next request may reuse without observing them again.
+        """Returns how many of the first `tokens` in a slot's cache need not be passed to `observe` again.
 
-        The rest is computed anew for that request, which begins with the same tokens.
+        The next request in this slot begins with these tokens; the engine runs those that are not reusable again.
         """
         return tokens
 
     def forget(self, slots: Sequence[int]) -> None:  # noqa: B027
-        """Frees what was kept of these slots: no later request will reuse their tokens."""
+        """Frees the state of these slots, whose caches no later request will reuse."""
 
     def reset(self, rows: Sequence[Row]) -> None:  # noqa: B027
-        """Begins new rows: drops the state of their slots, and reserves room for all of their tokens.
-
-        A row's first `row.reused` tokens are those that its slot held already; they are not observed again.
+        """Clears the state of slots that new rows have taken, and reserves memory for all that these may need.
 
         Raises:
-            ForetellError: refuses the request; the others go on.
+            ForetellError: there is no memory for a row; the engine refuses that request, and continues with the others.
         """
 
     @abstractmethod
     def draft(self, rows: Sequence[Row]) -> Draft:
-        """Returns guesses for each of these rows, which may be some of the engine's only.
+        """Returns guesses for each of these rows, in their order; they may be some of the engine's only.
 
         A tree of the root alone is always allowed.
         """
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:  # noqa: B027
-        """Takes in what was committed, after every chunk of a prompt and after every step."""
+        """Receives what was committed: after every chunk of a prompt, and after every step."""
 
     def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Any) -> tuple[Tensor, Any]:
-        """Returns hidden states and nodes with rows inserted after `layer` layers of verification.
+        """Inserts rows after `layer` layers of verification; returns hidden states and nodes that include them.
 
-        `Nodes.extended` appends guesses to each row's tree and says where the old nodes went; an inserted row
-        attends to its ancestors and itself, and no drafted node attends to it.
+        `Nodes.extended` appends guesses to each row's tree and returns the new index of the old nodes; an inserted
+        row attends to its ancestors and itself, and no drafted node attends to it.
         """
         return hidden_Md, nodes

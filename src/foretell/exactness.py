@@ -25,7 +25,8 @@ from foretell.drafters.prompt_lookup import with_lookup
 from foretell.engine import SpeculativeDecoder, run
 from foretell.errors import UsageError
 from foretell.loading import ModelConfig
-from foretell.loading.families import model_config, weight_shapes
+from foretell.loading.families import model_config
+from foretell.loading.tensors import weight_shapes
 from foretell.requests import Request, SamplingParams
 
 SIZES = {

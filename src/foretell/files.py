@@ -16,7 +16,7 @@ from typing import Any
 
 from foretell.errors import ForetellError, UsageError
 
-ANOTHER_FOLDER = "choose another folder (--cache-dir for the cache)"
+ANOTHER_FOLDER = "choose another folder (`cache_dir=` for the cache)"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -43,8 +43,8 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 
 
 def write_json(path: Path, content: Any, shared: bool = False) -> None:
-    """Writes a JSON file atomically and creates its folder; `shared` as for `written_whole`."""
-    with written_whole(path, shared=shared) as partial:
+    """Writes a JSON file atomically and creates its folder; `shared` as for `atomic_write`."""
+    with atomic_write(path, shared=shared) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -57,7 +57,7 @@ def exists(path: Path) -> bool:
 
 
 @contextmanager
-def written_whole(
+def atomic_write(
     path: Path, needed_bytes: int = 0, remedy: str = ANOTHER_FOLDER, shared: bool = False
 ) -> Iterator[Path]:
     """Yields the path to write to: renamed to `path` when the block ends, deleted when it fails.
@@ -82,7 +82,7 @@ def written_whole(
                 partial.unlink(missing_ok=True)
 
 
-def whole_lines(path: Path, unfinished: bytes | None = None, *, cut: bool = True) -> list[bytes]:
+def complete_lines(path: Path, unfinished: bytes | None = None, *, cut: bool = True) -> list[bytes]:
     """Returns the complete lines of an append-only file, without a last one that an interruption cut short.
 
     Args:

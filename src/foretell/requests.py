@@ -51,15 +51,15 @@ class SamplingParams:
     logprobs: int | None = None
 
     @classmethod
-    def of(cls, **given: Any) -> SamplingParams:
+    def of(cls, **options: Any) -> SamplingParams:
         """Makes them from a caller's keyword arguments, of which an unknown one is a `UsageError` too."""
         names = [known.name for known in fields(cls)]
-        for name in given:
+        for name in options:
             if name not in names:
                 near = get_close_matches(name, names, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 raise UsageError(f"Unknown sampling option {name!r}: {hint}the options are {', '.join(names)}.")
-        return cls(**given)
+        return cls(**options)
 
     def __post_init__(self) -> None:
         ranges = (

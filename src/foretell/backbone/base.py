@@ -22,6 +22,7 @@ from foretell.backbone.cache import KVCache
 from foretell.backbone.nodes import Nodes
 from foretell.errors import UsageError, check
 from foretell.loading.config import ModelConfig
+from foretell.loading.tensors import ATTENTION, LAYER, bare, layer_shapes, weight_shapes
 
 SKIP_ATTENTION, SKIP_MLP = 1, 2
 """Bits of a skip plan: `bytes` with one entry per layer."""
@@ -53,21 +54,6 @@ def check_ids(ids_M: Tensor, count: int) -> None:
     low, high = map(int, ids_M.aminmax())
     if low < 0 or high >= count:
         raise IndexError(f"Id {low if low < 0 else high} is outside the table; ids lie between 0 and {count - 1}.")
-
-
-def layer_shapes(c: ModelConfig, mlp: bool) -> dict[str, tuple[int, ...]]:
-    """Of a layer's weights, by their names in a checkpoint; without `mlp`, of attention alone."""
-    d = c.hidden
-    shapes: dict[str, tuple[int, ...]] = {
-        "self_attn.q_proj": (c.q_width, d), "self_attn.k_proj": (c.kv_width, d), "self_attn.v_proj": (c.kv_width, d),
-        "self_attn.o_proj": (d, c.q_width), "input_layernorm": (d,),
-    }  # fmt: skip
-    if mlp:
-        shapes |= {
-            "mlp.gate_proj": (c.mlp, d), "mlp.up_proj": (c.mlp, d), "mlp.down_proj": (d, c.mlp),
-            "post_attention_layernorm": (d,),
-        }  # fmt: skip
-    return shapes
 
 
 class Backbone(ABC):
@@ -191,19 +177,16 @@ class Backbone(ABC):
         """
         c = self.config
         mlp = any(name.startswith("mlp.") for name in tensors)
-        shapes = layer_shapes(c, mlp)
-        found = {name: tuple(each.shape) for name, each in tensors.items()}
+        shapes = layer_shapes(bare(c), LAYER if mlp else ATTENTION)
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         norm_d = torch.ones(c.hidden) if norm_d is None else norm_d
-        if found != {f"{name}.weight": shape for name, shape in shapes.items()} or norm_d.shape != (c.hidden,):
+        if found != shapes or norm_d.shape != (c.hidden,):
             raise UsageError("The drafter's own layer has not this model's shape; train a drafter for this model.")
-        config = replace(
-            c, layers=1, vocab=32, tied=True, windows=(0,), attention_bias=False, out_bias=False, mlp_bias=False,
-            qk_norm=False, mlp=c.mlp if mlp else 32,
-        )  # fmt: skip
-        weights = {f"model.layers.0.{name}": each for name, each in tensors.items()}
-        weights |= {"model.embed_tokens.weight": torch.zeros(32, c.hidden), "model.norm.weight": norm_d}
-        for name, shape in layer_shapes(config, True).items():  # what is skipped has to be there, and is small
-            weights.setdefault(f"model.layers.0.{name}.weight", torch.zeros(shape))
+        config = replace(bare(c), layers=1, vocab=32, tied=True, windows=(0,), mlp=c.mlp if mlp else 32)
+        weights = {f"model.layers.0.{name}": tensor for name, tensor in tensors.items()}
+        weights["model.norm.weight"] = norm_d
+        for name, shape in weight_shapes(config).items():  # the rest is not used, but must exist, and is small
+            weights.setdefault(name, torch.zeros(shape))
         return self._alike(config, weights)
 
     @abstractmethod

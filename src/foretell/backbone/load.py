@@ -105,7 +105,7 @@ def _device(name: str | None) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"Device {name!r} is not supported; use cpu or cuda.")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"Device {name!r} was asked for, but PyTorch sees no GPU here; use --device cpu.")
+        raise UsageError(f"Device {name!r} was asked for, but PyTorch sees no GPU here; use `device='cpu'`.")
     return device
 
 

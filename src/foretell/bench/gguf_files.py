@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from foretell.errors import ForetellError
-from foretell.files import written_whole
+from foretell.files import atomic_write
 from foretell.loading import ModelFolder
 from foretell.loading.cache_dir import cache_folder
 from foretell.loading.catalog import CATALOG, fetch
@@ -27,7 +27,7 @@ def gguf_file(folder: ModelFolder, kind: str, cache_dir: Path | None = None) -> 
         return source
     target = kept / f"{source.stem.rsplit('.', 1)[0]}.{kind}.gguf"
     if not target.is_file():
-        with written_whole(target, 2 * source.stat().st_size) as partial:
+        with atomic_write(target, 2 * source.stat().st_size) as partial:
             _convert(source, partial, kind)
     return target
 

@@ -10,7 +10,7 @@ from statistics import median
 import torch
 
 from foretell.backbone import Backbone
-from foretell.loading.families import weight_shapes
+from foretell.loading.tensors import weight_shapes
 
 BUFFER_BYTES = 256 << 20
 """Bytes read by one measurement: far more than any cache holds."""

@@ -53,7 +53,7 @@ def benchmark(results: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [row for row in results["table"] if (row["batch"], row["temperature"]) == _first(results)]
     drawn = [
         ("Speed against plain decoding by kind of question (median of rounds).", _by_category(plt, results)),
-        ("Share of the guesses at each depth that were accepted, of those that were verified.", _by_depth(plt, rows)),
+        ("Of the steps with a guess at each depth, the share that accepted one.", _by_depth(plt, rows)),
         ("Tokens emitted per step.", _histogram(plt, rows)),
     ]
     if swept := _swept(rows, results["contenders"]):

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from foretell.bench import plots
-from foretell.files import written_whole
+from foretell.files import atomic_write
 
 Row = dict[str, Any]
 
 
 def write_report(folder: Path, results: dict[str, Any]) -> None:
     """Writes `results.md` and `report.html`; the page has plots where matplotlib is installed."""
-    with written_whole(folder / "results.md") as partial:
+    with atomic_write(folder / "results.md") as partial:
         partial.write_text(markdown(results), encoding="utf-8")
-    with written_whole(folder / "report.html") as partial:
+    with atomic_write(folder / "report.html") as partial:
         partial.write_text(html(results), encoding="utf-8")
 
 

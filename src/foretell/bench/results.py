@@ -20,7 +20,7 @@ from foretell.bench.metrics import PLAIN, Record, by_category, table
 from foretell.bench.run_folder import ABOUT, RESULTS
 from foretell.bench.suites import Question
 from foretell.errors import ForetellError
-from foretell.files import exists, one_line, written_whole
+from foretell.files import atomic_write, exists, one_line
 
 FORMAT = 1
 
@@ -84,7 +84,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
     """Writes `results.json`, one answer per line."""
     head = json.dumps({name: value for name, value in results.items() if name != "requests"}, indent=1)
     answers = ",\n".join(f"  {json.dumps(record)}" for record in results["requests"])
-    with written_whole(folder / RESULTS) as partial:
+    with atomic_write(folder / RESULTS) as partial:
         partial.write_text(f'{head[:-2]},\n "requests": [\n{answers}\n ]\n}}\n', encoding="utf-8")
 
 

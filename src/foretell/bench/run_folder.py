@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from foretell.errors import ForetellError, UsageError
-from foretell.files import exists, whole_lines, write_errors, write_json
+from foretell.files import complete_lines, exists, write_errors, write_json
 
 ABOUT, ROUNDS, RESULTS = "bench.json", "rounds.jsonl", "results.json"
 SAME = "version", "commit", "machine"
@@ -70,26 +70,26 @@ def take_up(folder: Path, settings: Settings, about: dict[str, Any]) -> list[dic
     Raises:
         UsageError: the folder holds another run, or other files.
     """
-    ours = json.loads(json.dumps({"settings": settings.to_json(), **about}))
+    wanted = json.loads(json.dumps({"settings": settings.to_json(), **about}))
     found = begun(folder)
     if found is None:
         with write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             if any(path.name != ".lock" for path in folder.iterdir()):
                 raise UsageError(f"{folder} holds other files; choose another --out.")
-            write_json(folder / ABOUT, ours)
+            write_json(folder / ABOUT, wanted)
         return []
-    if differ := list(differences(found, ours)):
+    if differ := list(differences(found, wanted)):
         raise UsageError(
             f"{folder} holds another run: {'; '.join(differ)}. Give its settings to resume it, or choose another --out."
         )
     return read_rounds(folder)
 
 
-def differences(found: dict[str, Any], ours: dict[str, Any]) -> Iterator[str]:
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> Iterator[str]:
     """Describes each setting in which a run begun earlier differs from this one."""
-    for name in dict.fromkeys([*found["settings"], *ours["settings"]]):
-        was, now = found["settings"].get(name), ours["settings"].get(name)
+    for name in dict.fromkeys([*found["settings"], *wanted["settings"]]):
+        was, now = found["settings"].get(name), wanted["settings"].get(name)
         if was == now:
             continue
         if name == "questions":
@@ -97,9 +97,9 @@ def differences(found: dict[str, Any], ours: dict[str, Any]) -> Iterator[str]:
         else:
             yield f"its {NAMES.get(name, name)} {_value(was)}, now {_value(now)}"
     for name in SAME:
-        if found.get(name) != ours.get(name):
-            yield f"its {name} {_value(found.get(name))}, now {_value(ours.get(name))}"
-    was, now = found.get("contenders", {}), ours.get("contenders", {})
+        if found.get(name) != wanted.get(name):
+            yield f"its {name} {_value(found.get(name))}, now {_value(wanted.get(name))}"
+    was, now = found.get("contenders", {}), wanted.get("contenders", {})
     for name in was:
         if name in now and was[name] != now[name]:
             keys = [key for key in {**was[name], **now[name]} if was[name].get(key) != now[name].get(key)]
@@ -108,12 +108,12 @@ def differences(found: dict[str, Any], ours: dict[str, Any]) -> Iterator[str]:
 
 def _value(value: Any) -> str:
     values = value if isinstance(value, list) else [value]
-    return ", ".join("none" if each is None else str(each) for each in values)
+    return ", ".join("none" if one is None else str(one) for one in values)
 
 
 def _count(questions: Any) -> str:
     """How many, and the first few, of question ids."""
-    ids = [str(each) for each in questions or ()]
+    ids = [str(id) for id in questions or ()]
     return f"{len(ids)} ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''})"
 
 
@@ -125,6 +125,6 @@ def read_rounds(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / ROUNDS
     try:
-        return [record for line in whole_lines(path) for record in json.loads(line)]
+        return [record for line in complete_lines(path) for record in json.loads(line)]
     except ValueError as error:
         raise ForetellError(f"{path} is damaged; delete {folder}, or choose another --out.") from error

@@ -30,7 +30,7 @@ from foretell.requests import SamplingParams
 
 PLAIN = "plain"
 WARM_UP, PROMPT = 24, "Tell me something about the weather."
-"""Tokens that each system writes before anything is timed (half an answer at most), and what it is asked."""
+"""Tokens that each system writes before anything is timed (half an answer at most), and the prompt."""
 
 
 @dataclass(frozen=True)

@@ -142,18 +142,10 @@ def _counts(statistics: Statistics) -> dict[str, Any]:
 
 
 def default_specs(backbone: Backbone) -> tuple[list[str], str]:
-    """What runs beside plain decoding when nothing is named, and why, in one sentence.
+    """Returns the systems that run beside plain decoding if none is named, and one sentence on why.
 
     The recommended drafter depends on step costs measured on this machine, so it may change after `foretell tune`.
     """
-    from foretell.backbone.step_costs import step_costs
-
-    best = drafters.recommended(backbone)
-    if best == "prompt_lookup":
-        return [best], "No trained drafter comes with foretell for this model, so only prompt_lookup runs beside plain."
-    costs = step_costs(backbone)
-    source = "a first reading of step costs; `foretell tune` measures them" if costs is None or costs.first else (
-        "the step costs that `foretell tune` measured"
-    )  # fmt: skip
-    reason = f"{best} is the fastest drafter that comes with foretell for this model, by {source} here."
-    return ["prompt_lookup", f"{best}:lookup=true"], reason
+    best = drafters.recommend(backbone)
+    extra = [f"{best.name}:lookup=true"] if best.name != "prompt_lookup" else []
+    return ["prompt_lookup", *extra], f"Chosen for this model and machine: {best}."

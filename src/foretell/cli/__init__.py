@@ -1,9 +1,8 @@
 """The command line: one verb, one file, one row in this table.
 
-A verb's module is imported when the verb is typed, so that `foretell --help` and `--version` answer before
-torch could be loaded. What a user did wrong is one line on stderr and an exit code: 1 could not be done, 2
-could never work as typed, 130 interrupted, 141 whoever read our output has left. Anything else is a bug and
-keeps its traceback.
+A verb's module is imported when the verb is typed, so that `foretell --help` and `--version` answer before torch could
+be loaded. A user's mistake is one line on stderr and an exit code: 1 could not be done, 2 could never work as typed,
+130 interrupted, 141 the reader of the output has left. Anything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -29,19 +28,24 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("foretell.cli.train:train", "Train a drafter for a model."),
     "bench": ("foretell.cli.bench:app", "Measure drafters and peers over a suite."),
     "tune": ("foretell.cli.tune:tune", "Measure what steps and drafting cost here."),
+    "drafters": ("foretell.cli.drafters:drafters", "List the drafters, or one drafter's options."),
     "models": ("foretell.cli.models:models", "List the models that can be loaded by name."),
+    "pull": ("foretell.cli.models:pull", "Fetch a model, so that it loads without a network."),
+    "rm": ("foretell.cli.models:rm", "Delete a model from foretell's cache."),
+    "config": ("foretell.cli.config:config", "Show the config file's path and the defaults in force."),
 }
 """Verb -> ("module:function", one line of help)."""
 
 
 def load_verb(verb: str) -> Any:
-    """The command behind a verb, its option groups spread out and today's drafters in its help."""
+    """Returns the command of a verb: its groups of options as single options, the registered drafters in its help."""
+    from foretell.cli.help import plain
     from foretell.cli.options import drafter_table, flat
 
     module, _, name = VERBS[verb][0].partition(":")
     target = getattr(import_module(module), name)
     if isinstance(target, typer.Typer):  # a verb with commands of its own
-        return typer.main.get_command(target)
+        return plain(typer.main.get_command(target))
     function = flat(target)
     paragraphs = (function.__doc__ or "").split("\n\n")
     one = typer.Typer(add_completion=False, rich_markup_mode="rich")
@@ -50,7 +54,7 @@ def load_verb(verb: str) -> Any:
         help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs),  # typer keeps line breaks
         epilog=drafter_table() if "drafter" in function.__annotations__ else None,
     )(function)
-    return typer.main.get_command(one)
+    return plain(typer.main.get_command(one))
 
 
 class Verbs(TyperGroup):
@@ -58,7 +62,15 @@ class Verbs(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
-        return name, name and load_verb(name), rest
+        if not name:
+            return name, None, rest
+        command = load_verb(name)
+        if not ctx.resilient_parsing:  # a broken config file does not stop a shell from completing words
+            from foretell.cli.defaults import of_verb
+            from foretell.cli.options import shared_options
+
+            ctx.default_map = {name: of_verb(name, command, VERBS, shared_options())}
+        return name, command, rest
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -76,11 +88,12 @@ class Verbs(TyperGroup):
 
 
 def app() -> Any:
-    """The whole command line."""
+    """Returns the whole command line."""
+    from foretell.cli.help import plain
 
     def foretell(
         version: Annotated[
-            bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+            bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Show the version.")
         ] = False,
     ) -> None:
         """A language model decodes several tokens per forward pass, with no second model.
@@ -88,19 +101,19 @@ def app() -> Any:
         Try: foretell demo
         """
 
-    outer = typer.Typer(cls=Verbs, add_completion=False, no_args_is_help=True, rich_markup_mode="rich")
+    outer = typer.Typer(cls=Verbs, no_args_is_help=True, rich_markup_mode="rich")
     outer.callback()(foretell)
-    group = typer.main.get_command(outer)
+    group = plain(typer.main.get_command(outer))
     for verb, (_, help) in VERBS.items():
-        group.add_command(TyperCommand(name=verb, help=help))  # type: ignore[attr-defined]
+        group.add_command(TyperCommand(name=verb, help=help))
     return group
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and leaves the process; `arguments` default to those it was started with."""
+    """Runs the command line and exits; `arguments` default to those the process was started with."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # an answer may hold what this terminal cannot show
+            stream.reconfigure(errors="replace")  # an answer may hold characters that this terminal lacks
     try:
         try:
             with terminal.warnings_as_notes():
@@ -112,8 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _reader_left() -> int:
-    """The exit code of a program whose output nobody reads (`| head`), which then dies without a word."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's last flush complains
+    """Returns the exit code of a program whose reader has left (`| head`), and silences Python's last flush."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141
 
 

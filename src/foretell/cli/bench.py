@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foretell.cli.options import Base, flat
+from foretell.cli.options import Base, Cache, flat
 from foretell.cli.terminal import command_line, job_progress, note
 from foretell.errors import ForetellError, UsageError
 
@@ -312,11 +312,11 @@ def sweep(
     _print(_measure(llm, base, folder, chosen, specs, how, run_code=False), folder)
 
 
-def setup(base: Base, peer: Annotated[str, typer.Argument(help="transformers, llama.cpp or vllm.")]) -> None:
+def setup(cache: Cache, peer: Annotated[str, typer.Argument(help="transformers, llama.cpp or vllm.")]) -> None:
     """Install a peer in an environment of its own, in the cache folder."""
     from foretell.bench.peers import set_up
 
-    set_up(peer, base.cache_dir, note)
+    set_up(peer, cache.cache_dir, note)
 
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")

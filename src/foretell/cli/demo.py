@@ -1,12 +1,13 @@
-"""`foretell demo`: one question answered twice, without and with a drafter, and what the difference is worth.
+"""`foretell demo`: one question answered twice, without and with a drafter, and how much faster the second is.
 
-The reader watches one answer of each; those runs pay for the terminal, so they are not measured. The measured
-ones follow in silence, taking turns so that a busy machine is unfair to both, and the medians are shown.
+One answer of each is shown; the terminal slows those runs, so they are not measured. The measured runs follow, nothing
+of them shown, in turns, so that a busy machine slows both alike; their medians are printed.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foretell.cli.options import Base, Loading, flag
-from foretell.cli.paying import verdict
-from foretell.cli.terminal import note
+from foretell.cli.speculation_notes import verdict
+from foretell.cli.terminal import note, program
 from foretell.errors import UsageError
 
 if TYPE_CHECKING:
@@ -45,16 +46,16 @@ class Account:
         self.withdraw(amount)
         other.deposit(amount)
 ```"""
-"""An edit: the answer repeats much of the question, as summaries do too. Elsewhere drafting gains less."""
+"""An edit: the answer repeats much of the question, as summaries do, so drafting gains more than elsewhere."""
 REPEATS, PATIENCE = 3, 8.0
-"""Measured runs of each; none begins after so many seconds."""
+"""How many runs of each are measured; none begins after PATIENCE seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoLoading(Loading):
-    """What comes with foretell is what to show."""
+    """By default the drafter that comes with foretell is shown."""
 
-    drafter: str = flag("", "What guesses; by default the best that comes with foretell, lookup merged.", "-d")
+    drafter: str = flag("", "The drafter; by default the best that comes with foretell, with lookup.", "-d")
 
 
 @dataclass
@@ -73,8 +74,12 @@ class _Side:
 
 def demo(
     loading: DemoLoading,
-    question: Annotated[str | None, typer.Argument(help="By default: edit a short program.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=2, help="Most tokens.")] = 200,
+    question: Annotated[
+        str | None, typer.Argument(help="What to answer; by default an edit of a short program.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=2, help="Maximum number of tokens.")
+    ] = 200,
 ) -> None:
     """See and measure what drafting changes, on this machine.
 
@@ -83,6 +88,7 @@ def demo(
     """
     from foretell.prompt_files import check_text
 
+    loading.check()
     text = QUESTION if question is None else question
     check_text(text, "the question")
     sides = _sides(loading)
@@ -94,6 +100,7 @@ def demo(
         _show(side, ids, max_new_tokens)
     _measure(sides, ids, max_new_tokens)
     same = _report(sides)
+    _print_next_steps(loading, sides[1])
     if not same and sides[1].llm.drafter.lossless:
         raise typer.Exit(1)
 
@@ -111,7 +118,9 @@ def _sides(loading: Loading) -> list[_Side]:
         plain = LLM(drafted.backbone, drafted.tokenizer, drafters.build("plain", drafted.backbone), drafted.folder)
     else:
         plain = Base.load(loading)
-        name = drafters.recommended(plain.backbone)
+        recommendation = drafters.recommend(plain.backbone)
+        name = recommendation.name
+        note(f"Chosen for this model and machine: {recommendation}.")
         drafter = drafters.build(name, plain.backbone, lookup=True)
         drafted = LLM(plain.backbone, plain.tokenizer, drafter, plain.folder)
     lookup = " with lookup" if isinstance(drafted.drafter, WithLookup) else ""
@@ -119,9 +128,9 @@ def _sides(loading: Loading) -> list[_Side]:
 
 
 def _show(side: _Side, ids: list[int], max_new_tokens: int) -> None:
-    """Streams an answer; what the drafter had guessed is green and underlined if the terminal can show it."""
+    """Streams an answer; tokens that the drafter guessed are green and underlined if the terminal can show that."""
     marks = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    guessed = "  (what it guessed is underlined)" if marks and side.name != "plain" else ""
+    guessed = "  (the tokens it guessed are underlined)" if marks and side.name != "plain" else ""
     print(f"--- {side.name}{guessed}")
     for event in side.llm.stream(ids, max_new_tokens=max_new_tokens):
         for text, drafted in event.pieces:
@@ -138,7 +147,7 @@ def _measure(sides: list[_Side], ids: list[int], max_new_tokens: int) -> None:
 
 
 def _report(sides: list[_Side]) -> bool:
-    """Prints the comparison; whether every run gave the same ids."""
+    """Prints the comparison; returns whether every run gave the same ids."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -163,6 +172,19 @@ def _report(sides: list[_Side]) -> bool:
         f"{str(b.dtype).removeprefix('torch.')}."
     )
     drafted = sides[1]
-    if said := verdict(drafted.rate / plain.rate, drafted.runs[-1].statistics, b):
-        print(said)
+    if sentence := verdict(drafted.rate / plain.rate, drafted.runs[-1].statistics, b):
+        print(sentence)
     return same
+
+
+def _print_next_steps(loading: Loading, drafted: _Side) -> None:
+    """Prints commands to try next, as they work in this shell."""
+    name, _, lookup = drafted.name.partition(" ")
+    words = [*(["-m", loading.model] if loading.model != Base.model else []), "-d", name]
+    words += [word for text in loading.option or () for word in ("-o", text)] + ["--lookup"] * bool(lookup)
+    options, foretell = shlex.join(words), program()
+    print("\nNext:")
+    print(f"  {foretell} chat {options}")
+    print(f'  {foretell} generate {options} --stats "Why is the sky blue?"')
+    print(f"  {foretell} tune      measures this machine more closely; trees and drafters are then chosen by it")
+    print(f"  {foretell} --help    lists the other commands")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foretell.cli.options import Loading, Sampling
-from foretell.cli.paying import note_held_back
+from foretell.cli.speculation_notes import note_held_back
 from foretell.cli.terminal import answer_progress, note
 from foretell.cli.wording import note_error
 from foretell.errors import ForetellError, UsageError

@@ -1,13 +1,20 @@
-"""`foretell models`: what can be loaded by name, and what is here already."""
+"""`foretell models`, `pull` and `rm`: which models can be loaded by name, and what they take on disk."""
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from foretell.cli.options import Cache
+from foretell.cli.terminal import load_progress, note
+from foretell.errors import UsageError
+
+Name = Annotated[str, typer.Argument(help="A name from `foretell models`.")]
 
 
 @dataclass(frozen=True)
@@ -18,20 +25,19 @@ class _Row:
     source: str
     cached: bool
     path: str | None
+    problem: str = ""
 
 
 def models(
-    cache_dir: Annotated[
-        Path | None, typer.Option("--cache-dir", help="Where fetched models are kept; else FORETELL_CACHE.")
-    ] = None,
+    cache: Cache,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
-    """List the models that can be loaded by name.
+    """List the models that can be loaded by name: the catalogue's, and what is in foretell's and in the hub's cache.
 
-    Catalogue models are fetched and converted when first used; a hub id (org/name), a local folder or a .gguf
-    file works as well, by its own name.
+    A model that is not here yet is fetched when it is first used, or by `foretell pull`. A hub id (org/name), a local
+    folder or a .gguf file works as well, by its own name.
     """
-    rows = _rows(cache_dir)
+    rows = _rows(cache.cache_dir)
     if as_json:
         for row in rows:
             print(json.dumps(asdict(row)))
@@ -39,28 +45,75 @@ def models(
         _print(rows)
 
 
-def _rows(cache_dir: Path | None) -> list[_Row]:
-    from foretell.files import read_json
-    from foretell.loading import lora
-    from foretell.loading.cache_dir import cached_models
-    from foretell.loading.catalog import CATALOG
+def pull(
+    cache: Cache,
+    model: Annotated[str, typer.Argument(help="A catalogue name, a hub id, a .gguf file; + an adapter.")],
+) -> None:
+    """Fetch a model, so that it loads without a network; a GGUF file is converted, an adapter is merged."""
+    from foretell.loading.resolve import resolve
 
-    cached = [
-        _Row(model.name, model.bytes, model.licence, model.source, True, str(model.path))
-        for model in cached_models(cache_dir)
+    with load_progress() as progress:
+        found = resolve(model, cache_dir=cache.cache_dir, offline=False, progress=progress)
+    size = sum(file.stat().st_size for file in found.path.iterdir() if file.is_file())
+    note(f"{model} is ready: {size / 1e6:,.0f} MB in {found.path}")
+
+
+def rm(
+    cache: Cache,
+    model: Name,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete a model from foretell's cache; it is fetched or converted again when it is next used.
+
+    Models in the hub's cache are shared with other programs and stay; so does every folder and file of yours.
+    """
+    from foretell.loading.cache_dir import cache_folder, remove, stored_models
+
+    names = {model, model.lower(), str(Path(model).expanduser().resolve())}
+    named = [stored for stored in stored_models(cache.cache_dir) if stored.name in names]
+    here = [stored for stored in named if stored.source != "hub"]
+    if not here:
+        raise UsageError(_why_not(model, bool(named), cache_folder(cache.cache_dir)))
+    size = f"{sum(stored.bytes for stored in here) / 1e6:,.0f} MB"
+    if not yes:
+        if not sys.stdin.isatty():
+            raise UsageError(f"Deleting {model} ({size}) needs a yes; give --yes.")
+        typer.confirm(f"Delete {model} ({size}) from {here[0].path.parent}?", abort=True, err=True)
+    for stored in here:
+        remove(stored)
+    note(f"{model} is deleted: {size} are free again.")
+
+
+def _why_not(model: str, in_hub: bool, cache: Path) -> str:
+    """Why a model cannot be deleted."""
+    if in_hub:
+        return (
+            f"{model} is in the hub's cache, which other programs share; delete it with "
+            f"`hf cache rm model/{model.partition('@')[0]}`."
+        )
+    if Path(model).expanduser().exists():
+        return f"{model} is a file or folder of yours, and nothing made from it is in {cache}; delete it yourself."
+    return f"{model} is not in {cache}; `foretell models` lists what is."
+
+
+def _rows(cache_dir: Path | None) -> list[_Row]:
+    from foretell.loading.cache_dir import stored_models
+    from foretell.loading.catalog import CATALOG, shipped_adapters
+
+    stored = [
+        _Row(model.name, model.bytes, model.licence, model.source, not model.problem, str(model.path), model.problem)
+        for model in stored_models(cache_dir)
     ]
-    here = {row.name for row in cached}
+    here = {row.name for row in stored if row.cached}
+    bases = {name: (name, "catalog") for name in CATALOG} | {
+        f"{base}+{adapter}": (base, "catalog, with an adapter") for adapter, base in shipped_adapters().items()
+    }
     absent = [
-        _Row(entry.name, entry.stored_bytes, entry.licence, "catalog", False, None)
-        for entry in CATALOG.values()
-        if entry.name not in here
+        _Row(name, CATALOG[base].stored_bytes, CATALOG[base].licence, source, False, None)
+        for name, (base, source) in bases.items()
+        if name not in here
     ]
-    for config in lora.SHIPPED.glob(f"*/{lora.CONFIG}"):
-        base = CATALOG[read_json(config)["base_model_name_or_path"]]
-        name = f"{base.name}+{config.parent.name}"
-        if name not in here:
-            absent.append(_Row(name, base.stored_bytes, base.licence, "catalog, with an adapter", False, None))
-    return sorted(cached + absent, key=lambda row: (row.source != "catalog", row.name))
+    return sorted(stored + absent, key=lambda row: (row.source != "catalog", row.name))
 
 
 def _print(rows: list[_Row]) -> None:
@@ -68,10 +121,14 @@ def _print(rows: list[_Row]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "size", "licence", "from", "cached", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table("name", "size", "licence", "from", "on disk", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in table.columns:
         column.overflow = "fold"  # a name cut short could not be typed
     for row in rows:
         size = f"{row.bytes / 1e6:,.0f} MB"
-        table.add_row(row.name, size, row.licence or "see its card", row.source, "yes" if row.cached else "no")
-    Console().print(table)
+        state = "yes" if row.cached else row.problem or "no"
+        table.add_row(row.name, size, row.licence or "see its card", row.source, state)
+    console = Console()
+    console.print(table)
+    if total := sum(row.bytes for row in rows if row.path):
+        print(f"On disk: {total / 1e6:,.0f} MB.")

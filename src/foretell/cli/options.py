@@ -1,16 +1,17 @@
-"""Options that several verbs share, as dataclasses: a verb asks for a whole group by one annotated parameter.
+"""Options that several verbs share, as dataclasses: a verb takes a whole group as one annotated parameter.
 
     def generate(prompt: str, loading: Loading, sampling: Sampling) -> None:
         llm = loading.load()
 
-`flat` spreads the groups into the single options that typer reads. torch is imported when a group is used,
-not here: `--help` must be quick.
+`flat` spreads the groups into the single options that typer reads. torch is imported when a model is loaded or a
+drafter's options are looked up, not before: help and most refusals are quick.
 """
 
 # ruff: noqa: RUF009  (flag is dataclasses.field)
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import wraps
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hi
 import typer
 
 from foretell import drafters
+from foretell.cli.defaults import of_drafter
 from foretell.cli.terminal import load_progress, note
 from foretell.errors import UsageError
 
@@ -30,9 +32,20 @@ if TYPE_CHECKING:
     from foretell.verify import Typical
 
 
-def flag(default: Any, help: str, *short: str) -> Any:
-    """A field that becomes an option of the same name."""
-    return field(default=default, metadata={"help": help, "short": short})
+def flag(default: Any, help: str, *short: str, hidden: bool = False) -> Any:
+    """Returns a dataclass field that becomes an option of the same name; `hidden` from help."""
+    return field(default=default, metadata={"help": help, "short": short, "hidden": hidden})
+
+
+CACHE = "Where fetched models are kept; by default FORETELL_CACHE, else ~/.cache/foretell."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """Where fetched models are kept, for verbs that load none."""
+
+    PANEL: ClassVar[str] = "Model"
+    cache_dir: Path | None = flag(None, CACHE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +55,34 @@ class Base:
     PANEL: ClassVar[str] = "Model"
     model: str = flag(
         "smollm2-135m",
-        "A name from `foretell models`, a hub id, a folder, a .gguf file; + an adapter.",
+        "A name from `foretell models`, a hub id, a folder or a .gguf file; +ADAPTER merges a LoRA adapter.",
         "-m",
     )
-    dtype: Literal["bf16", "fp32"] | None = flag(None, "Number type; by default what suits this machine.")
+    dtype: Literal["bf16", "fp32"] | None = flag(None, "Number type; by default the one that suits this machine.")
     device: str | None = flag(None, "Where to compute: cpu or cuda; by default the GPU if there is one.")
     threads: int | None = flag(None, "CPU threads; by default the cores this process may use.")
-    kernel: str | None = flag(None, "How to compute: eager, or a compiled build by name; by default the best.")
-    cache_dir: Path | None = flag(None, "Where fetched models are kept; else FORETELL_CACHE.")
+    kernel: str | None = flag(None, "Kernels: eager, or a compiled build by name; by default the best.")
+    cache_dir: Path | None = flag(None, CACHE)
     offline: bool = flag(False, "Fetch nothing.")
 
+    def check(self) -> None:
+        """Refuses, before torch is imported, what could not be loaded.
+
+        Raises:
+            UsageError: an unknown model or device, no threads.
+            ForetellError: the model is not here and offline mode forbids fetching it.
+        """
+        from foretell.loading.resolve import check_name
+
+        if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise UsageError(f"Unknown device {self.device!r}; use cpu, or cuda (cuda:1, ...) where there is a GPU.")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"threads is {self.threads}; it must be at least 1.")
+        check_name(self.model, cache_dir=self.cache_dir, offline=self.offline or None)
+
     def load(self, drafter: str = "plain", lookup: bool = False, **options: Any) -> LLM:
-        """The model with a drafter; says what limits the promise."""
+        """Loads the model with a drafter; prints a note where exactness is limited, or kernels are missing."""
+        self.check()
         import foretell
 
         with load_progress() as progress:
@@ -75,15 +104,34 @@ class Base:
 class Loading(Base):
     """Which model, which drafter, and how they compute."""
 
-    drafter: str = flag("plain", "What guesses; see the list below.", "-d")
-    option: list[str] | None = flag(None, "An option of the drafter, as key=value; repeatable.", "-o")
+    drafter: str = flag("plain", "The drafter that guesses tokens; see the list below.", "-d")
+    option: list[str] | None = flag(
+        None, "An option of the drafter, as key=value; repeatable. -o help lists the drafter's options.", "-o"
+    )
     lookup: bool = flag(False, "Merge candidates of prompt lookup into the drafter's trees.")
 
+    def check(self) -> None:
+        """Refuses an unknown drafter, too; its options are checked by `drafter_options`, which imports torch."""
+        if self.drafter and self.drafter not in drafters.DRAFTERS:
+            drafters.drafter_class(self.drafter)
+        super().check()
+
+    def drafter_options(self) -> dict[str, Any]:
+        """Returns the drafter's options: those of the config file, and over them those of the command line.
+
+        With -o help it lists what options there are, and exits.
+        """
+        if "help" in (self.option or ()):
+            from foretell.cli.drafters import show_options
+
+            show_options(self.drafter)
+            raise typer.Exit()
+        return drafter_options(self.drafter, [*of_drafter(self.drafter), *(self.option or ())])
+
     def load(self, drafter: str = "", lookup: bool = False, **options: Any) -> LLM:
-        """Options are checked before anything is fetched."""
-        llm = super().load(
-            drafter or self.drafter, lookup or self.lookup, **drafter_options(self.drafter, self.option), **options
-        )
+        """Loads the model with the drafter; all options are checked before anything is fetched."""
+        self.check()
+        llm = super().load(drafter or self.drafter, lookup or self.lookup, **self.drafter_options(), **options)
         if not llm.drafter.lossless:
             note(f"note: {self.drafter} is lossy: its output need not be the model's own.")
         return llm
@@ -91,18 +139,18 @@ class Loading(Base):
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How long and how fast a drafter learns; `train.trainer.Settings` checks the values."""
+    """How long and how fast a drafter is trained; `train.trainer.Settings` checks the values."""
 
     PANEL: ClassVar[str] = "Training"
     epochs: float = flag(4.0, "Passes over the data.")
-    learning_rate: float = flag(1e-3, "At its peak.", "--lr")
-    batch_tokens: int = flag(8192, "Tokens of a batch.")
+    learning_rate: float = flag(1e-3, "Learning rate at its peak.", "--lr")
+    batch_tokens: int = flag(8192, "Tokens per batch.")
     accumulate: int = flag(1, "Batches per step.")
-    warmup: float = flag(0.05, "Share of the steps that lead up to the peak.")
-    weight_decay: float = flag(0.0, "Of AdamW.")
-    held_out: float = flag(0.03, "Share of the conversations kept for measuring (400 at most of each folder).")
-    save_seconds: float = flag(300.0, "Seconds between saved states.")
-    seed: int = flag(0, "Of the order of the data.")
+    warmup: float = flag(0.05, "Share of the steps in which the learning rate rises to its peak.")
+    weight_decay: float = flag(0.0, "Weight decay of AdamW.")
+    held_out: float = flag(0.03, "Share of the conversations kept for evaluation (at most 400 of each folder).")
+    save_seconds: float = flag(300.0, "Seconds between saved training states.")
+    seed: int = flag(0, "Seed of the order of the data.")
 
     def settings(self) -> Settings:
         from foretell.train.trainer import Settings
@@ -115,29 +163,30 @@ class Sampling:
     """How tokens are chosen; `SamplingParams` checks the values."""
 
     PANEL: ClassVar[str] = "Sampling"
-    max_new_tokens: int = flag(256, "Most tokens of an answer.", "-n")
+    max_new_tokens: int = flag(256, "Maximum number of tokens of an answer.", "-n")
     temperature: float = flag(0.0, "0 takes the most probable token; above 0 samples.", "-t")
     top_p: float = flag(1.0, "Sample from the smallest set of this probability.")
-    top_k: int = flag(0, "Sample from so many tokens; 0 for all.")
-    min_p: float = flag(0.0, "Drop tokens below this share of the most probable.")
-    repetition_penalty: float = flag(1.0, "Above 1 makes tokens seen before less probable.")
-    presence_penalty: float = flag(0.0, "Taken once from tokens of the answer.")
-    frequency_penalty: float = flag(0.0, "Taken from tokens of the answer for each time they occur.")
+    top_k: int = flag(0, "Sample from the K most probable tokens; 0 for all.")
+    min_p: float = flag(0.0, "Drop tokens less probable than this share of the most probable one.")
+    repetition_penalty: float = flag(1.0, "Above 1 makes tokens of the prompt and the answer less probable.")
+    presence_penalty: float = flag(0.0, "Subtracted once from the logit of every token of the answer.")
+    frequency_penalty: float = flag(0.0, "Subtracted from a token's logit for each time that it occurs in the answer.")
     logit_bias: list[str] | None = flag(None, "ID=VALUE, added to that token's logit; repeatable.")
     seed: int | None = flag(
-        None, "Of sampling: the same seed draws the same tokens with every drafter. By default a new one each time."
+        None,
+        "Seed of sampling; every drafter draws the same tokens by it. By default a new one each time.",
     )
     stop: list[str] | None = flag(None, "A text, or a special token, that ends an answer; repeatable.")
-    stop_id: list[int] | None = flag(None, "A token id that does; repeatable.")
-    ignore_eos: bool = flag(False, "Go on past the model's end of text.")
-    logprobs: int | None = flag(None, "With --json: log-probabilities, with so many rivals.")
-    typical: str | None = flag(None, "Typical acceptance (lossy), as EPS,DELTA or 'default' (0.09,0.3).")
-    no_adapt: bool = flag(False, "Go on speculating where plain steps measure faster.")
+    stop_id: list[int] | None = flag(None, "A token id that ends an answer; repeatable.")
+    ignore_eos: bool = flag(False, "Continue past the model's end of text.")
+    logprobs: int | None = flag(None, "With --json: log-probabilities, with so many alternatives.")
+    typical: str | None = flag(None, "Typical acceptance (lossy), as EPS,DELTA or default (0.09,0.3).")
+    no_adapt: bool = flag(False, "Keep speculating where plain steps are measured to be faster.")
 
     def params(self) -> SamplingParams:
         from foretell.requests import SamplingParams
 
-        same = set(vars(self)) & {each.name for each in fields(SamplingParams)} - {"stop", "logit_bias"}
+        same = set(vars(self)) & {param.name for param in fields(SamplingParams)} - {"stop", "logit_bias"}
         return SamplingParams(
             **{name: getattr(self, name) for name in same},
             logit_bias=dict(_bias(text) for text in self.logit_bias or ()),
@@ -146,11 +195,9 @@ class Sampling:
         ).seeded()
 
     def rule(self) -> Typical | None:
-        """Typical acceptance if it was asked for, said aloud because it is lossy."""
+        """Returns the rule of typical acceptance if it was given, with a note that it is lossy."""
         if self.typical is None:
             return None
-        from foretell.verify import Typical
-
         given = {"temperature": self.temperature} if self.temperature else {}
         if self.typical != "default":
             try:
@@ -158,13 +205,29 @@ class Sampling:
             except ValueError:
                 raise UsageError(f"--typical {self.typical!r} is not EPS,DELTA; write 0.09,0.3 or default.") from None
             given |= {"epsilon": epsilon, "delta": delta}
+        from foretell.verify import Typical
+
         rule = Typical(**given)
         note("note: typical acceptance is lossy: its output need not be the model's own.")
         return rule
 
 
+def shared_options() -> dict[str, Any]:
+    """Returns the options of the panels Model and Sampling with their types, for a config file's first lines.
+
+    `option` is not among them: it belongs to one drafter.
+    """
+    kinds = get_type_hints(Loading) | get_type_hints(Sampling)
+    return {
+        option.name: kinds[option.name]
+        for group in (Loading, Sampling)
+        for option in fields(group)
+        if option.name != "option"
+    }
+
+
 def drafter_table() -> str:
-    """The drafters by name, read when help is printed: one registered from outside is in it."""
+    """Returns the list of drafters for the end of help, registered ones included."""
     table = drafters.table()
     width = max(map(len, table))
     rows = [f"  {name:{width}}  {help}".replace("[", "\\[") for name, (_, help) in table.items()]
@@ -172,7 +235,7 @@ def drafter_table() -> str:
 
 
 def flat(function: Callable[..., None]) -> Callable[..., None]:
-    """The function with each parameter that is a dataclass of options replaced by the options themselves."""
+    """Returns the function with each parameter that is a dataclass of options replaced by the single options."""
     hints = get_type_hints(function, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     spread: dict[str, tuple[Any, Any]] = {}  # name -> (annotation, default)
@@ -182,15 +245,18 @@ def flat(function: Callable[..., None]) -> Callable[..., None]:
             spread[parameter.name] = hints[parameter.name], parameter.default
             continue
         kinds = get_type_hints(group)
-        for each in fields(group):
-            names = (f"--{each.name.replace('_', '-')}", *each.metadata["short"])
-            option = typer.Option(*names, help=each.metadata["help"], rich_help_panel=group.PANEL)
-            spread[each.name] = Annotated[kinds[each.name], option], each.default
+        for member in fields(group):
+            option = typer.Option(
+                *_names(member.name, kinds[member.name] is bool), *member.metadata["short"],
+                help=member.metadata["help"], rich_help_panel=group.PANEL, show_default=member.default is not False,
+                autocompletion=COMPLETIONS.get(member.name), hidden=member.metadata["hidden"],
+            )  # fmt: skip
+            spread[member.name] = Annotated[kinds[member.name], option], member.default
 
     @wraps(function)
     def call(**given: Any) -> None:
         for name, group in groups.items():
-            given[name] = group(**{each.name: given.pop(each.name) for each in fields(group)})
+            given[name] = group(**{member.name: given.pop(member.name) for member in fields(group)})
         function(**given)
 
     call.__annotations__ = {name: annotation for name, (annotation, _) in spread.items()}
@@ -201,6 +267,29 @@ def flat(function: Callable[..., None]) -> Callable[..., None]:
         ]
     )
     return call
+
+
+def _names(name: str, switch: bool) -> list[str]:
+    """The option's name; of a switch that another name turns off again, as a config file may have turned it on."""
+    words = name.replace("_", "-")
+    if not switch:
+        return [f"--{words}"]
+    return [f"--{words}/--{words.removeprefix('no-') if words.startswith('no-') else f'no-{words}'}"]
+
+
+def _models(incomplete: str) -> list[str]:
+    from foretell.loading.cache_dir import cached_models
+    from foretell.loading.catalog import names
+
+    return [name for name in {*names(), *(model.name for model in cached_models())} if name.startswith(incomplete)]
+
+
+def _drafters(incomplete: str) -> list[str]:
+    return [name for name in drafters.DRAFTERS if name.startswith(incomplete)]
+
+
+COMPLETIONS: dict[str, Callable[[str], list[str]]] = {"model": _models, "drafter": _drafters}
+"""Option -> what a shell may complete a word to."""
 
 
 # -- one value -----------------------------------------------------------------------------------------------

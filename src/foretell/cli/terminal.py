@@ -1,14 +1,15 @@
-"""The terminal besides the answers: notes and progress on stderr, and Ctrl-C. stdout holds answers only."""
+"""Everything on the terminal that is not an answer: notes and progress, on stderr, and Ctrl-C."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,22 +28,34 @@ def note(text: str) -> None:
 
 @contextmanager
 def warnings_as_notes() -> Iterator[None]:
-    """Prints what the library warns of as notes; the warnings of others stay as they are."""
+    """Prints the library's own warnings as notes; other warnings stay as they are."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 
-        def ours(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
+        def show_as_note(message: Any, category: type[Warning], *where: Any, **more: Any) -> None:
             if issubclass(category, ForetellWarning):
                 note(f"note: {message}")
             else:
                 show(message, category, *where, **more)
 
-        warnings.showwarning = ours
+        warnings.showwarning = show_as_note
         yield
 
 
+def program() -> str:
+    """Returns what to type to run foretell here: its name, or its path where the name alone is not found."""
+    path = Path(sys.argv[0])
+    if path.name != "foretell":
+        return f"{Path(sys.executable).name} -m foretell"
+    if shutil.which("foretell"):
+        return "foretell"
+    with suppress(ValueError):
+        path = path.absolute().relative_to(Path.cwd())
+    return str(path)
+
+
 def command_line() -> str:
-    """The command as it was typed, to be kept with what it made; of paths that lead elsewhere their last part only."""
+    """Returns the command as typed, to be stored with its results; absolute paths are cut to their last part."""
 
     def bare(argument: str) -> str:
         head, equals, value = argument.rpartition("=")
@@ -86,9 +99,9 @@ def load_progress() -> Iterator[Callable[[str, float], None]]:
 
 @contextmanager
 def answer_progress(count: int) -> Iterator[Callable[[int, bool], None]]:
-    """Prompts done, tokens per second and time left; called with (new tokens, whether a prompt is done).
+    """Yields a callback (new tokens, whether a prompt is done) that shows prompts done, tokens per second, time left.
 
-    Only where it disturbs nothing: stderr is a terminal, and answers go elsewhere.
+    Shown only if stderr is a terminal and answers go elsewhere.
     """
     if count < 2 or not _draws() or sys.stdout.isatty():
         yield lambda tokens, ended: None
@@ -108,12 +121,12 @@ def answer_progress(count: int) -> Iterator[Callable[[int, bool], None]]:
 
 @contextmanager
 def job_progress(name: str, unit: str, resumes: bool = True) -> Iterator[Callable[[int, int, int], None]]:
-    """The time left, and the rate of `unit` if there is one; called with (done, total, units so far).
+    """Yields a callback (done, total, units so far) that shows the time left, and the rate of `unit` if given.
 
-    A bar, or a line every half minute where none can be drawn. Until the first call the total is not known.
+    It draws a bar, or prints a line every half minute where none can be drawn. The first call names the total.
 
     Args:
-        resumes: the same command would go on where it was; an interruption then says so.
+        resumes: the same command continues an interrupted job; an interruption then says so.
     """
     began = time.perf_counter()
 
@@ -134,31 +147,31 @@ def job_progress(name: str, unit: str, resumes: bool = True) -> Iterator[Callabl
 
 
 def _lines(name: str, rate: Callable[[int], str]) -> Callable[[int, int, int], None]:
-    """A line every half minute, and one at the end."""
-    began = said = time.perf_counter()
-    first: list[tuple[int, float]] = []  # a run gone on with begins in the midst
+    """Returns a callback that prints a line every half minute, and one at the end."""
+    began = printed = time.perf_counter()
+    first: list[tuple[int, float]] = []  # a resumed run does not begin at 0
 
-    def left(done: int, total: int) -> str:
+    def time_left(done: int, total: int) -> str:
         begun, at = first[0]
         if not begun < done < total:
             return ""
         return f"about {(time.perf_counter() - at) / (done - begun) * (total - done):.0f} s left"
 
-    def say(done: int, total: int, units: int) -> None:
-        nonlocal said
+    def report(done: int, total: int, units: int) -> None:
+        nonlocal printed
         if not first:
             first.append((done, time.perf_counter()))
-        if time.perf_counter() - said > 30 or done == total:
-            said = time.perf_counter()
-            parts = f"{name}: {done}/{total}", rate(units), f"{said - began:.0f} s", left(done, total)
-            note(", ".join(filter(None, parts)))
+        if time.perf_counter() - printed > 30 or done == total:
+            printed = time.perf_counter()
+            columns = f"{name}: {done}/{total}", rate(units), f"{printed - began:.0f} s", time_left(done, total)
+            note(", ".join(filter(None, columns)))
 
-    return say
+    return report
 
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """A list that Ctrl-C fills, instead of an exception anywhere in a step; a second Ctrl-C insists."""
+    """Yields a list that Ctrl-C fills instead of raising in the middle of a step; a second Ctrl-C raises."""
     caught: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
@@ -179,7 +192,7 @@ def _draws() -> bool:
 
 
 def _bar(done: str | ProgressColumn, rate: str = "") -> Progress:
-    """Name, bar, what is done, rate, time left; a narrow terminal has neither bar nor rate, so that nothing is cut."""
+    """Returns a bar of name, bar, count, rate and time left; a narrow terminal leaves out bar and rate."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

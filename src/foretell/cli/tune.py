@@ -1,4 +1,4 @@
-"""`foretell tune`: what a step costs on this machine, and which tree that makes the best."""
+"""`foretell tune`: what a step costs on this machine, and which tree is the best by that."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from foretell.cli.options import Loading, drafter_options
+from foretell.cli.options import Loading
 from foretell.cli.terminal import job_progress, note
 from foretell.errors import ForetellError
 
@@ -18,18 +18,22 @@ if TYPE_CHECKING:
     from foretell.backbone.step_costs import StepCosts
     from foretell.contracts import Drafter
 
-PROMPT, NEW_TOKENS = "Explain how rain forms, step by step.", 48
-"""What is decoded to see how long drafting takes."""
+PROMPT, NEW_TOKENS, RUNS = "Explain how rain forms, step by step.", 48, 3
+"""What is decoded, and how often, to measure how long drafting takes."""
 
 
 def tune(
     loading: Loading,
     quick: Annotated[bool, typer.Option("--quick", help="Batch 1 only, fewer repeats.")] = False,
 ) -> None:
-    """Measure what steps and drafting cost here; drafters choose their trees by it from then on."""
+    """Measure what steps and drafting cost here; drafters choose their trees by it from then on.
+
+    Two things are measured: steps of every size, batch and context, and then how long each drafter takes to draft: the
+    one given, and those that come with foretell for this model.
+    """
+    loading.check()
     from foretell import drafters
     from foretell.backbone.step_costs import REPEATS, ROWS, StepCosts, costs_file, measure
-    from foretell.drafting.checkpoint import shipped
 
     llm = loading.load()
     with job_progress("measuring steps, %", "", resumes=False) as progress:
@@ -40,61 +44,84 @@ def tune(
             progress=lambda fraction: progress(round(fraction * 100), 100, 0),
         )
     path = costs_file(llm.backbone, loading.cache_dir)
-    older = None
-    with suppress(ForetellError):  # a damaged table is mended
+    older, before = None, ""
+    with suppress(ForetellError):  # a damaged table is replaced
         older = StepCosts.load(path)
-    costs.over(older).save(path)  # an interruption from here on loses no more than drafting
+        before = drafters.recommend(llm.backbone).name if older else ""
+    costs.over(older).save(path)  # an interruption from here on loses the times of drafting only
     llm.backbone.costs = None  # drafters built now guess, whether that pays or not
-    tokens_per_step, own = llm.drafter.tokens_per_step, 0.0
-    timed: list[tuple[str, Mapping[str, Any]]] = [(name, {}) for name in shipped(llm.backbone)]
-    if tokens_per_step:
-        options = drafter_options(loading.drafter, loading.option)
-        timed.append((loading.drafter, {"lookup": loading.lookup, **options}))
-    with job_progress("measuring drafting", "", resumes=False) as progress:
-        for done, (name, given) in enumerate(timed, start=1):
-            own = _drafting(llm, drafters.build(name, llm.backbone, **given))  # the last is the one asked for
-            costs.drafting.setdefault(name, own)  # what ships is meant where both are of one method
-            progress(done, len(timed), 0)
+    tokens_per_step = llm.drafter.tokens_per_step
+    own = _measure_drafting(llm, loading, costs)
     costs.over(older).save(path)
-    _table(costs, own, tokens_per_step)
+    _print_table(costs, own, tokens_per_step)
     note(f"Kept in {path}; -o nodes=N overrides it.")
+    llm.backbone.costs = path
+    after = drafters.recommend(llm.backbone)
+    changed = f" (until now {before})" if before not in ("", after.name) else ""
+    note(f"Used where no drafter is named{changed}: {after}.")
+
+
+def _measure_drafting(llm: LLM, loading: Loading, costs: StepCosts) -> float:
+    """Adds to `costs` the seconds a step that each drafter takes; returns those of the one given, 0 for a plain one."""
+    from foretell import drafters
+    from foretell.drafting.checkpoint import shipped
+
+    timed: list[tuple[str, Mapping[str, Any]]] = [(name, {}) for name in shipped(llm.backbone)]
+    if llm.drafter.tokens_per_step:
+        timed.append((loading.drafter, {"lookup": loading.lookup, **loading.drafter_options()}))
+    seconds = 0.0
+    with job_progress("measuring drafting", "", resumes=False) as progress:
+        for i, (name, options) in enumerate(timed):
+            drafter, runs = drafters.build(name, llm.backbone, **options), []
+            for run in range(RUNS):
+                runs.append(_drafting(llm, drafter))
+                progress(i * RUNS + run + 1, len(timed) * RUNS, 0)
+            seconds = median(runs)
+            costs.drafting.setdefault(name, seconds)  # where two are of one method, what ships counts
+    return seconds
 
 
 def _drafting(llm: LLM, drafter: Drafter) -> float:
-    """Seconds a step that a drafter takes."""
+    """Seconds a step that a drafter takes in one answer."""
     from foretell.api import LLM
 
     other, raw = LLM(llm.backbone, llm.tokenizer, drafter), not llm.tokenizer.has_chat_template
-    found = [other.generate([PROMPT], raw=raw, max_new_tokens=NEW_TOKENS, adapt=False)[0].statistics for _ in range(3)]
-    return median(each.draft_seconds / max(1, each.steps) for each in found)
+    statistics = other.generate([PROMPT], raw=raw, max_new_tokens=NEW_TOKENS, adapt=False)[0].statistics
+    return statistics.draft_seconds / max(1, statistics.steps)
 
 
-def _table(costs: StepCosts, drafting: float, tokens_per_step: Mapping[int, float]) -> None:
-    """Milliseconds of a step by nodes; with a drafter that has trees, its best size and what it should gain."""
+def _print_table(costs: StepCosts, drafting: float, tokens_per_step: Mapping[int, float]) -> None:
+    """Prints milliseconds of a step by nodes; for a drafter that has trees, its best size and what it should gain."""
     from rich.console import Console
     from rich.table import Table
 
     sizes = list(next(iter(next(iter(costs.seconds.values())).values())))
     names = ["batch", "context", "ms", *map(str, sizes[1:]), *(["tree", "gain"] if tokens_per_step else [])]
     table = Table(*names, box=None, padding=(0, 1, 0, 0))  # narrow enough that nothing is cut in a pipe
-    sizes_that_pay: list[int] = []
+    left_off: list[str] = []
     for rows, contexts in costs.seconds.items():
         for context, seconds in contexts.items():
             cells = [f"{seconds[1] * 1e3:.1f}", *(f"{seconds[n] / seconds[1]:.2f}" for n in sizes[1:])]
             if tokens_per_step:
-                best = costs.best_size(rows, context, tokens_per_step, drafting)
-                gain = (
-                    costs.rate(rows, context, best, tokens_per_step[best], drafting) * seconds[1] if best > 1 else 1.0
-                )
-                cells += [str(best), f"{gain:.2f}"]
-                sizes_that_pay.append(best)
+                gains = {
+                    nodes: rate * seconds[1]
+                    for nodes, rate in costs.rates(rows, context, tokens_per_step, drafting).items()
+                }
+                best = max(gains, key=gains.__getitem__)
+                if gains[best] <= 1:
+                    left_off.append(
+                        f"batch {rows}, context {context}: tree of {best} nodes, gain {gains[best]:.2f}: left off"
+                    )
+                cells += [str(best) if gains[best] > 1 else "off", f"{gains[best]:.2f}"]
             table.add_row(str(rows), str(context), *cells)
     Console().print(table)
     note("ms: a step of one node; 4, 8, ...: a step of so many nodes, relative to it.")
     if tokens_per_step:
         note(
-            "tree: the nodes that pay most; gain: tokens per second with them, relative to one node; drafting, "
-            f"{drafting * 1e3:.1f} ms a step, is counted as for one row."
+            "tree: the number of nodes that pays most; gain: tokens per second with them, relative to plain decoding; "
+            f"drafting, {drafting * 1e3:.1f} ms a step, is counted as for one row."
         )
-        if 1 in sizes_that_pay:
-            note("tree 1: no tree pays there, so that the drafter guesses nothing and plain steps are taken.")
+    if left_off:
+        note("Where the best tree gains nothing, speculation is left off and plain steps are taken:")
+        for line in left_off:
+            note(f"  {line}")

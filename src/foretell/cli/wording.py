@@ -16,7 +16,8 @@ _ARGUMENT = re.compile(r"`(\w+)=([^`]*)`")
 _OPTIONS = {each.name: f"--{each.name.replace('_', '-')}" for group in (Loading, Sampling, Training)
             for each in fields(group)}  # fmt: skip
 _OPTIONS |= {
-    "learning_rate": "--lr", "stop_ids": "--stop-id", "raw": "--raw", "batch_size": "--batch-size", "out": "--out",
+    "batch_size": "--batch-size", "learning_rate": "--lr", "out": "--out", "raw": "--raw", "start": "--start",
+    "stop_ids": "--stop-id",
 }  # fmt: skip
 """Argument -> option of a verb; an argument that is not here is an option of the drafter."""
 

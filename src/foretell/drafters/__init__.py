@@ -8,6 +8,8 @@ user's own needs none. Command line and benchmark read `table`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
@@ -21,6 +23,7 @@ from foretell.files import one_line
 
 if TYPE_CHECKING:
     from foretell.backbone import Backbone
+    from foretell.backbone.step_costs import StepCosts
     from foretell.contracts import Drafter
 
 DRAFTERS: dict[str, tuple[str | type[Drafter], str]] = {
@@ -133,8 +136,30 @@ def build(drafter: str | type[Drafter], backbone: Backbone, lookup: bool = False
     return with_lookup(built, None if sized else prices_of(backbone))
 
 
-def recommended(backbone: Backbone) -> str:
-    """The best drafter that needs nothing but foretell: one trained for this backbone, else prompt lookup.
+@dataclass(frozen=True)
+class Recommendation:
+    """The drafter to use where none is named, and why.
+
+    Attributes:
+        name: of the drafter.
+        gains: drafter that ships for this model -> estimated tokens per second relative to plain decoding, best first.
+        source: where the costs behind the estimates come from.
+    """
+
+    name: str
+    gains: dict[str, float]
+    source: str
+
+    def __str__(self) -> str:
+        if not self.gains:
+            return f"{self.name}: no trained drafter comes with foretell for this model"
+        others = ", ".join(f"{name} {gain:.2f}x" for name, gain in self.gains.items() if name != self.name)
+        best = f"{self.name}: estimated at {self.gains[self.name]:.2f}x plain decoding by {self.source}"
+        return best + (f"; {others}" if others else "")
+
+
+def recommend(backbone: Backbone) -> Recommendation:
+    """Chooses the best drafter that needs nothing but foretell: one that ships for this backbone, else prompt lookup.
 
     Of several, the one of most tokens per second by what steps cost here, or elsewhere where that cannot be known; and
     by what drafting costs, as `foretell tune` measured, or usually where it has not measured all of them.
@@ -142,16 +167,34 @@ def recommended(backbone: Backbone) -> str:
     from foretell.backbone.step_costs import StepCosts, step_costs
     from foretell.drafting.checkpoint import shipped, tokens_per_step
 
-    mine = shipped(backbone)
-    if not mine:
-        return "prompt_lookup"
-    costs = step_costs(backbone) or StepCosts({1: {CONTEXT: USUAL}})
-    drafting = {method: drafter_class(method).usual_cost * costs.of(1, CONTEXT, 1) for method in mine}
-    if costs.drafting.keys() >= mine.keys():
+    folders = shipped(backbone)
+    if not folders:
+        return Recommendation("prompt_lookup", {}, "")
+    known = step_costs(backbone)
+    costs = known or StepCosts({1: {CONTEXT: USUAL}})
+    plain = costs.of(1, CONTEXT, 1)
+    drafting = {method: drafter_class(method).usual_cost * plain for method in folders}
+    if costs.drafting.keys() >= folders.keys():
         drafting = costs.drafting
 
-    def rate(method: str) -> float:
-        rates = costs.rates(1, CONTEXT, tokens_per_step(mine[method]), drafting[method])
-        return max(rates.values(), default=0.0)
+    def gain(method: str) -> float:
+        rates = costs.rates(1, CONTEXT, tokens_per_step(folders[method]), drafting[method])
+        return plain * max(rates.values(), default=0.0)
 
-    return max(mine, key=rate)
+    gains = dict(sorted(((method, gain(method)) for method in folders), key=lambda pair: -pair[1]))
+    return Recommendation(next(iter(gains)), gains, _source(backbone, known))
+
+
+def _source(backbone: Backbone, costs: StepCosts | None) -> str:
+    """Where step costs come from, in words."""
+    if costs is None:
+        return "what steps usually cost"
+    if costs.first or backbone.costs is None or not backbone.costs.is_file():
+        return "a first reading of step costs here (`foretell tune` measures them closely)"
+    day = datetime.fromtimestamp(backbone.costs.stat().st_mtime).date()
+    return f"the costs that `foretell tune` measured here on {day}"
+
+
+def recommended(backbone: Backbone) -> str:
+    """Returns the name of the drafter that `recommend` chooses."""
+    return recommend(backbone).name

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from foretell.backbone.step_costs import step_costs
-from foretell.contracts import Draft, Drafter, Features, Resume, Row
+from foretell.contracts import Draft, Drafter, Features, Row
 from foretell.drafting.options import option
 from foretell.errors import UsageError
 from foretell.trees import Guesses, TokenTree
@@ -268,17 +268,13 @@ class WithLookup(Drafter):
             both, remaining = self._merged(draft.trees[i], draft.tokens[i], probabilities, looked_up, ran)
             found.append(both)
             kept.append(remaining if draft.resume and draft.resume.ran[i] else [])
-        resume = draft.resume and self._resume(draft.resume, rows, kept)
+        resume = draft.resume
+        if resume:
+            assert self._cache is not None, "the engine binds its cache first"
+            self._cache.gather([row.slot for row in rows], kept, resume.layer)
+            resume = resume.kept(kept)
         merged_probabilities = [g.probabilities for g in found]
         return Draft([g.tree for g in found], [g.tokens for g in found], merged_probabilities, resume, draft.held)
-
-    def _resume(self, resume: Resume, rows: Sequence[Row], kept: Sequence[Sequence[int]]) -> Resume:
-        """Returns the resume of those nodes that are still in the trees; they move up in the cache."""
-        assert self._cache is not None, "the engine binds its cache first"
-        self._cache.gather([row.slot for row in rows], kept, resume.layer)
-        begins = [0, *accumulate(resume.ran)]
-        indices = [begin + node for begin, nodes in zip(begins, kept, strict=False) for node in nodes]
-        return resume.selected(indices, list(map(len, kept)))
 
     def _merged(
         self, tree: TokenTree, tokens: list[int], probabilities: list[float] | None, found: Guesses, ran: int

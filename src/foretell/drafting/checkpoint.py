@@ -228,7 +228,7 @@ def find(method: str, backbone: Backbone, folder: str = "", any_backbone: bool =
     checkpoint, tensors = load(path / "drafter" if (path / "drafter/config.json").is_file() else path)
     if checkpoint.method != method:
         raise UsageError(
-            f"{folder} holds a {checkpoint.method} drafter, not {method}; use --drafter {checkpoint.method}."
+            f"{folder} holds a {checkpoint.method} drafter, not {method}; use `drafter={checkpoint.method!r}`."
         )
     c = backbone.config
     if (checkpoint.hidden, checkpoint.vocab) != (c.hidden, c.vocab):
@@ -239,7 +239,7 @@ def find(method: str, backbone: Backbone, folder: str = "", any_backbone: bool =
     if checkpoint.fingerprint != backbone.fingerprint and not any_backbone:
         model = checkpoint.backbone  # one that learnt with its heads is an adapter's, or lies beside them
         beside = Path(model).resolve() in {(each / "model").resolve() for each in (path, path.parent)}
-        use = f"use --model {model}, " if "+" in model or beside else ""
+        use = f"use `model={model!r}`, " if "+" in model or beside else ""
         raise UsageError(
             f"{folder} was trained for {model} (fingerprint {checkpoint.fingerprint}), not for this model "
             f"({backbone.fingerprint}); {use}train one for this model, or allow it with `any_backbone=True`."

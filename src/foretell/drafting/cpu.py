@@ -78,13 +78,13 @@ class CpuPrefixLayer(PrefixLayer):
         check(fits and min(counts) >= 0, f"A prefix layer reads float32 states [{M}, {d}].")
         if fuse:
             check(len(next_M) == M and fuse.inputs == len(inputs) * d, "A fused layer reads every stream and token.")
-            check_ids(next_M, self._backbone.tokens)
+            check_ids(next_M, self._backbone.embedding.outputs)
         ends = [length + count for length, count in zip(lengths, counts, strict=True)]
         cache, (cosine, sine) = layer.described(self.cache, rows, ends), layer.rotations(max(ends))
         sizes = np.array([rows, lengths, counts], dtype=np.int64)
         committed = library.Committed(
-            len(rows), *sizes, cosine, sine, fuse.packed if fuse else None, len(others), table(inputs[1:]), next_M,
-            *self._backbone.embedding,
+            len(rows), *sizes, cosine, sine, fuse.matrix.about if fuse else None, len(others), table(inputs[1:]),
+            next_M, self._backbone.embedding.about,
         )  # fmt: skip
         out_Md = torch.empty_like(inputs[0])
         call("observe", layer.build, layer.about, cache, committed, inputs[0], M, out_Md, layer.bf16)
@@ -106,12 +106,12 @@ class CpuLowerLayerDrafter:
         check(0 < drafting.width <= about.choices == len(drafting.vocabulary_V), "Guesses are some of the vocabulary.")
         check(not drafting.skip or adapter, "Only an adapter's sublayers can be skipped.")
         vocabulary_V = np.ascontiguousarray(drafting.vocabulary_V, dtype=np.int64)
-        check_ids(torch.from_numpy(vocabulary_V), backbone.tokens)
+        check_ids(torch.from_numpy(vocabulary_V), backbone.embedding.outputs)
         self._about = library.Lower(
             backbone.about, adapter.about if adapter else None,
             np.frombuffer(drafting.skip, dtype=np.uint8) if drafting.skip else None, reads.norm_weight,
             reads.config.eps, about, drafting.width, vocabulary_V,
-            None if drafting.scale is None else np.array(drafting.scale, dtype=np.float32), *backbone.embedding,
+            None if drafting.scale is None else np.array(drafting.scale, dtype=np.float32), backbone.embedding.about,
         )  # fmt: skip
 
     def grow_through_layers(self, request: DraftRequest, cache: KVCache, own: KVCache | None) -> DraftedTrees:
@@ -138,7 +138,7 @@ class CpuLowerLayerDrafter:
             rows, request.layers, count, request.steps, request.room, request.beam, request.min_gain,
             np.array(request.thresholds) if request.thresholds else None, *inputs, table(states),
             *backbone.rotations(max(*ends, *own_ends)), described, described_own, *numbers, *nodes, probabilities,
-            hidden_Rd,            table([tapped.get(tap) for tap in range(request.layers + 1)]),
+            hidden_Rd, table([tapped.get(tap) for tap in range(request.layers + 1)]),
         )  # fmt: skip
         call("climb", backbone.build, self._about, wanted, backbone.bf16)
         sizes, kept = numbers.tolist()
@@ -159,7 +159,7 @@ class CpuLowerLayerDrafter:
     def _check(self, request: DraftRequest, states: Sequence[Tensor | None], has_own: bool) -> None:
         """Refuses a request whose fields do not fit together."""
         rows, d = len(request.slots), self._backbone.config.hidden
-        check_ids(torch.tensor(request.roots, dtype=torch.int64), self._backbone.tokens)
+        check_ids(torch.tensor(request.roots, dtype=torch.int64), self._backbone.embedding.outputs)
         fits = len(request.roots) == len(request.budgets) == len(states) == rows and request.count >= 0
         check(fits and len(request.thresholds) in (0, rows), "Every row has a root, a budget and a threshold, or none.")
         fits = request.layers > 0 and all(0 < tap <= request.layers for tap in request.taps)
@@ -192,18 +192,18 @@ class CpuGrower:
             check(0 < d.width <= about.choices == len(d.vocabulary_V), "Guesses are some of the vocabulary.")
         check(len(d.scales) in (0, len(levels)), "Every level is calibrated, or none.")
         vocabulary_V = np.ascontiguousarray(d.vocabulary_V, dtype=np.int64)
-        check_ids(torch.from_numpy(vocabulary_V), backbone.tokens)
+        check_ids(torch.from_numpy(vocabulary_V), backbone.embedding.outputs)
         scales = np.array(d.scales, dtype=np.float32).reshape(-1, 2) if d.scales else None
         self._about = library.Drafting(
             len(levels), hidden, d.streams, d.width, True, False, table([level.about for level in levels]),
-            *backbone.embedding, vocabulary_V, scales,
+            backbone.embedding.about, vocabulary_V, scales,
         )  # fmt: skip
 
     def grow(
         self, roots: Sequence[int], states: Sequence[Tensor | None], count: int, beam: int, min_gain: float
     ) -> Trees:
         rows, newest = len(roots), torch.tensor(roots, dtype=torch.int64)
-        check_ids(newest, self._backbone.tokens)
+        check_ids(newest, self._backbone.embedding.outputs)
         check(len(states) == rows and count >= 0, "A tree grows from a root and the states of its row.")
         fits = all(each is None or (each.shape == self._shape and each.dtype == torch.float32) for each in states)
         check(fits, f"Heads read {self._shape} float32 states of a row.")

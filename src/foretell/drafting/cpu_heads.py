@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foretell.backbone.cpu.formats import FORMATS, exact_format
 from foretell.backbone.cpu.library import Build, Heads, call, table
-from foretell.backbone.cpu.linear import INT8, INT8_BOTH, Int8Linear, PackedLinear
+from foretell.backbone.cpu.linear import PackedLinear
 from foretell.drafting.heads import DrafterHeads
 from foretell.errors import check
 
@@ -20,7 +21,7 @@ from foretell.errors import check
 class PackedHeads:
     """`heads.StackedHeads` in one call: the team of threads is woken once, not at every layer of every head.
 
-    Guesses need not be exact: of bfloat16 models they are computed with `Int8Linear`.
+    Guesses need not be exact: of bfloat16 models their matrices are in int8.
     """
 
     def __init__(
@@ -29,13 +30,13 @@ class PackedHeads:
     ):  # fmt: skip
         self.build, self.bf16 = build, int(dtype == torch.bfloat16)
 
-        def pack(weight: Tensor, bias: Tensor | None, how: int) -> Int8Linear | PackedLinear:
-            return Int8Linear(weight, bias, build, how) if self.bf16 else PackedLinear(weight.to(dtype), bias, build)
+        def pack(weight: Tensor, bias: Tensor | None, name: str) -> PackedLinear:
+            return PackedLinear(weight, bias, build, FORMATS[name] if self.bf16 else exact_format(dtype))
 
         # what the first block reads side by side differs too much in size for one step a row
-        layers = [[pack(weight, bias, INT8) for weight, bias in layer] for layer in blocks]
+        layers = [[pack(weight, bias, "int8") for weight, bias in layer] for layer in blocks]
         if isinstance(outputs, Sequence):
-            self._outputs = [pack(weight, None, INT8_BOTH) for weight in outputs]
+            self._outputs = [pack(weight, None, "int8_both") for weight in outputs]
         else:
             if not isinstance(outputs, PackedHeads) or (outputs.build, outputs.bf16) != (build, self.bf16):
                 raise ValueError("Heads share the output matrices of heads of the same kernels and type alone.")
@@ -47,13 +48,11 @@ class PackedHeads:
         first, output = (self._blocks or self._outputs)[0], self._outputs[0]
         self.about = Heads(
             self.heads, output.inputs, first.inputs, len(blocks), linear, len(self._outputs), output.outputs, threads,
-            table([block.packed for block in self._blocks]), table([block.bias for block in self._blocks]),
-            table([each.packed for each in self._outputs]),
-            table([each.scale for each in self._blocks if isinstance(each, Int8Linear)]),
-            table([each.scale for each in self._outputs if isinstance(each, Int8Linear)]),
+            table([block.matrix.about for block in self._blocks]), table([block.bias for block in self._blocks]),
+            table([each.matrix.about for each in self._outputs]),
         )  # fmt: skip
 
-    def _check_shapes(self, layers: Sequence[Sequence[Int8Linear | PackedLinear]]) -> None:
+    def _check_shapes(self, layers: Sequence[Sequence[PackedLinear]]) -> None:
         """Refuses blocks that do not read what the one below gives, or give what the output matrices do not read."""
         d, choices = self._outputs[0].inputs, self._outputs[0].outputs
         wide = layers[0][0].inputs if layers else d

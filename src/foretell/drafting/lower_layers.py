@@ -166,11 +166,13 @@ class EarlyExitTrees:
             return None
         self._cache.gather([row.slot for row in self._rows], kept, self._layer)
         positions = [of_row[i] for of_row, orders in zip(self._positions, kept, strict=True) for i in orders]
-        everything = Resume(
-            self._layer, [len(ran) for ran in self._ran], torch.cat(self._hidden),
-            {tap: torch.cat(states) for tap, states in self._tapped.items()},
-        )  # fmt: skip
-        return everything.selected(positions, list(map(len, kept)))
+        index_R = torch.tensor(positions, device=self._hidden[0].device)
+
+        def select(levels: list[Tensor]) -> Tensor:
+            return torch.cat(levels).index_select(0, index_R)
+
+        taps = {tap: select(levels) for tap, levels in self._tapped.items()}
+        return Resume(self._layer, list(map(len, kept)), select(self._hidden), taps)
 
 
 def grow_in_one_call(

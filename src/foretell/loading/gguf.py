@@ -21,9 +21,10 @@ import torch
 
 from foretell.errors import ForetellError
 from foretell.loading.cache_dir import Progress
-from foretell.loading.families import model_config, weight_shapes
+from foretell.loading.families import model_config
 from foretell.loading.gguf_file import GGUFFile, metadata_errors, open_gguf
 from foretell.loading.gguf_tokenizer import marks, write_tokenizer
+from foretell.loading.tensors import weight_shapes
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor

@@ -17,17 +17,17 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from foretell.errors import ForetellError, UsageError
 from foretell.files import one_line, read_json
 from foretell.loading.cache_dir import MANIFEST, Progress
-from foretell.loading.weights import EMBEDDING, standard_name
+from foretell.loading.catalog import ADAPTERS
 
-SHIPPED = Path(__file__).parent / "adapters"
+if TYPE_CHECKING:  # torch is imported where tensors are read: names are checked without it
+    from torch import Tensor
+
+SHIPPED = ADAPTERS
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PICKLED, _MLX = "adapter_model.bin", "adapters.safetensors"
 _BEFORE = "base_model.model."
@@ -104,6 +104,8 @@ def merge(base: Path, adapter: Path, target: Path, progress: Progress) -> None:
     """
     from safetensors.torch import load_file, save_file
 
+    from foretell.loading.weights import standard_name
+
     changes = _Changes(adapter)
     files = sorted(base.glob("model*.safetensors"))
     for number, path in enumerate(files):
@@ -138,12 +140,13 @@ def _tensors_file(adapter: Path) -> Path:
 
 def _load(path: Path) -> dict[str, Tensor]:
     """Reads the tensors of a safetensors file, or of a pickle that holds nothing else."""
+    import torch
     from safetensors.torch import load_file
 
     if path.suffix != ".bin":
         return load_file(path)
     found = torch.load(path, weights_only=True, map_location="cpu")
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise ValueError("it holds objects that are not tensors")
     return found
 
@@ -186,6 +189,8 @@ class _Changes:
 
     def _mlx(self, config: Mapping[str, Any]) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
         """Likewise; mlx-lm keeps both factors transposed, and an embedding's the other way round."""
+        from foretell.loading.weights import EMBEDDING
+
         tool = "fuse it with mlx_lm.fuse"
         kind, given = config.get("fine_tune_type", "lora"), config["lora_parameters"]
         if kind != "lora":
@@ -202,6 +207,8 @@ class _Changes:
         self, tensors: Mapping[str, Tensor], one: str, other: str, before: str, tool: str = "merge it with peft"
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """Both factors of every weight that changes; anything else among the tensors is refused."""
+        from foretell.loading.weights import standard_name
+
         found = [name.removesuffix(one) for name in tensors if name.endswith(one) and name.startswith(before)]
         pairs = {
             standard_name(f"{name.removeprefix(before)}.weight"): (tensors[name + one], tensors[name + other])

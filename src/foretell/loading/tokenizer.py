@@ -164,7 +164,7 @@ class Tokenizer:
         except Exception as error:  # an untrusted program: it may divide by zero or recurse without end
             raise ForetellError(
                 f"The chat template of {self._name} refuses these messages ({one_line(error)}); "
-                "change them, or pass the whole prompt as text (--raw)."
+                "change them, or pass the whole prompt as text (`raw=True`)."
             ) from error
 
     @cached_property
@@ -172,14 +172,14 @@ class Tokenizer:
         if not isinstance(self._template, str):
             raise ForetellError(
                 f"{self._name} {self.lacks_template}, so it cannot read messages; "
-                "pass the whole prompt as text (--raw)."
+                "pass the whole prompt as text (`raw=True`)."
             )
         try:
             return _sandbox().from_string(self._template)
         except Exception as error:  # from a wrong tag to more brackets than Python's own compiler takes
             raise ForetellError(
                 f"The chat template of {self._name} is not valid Jinja ({one_line(error)}); "
-                "pass the whole prompt as text (--raw)."
+                "pass the whole prompt as text (`raw=True`)."
             ) from error
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from foretell.errors import ForetellError
 from foretell.files import one_line, read_json
 from foretell.loading.config import ModelConfig
-from foretell.loading.families import weight_shapes
+from foretell.loading.tensors import weight_shapes
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

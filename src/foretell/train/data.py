@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from foretell.errors import ForetellError, UsageError
-from foretell.files import one_line, read_json, whole_lines, write_errors, write_json
+from foretell.files import complete_lines, one_line, read_json, write_errors, write_json
 from foretell.loading.catalog import current
 
 FORMAT = 1
+REFUSED = ("rejected", "unfinished", "too long")
+"""Finish reasons of a reply that is not kept: its conversation is kept up to it."""
 MANIFEST, CONVERSATIONS, PACKED = "distill.json", "conversations.jsonl", "conversations.jsonl.xz"
 
 
@@ -100,7 +102,7 @@ class Store:
         store.manifest["fingerprint"] = current(str(store.manifest["fingerprint"]))
         path = folder / CONVERSATIONS
         if path.exists() or not (folder / PACKED).exists():
-            lines = whole_lines(path, unfinished=b'"more": true', cut=cut)
+            lines = complete_lines(path, unfinished=b'"more": true', cut=cut)
         else:
             path = folder / PACKED
             lines = _unpacked(path)

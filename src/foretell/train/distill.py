@@ -19,10 +19,10 @@ from foretell.api import LLM, Result
 from foretell.conversations import Conversation, converse
 from foretell.engine import run
 from foretell.errors import ForetellError, UsageError
-from foretell.files import whole_lines, write_errors
+from foretell.files import complete_lines, write_errors
 from foretell.prompt_files import read_conversations
 from foretell.requests import Event, Request, SamplingParams
-from foretell.train.data import Distilled, Store
+from foretell.train.data import REFUSED, Distilled, Store
 from foretell.train.prompts import tasks
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ SHORTEST = 4
 DISTINCT = 0.3
 """Least share of different 4-grams among those of an answer's second half: below, the model runs in a circle."""
 CIRCLES = "repetitive"
-REFUSED = ("rejected", "unfinished", "too long")
-"""How a reply ends that is none: the conversation is kept up to it."""
 SHORTEST_TEXT = 40
 """Tokens of an answer worth asking about."""
 OWN_LINES, TASK_LINES = 1 << 20, 1 << 21
@@ -67,7 +65,7 @@ def write_prompts(
 
     What is no whole turn (too long, empty, said before) is written again by the next seed.
     """
-    seen = {each.turns[0] for each in read_prompts(path)} if whole_lines(path) else set()
+    seen = {each.turns[0] for each in read_prompts(path)} if complete_lines(path) else set()
     prefix, ends = user_turn(llm)
     params = SamplingParams(max_new_tokens=384, temperature=1.0, top_p=0.95, seed=seed, **ends)
     decoder = llm.decoder(rows)

@@ -28,7 +28,7 @@ from foretell.conversations import Conversation
 from foretell.errors import ForetellError, UsageError
 from foretell.files import one_line
 from foretell.requests import SamplingParams
-from foretell.train.distill import REFUSED
+from foretell.train.data import REFUSED
 
 KEY = "OPENAI_API_KEY"
 """Environment variable with the key to send, if the endpoint wants one."""

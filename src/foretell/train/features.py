@@ -27,7 +27,7 @@ from foretell.backbone import Backbone, Nodes
 from foretell.contracts import FINAL_NORM
 from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.errors import UsageError
-from foretell.files import sole_writer, write_errors, written_whole
+from foretell.files import atomic_write, sole_writer, write_errors
 from foretell.train.data import Distilled, digest
 
 TEACHER = 12
@@ -120,7 +120,7 @@ class Features(Batches):
                     made.append(tensors)
                 tensors = _joined(made) | lent
                 about = self._wanted(number) | {"seconds": str(round(time.perf_counter() - began, 1))}
-                with written_whole(self._path(number), self._bytes(number), NOT_KEPT) as partial:
+                with atomic_write(self._path(number), self._bytes(number), NOT_KEPT) as partial:
                     save_file(tensors, partial, about)
                 progress((done + 1) / len(stale))
         return self._seconds()

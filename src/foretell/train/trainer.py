@@ -28,7 +28,7 @@ import torch
 from foretell.drafting.learning import products
 from foretell.drafting.learning.trainable import Trainable
 from foretell.errors import ForetellError, UsageError, check_numbers
-from foretell.files import one_line, whole_lines, write_errors, written_whole
+from foretell.files import atomic_write, complete_lines, one_line, write_errors
 from foretell.loading.catalog import current
 from foretell.train import malloc
 from foretell.train.data import Distilled, digest
@@ -262,7 +262,7 @@ class Trainer:
             "settings": asdict(self.settings) | self.options, "data": self._data, "skipped": self.skipped,
             "seconds": self.seconds, "products": self.number_type,
         }  # fmt: skip
-        with written_whole(self.folder / "state.pt") as partial, partial.open("wb") as file, _system_errors():
+        with atomic_write(self.folder / "state.pt") as partial, partial.open("wb") as file, _system_errors():
             torch.save(state, file)  # into our file: torch itself does not say that a disk is full
 
     def resume(self) -> bool:
@@ -315,10 +315,10 @@ class Trainer:
         """Cuts the log back to the state: what was logged after it was saved, or half written, comes again."""
         path = self.folder / "log.jsonl"
         with write_errors(self.folder):
-            lines = whole_lines(path)
+            lines = complete_lines(path)
             kept = [line for line in lines if 0 < _step_of(line) <= self.step]
             if kept != lines:
-                with written_whole(path) as partial:
+                with atomic_write(path) as partial:
                     partial.write_bytes(b"".join(line + b"\n" for line in kept))
 
     def log(self, line: dict[str, Any]) -> None:

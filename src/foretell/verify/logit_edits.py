@@ -1,7 +1,7 @@
-"""What changes logits before a token is chosen, along each path of a tree as in plain decoding.
+"""Penalties and biases: edits of logits before a token is chosen, along each path of a tree as in plain decoding.
 
-The history of a node is the row's tokens and the guesses on its path: a penalty sees a guessed token exactly as it
-would see the same token committed. Repetition penalty as in CTRL (arXiv 1909.05858), over prompt and output;
+The history of a node is the row's tokens and the guesses on its path: a penalty treats a guessed token exactly as the
+same token committed. Repetition penalty as in CTRL (arXiv 1909.05858), over prompt and output;
 presence and frequency penalties as in the OpenAI API, over the output.
 """
 
@@ -16,7 +16,7 @@ from foretell.requests import SamplingParams
 
 
 def process(logits_V: Tensor, params: SamplingParams, history: Sequence[int], prompt_length: int) -> Tensor:
-    """Edited logits [V] for the token after `history`; the input is left as it is."""
+    """Returns edited logits [V] for the token after `history`; the input is not modified."""
     if not params.edits_logits:
         return logits_V
     logits_V = logits_V.clone()

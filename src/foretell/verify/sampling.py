@@ -1,8 +1,8 @@
 """Exact sampling with noise that belongs to a position.
 
 A draw is a function of (seed, key, position) and of the target's distribution there, nothing else: plain
-decoding and every speculative path that reaches the position with the same tokens draw the same token. One draw per
-visited node is all that verification needs (arXiv 2401.10774 issue 56: sample and match); no ratio of two models.
+decoding and every speculative path that reaches the position with the same tokens draw the same token. Verification
+needs one draw per node (sample and match; FasterDecoding/Medusa, issue 56), and no ratio of two models' probabilities.
 
 Legend: V vocabulary.
 """
@@ -50,9 +50,9 @@ def sample(logits_V: Tensor, params: SamplingParams, noise: float) -> int:
 
 
 def _weights(logits_V: Tensor, params: SamplingParams) -> Array:
-    """The distribution before its sum is divided out. NumPy, because it stays on this thread (see native.cpp)."""
+    """The distribution, not yet divided by its sum. NumPy stays on this thread (see native.cpp)."""
     logits = logits_V.detach().cpu().numpy().astype(np.float64)
-    with np.errstate(over="ignore"):  # a tiny temperature sends all but the greatest to -inf
+    with np.errstate(over="ignore"):  # at a tiny temperature all but the greatest become -inf
         weights_V = np.exp((logits - logits.max()) / params.temperature)
     if 0 < params.top_k < len(weights_V):
         weights_V = _keep_from(weights_V, np.partition(weights_V, -params.top_k)[-params.top_k])
@@ -63,12 +63,12 @@ def _weights(logits_V: Tensor, params: SamplingParams) -> Array:
     return weights_V
 
 
-def _keep_from(weights_V: Array, least: float) -> Array:
-    return np.where(weights_V >= least, weights_V, 0.0)
+def _keep_from(weights_V: Array, threshold: float) -> Array:
+    return np.where(weights_V >= threshold, weights_V, 0.0)
 
 
 def _nucleus_threshold(weights_V: Array, top_p: float) -> float:
-    """Weight of the last token in the smallest set that holds `top_p` of the whole."""
+    """Weight of the least probable token in the smallest set that holds `top_p` of the total."""
     goal = top_p * weights_V.sum()
     for count in (min(_FEW, len(weights_V)), len(weights_V)):
         top = np.sort(np.partition(weights_V, -count)[-count:])[::-1]

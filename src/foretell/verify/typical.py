@@ -8,7 +8,7 @@ probability. Lossy: the output need not follow the target's distribution, and re
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 from foretell.contracts import Draft, Row, Verdict
 from foretell.errors import UsageError
 from foretell.verify.logit_edits import process
-from foretell.verify.walk import DAMAGED
+from foretell.verify.target import DAMAGED
 
 Array = npt.NDArray[np.float32]
 
@@ -27,6 +27,9 @@ Array = npt.NDArray[np.float32]
 @dataclass(frozen=True)
 class Typical:
     """Thresholds; the published ones are ε = 0.09 and δ = 0.3 (about √ε), at temperature 0.7.
+
+    Nothing is drawn, so a request's seed has no effect; another temperature than the rule's, and top-p, top-k and
+    min-p, are refused. Penalties and biases act as in exact verification.
 
     Raises:
         UsageError: for a negative threshold or a temperature that is not positive.
@@ -43,26 +46,26 @@ class Typical:
             raise UsageError(f"Typical acceptance needs a temperature above 0 (at most 100), not {self.temperature}.")
 
 
-def typical(draft: Draft, logits: Callable[[int], Tensor], rule: Typical) -> Verdict:
-    """The longest path whose every guess passes, then the argmax after it.
+def typical(draft: Draft, logits: Sequence[Tensor], rule: Typical) -> Verdict:
+    """Accepts the longest path whose every guess passes; the bonus is the argmax after it.
 
     Args:
-        logits: row -> logits of its nodes [N, V], processors applied.
+        logits: of each row's nodes, [N, V], edits applied (see `path_logits`).
     """
     paths, bonus = [], []
-    for row, (tree, tokens) in enumerate(zip(draft.trees, draft.tokens, strict=True)):
-        logits_NV = logits(row).detach().float().cpu().numpy()
-        finite_N = np.isfinite(logits_NV.max(1))  # where no token is possible, or too possible, or nobody knows
+    for tree, tokens, logits_of_row in zip(draft.trees, draft.tokens, logits, strict=True):
+        logits_NV = logits_of_row.detach().float().cpu().numpy()
+        finite_N = np.isfinite(logits_NV.max(1))  # no token is possible, or one infinitely probable, or a NaN
         best, scores = (0, 0.0, 0), {0: 0.0}
-        asked: dict[int, tuple[Array, float]] = {}
+        plausible: dict[int, tuple[Array, float]] = {}
         for node, parent in enumerate(tree.parents[1:], start=1):
             if parent not in scores or not finite_N[parent]:
                 continue
-            if parent not in asked:
-                asked[parent] = _plausible(logits_NV[parent], rule)
-            log_p_V, least = asked[parent]
+            if parent not in plausible:
+                plausible[parent] = _plausible(logits_NV[parent], rule)
+            log_p_V, threshold = plausible[parent]
             log_p = float(log_p_V[tokens[node]])
-            if math.exp(log_p) > least:
+            if math.exp(log_p) > threshold:
                 scores[node] = scores[parent] + log_p
                 best = max(best, (tree.depths[node], scores[node], -node))
         paths.append(tree.path(-best[2]))
@@ -70,28 +73,24 @@ def typical(draft: Draft, logits: Callable[[int], Tensor], rule: Typical) -> Ver
     return Verdict(paths, bonus)
 
 
-def path_logits(draft: Draft, rows: Sequence[Row], logits_MV: Tensor, starts: Sequence[int]) -> Callable[[int], Tensor]:
-    """Logits [N, V] of every node of a row, each edited with the history of its own path.
-
-    Args:
-        logits_MV: logits of all nodes, rows one after another; row b's root is at starts[b].
-    """
-
-    def of(i: int) -> Tensor:
-        row, tree, ids = rows[i], draft.trees[i], draft.tokens[i]
-        logits_NV = logits_MV[starts[i] : starts[i] + len(tree)]
-        if not row.params.edits_logits:
-            return logits_NV
-        histories = [row.tokens + [ids[n] for n in tree.path(node)[1:]] for node in range(len(tree))]
-        edited = [process(x, row.params, h, row.prompt_length) for x, h in zip(logits_NV, histories, strict=True)]
-        return torch.stack(edited)
-
-    return of
+def path_logits(draft: Draft, rows: Sequence[Row], logits: Sequence[Tensor]) -> list[Tensor]:
+    """Edits the logits [N, V] of each row's nodes, every node with the history of its own path."""
+    edited = []
+    for tree, ids, row, logits_NV in zip(draft.trees, draft.tokens, rows, logits, strict=True):
+        if row.params.edits_logits:
+            histories = [row.tokens + [ids[n] for n in tree.path(node)[1:]] for node in range(len(tree))]
+            pairs = zip(logits_NV, histories, strict=True)
+            edited.append(torch.stack([process(x_V, row.params, history, row.prompt_length) for x_V, history in pairs]))
+        else:
+            edited.append(logits_NV)
+    return edited
 
 
 def _plausible(logits_V: Array, rule: Typical) -> tuple[Array, float]:
-    """Log-probabilities, and the probability that a guess must exceed. NumPy, because it stays on this thread: a team
-    of PyTorch's threads that was woken spins in the way of the next pass (see native.cpp)."""
+    """Log-probabilities [V], and the probability that a guess must exceed.
+
+    NumPy stays on this thread: PyTorch's threads, once woken, spin in the way of the next pass (see native.cpp).
+    """
     below_V = np.maximum((logits_V - logits_V.max()) / np.float32(rule.temperature), np.float32(-1e9))
     p_V = np.exp(below_V)
     total = float(p_V.sum(dtype=np.float64))

@@ -7,23 +7,25 @@ gate and up interleaved. A tied embedding is read back from the packed head.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from foretell.backbone.base import Backbone, check_ids
+from foretell.backbone.base import Backbone
 from foretell.backbone.cache import KVCache
 from foretell.backbone.cpu import library
+from foretell.backbone.cpu.formats import PackedMatrix, exact_format
 from foretell.backbone.cpu.library import call, table
 from foretell.backbone.cpu.linear import PackedLinear, ThreadedLinear
 from foretell.backbone.nodes import Nodes
 from foretell.errors import check
 from foretell.loading.config import ModelConfig
+from foretell.loading.tensors import parts
 
 Reader = Callable[[str], Tensor]
 """Gives a weight by its Hugging Face name."""
-Join = Callable[[list[Tensor]], Tensor]
 
 
 class CompiledBackbone(Backbone):
@@ -33,6 +35,7 @@ class CompiledBackbone(Backbone):
         build: the kernels; bf16: whether `dtype` is bfloat16, as they are told.
         about: the layers, as they are described to the kernels.
         norm_weight: of the final norm, float32 [d].
+        embedding: a row a token; of a tied model the packed head.
     """
 
     def __init__(
@@ -43,12 +46,15 @@ class CompiledBackbone(Backbone):
         self.build = build or library.default()
         self.kernels = self.build.name
         self.bf16 = int(dtype == torch.bfloat16)
-        layers = [self._layer(f"model.layers.{i}.", read, config.windows[i]) for i in range(config.layers)]
-        self.norm_weight = _vector(read("model.norm.weight"), config.hidden)
+        layers = [self._layer(i, read) for i in range(config.layers)]
+        self.norm_weight = _vector(_checked(read("model.norm.weight"), (config.hidden,)))
         self._head = self._packed(read("model.embed_tokens.weight" if config.tied else "lm_head.weight"))
-        self._embedding = None if config.tied else read("model.embed_tokens.weight").to(dtype)
-        wide = self._head.inputs if self._embedding is None else self._embedding.shape[1]
-        check(wide == self._head.inputs == config.hidden, "The embedding is as wide as the model.")
+        self.embedding = self._head.matrix
+        if not config.tied:
+            rows = exact_format(dtype, packed=False)
+            self.embedding = PackedMatrix(read("model.embed_tokens.weight"), rows, self.build)
+        fits = self.embedding.inputs == self._head.inputs == config.hidden
+        check(fits, "The embedding is as wide as the model.")
         check(config.head_dim == 2 * len(config.inv_freq), "Every pair of a head's numbers has a frequency.")
         self.about = library.Model(
             config.hidden, config.heads, config.kv_heads, config.head_dim, config.mlp, threads, config.eps,
@@ -60,42 +66,25 @@ class CompiledBackbone(Backbone):
         """The kernels put the query heads of one key head into one tile of sixteen rows."""
         return config.heads // config.kv_heads <= 16
 
-    def _layer(self, prefix: str, read: Reader, window: int) -> library.Layer:
-        c = self.config
-
-        def linear(
-            names: list[str], biased: bool, outputs: int, inputs: int, join: Join = torch.cat
-        ) -> tuple[Tensor, Tensor | None]:
-            weight = join([read(f"{prefix}{name}.weight") for name in names])
-            bias = join([read(f"{prefix}{name}.bias").float() for name in names]) if biased else None
-            packed = self._packed(weight, bias)
-            check((packed.outputs, packed.inputs) == (outputs, inputs), f"{names[0]} has not the model's shape.")
-            return packed.packed, packed.bias
-
-        def vector(name: str, size: int = c.hidden) -> Tensor:
-            return _vector(read(f"{prefix}{name}.weight"), size)
-
-        heads = ("self_attn.q_norm", "self_attn.k_norm")
-        gate_up, padded = ["mlp.gate_proj", "mlp.up_proj"], c.mlp + -c.mlp % 32
-        return library.Layer(
-            vector("input_layernorm"),
-            *linear([f"self_attn.{x}_proj" for x in "qkv"], c.attention_bias, c.q_width + 2 * c.kv_width, c.hidden),
-            *(vector(name, c.head_dim) if c.qk_norm else None for name in heads),
-            *linear(["self_attn.o_proj"], c.out_bias, c.hidden, c.q_width),
-            vector("post_attention_layernorm"),
-            *linear(gate_up, c.mlp_bias, 2 * padded, c.hidden, _interleave),
-            *linear(["mlp.down_proj"], c.mlp_bias, c.hidden, c.mlp),
-            window,
-        )
+    def _layer(self, index: int, read: Reader) -> library.Layer:
+        c, fields = self.config, dict[str, Any](window=self.config.windows[index])
+        for part, tensors in parts(c).items():
+            names = {f"model.layers.{index}.{tensor.name}": tensor.shape(c) for tensor in tensors}
+            weights = [_checked(read(f"{name}.weight"), shape) for name, shape in names.items()]
+            if not tensors[0].is_matrix:
+                fields[part] = _vector(weights[0])
+                continue
+            join = _interleave if part == "gate_up" else torch.cat
+            biases = [read(f"{name}.bias").float() for name in names] if tensors[0].has_bias(c) else []
+            linear = self._packed(join(weights), join(biases) if biases else None)
+            fields[part], fields[f"{part}_bias"] = linear.matrix.about, linear.bias
+        return library.Layer(*(fields.get(field[0]) for field in library.Layer._fields_))
 
     def _packed(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
         return PackedLinear(weight.to(self.dtype), bias, self.build)
 
     def embed(self, tokens_M: Tensor) -> Tensor:
-        if self._embedding is None:
-            return self._head.rows(tokens_M)
-        check_ids(tokens_M, self.tokens)
-        return self._embedding.index_select(0, tokens_M).float()
+        return self.embedding.rows(tokens_M)
 
     def run_layers(
         self,
@@ -152,17 +141,7 @@ class CompiledBackbone(Backbone):
         return CompiledBackbone(config, weights.__getitem__, self.dtype, self.threads, self.build)
 
     def head_rows(self, ids_N: Tensor) -> Tensor:
-        return self._head.rows(ids_N).to(self.dtype)
-
-    @property
-    def embedding(self) -> tuple[Tensor, bool]:
-        """A row a token, and whether they are packed."""
-        return (self._head.packed, True) if self._embedding is None else (self._embedding, False)
-
-    @property
-    def tokens(self) -> int:
-        """Rows of the embedding."""
-        return self._head.outputs if self._embedding is None else len(self._embedding)
+        return self._head.matrix.rows(ids_N).to(self.dtype)
 
     def described(
         self, cache: KVCache, rows: Sequence[int], ends: Sequence[int], layers: int | None = None
@@ -177,8 +156,12 @@ class CompiledBackbone(Backbone):
         return library.Rows.of(len(nodes), len(nodes.trees), nodes.words, nodes.places, *angles)
 
 
-def _vector(weight: Tensor, size: int) -> Tensor:
-    check(weight.shape == (size,), f"A vector of shape {tuple(weight.shape)} should have {size} numbers.")
+def _checked(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+    check(weight.shape == shape, f"A weight of shape {tuple(weight.shape)} should have the shape {shape}.")
+    return weight
+
+
+def _vector(weight: Tensor) -> Tensor:
     return weight.to(torch.float32, copy=True).contiguous()
 
 

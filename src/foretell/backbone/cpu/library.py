@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from ctypes import Array, Structure, c_double, c_int, c_int64, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foretell.errors import ForetellError, UsageError, check
+from foretell.loading.tensors import parts
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
 BUILDS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
@@ -50,8 +51,10 @@ class Described(Structure):
     """A structure of common.h; its pointers are given as what they lead to, which lives as long as it does."""
 
     def __init__(self, *fields: Any):
-        super().__init__(*map(_passed, fields))
+        super().__init__(*map(self._field, fields))
         self.held: tuple[Any, ...] = fields
+
+    _field = staticmethod(_passed)
 
 
 def table(items: Sequence[Any]) -> Array[Any] | None:
@@ -75,11 +78,26 @@ def _pointers(names: str) -> list[tuple[str, type]]:
     return [(name, c_void_p) for name in names.split()]
 
 
+class Matrix(Described):
+    _fields_ = [*_pointers("blocks scale"), *_numbers("format outputs inputs")]
+
+
+def _layer_fields() -> Iterator[tuple[str, type]]:
+    """The parts of `loading.tensors.LAYER`: a matrix and its bias, or a norm."""
+    for part, (tensor, *_) in parts().items():
+        if tensor.is_matrix:
+            yield part, Matrix
+        yield f"{part}_bias" if tensor.is_matrix else part, c_void_p
+    yield "window", c_int64
+
+
 class Layer(Described):
-    _fields_ = [
-        *_pointers("attention_norm qkv qkv_bias query_norm key_norm out out_bias"),
-        *_pointers("mlp_norm gate_up gate_up_bias down down_bias"), *_numbers("window"),
-    ]  # fmt: skip
+    _fields_ = list(_layer_fields())
+
+    @staticmethod
+    def _field(value: Any) -> Any:
+        """Matrices lie in the layer itself."""
+        return value if isinstance(value, Matrix) else _passed(value)
 
 
 class Model(Described):
@@ -112,21 +130,21 @@ class Span(Described):
 class Heads(Described):
     _fields_ = [
         *_numbers("heads hidden inputs layers linear outputs choices threads"),
-        *_pointers("weight bias output scale output_scale"),
+        *_pointers("weight bias output"),
     ]  # fmt: skip
 
 
 class Committed(Described):
     _fields_ = [
         *_numbers("sequences"), *_pointers("cache_row length count cosine sine fuse"), *_numbers("others"),
-        *_pointers("stream following embedding"), *_numbers("packed"),
+        *_pointers("stream following embedding"),
     ]  # fmt: skip
 
 
 class Drafting(Described):
     _fields_ = [
-        *_numbers("levels hidden streams width grounded chained"), *_pointers("heads embedding"), *_numbers("packed"),
-        *_pointers("vocabulary scales"),
+        *_numbers("levels hidden streams width grounded chained"), *_pointers("heads embedding vocabulary scales"),
+
     ]  # fmt: skip
 
 
@@ -139,7 +157,7 @@ class Wanted(Described):
 class Lower(Described):
     _fields_ = [
         *_pointers("model adapter skip norm"), ("eps", c_double), *_pointers("head"), *_numbers("width"),
-        *_pointers("vocabulary scale embedding"), *_numbers("packed"),
+        *_pointers("vocabulary scale embedding"),
     ]  # fmt: skip
 
 
@@ -169,10 +187,10 @@ def _compiled_layout(lib: ctypes.CDLL) -> set[str]:
     return set(lib.foretell_layout_text().decode().splitlines())
 
 
-KINDS = {"p": c_void_p, "n": c_int64, "i": c_int, "d": c_double}
+KINDS = {"p": c_void_p, "n": c_int64, "i": c_int, "d": c_double, "s": Matrix}
 """What fields and arguments are, as native.cpp calls them."""
 CALLS = {
-    "pack": "ppnnpi", "unpack_rows": "ppnpnpi", "layers": "pppppppi", "norm": "pppdnnp", "linear": "ppnnpnppnppini",
+    "bytes": "ppp", "pack": "ppp", "rows": "pppnp", "layers": "pppppppi", "norm": "pppdnnp", "linear": "ppnpppnppini",
     "heads": "ppppnnpppi", "observe": "pppppnpi", "grow": "pppi", "climb": "pppi", "attention": "ppppppni",
 }  # fmt: skip
 """The arguments of the exported functions that `call` reaches."""
@@ -188,6 +206,7 @@ def loaded() -> ctypes.CDLL | None:
         raise ForetellError(f"{LIBRARY} was compiled from other sources; install foretell again (pip install -e .).")
     lib.foretell_build.restype, lib.foretell_build.argtypes = c_void_p, [ctypes.c_char_p]
     lib.foretell_name.restype, lib.foretell_name.argtypes = ctypes.c_char_p, [c_void_p]
+    lib.foretell_format.restype, lib.foretell_format.argtypes = c_int64, [c_void_p, ctypes.c_char_p]
     lib.foretell_message.restype = lib.foretell_last_build.restype = ctypes.c_char_p
     for name, kinds in CALLS.items():
         getattr(lib, f"foretell_{name}").argtypes = [KINDS[kind] for kind in kinds]
@@ -220,7 +239,7 @@ def call(name: str, build: Build, *arguments: Any) -> None:
 
 @dataclass(frozen=True)
 class Build:
-    """The kernels for one instruction set; all share one packed layout but that of `packed.INT8_BOTH`."""
+    """The kernels for one instruction set; all share one packed layout but that of the format "int8_both"."""
 
     name: str
     handle: int

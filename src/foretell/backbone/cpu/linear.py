@@ -1,6 +1,6 @@
-"""Linear layers and draft heads of the compiled kernels: weights packed once into panels, and multiplied in one call.
+"""Linear layers of the compiled kernels: weights packed once into panels, and multiplied in one call.
 
-Shapes: M rows, d hidden width, K inputs and N outputs of a linear; B rows and S states of each that draft heads read.
+Shapes: M rows, K inputs and N outputs of a linear.
 """
 
 from __future__ import annotations
@@ -11,16 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foretell.backbone.base import check_ids
+from foretell.backbone.cpu.formats import Format, PackedMatrix, exact_format
 from foretell.backbone.cpu.library import Build, call, default
 from foretell.errors import check
-
-INT8, INT8_BOTH = 1, 8
-"""How numbers in int8 are packed: widened before they are multiplied, or with what they meet in int8 too (common.h)."""
-
-
-def _up(count: int) -> int:
-    return -(-count // 32) * 32
 
 
 def _padded(bias: Tensor | None, outputs: int) -> Tensor | None:
@@ -34,18 +27,20 @@ def _padded(bias: Tensor | None, outputs: int) -> Tensor | None:
 class PackedLinear:
     """y = x Wᵀ + b with W [N, K] packed once into panels of 32 outputs; x and y are float32, W decides the rounding.
 
-    Every output depends on its own row of x alone: one row or sixty-four, the bits are the same.
+    Every output depends on its own row of x alone: one row or sixty-four, the bits are the same (but for formats that
+    draft heads alone use).
+
+    Args:
+        format: of W; by default the one that keeps its bits.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, build: Build | None = None):
-        if weight.dtype not in (torch.bfloat16, torch.float32):
-            raise TypeError(f"packed weights are bfloat16 or float32, not {weight.dtype}")
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, build: Build | None = None, format: Format | None = None
+    ):
         self.build = build or default()
-        self.outputs, self.inputs = weight.shape
-        self.bf16 = int(weight.dtype == torch.bfloat16)
-        self.packed = torch.empty(_up(self.outputs) * _up(self.inputs), dtype=weight.dtype)
+        self.matrix = PackedMatrix(weight, format or exact_format(weight.dtype), self.build)
+        self.outputs, self.inputs = self.matrix.outputs, self.matrix.inputs
         self.bias = _padded(bias, self.outputs)
-        call("pack", self.build, weight.contiguous(), self.outputs, self.inputs, self.packed, weight.itemsize)
 
     def __call__(self, x_MK: Tensor, threads: int) -> Tensor:
         """Returns y [M, N] float32."""
@@ -68,15 +63,6 @@ class PackedLinear:
         check(0 < count <= self.outputs, f"The {count} greatest of {self.outputs} outputs were asked for.")
         return self._best(x_MK, count, False, threads)
 
-    def rows(self, ids_M: Tensor) -> Tensor:
-        """Rows of W [M, K] as float32: a tied embedding read back from the packed head."""
-        check_ids(ids_M, self.outputs)
-        out_MK = torch.empty(ids_M.shape[0], self.inputs)
-        call(
-            "unpack_rows", self.build, self.packed, self.inputs, ids_M.contiguous(), len(ids_M), out_MK, self.bf16
-        )  # fmt: skip
-        return out_MK
-
     def _best(self, x_MK: Tensor, count: int, strict: bool, threads: int) -> tuple[Tensor, Tensor]:
         values = torch.empty(x_MK.shape[0], count)
         best = torch.empty(x_MK.shape[0], count, dtype=torch.int64)
@@ -89,9 +75,10 @@ class PackedLinear:
     ) -> None:  # fmt: skip
         check(x_MK.dtype == torch.float32, f"A packed linear reads float32, not {x_MK.dtype}.", TypeError)
         check(x_MK.shape[1:] == (self.inputs,), f"A packed linear reads {self.inputs} numbers a row.")
+        bf16 = int(self.matrix.format.activations == torch.bfloat16)
         call(
-            "linear", self.build, x_MK.contiguous(), x_MK.shape[0], self.inputs, self.packed, self.outputs,
-            self.bias, y_MN, count, values, best, strict, threads, self.bf16,
+            "linear", self.build, x_MK.contiguous(), len(x_MK), self.matrix.about, self.bias, y_MN, count, values,
+            best, strict, threads, bf16,
         )  # fmt: skip
 
 
@@ -107,20 +94,3 @@ class ThreadedLinear:
 
     def top(self, x_MK: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return self.packed.top(x_MK, count, self.threads)
-
-
-class Int8Linear:
-    """W [N, K] in int8 and one scale an output, for heads that draft: half the memory to read.
-
-    Args:
-        how: `INT8`, or `INT8_BOTH`: what it is multiplied with is rounded too, row by row, where the processor can.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, build: Build, how: int = INT8):
-        self.outputs, self.inputs = weight.shape
-        scale = weight.float().abs().amax(1).clamp(min=1e-30) / 127
-        rounded = (weight.float() / scale[:, None]).round().to(torch.int8)
-        self.packed = torch.empty(_up(self.outputs) * _up(self.inputs), dtype=torch.int8)
-        self.scale = F.pad(scale, (0, -self.outputs % 32))
-        self.bias = _padded(bias, self.outputs)
-        call("pack", build, rounded.contiguous(), self.outputs, self.inputs, self.packed, how)

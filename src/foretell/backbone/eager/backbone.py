@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,23 +23,30 @@ from foretell.backbone.cache import KVCache
 from foretell.backbone.eager.linear import Linear
 from foretell.backbone.nodes import Nodes
 from foretell.loading.config import ModelConfig
+from foretell.loading.tensors import parts
 
 BLOCK = 64
 MAX_PRODUCTS = 1 << 20
 """Rows are processed in chunks whose gathered products stay below this many numbers."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EagerLayer:
+    """The parts of `loading.tensors.LAYER`."""
+
     attention_norm: Tensor
     qkv: Linear
-    query_norm: Tensor | None
-    key_norm: Tensor | None
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
     out: Linear
     mlp_norm: Tensor
     gate_up: Linear
     down: Linear
     window: int
+
+    @property
+    def linears(self) -> list[Linear]:
+        return [part for part in vars(self).values() if isinstance(part, Linear)]
 
 
 class EagerBackbone(Backbone):
@@ -74,22 +82,18 @@ class EagerBackbone(Backbone):
         return Linear(torch.cat([self._matrix(name) for name in names]), bias, packed=self._packed)
 
     def _layer(self, index: int) -> EagerLayer:
-        c, prefix = self.config, f"model.layers.{index}."
-        return EagerLayer(
-            attention_norm=self._vector(f"{prefix}input_layernorm"),
-            qkv=self._fused([f"{prefix}self_attn.{x}_proj" for x in "qkv"], c.attention_bias),
-            query_norm=self._vector(f"{prefix}self_attn.q_norm") if c.qk_norm else None,
-            key_norm=self._vector(f"{prefix}self_attn.k_norm") if c.qk_norm else None,
-            out=self._fused([f"{prefix}self_attn.o_proj"], c.out_bias),
-            mlp_norm=self._vector(f"{prefix}post_attention_layernorm"),
-            gate_up=self._fused([f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj"], c.mlp_bias),
-            down=self._fused([f"{prefix}mlp.down_proj"], c.mlp_bias),
-            window=c.windows[index],
-        )
+        c, fields = self.config, dict[str, Any](window=self.config.windows[index])
+        for part, tensors in parts(c).items():
+            names = [f"model.layers.{index}.{tensor.name}" for tensor in tensors]
+            if tensors[0].is_matrix:
+                fields[part] = self._fused(names, tensors[0].has_bias(c))
+            else:
+                fields[part] = self._vector(names[0])
+        return EagerLayer(**fields)
 
     def pad_rows(self, rows: int) -> bool:
         for layer in self.layers:
-            for linear in (layer.qkv, layer.out, layer.gate_up, layer.down):
+            for linear in layer.linears:
                 linear.min_rows = rows
         self._head.min_rows = rows
         return True

@@ -1,4 +1,4 @@
-"""A peer's process: started in its environment, asked over pipes, stopped while other systems answer."""
+"""A peer's process: started in its environment, driven over pipes, stopped while other systems answer."""
 
 from __future__ import annotations
 

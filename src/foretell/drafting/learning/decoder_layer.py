@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foretell.backbone.base import layer_shapes
 from foretell.drafting.learning.products import product
 from foretell.loading.config import ModelConfig
+from foretell.loading.tensors import ATTENTION, LAYER, bare, layer_shapes
 
 
 class DecoderLayer(nn.Module):
@@ -31,7 +31,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.config, self.rotation, self.mlp = config, rotation, mlp
         weights: dict[str, Tensor] = {}
-        for name, shape in layer_shapes(config, mlp).items():
+        for full_name, shape in layer_shapes(bare(config), LAYER if mlp else ATTENTION).items():
+            name = full_name.removesuffix(".weight")
             weights[name] = torch.randn(shape) / math.sqrt(shape[-1]) if len(shape) > 1 else torch.ones(shape)
             if name in ("self_attn.o_proj", "mlp.down_proj"):
                 weights[name].zero_()  # adds nothing at first

@@ -8,20 +8,26 @@
 
 namespace foretell {
 
-// One decoder layer. Linear weights are packed (see `pack` in kernels.inc); norms and biases are float32.
-// A null pointer means "this model has none". Every field is one 64-bit word: Python fills it as an int64 row.
+// The weights of a linear layer, in one of the formats of products/formats.inc.
+struct Matrix {
+    const void* blocks;
+    const float* scale;  // of each output, zeros up to a multiple of 32; null where the format has none
+    int64_t format, outputs, inputs;
+};
+
+// One decoder layer; norms and biases are float32. A null pointer means "this model has none".
 struct Layer {
     const float* attention_norm;  // [d]
-    const void* qkv;              // (H + 2G)·D outputs from d: queries, keys, values
+    Matrix qkv;                   // (H + 2G)·D outputs from d: queries, keys, values
     const float* qkv_bias;
     const float* query_norm;  // [D] Qwen3 normalises each head
     const float* key_norm;
-    const void* out;  // d outputs from H·D
+    Matrix out;  // d outputs from H·D
     const float* out_bias;
     const float* mlp_norm;
-    const void* gate_up;         // 2F outputs from d: 32 gate columns, then their 32 up columns, and so on
+    Matrix gate_up;              // 2F outputs from d: 32 gate columns, then their 32 up columns, and so on
     const float* gate_up_bias;   // the same order
-    const void* down;            // d outputs from F
+    Matrix down;                 // d outputs from F
     const float* down_bias;
     int64_t window;  // keys a query sees at most, its own included; 0 means all
 };
@@ -70,11 +76,9 @@ struct Span {
 // their root mean square.
 struct Heads {
     int64_t heads, hidden, inputs, layers, linear, outputs, choices, threads;
-    const void* const* weight;         // [layers][heads] packed: `hidden` outputs from `inputs` (first layer) or `hidden`
-    const float* const* bias;          // [layers][heads]
-    const void* const* output;         // [outputs] packed: `choices` outputs from `hidden`
-    const float* const* scale;         // [layers][heads] of columns, where weights are int8; or null
-    const float* const* output_scale;  // [outputs]
+    const Matrix* weight;      // [layers][heads]: `hidden` outputs from `inputs` (first layer) or `hidden`
+    const float* const* bias;  // [layers][heads]
+    const Matrix* output;      // [outputs]: `choices` outputs from `hidden`, all of one format
 };
 
 // States that were committed: count[b] of them behind the length[b] that a layer of a drafter's own holds in a row of its
@@ -84,12 +88,11 @@ struct Committed {
     int64_t sequences;
     const int64_t *cache_row, *length, *count;  // [sequences]
     const float *cosine, *sine;                 // [positions, D/2]
-    const void* fuse;                           // packed, or null
+    const Matrix* fuse;                         // or null
     int64_t others;
     const float* const* stream;  // [others]
     const int64_t* following;    // [M]
-    const void* embedding;       // a row a token: packed, or as they are
-    int64_t packed;
+    const Matrix* embedding;     // a row a token
 };
 
 // What drafts a tree level by level: heads of one level each, which read `streams` states of a row, then the embeddings
@@ -97,8 +100,7 @@ struct Committed {
 struct Drafting {
     int64_t levels, hidden, streams, width, grounded, chained;  // width: guesses of a node
     const Heads* heads;
-    const void* embedding;      // a row a token: packed, or as they are
-    int64_t packed;
+    const Matrix* embedding;    // a row a token
     const int64_t* vocabulary;  // tokens that the heads choose from
     const float* scales;        // [levels][2] or null: how far each head is believed
 };
@@ -127,8 +129,7 @@ struct Lower {
     int64_t width;      // guesses of a node
     const int64_t* vocabulary;
     const float* scale;     // [2] or null: how far it is believed
-    const void* embedding;  // a row a token: packed, or as they are
-    int64_t packed;
+    const Matrix* embedding;  // a row a token
 };
 
 // The trees to draft so: `count` nodes at most besides the root. They grow in `steps` levels at most, and `room` nodes of a
@@ -150,18 +151,18 @@ struct Climb {
     float* const* tapped;  // [layers + 1] those after so many layers, or null
 };
 
-// What is packed: floats; int8 that is widened before it is multiplied; or int8 that meets int8, where the processor can.
-enum Kind { kInt8 = 1, kBFloat16 = 2, kFloat32 = 4, kInt8Both = 8 };
-
+// What one build computes. `bf16` says what activations, keys and values are rounded to: bfloat16, else float32; what
+// weights are, each matrix says itself.
 struct Kernels {
     const char* name;
-    void (*pack)(const void* weight, int64_t outputs, int64_t inputs, void* packed, int kind);
-    void (*unpack_rows)(const void* packed, int64_t inputs, const int64_t* ids, int64_t count, float* out, int bf16);
+    int64_t (*format)(const char* name);  // number of a format, or -1
+    int64_t (*bytes)(const Matrix&);      // that its blocks take
+    void (*pack)(const void* weight, const Matrix&);  // fills its blocks with weight [outputs][inputs]
+    void (*rows)(const Matrix&, const int64_t* ids, int64_t count, float* out);  // of an embedding, [count][inputs]
     void (*layers)(const Model&, const Cache&, const Rows&, const Span&, float* hidden, int bf16);
     void (*norm)(const float* x, const float* weight, double eps, int64_t rows, int64_t width, float* out);
-    void (*linear)(const float* x, int64_t rows, int64_t inputs, const void* packed, int64_t outputs,
-                   const float* bias, float* out, int64_t count, float* values, int64_t* best, int strict,
-                   int64_t threads, int bf16);
+    void (*linear)(const float* x, int64_t rows, const Matrix&, const float* bias, float* out, int64_t count,
+                   float* values, int64_t* best, int strict, int64_t threads, int bf16);
     void (*heads)(const Heads&, const float* const* parts, int64_t rows, int64_t count, float* values, int64_t* best,
                   float* states, int bf16);
     void (*attention)(const Model&, const Cache&, const Rows&, const void* queries, void* out,
@@ -174,9 +175,6 @@ const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
 const Kernels* kernels_generic();
 
-// Rows of an embedding as float32, [count][width].
-void embed(const Kernels& build, const void* embedding, int packed, const int64_t* ids, int64_t count, int64_t width,
-           float* out, int bf16);
 void observe(const Kernels& build, const Model& model, const Cache& cache, const Committed& committed, float* hidden,
              int bf16);
 void grow(const Kernels& build, const Drafting& drafting, const Wanted& wanted, int bf16);

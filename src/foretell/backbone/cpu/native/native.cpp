@@ -114,19 +114,24 @@ extern "C" {
 // A build by name, or the best one for an empty name; null if this processor cannot run it.
 const Kernels* foretell_build(const char* name) { return find(name); }
 const char* foretell_name(const Kernels* build) { return build->name; }
+// The number of a weight format of products/formats.inc, or -1.
+int64_t foretell_format(const Kernels* build, const char* name) { return build->format(name); }
 // The name of the build whose code the last call ran: a test asks for it.
 const char* foretell_last_build() { return last; }
 const char* foretell_message() { return message; }
 
 // All others return what `guarded` says, and may have written anything to their outputs where that is not 0.
 
-int foretell_pack(const Kernels* build, const void* weight, int64_t outputs, int64_t inputs, void* packed, int kind) {
-    return guarded([&] { build->pack(weight, outputs, inputs, packed, kind); });
+int foretell_bytes(const Kernels* build, const Matrix* matrix, int64_t* bytes) {
+    return guarded([&] { *bytes = build->bytes(*matrix); });
 }
 
-int foretell_unpack_rows(const Kernels* build, const void* packed, int64_t inputs, const int64_t* ids, int64_t count,
-                         float* out, int bf16) {
-    return guarded([&] { build->unpack_rows(packed, inputs, ids, count, out, bf16); });
+int foretell_pack(const Kernels* build, const void* weight, const Matrix* matrix) {
+    return guarded([&] { build->pack(weight, *matrix); });
+}
+
+int foretell_rows(const Kernels* build, const Matrix* matrix, const int64_t* ids, int64_t count, float* out) {
+    return guarded([&] { build->rows(*matrix, ids, count, out); });
 }
 
 // input and hidden are [M, d]; input is left as it is.
@@ -145,12 +150,9 @@ int foretell_norm(const Kernels* build, const float* x, const float* weight, dou
 
 // The `count` best are written to values and best, [rows, count]; with `strict` the best of a row whose outputs are not
 // all finite numbers is -1.
-int foretell_linear(const Kernels* build, const float* x, int64_t rows, int64_t inputs, const void* packed,
-                    int64_t outputs, const float* bias, float* out, int64_t count, float* values, int64_t* best,
-                    int strict, int64_t threads, int bf16) {
-    return alone([&] {
-        build->linear(x, rows, inputs, packed, outputs, bias, out, count, values, best, strict, threads, bf16);
-    });
+int foretell_linear(const Kernels* build, const float* x, int64_t rows, const Matrix* matrix, const float* bias,
+                    float* out, int64_t count, float* values, int64_t* best, int strict, int64_t threads, int bf16) {
+    return alone([&] { build->linear(x, rows, *matrix, bias, out, count, values, best, strict, threads, bf16); });
 }
 
 // Row r reads those of `store` [*, hidden] that which[r] names, inputs / hidden of them; values and best are [heads, rows,
@@ -198,9 +200,10 @@ struct Field {
     size_t offset, size;
 };
 
-// p: pointer, n: int64_t, i: int, d: double
+// p: pointer, n: int64_t, i: int, d: double, s: a structure
 template <class T>
 constexpr char kind_of() {
+    if (std::is_class_v<T>) return 's';
     if (std::is_pointer_v<T>) return 'p';
     if (std::is_floating_point_v<T>) return 'd';
     return sizeof(T) == 8 ? 'n' : 'i';
@@ -241,6 +244,7 @@ static std::string call(const char* name, Result (*)(Arguments...)) {
 
 static const std::string& described() {
     static const std::string text =
+        STRUCTURE(Matrix, FIELD(blocks), FIELD(scale), FIELD(format), FIELD(outputs), FIELD(inputs)) +
         STRUCTURE(Layer, FIELD(attention_norm), FIELD(qkv), FIELD(qkv_bias), FIELD(query_norm), FIELD(key_norm),
                   FIELD(out), FIELD(out_bias), FIELD(mlp_norm), FIELD(gate_up), FIELD(gate_up_bias), FIELD(down),
                   FIELD(down_bias), FIELD(window)) +
@@ -251,23 +255,21 @@ static const std::string& described() {
                   FIELD(length), FIELD(offset), FIELD(parents), FIELD(position), FIELD(cosine), FIELD(sine)) +
         STRUCTURE(Span, FIELD(begin), FIELD(end), FIELD(skip), FIELD(taps)) +
         STRUCTURE(Heads, FIELD(heads), FIELD(hidden), FIELD(inputs), FIELD(layers), FIELD(linear), FIELD(outputs),
-                  FIELD(choices), FIELD(threads), FIELD(weight), FIELD(bias), FIELD(output), FIELD(scale),
-                  FIELD(output_scale)) +
+                  FIELD(choices), FIELD(threads), FIELD(weight), FIELD(bias), FIELD(output)) +
         STRUCTURE(Committed, FIELD(sequences), FIELD(cache_row), FIELD(length), FIELD(count), FIELD(cosine),
-                  FIELD(sine), FIELD(fuse), FIELD(others), FIELD(stream), FIELD(following), FIELD(embedding),
-                  FIELD(packed)) +
+                  FIELD(sine), FIELD(fuse), FIELD(others), FIELD(stream), FIELD(following), FIELD(embedding)) +
         STRUCTURE(Drafting, FIELD(levels), FIELD(hidden), FIELD(streams), FIELD(width), FIELD(grounded),
-                  FIELD(chained), FIELD(heads), FIELD(embedding), FIELD(packed), FIELD(vocabulary), FIELD(scales)) +
+                  FIELD(chained), FIELD(heads), FIELD(embedding), FIELD(vocabulary), FIELD(scales)) +
         STRUCTURE(Wanted, FIELD(rows), FIELD(count), FIELD(beam), FIELD(least), FIELD(states), FIELD(roots),
                   FIELD(sizes), FIELD(parents), FIELD(tokens), FIELD(given)) +
         STRUCTURE(Lower, FIELD(model), FIELD(adapter), FIELD(skip), FIELD(norm), FIELD(eps), FIELD(head),
-                  FIELD(width), FIELD(vocabulary), FIELD(scale), FIELD(embedding), FIELD(packed)) +
+                  FIELD(width), FIELD(vocabulary), FIELD(scale), FIELD(embedding)) +
         STRUCTURE(Climb, FIELD(rows), FIELD(layers), FIELD(count), FIELD(steps), FIELD(room), FIELD(beam),
                   FIELD(least), FIELD(thresholds), FIELD(roots), FIELD(budget), FIELD(cache_row), FIELD(length),
                   FIELD(own_length), FIELD(waiting), FIELD(states), FIELD(cosine), FIELD(sine), FIELD(cache),
                   FIELD(own), FIELD(sizes), FIELD(ran), FIELD(at), FIELD(parents), FIELD(tokens), FIELD(given),
                   FIELD(hidden), FIELD(tapped)) +
-        CALL(pack) + CALL(unpack_rows) + CALL(layers) + CALL(norm) + CALL(linear) + CALL(heads) + CALL(observe) +
+        CALL(bytes) + CALL(pack) + CALL(rows) + CALL(layers) + CALL(norm) + CALL(linear) + CALL(heads) + CALL(observe) +
         CALL(grow) + CALL(climb) + CALL(attention);
     return text;
 }

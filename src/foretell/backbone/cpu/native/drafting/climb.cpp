@@ -139,7 +139,7 @@ void climb(const Kernels& build, const Lower& l, const Climb& c, int bf16) {
         int64_t rows = ids.size();
         if (!rows) break;
         float* hidden = c.hidden + total * d;
-        embed(build, l.embedding, (int)l.packed, ids.data(), rows, d, hidden, bf16);
+        build.rows(*l.embedding, ids.data(), rows, hidden);
         for (int64_t t = 0; t <= c.layers; t++) taps[t] = c.tapped && c.tapped[t] ? c.tapped[t] + total * d : nullptr;
         build.layers(*l.model, *c.cache, pass.rows(c.cosine, c.sine), Span{0, c.layers, nullptr, taps.data()}, hidden, bf16);
         total += rows;

@@ -28,7 +28,7 @@ void grow(const Kernels& build, const Drafting& d, const Wanted& w, int bf16) {
         float* embedded = nullptr;
         if (d.grounded) {
             embedded = kept.emplace_back(rows * d.hidden).data();
-            embed(build, d.embedding, (int)d.packed, ids.data(), rows, d.hidden, embedded, bf16);
+            build.rows(*d.embedding, ids.data(), rows, embedded);
         }
         float* ended = d.chained ? kept.emplace_back(rows * d.hidden).data() : nullptr;
         parts.clear();

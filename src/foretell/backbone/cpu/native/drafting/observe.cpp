@@ -7,31 +7,17 @@
 
 namespace foretell {
 
-void embed(const Kernels& build, const void* embedding, int packed, const int64_t* ids, int64_t count, int64_t width,
-           float* out, int bf16) {
-    if (packed) return build.unpack_rows(embedding, width, ids, count, out, bf16);
-    for (int64_t i = 0; i < count; i++, out += width)
-        if (bf16)
-            for (int64_t j = 0; j < width; j++) {
-                uint32_t bits = (uint32_t)((const uint16_t*)embedding)[ids[i] * width + j] << 16;
-                memcpy(out + j, &bits, 4);
-            }
-        else
-            memcpy(out, (const float*)embedding + ids[i] * width, width * 4);
-}
-
 // hidden += W·[others; embeddings], each part divided by its root mean square.
 static void fuse(const Kernels& build, const Model& model, const Committed& c, int64_t count, float* hidden, int bf16) {
     int64_t d = model.hidden, parts = c.others + 1;
     std::vector<float> embedded(count * d), read(count * parts * d), added(count * d);
-    embed(build, c.embedding, (int)c.packed, c.following, count, d, embedded.data(), bf16);
+    build.rows(*c.embedding, c.following, count, embedded.data());
     for (int64_t m = 0; m < count; m++)
         for (int64_t p = 0; p < parts; p++) {
             const float* from = p < c.others ? c.stream[p] : embedded.data();
             build.norm(from + m * d, nullptr, 1e-6, 1, d, read.data() + (m * parts + p) * d);
         }
-    build.linear(read.data(), count, parts * d, c.fuse, d, nullptr, added.data(), 0, nullptr, nullptr, 0,
-                 model.threads, bf16);
+    build.linear(read.data(), count, *c.fuse, nullptr, added.data(), 0, nullptr, nullptr, 0, model.threads, bf16);
     for (int64_t i = 0; i < count * d; i++) hidden[i] += added[i];
 }
 

@@ -1,4 +1,4 @@
-"""Whether speculation pays here, in words: what a ratio or a count of steps leaves the reader to find out."""
+"""Notes on speculation: one sentence where it was held back, or was slower than plain decoding."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ if TYPE_CHECKING:
 
 
 def note_held_back(sums: Statistics, backbone: Backbone) -> None:
-    if said := held_back(sums, backbone):
-        note(said)
+    """Prints a note if speculation was held back."""
+    if sentence := held_back(sums, backbone):
+        note(sentence)
 
 
 def held_back(sums: Statistics, backbone: Backbone) -> str:
-    """One sentence where speculation was held back; empty where it was not."""
+    """Returns one sentence if speculation was held back, else an empty text."""
     if not sums.suspended_steps:
         return ""
     return f"Speculation was held back in {_steps(sums)}, where it does not pay on this machine{_remedy(backbone)}."
 
 
 def verdict(speed: float, sums: Statistics, backbone: Backbone) -> str:
-    """One sentence where speculation was slower than plain steps, or held back; empty where all is well.
+    """Returns one sentence if speculation was slower than plain decoding or was held back, else an empty text.
 
     Args:
         speed: tokens per second, relative to plain decoding's.
-        sums: of the answer that was decoded with a drafter.
+        sums: statistics of the answer that was decoded with a drafter.
     """
     if round(speed, 2) >= 1:
         return held_back(sums, backbone)
@@ -36,7 +37,7 @@ def verdict(speed: float, sums: Statistics, backbone: Backbone) -> str:
     if sums.suspended_steps:
         done = f"plain steps were taken instead in {_steps(sums)}"
     elif not sums.drafted:
-        return slower + "nothing was guessed, so that both ways took plain steps."
+        return slower + "nothing was guessed, so both ways took plain steps."
     else:
         done = "the answer is too short, or the loss too small, for plain steps to have been taken instead"
     return f"{slower}{done}{_remedy(backbone)}."
@@ -47,7 +48,7 @@ def _steps(sums: Statistics) -> str:
 
 
 def _remedy(backbone: Backbone) -> str:
-    """What else can be done, unless it was."""
+    """Names `foretell tune`, unless it has run."""
     from foretell.backbone.step_costs import StepCosts
 
     costs = StepCosts.load(backbone.costs) if backbone.costs else None

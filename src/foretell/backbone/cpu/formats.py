@@ -1,0 +1,113 @@
+"""The formats in which the kernels keep weights: one row each.
+
+A row says what is made of a weight before it is packed, and which activations it is multiplied with; how it lies in
+memory and is multiplied says the row of the same name in `native/products/formats.inc`.
+
+Shapes: a weight has N outputs and K inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from foretell.backbone.base import check_ids
+from foretell.backbone.cpu.library import Build, Matrix, call, require
+from foretell.errors import check
+
+Numbers = tuple[Tensor, Tensor | None]
+"""What is packed [N, K], and the scale of each output [N] float32, if there is one."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A row of `FORMATS`.
+
+    Attributes:
+        activations: the type that activations are rounded to before they are multiplied with it.
+        numbers: turns a weight [N, K] into what the kernels pack.
+        packed: whether it is packed into panels; otherwise it stays as it is, and its rows can only be read.
+    """
+
+    name: str
+    activations: torch.dtype
+    numbers: Callable[[Tensor], Numbers]
+    packed: bool = True
+
+
+def _as(dtype: torch.dtype) -> Callable[[Tensor], Numbers]:
+    return lambda weight_NK: (weight_NK.to(dtype), None)
+
+
+def _int8(weight_NK: Tensor) -> Numbers:
+    """Rounds to 255 even steps of each output's own size."""
+    scale_N = weight_NK.float().abs().amax(1).clamp(min=1e-30) / 127
+    return (weight_NK.float() / scale_N[:, None]).round().to(torch.int8), scale_N
+
+
+BF16, FP32 = torch.bfloat16, torch.float32
+FORMATS = {
+    row.name: row
+    for row in (
+        Format("bf16", BF16, _as(BF16)),
+        Format("fp32", FP32, _as(FP32)),
+        Format("int8", BF16, _int8),  # widened before it is multiplied
+        Format("int8_both", BF16, _int8),  # what it is multiplied with is rounded too, where the processor can
+        Format("bf16_rows", BF16, _as(BF16), packed=False),
+        Format("fp32_rows", FP32, _as(FP32), packed=False),
+    )
+}
+
+
+def exact_format(dtype: torch.dtype, packed: bool = True) -> Format:
+    """Returns the format that keeps every bit of a model's weights.
+
+    Raises:
+        TypeError: models are bfloat16 or float32.
+    """
+    names = {BF16: "bf16", FP32: "fp32"}
+    if dtype not in names:
+        raise TypeError(f"packed weights are bfloat16 or float32, not {dtype}")
+    return FORMATS[names[dtype] + ("" if packed else "_rows")]
+
+
+class PackedMatrix:
+    """A weight [N, K] in one of `FORMATS`.
+
+    Attributes:
+        about: how it is described to the kernels; it keeps the memory alive.
+    """
+
+    def __init__(self, weight_NK: Tensor, format: Format, build: Build):
+        check(weight_NK.dim() == 2, f"A matrix has two dimensions, not the shape {tuple(weight_NK.shape)}.")
+        self.format, self.build = format, build
+        self.outputs, self.inputs = weight_NK.shape
+        numbers_NK, scale_N = format.numbers(weight_NK)
+        numbers_NK = numbers_NK.contiguous()
+        number = require().foretell_format(build.handle, format.name.encode())
+        check(number >= 0, f"The kernels have no weight format {format.name!r}.")
+        scale_N = None if scale_N is None else F.pad(scale_N, (0, -self.outputs % 32))
+        shape = (number, self.outputs, self.inputs)
+        self.blocks = numbers_NK
+        if format.packed:
+            size = torch.zeros(1, dtype=torch.int64)
+            call("bytes", build, Matrix(None, None, *shape), size)
+            self.blocks = torch.empty(int(size), dtype=torch.uint8)
+        self.about = Matrix(self.blocks, scale_N, *shape)
+        if format.packed:
+            call("pack", build, numbers_NK, self.about)
+
+    def rows(self, ids_M: Tensor) -> Tensor:
+        """Rows of the weight [M, K] as float32.
+
+        Raises:
+            TypeError, IndexError: ids are no rows; see `check_ids`.
+        """
+        check_ids(ids_M, self.outputs)
+        out_MK = torch.empty(len(ids_M), self.inputs)
+        call("rows", self.build, self.about, ids_M.contiguous(), len(ids_M), out_MK)
+        return out_MK
