@@ -28,18 +28,16 @@ from foretell.files import read_json, sole_writer, write_json
 from foretell.loading.catalog import FORMER_FINGERPRINTS
 from foretell.requests import Request, SamplingParams
 from foretell.train import distill as distilling
-from foretell.train.data import CONVERSATIONS, MANIFEST, Distilled, Store
+from foretell.train import prompts as prompting
+from foretell.train.data import CONVERSATIONS, MANIFEST, ConversationStore, Distilled
 from foretell.train.distill import (
-    DISTINCT,
-    SHORTEST,
+    MIN_DISTINCT,
+    MIN_TOKENS,
     distill,
     next_tasks,
-    read_prompts,
     unfit,
-    user_turn,
-    write_prompts,
 )
-from foretell.train.prompts import ABROAD, LANGUAGES, cut, tasks
+from foretell.train.prompts import FOREIGN, LANGUAGES, cut, read_prompts, tasks, user_turn, write_prompts
 
 END = 256
 """The tiny model's end of turn; its other tokens are bytes, the first 94 of them printable ASCII."""
@@ -64,14 +62,14 @@ FOUND: dict[int, list[Distilled | str]] = {
 }
 
 
-def filled(folder: Path, found: dict[int, list[Distilled | str]]) -> Store:
-    store = Store.create(folder, dict(ABOUT))
+def filled(folder: Path, found: dict[int, list[Distilled | str]]) -> ConversationStore:
+    store = ConversationStore.create(folder, dict(ABOUT))
     for line, each in found.items():
         store.append(line, iter(each))
     return store
 
 
-def contents(store: Store) -> tuple[list[Distilled], Counter[str], set[int]]:
+def contents(store: ConversationStore) -> tuple[list[Distilled], Counter[str], set[int]]:
     return list(store.conversations), Counter(store.dropped), set(store.lines)
 
 
@@ -84,11 +82,11 @@ def test_what_was_appended_is_read_back(tmp_path: Path) -> None:
     store = filled(tmp_path / "data", FOUND)
     expected = [each for found in FOUND.values() for each in found if isinstance(each, Distilled)]
     dropped = {"too long": 1, "empty": 2, "repetitive": 1}
-    assert contents(store) == contents(Store.open(tmp_path / "data")) == (expected, dropped, set(FOUND))
+    assert contents(store) == contents(ConversationStore.open(tmp_path / "data")) == (expected, dropped, set(FOUND))
     assert [each.written for each in expected] == [3, 2, 1, 2]
-    again = Store.create(tmp_path / "data", dict(ABOUT))
+    again = ConversationStore.create(tmp_path / "data", dict(ABOUT))
     again.append(11, [Distilled(11, [5, 6], [(1, 2)])])
-    assert contents(Store.open(tmp_path / "data")) == contents(again)
+    assert contents(ConversationStore.open(tmp_path / "data")) == contents(again)
 
 
 @pytest.mark.parametrize("last", FOUND)
@@ -96,15 +94,15 @@ def test_an_append_cut_anywhere_leaves_what_was_there_before(tmp_path: Path, las
     before = contents(filled(tmp_path, {line: each for line, each in FOUND.items() if line != last}))
     path = tmp_path / CONVERSATIONS
     earlier = path.read_bytes()
-    Store.open(tmp_path).append(last, FOUND[last])
+    ConversationStore.open(tmp_path).append(last, FOUND[last])
     whole = path.read_bytes()
     for size in range(len(earlier), len(whole)):
         path.write_bytes(whole[:size])
-        assert contents(Store.open(tmp_path)) == before
+        assert contents(ConversationStore.open(tmp_path)) == before
         assert path.read_bytes() == whole[:size]  # who only reads may read while another writes
-        assert contents(Store.create(tmp_path, dict(ABOUT))) == before
+        assert contents(ConversationStore.create(tmp_path, dict(ABOUT))) == before
         assert path.read_bytes() == earlier  # cut off, so that the next append begins a line
-    Store.create(tmp_path, dict(ABOUT)).append(last, FOUND[last])
+    ConversationStore.create(tmp_path, dict(ABOUT)).append(last, FOUND[last])
     assert path.read_bytes() == whole
 
 
@@ -127,10 +125,10 @@ def test_a_damaged_line_is_named(tmp_path: Path, damage: bytes) -> None:
     assert lines[1] == b'{"line": 0, "dropped": "too long"}'
     path.write_bytes(b"\n".join([lines[0], damage, *lines[2:], b""]))
     with pytest.raises(ForetellError, match=rf"{CONVERSATIONS}, line 2 is damaged; delete the line") as error:
-        Store.open(tmp_path)
+        ConversationStore.open(tmp_path)
     one_sentence(error)
     path.write_bytes(b"\n".join([lines[0], *lines[2:], b""]))  # what the sentence advises
-    assert contents(Store.open(tmp_path)) == (whole[0], whole[1] - Counter({"too long": 1}), whole[2] - {0})
+    assert contents(ConversationStore.open(tmp_path)) == (whole[0], whole[1] - Counter({"too long": 1}), whole[2] - {0})
 
 
 @pytest.mark.parametrize(
@@ -147,10 +145,12 @@ def test_a_folder_begun_otherwise_is_refused(tmp_path: Path, changed: dict[str, 
     filled(tmp_path, FOUND).write_manifest()
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(UsageError, match=sentence) as error:
-        Store.create(tmp_path, ABOUT | changed)
+        ConversationStore.create(tmp_path, ABOUT | changed)
     one_sentence(error)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert Store.create(tmp_path, ABOUT | {"command": "another way to say it"}).manifest.get("command") is None
+    assert (
+        ConversationStore.create(tmp_path, ABOUT | {"command": "another way to say it"}).manifest.get("command") is None
+    )
 
 
 def test_data_from_before_fingerprints_covered_every_tensor_are_the_catalogue_models(tmp_path: Path) -> None:
@@ -159,15 +159,15 @@ def test_data_from_before_fingerprints_covered_every_tensor_are_the_catalogue_mo
         folder = tmp_path / told
         filled(folder, FOUND)
         write_json(folder / MANIFEST, {"format": 1, **ABOUT, "fingerprint": told})
-        assert Store.open(folder).manifest["fingerprint"] == ours
+        assert ConversationStore.open(folder).manifest["fingerprint"] == ours
         with pytest.raises(UsageError, match=rf"begun with fingerprint {ours} \(not beef\)"):
-            Store.create(folder, ABOUT | {"fingerprint": "beef"})
-        Store.create(folder, ABOUT | {"fingerprint": ours}).write_manifest()
+            ConversationStore.create(folder, ABOUT | {"fingerprint": "beef"})
+        ConversationStore.create(folder, ABOUT | {"fingerprint": ours}).write_manifest()
         assert read_json(folder / MANIFEST)["fingerprint"] == ours
 
 
 def test_the_manifest_counts_what_is_there(tmp_path: Path) -> None:
-    store = Store.create(tmp_path, dict(ABOUT))
+    store = ConversationStore.create(tmp_path, dict(ABOUT))
     nothing = {"conversations": 0, "tokens": 0, "written": 0, "dropped": {}}
     assert read_json(tmp_path / MANIFEST) == {"format": 1, **ABOUT, "counts": nothing, "seconds": 0}
     for line, each in FOUND.items():
@@ -196,7 +196,7 @@ def test_a_folder_that_is_no_data_is_refused(tmp_path: Path, manifest: str | Non
     else:
         (tmp_path / MANIFEST).write_text(manifest)
     with pytest.raises(ForetellError, match=sentence) as error:
-        Store.open(tmp_path)
+        ConversationStore.open(tmp_path)
     one_sentence(error)
 
 
@@ -232,7 +232,7 @@ def test_a_full_disk_costs_the_append_and_nothing_else(
             store.append(7, FOUND[7])
     one_sentence(error)
     assert contents(store) == before  # it claims nothing that is not on the disk
-    assert contents(Store.open(tmp_path)) == before
+    assert contents(ConversationStore.open(tmp_path)) == before
 
 
 # --- answers ------------------------------------------------------------------------------------------------
@@ -249,13 +249,13 @@ ENDING = SamplingParams(max_new_tokens=14, temperature=0.8, seed=0, logit_bias={
 
 def answered(
     llm: LLM, folder: Path, params: SamplingParams, talks: Sequence[Conversation] = TALKS, rows: int = 3, **options: Any
-) -> Store:
-    store = Store.create(folder, ABOUT | {"fingerprint": llm.backbone.fingerprint})
+) -> ConversationStore:
+    store = ConversationStore.create(folder, ABOUT | {"fingerprint": llm.backbone.fingerprint})
     distill(llm, talks, store, params, rows=rows, **options)
     return store
 
 
-def as_set(store: Store) -> tuple[Any, ...]:
+def as_set(store: ConversationStore) -> tuple[Any, ...]:
     """What was written, in whatever order."""
     written = {(each.line, tuple(each.tokens), tuple(each.answers)) for each in store.conversations}
     assert len(written) == len(store.conversations)
@@ -300,11 +300,11 @@ def test_interruptions_change_nothing_that_is_written(
         with pytest.raises(KeyboardInterrupt):
             answered(llm, tmp_path / "cut", params, progress=interrupting(after))
         assert not found & set(asked)  # nothing is answered twice
-        assert found <= (found := Store.open(tmp_path / "cut").lines)
+        assert found <= (found := ConversationStore.open(tmp_path / "cut").lines)
     asked.clear()
     final = answered(llm, tmp_path / "cut", params, rows=2)
     assert set(asked) == straight.lines - found - {5}  # too long to ask
-    assert as_set(final) == as_set(Store.open(tmp_path / "cut")) == as_set(straight)
+    assert as_set(final) == as_set(ConversationStore.open(tmp_path / "cut")) == as_set(straight)
     lines = [json.loads(line)["line"] for line in (tmp_path / "cut" / CONVERSATIONS).read_bytes().splitlines()]
     assert Counter(lines) == Counter(
         json.loads(line)["line"] for line in (tmp_path / "straight" / CONVERSATIONS).read_bytes().splitlines()
@@ -335,7 +335,7 @@ def turn_by_turn(llm: LLM, talk: Conversation, params: SamplingParams) -> Iterat
         messages.append({"role": "assistant", "content": reply.text})
 
 
-def in_answers(store: Store, line: int) -> list[tuple[list[int], list[int]]]:
+def in_answers(store: ConversationStore, line: int) -> list[tuple[list[int], list[int]]]:
     """What stands before each answer, and the answer."""
     found = [each for each in store.conversations if each.line == line]
     return [(each.tokens[:start], each.tokens[start:end]) for each in found for start, end in each.answers]
@@ -347,7 +347,7 @@ def test_answers_are_what_plain_decoding_writes_turn_by_turn(llm: LLM, tmp_path:
     sequences = Counter(each.line for each in store.conversations)
     for talk in TALKS:
         if talk.line != 5:
-            written = [each for each in turn_by_turn(llm, talk, params) if len(each[1]) >= SHORTEST]
+            written = [each for each in turn_by_turn(llm, talk, params) if len(each[1]) >= MIN_TOKENS]
             assert in_answers(store, talk.line) == written
             if params is ENDING:  # the template only appends: one sequence holds all turns
                 assert sequences[talk.line] == min(1, len(written))
@@ -364,7 +364,7 @@ def test_an_answer_that_reads_back_otherwise_ends_its_sequence(llm: LLM, tmp_pat
     talk = Conversation(("a", "b", "c", "d"), 1)
     replies = [Result([letter] * 4, "qqqq"), Result([byte] * 4, "\ufffd" * 4), Result([letter] * 3, "qqq"),
                Result([letter] * 4 + [END], "qqqq")]  # fmt: skip
-    found = list(distilling._kept(llm, talk, replies, circles=False))
+    found = list(distilling._kept(llm, talk, replies, keep_repetitive=False))
     one = len(llm.tokenizer.encode("u:a<|end|>a:"))
     before = llm.tokenizer.encode("u:a<|end|>a:qqqq<|end|>u:b<|end|>a:")
     two = len(before)
@@ -394,7 +394,7 @@ def test_what_does_not_fit_is_dropped_and_counted(llm: LLM, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("bias", "length", "reason"),
-    [({END: 100.0}, 40, "empty"), ({7: 100.0}, 60, "repetitive"), ({7: 100.0}, SHORTEST - 1, "empty")],
+    [({END: 100.0}, 40, "empty"), ({7: 100.0}, 60, "repetitive"), ({7: 100.0}, MIN_TOKENS - 1, "empty")],
 )
 def test_answers_not_worth_learning_from_are_dropped_and_counted(
     llm: LLM, tmp_path: Path, bias: dict[int, float], length: int, reason: str
@@ -403,15 +403,15 @@ def test_answers_not_worth_learning_from_are_dropped_and_counted(
     params = SamplingParams(max_new_tokens=length, logit_bias=bias)
     store = answered(llm, tmp_path, params, talks)
     assert as_set(store) == (set(), {reason: 3}, {0, 1})
-    assert as_set(Store.open(tmp_path)) == as_set(store)
+    assert as_set(ConversationStore.open(tmp_path)) == as_set(store)
 
 
 def test_answers_in_circles_are_kept_on_demand(llm: LLM, tmp_path: Path) -> None:
     talks = [Conversation(("one", "two"), 0), Conversation(("three",), 1)]
     for token, length, answers in ((7, 60, 3), (END, 40, 0)):
-        store = Store.create(tmp_path / str(token), dict(ABOUT))
+        store = ConversationStore.create(tmp_path / str(token), dict(ABOUT))
         params = SamplingParams(max_new_tokens=length, logit_bias={token: 100.0})
-        distill(llm, talks, store, params, rows=3, circles=True)
+        distill(llm, talks, store, params, rows=3, keep_repetitive=True)
         assert sum(len(each.answers) for each in store.conversations) == answers
         assert store.dropped == ({} if answers else {"empty": 3})
 
@@ -423,7 +423,7 @@ def circle(period: int, length: int) -> list[int]:
 @pytest.mark.parametrize(
     ("ids", "reason"),
     [
-        ([], "empty"), ([1, 2, 3], "empty"), ([1, 2, 3, 4], None), ([5] * SHORTEST, None),
+        ([], "empty"), ([1, 2, 3], "empty"), ([1, 2, 3, 4], None), ([5] * MIN_TOKENS, None),
         ([5] * 52, None),  # 23 4-grams in its second half: too short to judge
         ([5] * 53, "repetitive"),
         (list(range(500)), None), ([*range(100), *[5] * 100], "repetitive"), ([*[5] * 100, *range(100)], None),
@@ -435,7 +435,7 @@ def test_answers_in_circles_are_unfit(ids: list[int], reason: str | None) -> Non
     half = ids[len(ids) // 2 :]
     grams = Counter(zip(half, half[1:], half[2:], half[3:], strict=False))
     if reason == "repetitive":
-        assert len(grams) < DISTINCT * grams.total()
+        assert len(grams) < MIN_DISTINCT * grams.total()
 
 
 # --- prompts from nothing -----------------------------------------------------------------------------------
@@ -472,7 +472,7 @@ def talkative(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], N
     """Makes some tokens likelier where the model writes prompts."""
 
     def favour(bias: dict[int, float]) -> None:
-        monkeypatch.setattr(distilling, "SamplingParams", partial(SamplingParams, logit_bias=bias))
+        monkeypatch.setattr(prompting, "SamplingParams", partial(SamplingParams, logit_bias=bias))
 
     return favour
 
@@ -538,7 +538,7 @@ def test_a_model_that_writes_one_turn_only_is_refused(
         for index, _ in enumerate(requests):
             yield index, package.requests.Event(index, [1], [False], "the same again", finish_reason="stop")
 
-    monkeypatch.setattr(distilling, "run", run)
+    monkeypatch.setattr(prompting, "run", run)
     with pytest.raises(ForetellError, match="give it prompts with --prompts") as error:
         write_prompts(llm, 3, tmp_path / "p.jsonl", seed=0, rows=2)
     one_sentence(error)
@@ -549,7 +549,7 @@ def test_a_model_that_writes_one_turn_only_is_refused(
 
 TEXTS = [
     ("What is a tree?", "A tree is a plant. It grows for years."),
-    (ABROAD.format(target="German", text="trees"), "Ein Baum ist eine Pflanze. Er hat Wurzeln."),
+    (FOREIGN.format(target="German", text="trees"), "Ein Baum ist eine Pflanze. Er hat Wurzeln."),
     ("Name a bird.", "An owl is a bird. It flies at night."),
 ]
 
@@ -587,7 +587,7 @@ def test_texts_are_cut_between_sentences(text: str, longest: int, expected: str)
 def test_tasks_come_from_long_straight_first_answers(llm: LLM, tmp_path: Path) -> None:
     words = llm.encode("a plain text of many different letters, long enough to ask about: 0123456789", raw=True)
     circle = llm.encode("round and " * 12, raw=True)
-    store = Store.create(tmp_path, dict(ABOUT))
+    store = ConversationStore.create(tmp_path, dict(ABOUT))
     asked = [Conversation((f"prompt {line}", "and?"), line) for line in range(5)]
     answers = {0: words[:20], 1: circle, 2: words, 4: words}
     for line, answer in answers.items():
@@ -623,7 +623,7 @@ def test_the_command_writes_a_folder_that_the_library_reads(
     command = ("distill", "-m", tiny, *TINY, "--prompts", str(prompts), "--out", str(out), "-n", "14")
     ran = foretell(*command, "-b", "2")
     assert (ran.code, ran.out) == (0, "")
-    store = Store.open(out)
+    store = ConversationStore.open(out)
     counts = store.manifest["counts"]
     assert f"{counts['conversations']} conversations, {counts['written']} tokens written; dropped: none" in ran.err
     assert counts["written"] == sum(each.written for each in store.conversations) > 0
@@ -639,7 +639,9 @@ def test_the_command_writes_a_folder_that_the_library_reads(
     assert foretell(*command, *some).code == 0
     asked = [talk.line for talk in read_prompts(prompts)][::2]
     expected = {each.line: each for each in store.conversations if each.line in asked}
-    assert {each.line: each for each in Store.open(tmp_path / "some").conversations} == expected  # a line's own noise
+    assert {
+        each.line: each for each in ConversationStore.open(tmp_path / "some").conversations
+    } == expected  # a line's own noise
     refused = foretell(*command, "-t", "0.8")
     assert refused.code == 2
     assert re.fullmatch(
@@ -652,21 +654,21 @@ def test_an_interrupted_command_goes_on(
 ) -> None:
     command = ("distill", "-m", tiny, *TINY, "--prompts", str(prompts), "-n", "14", "-t", "0.7", "-b", "2")
     assert foretell(*command, "--out", str(tmp_path / "straight")).code == 0
-    append = Store.append
+    append = ConversationStore.append
 
-    def interrupted(store: Store, line: int, found: Any) -> None:
+    def interrupted(store: ConversationStore, line: int, found: Any) -> None:
         if len(store.lines) == 2:
             raise KeyboardInterrupt
         append(store, line, found)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Store, "append", interrupted)
+        patched.setattr(ConversationStore, "append", interrupted)
         ran = foretell(*command, "--out", str(tmp_path / "cut"))
     assert (ran.code, ran.err.strip()) == (130, "interrupted; the same command goes on from here")
-    assert len(Store.open(tmp_path / "cut").lines) == 2
-    assert Store.open(tmp_path / "cut").manifest["counts"]["conversations"] > 0  # counted all the same
+    assert len(ConversationStore.open(tmp_path / "cut").lines) == 2
+    assert ConversationStore.open(tmp_path / "cut").manifest["counts"]["conversations"] > 0  # counted all the same
     assert foretell(*command, "--out", str(tmp_path / "cut")).code == 0
-    cut, straight = Store.open(tmp_path / "cut"), Store.open(tmp_path / "straight")
+    cut, straight = ConversationStore.open(tmp_path / "cut"), ConversationStore.open(tmp_path / "straight")
     assert as_set(cut) == as_set(straight)
     assert cut.manifest["counts"] == straight.manifest["counts"]
 
@@ -674,17 +676,17 @@ def test_an_interrupted_command_goes_on(
 def test_packed_data_is_read_as_it_is(foretell: Foretell, tiny: str, prompts: Path, tmp_path: Path) -> None:
     command = ("distill", "-m", tiny, *TINY, "--prompts", str(prompts), "-n", "14", "--out", str(tmp_path / "data"))
     assert foretell(*command).code == 0
-    plain, path = Store.open(tmp_path / "data"), tmp_path / "data/conversations.jsonl"
+    plain, path = ConversationStore.open(tmp_path / "data"), tmp_path / "data/conversations.jsonl"
     packed = path.with_name("conversations.jsonl.xz")
     packed.write_bytes(lzma.compress(path.read_bytes()))
     path.unlink()
-    assert Store.open(tmp_path / "data") == plain
+    assert ConversationStore.open(tmp_path / "data") == plain
     ran = foretell(*command)
     assert ran.code == 2
     assert re.fullmatch(r"error: .*conversations\.jsonl\.xz is packed; unpack it with xz -d to add to it\.\n", ran.err)
     packed.write_bytes(packed.read_bytes()[:-9])
     with pytest.raises(ForetellError, match=r"conversations\.jsonl\.xz is damaged .*; copy it again"):
-        Store.open(tmp_path / "data")
+        ConversationStore.open(tmp_path / "data")
 
 
 def test_two_processes_do_not_write_one_folder(foretell: Foretell, tiny: str, prompts: Path, tmp_path: Path) -> None:
@@ -698,16 +700,18 @@ def test_two_processes_do_not_write_one_folder(foretell: Foretell, tiny: str, pr
 def test_without_prompts_the_model_writes_them(foretell: Foretell, tiny: str, prompts: Path, tmp_path: Path) -> None:
     options = ("-m", tiny, *TINY, "--write", "2", "-n", "8", "-b", "4")
     assert foretell("distill", *options, "--out", str(tmp_path / "alone")).code == 0
-    store = Store.open(tmp_path / "alone")
+    store = ConversationStore.open(tmp_path / "alone")
     written = read_prompts(tmp_path / "alone" / "prompts.jsonl")
     assert len(written) == len(store.lines) == 2
     both = ("--prompts", str(prompts), "--limit", "1", "--out", str(tmp_path / "both"))
     assert foretell("distill", *options, *both).code == 0
-    assert len(Store.open(tmp_path / "both").lines) == 3
+    assert len(ConversationStore.open(tmp_path / "both").lines) == 3
     assert read_prompts(tmp_path / "both" / "prompts.jsonl") == [
         Conversation(each.turns, each.line, each.where.replace("alone", "both"), each.record) for each in written
     ]
-    assert store.lines < Store.open(tmp_path / "both").lines  # its own prompts keep their noise beside a file's
+    assert (
+        store.lines < ConversationStore.open(tmp_path / "both").lines
+    )  # its own prompts keep their noise beside a file's
 
 
 def test_tasks_are_answered_after_what_they_are_about(
@@ -730,34 +734,34 @@ def test_tasks_are_answered_after_what_they_are_about(
         "5",
     )
     assert foretell(*command, "--out", str(tmp_path / "straight")).code == 0
-    straight = Store.open(tmp_path / "straight")
+    straight = ConversationStore.open(tmp_path / "straight")
     assert len(straight.lines) == 4 + 5
-    append = Store.append
+    append = ConversationStore.append
     for stop in (2, 5, 8):  # among the prompts, the first tasks and the last ones
 
-        def interrupted(store: Store, line: int, found: Any, stop: int = stop) -> None:
+        def interrupted(store: ConversationStore, line: int, found: Any, stop: int = stop) -> None:
             if len(store.lines) == stop:
                 raise KeyboardInterrupt
             append(store, line, found)
 
         with monkeypatch.context() as patched:
-            patched.setattr(Store, "append", interrupted)
+            patched.setattr(ConversationStore, "append", interrupted)
             assert foretell(*command, "--out", str(tmp_path / f"cut{stop}")).code == 130
         assert foretell(*command, "--out", str(tmp_path / f"cut{stop}")).code == 0
-        assert as_set(Store.open(tmp_path / f"cut{stop}")) == as_set(straight)
+        assert as_set(ConversationStore.open(tmp_path / f"cut{stop}")) == as_set(straight)
 
 
 @pytest.mark.parametrize("tasks", ["1", "3"])
 def test_where_no_answer_is_long_enough_no_tasks_are_made(
     foretell: Foretell, tiny: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tasks: str
 ) -> None:
-    monkeypatch.setattr(distilling, "SHORTEST_TEXT", 41)
+    monkeypatch.setattr(distilling, "MIN_TASK_TOKENS", 41)
     options = ("--prompts", str(prompts), "-n", "41", "--tasks", tasks, "--out", str(tmp_path / "data"))
     monkeypatch.setattr(distilling, "unfit", lambda ids: "empty")  # none is
     ran = foretell("distill", "-m", tiny, *TINY, *options)
     assert (ran.code, ran.out) == (0, "")
     assert ran.err.count("note: no tasks were made: no answer is long enough (41 tokens)\n") == 1
-    assert len(Store.open(tmp_path / "data").lines) == 4
+    assert len(ConversationStore.open(tmp_path / "data").lines) == 4
 
 
 def test_a_model_without_a_chat_template_is_refused(
@@ -821,7 +825,7 @@ def test_a_full_disk_is_one_line(
     assert (ran.code, ran.out) == (1, "")
     assert re.fullmatch(r"error: .*enough disk space in .*data .*\n", ran.err)
     assert foretell(*command).code == 0
-    assert len(Store.open(tmp_path / "data").lines) == 4
+    assert len(ConversationStore.open(tmp_path / "data").lines) == 4
 
 
 # --- the demo model -----------------------------------------------------------------------------------------

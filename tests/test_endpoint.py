@@ -11,11 +11,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 import torch
 from command_line import Foretell, Ran, save_tiny_chat
@@ -28,9 +28,10 @@ from foretell.cli import main
 from foretell.conversations import Conversation
 from foretell.errors import ForetellError, UsageError
 from foretell.requests import SamplingParams
-from foretell.train import endpoint as asking
-from foretell.train.data import Store
-from foretell.train.endpoint import FLOOR, JUDGED, KEY, SECONDS, TRIES, Agreement, Endpoint, turn_end
+from foretell.results import Result
+from foretell.train.agreement import FLOOR, MIN_CONVERSATIONS, Agreement
+from foretell.train.data import ConversationStore
+from foretell.train.endpoint import CONNECT_RETRIES, KEY, RETRIES, Endpoint, turn_end
 
 END = 256
 TINY = ("--dtype", "fp32", "--threads", "1")
@@ -121,8 +122,8 @@ def serve() -> Iterator[Serve]:
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests are made again at once, past any proxy, and without a key of the person who runs the tests."""
-    monkeypatch.setattr(asking, "Endpoint", partial(Endpoint, pause=0.001))
+    """Requests are repeated at once, past any proxy, and without a key of the person who runs the tests."""
+    monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.001)
     monkeypatch.delenv(KEY, raising=False)
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "127.0.0.1")
@@ -198,7 +199,7 @@ def command(model: str, prompts: str, out: Path, server: str = "", *more: str) -
 
 def written(folder: Path) -> tuple[Any, ...]:
     """What was kept, in whatever order, and what was dropped."""
-    store = Store.open(folder)
+    store = ConversationStore.open(folder)
     found = {(each.line, tuple(each.tokens), tuple(each.answers)) for each in store.conversations}
     assert len(found) == len(store.conversations)
     return found, store.dropped, store.lines
@@ -236,7 +237,7 @@ def test_an_endpoint_writes_what_the_model_itself_would(
         [talk] = [talk for talk in TALKS if talk[0] == body["messages"][0]["content"]]
         said = [each["content"] for each in body["messages"] if each["role"] == "user"]
         assert said == talk[: len(said)]
-    settings = Store.open(tmp_path / "data").manifest["settings"]
+    settings = ConversationStore.open(tmp_path / "data").manifest["settings"]
     assert settings["served"] == "tiny"
     assert "endpoint" not in settings  # the same model may be served elsewhere when the run goes on
 
@@ -352,7 +353,7 @@ def test_trouble_that_does_not_pass_ends_the_run(
     ran = foretell(*command(readable, prompts, tmp_path / "data", server.url))
     sentence = r"does not answer as an OpenAI-compatible server does \(503 one moment\); check the address and "
     refused(ran, 1, f"{re.escape(server.url)} {sentence}{KEY}")
-    assert len(server.keys) == TRIES
+    assert len(server.keys) == 1 + CONNECT_RETRIES
     assert not (tmp_path / "data").exists()
 
 
@@ -386,51 +387,43 @@ def test_so_many_are_asked_side_by_side(
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that are waited between requests, none of which pass."""
+    """Seconds that the client waits between requests, none of which pass."""
     found: list[float] = []
-
-    class Hasty(threading.Event):
-        def wait(self, timeout: float | None = None) -> bool:
-            assert timeout is not None
-            found.extend([timeout] if timeout else [])
-            return self.is_set()
-
-    monkeypatch.setattr(asking, "Event", Hasty)
+    monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 8.0)
+    monkeypatch.setattr(openai._base_client.time, "sleep", found.append)
     return found
 
 
-def test_waits_grow_and_differ(serve: Serve, waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    endpoint = Endpoint(serve(lambda path, body: (429, b"slowly")).url, pause=3.0)
-    for luck in (0.0, 0.5, 1.0):
-        waits.clear()
-        monkeypatch.setattr(asking, "random", lambda luck=luck: luck)
-        with pytest.raises(ForetellError, match=r"\(429 slowly\)"):
-            endpoint.connect()
-        assert waits == [3.0 * 2**attempt * (1 + luck / 4) for attempt in range(TRIES - 1)]
-    assert sum(waits) / 3.0 > 60  # from a pause of a second it takes more than a minute
+def asked_once(llm: LLM, server: Served) -> list[list[Result]]:
+    """The replies to one conversation of one turn."""
+    endpoint = Endpoint(server.url, "tiny", other_model=True)
+    talks = [Conversation(("one",), 0)]
+    return [replies for _, replies in endpoint.converse(llm, talks, SamplingParams(max_new_tokens=5), rows=1)]
 
 
-def test_the_wait_that_a_server_asks_for_is_kept(
-    serve: Serve, waits: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where it is the longer one. A date, which some send, is not read; chance makes it longer only."""
-    told: list[Any] = [7, "2.5", 0, "Wed, 21 Oct 2026 07:28:00 GMT"]
-    left = [*told]
-    monkeypatch.setattr(asking, "random", lambda: 1.0)
-    server = serve(
-        lambda path, body: (429, b"slowly", left.pop(0)) if left else (200, {"data": [{"id": "tiny"}]}),
-    )
-    assert Endpoint(server.url).connect() == "tiny"
-    assert waits == [seconds * 1.25 for seconds in (7.0, 2.5, 4.0, 8.0)]
+def test_a_rate_limit_is_waited_out_for_two_minutes(llm: LLM, serve: Serve, waits: list[float]) -> None:
+    server = serve(scripted(lambda body: (429, b"slowly")))
+    with pytest.raises(ForetellError, match=r"\(429 slowly\)"):
+        asked_once(llm, server)
+    assert len(server.asked) == 1 + RETRIES == 1 + len(waits)
+    assert 85 < sum(waits) < 130
+    assert max(waits[:2]) < min(waits[5:])
 
 
-def test_a_server_that_wants_to_be_left_alone_for_long_is(serve: Serve, waits: list[float]) -> None:
-    server = serve(lambda path, body: (429, b"your day is over", SECONDS + 1))
+def test_the_wait_that_a_server_asks_for_is_kept(llm: LLM, serve: Serve, waits: list[float]) -> None:
+    left: list[Any] = [60, "2.5"]
+    server = serve(scripted(lambda body: (429, b"slowly", left.pop(0)) if left else reply("qq")))
+    [[answer]] = asked_once(llm, server)
+    assert (answer.text, waits) == ("qq", [60, 2.5])
+
+
+def test_a_long_wait_is_named_in_the_error(llm: LLM, serve: Serve, waits: list[float]) -> None:
+    server = serve(scripted(lambda body: (429, b"your day is over", 3601)))
     with pytest.raises(
-        ForetellError, match=r"\(429 your day is over, to be asked again after 601 s\); check .* goes on"
+        ForetellError, match=r"\(429 your day is over, to be asked again after 3601 s\); check .* goes on"
     ):
-        Endpoint(server.url).connect()
-    assert waits == []
+        asked_once(llm, server)
+    assert max(waits, default=0.0) <= 8.0  # it is not waited for
 
 
 @pytest.mark.parametrize("quick", [(403, b"no"), (200, b"nonsense")])
@@ -521,7 +514,7 @@ def test_what_the_server_will_not_answer_is_dropped_alone(
     kept = {line: len(TALKS[line]) for line in ASKED} | {1: turn}
     assert {line: len(answers) for line, _, answers in found} == {line: count for line, count in kept.items() if count}
     assert dropped == Counter(["too long", reason])
-    assert Store.open(tmp_path / "data").manifest["counts"]["dropped"] == dict(dropped)
+    assert ConversationStore.open(tmp_path / "data").manifest["counts"]["dropped"] == dict(dropped)
     assert all(f"{count} {name}" in ran.err for name, count in dropped.items())
     server.asked.clear()
     assert foretell(*given).code == 0
@@ -551,7 +544,7 @@ def test_a_server_that_answers_nothing_ends_the_run(
     server = serve(scripted(chat))
     given = command(readable, prompts, tmp_path / "data", server.url, OTHER, "-b", str(rows))
     first = max(3, rows)
-    sentence = rf"answers none of the first {first} prompts \(the last: {words}\); mend .* then give the same command"
+    sentence = rf"answers none of the first {first} prompts \(the last: {words}\); fix .* then give the same command"
     refused(foretell(*given), 1, f"{re.escape(server.url)} {sentence}")
     assert first <= len(server.asked) < len(ASKED) + (rows > 1)  # what was under way when the last of them came
     assert written(tmp_path / "data") == (set(), {"too long": 1}, SILENT)
@@ -593,8 +586,8 @@ def test_another_model_is_refused_unless_it_is_wanted(
     )
     refused(foretell(*given), 1, f"{re.escape(server.url)} {sentence}")
     before = written(tmp_path / "data")
-    assert JUDGED <= len(before[2]) == len(server.asked) < 40
-    manifest = Store.open(tmp_path / "data").manifest
+    assert MIN_CONVERSATIONS <= len(before[2]) == len(server.asked) < 40
+    manifest = ConversationStore.open(tmp_path / "data").manifest
     assert manifest["model"] == "big"
     assert manifest["fingerprint"] == f"not {llm.backbone.fingerprint} but big"  # training asks for --other-model too
     assert foretell(*given, OTHER).code == 0
@@ -602,7 +595,7 @@ def test_another_model_is_refused_unless_it_is_wanted(
     assert after[0] > before[0]
     assert after[2] == set(range(40))
     assert len(server.asked) == 40
-    assert Store.open(tmp_path / "data").manifest["fingerprint"] == manifest["fingerprint"]
+    assert ConversationStore.open(tmp_path / "data").manifest["fingerprint"] == manifest["fingerprint"]
 
 
 def test_a_short_run_is_judged_at_its_end(
@@ -616,14 +609,14 @@ def test_a_short_run_is_judged_at_its_end(
 
 
 def test_the_same_model_is_known_by_its_fingerprint(readable: str, llm: LLM, local: Path) -> None:
-    assert Store.open(local).manifest["fingerprint"] == llm.backbone.fingerprint
+    assert ConversationStore.open(local).manifest["fingerprint"] == llm.backbone.fingerprint
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_agreement_is_with_what_the_model_itself_would_write(llm: LLM, readable: str, temperature: float) -> None:
     """All of its greedy answers; of sampled ones as many tokens as chance allows. Against transformers' reading."""
     twin = AutoModelForCausalLM.from_pretrained(readable)
-    turns = [f"say {line}" for line in range(JUDGED)]
+    turns = [f"say {line}" for line in range(MIN_CONVERSATIONS)]
     own = llm.generate(turns, max_new_tokens=60, temperature=temperature, seed=3)
     found, chosen, expected = Agreement(), 0, 0.0
     for turn, answer in zip(turns, own, strict=True):
@@ -633,7 +626,7 @@ def test_agreement_is_with_what_the_model_itself_would_write(llm: LLM, readable:
             logits_PV = twin(torch.tensor([[*prompt, *answer.ids]])).logits[0, len(prompt) - 1 : -1]
         chosen += int((logits_PV.argmax(-1) == torch.tensor(answer.ids)).sum())
         expected += float((logits_PV / (temperature or 1e-6)).softmax(-1).amax(-1).sum())
-    assert (found.conversations, found.tokens) == (JUDGED, sum(len(each.ids) for each in own))
+    assert (found.conversations, found.tokens) == (MIN_CONVERSATIONS, sum(len(each.ids) for each in own))
     assert (found.chosen, found.expected) == (chosen, pytest.approx(expected, rel=1e-4))
     assert not found.poor
     if not temperature:
@@ -668,7 +661,7 @@ def test_a_run_that_broke_off_asks_for_nothing_twice(
     given = command(readable, prompts, tmp_path / "data", server.url, "-b", rows)
     refused(foretell(*given), 1, r"\(401 your credit is used up\).*; check .* then give the same command: it goes on")
     settled()
-    done = Store.open(tmp_path / "data").lines
+    done = ConversationStore.open(tmp_path / "data").lines
     assert SILENT < done < set(range(len(TALKS)))
     server.say = real
     server.asked.clear()
@@ -686,20 +679,20 @@ def test_an_interruption_asks_for_nothing_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Wherever it comes: here between two answers, while the main thread writes one down."""
-    server, append = serve(spoken_by(llm)), Store.append
+    server, append = serve(spoken_by(llm)), ConversationStore.append
     given = command(readable, prompts, tmp_path / "data", server.url, "-b", "2")
 
-    def interrupted(store: Store, line: int, found: Any) -> None:
+    def interrupted(store: ConversationStore, line: int, found: Any) -> None:
         if len(store.lines) == 2:  # one of them was too long to ask
             raise KeyboardInterrupt
         append(store, line, found)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Store, "append", interrupted)
+        patched.setattr(ConversationStore, "append", interrupted)
         ran = foretell(*given)
     assert (ran.code, ran.err.strip()) == (130, "interrupted; the same command goes on from here")
     settled()
-    done = Store.open(tmp_path / "data").lines
+    done = ConversationStore.open(tmp_path / "data").lines
     assert len(done) == 2
     server.asked.clear()
     assert foretell(*given).code == 0
@@ -731,7 +724,7 @@ def test_data_begun_otherwise_is_not_gone_on_with(
         ((200, {"models": []}), [], "answered with something else: "),
         ((200, {"data": [1]}), [], "answered with something else: "),
         ((200, ["one"]), [], "answered with something else: "),
-        ((400, {"error": {}}), [], "answered with something else: "),
+        ((400, {"error": {}}), [], r"does not answer as .* does \(400 "),
     ],
 )
 def test_what_is_no_such_server_is_one_sentence(
@@ -760,7 +753,7 @@ def test_answers_that_are_none_are_one_sentence(
     server = serve(scripted(lambda body: (200, said)))
     ran = foretell(*command(readable, prompts, tmp_path / "data", server.url))
     refused(ran, 1, f"{re.escape(server.url)} answered with something else: ")
-    assert Store.open(tmp_path / "data").lines == SILENT
+    assert ConversationStore.open(tmp_path / "data").lines == SILENT
 
 
 def test_a_server_that_is_not_there_is_one_sentence(
@@ -779,8 +772,10 @@ def test_a_server_that_is_not_there_is_one_sentence(
     [
         (["--served", "tiny"], "--served is about the model of an endpoint; give --endpoint URL as well"),
         (["--other-model"], "--other-model is about the model of an endpoint; give --endpoint URL as well"),
-        (["--endpoint", "localhost:8000"], "The endpoint 'localhost:8000' is no address; give one such as http://"),
-        (["--endpoint", "file:///v1"], "The endpoint 'file:///v1' is no address"),
+        (["--endpoint", "localhost:8000"], "The endpoint 'localhost:8000' is not a URL; give one such as http://"),
+        (["--endpoint", "file:///v1"], "The endpoint 'file:///v1' is not a URL"),
+        (["--endpoint", "http://localhost:many/v1"], "The endpoint 'http://localhost:many/v1' is not a URL"),
+        (["--endpoint", "http:///v1"], "The endpoint 'http:///v1' is not a URL"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -794,7 +789,7 @@ def test_a_library_caller_hears_of_it_too(llm: LLM, serve: Serve) -> None:
     """The error of one conversation ends all of them, and the endpoint can be used again."""
     broken = [True]
     server = serve(scripted(lambda body: (403, b"no") if broken[0] else reply("qq", "length")))
-    endpoint = Endpoint(server.url, pause=0.001)
+    endpoint = Endpoint(server.url)
     assert endpoint.connect() == "tiny"
     talks, params = [Conversation((str(line),), line) for line in range(400)], SamplingParams(max_new_tokens=5)
     with pytest.raises(ForetellError, match=r"\(403 no\)"):

@@ -32,11 +32,11 @@ from foretell.drafting.prefix_layer import PrefixLayer
 from foretell.errors import UsageError
 from foretell.requests import SamplingParams
 from foretell.train.data import Distilled
-from foretell.train.features import Features
+from foretell.train.features import FeatureStore
 from foretell.train.trainer import Settings, Trainer
 from foretell.trees.calibration import Scale
 from foretell.trees.growing import GrowingTree
-from foretell.trees.search import nested, replay
+from foretell.trees.search import nested, tree_tokens_per_step
 
 ODD: list[list[Scale]] = [[(0.05, 3.0)] * 3, [(1.0, 0.0), (4.0, -6.0), (0.3, 2.0)], [(20.0, 40.0)] * 3]
 """Whatever a calibration may say."""
@@ -509,7 +509,7 @@ def test_a_cyclic_sequence_is_learnt_one_head_one_step_further(plus: bool) -> No
         torch.stack(list(module.losses(batch).values())).sum().backward()
         optimizer.step()
     ranks = [each.ranks_PK.numpy() for each in module.eval().guesses(batch)]
-    assert replay(ranks, nested(ranks, 4)) > 3.6
+    assert tree_tokens_per_step(ranks, nested(ranks, 4)) > 3.6
     drafter = drafter_of(backbone, module, nodes=4)
     drafter.bind(backbone.new_cache(1, 64))
     for i in range(20, 27):
@@ -655,7 +655,7 @@ def test_a_run_with_dropout_taken_up_again_ends_with_the_same_weights(tmp_path: 
         torch.manual_seed(7)
         module = trainable(HydraPlus, backbone, torch.ones(VOCAB), draft_vocab=0, dropout=0.3)
         settings = Settings(epochs=2, batch_tokens=40, held_out=0, save_seconds=0)
-        return Trainer(module, Features(backbone, data, module.taps), settings, tmp_path / folder)
+        return Trainer(module, FeatureStore(backbone, data, module.taps), settings, tmp_path / folder)
 
     straight = made("straight")
     straight.run()

@@ -33,8 +33,8 @@ from foretell.drafting.vocabulary import draft_vocabulary, index_in
 from foretell.errors import ForetellError, UsageError
 from foretell.requests import SamplingParams
 from foretell.train.data import Distilled
-from foretell.train.features import Features
-from foretell.trees.search import ENDED, MISSED, nested, replay
+from foretell.train.features import FeatureStore
+from foretell.trees.search import ENDED, MISSED, nested, tree_tokens_per_step
 
 LLAMA = {"model_type": "llama", **DIMENSIONS}
 VOCAB, WIDTH = DIMENSIONS["vocab_size"], DIMENSIONS["hidden_size"]
@@ -132,7 +132,7 @@ def test_what_is_drafted_is_what_the_heads_say(request: pytest.FixtureRequest) -
         h_PI = side_by_side(torch.stack([*drafter._states[row.slot], *root])[None])
         talk = Distilled(0, [*row.tokens, 0], [(5, len(row.tokens) + 1)])  # what comes next is what it would learn
         learnt_from = module._read(
-            Features(backbone, [talk], module.taps).batch([0]), torch.tensor([len(row.tokens) - 2])
+            FeatureStore(backbone, [talk], module.taps).batch([0]), torch.tensor([len(row.tokens) - 2])
         )
         torch.testing.assert_close(h_PI, learnt_from, rtol=2**-7, atol=2**-7)  # features are kept in bfloat16
         exact.append((drafter, row, module, paths, h_PI))
@@ -302,7 +302,7 @@ def test_a_cyclic_sequence_is_learnt_one_head_one_step_further() -> None:
         assert log_probs == [cycle[(i + k) % 7] for k in (2, 3, 4)]
     ranks = [each.ranks_PK.numpy() for each in module.guesses(batch)]
     assert (ranks[0][:-2] == 0).all()
-    assert replay(ranks, nested(ranks, 4)) > 3.8  # four tokens a step, but at the end of the text
+    assert tree_tokens_per_step(ranks, nested(ranks, 4)) > 3.8  # four tokens a step, but at the end of the text
 
 
 def test_nothing_supervised_is_no_loss_and_no_rank() -> None:

@@ -35,7 +35,7 @@ from foretell.drafting.learning.trainable import Trainable, TrainingBatch
 from foretell.errors import ForetellError, UsageError
 from foretell.loading.resolve import resolve
 from foretell.train.data import Distilled
-from foretell.train.features import TEACHER, Features
+from foretell.train.features import TEACHER, FeatureStore
 from foretell.train.trainer import Settings, Trainer
 
 VOCAB = DIMENSIONS["vocab_size"]
@@ -76,7 +76,7 @@ def learning(backbone: Backbone, folder: Path, seed: int = 0, **options: Any) ->
 
 
 def batch_of(backbone: Backbone, module: Trainable, data: list[Distilled] = DATA) -> TrainingBatch:
-    return Features(backbone, data, module.taps).batch(range(len(data)))
+    return FeatureStore(backbone, data, module.taps).batch(range(len(data)))
 
 
 def perturbed(module: JointHeads, size: float = 0.6) -> JointHeads:
@@ -400,7 +400,7 @@ def test_heads_learn_while_the_model_stays_near_what_it_was(backbone: Backbone, 
 def trainer(backbone: Backbone, folder: Path, out: Path, seed: int = 0, **options: Any) -> Trainer:
     module = learning(backbone, folder, seed, **({"warm": 0.3} | options))
     settings = Settings(epochs=4, batch_tokens=60, learning_rate=0.01, held_out=0.0)
-    return Trainer(module, Features(backbone, DATA, module.taps), settings, out)
+    return Trainer(module, FeatureStore(backbone, DATA, module.taps), settings, out)
 
 
 @pytest.mark.parametrize(("adapt", "dropout"), [("lora", 0.0), ("lora", 0.3), ("full", 0.0)])

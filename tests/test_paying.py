@@ -80,8 +80,10 @@ def test_where_no_tree_pays_lookup_still_guesses() -> None:
     asked = [([*TEXT, 8], SamplingParams(max_new_tokens=9, ignore_eos=True))]
     found = finish(decoder_of(backbone, drafter), asked)
     assert_same(found, plainly(backbone, asked))
-    assert found[0].statistics.drafted
-    assert found[0].statistics.suspended_steps == found[0].statistics.plain_steps  # those with nothing to look up
+    statistics = found[0].statistics
+    assert statistics.drafted
+    # plain steps are those with nothing to look up; and the last, which has room for no guess, if there was one
+    assert statistics.plain_steps - statistics.suspended_steps in (0, 1)
 
 
 # --- prompt lookup ------------------------------------------------------------------------------------------

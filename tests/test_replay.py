@@ -24,8 +24,8 @@ from foretell.drafting.skip_plan import Plan, PlanSearch
 from foretell.drafting.threshold import Threshold
 from foretell.requests import SamplingParams
 from foretell.train.data import Distilled
-from foretell.train.features import Features
-from foretell.train.replay import Replay, by_size, replay
+from foretell.train.features import FeatureStore
+from foretell.train.replay import Replay, replay, tokens_per_step_by_size
 from foretell.trees import TokenTree
 
 # features are kept in bfloat16, but the engine's drafters read float32: here nothing is rounded
@@ -106,7 +106,7 @@ def test_replay_takes_the_steps_that_the_engine_takes(
     by_the_engine = drafted.copy()
     drafted.clear()
     done: list[int] = []
-    found = replay(drafter, Features(backbone, data, drafter.taps), range(len(data)), done.append)
+    found = replay(drafter, FeatureStore(backbone, data, drafter.taps), range(len(data)), done.append)
     assert drafted == by_the_engine
     assert found.steps == sum(output.statistics.steps for output in outputs)
     assert found.tokens == sum(output.statistics.new_tokens for output in outputs)
@@ -131,7 +131,7 @@ def test_replay_runs_the_layers_that_drafting_runs(kind: str, lookup: bool, monk
     outputs = [output for told in data for output in decoded(backbone, drafter, told)]
     by_the_engine = drafted.copy()
     drafted.clear()
-    found = replay(drafter, Features(backbone, data, drafter.taps), range(len(data)))
+    found = replay(drafter, FeatureStore(backbone, data, drafter.taps), range(len(data)))
     assert drafted == by_the_engine
     assert found.steps == sum(output.statistics.steps for output in outputs)
     assert found.tokens == sum(output.statistics.new_tokens for output in outputs)
@@ -142,7 +142,7 @@ def test_replay_runs_the_layers_that_drafting_runs(kind: str, lookup: bool, monk
 def test_a_drafter_that_is_always_right_and_one_that_never_is(length: int) -> None:
     """After an answer's last token comes no bonus."""
     tokens = random_tokens(4 + length)
-    stored = Features(backbone_of(), [Distilled(0, tokens, [(4, 4 + length)])], ())
+    stored = FeatureStore(backbone_of(), [Distilled(0, tokens, [(4, 4 + length)])], ())
     for shift, each_step in ((0, 6), (1, 1)):  # five guesses and the bonus; the bonus alone
         oracle = Oracle({tuple(tokens[:4]): tokens[4:]}, VOCAB, length=5, shift=shift)
         assert replay(oracle, stored, [0]) == Replay(-(-length // each_step), length)
@@ -152,7 +152,7 @@ def test_an_answer_without_a_prompt_is_skipped() -> None:
     backbone = backbone_of()
     tokens = random_tokens(24)
     answers = [[(0, 6), (9, 24)], [(9, 24)], [(0, 24)]]
-    stored = Features(backbone, [Distilled(i, tokens, spans) for i, spans in enumerate(answers)], (1, 2, -1))
+    stored = FeatureStore(backbone, [Distilled(i, tokens, spans) for i, spans in enumerate(answers)], (1, 2, -1))
     drafter = drafter_of(HydraPlus, backbone, stored.data)
     both, second, first = (replay(drafter, stored, [i]) for i in range(3))
     assert both == second
@@ -161,12 +161,12 @@ def test_an_answer_without_a_prompt_is_skipped() -> None:
 
 
 @pytest.mark.parametrize("kind", [Medusa, Hydra])
-def test_each_size_is_replayed_alone_and_the_drafters_own_rule_comes_back(kind: type[Drafter]) -> None:
+def test_each_size_is_replayed_alone_and_the_drafter_is_unchanged(kind: type[Drafter]) -> None:
     backbone = backbone_of()
     data = conversations(backbone)
     drafter = drafter_of(kind, backbone, data)
-    stored, rule, fractions = Features(backbone, data, drafter.taps), drafter.size, list[float]()
-    tokens_per_step = by_size(drafter, stored, [3, 1], [2, 4, 12], fractions.append)
+    stored, rule, fractions = FeatureStore(backbone, data, drafter.taps), drafter.size, list[float]()
+    tokens_per_step = tokens_per_step_by_size(drafter, stored, [3, 1], [2, 4, 12], fractions.append)
     assert drafter.size is rule
     assert list(tokens_per_step) == [2, 4, 12]
     for size, tokens in tokens_per_step.items():

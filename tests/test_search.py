@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from foretell.errors import UsageError
 from foretell.trees import from_paths
 from foretell.trees.published import published, published_trees
-from foretell.trees.search import ENDED, MISSED, Path, Ranks, accepted_P, nested, replay
+from foretell.trees.search import ENDED, MISSED, Path, Ranks, accepted_P, nested, tree_tokens_per_step
 
 
 def ended(ranks: list[tuple[int, ...]]) -> Ranks:
@@ -70,7 +70,7 @@ def test_replay_is_decoding_step_by_step(talks: list[list[Ranks]], nodes: int) -
     paths = nested(joined, nodes)
     steps = [tokens for answers in talks for each in answers for tokens in decode(each, paths)]
     assert sum(steps) == sum(map(len, joined))
-    assert replay(joined, paths) == sum(steps) / len(steps)
+    assert tree_tokens_per_step(joined, paths) == sum(steps) / len(steps)
 
 
 @settings(max_examples=50, deadline=None)
@@ -86,8 +86,8 @@ def test_guesses_are_accepted_as_far_as_the_tree_knows_them(ranks: list[Ranks], 
 def test_no_step_goes_beyond_the_end_of_an_answer(lengths: list[int], steps: int) -> None:
     """Three heads that are always right: four tokens a step, and what is left at the end."""
     ranks = np.concatenate([ended([(0, 0, 0)] * length) for length in lengths])
-    assert replay([ranks], [(0,), (0, 0), (0, 0, 0)]) == sum(lengths) / steps
-    assert replay([ranks], []) == 1.0
+    assert tree_tokens_per_step([ranks], [(0,), (0, 0), (0, 0, 0)]) == sum(lengths) / steps
+    assert tree_tokens_per_step([ranks], []) == 1.0
 
 
 def test_a_larger_tree_never_earns_less_on_its_own_positions() -> None:
@@ -105,7 +105,7 @@ def test_a_larger_tree_never_earns_less_on_its_own_positions() -> None:
 def test_texts_in_which_nothing_came_true_give_no_paths() -> None:
     ranks = [np.full((5, 2), MISSED)]
     assert nested(ranks, 8) == []
-    assert replay(ranks, []) == 1.0
+    assert tree_tokens_per_step(ranks, []) == 1.0
 
 
 def test_the_nine_published_trees_are_whole() -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_line import Foretell, Ran, ids_of
@@ -46,10 +47,11 @@ from foretell.drafting.learning.trainable import HeadGuesses, Trainable, Trainin
 from foretell.errors import ForetellError, UsageError
 from foretell.train import features as featuring
 from foretell.train import trainer as training
-from foretell.train.data import Distilled, Store
-from foretell.train.features import TEACHER, Features, Joined
-from foretell.train.replay import by_size
-from foretell.train.trainer import SIZES, Settings, Trainer
+from foretell.train.data import ConversationStore, Distilled
+from foretell.train.evaluation import SIZES
+from foretell.train.features import TEACHER, FeatureStore, JoinedFeatures
+from foretell.train.replay import tokens_per_step_by_size
+from foretell.train.trainer import Settings, Trainer
 from foretell.trees import chain
 from foretell.trees.search import ENDED, MISSED
 
@@ -121,7 +123,7 @@ def test_features_are_what_the_backbone_computes_for_each_conversation_alone(ker
     with using(kernel):
         backbone = Model({"model_type": "llama", **DIMENSIONS}).build(kernel, dtype)
         indices = [5, 0, 11, 3]
-        batch = Features(backbone, DATA, TAPS).batch(indices)
+        batch = FeatureStore(backbone, DATA, TAPS).batch(indices)
         for row, index in enumerate(indices):
             tokens = DATA[index].tokens
             states, logits = alone(backbone, tokens)
@@ -143,12 +145,12 @@ def test_features_are_what_the_backbone_computes_for_each_conversation_alone(ker
 def test_cached_features_are_those_made_on_the_fly(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: int, at_once: int
 ) -> None:
-    fresh = Features(backbone, DATA, TAPS)
+    fresh = FeatureStore(backbone, DATA, TAPS)
     truth = {indices: fresh.batch(indices) for indices in [(0,), (11, 3, 7), (4, 4), tuple(range(12))]}
     monkeypatch.setattr(featuring, "SHARD", shard)
     monkeypatch.setattr(featuring, "PASS", at_once)
     for folder in (tmp_path / "cache", tmp_path / "cache", None):  # computed, read again, computed in other passes
-        features = Features(backbone, DATA, TAPS, folder)
+        features = FeatureStore(backbone, DATA, TAPS, folder)
         features.prepare()
         for indices, batch in truth.items():
             assert_same_batches(features.batch(indices), batch)
@@ -164,7 +166,7 @@ def test_what_is_kept_for_other_taps_is_not_computed_again(
 ) -> None:
     monkeypatch.setattr(featuring, "SHARD", 40)
     backbone.fingerprint = "f00d"
-    kept = Features(backbone, DATA, (2, FINAL_NORM), tmp_path / "features-f00d-2--1")
+    kept = FeatureStore(backbone, DATA, (2, FINAL_NORM), tmp_path / "features-f00d-2--1")
     kept.prepare()
     ran: list[int] = []
     run, log_probs = backbone.run_layers, backbone.logits
@@ -181,27 +183,27 @@ def test_what_is_kept_for_other_taps_is_not_computed_again(
     monkeypatch.setattr(backbone, "logits", logits)
     for taps, layers in (((1,), {1}), ((), set()), ((1, 2, FINAL_NORM), set())):  # all is there by now
         ran.clear()
-        features = Features(backbone, DATA, taps, tmp_path / f"features-f00d-{taps}")
+        features = FeatureStore(backbone, DATA, taps, tmp_path / f"features-f00d-{taps}")
         features.prepare()
         assert set(ran) == layers
-        fresh = Features(backbone, DATA, taps)
+        fresh = FeatureStore(backbone, DATA, taps)
         assert_same_batches(features.batch([0, 11, 3]), fresh.batch([0, 11, 3]))
-    other = Features(
+    other = FeatureStore(
         backbone, DATA[1:], (1,), tmp_path / "features-f00d-other"
     )  # of these conversations nothing is kept
     other.prepare()
-    assert_same_batches(other.batch([2]), Features(backbone, DATA[1:], (1,)).batch([2]))
+    assert_same_batches(other.batch([2]), FeatureStore(backbone, DATA[1:], (1,)).batch([2]))
     monkeypatch.setattr(backbone, "fingerprint", "beef")  # nor of this model
     ran.clear()
-    Features(backbone, DATA, (1,), tmp_path / "features-beef-1").prepare()
+    FeatureStore(backbone, DATA, (1,), tmp_path / "features-beef-1").prepare()
     assert set(ran) == {-1, backbone.config.layers}
 
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_several_folders_are_as_one(backbone: Backbone, tmp_path: Path, kept: bool) -> None:
     three, fractions = [DATA[:5], DATA[5:6], DATA[6:]], list[float]()
-    joined = Joined([
-        Features(backbone, data, TAPS, tmp_path / str(i) if kept else None) for i, data in enumerate(three)
+    joined = JoinedFeatures([
+        FeatureStore(backbone, data, TAPS, tmp_path / str(i) if kept else None) for i, data in enumerate(three)
     ])  # fmt: skip
     joined.prepare(fractions.append)
     if kept:
@@ -212,14 +214,14 @@ def test_several_folders_are_as_one(backbone: Backbone, tmp_path: Path, kept: bo
         assert fractions == []
     assert joined.data == DATA
     assert joined.sets == [range(5), range(5, 6), range(6, 12)]
-    whole = Features(backbone, DATA, TAPS)
+    whole = FeatureStore(backbone, DATA, TAPS)
     for indices in [(0,), (11, 3, 5, 7), (4, 4), tuple(range(12))]:
         assert_same_batches(joined.batch(indices), whole.batch(indices))
 
 
 def test_a_folder_holds_out_the_same_with_others_beside_it(backbone: Backbone, tmp_path: Path) -> None:
     def made(*sets: Sequence[Distilled]) -> Trainer:
-        features = Joined([Features(backbone, data, (FINAL_NORM,)) for data in sets])
+        features = JoinedFeatures([FeatureStore(backbone, data, (FINAL_NORM,)) for data in sets])
         return Trainer(Words(), features, Settings(held_out=0.25), tmp_path)
 
     one, other = some_data(20), some_data(8, seed=1)
@@ -230,7 +232,7 @@ def test_a_folder_holds_out_the_same_with_others_beside_it(backbone: Backbone, t
 
 
 def test_padding_holds_nothing_and_only_answers_are_supervised(backbone: Backbone) -> None:
-    batch = Features(backbone, DATA, TAPS).batch(range(12))
+    batch = FeatureStore(backbone, DATA, TAPS).batch(range(12))
     longest = max(len(each.tokens) for each in DATA)
     assert batch.tokens_BT.shape == batch.supervised_BT.shape == (12, longest)
     for row, each in enumerate(DATA):
@@ -241,16 +243,16 @@ def test_padding_holds_nothing_and_only_answers_are_supervised(backbone: Backbon
             assert not tensor[row, len(each.tokens) :].any()
 
 
-class Counting(Features):
+class Counting(FeatureStore):
     """Says how often each conversation was run through the backbone."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
         self.computed = Counter[int]()
 
-    def _compute(self, data: Sequence[Distilled], *lent: Any) -> Any:
+    def _compute(self, data: Sequence[Distilled], *known: Any) -> Any:
         self.computed.update(each.line for each in data)
-        return super()._compute(data, *lent)
+        return super()._compute(data, *known)
 
 
 def test_preparing_goes_on_where_it_was(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +277,7 @@ def test_preparing_goes_on_where_it_was(backbone: Backbone, tmp_path: Path, monk
     third = Counting(backbone, DATA, TAPS, tmp_path)
     third.prepare()
     assert not third.computed
-    assert_same_batches(third.batch(range(12)), Features(backbone, DATA, TAPS).batch(range(12)))
+    assert_same_batches(third.batch(range(12)), FeatureStore(backbone, DATA, TAPS).batch(range(12)))
 
 
 @pytest.mark.parametrize("changed", [DATA[:-1], [*DATA, *some_data(5, seed=1)], DATA[::-1], some_data(seed=2)])
@@ -284,29 +286,29 @@ def test_features_of_other_data_are_never_read(
 ) -> None:
     """More was distilled since, a damaged line was answered again: the shards there are not of this data."""
     monkeypatch.setattr(featuring, "SHARD", 100)
-    Features(backbone, DATA, TAPS, tmp_path).prepare()
-    features = Features(backbone, changed, TAPS, tmp_path)
+    FeatureStore(backbone, DATA, TAPS, tmp_path).prepare()
+    features = FeatureStore(backbone, changed, TAPS, tmp_path)
     features.prepare()
     indices = range(len(changed))
-    assert_same_batches(features.batch(indices), Features(backbone, changed, TAPS).batch(indices))
+    assert_same_batches(features.batch(indices), FeatureStore(backbone, changed, TAPS).batch(indices))
 
 
 def test_features_of_another_number_type_are_never_read(tmp_path: Path) -> None:
     for dtype in (BF16, FP32):
         backbone = Model({"model_type": "llama", **DIMENSIONS}).build(dtype=dtype)
-        features = Features(backbone, DATA, TAPS, tmp_path)
+        features = FeatureStore(backbone, DATA, TAPS, tmp_path)
         features.prepare()
-        assert_same_batches(features.batch([1, 2]), Features(backbone, DATA, TAPS).batch([1, 2]))
+        assert_same_batches(features.batch([1, 2]), FeatureStore(backbone, DATA, TAPS).batch([1, 2]))
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, -1])
 def test_a_damaged_shard_is_made_again(backbone: Backbone, tmp_path: Path, size: int) -> None:
-    Features(backbone, DATA, TAPS, tmp_path).prepare()
+    FeatureStore(backbone, DATA, TAPS, tmp_path).prepare()
     [shard] = tmp_path.glob("[!.]*")
     shard.write_bytes(shard.read_bytes()[:size])
-    features = Features(backbone, DATA, TAPS, tmp_path)
+    features = FeatureStore(backbone, DATA, TAPS, tmp_path)
     features.prepare()
-    assert_same_batches(features.batch([1, 2]), Features(backbone, DATA, TAPS).batch([1, 2]))
+    assert_same_batches(features.batch([1, 2]), FeatureStore(backbone, DATA, TAPS).batch([1, 2]))
 
 
 def test_a_full_disk_leaves_no_shard(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,21 +321,21 @@ def test_a_full_disk_leaves_no_shard(backbone: Backbone, tmp_path: Path, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr(safetensors.torch, "save_file", full)
         with pytest.raises(ForetellError, match="enough disk space in .*free some"):
-            Features(backbone, DATA, TAPS, tmp_path).prepare()
+            FeatureStore(backbone, DATA, TAPS, tmp_path).prepare()
     assert {path.name for path in tmp_path.iterdir()} <= {".lock"}  # half a shard would keep the disk full
     with monkeypatch.context() as patched:
         patched.setattr(files_of_ours, "_free_bytes", lambda folder: 10**4)
-        patched.setattr(Features, "_compute", None)
+        patched.setattr(FeatureStore, "_compute", None)
         with pytest.raises(ForetellError, match=r"0 MB are free\); free some, or keep no features, with --no-cache"):
-            Features(backbone, DATA, TAPS, tmp_path).prepare()  # before any work
+            FeatureStore(backbone, DATA, TAPS, tmp_path).prepare()  # before any work
     (tmp_path / "file").touch()
     with pytest.raises(ForetellError, match="annot write to .*file"):
-        Features(backbone, DATA, TAPS, tmp_path / "file").prepare()
+        FeatureStore(backbone, DATA, TAPS, tmp_path / "file").prepare()
 
 
 def test_empty_data_is_refused(backbone: Backbone) -> None:
     with pytest.raises(UsageError, match="holds no conversations; distill some first"):
-        Features(backbone, [], TAPS)
+        FeatureStore(backbone, [], TAPS)
 
 
 # --- modules whose best is known ----------------------------------------------------------------------------
@@ -444,7 +446,7 @@ def trainer(backbone: Backbone, tmp_path: Path) -> Made:
         name: str = "run", module: Trainable | None = None, data: Sequence[Distilled] = DATA, **settings: Any
     ) -> Trainer:
         given = {"epochs": 4, "batch_tokens": 60, "learning_rate": 0.01, "held_out": 0.2} | settings
-        features = Features(backbone, data, (FINAL_NORM,))
+        features = FeatureStore(backbone, data, (FINAL_NORM,))
         return Trainer(module or Words(), features, Settings(**given), tmp_path / name)
 
     return make
@@ -579,7 +581,7 @@ def test_a_run_that_is_asked_to_stop_loses_no_step(trainer: Made, after: int) ->
 
 
 def test_the_log_tells_each_step_once_whatever_cut_it(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "REPORT", 1)
+    monkeypatch.setattr(training, "LOG_STEPS", 1)
 
     def steps(folder: Path) -> list[int]:
         return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -596,6 +598,58 @@ def test_the_log_tells_each_step_once_whatever_cut_it(trainer: Made, monkeypatch
     log.write_text(log.read_text()[:-5])
     assert trainer("cut").resume()
     assert steps(final.folder) == list(range(1, final.steps))
+
+
+class Drawing(Words):
+    """Draws a number for every batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[float] = []
+
+    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        self.drawn.append(float(torch.rand(())))
+        return super().losses(batch)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["seeds of today", "seeds of a run of an earlier version"])
+def test_what_a_resumed_run_draws_is_what_a_straight_one_draws(trainer: Made, tmp_path: Path, old: bool) -> None:
+    def seeds_of(step: int, number: int) -> int:
+        if old:
+            return hash((0, step, number)) % 2**31
+        return int(np.random.SeedSequence((0, step, number)).generate_state(1)[0])
+
+    module, made = Drawing(), trainer("cut", module=Drawing(), accumulate=2)
+    made.save()
+    if old:
+        state = torch.load(made.folder / "state.pt", weights_only=True)
+        del state["seeds"]  # as earlier versions wrote it
+        torch.save(state, made.folder / "state.pt")
+    with pytest.raises(KeyboardInterrupt):
+        trainer("cut", module=module, accumulate=2).run(stop=lambda: len(module.drawn) == 6)
+    final = trainer("cut", module=module, accumulate=2)
+    final.run()
+    expected = []
+    for step in range(final.steps):
+        for number in range(2):
+            torch.manual_seed(seeds_of(step, number))
+            expected.append(float(torch.rand(())))
+    assert module.drawn == expected
+    assert len(set(expected)) == len(expected) > 8
+
+
+def test_slow_steps_are_logged_by_the_clock(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seventeen steps of four seconds: the log must show life before the last one."""
+    clock = count(0.0, 4.0)
+    made = trainer(epochs=3)
+    assert 12 <= made.steps <= 19
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    made.run()
+    lines = [json.loads(line) for line in (made.folder / "log.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines]
+    assert steps[0] == 1
+    assert steps[-1] == made.steps
+    assert max(later - step for step, later in pairwise(steps)) <= 3
 
 
 def test_a_state_that_cannot_be_read_is_not_called_damaged(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -623,14 +677,14 @@ def test_a_run_without_a_saved_state_begins_anew(trainer: Made, monkeypatch: pyt
 
 def test_the_batches_of_a_step_follow_from_seed_and_number(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
-    batch = Features.batch
+    batch = FeatureStore.batch
 
-    def spy(self: Features, indices: Sequence[int]) -> TrainingBatch:
+    def spy(self: FeatureStore, indices: Sequence[int]) -> TrainingBatch:
         seen.append(tuple(indices))
         return batch(self, indices)
 
-    monkeypatch.setattr(Features, "batch", spy)
-    monkeypatch.setattr(training, "REPORT", 1)
+    monkeypatch.setattr(FeatureStore, "batch", spy)
+    monkeypatch.setattr(training, "LOG_STEPS", 1)
     trainer("a", seed=3).run()
     straight = seen.copy()
     seen.clear()
@@ -835,7 +889,8 @@ def test_data_with_nothing_to_learn_is_skipped_and_counted(trainer: Made) -> Non
     made.run()
     assert made.skipped == made.steps > 8
     assert (table(made) == 0.5).all()
-    assert [json.loads(line)["loss"] for line in (made.folder / "log.jsonl").read_text().splitlines()] == [{}]
+    lines = (made.folder / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == [{}, {}]  # of the first step and of the last
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -854,7 +909,7 @@ def test_batches_with_nothing_to_learn_do_no_harm(trainer: Made, accumulate: int
 
 
 def test_the_logged_loss_is_the_mean_of_its_steps(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "REPORT", 4)
+    monkeypatch.setattr(training, "LOG_STEPS", 4)
     seen: list[float] = []
     step = Trainer._step
 
@@ -867,10 +922,11 @@ def test_the_logged_loss_is_the_mean_of_its_steps(trainer: Made, monkeypatch: py
     made = trainer(epochs=3)
     made.run()
     lines = [json.loads(line) for line in (made.folder / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [*range(4, made.steps, 4), made.steps]
+    steps = [line["step"] for line in lines]
+    assert steps == [1, *range(4, made.steps, 4), made.steps]
     assert made.steps % 4
-    for line, begin in zip(lines, range(0, made.steps, 4), strict=True):
-        part = seen[begin : begin + 4]  # the last line holds fewer
+    for line, begin, end in zip(lines, [0, *steps], steps, strict=False):
+        part = seen[begin:end]
         assert line["loss"]["head 1"] == pytest.approx(sum(part) / len(part), abs=1e-4)
 
 
@@ -1149,9 +1205,9 @@ def files(folder: Path) -> dict[str, bytes]:
 def replayed(model: str, data: str, folder: Path) -> dict[str, float]:
     """What a drafter earns, by tree size, in every second conversation: trees were searched in the others."""
     llm = load(model, "medusa", dtype="fp32", threads=1, checkpoint=str(folder))
-    features = Features(llm.backbone, Store.open(Path(data)).conversations, llm.drafter.taps)
+    features = FeatureStore(llm.backbone, ConversationStore.open(Path(data)).conversations, llm.drafter.taps)
     sizes = [size for size in SIZES if size <= llm.drafter.max_nodes]
-    return by_size(llm.drafter, features, range(1, len(features.data), 2), sizes, lambda done: None)
+    return tokens_per_step_by_size(llm.drafter, features, range(1, len(features.data), 2), sizes, lambda done: None)
 
 
 def test_from_a_model_alone_to_a_trained_drafter(
@@ -1169,7 +1225,7 @@ def test_from_a_model_alone_to_a_trained_drafter(
     saved, tensors = checkpoint.load(drafter)
     assert saved.arch == {"heads": 3, "layers": 2, "output": "tied", "taps": [1, 2], "root": True}
     assert len(tensors["vocabulary"]) == 100
-    assert saved.provenance["data"] == [Store.open(Path(data)).manifest]
+    assert saved.provenance["data"] == [ConversationStore.open(Path(data)).manifest]
     assert len(saved.calibration) == 3
     assert saved.tokens_per_step == replayed(tiny, data, drafter)
     assert {str(size) for size in saved.tokens_per_step} == saved.provenance["fixed_trees"].keys()
@@ -1180,7 +1236,18 @@ def test_from_a_model_alone_to_a_trained_drafter(
         plain = foretell("generate", *options, *sampling).lines
         for rows in ("1", "3"):
             ours = foretell(
-                "generate", *options, *sampling, "-b", rows, "-d", "medusa", "-o", f"checkpoint={drafter}", "--no-adapt"
+                "generate",
+                *options,
+                *sampling,
+                "-b",
+                rows,
+                "-d",
+                "medusa",
+                "-o",
+                f"checkpoint={drafter}",
+                "-o",
+                "nodes=4",
+                "--no-adapt",
             ).lines
             assert ids_of(ours) == ids_of(plain)
             assert all(line["drafted"] for line in ours)
@@ -1192,7 +1259,7 @@ def test_an_interrupted_command_ends_with_the_same_drafter(
     foretell: Foretell, tiny: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert foretell(*command(tiny, data, tmp_path / "straight")).code == 0
-    monkeypatch.setattr(training, "REPORT", 1)
+    monkeypatch.setattr(training, "LOG_STEPS", 1)
     for after in (3, 5):
         with monkeypatch.context() as patched:
             patched.setattr(Trainer, "_step", once(Trainer._step, after))
@@ -1377,7 +1444,7 @@ def test_several_folders_are_trained_on(foretell: Foretell, tiny: str, data: str
     shutil.copytree(data, tmp_path / "more")
     assert foretell(*command(tiny, data, tmp_path / "out", "--data", str(tmp_path / "more"))).code == 0
     saved, _ = checkpoint.load(tmp_path / "out/drafter")
-    assert saved.provenance["data"] == [Store.open(Path(data)).manifest] * 2
+    assert saved.provenance["data"] == [ConversationStore.open(Path(data)).manifest] * 2
     for folder in (Path(data), tmp_path / "more"):
         assert len(list(folder.glob("features-*/[!.]*"))) == 1
     ran = foretell(*command(tiny, data, tmp_path / "twice", "--data", f"{data}/../data"))
@@ -1385,7 +1452,7 @@ def test_several_folders_are_trained_on(foretell: Foretell, tiny: str, data: str
 
 
 def test_data_with_tokens_the_model_has_not(foretell: Foretell, tiny: str, data: str, tmp_path: Path) -> None:
-    Store.open(Path(data)).append(99, [Distilled(99, [1, 2, 300, 4, 5], [(2, 5)])])
+    ConversationStore.open(Path(data)).append(99, [Distilled(99, [1, 2, 300, 4, 5], [(2, 5)])])
     ran = foretell(*command(tiny, data, tmp_path / "out", "--other-model"))
     refused(ran, 2, "token 300.* 256")
     assert not (tmp_path / "out").exists()
@@ -1430,7 +1497,7 @@ def test_mistakes_are_one_line(
     foretell: Foretell, tiny: str, data: str, tmp_path: Path, cache: Path, method: str, arguments: list[str], code: int,
     sentence: str,
 ) -> None:  # fmt: skip
-    empty = Store.create(tmp_path / "empty", {"model": "m", "fingerprint": "f", "settings": {}})
+    empty = ConversationStore.create(tmp_path / "empty", {"model": "m", "fingerprint": "f", "settings": {}})
     empty.append(0, ["too long"])
     (tmp_path / "file").touch()
     names = {"empty": str(tmp_path / "empty"), "file": str(tmp_path / "file")}

@@ -20,11 +20,11 @@ import torch
 import foretell
 from foretell.backbone import Backbone
 from foretell.cli.terminal import job_progress
-from foretell.cli.train import replayed, written
 from foretell.drafters.kangaroo import Kangaroo
-from foretell.train.data import Store
-from foretell.train.features import Features
-from foretell.train.replay import by_size
+from foretell.train.data import ConversationStore
+from foretell.train.features import FeatureStore
+from foretell.train.recipe import to_replay, token_counts
+from foretell.train.replay import tokens_per_step_by_size
 from foretell.train.trainer import Settings, Trainer
 
 NODES = (8, 16)
@@ -34,9 +34,9 @@ ADDED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def learnt(backbone: Backbone, features: Features, settings: Settings, options: dict[str, Any]) -> dict[str, Any]:
+def learnt(backbone: Backbone, features: FeatureStore, settings: Settings, options: dict[str, Any]) -> dict[str, Any]:
     """Trains an adapter; returns its accuracy and tokens per step on held-out text."""
-    counts_V = written(features.data, backbone.config.vocab)
+    counts_V = token_counts(features.data, backbone.config.vocab)
     torch.manual_seed(settings.seed)
     module = Kangaroo.trainable(backbone, Kangaroo.Training(**options), counts_V)
     with tempfile.TemporaryDirectory() as folder:
@@ -46,7 +46,7 @@ def learnt(backbone: Backbone, features: Features, settings: Settings, options: 
         report = run.evaluate()
     tensors, arch = module.checkpoint()
     drafter = Kangaroo(backbone, arch, tensors, lambda rows, context: NODES[0], scales=report.calibration)
-    tokens_per_step = by_size(drafter, features, replayed(report.replayed), NODES, lambda done: None)
+    tokens_per_step = tokens_per_step_by_size(drafter, features, to_replay(report.replayed), NODES, lambda done: None)
     return {
         "options": options, "parameters": sum(each.numel() for each in module.parameters()),
         "top1": report.accuracy[0]["top1"], "top5": report.accuracy[0]["top5"],
@@ -67,9 +67,9 @@ def main() -> None:
     if args.varied not in exits:
         parser.error(f"--varied {args.varied} is not one of the exits {args.exits}")
     backbone = foretell.load(core.MODEL, dtype="bf16").backbone
-    store = Store.open(args.data)
+    store = ConversationStore.open(args.data)
     name = f"features-{backbone.fingerprint}-{'-'.join(map(str, exits))}-{args.conversations}"
-    features = Features(backbone, store.conversations[: args.conversations], exits, store.folder / name)
+    features = FeatureStore(backbone, store.conversations[: args.conversations], exits, store.folder / name)
     with job_progress("features, %", "") as progress:
         features.prepare(lambda fraction: progress(round(fraction * 100), 100, 0))
     settings = Settings(epochs=args.epochs, batch_tokens=2048, learning_rate=2e-3)

@@ -33,7 +33,7 @@ from foretell.drafters.dynamic_exit import DEL
 from foretell.drafting.early_exit import candidates
 from foretell.drafting.kernels import kernels_for
 from foretell.drafting.skip_plan import Plan
-from foretell.train.data import Store
+from foretell.train.data import ConversationStore
 
 IMAGE = core.RESULTS.parents[1] / "images/spare.png"
 WINDOW, TEXTS, TRIED = 32, 48, 24
@@ -45,7 +45,9 @@ class Matchness:
 
     def __init__(self, backbone: Backbone, data: Path):
         self.backbone, rng = backbone, random.Random(0)
-        long = [each for each in Store.open(data).conversations if each.answers[0][1] - each.answers[0][0] > 60]
+        long = [
+            each for each in ConversationStore.open(data).conversations if each.answers[0][1] - each.answers[0][0] > 60
+        ]
         self.texts: list[list[int]] = []
         for each in rng.sample(long, TEXTS):
             start, end = each.answers[0]

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from foretell.drafters.prompt_lookup import PromptLookup, _Index
-from foretell.train.data import Store
+from foretell.train.data import ConversationStore
 
 DEEPEST, MATCHES, RANKS = 16, 12, 4
 
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=400)
     args = parser.parse_args()
     lookup, made, true = PromptLookup(), Counter[tuple[int, int]](), Counter[tuple[int, int]]()
-    conversations = Store.open(args.data).conversations
+    conversations = ConversationStore.open(args.data).conversations
     for each in conversations[:: max(1, len(conversations) // args.conversations)]:
         index = _Index(lookup.longest, lookup.shortest)
         for start, end in each.answers:

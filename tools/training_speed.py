@@ -31,19 +31,19 @@ def learnt(data: Path, number_type: str) -> dict[str, Any]:
     import torch
 
     import foretell
-    from foretell.cli.train import written
     from foretell.drafters.medusa import Medusa
     from foretell.drafting.learning import products
-    from foretell.train.data import Store
-    from foretell.train.features import Features
+    from foretell.train.data import ConversationStore
+    from foretell.train.features import FeatureStore
+    from foretell.train.recipe import token_counts
     from foretell.train.trainer import Settings, Trainer
 
     backbone = foretell.load(core.MODEL, dtype="bf16", threads=1).backbone
-    talks = Store.open(data).conversations[:CONVERSATIONS]
-    module = Medusa.trainable(backbone, Medusa.Training(), written(talks, backbone.config.vocab))
+    talks = ConversationStore.open(data).conversations[:CONVERSATIONS]
+    module = Medusa.trainable(backbone, Medusa.Training(), token_counts(talks, backbone.config.vocab))
     chosen, ends = products.chosen(torch.device("cpu")), list[float]()
     with tempfile.TemporaryDirectory() as folder, products.multiply_in(number_type):
-        features = Features(backbone, talks, module.taps, Path(folder) / "features")
+        features = FeatureStore(backbone, talks, module.taps, Path(folder) / "features")
         features.prepare()
         run = Trainer(module, features, Settings(epochs=1000, batch_tokens=BATCH_TOKENS), Path(folder) / "run")
         tokens = [sum(len(talks[i].tokens) for i in batch) for batch in run._epoch(0)]

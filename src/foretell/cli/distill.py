@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from foretell.api import LLM
     from foretell.conversations import Conversation
     from foretell.requests import SamplingParams
-    from foretell.train.data import Store
+    from foretell.train.data import ConversationStore
     from foretell.train.endpoint import Endpoint
 
 
@@ -54,7 +54,7 @@ def distill(
     """
     from foretell.files import sole_writer
     from foretell.requests import SamplingParams
-    from foretell.train.distill import read_prompts
+    from foretell.train.prompts import read_prompts
 
     if prompts is None and not write:
         write = 1000
@@ -93,21 +93,21 @@ def _check_out(out: Path) -> None:
         raise UsageError(f"{out} holds a drafter, or a run that makes one; choose another --out.")
 
 
-def _store(out: Path, model: str, llm: LLM, endpoint: Endpoint | None, settings: dict[str, Any]) -> Store:
+def _store(out: Path, model: str, llm: LLM, endpoint: Endpoint | None, settings: dict[str, Any]) -> ConversationStore:
     """The folder, begun by the local model; by another one where it was seen before that the endpoint serves such."""
     from foretell.files import read_json
     from foretell.loading.catalog import current
-    from foretell.train.data import MANIFEST, Store
+    from foretell.train.data import MANIFEST, ConversationStore
 
     about = {"model": model, "fingerprint": llm.backbone.fingerprint, "vocab": llm.backbone.config.vocab}
     if endpoint and (out / MANIFEST).is_file():
         foreign = _foreign(llm, endpoint)
         theirs = current(str(read_json(out / MANIFEST).get("fingerprint")))
         about |= foreign if theirs == foreign["fingerprint"] else {}
-    return Store.create(out, {**about, "settings": settings, "command": command_line()})
+    return ConversationStore.create(out, {**about, "settings": settings, "command": command_line()})
 
 
-def _close(store: Store, llm: LLM, endpoint: Endpoint | None, seconds: float) -> None:
+def _close(store: ConversationStore, llm: LLM, endpoint: Endpoint | None, seconds: float) -> None:
     """Writes down what there is, and who answered if that was another model."""
     if endpoint and endpoint.agreement.poor:
         store.manifest |= _foreign(llm, endpoint)
@@ -119,7 +119,7 @@ def _foreign(llm: LLM, endpoint: Endpoint) -> dict[str, str]:
     return {"model": endpoint.model, "fingerprint": f"not {llm.backbone.fingerprint} but {endpoint.model}"}
 
 
-def _say(store: Store, out: Path) -> None:
+def _say(store: ConversationStore, out: Path) -> None:
     counts = store.manifest["counts"]
     dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items()) or "none"
     note(f"{counts['conversations']} conversations, {counts['written']} tokens written; dropped: {dropped}. In {out}.")
@@ -134,7 +134,7 @@ def _connected(url: str, model: str, other_model: bool) -> Endpoint | None:
     try:
         from foretell.train.endpoint import Endpoint
     except ImportError as error:
-        raise UsageError("An endpoint needs requests; pip install 'foretell[train]'.") from error
+        raise UsageError("An endpoint needs openai; pip install 'foretell[train]'.") from error
     endpoint = Endpoint(url, model, other_model=other_model)
     endpoint.connect()
     return endpoint
@@ -142,7 +142,7 @@ def _connected(url: str, model: str, other_model: bool) -> Endpoint | None:
 
 def _check_model(llm: LLM, name: str, max_new_tokens: int, tasks: int) -> None:
     """Refuses one that cannot be asked, and answers of no use."""
-    from foretell.train.distill import SHORTEST_TEXT
+    from foretell.train.distill import MIN_TASK_TOKENS
 
     if not llm.tokenizer.has_chat_template:
         raise UsageError(
@@ -150,10 +150,10 @@ def _check_model(llm: LLM, name: str, max_new_tokens: int, tasks: int) -> None:
             "chat_template.jinja to its folder."
         )
     context = llm.backbone.config.max_positions
-    if tasks and max_new_tokens < SHORTEST_TEXT:
+    if tasks and max_new_tokens < MIN_TASK_TOKENS:
         raise UsageError(
             f"Answers of {max_new_tokens} tokens are too short to make tasks from; raise --max-new-tokens to "
-            f"{SHORTEST_TEXT} at least, or leave out --tasks."
+            f"{MIN_TASK_TOKENS} at least, or leave out --tasks."
         )
     if context - max_new_tokens < len(llm.encode([{"role": "user", "content": ""}])):
         raise UsageError(
@@ -163,7 +163,7 @@ def _check_model(llm: LLM, name: str, max_new_tokens: int, tasks: int) -> None:
 
 
 def _own_prompts(llm: LLM, count: int, path: Path, seed: int, rows: int) -> list[Conversation]:
-    from foretell.train.distill import OWN_LINES, read_prompts, write_prompts
+    from foretell.train.prompts import OWN_LINES, read_prompts, write_prompts
 
     with job_progress("writing prompts", "tokens/s") as progress:
         write_prompts(llm, count, path, seed=seed, rows=rows, progress=progress)
@@ -171,19 +171,28 @@ def _own_prompts(llm: LLM, count: int, path: Path, seed: int, rows: int) -> list
 
 
 def _answer(
-    llm: LLM, store: Store, asked: list[Conversation], tasks: int, params: SamplingParams, rows: int, circles: bool,
-    endpoint: Endpoint | None,
+    llm: LLM, store: ConversationStore, asked: list[Conversation], tasks: int, params: SamplingParams, rows: int,
+    keep_repetitive: bool, endpoint: Endpoint | None,
 ) -> None:  # fmt: skip
     """The prompts, then tasks in two halves: later ones are about the answers to earlier ones too."""
-    from foretell.train.distill import SHORTEST_TEXT, distill, next_tasks
+    from foretell.train.distill import MIN_TASK_TOKENS, distill, next_tasks
 
     todo = asked
     for count in (tasks // 2, tasks - tasks // 2, 0):
         if todo:
             with job_progress("answering", "tokens/s") as progress:
-                distill(llm, todo, store, params, rows=rows, circles=circles, endpoint=endpoint, progress=progress)
+                distill(
+                    llm,
+                    todo,
+                    store,
+                    params,
+                    rows=rows,
+                    keep_repetitive=keep_repetitive,
+                    endpoint=endpoint,
+                    progress=progress,
+                )
         todo = next_tasks(llm, store, asked, count, params.seed or 0) if count else []
         if count and not todo:
-            note(f"note: no tasks were made: no answer is long enough ({SHORTEST_TEXT} tokens)")
+            note(f"note: no tasks were made: no answer is long enough ({MIN_TASK_TOKENS} tokens)")
             break
         asked = asked + todo

@@ -31,6 +31,7 @@ from foretell.backbone.base import SKIP_MLP
 from foretell.contracts import Draft, Drafter, Features, Row
 from foretell.drafting.checkpoint import (
     CheckpointOptions,
+    Loaded,
     check_shapes,
     damage_named,
     find,
@@ -153,9 +154,9 @@ class Kangaroo(Drafter):
         self._lost: set[int] = set()  # slots whose row was not observed from its beginning
 
     @classmethod
-    def build(cls, backbone: Backbone, options: Options) -> Kangaroo:
-        """See `Drafter.build`."""
-        found, tensors = find(cls.method, backbone, options.checkpoint, options.any_backbone)
+    def build(cls, backbone: Backbone, options: Options, loaded: Loaded | None = None) -> Kangaroo:
+        """See `Drafter.build`, and `TrainableMethod.build` for `loaded`."""
+        found, tensors = loaded or find(cls.method, backbone, options.checkpoint, options.any_backbone)
         nodes = options.nodes or (DEFAULT_NODES if options.chain else 0)  # chains have their steps
         size = tree_size(backbone, nodes, found.tokens_per_step, cls.method, cls.usual_cost, MAX_TREE_NODES)
         with damage_named(options.checkpoint or f"The {cls.method} drafter that ships with foretell"):
@@ -168,7 +169,7 @@ class Kangaroo(Drafter):
     def trainable(
         cls, backbone: Backbone, training: Training, counts_V: Tensor, folder: Path | None = None
     ) -> KangarooAdapter:
-        """Returns a fresh adapter; see `learning.trainable.Method`."""
+        """Returns a fresh adapter; see `TrainableMethod`."""
         return KangarooAdapter(
             *draft_outputs(backbone, counts_V, training.draft_vocab), training,
             exit=check_exit(training.exit or max(1, round(backbone.config.layers / 10)), backbone),

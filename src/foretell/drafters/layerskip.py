@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from foretell.backbone import Backbone, KVCache
 from foretell.contracts import FINAL_NORM, Draft, Features, Row
-from foretell.drafting.checkpoint import CheckpointOptions
+from foretell.drafting.checkpoint import CheckpointOptions, Loaded
 from foretell.drafting.early_exit import EarlyExitDrafter, trained_exits
 from foretell.drafting.learning.finetune import ADAPTATIONS, trainable_model
 from foretell.drafting.learning.heads import GuessingHeads, HeadTraining, draft_outputs
@@ -187,9 +187,9 @@ class LayerSkip(EarlyExitDrafter):
         self.tokens_per_step, self.tracker = tokens_per_step or {}, AcceptanceTracker(threshold or Threshold(0.0))
 
     @classmethod
-    def build(cls, backbone: Backbone, options: Options) -> LayerSkip:
-        """See `Drafter.build`."""
-        ids_V, arch, tokens_per_step = trained_exits(backbone, options.checkpoint, options.any_backbone)
+    def build(cls, backbone: Backbone, options: Options, loaded: Loaded | None = None) -> LayerSkip:
+        """See `Drafter.build`, and `TrainableMethod.build` for `loaded`."""
+        ids_V, arch, tokens_per_step = trained_exits(backbone, options.checkpoint, options.any_backbone, loaded)
         nodes = options.nodes or (DEFAULT_NODES if options.chain else 0)  # chains have their steps
         size = tree_size(backbone, nodes, tokens_per_step, cls.method, cls.usual_cost, MAX_TREE_NODES)
         exit, threshold = options.exit or arch.get("exit"), Threshold(options.threshold, options.adaptive)
@@ -202,7 +202,7 @@ class LayerSkip(EarlyExitDrafter):
     def trainable(
         cls, backbone: Backbone, training: Training, counts_V: Tensor, folder: Path | None = None
     ) -> EarlyExitTraining:
-        """Returns the backbone in `folder`, which is to learn; see `learning.trainable.Method`."""
+        """Returns the backbone in `folder`, which is to learn; see `TrainableMethod`."""
         layers, stride = backbone.config.layers, training.stride
         if stride > layers - 1:
             raise UsageError(f"stride is {stride}; it must lie between 1 and {layers - 1} for this model.")

@@ -35,6 +35,7 @@ from foretell.backbone import Backbone, KVCache
 from foretell.contracts import FINAL_NORM, Draft, Drafter, Features, Row
 from foretell.drafting.checkpoint import (
     CheckpointOptions,
+    Loaded,
     check_shapes,
     check_tree,
     damage_named,
@@ -189,9 +190,9 @@ class Medusa(Drafter):
         self._states: dict[int, list[Tensor]] = {}  # slot -> of the newest token but one: state, then streams [d]
 
     @classmethod
-    def build(cls, backbone: Backbone, options: Options) -> Medusa:
-        """See `Drafter.build`."""
-        found, tensors = find(cls.method, backbone, options.checkpoint, options.any_backbone)
+    def build(cls, backbone: Backbone, options: Options, loaded: Loaded | None = None) -> Medusa:
+        """See `Drafter.build`, and `TrainableMethod.build` for `loaded`."""
+        found, tensors = loaded or find(cls.method, backbone, options.checkpoint, options.any_backbone)
         paths = published(options.tree) if options.tree else found.paths
         tokens_per_step = {} if options.tree else found.tokens_per_step
         most = len(paths) + 1
@@ -204,7 +205,7 @@ class Medusa(Drafter):
     def trainable(
         cls, backbone: Backbone, training: Training, counts_V: Tensor, folder: Path | None = None
     ) -> MedusaHeads:
-        """Returns fresh heads; see `learning.trainable.Method`."""
+        """Returns fresh heads; see `TrainableMethod`."""
         return MedusaHeads(
             *draft_outputs(backbone, counts_V, training.draft_vocab), training,
             taps=evenly_spread(training.taps, backbone), embed=backbone.embed if training.root else None,

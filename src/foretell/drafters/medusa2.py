@@ -133,7 +133,7 @@ class Medusa2(Medusa):
     def trainable(  # type: ignore[override]  # each method has a Training of its own
         cls, backbone: Backbone, training: Training, counts_V: Tensor, folder: Path | None = None
     ) -> JointHeads:
-        """Returns fresh heads over the backbone in `folder`; see `learning.trainable.Method`."""
+        """Returns fresh heads over the backbone in `folder`; see `TrainableMethod`."""
         if folder is None:
             raise ForetellError("Medusa-2 changes the backbone, and needs the folder of its files.")
         return JointHeads(

@@ -92,7 +92,11 @@ class Checkpoint:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def load(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]]:
+Loaded = tuple[Checkpoint, dict[str, Tensor]]
+"""A checkpoint and its tensors, read from a folder or fresh from a training."""
+
+
+def load(folder: Path) -> Loaded:
     """Returns the config and the tensors of a checkpoint.
 
     Raises:
@@ -205,7 +209,7 @@ def tokens_per_step(folder: Path) -> dict[int, float]:
     return {int(size): tokens for size, tokens in read_json(folder / "config.json")["tokens_per_step"].items()}
 
 
-def find(method: str, backbone: Backbone, folder: str = "", any_backbone: bool = False) -> tuple[Checkpoint, Any]:
+def find(method: str, backbone: Backbone, folder: str = "", any_backbone: bool = False) -> Loaded:
     """Returns the checkpoint in `folder`, by default the one that ships for this backbone, and its tensors.
 
     Raises:

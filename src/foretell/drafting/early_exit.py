@@ -16,7 +16,7 @@ from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.contracts import Draft, Drafter, Row
-from foretell.drafting.checkpoint import damage_named, find, shipped
+from foretell.drafting.checkpoint import Loaded, damage_named, find, shipped
 from foretell.drafting.kernels import kernels_for
 from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, check_exit, grow_in_one_call
 from foretell.drafting.protocols import LowerLayerDrafting
@@ -90,12 +90,12 @@ class EarlyExitDrafter(Drafter):
 
 
 def trained_exits(
-    backbone: Backbone, checkpoint: str, any_backbone: bool
+    backbone: Backbone, checkpoint: str, any_backbone: bool, loaded: Loaded | None = None
 ) -> tuple[Tensor | None, dict[str, Any], dict[int, float]]:
     """Returns draft vocabulary, exits and tokens per step of a checkpoint, given or shipped; empty without one."""
-    if not checkpoint and EXITS_OF not in shipped(backbone):
+    if not loaded and not checkpoint and EXITS_OF not in shipped(backbone):
         return None, {}, {}
-    found, tensors = find(EXITS_OF, backbone, checkpoint, any_backbone)
+    found, tensors = loaded or find(EXITS_OF, backbone, checkpoint, any_backbone)
     with damage_named(checkpoint or "The layerskip drafter that ships with foretell"):
         exits = [check_exit(exit, backbone) for exit in (found.arch["exit"], *found.arch["exits"])]
         return tensors["vocabulary"], {"exit": exits[0], "exits": exits[1:]}, found.tokens_per_step

@@ -75,7 +75,7 @@ def parts(config: ModelConfig | None = None) -> dict[str, list[LayerTensor]]:
 def layer_shapes(config: ModelConfig, tensors: tuple[LayerTensor, ...] = LAYER) -> dict[str, tuple[int, ...]]:
     """Returns the shape of each tensor of one layer, biases too, by its name behind "model.layers.0."."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for tensor in tensors:
+    for tensor in sorted(tensors, key=lambda tensor: not tensor.is_matrix):  # seeds of random weights go by this order
         if tensor.exists(config):
             shapes[f"{tensor.name}.weight"] = tensor.shape(config)
         if tensor.has_bias(config):

@@ -5,10 +5,10 @@
     conversations.jsonl   {"line": 7, "tokens": [...], "answers": [[31, 120], ...]}
                           {"line": 8, "dropped": "repetitive"}
 
-`tokens` is a whole conversation with its marks; `answers` are the half-open spans that the model wrote, end-of-turn
-included: what a drafter learns from. `line` is the place among the prompts; `"more": true` says that the next
-JSON line belongs to it too. What became of a prompt is there whole or not at all, so that an interruption costs what
-was being answered and nothing else.
+`tokens` is a whole conversation with the template's marks; `answers` are the half-open spans that the model wrote,
+end-of-turn included: what a drafter learns from. `line` numbers the prompt; `"more": true` means that the next JSON
+line belongs to the same prompt. The lines of a prompt are appended together or not at all, so that an interruption
+costs only the answers that were being written.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from foretell.files import complete_lines, one_line, read_json, write_errors, wr
 from foretell.loading.catalog import current
 
 FORMAT = 1
-REFUSED = ("rejected", "unfinished", "too long")
-"""Finish reasons of a reply that is not kept: its conversation is kept up to it."""
 MANIFEST, CONVERSATIONS, PACKED = "distill.json", "conversations.jsonl", "conversations.jsonl.xz"
+REFUSED = ("rejected", "unfinished", "too long")
+"""Finish reasons of a reply that is no answer: the conversation is kept up to it."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Distilled:
 
 
 @dataclass
-class Store:
+class ConversationStore:
     """A folder of distilled conversations, open for reading and appending."""
 
     folder: Path
@@ -57,11 +57,11 @@ class Store:
     lines: set[int] = field(default_factory=set)
 
     @classmethod
-    def create(cls, folder: Path, manifest: dict[str, Any]) -> Store:
-        """Opens a folder to add to; one that exists must have been made with the same settings.
+    def create(cls, folder: Path, manifest: dict[str, Any]) -> ConversationStore:
+        """Opens a folder to add to; one that exists must have been begun by the same model with the same settings.
 
         Raises:
-            UsageError: it was made by another model or with other settings, or is packed.
+            UsageError: it was begun by another model or with other settings, or is packed.
         """
         manifest = {"format": FORMAT, **manifest}
         path = folder / MANIFEST
@@ -74,18 +74,21 @@ class Store:
         if (folder / PACKED).exists() and not (folder / CONVERSATIONS).exists():
             raise UsageError(f"{folder / PACKED} is packed; unpack it with xz -d to add to it.")
         store = cls.open(folder, cut=True)
-        begun, ours = (
+        saved, own = (
             {"fingerprint": m.get("fingerprint"), **m.get("settings", {})} for m in (store.manifest, manifest)
         )
-        differ = [name for name in {**begun, **ours} if begun.get(name) != ours.get(name)]
+        differ = [name for name in {**saved, **own} if saved.get(name) != own.get(name)]
         if differ:
-            other = ", ".join(f"{name} {begun.get(name)} (not {ours.get(name)})" for name in differ)
+            other = ", ".join(f"{name} {saved.get(name)} (not {own.get(name)})" for name in differ)
             raise UsageError(f"{folder} was begun with {other}; go on with the same, or choose another folder.")
         return store
 
     @classmethod
-    def open(cls, folder: Path, cut: bool = False) -> Store:
-        """Reads what is there, without a last line cut short by an interruption; `cut` cuts it off the file too.
+    def open(cls, folder: Path, cut: bool = False) -> ConversationStore:
+        """Reads a folder.
+
+        Args:
+            cut: removes from the file a last line that an interruption cut short, which is never read.
 
         Raises:
             ForetellError: no distilled data, or a damaged line.
@@ -128,25 +131,25 @@ class Store:
             raise ForetellError(f"{where} is damaged; delete the line, and distill will answer it again.") from error
 
     def append(self, line: int, found: Iterable[Distilled | str]) -> None:
-        """Adds what became of one prompt: conversations, or reasons why not; all of it or nothing."""
+        """Appends the conversations that came of one prompt, or the reasons why they were dropped: all or nothing."""
         items, text = list(found), ""
-        for left, each in zip(range(len(items) - 1, -1, -1), items, strict=True):
+        for left, item in zip(range(len(items) - 1, -1, -1), items, strict=True):
             record: dict[str, Any] = {"line": line, "more": True} if left else {"line": line}
-            record |= {"dropped": each} if isinstance(each, str) else {"tokens": each.tokens, "answers": each.answers}
+            record |= {"dropped": item} if isinstance(item, str) else {"tokens": item.tokens, "answers": item.answers}
             text += json.dumps(record) + "\n"
         with write_errors(self.folder), (self.folder / CONVERSATIONS).open("a", encoding="utf-8") as file:
             file.write(text)
         self.lines.add(line)
-        self.dropped.update(each for each in items if isinstance(each, str))
-        self.conversations += [each for each in items if isinstance(each, Distilled)]
+        self.dropped.update(item for item in items if isinstance(item, str))
+        self.conversations += [item for item in items if isinstance(item, Distilled)]
 
     def write_manifest(self, seconds: float = 0.0) -> None:
-        """Brings counts up to date, and adds to the seconds that all runs together took."""
+        """Writes the manifest with the present counts; `seconds` are added to those of earlier runs."""
         self.manifest["seconds"] = round(self.manifest.get("seconds", 0) + seconds)
         self.manifest["counts"] = {
             "conversations": len(self.conversations),
-            "tokens": sum(len(each.tokens) for each in self.conversations),
-            "written": sum(each.written for each in self.conversations),
+            "tokens": sum(len(talk.tokens) for talk in self.conversations),
+            "written": sum(talk.written for talk in self.conversations),
             "dropped": dict(self.dropped),
         }
         write_json(self.folder / MANIFEST, self.manifest)
@@ -161,5 +164,5 @@ def _unpacked(path: Path) -> list[bytes]:
 
 
 def digest(data: Sequence[Distilled]) -> str:
-    """Tells conversations from others: what was made from them must not be taken for theirs."""
-    return hashlib.sha256(json.dumps([[each.tokens, each.answers] for each in data]).encode()).hexdigest()[:16]
+    """A digest of conversations, by which files that were made from them are recognised."""
+    return hashlib.sha256(json.dumps([[talk.tokens, talk.answers] for talk in data]).encode()).hexdigest()[:16]

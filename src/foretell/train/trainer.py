@@ -1,12 +1,12 @@
-"""The training loop. It knows no method: a `Trainable` turns a batch into loss terms, and this adds them up.
+"""The training loop. It knows no method: a `Trainable` turns a batch into loss terms, and the trainer adds them up.
 
-AdamW, warm-up, cosine decay, gradient accumulation. What a step sees is a function of the seed and its number alone,
-so that a run taken up again from its last state ends with the very weights of one that was never interrupted. For the
-same reason it keeps multiplying in the number type that it began in, unless another machine is much slower at it.
+AdamW, warm-up, cosine decay, gradient accumulation. The batches and the random draws of a step follow from the seed and
+the step's number alone, so that a resumed run ends with exactly the weights of a run that was never interrupted. For
+the same reason it keeps the number type that it multiplied in first, unless this machine is much slower at it.
 
-    state.pt       weights, optimizer, step: written beside and renamed, read with weights_only
-    log.jsonl      one line per report: loss by term, learning rate, number type of products, tokens per second;
-                   held-out figures
+    state.pt       weights, optimizer, step; written whole or not at all, read with weights_only
+    log.jsonl      losses by term, learning rate, number type of products, tokens per second: a line for the first step,
+                   then one every 20 steps or 10 seconds; at the end the held-out figures
 """
 
 from __future__ import annotations
@@ -32,32 +32,36 @@ from foretell.files import atomic_write, complete_lines, one_line, write_errors
 from foretell.loading.catalog import current
 from foretell.train import malloc
 from foretell.train.data import Distilled, digest
+from foretell.train.evaluation import SIZES, Report, evaluate
 from foretell.train.features import Batches
-from foretell.trees.calibration import Floats, Scale, fit
-from foretell.trees.search import ENDED, Ranks, nested, replay
 
-SIZES = (4, 8, 12, 16, 24, 32, 48, 64)
-"""Tree sizes whose tokens per step are reported."""
-CANDIDATES = 128
-"""Nodes of all paths kept: trees grown at every step choose among them."""
 POOL = 512
-"""Conversations that are shuffled, then sorted by length so that batches carry little padding."""
-REPORT = 20
-"""Steps per line of the log."""
-UNLEARNT = ("save_seconds", "started_by")
-"""Settings and options that do not change what is learnt: a run goes on with others of these."""
+"""Conversations that are shuffled together, then sorted by length so that batches carry little padding."""
+MAX_HELD_OUT = 400
+"""Conversations of each folder of data."""
+LOG_STEPS, LOG_SECONDS = 20, 10.0
+"""A line of the log is written after so many steps, or so many seconds if that is earlier."""
+SEEDS = "SeedSequence"
+"""How seeds of batches are made; states of earlier versions, which do not name it, used Python's hash of a tuple."""
+WITHOUT_EFFECT = ("save_seconds", "started_by")
+"""Settings and options that do not change what is learnt: a run may be resumed with other values of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Numbers of a run.
+    """How long and how fast a module learns.
 
     Attributes:
         epochs: passes over the data.
-        batch_tokens: tokens (prompts included) of a batch; accumulate: batches per step.
-        learning_rate: at its peak; warmup: share of all steps that lead up to it.
+        batch_tokens: tokens of a batch, prompts and padding included.
+        accumulate: batches per step.
+        learning_rate: its peak.
+        warmup: share of all steps in which the rate rises to its peak.
+        weight_decay: of AdamW.
+        clip: largest norm of the gradient.
         held_out: share of the conversations that is never trained on, at most 400 of each folder of data.
-        save_seconds: time between saved states.
+        save_seconds: time between two saved states.
+        seed: of fresh weights, of the order of the data, and of what is held out.
     """
 
     epochs: float = 4.0
@@ -80,35 +84,19 @@ class Settings:
         check_numbers(self, ranges, whole=("batch_tokens", "accumulate", "seed"))
 
 
-@dataclass
-class Report:
-    """Held-out figures of a module.
-
-    Attributes:
-        loss: mean of each term.
-        accuracy: per head, the share of positions whose token was among the head's best 1, 2, 3, 5, 10.
-        paths: those that came true most often, most frequent first; any beginning is a tree.
-        tokens_per_step: tree size -> tokens per step of fixed trees by replay.
-        calibration: per head, as `trees.calibration` fits it.
-        replayed: the conversations that no tree was searched on.
-    """
-
-    loss: dict[str, float]
-    accuracy: list[dict[str, float]]
-    paths: list[tuple[int, ...]]
-    tokens_per_step: dict[int, float]
-    calibration: list[Scale]
-    replayed: list[int]
-
-
 class Trainer:
     """Trains a module on features; `folder` keeps its state and its log.
 
     Args:
-        options: what the module was made with: a run is gone on with only by a module of the same.
+        options: what the module was made with: a run can be resumed only with the same options.
 
     Attributes:
-        number_type: what the module multiplies in, by name as in `products`; began_in: what it did before `resume`.
+        held_out, training: indices of the conversations that are held out, and of those that are trained on.
+        step: updates made so far, of `steps`.
+        skipped: batches that held nothing to learn.
+        seconds: time spent on steps, earlier runs included.
+        number_type: type that the module multiplies in, by its name in `products`.
+        began_in: the type that the run began in.
     """
 
     def __init__(
@@ -122,7 +110,7 @@ class Trainer:
         self.device = features.backbone.device
         self.module, self.features, self.folder = module.to(self.device), features, folder
         self.settings, self.options = settings, options or {}
-        self.held_out = [i for those in features.sets for i in _held_out(features.data, those, settings)]
+        self.held_out = [i for members in features.sets for i in _held_out(features.data, members, settings)]
         self.training = sorted(set(range(len(features.data))).difference(self.held_out))
         self._data = digest(features.data)
         self.steps_per_epoch = len(self._epoch(0)) / settings.accumulate
@@ -134,8 +122,9 @@ class Trainer:
         )  # fmt: skip
         self.step = 0
         self.skipped = 0
-        self.seconds = 0.0  # of all runs that led here
+        self.seconds = 0.0
         self.number_type = self.began_in = products.chosen(self.device)
+        self._old_seeds = False
         self._updating = False
 
     def run(
@@ -143,64 +132,69 @@ class Trainer:
         progress: Callable[[int, int], None] = lambda *_: None,
         stop: Callable[[], object] = lambda: False,
     ) -> None:
-        """Trains to the end, or until `stop` says so between two steps. An interruption saves the state first.
+        """Trains to the end. An interruption saves the state first.
 
         Args:
-            progress: called after each step with its number and how many there are.
+            progress: called after each step with (steps done, all steps).
+            stop: called before each step; the run ends there if the result is true.
 
         Raises:
-            KeyboardInterrupt: `stop` said so.
+            KeyboardInterrupt: `stop` returned something true.
+            ForetellError: the loss is no longer finite, or the state cannot be written.
         """
         if not self.resume():
-            self.save()  # a folder that cannot be written is found out now
+            self.save()  # fails now, not after hours, where the folder cannot be written
         self._updating = False
         malloc.keep()
         try:
             with products.multiply_in(self.number_type):
                 self._run(progress, stop)
         finally:
-            if not self._updating:  # else the weights are those of no step, and the last saved state counts
+            if not self._updating:  # an update that was cut off leaves weights of no step: the saved state stays
                 self.save()
 
     def _run(self, progress: Callable[[int, int], None], stop: Callable[[], object]) -> None:
-        found: dict[str, list[float]] = {}  # of each term, in the steps that had it
-        tokens, began, saved = 0, time.perf_counter(), time.perf_counter()
-        timed = began
+        losses: dict[str, list[float]] = {}  # of the steps since the last line of the log
+        tokens, logged, saved, timed = 0, *(time.perf_counter() for _ in range(3))
         for batches in self._remaining():
             if stop():
                 raise KeyboardInterrupt
-            self.module.train()
-            self.module.begin(self.step / self.steps)
-            for group, (_, rate) in zip(self.optimizer.param_groups, self.groups, strict=True):
-                group["lr"] = self.learning_rate(self.step) * rate(self.step / self.steps)
             terms = self._step(batches)
-            tokens += sum(len(self.features.data[i].tokens) for batch in batches for i in batch)
             self.step += 1
-            self.seconds, timed = self.seconds + time.perf_counter() - timed, time.perf_counter()
             self._updating = False
+            tokens += sum(len(self.features.data[i].tokens) for batch in batches for i in batch)
             for name, value in terms.items():
-                found.setdefault(name, []).append(value)
-            if self.step % REPORT == 0 or self.step == self.steps:
-                speed = tokens / (time.perf_counter() - began)
-                line = {
-                    "step": self.step, "epoch": round(self.step / self.steps_per_epoch, 3),
-                    "loss": {name: round(mean(values), 4) for name, values in found.items()},
-                    "learning_rate": self.learning_rate(self.step), "products": self.number_type,
-                    "tokens_per_s": round(speed),
-                }  # fmt: skip
-                self.log(line)
-                found, tokens, began = {}, 0, time.perf_counter()
+                losses.setdefault(name, []).append(value)
+            now = time.perf_counter()
+            self.seconds, timed = self.seconds + now - timed, now
+            if self.step in (1, self.steps) or self.step % LOG_STEPS == 0 or now - logged >= LOG_SECONDS:
+                self._log_steps(losses, tokens / (now - logged))
+                losses, tokens, logged = {}, 0, time.perf_counter()
             progress(self.step, self.steps)
-            if time.perf_counter() - saved > self.settings.save_seconds:
+            if now - saved > self.settings.save_seconds:
                 self.save()
                 saved = time.perf_counter()
 
+    def _log_steps(self, losses: dict[str, list[float]], tokens_per_second: float) -> None:
+        """One line of the log, for the steps since the last one."""
+        line = {
+            "step": self.step, "epoch": round(self.step / self.steps_per_epoch, 3),
+            "loss": {name: round(mean(values), 4) for name, values in losses.items()},
+            "learning_rate": self.learning_rate(self.step), "products": self.number_type,
+            "tokens_per_s": round(tokens_per_second),
+        }  # fmt: skip
+        self.log(line)
+
     def _step(self, batches: Sequence[Sequence[int]]) -> dict[str, float]:
-        """One update; the loss of each term, averaged over the accumulated batches."""
+        """Makes one update; returns the loss of each term, averaged over the accumulated batches."""
+        self.module.train()
+        self.module.begin(self.step / self.steps)
+        for group, (_, rate) in zip(self.optimizer.param_groups, self.groups, strict=True):
+            group["lr"] = self.learning_rate(self.step) * rate(self.step / self.steps)
         out: dict[str, float] = {}
         self.optimizer.zero_grad(set_to_none=True)
         for number, indices in enumerate(batches):
-            torch.manual_seed(hash((self.settings.seed, self.step, number)) % 2**31)  # what a module draws, too
+            torch.manual_seed(self._seed(number))
             terms = self.module.losses(self.features.batch(indices).to(self.device))
             if not terms:  # nothing in it was written by the model
                 self.skipped += 1
@@ -220,8 +214,15 @@ class Trainer:
             self.optimizer.step()
         return out
 
+    def _seed(self, number: int) -> int:
+        """Seed of a batch of the current step, for what the module draws at random."""
+        entropy = (self.settings.seed, self.step, number)
+        if self._old_seeds:
+            return hash(entropy) % 2**31  # runs of earlier versions go on as they began
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to a twentieth."""
+        """Rate at a step: a linear warm-up to the peak, then a cosine down to a twentieth of it."""
         peak, warm = self.settings.learning_rate, max(1, round(self.settings.warmup * self.steps))
         if step < warm:
             return peak * (step + 1) / warm
@@ -231,14 +232,14 @@ class Trainer:
     # -- batches --------------------------------------------------------------------------------------------------
 
     def _epoch(self, epoch: int) -> list[list[int]]:
-        """Batches of one pass over the training data, a function of seed and epoch."""
+        """Batches of one pass over the training data; seed and epoch determine them."""
         rng = np.random.default_rng((self.settings.seed, epoch))
         order = [self.training[i] for i in rng.permutation(len(self.training))]
         batches: list[list[int]] = []
-        for at in range(0, len(order), POOL):
-            pool = sorted(order[at : at + POOL], key=lambda i: len(self.features.data[i].tokens))
+        for begin in range(0, len(order), POOL):
+            pool = sorted(order[begin : begin + POOL], key=lambda i: len(self.features.data[i].tokens))
             batch: list[int] = []
-            for i in pool:  # ascending: the newest is the longest, and all are padded to it
+            for i in pool:  # ascending: each is the longest so far, and all are padded to it
                 if batch and (len(batch) + 1) * len(self.features.data[i].tokens) > self.settings.batch_tokens:
                     batches.append(batch)
                     batch = []
@@ -247,7 +248,7 @@ class Trainer:
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def _remaining(self) -> Iterator[list[list[int]]]:
-        """Batches of each step from the current one to the last: one epoch after the other, `accumulate` at a time."""
+        """Batches of each step from the current one to the last; epochs follow each other without a gap."""
         accumulate = self.settings.accumulate
         batches = islice(chain.from_iterable(map(self._epoch, count())), self.step * accumulate, None)
         while self.step < self.steps:
@@ -256,20 +257,22 @@ class Trainer:
     # -- state ----------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Writes the state beside the old one, then takes its place."""
+        """Writes the state whole or not at all."""
         state = {
             "module": self.module.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
             "settings": asdict(self.settings) | self.options, "data": self._data, "skipped": self.skipped,
             "seconds": self.seconds, "products": self.number_type,
+            "seeds": "hash" if self._old_seeds else SEEDS,
         }  # fmt: skip
         with atomic_write(self.folder / "state.pt") as partial, partial.open("wb") as file, _system_errors():
-            torch.save(state, file)  # into our file: torch itself does not say that a disk is full
+            torch.save(state, file)  # a file of our own: torch does not report a full disk
 
     def resume(self) -> bool:
-        """Takes up the saved state, if there is one.
+        """Loads the saved state; returns whether there is one.
 
         Raises:
-            UsageError: it was made with other settings, by another module or from other data.
+            UsageError: it belongs to a run with other settings, options or data, or to another method.
+            ForetellError: it is damaged or cannot be read.
         """
         path = self.folder / "state.pt"
         if not path.exists():
@@ -279,40 +282,46 @@ class Trainer:
         try:
             state = torch.load(path, weights_only=True, map_location="cpu")
             step, skipped, settings, data = (state[key] for key in ("step", "skipped", "settings", "data"))
-            seconds = state.get("seconds", 0.0)  # not in runs of the first version
-            began_in = state.get("products", "bfloat16")  # earlier versions knew no other
-            if began_in not in products.TYPES:
-                raise ValueError(began_in)
+            seconds = state.get("seconds", 0.0)  # the first version did not save them
+            began_in = state.get("products", "bfloat16")  # earlier versions multiplied in no other type
+            seeds = state.get("seeds", "hash")
+            if began_in not in products.TYPES or seeds not in (SEEDS, "hash"):
+                raise ValueError(began_in, seeds)
         except (PermissionError, MemoryError) as error:
             raise ForetellError(f"{path} cannot be read ({one_line(error)}); the run in it is not lost.") from error
-        except Exception as error:  # a foreign file may fail in any way, inside the unpickler or after it
+        except Exception as error:  # a file of another origin may fail in any way, inside the unpickler or after it
             raise ForetellError(f"{path} is damaged; delete it to start anew.") from error
-        ours = asdict(self.settings) | self.options
-        if "model" in settings:
-            settings["model"] = current(settings["model"])
-        method, our_method = settings.pop("method", None), ours.pop("method", None)
-        if method not in (None, our_method):  # earlier versions did not write it down
-            raise UsageError(f"{self.folder} holds a run of {method}; choose another --out.")
-        names = [name for name in {**settings, **ours} if name not in UNLEARNT]
-        differ = [name for name in names if settings.get(name) != ours.get(name)]
-        other = ", ".join(f"{name} {settings.get(name)} (not {ours.get(name)})" for name in differ)
-        if other or data != self._data:
-            raise UsageError(
-                f"{self.folder} holds a run with {other or 'other data'}; go on with the same, or choose another --out."
-            )
+        self._check_same(settings, data)
         try:
             self.module.load_state_dict(state["module"])
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise UsageError(f"{self.folder} holds a run of another drafter; choose another --out.") from error
         self.step, self.skipped, self.seconds, self.began_in = step, skipped, seconds, began_in
+        self._old_seeds = seeds == "hash"
         if not products.measured(self.device.type).clearly_slower(began_in):
             self.number_type = began_in
-        self._forget_later_lines()
+        self._cut_log()
         return True
 
-    def _forget_later_lines(self) -> None:
-        """Cuts the log back to the state: what was logged after it was saved, or half written, comes again."""
+    def _check_same(self, saved: dict[str, Any], data: str) -> None:
+        """Refuses to resume a run that was begun with other settings, options or data."""
+        own = asdict(self.settings) | self.options
+        if "model" in saved:
+            saved["model"] = current(saved["model"])
+        method, own_method = saved.pop("method", None), own.pop("method", None)
+        if method not in (None, own_method):  # earlier versions did not save it
+            raise UsageError(f"{self.folder} holds a run of {method}; choose another --out.")
+        names = [name for name in {**saved, **own} if name not in WITHOUT_EFFECT]
+        differ = [name for name in names if saved.get(name) != own.get(name)]
+        other = ", ".join(f"{name} {saved.get(name)} (not {own.get(name)})" for name in differ)
+        if other or data != self._data:
+            raise UsageError(
+                f"{self.folder} holds a run with {other or 'other data'}; go on with the same, or choose another --out."
+            )
+
+    def _cut_log(self) -> None:
+        """Cuts the log back to the state: lines of later steps, or half a line, will be written again."""
         path = self.folder / "log.jsonl"
         with write_errors(self.folder):
             lines = complete_lines(path)
@@ -322,43 +331,22 @@ class Trainer:
                     partial.write_bytes(b"".join(line + b"\n" for line in kept))
 
     def log(self, line: dict[str, Any]) -> None:
+        """Appends a line to the log."""
         with write_errors(self.folder), (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     # -- held-out figures -----------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def evaluate(self, sizes: Sequence[int] = SIZES) -> Report:
-        """Figures on the conversations that were held out (all of them where none was).
-
-        Trees are searched, and heads calibrated, on one half of the held-out conversations; the other is replayed.
-        """
-        with products.multiply_in(self.number_type):
-            return self._evaluate(sizes)
-
-    def _evaluate(self, sizes: Sequence[int]) -> Report:
-        self.module.eval()
+        """Figures on the held-out conversations (all conversations, where none is held out)."""
         self.module.begin(self.step / self.steps)
-        indices = self.held_out or self.training
-        sums: dict[str, float] = {}
-        ranks: list[Ranks] = []
-        log_probs: list[Floats] = []
-        for at in range(0, len(indices), 8):
-            batch = self.features.batch(indices[at : at + 8]).to(self.device)
-            for name, term in self.module.losses(batch).items():
-                sums[name] = sums.get(name, 0.0) + term.item() * len(indices[at : at + 8]) / len(indices)
-            for each in self.module.guesses(batch):
-                ranks.append(each.ranks_PK.numpy())
-                log_probs.append(each.log_probs_PKR.numpy())
-        one, other = (slice(0, None, 2), slice(1, None, 2)) if len(ranks) > 1 else (slice(None), slice(None))
-        paths = nested(ranks[one], CANDIDATES)
-        tokens_per_step = {n: round(replay(ranks[other], paths[: n - 1]), 4) for n in sizes if n <= len(paths) + 1}
-        return Report(sums, _accuracy(ranks), paths, tokens_per_step, fit(log_probs[one], ranks[one]), indices[other])
+        with products.multiply_in(self.number_type):
+            return evaluate(self.module, self.features, self.held_out or self.training, sizes)
 
 
 @contextmanager
 def _system_errors() -> Iterator[None]:
-    """Brings out the system's error that torch's archive covers with one of its own as it is given up."""
+    """Raises the system's error, which torch's archive writer hides behind one of its own."""
     try:
         yield
     except RuntimeError as error:
@@ -367,27 +355,20 @@ def _system_errors() -> Iterator[None]:
         raise
 
 
-def _held_out(data: Sequence[Distilled], those: range, settings: Settings) -> list[int]:
-    """A folder of data keeps back the same conversations with others beside it: a drafter that another begins with
-    may have learnt the rest."""
-    lines = sorted({data[i].line for i in those})  # a conversation may be in several pieces
+def _held_out(data: Sequence[Distilled], members: range, settings: Settings) -> list[int]:
+    """The held-out conversations of one folder of data.
+
+    They are the same whatever folders lie beside it, since a drafter that `--start` names may have learnt the rest.
+    """
+    lines = sorted({data[i].line for i in members})  # a conversation may be in several pieces
     order = np.random.default_rng(settings.seed).permutation(len(lines))
-    held = {lines[i] for i in order[: min(400, round(settings.held_out * len(lines)))]}
-    return [i for i in those if data[i].line in held]
+    held = {lines[i] for i in order[: min(MAX_HELD_OUT, round(settings.held_out * len(lines)))]}
+    return [i for i in members if data[i].line in held]
 
 
 def _step_of(line: bytes) -> int:
-    """Of a line of the log; 0 if it is none of a step."""
+    """Step of a line of the log; 0 if the line is about no step."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return 0
-
-
-def _accuracy(ranks: Sequence[Ranks]) -> list[dict[str, float]]:
-    """Per head: share of the tokens there were that are among its first 1, 2, 3, 5 and 10."""
-    heads = [head[head != ENDED] for head in np.concatenate(ranks).T]
-    return [
-        {f"top{n}": round(float((head < n).mean()), 4) if len(head) else 0.0 for n in (1, 2, 3, 5, 10)}
-        for head in heads
-    ]

@@ -69,7 +69,7 @@ def accepted_P(ranks: Ranks, paths: Sequence[Path]) -> NDArray[np.integer]:
     return deepest
 
 
-def replay(ranks: Sequence[Ranks], paths: Sequence[Path]) -> float:
+def tree_tokens_per_step(ranks: Sequence[Ranks], paths: Sequence[Path]) -> float:
     """Returns tokens per step (bonus included) of decoding the texts with the tree of `paths`.
 
     A step whose features are those of position p has p + 1 for its root and emits p + 2 onward: a accepted guesses

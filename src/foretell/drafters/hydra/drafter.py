@@ -29,7 +29,15 @@ from torch import Tensor
 from foretell.backbone import Backbone, KVCache
 from foretell.contracts import FINAL_NORM, Draft, Drafter, Features, Row
 from foretell.drafters.hydra.heads import HydraHeads, HydraPlusTraining, HydraTraining, read_arch, shapes
-from foretell.drafting.checkpoint import CheckpointOptions, check_shapes, check_tree, damage_named, find, read_scales
+from foretell.drafting.checkpoint import (
+    CheckpointOptions,
+    Loaded,
+    check_shapes,
+    check_tree,
+    damage_named,
+    find,
+    read_scales,
+)
 from foretell.drafting.heads import DrafterHeads
 from foretell.drafting.kernels import kernels_for
 from foretell.drafting.learning.decoder_layer import DecoderLayer
@@ -124,9 +132,9 @@ class Hydra(Drafter):
         self._states: dict[int, Tensor] = {}  # slot -> of the newest token but one: state, then streams [S, d]
 
     @classmethod
-    def build(cls, backbone: Backbone, options: Options) -> Hydra:
-        """See `Drafter.build`."""
-        found, tensors = find(cls.method, backbone, options.checkpoint, options.any_backbone)
+    def build(cls, backbone: Backbone, options: Options, loaded: Loaded | None = None) -> Hydra:
+        """See `Drafter.build`, and `TrainableMethod.build` for `loaded`."""
+        found, tensors = loaded or find(cls.method, backbone, options.checkpoint, options.any_backbone)
         paths = published(options.tree) if options.tree else found.paths
         grown = options.grown and not options.tree
         most = MAX_NODES if grown else min(MAX_NODES, len(paths) + 1)
@@ -141,7 +149,7 @@ class Hydra(Drafter):
     def trainable(
         cls, backbone: Backbone, training: HydraTraining, counts_V: Tensor, folder: Path | None = None
     ) -> HydraHeads:
-        """Returns fresh heads; see `learning.trainable.Method`."""
+        """Returns fresh heads; see `TrainableMethod`."""
         return HydraHeads(
             *draft_outputs(backbone, counts_V, training.draft_vocab), training,
             taps=evenly_spread(training.taps, backbone), embed=backbone.embed,

@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,24 +104,3 @@ class Trainable(nn.Module):
     @abstractmethod
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Returns the tensors to save, and the options and sizes that give the module its shape (`Checkpoint.arch`)."""
-
-
-class Method(Protocol):
-    """A drafter class that can be trained.
-
-    Attributes:
-        Training: a frozen dataclass, the only list of its training's options (see `drafting.options`).
-    """
-
-    Training: ClassVar[type[Any]]
-
-    @classmethod
-    def trainable(cls, backbone: Any, training: Any, counts_V: Tensor, folder: Path | None = None) -> Trainable:
-        """Returns a fresh module.
-
-        Args:
-            training: an instance of `Training`, whose values `drafting.options.parse` has checked.
-            counts_V: how often each token was written in the data, for draft vocabularies.
-            folder: of the backbone's files, for methods that change it.
-        """
-        ...

@@ -1,0 +1,350 @@
+"""The recipe of training: from folders of distilled conversations to a drafter on disk, in a few lines of Python.
+
+    import foretell
+    from foretell.train import recipe
+    llm = foretell.load("MODEL")
+    trained = recipe.run("medusa", llm, "data", "heads", options={"heads": 3}, progress=print)
+    llm = foretell.load(trained.model, "medusa", checkpoint=trained.folder)
+
+`run` takes four steps, which may be called one by one: `begin` refuses what cannot work, locks the folder and resumes a
+run that was interrupted there; `Run.prepare` computes the features; `Run.train` trains; `Run.publish` measures the
+drafter and writes it.
+
+    heads/run                     the trainer's state and log
+    heads/drafter                 the drafter (`drafting.checkpoint`)
+    heads/adapter, heads/model    the changed backbone, where the method changes it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foretell import api, drafters
+from foretell.api import LLM
+from foretell.drafting.checkpoint import Checkpoint
+from foretell.drafting.learning.method import TrainableMethod
+from foretell.drafting.learning.trainable import Trainable
+from foretell.drafting.options import converted
+from foretell.errors import ForetellError, UsageError
+from foretell.files import read_json, sole_writer, write_errors
+from foretell.train.data import ConversationStore, Distilled
+from foretell.train.evaluation import SIZES, Report
+from foretell.train.features import FeatureStore, JoinedFeatures
+from foretell.train.replay import tokens_per_step_by_size
+from foretell.train.start import Start, inherited, initialise, read_start
+from foretell.train.trainer import Settings, Trainer
+
+MAX_REPLAYED = 40
+"""Held-out conversations that are decoded again for each tree size."""
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total) of one step of the recipe."""
+Folders = str | Path | Sequence[str | Path]
+
+
+def quiet(*_: Any) -> None:
+    """Shows nothing."""
+
+
+def never() -> bool:
+    """Stops nothing."""
+    return False
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training made.
+
+    Attributes:
+        folder: of the drafter: its option `checkpoint`.
+        model: the model that it drafts for; another than was trained on, where the method changes the backbone.
+        checkpoint: as it was written to `folder`.
+        report: held-out figures, or figures of the training text where nothing was held out.
+        held_out: whether anything was held out.
+    """
+
+    folder: Path
+    model: str
+    checkpoint: Checkpoint
+    report: Report
+    held_out: bool
+
+
+def run(
+    method: str,
+    model: LLM | str | Path,
+    data: Folders,
+    out: str | Path,
+    *,
+    settings: Settings | None = None,
+    options: Mapping[str, Any] | None = None,
+    start: str = "",
+    keep_features: bool = True,
+    other_model: bool = False,
+    progress: Callable[[str, int, int], None] = quiet,
+) -> Trained:
+    """Trains a drafter. The same call resumes a run that was interrupted, and ends with the same drafter.
+
+    Args:
+        method: a drafter that can be trained (`trainable_methods`).
+        model: the model to draft for, or its name.
+        data: folders that `foretell distill` wrote.
+        out: folder for the drafter.
+        settings: how long and how fast it learns.
+        options: of the method, by name; those that are left out have their defaults, or the values of `start`.
+        start: initialises with a trained drafter: its folder, or the name of one that ships for this model.
+        keep_features: keeps the features beside the data; otherwise they are computed for every batch.
+        other_model: accepts data that another model wrote.
+        progress: called with (step of the recipe, done, total).
+
+    Raises:
+        UsageError, ForetellError: one sentence that names what is wrong and the remedy.
+        KeyboardInterrupt: after the state was saved.
+    """
+
+    def of(step: str) -> Progress:
+        return lambda done, total: progress(step, done, total)
+
+    with begin(
+        method, model, data, out, settings=settings, options=options, start=start, keep_features=keep_features,
+        other_model=other_model,
+    ) as begun:  # fmt: skip
+        begun.prepare(of("features"))
+        begun.train(of("training"))
+        return begun.publish(of("replay"))
+
+
+@contextmanager
+def begin(
+    method: str,
+    model: LLM | str | Path,
+    data: Folders,
+    out: str | Path,
+    *,
+    settings: Settings | None = None,
+    options: Mapping[str, Any] | None = None,
+    start: str = "",
+    keep_features: bool = True,
+    other_model: bool = False,
+    load: Callable[[str], LLM] | None = None,
+    command: str = "",
+) -> Iterator[Run]:
+    """Checks everything, and holds the lock of `out` while its block runs; see `run`.
+
+    Args:
+        load: loads a model by its name: the one to train for, once all else is checked, and the changed one, where the
+            method changes the backbone. By default as `model` was loaded.
+        command: kept with the drafter, as the command that made it.
+    """
+    out, settings = Path(out), settings or Settings()
+    cls = method_class(method)
+    given = converted(cls.Training, options or {}, f"{method} training")
+    check_out(out, method)
+    stores = open_data(data)
+    llm = model if isinstance(model, LLM) else (load or api.load)(str(model))
+    backbone = llm.backbone
+    if llm.folder is None:
+        raise UsageError("Training needs a model that foretell.load has loaded: the drafter keeps its name.")
+    for store in stores:
+        check_data(store, llm, other_model)
+    origin = read_start(start, backbone, cls) if start else None
+    chosen = cls.Training(**(inherited(cls, origin[0]) if origin else {}) | given)
+    module = new_module(cls, llm, stores, chosen, settings.seed, origin)
+    started = initialise(module, start, *origin) if origin else {}
+    name = f"features-{backbone.fingerprint}-{'-'.join(map(str, module.taps)) or 'teacher'}"
+    features = [
+        FeatureStore(backbone, store.conversations, module.taps, store.folder / name if keep_features else None)
+        for store in stores
+    ]
+    with sole_writer(out):
+        identity = {"method": method, "model": backbone.fingerprint, "dtype": str(backbone.dtype)}
+        trainer = Trainer(
+            module, JoinedFeatures(features) if len(features) > 1 else features[0], settings, out / "run",
+            asdict(chosen) | identity | started,
+        )  # fmt: skip
+        trainer.resume()  # what cannot be resumed is refused before any work
+        provenance = {
+            "command": command, "data": [store.manifest for store in stores], "settings": asdict(settings),
+            "options": asdict(chosen), **started,
+        }  # fmt: skip
+        yield Run(cls, llm, llm.folder.name, trainer, out, provenance, load or _loads_like(llm))
+
+
+@dataclass
+class Run:
+    """A training in progress, whose folder `out` is locked; made by `begin`.
+
+    Attributes:
+        model: the name of the model that is trained on.
+        load: loads a model by its name.
+        provenance: what the checkpoint will say about its making.
+    """
+
+    cls: type[TrainableMethod]
+    llm: LLM
+    model: str
+    trainer: Trainer
+    out: Path
+    provenance: dict[str, Any]
+    load: Callable[[str], LLM]
+
+    def prepare(self, progress: Progress = quiet) -> None:
+        """Computes the features that are not there yet; `progress` counts per cent."""
+        progress(0, 100)
+        seconds = self.trainer.features.prepare(lambda fraction: progress(round(fraction * 100), 100))
+        self.provenance["feature_seconds"] = round(seconds)
+
+    def train(self, progress: Progress = quiet, stop: Callable[[], object] = never) -> None:
+        """Trains to the end, or raises KeyboardInterrupt between two steps once `stop` returns something true."""
+        progress(self.trainer.step, self.trainer.steps)
+        self.trainer.run(progress, stop)
+
+    def publish(self, progress: Progress = quiet) -> Trained:
+        """Measures the drafter on held-out text, and writes it; `progress` counts per cent."""
+        trainer, module, backbone = self.trainer, self.trainer.module, self.llm.backbone
+        progress(0, 100)
+        report = trainer.evaluate()
+        figures = {name: value for name, value in asdict(report).items() if name != "replayed"}
+        trainer.log({"held_out": {"epoch": trainer.settings.epochs, **figures}})
+        tensors, arch = module.checkpoint()
+        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+        model, features, indices = self.model, trainer.features, to_replay(report.replayed)
+        if (changed := module.save_backbone(model, self.out)) != model:  # its states are others now
+            model, backbone = changed, self.load(changed).backbone
+            features = FeatureStore(backbone, [features.data[i] for i in indices], module.taps, None)
+            indices = list(range(len(indices)))
+        checkpoint = Checkpoint(
+            method=self.cls.method, backbone=model, fingerprint=backbone.fingerprint, hidden=backbone.config.hidden,
+            vocab=backbone.config.vocab, arch=arch, paths=[list(path) for path in report.paths],
+            calibration=[list(scale) for scale in report.calibration],
+            provenance=self.provenance | {
+                "accuracy": report.accuracy, "loss": report.loss, "seconds": round(trainer.seconds),
+                "skipped_batches": trainer.skipped, "products": trainer.number_type,
+                "fixed_trees": report.tokens_per_step,
+            },
+        )  # fmt: skip
+        drafter = self.cls.build(backbone, self.cls.Options(), (checkpoint, tensors))
+        sizes = [size for size in SIZES if size <= drafter.max_nodes]
+        checkpoint.tokens_per_step = tokens_per_step_by_size(
+            drafter, features, indices, sizes, lambda fraction: progress(round(fraction * 100), 100)
+        )
+        checkpoint.save(self.out / "drafter", tensors)
+        return Trained(self.out / "drafter", model, checkpoint, report, bool(trainer.held_out))
+
+
+# -- what is refused before any work --------------------------------------------------------------------------
+
+
+def trainable_methods() -> list[str]:
+    """The drafters of the table that can be trained."""
+    return [name for name in drafters.table() if hasattr(drafters.drafter_class(name), "trainable")]
+
+
+def method_class(method: str) -> type[TrainableMethod]:
+    """The drafter's class, if it can be trained."""
+    cls: Any = drafters.drafter_class(method)
+    if not hasattr(cls, "trainable"):
+        raise UsageError(
+            f"Drafter {method!r} has nothing to train; those that have are {', '.join(trainable_methods())}."
+        )
+    return cls
+
+
+def check_out(out: Path, method: str) -> None:
+    """Refuses a folder in which a drafter, or anything else, would be lost."""
+    with write_errors(out):
+        names, inside = ([path.name for path in _visible(folder)] for folder in (out, out / "drafter"))
+    found = ""
+    if "config.json" in inside:
+        with suppress(ForetellError):  # a damaged one is a drafter all the same
+            found = str(read_json(out / "drafter/config.json").get("method", ""))
+    if "run" not in names and "drafter" in names:
+        kind = f"{found} drafter" if found else "drafter"
+        raise UsageError(f"{out} holds a finished {kind}; choose another --out, or delete it.")
+    if "run" not in names and names:
+        some = ", ".join(names[:3]) + (", …" if names[3:] else "")
+        raise UsageError(f"{out} holds other things ({some}); choose another --out.")
+    if found not in ("", method):
+        raise UsageError(f"{out} holds a run of {found}; choose another --out.")
+    if others := sorted({*inside} - {"config.json", "model.safetensors"}):
+        raise UsageError(
+            f"{out / 'drafter'} holds {', '.join(others)}, which would be lost; move it elsewhere, or choose another "
+            "--out."
+        )
+
+
+def _visible(folder: Path) -> list[Path]:
+    """The contents of a folder, if it is one, without locks and what an interruption left."""
+    return sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+
+
+def open_data(data: Folders) -> list[ConversationStore]:
+    """Opens the folders of data; refuses empty ones, and one that is named twice."""
+    folders = [Path(folder) for folder in ([data] if isinstance(data, str | Path) else data)]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UsageError("--data names a folder twice; give each once, and more --epochs to learn it longer.")
+    stores = [ConversationStore.open(folder) for folder in folders]
+    for store in stores:
+        if not store.conversations:
+            raise UsageError(f"{store.folder} holds no conversations; distill some first.")
+    if not stores:
+        raise UsageError("No data is given; name a folder that foretell distill wrote.")
+    return stores
+
+
+def check_data(store: ConversationStore, llm: LLM, other_model: bool) -> None:
+    """Refuses data that another model wrote, unless `other_model`, and tokens that the model does not have."""
+    model, writer, backbone = store.manifest["model"], store.manifest["fingerprint"], llm.backbone
+    if writer != backbone.fingerprint and not other_model:
+        raise UsageError(
+            f"{store.folder} was written by {model} (fingerprint {writer}), not by this model "
+            f"({backbone.fingerprint}); distill with this one, or allow it with --other-model."
+        )
+    largest, vocab_size = max(max(talk.tokens) for talk in store.conversations), backbone.config.vocab
+    if largest >= vocab_size:
+        raise UsageError(
+            f"{store.folder} holds token {largest}, but this model's ids lie between 0 and {vocab_size - 1}; distill "
+            "with this model."
+        )
+
+
+# -- the module that learns -----------------------------------------------------------------------------------
+
+
+def new_module(
+    cls: type[TrainableMethod], llm: LLM, stores: Sequence[ConversationStore], options: Any, seed: int,
+    origin: Start | None,
+) -> Trainable:  # fmt: skip
+    """A module with fresh weights, which follow from the seed."""
+    conversations = (talk for store in stores for talk in store.conversations)
+    counts_V = token_counts(conversations, llm.backbone.config.vocab)
+    if origin:  # a token that its heads never chose from was never trained down either: only its own are chosen
+        counts_V[origin[1]["vocabulary"].long()] += counts_V.sum()
+    torch.manual_seed(seed)
+    return cls.trainable(llm.backbone, options, counts_V, llm.folder.path if llm.folder else None)
+
+
+def token_counts(conversations: Iterable[Distilled], vocab_size: int) -> Tensor:
+    """[V]: how often the model wrote each token."""
+    spans = (talk.tokens[start:end] for talk in conversations for start, end in talk.answers)
+    return torch.bincount(torch.tensor([token for span in spans for token in span]), minlength=vocab_size)
+
+
+def to_replay(held_out: Sequence[int]) -> list[int]:
+    """At most `MAX_REPLAYED` of the held-out conversations, evenly spread over all folders of data."""
+    return list(held_out[:: max(1, len(held_out) // MAX_REPLAYED)][:MAX_REPLAYED])
+
+
+def _loads_like(llm: LLM) -> Callable[[str], LLM]:
+    """A function that loads another model as this one computes."""
+    backbone, dtype = llm.backbone, str(llm.backbone.dtype).removeprefix("torch.")
+    return lambda name: api.load(
+        name, dtype=dtype, device=str(backbone.device), threads=backbone.threads, kernel=backbone.kernels
+    )

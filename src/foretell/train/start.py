@@ -1,0 +1,73 @@
+"""Training that begins with what another drafter has learnt, instead of with fresh weights.
+
+A method names in `STARTS` the methods whose weights its own can be initialised with. Options that are not given are
+taken from the other drafter, so that its weights fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from foretell import drafters
+from foretell.backbone import Backbone
+from foretell.drafting.checkpoint import Checkpoint, fingerprint, load, shipped
+from foretell.drafting.learning.method import TrainableMethod
+from foretell.drafting.learning.trainable import Trainable
+from foretell.drafting.options import renamed
+from foretell.errors import ForetellError, UsageError
+from foretell.files import one_line
+
+Start = tuple[Checkpoint, dict[str, Tensor]]
+"""A drafter to begin with: its checkpoint and tensors."""
+
+
+def read_start(start: str, backbone: Backbone, cls: type[TrainableMethod]) -> Start:
+    """Reads the drafter to begin with.
+
+    Raises:
+        UsageError: it is not there, of a method that `cls` cannot begin with, or of another model.
+        ForetellError: it is damaged.
+    """
+    folder = shipped(backbone).get(start, Path(start).expanduser())
+    if not folder.is_dir():
+        lacks = f"No {start} drafter comes with foretell for this model" if start in drafters.table() else ""
+        raise UsageError(f"{lacks or f'There is no folder {start}'}; begin with the folder of a drafter.")
+    checkpoint, tensors = load(folder / "drafter" if (folder / "drafter/config.json").is_file() else folder)
+    able = getattr(cls, "STARTS", (checkpoint.method,))
+    if checkpoint.method not in able:
+        raise UsageError(
+            f"{start} is a {checkpoint.method} drafter, with which {cls.method} cannot begin; begin with one of "
+            f"{', '.join(able)}, or without --start."
+        )
+    if checkpoint.fingerprint != backbone.fingerprint:
+        raise UsageError(
+            f"{start} was trained for {checkpoint.backbone} (fingerprint {checkpoint.fingerprint}), not for this model "
+            f"({backbone.fingerprint}); begin with a drafter of this one, or without --start."
+        )
+    if "vocabulary" not in tensors:
+        raise ForetellError(f"{start} is damaged, or of another method: it lacks a draft vocabulary.")
+    return checkpoint, tensors
+
+
+def inherited(cls: type[TrainableMethod], checkpoint: Checkpoint) -> dict[str, Any]:
+    """The options that a drafter was made with, as far as `cls` has them too."""
+    names = {each.name for each in fields(cls.Training)}
+    values = {name: value for name, value in renamed(cls.Training, checkpoint.arch).items() if name in names}
+    return values | ({"taps": len(values["taps"])} if "taps" in values else {})
+
+
+def initialise(module: Trainable, start: str, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Loads another drafter's weights into the module; returns which they were and the commands that trained them."""
+    try:
+        module.start(checkpoint.arch, tensors)
+    except UsageError as error:
+        raise UsageError(str(error).replace("It", start, 1)) from error
+    except (KeyError, RuntimeError) as error:
+        raise ForetellError(f"{start} is damaged, or of another method: {one_line(error)}.") from error
+    about = checkpoint.provenance
+    commands = [*about.get("started_by", []), about.get("command") or checkpoint.method]
+    return {"start": fingerprint(tensors), "started_by": commands}
