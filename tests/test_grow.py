@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from foretell.errors import UsageError
 from foretell.trees import from_paths
-from foretell.trees.growing import Candidates, Growing
+from foretell.trees.growing import Candidates, GrowingTree
 
 ranks = st.integers(1, 3).flatmap(
     lambda heads: st.tuples(
@@ -101,29 +101,29 @@ def test_scaled_heads_grow_the_tree_of_what_they_should_have_said(
 # -- level by level ---------------------------------------------------------------------------------------------------
 
 
-def random_growing(seed: int, size: int) -> Growing:
+def random_growing(seed: int, size: int) -> GrowingTree:
     """Guesses hung anywhere, certain ones and many equally probable ones among them."""
-    rng, tree = np.random.default_rng(seed), Growing([100], [0])
+    rng, tree = np.random.default_rng(seed), GrowingTree([100], [0])
     for node in range(1, size + 1):
         log_probs = [0.0, -0.25, -0.5, -1.0, -float(rng.exponential())][rng.integers(5)]
         tree.add(int(rng.integers(node)), 100 + node, log_probs)
     return tree
 
 
-def ranked(tree: Growing) -> list[int]:
+def ranked(tree: GrowingTree) -> list[int]:
     """All nodes but the root, the most probable first, of equals the older; each valued along its own path."""
     values = []
     for node in range(len(tree.parents)):
         value = 0.0
         while node:
-            value += math.log(tree.given[node])
+            value += math.log(tree.cond_probs[node])
             node = tree.parents[node]
         values.append(value)
-    assert tree.values == pytest.approx(values, abs=1e-9)
-    return sorted(range(1, len(values)), key=lambda node: (-tree.values[node], node))
+    assert tree.path_log_probs == pytest.approx(values, abs=1e-9)
+    return sorted(range(1, len(values)), key=lambda node: (-tree.path_log_probs[node], node))
 
 
-def words(tree: Growing, node: int) -> list[int]:
+def words(tree: GrowingTree, node: int) -> list[int]:
     """Tokens of the path to a node."""
     return [*(words(tree, tree.parents[node]) if node else []), tree.tokens[node]]
 
@@ -133,60 +133,62 @@ growings = st.builds(random_growing, st.integers(0, 2**32 - 1), st.integers(0, 3
 
 @settings(max_examples=200, deadline=None)
 @given(growings, st.integers(1, 40))
-def test_the_best_nodes_are_a_tree(tree: Growing, count: int) -> None:
+def test_the_best_nodes_are_a_tree(tree: GrowingTree, count: int) -> None:
     best = tree.best(count)
     assert best == ranked(tree)[:count]
     assert {tree.parents[node] for node in best} <= {0, *best}
-    assert all(tree.values[node] <= tree.values[tree.parents[node]] for node in range(1, len(tree.parents)))
+    assert all(
+        tree.path_log_probs[node] <= tree.path_log_probs[tree.parents[node]] for node in range(1, len(tree.parents))
+    )
 
 
 @settings(max_examples=200, deadline=None)
 @given(growings, st.integers(1, 40), st.integers(1, 31), st.integers(1, 9), st.sampled_from([0.0, 0.1, 0.5, 1.0, 3.0]))
 def test_those_are_asked_next_who_are_new_and_among_the_best(
-    tree: Growing, count: int, since: int, most: int, least: float
+    tree: GrowingTree, count: int, since: int, most: int, least: float
 ) -> None:
     best = ranked(tree)[:count]
     tree.select_frontier(count, since, most, least)
-    assert tree.floor == (min(tree.values[node] for node in best) if len(best) == count else -math.inf)
+    assert tree.min_log_prob == (min(tree.path_log_probs[node] for node in best) if len(best) == count else -math.inf)
     new = [node for node in best if node >= since][:most]
-    gain = sum(math.exp(tree.values[node]) - math.exp(tree.floor) for node in new)
+    gain = sum(math.exp(tree.path_log_probs[node]) - math.exp(tree.min_log_prob) for node in new)
     if abs(gain - least) > 1e-9:
-        assert tree.asked == (new if gain > least else [])
+        assert tree.frontier == (new if gain > least else [])
 
 
 def test_nobody_is_asked_where_little_can_be_gained() -> None:
-    tree = Growing([7], [0])
+    tree = GrowingTree([7], [0])
     for token, p in ((1, 0.05), (2, 0.02), (3, 0.5)):
         tree.add(0, token, math.log(p))
     tree.select_frontier(4, 1, 8, 0.56)  # there is room for all
-    assert tree.asked == [3, 1, 2]
+    assert tree.frontier == [3, 1, 2]
     tree.select_frontier(4, 1, 8, 0.58)
-    assert tree.asked == []
+    assert tree.frontier == []
     tree.select_frontier(2, 1, 8, 0.44)  # who comes in pushes out what is 0.05 probable
-    assert tree.asked == [3, 1]
+    assert tree.frontier == [3, 1]
     tree.select_frontier(2, 1, 8, 0.46)
-    assert tree.asked == []
+    assert tree.frontier == []
     tree.select_frontier(3, 1, 1, 0.47)  # one is asked at most, and counts alone
-    assert tree.asked == [3]
+    assert tree.frontier == [3]
     tree.select_frontier(3, 1, 1, 0.49)
-    assert tree.asked == []
+    assert tree.frontier == []
 
 
 @settings(max_examples=200, deadline=None)
 @given(growings, st.integers(1, 40), st.integers(1, 8), st.integers(1, 8), st.integers(0, 2**32 - 1))
 def test_of_many_guesses_those_are_added_that_matter(
-    tree: Growing, count: int, asked: int, most: int, seed: int
+    tree: GrowingTree, count: int, asked: int, most: int, seed: int
 ) -> None:
     """Against adding them all."""
     rng, since = np.random.default_rng(seed), len(tree.parents)
     tree.select_frontier(count, 0, asked, 0.0)
-    tree.asked = tree.asked or [0]
+    tree.frontier = tree.frontier or [0]
     log_probs_AR = -np.sort(
-        rng.choice([0.0, 0.25, 0.5, 1.0, 2.0, *rng.exponential(size=3)], (len(tree.asked), 5)), axis=1
+        rng.choice([0.0, 0.25, 0.5, 1.0, 2.0, *rng.exponential(size=3)], (len(tree.frontier), 5)), axis=1
     )
     tokens_AR = (1000 + np.arange(log_probs_AR.size)).reshape(log_probs_AR.shape).tolist()
     whole = deepcopy(tree)
-    for node, log_probs, tokens in zip(tree.asked, log_probs_AR.tolist(), tokens_AR, strict=True):
+    for node, log_probs, tokens in zip(tree.frontier, log_probs_AR.tolist(), tokens_AR, strict=True):
         for each, token in zip(log_probs, tokens, strict=True):
             whole.add(node, token, each)
     tree.extend(log_probs_AR, tokens_AR, count)
@@ -194,8 +196,8 @@ def test_of_many_guesses_those_are_added_that_matter(
     assert [words(tree, node) for node in tree.best(count)] == [words(whole, node) for node in whole.best(count)]
     for each in (tree, whole):
         each.select_frontier(count, since, most, 0.0)
-    assert tree.floor == whole.floor
-    assert [words(tree, node) for node in tree.asked] == [words(whole, node) for node in whole.asked]
+    assert tree.min_log_prob == whole.min_log_prob
+    assert [words(tree, node) for node in tree.frontier] == [words(whole, node) for node in whole.frontier]
 
 
 @settings(max_examples=100, deadline=None)
@@ -209,37 +211,39 @@ def test_a_static_tree_is_filled_with_the_guesses_that_its_paths_name(
     def token(path: tuple[int, ...]) -> int:
         return int("9" + "".join(map(str, path)))
 
-    tree = Growing([9], [0])
-    while tree.asked:
-        log_probs_AR = log_probs_NR[tree.asked]
-        tree.fill(shape, ordered, log_probs_AR, [[token((*ordered[node], r)) for r in range(4)] for node in tree.asked])
+    tree = GrowingTree([9], [0])
+    while tree.frontier:
+        log_probs_AR = log_probs_NR[tree.frontier]
+        tree.fill(
+            shape, ordered, log_probs_AR, [[token((*ordered[node], r)) for r in range(4)] for node in tree.frontier]
+        )
     assert tuple(tree.parents) == shape.parents
     assert tree.tokens == [token(path) for path in ordered]
     p = [math.exp(log_probs_NR[shape.parents[node], ordered[node][-1]]) for node in range(1, len(shape))]
-    assert tree.given == pytest.approx([1.0, *p])
+    assert tree.cond_probs == pytest.approx([1.0, *p])
 
 
 @settings(max_examples=100, deadline=None)
 @given(growings, st.integers(0, 40))
-def test_a_cut_keeps_paths_and_probabilities(tree: Growing, count: int) -> None:
+def test_a_cut_keeps_paths_and_probabilities(tree: GrowingTree, count: int) -> None:
     best = tree.best(count)
     cut, tokens, given = tree.cut(best)
     assert len(cut) == len(tokens) == len(given) == len(best) + 1
     kept = {tuple(tokens[i] for i in cut.path(node)): p for node, p in enumerate(given)}
-    assert kept == {tuple(words(tree, node)): tree.given[node] for node in [0, *best]}
+    assert kept == {tuple(words(tree, node)): tree.cond_probs[node] for node in [0, *best]}
     whole, tokens, given = tree.cut(range(1, len(tree.parents)))
-    assert (list(whole.parents), tokens, given) == (tree.parents, tree.tokens, tree.given)
+    assert (list(whole.parents), tokens, given) == (tree.parents, tree.tokens, tree.cond_probs)
 
 
 def test_what_is_too_probable_counts_as_certain_and_what_is_no_number_as_hopeless() -> None:
-    tree = Growing([7], [0])
+    tree = GrowingTree([7], [0])
     for log_probs in (math.nan, 0.5, -math.inf):
         tree.add(0, 1, log_probs)
-    assert (tree.values, tree.given) == ([0.0, -math.inf, 0.0, -math.inf], [1.0, 0.0, 1.0, 0.0])
+    assert (tree.path_log_probs, tree.cond_probs) == ([0.0, -math.inf, 0.0, -math.inf], [1.0, 0.0, 1.0, 0.0])
     ((_, chosen, _),) = Candidates([(0,), (1,)]).grow(np.array([[[math.nan, -3.0]]]), 2)
     assert chosen == [(0, 1)]
     for log_probs in (math.nan, 1e-8, -math.inf, -1e30):
-        tree = Growing([7], [0])
+        tree = GrowingTree([7], [0])
         tree.extend(np.full((1, 3), log_probs, dtype=np.float32), [[1, 2, 3]], 2)
         cut, _, given = tree.cut(tree.best(2))
         assert cut.parents in ((-1,), (-1, 0, 0))

@@ -17,7 +17,7 @@ from foretell import drafters
 from foretell.backbone import Backbone, Nodes
 from foretell.contracts import FINAL_NORM, Row
 from foretell.drafters.hydra import drafter as hydra
-from foretell.drafters.hydra.drafter import BEAM, Hydra, HydraPlus, Reading
+from foretell.drafters.hydra.drafter import BEAM, HeadInputs, Hydra, HydraPlus
 from foretell.drafters.hydra.drafter import WIDTH as WIDTH_OF_A_NODE
 from foretell.drafters.hydra.heads import HydraHeads
 from foretell.drafters.medusa import Medusa
@@ -25,7 +25,9 @@ from foretell.drafters.prompt_lookup import WithLookup
 from foretell.drafting.checkpoint import Checkpoint
 from foretell.drafting.heads import side_by_side
 from foretell.drafting.kernels import kernels_for
-from foretell.drafting.learning.heads import DecoderLayer, GuessingHeads, TrainingBatch
+from foretell.drafting.learning.decoder_layer import DecoderLayer
+from foretell.drafting.learning.heads import GuessingHeads
+from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.drafting.prefix_layer import PrefixLayer
 from foretell.errors import UsageError
 from foretell.requests import SamplingParams
@@ -33,7 +35,7 @@ from foretell.train.data import Distilled
 from foretell.train.features import FeatureStore
 from foretell.train.trainer import Settings, Trainer
 from foretell.trees.calibration import Scale
-from foretell.trees.growing import Growing
+from foretell.trees.growing import GrowingTree
 from foretell.trees.search import nested, tree_tokens_per_step
 
 ODD: list[list[Scale]] = [[(0.05, 3.0)] * 3, [(1.0, 0.0), (4.0, -6.0), (0.3, 2.0)], [(20.0, 40.0)] * 3]
@@ -191,14 +193,14 @@ def test_the_published_tree_asks_one_ten_ten_and_one(tmp_path: Path, monkeypatch
     drafter = drafters.build("hydra", backbone, checkpoint=folder, tree="mc_sim_7b_63")
     assert isinstance(drafter, Hydra)
     asked: list[int] = []
-    ask = drafter._ask
+    expand = drafter._expand
 
-    def counted(k: int, trees: list[Growing], reading: Reading) -> Any:
-        asked.append(sum(len(tree.asked) for tree in trees))
-        return ask(k, trees, reading)
+    def counted(k: int, trees: list[GrowingTree], inputs: HeadInputs) -> Any:
+        asked.append(sum(len(tree.frontier) for tree in trees))
+        return expand(k, trees, inputs)
 
     row = after_some_steps(backbone, drafter)
-    monkeypatch.setattr(drafter, "_ask", counted)
+    monkeypatch.setattr(drafter, "_expand", counted)
     (tree,) = drafter.draft([row]).trees
     assert asked == [1, 10, 10, 1]
     assert [tree.depths.count(depth) for depth in range(5)] == [1, 10, 28, 23, 2]
@@ -594,7 +596,7 @@ def test_a_beginning_of_more_blocks_says_what_to_train_with() -> None:
     tensors, arch = random_hydra(backbone, layers=2).checkpoint()
     with pytest.raises(UsageError) as error:
         random_hydra(backbone, layers=1).start(arch, tensors)
-    assert str(error.value) == "It has 2 blocks in each head, these would have 1 block; train with -o layers=2."
+    assert str(error.value) == "It has 2 blocks in each head, these would have 1 block; train with `layers=2`."
 
 
 FORMER = {"output": "tied", "grounded": True, "tied": False, "chained": False}

@@ -12,7 +12,7 @@ from trainables import trainable
 from foretell.backbone import Backbone
 from foretell.drafters.hydra.drafter import Hydra, HydraPlus
 from foretell.drafters.hydra.heads import HydraHeads
-from foretell.drafting.learning.heads import TrainingBatch
+from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.trees.search import ENDED
 
 pytestmark = pytest.mark.usefixtures("one_thread", "in_float32")

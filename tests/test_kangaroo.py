@@ -30,7 +30,7 @@ from foretell.drafters import kangaroo
 from foretell.drafters.kangaroo import Kangaroo, KangarooAdapter
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.drafting.checkpoint import Checkpoint
-from foretell.drafting.learning.heads import TrainingBatch
+from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees
 from foretell.errors import UsageError
 from foretell.requests import SamplingParams
@@ -113,7 +113,7 @@ def test_each_guess_is_what_the_learning_form_says_after_its_path(options: dict[
     backbone = backbone_of()
     module = random_adapter(backbone, **options)
     drafter = drafter_of(backbone, module, 12, chain=chained, steps=4, threshold=0.0)
-    drafter._least = 0.0  # whether a level pays is not the question
+    drafter._min_gain = 0.0  # whether a level pays is not the question
     for before, draft in texts_and_drafts(backbone, drafter, 4):
         tree, tokens, given = draft.trees[0], draft.tokens[0], (draft.probabilities or [[]])[0]
         assert tree.height > 1
@@ -141,10 +141,10 @@ def test_what_is_drafted_in_one_call_is_what_is_drafted_level_by_level(
             drafter = drafter_of(
                 backbone, module, 6 + 6 * seed, chain=chained, steps=4, threshold=0.02, scales=[(0.9, 0.2)]
             )
-            drafter._least = 0.05
+            drafter._min_gain = 0.05
             if slow:
-                drafter._climber = None
-            assert (drafter._climber is None) == slow
+                drafter._one_call = None
+            assert (drafter._one_call is None) == slow
             seen = drafts_of(drafter)
             decoder = decoder_of(backbone, drafter, max_rows=3)
             outputs = finish(decoder, requests())
@@ -168,17 +168,17 @@ def test_many_nodes_may_run_and_no_more_than_there_is_room_for(monkeypatch: pyte
     backbone, ran, drafted = backbone_of(), list[int](), list[list[Draft]]()
     chosen = EarlyExitTrees.draft
 
-    def draft(self: EarlyExitTrees, count: int, whole: bool) -> Draft:
+    def draft(self: EarlyExitTrees, count: int, keep_chains: bool) -> Draft:
         ran.extend(map(len, self._ran))
-        return chosen(self, count, whole)
+        return chosen(self, count, keep_chains)
 
     monkeypatch.setattr(EarlyExitTrees, "draft", draft)
     monkeypatch.setattr(kangaroo, "BEAM", 40)
     request = ([1, 2, 3], SamplingParams(max_new_tokens=60, ignore_eos=True))
     for slow in (True, False):
         drafter = drafter_of(backbone, random_adapter(backbone, draft_vocab=0), 64, steps=20)
-        drafter._least = -1.0
-        drafter._climber = None if slow else drafter._climber
+        drafter._min_gain = -1.0
+        drafter._one_call = None if slow else drafter._one_call
         drafted.append(drafts_of(drafter))
         decoder = decoder_of(backbone, drafter)
         assert_same(finish(decoder, [request]), plainly(backbone, [request]))
@@ -193,7 +193,7 @@ def test_interrupted_anywhere_while_drafting_it_goes_on_and_says_what_it_lacks(p
     backbone = backbone_of()
     module = random_adapter(backbone)
     drafter = drafter_of(backbone, module, 12)
-    drafter._climber = None if place % 2 else drafter._climber
+    drafter._one_call = None if place % 2 else drafter._one_call
     decoder = decoder_of(backbone, drafter)
     request = ([1, 2, 3, 4, 5], SamplingParams(max_new_tokens=25, ignore_eos=True))
     decoder.submit(*request)
@@ -233,7 +233,7 @@ def test_what_was_drafted_is_what_verification_would_compute() -> None:
     """Streams and lower keys of the nodes that ran are those of a fresh pass over their path, bit for bit."""
     backbone = backbone_of(BF16)
     drafter = drafter_of(backbone, random_adapter(backbone, exit=2), 24)
-    drafter._least = 0.0  # whether a level pays is not the question
+    drafter._min_gain = 0.0  # whether a level pays is not the question
     for before, draft in texts_and_drafts(backbone, drafter, 4):
         resume = draft.resume
         assert resume is not None
@@ -295,7 +295,7 @@ def test_an_adapter_that_knows_is_accepted_whole_and_one_that_errs_never() -> No
     truth = plainly(backbone, [request])
     for chained in (True, False):
         drafter = drafter_of(backbone, knows, 24, chain=chained, steps=4, threshold=0.0)
-        drafter._least = 0.0
+        drafter._min_gain = 0.0
         (out,) = finish(decoder_of(backbone, drafter), [request])
         assert out.ids == truth[0].ids
         assert all(kept == offered for offered, kept in out.statistics.by_depth)

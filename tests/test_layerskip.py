@@ -19,11 +19,11 @@ from foretell import drafters
 from foretell.backbone import Backbone
 from foretell.backbone.load import assemble
 from foretell.contracts import FINAL_NORM
-from foretell.drafters.dynamic_exit import DEL, Shadows, tokens_per_layer
+from foretell.drafters.dynamic_exit import DEL, ExitStatistics, tokens_per_layer
 from foretell.drafters.layerskip import EarlyExitTraining, LayerSkip, drop_rates, exit_scales
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.drafting.checkpoint import Checkpoint
-from foretell.drafting.lower_layers import Threshold, main_chain
+from foretell.drafting.threshold import Threshold, main_chain
 from foretell.errors import UsageError
 from foretell.requests import SamplingParams
 from foretell.train.features import FeatureStore
@@ -94,7 +94,7 @@ def test_whoever_knows_is_accepted_whole() -> None:
     assert out.statistics.acceptance_length == 5.0
 
 
-def test_the_adaptive_threshold_is_told_while_decoding() -> None:
+def test_the_adaptive_threshold_follows_decoding() -> None:
     """Chains of whoever is hardly ever right end earlier and earlier; where it is fixed, nothing moves."""
     request = ([1, 2, 3, 4], SamplingParams(max_new_tokens=40, ignore_eos=True))
     sure, unsure = (skipping(sure_backbone(), 2, chain=True, steps=4, threshold=Threshold(0.5, True)),
@@ -109,7 +109,7 @@ def test_the_adaptive_threshold_is_told_while_decoding() -> None:
 
 
 @pytest.mark.parametrize("prompt", [[1], [1, 2, 3, 4]])
-def test_an_answer_that_ends_within_what_was_accepted_is_judged_as_far_as_it_goes(prompt: list[int]) -> None:
+def test_guesses_after_the_end_of_an_answer_do_not_count(prompt: list[int]) -> None:
     """Guesses behind the end are neither right nor wrong; those before it were right."""
     backbone = sure_backbone()
     (whole,) = plainly(backbone, [(prompt, SamplingParams(max_new_tokens=20, ignore_eos=True))])
@@ -118,16 +118,16 @@ def test_an_answer_that_ends_within_what_was_accepted_is_judged_as_far_as_it_goe
     told = list[tuple[int, int]]()
     fixed = skipping(backbone, 2, chain=True, steps=8)
     moving = dynamic(backbone, (2,), steps=8)
-    moving.shadows.decay = 1.0
+    moving.statistics.decay = 1.0
     truth = plainly(backbone, [request])
     for drafter in (fixed, moving):
         decoder = decoder_of(backbone, drafter)
         if drafter is fixed:
-            put(fixed.tracker.threshold, "told", lambda kept, drafted, most: told.append((kept, drafted)))
+            put(fixed.tracker.threshold, "update", lambda kept, drafted, most: told.append((kept, drafted)))
         assert_same(finish(decoder, [request]), truth)
     assert told
     assert all(kept == drafted > 0 for kept, drafted in told)
-    right, wrong = moving.shadows._told_SC22[0, 0, :, 0].tolist()
+    right, wrong = moving.statistics._counts_SC22[0, 0, :, 0].tolist()
     assert (right, wrong) == (len(prompt) - 1 + len(truth[0].ids), 0)
 
 
@@ -147,7 +147,7 @@ def test_streams_below_the_exit_come_back_as_a_prefill_has_them() -> None:
 
     put(drafter, "observe", observe)
     decoder = decoder_of(backbone, drafter)
-    put(drafter.shadows, "choose", lambda slots: (2, [0.0]))  # layer 4
+    put(drafter.statistics, "choose", lambda slots: (2, [0.0]))  # layer 4
     decoder.submit([1, 2, 3, 4, 5, 6], SamplingParams(max_new_tokens=20, ignore_eos=True))
     for _ in range(4):
         decoder.step()
@@ -157,22 +157,22 @@ def test_streams_below_the_exit_come_back_as_a_prefill_has_them() -> None:
         assert torch.equal(ours, shallow(backbone, tokens[: len(ours)], tap))
 
 
-def test_what_an_exit_would_have_guessed_is_what_it_guesses() -> None:
+def test_shadow_guesses_are_the_guesses_of_a_draft() -> None:
     """Shadow tokens of the exit that drafts are its drafts: whom it got right is whom verification accepted."""
     backbone = deep()
     drafter = dynamic(backbone, (2,), steps=4)
-    drafter.shadows.decay = 1.0
+    drafter.statistics.decay = 1.0
     drafts = drafts_of(drafter)
     decoder = decoder_of(backbone, drafter)
     decoder.submit([1, 2, 3, 4, 5, 6], SamplingParams(max_new_tokens=25, ignore_eos=True))
     decoder.step()
     while decoder.busy:
         drafts.clear()
-        before = drafter.shadows._told_SC22[0].clone()
+        before = drafter.statistics._counts_SC22[0].clone()
         (event,) = decoder.step()
         if not decoder.busy:
             break
-        counts = (drafter.shadows._told_SC22[0] - before)[0, :, 0].tolist()
+        counts = (drafter.statistics._counts_SC22[0] - before)[0, :, 0].tolist()
         chain, accepted = main_chain(drafts[0].trees[0]), sum(event.drafted)
         assert accepted <= counts[0] <= accepted + (accepted == len(chain))  # behind a whole chain stands one more
         assert sum(counts) == accepted + 1
@@ -187,10 +187,10 @@ def test_what_is_drafted_in_one_call_is_what_is_drafted_level_by_level(kernel: s
     log_probs = []
     for slow in (False, True):
         drafter = dynamic(backbone, (1, 2, 4), nodes=12, chain=chain, steps=5)
-        drafter._climber = None if slow else drafter._climber
+        drafter._one_call = None if slow else drafter._one_call
         seen = drafts_of(drafter)
         decoder = decoder_of(backbone, drafter, max_rows=3)
-        put(drafter.shadows, "choose", lambda slots: (2, [0.05] * len(slots)))  # layer 4
+        put(drafter.statistics, "choose", lambda slots: (2, [0.05] * len(slots)))  # layer 4
         finish(decoder, requests())
         log_probs.append(seen)
     for one, other in zip(*log_probs, strict=True):
@@ -208,7 +208,7 @@ def test_every_exit_is_counted_at_every_position() -> None:
     """The slow twin: each exit's guesses over the whole text, in a pass of its own; two rows side by side."""
     backbone, exits = deep(), (1, 2, 4)
     drafter = dynamic(backbone, exits, steps=4)
-    drafter.shadows.decay = 1.0
+    drafter.statistics.decay = 1.0
     decoder = decoder_of(backbone, drafter, max_rows=2)
     for prompt in ([1, 2, 3, 4, 5, 6], list(range(3, 50))):
         decoder.submit(prompt, SamplingParams(max_new_tokens=40, ignore_eos=True))
@@ -222,16 +222,16 @@ def test_every_exit_is_counted_at_every_position() -> None:
         for i, exit in enumerate(exits):
             sure, guessed = backbone.logits(backbone.norm(shallow(backbone, row.tokens[:n], exit))).softmax(-1).max(-1)
             right = (guessed == comes)[mine]
-            counts, sums = drafter.shadows._told_SC22[row.slot, i].unbind(-1)
+            counts, sums = drafter.statistics._counts_SC22[row.slot, i].unbind(-1)
             assert counts.tolist() == [int(right.sum()), int((~right).sum())]
             assert sums.tolist() == pytest.approx([float(sure[mine][right].sum()), float(sure[mine][~right].sum())])
-        alpha = drafter.shadows._told_SC22[row.slot, :, 0, 0] / (n - mine.start)
-        assert drafter.shadows.alpha([row.slot])[0] == pytest.approx(alpha.numpy())
+        alpha = drafter.statistics._counts_SC22[row.slot, :, 0, 0] / (n - mine.start)
+        assert drafter.statistics.alpha([row.slot])[0] == pytest.approx(alpha.numpy())
     best = tokens_per_layer(
-        drafter.shadows.alpha([row.slot for row in decoder._rows]),
+        drafter.statistics.alpha([row.slot for row in decoder._rows]),
         exits,
         LAYERS,
-        cost=drafter.shadows.cost,
+        cost=drafter.statistics.cost,
     )
     decoder.step()
     assert drafter.exit == exits[int(best.max(-1).sum(0).argmax())]
@@ -240,16 +240,16 @@ def test_every_exit_is_counted_at_every_position() -> None:
 # -- what DEL counts ------------------------------------------------------------------------------------------------
 
 
-def test_a_reading_holds_for_as_many_steps_as_it_is_said_to() -> None:
-    """The prompt is read, then every third step; between two readings nobody chooses anew, but for other rows."""
+def test_an_evaluation_of_the_exits_holds_for_every_steps() -> None:
+    """The prompt is evaluated, then every third step; in between the choice stays, unless the rows change."""
     backbone = deep()
     drafter = dynamic(backbone, (1, 2, 4), steps=3, every=3)
     told, chosen = list[int](), list[tuple[int, ...]]()
     decoder = decoder_of(backbone, drafter, max_rows=2)
-    shadows = drafter.shadows
-    tell, choose = shadows.told, shadows.choose
-    put(shadows, "told", lambda slots, *rest: (told.append(len(slots)), tell(slots, *rest)))
-    put(shadows, "choose", lambda slots: (chosen.append(tuple(slots)), choose(slots))[1])
+    statistics = drafter.statistics
+    tell, choose = statistics.record, statistics.choose
+    put(statistics, "record", lambda slots, *rest: (told.append(len(slots)), tell(slots, *rest)))
+    put(statistics, "choose", lambda slots: (chosen.append(tuple(slots)), choose(slots))[1])
     decoder.submit([1, 2, 3, 4], SamplingParams(max_new_tokens=60, ignore_eos=True))
     for _ in range(10):  # the first reads the prompt
         decoder.step()
@@ -278,60 +278,60 @@ def test_tokens_per_layer_of_the_certain_are_a_sum() -> None:
 
 
 def test_counts_decay_and_rows_are_apart() -> None:
-    shadows = Shadows([1, 3], 4, torch.device("cpu"), decay=0.5)
-    assert shadows.choose([0]) == (None, [0.0])
+    statistics = ExitStatistics([1, 3], 4, torch.device("cpu"), decay=0.5)
+    assert statistics.choose([0]) == (None, [0.0])
     right = torch.tensor([[True, True], [False, True], [True, True]])  # [T, C]
     sure = torch.tensor([[0.9, 0.8], [0.2, 0.6], [0.5, 0.7]])
-    shadows.told([0] * 3, right, sure)
-    assert shadows.alpha([0]).tolist() == [[pytest.approx(2 / 3), 1.0]]
-    at, halfway = shadows.choose([0, 5])
+    statistics.record([0] * 3, right, sure)
+    assert statistics.alpha([0]).tolist() == [[pytest.approx(2 / 3), 1.0]]
+    at, halfway = statistics.choose([0, 5])
     assert (at, halfway) == (0, [pytest.approx((0.7 + 0.2) / 2), 0.0])
-    one = Shadows([3], 4, torch.device("cpu"))
-    one.told([0] * 3, right[:, 1:], sure[:, 1:])
+    one = ExitStatistics([3], 4, torch.device("cpu"))
+    one.record([0] * 3, right[:, 1:], sure[:, 1:])
     assert one.choose([0]) == (0, [0.0])  # it was never wrong
-    shadows.told([0], ~right[:1], sure[:1])
-    assert shadows._told_SC22[0, ..., 0].tolist() == [[1.0, 1.5], [1.5, 1.0]]
-    assert np.isnan(shadows.alpha([0, 1])).tolist() == [[False, False], [True, True]]
-    last = Shadows([1, 3], 4, torch.device("cpu"), decay=0.0)
-    last.told([0] * 3, right, sure)
-    last.told([0], right[:1], sure[:1])
-    assert last._told_SC22[0, ..., 0].tolist() == [[1.0, 0.0], [1.0, 0.0]]
-    shadows.forget([0])
-    assert shadows.choose([0])[0] is None
+    statistics.record([0], ~right[:1], sure[:1])
+    assert statistics._counts_SC22[0, ..., 0].tolist() == [[1.0, 1.5], [1.5, 1.0]]
+    assert np.isnan(statistics.alpha([0, 1])).tolist() == [[False, False], [True, True]]
+    last = ExitStatistics([1, 3], 4, torch.device("cpu"), decay=0.0)
+    last.record([0] * 3, right, sure)
+    last.record([0], right[:1], sure[:1])
+    assert last._counts_SC22[0, ..., 0].tolist() == [[1.0, 0.0], [1.0, 0.0]]
+    statistics.forget([0])
+    assert statistics.choose([0])[0] is None
 
 
-def test_rows_that_are_told_together_are_told_apart() -> None:
-    together, apart = (Shadows([1, 3], 4, torch.device("cpu"), decay=0.5) for _ in range(2))
+def test_rows_recorded_together_count_as_rows_recorded_alone() -> None:
+    together, apart = (ExitStatistics([1, 3], 4, torch.device("cpu"), decay=0.5) for _ in range(2))
     torch.manual_seed(0)
     for slots in ([2, 2, 0], [0], [0, 0, 2, 1]):
         right, sure = torch.rand(len(slots), 2) < 0.5, torch.rand(len(slots), 2)
-        together.told(slots, right, sure)
+        together.record(slots, right, sure)
         for slot in dict.fromkeys(slots):
             mine = torch.tensor(slots) == slot
-            apart.told([slot] * int(mine.sum()), right[mine], sure[mine])
-    assert torch.allclose(together._told_SC22, apart._told_SC22)
-    assert together._told_SC22.any(-1).any(-1).all()
+            apart.record([slot] * int(mine.sum()), right[mine], sure[mine])
+    assert torch.allclose(together._counts_SC22, apart._counts_SC22)
+    assert together._counts_SC22.any(-1).any(-1).all()
 
 
 def test_the_exit_that_pays_best_is_chosen() -> None:
-    shadows = Shadows([2, 4, 8], 32, torch.device("cpu"))
+    statistics = ExitStatistics([2, 4, 8], 32, torch.device("cpu"))
 
     def told(slot: int, *shares: float) -> None:
         right = torch.stack([torch.arange(100) < 100 * share for share in shares], 1)
-        shadows.told([slot] * 100, right, torch.full((100, 3), 0.5))
+        statistics.record([slot] * 100, right, torch.full((100, 3), 0.5))
 
     told(0, 0.1, 0.7, 0.8)
-    assert shadows.choose([0])[0] == 1
+    assert statistics.choose([0])[0] == 1
     told(1, 0.1, 0.2, 0.99)
-    assert shadows.choose([1])[0] == 2
-    assert shadows.choose([0, 1])[0] == 2  # of a batch the best for all together
-    assert shadows.choose([0, 7])[0] == 1  # of whom nothing is known does not count
+    assert statistics.choose([1])[0] == 2
+    assert statistics.choose([0, 1])[0] == 2  # of a batch the best for all together
+    assert statistics.choose([0, 7])[0] == 1  # of whom nothing is known does not count
     told(2, 0.5, 0.5, 0.5)
-    assert shadows.choose([2])[0] == 0
+    assert statistics.choose([2])[0] == 0
     told(3, 0.55, 0.6, 0.78)
-    assert shadows.choose([3])[0] == 0
-    dear = Shadows([2, 4, 8], 32, torch.device("cpu"), cost=12.0)
-    dear._told_SC22 = shadows._told_SC22
+    assert statistics.choose([3])[0] == 0
+    dear = ExitStatistics([2, 4, 8], 32, torch.device("cpu"), cost=12.0)
+    dear._counts_SC22 = statistics._counts_SC22
     assert dear.choose([3])[0] == 2  # where a guess costs much besides its layers, it had better be right
 
 
@@ -343,7 +343,7 @@ def test_a_chain_ends_where_its_exit_is_unsure() -> None:
     decoder.submit([1, 2, 3, 4, 5, 6], SamplingParams(max_new_tokens=40, ignore_eos=True))
     ended = 0
     while decoder.busy:
-        (threshold,) = drafter.shadows.choose([0])[1]
+        (threshold,) = drafter.statistics.choose([0])[1]
         budget = decoder._rows[0].budget if decoder._rows else 40
         decoder.step()
         (given,) = drafts[-1].probabilities or []
@@ -384,18 +384,18 @@ def learner(backbone: Backbone, folder: Path, **options: Any) -> EarlyExitTraini
 
 def test_shares_add_up_and_rotate(backbone: Backbone, folder: Path) -> None:
     module = learner(backbone, folder, period=2, shape="cumulative").train()
-    turns = {tuple(module.taught()) for _ in range(30)}
+    turns = {tuple(module.training_exits()) for _ in range(30)}
     assert turns == {(1, 3), (2, 4)}
     for exits in turns:
         shares = module.shares(exits)
         assert sum(shares) == pytest.approx(1.0)
         assert shares == sorted(shares)  # the later, the more
-    assert module.eval().taught() == [1, 2, 3, 4]
+    assert module.eval().training_exits() == [1, 2, 3, 4]
     gradual = learner(backbone, folder, curriculum="gradual").train()
     found = []
     for done in (0.0, 0.2, 0.3, 0.45, 0.55):
         gradual.begin(done)
-        found.append(gradual.taught())
+        found.append(gradual.training_exits())
     assert found == [[], [4], [3, 4], [2, 3, 4], [1, 2, 3, 4]]
 
 

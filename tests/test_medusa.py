@@ -25,8 +25,10 @@ from foretell.drafters.prompt_lookup import WithLookup
 from foretell.drafting import checkpoint
 from foretell.drafting.checkpoint import Checkpoint
 from foretell.drafting.heads import side_by_side
-from foretell.drafting.learning import heads
-from foretell.drafting.learning.heads import CALIBRATION_TOP_K, RANKS, TrainingBatch, soft_cross_entropy
+from foretell.drafting.learning import heads, losses
+from foretell.drafting.learning.heads import RANKS
+from foretell.drafting.learning.losses import soft_cross_entropy
+from foretell.drafting.learning.trainable import CALIBRATION_TOP_K, TrainingBatch
 from foretell.drafting.vocabulary import draft_vocabulary, index_in
 from foretell.errors import ForetellError, UsageError
 from foretell.requests import SamplingParams
@@ -324,6 +326,7 @@ def test_a_short_conversation_teaches_only_the_heads_that_it_reaches() -> None:
 @pytest.mark.parametrize("vocabulary", [6, 40])
 def test_what_would_have_been_guessed_position_by_position(vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heads, "CHUNK", 4)
+    monkeypatch.setattr(losses, "CHUNK", 4)
     module = random_heads(backbone_of(), 3, 1, "own", vocabulary)
     generator = torch.Generator().manual_seed(3)
     tokens = [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in (9, 5, 12)]
@@ -409,7 +412,7 @@ def test_heads_of_other_options_are_no_beginning(theirs: dict[str, Any], ours: d
     backbone = backbone_of()
     learnt, fresh = (trainable(Medusa, backbone, torch.ones(VOCAB), **options) for options in (theirs, ours))
     tensors, arch = learnt.checkpoint()
-    with pytest.raises(UsageError, match=r"^It is made with other options; train with the same .*root=\.$"):
+    with pytest.raises(UsageError, match=r"^It is made with other options; train with the same .*`root=`\.$"):
         fresh.start(arch, tensors)
 
 

@@ -28,9 +28,10 @@ from foretell.contracts import FINAL_NORM
 from foretell.drafters.medusa import Medusa
 from foretell.drafters.medusa2 import RISE, JointHeads, Medusa2
 from foretell.drafting import checkpoint
-from foretell.drafting.learning.finetune import PLACES, causal
-from foretell.drafting.learning.heads import CHUNK, Trainable, TrainingBatch
+from foretell.drafting.learning.finetune import ADAPTED, causal
+from foretell.drafting.learning.losses import CHUNK
 from foretell.drafting.learning.student import MIN_PROBABILITY, divergence
+from foretell.drafting.learning.trainable import Trainable, TrainingBatch
 from foretell.errors import ForetellError, UsageError
 from foretell.loading.resolve import resolve
 from foretell.train.data import Distilled
@@ -115,7 +116,7 @@ def test_the_states_are_those_that_the_features_keep(backbone: Backbone, folder:
     module = learning(backbone, folder).eval()
     batch = batch_of(backbone, module)
     with torch.no_grad():
-        now = module._through(batch).states
+        now = module._with_states(batch).states
     lengths_B = torch.tensor([len(each.tokens) for each in DATA])
     there_BT = torch.arange(batch.tokens_BT.shape[1]) < lengths_B[:, None]
 
@@ -140,7 +141,7 @@ def test_at_the_start_nothing_pulls_at_the_model(backbone: Backbone, folder: Pat
     module = learning(backbone, folder, dropout=0.0).train()
     batch = batch_of(backbone, module)
     logits_BTV = (
-        module._through(batch).states[FINAL_NORM].detach() @ causal(module.model).get_output_embeddings().weight.T
+        module._with_states(batch).states[FINAL_NORM].detach() @ causal(module.model).get_output_embeddings().weight.T
     )
     p_BTm, ids_BTm = logits_BTV.detach().softmax(-1).topk(TEACHER)
     itself = replace(batch, teacher_ids_BTm=ids_BTm, teacher_p_BTm=p_BTm)
@@ -165,7 +166,7 @@ def test_the_backbones_loss_is_the_divergence_written_out(
         sums = batch.teacher_p_BTm.sum(-1, keepdim=True).clamp(min=1e-9)
         batch = replace(batch, teacher_p_BTm=batch.teacher_p_BTm / sums * sum_of_p)
     with torch.no_grad():
-        states_BTd = module._through(batch).states[FINAL_NORM].double()
+        states_BTd = module._with_states(batch).states[FINAL_NORM].double()
         weight_Vd = causal(module.model).get_output_embeddings().weight.double()
     terms = []
     for b, talk in enumerate(DATA):
@@ -246,7 +247,7 @@ def moved(parameter: Tensor) -> bool:
 def test_the_heads_learn_alone_and_then_the_adapters_too(backbone: Backbone, folder: Path) -> None:
     module = learning(backbone, folder, warm=0.5)
     batch = batch_of(backbone, module)
-    assert len(adapters_of(module)) == 2 * 3 * len(PLACES)
+    assert len(adapters_of(module)) == 2 * 3 * len(ADAPTED)
     for done in (0.0, 0.49):
         module.begin(done)
         assert module.alone
@@ -439,7 +440,7 @@ def test_adapters_drop_what_they_read_while_they_learn(backbone: Backbone, folde
     def states(module: JointHeads, seed: int) -> Tensor:
         torch.manual_seed(seed)
         with torch.no_grad():
-            return module._through(batch).states[FINAL_NORM]
+            return module._with_states(batch).states[FINAL_NORM]
 
     plain, module = (perturbed(learning(backbone, folder, dropout=dropout)) for dropout in (0.0, 0.3))
     batch = batch_of(backbone, module)
@@ -532,7 +533,7 @@ def test_options_are_checked(backbone: Backbone, folder: Path, options: dict[str
 def test_what_it_needs_is_said_in_one_sentence(
     backbone: Backbone, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ForetellError, match=r"^Medusa-2 changes the backbone, and needs the folder that it lies in\.$"):
+    with pytest.raises(ForetellError, match=r"^Medusa-2 changes the backbone, and needs the folder of its files\.$"):
         trainable(Medusa2, backbone, torch.ones(VOCAB))
     monkeypatch.setitem(sys.modules, "peft", None)
     sentence = r"^Adapters need peft \(pip install 'foretell\[train\]'\); without it use `adapt='full'`\.$"

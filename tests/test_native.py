@@ -141,7 +141,7 @@ heads = kernels.heads([], [torch.randn(40, d)])
 stacked = kernels.heads([[(torch.randn(d, 2 * d), torch.zeros(d))]], heads)
 store, block, vocabulary = torch.randn(5, d), [(torch.randn(d, d), torch.zeros(d))], np.arange(40)
 levels = [kernels.heads([[(torch.randn(d, 2 * d), torch.zeros(d))]], heads)]
-grower = kernels.grower(LevelDrafting(levels, 1, 4, vocabulary, (), True, False))
+grower = kernels.grower(LevelDrafting(levels, 1, 4, vocabulary, ()))
 climber = kernels.lower_layers(LowerLayerDrafting(heads, 4, vocabulary))
 norms = {f"{name}_layernorm.weight": torch.ones(d) for name in ("input", "post_attention")}
 projections = {f"self_attn.{x}_proj.weight": torch.randn(n, d) for x, n in zip("qkvo", (32, 16, 16, 32))}
@@ -153,10 +153,11 @@ prefix.begin(0, 0, 8)
 linear = PackedLinear(torch.randn(40, d))
 
 def climb(roots=(1,), budgets=(9,), slots=(0,), count=3, steps=2, room=4, layers=2, cache=cache, **more):
-    return climber.climb(DraftRequest(layers, slots, roots, budgets, count, steps, room, beam=2, **more), cache, None)
+    request = DraftRequest(layers, slots, roots, budgets, count, steps, room, beam=2, **more)
+    return climber.grow_through_layers(request, cache, None)
 
 def level(**changes):
-    told = dict(levels=levels, streams=1, width=4, vocabulary_V=vocabulary, scales=(), grounded=True, chained=False)
+    told = dict(levels=levels, streams=1, width=4, vocabulary_V=vocabulary, scales=())
     return kernels.grower(LevelDrafting(**{**told, **changes}))
 
 backbone.run_layers(hidden, nodes, cache)

@@ -19,7 +19,7 @@ from trainables import trainable
 from foretell import drafters
 from foretell.api import LLM, load
 from foretell.drafting.learning import products
-from foretell.drafting.learning.heads import Trainable, TrainingBatch
+from foretell.drafting.learning.trainable import Trainable, TrainingBatch
 from foretell.errors import ForetellError
 from foretell.train.data import Distilled
 from foretell.train.features import FeatureStore

@@ -20,8 +20,8 @@ from foretell.drafters.layerskip import LayerSkip
 from foretell.drafters.medusa import Medusa
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.drafters.swift import Swift
-from foretell.drafting.lower_layers import Threshold
 from foretell.drafting.skip_plan import Plan, PlanSearch
+from foretell.drafting.threshold import Threshold
 from foretell.requests import SamplingParams
 from foretell.train.data import Distilled
 from foretell.train.features import FeatureStore

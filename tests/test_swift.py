@@ -30,8 +30,8 @@ from foretell.drafters import swift
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.drafters.swift import Swift, siblings
 from foretell.drafting import skip_plan
-from foretell.drafting.lower_layers import Threshold, main_chain
 from foretell.drafting.skip_plan import Plan, PlanSearch
+from foretell.drafting.threshold import Threshold, main_chain
 from foretell.errors import ForetellError, UsageError
 from foretell.loading.catalog import FORMER_FINGERPRINTS
 from foretell.requests import SamplingParams
@@ -156,7 +156,7 @@ def test_candidates_skip_as_many_as_they_should_and_never_first_or_last() -> Non
         search = PlanSearch(layers, ratio)
         rng, best = np.random.default_rng(0), -1.0
         assert search.candidate() == search.plan  # a search begins by scoring what is at hand
-        search.told(0.1)
+        search.record(0.1)
         for _ in range(60):
             plan = search.candidate()
             assert len(plan.attention) + len(plan.mlp) == int(2 * (layers - 2) * ratio)
@@ -164,7 +164,7 @@ def test_candidates_skip_as_many_as_they_should_and_never_first_or_last() -> Non
             bits = plan.bits(layers)
             assert len(bits) == layers
             assert sum(bin(each).count("1") for each in bits) == int(2 * (layers - 2) * ratio)
-            search.told(float(rng.random()) * 0.9)
+            search.record(float(rng.random()) * 0.9)
             assert search.score >= best
             best = search.score
     assert PlanSearch(40).skipped == 34  # as in the reference
@@ -175,7 +175,7 @@ def test_the_search_finds_what_matters() -> None:
     search = PlanSearch(12, 0.5, seed=3)
     for _ in range(200):
         plan = search.candidate()
-        search.told(0.9 - 0.3 * (2 in plan.mlp) - 0.02 * len(set(plan.attention) & {1, 2, 3, 4}))
+        search.record(0.9 - 0.3 * (2 in plan.mlp) - 0.02 * len(set(plan.attention) & {1, 2, 3, 4}))
     assert 2 not in search.plan.mlp
     assert len(set(search.plan.attention) & {1, 2, 3, 4}) <= 1
 
@@ -183,7 +183,7 @@ def test_the_search_finds_what_matters() -> None:
 def test_a_search_ends_when_it_is_good_enough_or_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
     search = PlanSearch(8)
     search.candidate()
-    assert search.told(0.96)
+    assert search.record(0.96)
     assert not search.searching
     for name, most in (("TOLERANCE", 7), ("TRIALS", 7)):
         with monkeypatch.context() as patch:
@@ -191,7 +191,7 @@ def test_a_search_ends_when_it_is_good_enough_or_in_vain(monkeypatch: pytest.Mon
             search = PlanSearch(8)
             while search.searching:
                 search.candidate()
-                search.told(0.5)
+                search.record(0.5)
             assert search.trials == most + 1 + (name == "TOLERANCE")
 
 
@@ -199,7 +199,7 @@ def drafting(search: PlanSearch, right: float, steps: int, rng: random.Random) -
     """Steps of chains of five whose guesses are right so often, until the search begins; `steps` at most."""
     for step in range(steps):
         kept = next((i for i in range(5) if rng.random() >= right), 5)
-        search.accepted(kept, 5)
+        search.record_acceptance(kept, 5)
         if search.searching:
             return step
     return steps
@@ -210,7 +210,7 @@ def test_chance_does_not_begin_the_search_anew_and_another_text_does(right: floa
     for seed in range(5):
         rng, search = random.Random(seed), PlanSearch(8)
         search.candidate()
-        search.told(0.99)
+        search.record(0.99)
         assert drafting(search, right, 3000, rng) == 3000
         kept = search.plan
         if right > 0.5:
@@ -242,7 +242,7 @@ def test_what_is_accepted_is_counted_by_its_tokens(lookup: bool) -> None:
     """Nothing is skipped, so every guess of a chain is right, whatever lookup adds to the tree."""
     backbone, told = deep(), list[tuple[int, int]]()
     drafter = swift_of(backbone, NOTHING, steps=3, nodes=24, threshold=Threshold(0.0))
-    put(drafter.search, "accepted", lambda kept, drafted: told.append((kept, drafted)))
+    put(drafter.search, "record_acceptance", lambda kept, drafted: told.append((kept, drafted)))
     request = ([1, 2, 3] * 6, SamplingParams(max_new_tokens=40, ignore_eos=True))
     finish(decoder_of(backbone, WithLookup(drafter) if lookup else drafter), [request])
     assert len(told) > 5
@@ -305,7 +305,7 @@ def test_a_plan_in_a_file_makes_room_for_better_ones_only(tmp_path: Path) -> Non
     Plan((1,), (2,)).save(path, backbone, 0.99)
     drafter = drafters.build("swift", backbone, plan=str(path), window=4, threshold=0.0)
     assert isinstance(drafter, Swift)
-    drafter.search._begin_anew()
+    drafter.search._restart()
     request = ([1, 2, 3, 4], SamplingParams(max_new_tokens=60, ignore_eos=True))
     finish(decoder_of(backbone, drafter), [request])
     assert drafter.search.trials > 0
@@ -374,15 +374,15 @@ def test_a_model_without_inner_layers_has_nothing_to_skip() -> None:
 
 def test_the_threshold_follows_acceptance() -> None:
     threshold = Threshold(0.6, adaptive=True)
-    threshold.told(5, 5, 8)
+    threshold.update(5, 5, 8)
     assert threshold.accepted == 0.5
     assert threshold.value == pytest.approx(0.601)
     for _ in range(10):
-        threshold.told(5, 5, 8)
+        threshold.update(5, 5, 8)
     assert threshold.value < 0.601  # accepted nine times in ten, and short: longer drafts pay
     before = threshold.value
-    threshold.told(8, 8, 8)
+    threshold.update(8, 8, 8)
     assert threshold.value == pytest.approx(before)  # none could have been longer
     fixed = Threshold(0.6)
-    fixed.told(0, 5, 8)
+    fixed.update(0, 5, 8)
     assert fixed.value == 0.6

@@ -43,7 +43,7 @@ from foretell.contracts import FINAL_NORM
 from foretell.drafters import drafter_class
 from foretell.drafting import checkpoint
 from foretell.drafting.checkpoint import Checkpoint
-from foretell.drafting.learning.heads import Guessed, Trainable, TrainingBatch
+from foretell.drafting.learning.trainable import HeadGuesses, Trainable, TrainingBatch
 from foretell.errors import ForetellError, UsageError
 from foretell.train import features as featuring
 from foretell.train import trainer as training
@@ -344,7 +344,7 @@ def test_empty_data_is_refused(backbone: Backbone) -> None:
 class Toy(Trainable):
     """What the trainer itself never asks for."""
 
-    def guesses(self, batch: TrainingBatch) -> list[Guessed]:
+    def guesses(self, batch: TrainingBatch) -> list[HeadGuesses]:
         raise NotImplementedError
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -401,13 +401,13 @@ class Told(Toy):
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         return {"tokens": self.weight.sum() * 0 + batch.tokens_BT[batch.supervised_BT].float().mean()}
 
-    def guesses(self, batch: TrainingBatch) -> list[Guessed]:
+    def guesses(self, batch: TrainingBatch) -> list[HeadGuesses]:
         found = []
         for tokens, supervised in zip(batch.tokens_BT, batch.supervised_BT, strict=True):
             ranks = torch.where(tokens == NEVER, MISSED, tokens)[supervised]
             ahead = torch.cat([ranks, torch.full((2,), ENDED)])
             ranks_PK = torch.stack([ahead[k : k + len(ranks)] for k in range(3)], 1)
-            found.append(Guessed(ranks_PK, torch.full((*ranks_PK.shape, 10), math.log(0.1))))
+            found.append(HeadGuesses(ranks_PK, torch.full((*ranks_PK.shape, 10), math.log(0.1))))
         return found
 
 

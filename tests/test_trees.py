@@ -99,7 +99,7 @@ def guesses(draw: st.DrawFn) -> Guesses:
 
 
 def path_values(one: Guesses) -> dict[tuple[int, ...], float]:
-    """Guessed future -> its probability, the highest where a tree guesses it twice at a step."""
+    """HeadGuesses future -> its probability, the highest where a tree guesses it twice at a step."""
     given: dict[tuple[int, ...], float] = {}
     for node in range(len(one.tokens)):
         path = tuple(one.tokens[n] for n in one.tree.path(node))
@@ -138,7 +138,7 @@ def test_the_first_nodes_that_are_chosen_come_first(one: Guesses, two: Guesses, 
 
 
 def path_worth(one: Guesses, two: Guesses) -> dict[tuple[int, ...], float]:
-    """Guessed future -> how probable the whole of it is, in the union of two trees."""
+    """HeadGuesses future -> how probable the whole of it is, in the union of two trees."""
     both = path_values(one)
     for path, p in path_values(two).items():
         both[path] = max(both.get(path, 0.0), p)

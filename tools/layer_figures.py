@@ -195,9 +195,9 @@ def section_control(args: argparse.Namespace) -> Any:
     clocks: dict[str, tuple[Timed, Timed]] = {}
     for name, drafter in kinds.items():
         assert isinstance(drafter, DEL)
-        clocks[name] = [observed, chose] = Timed(drafter.observe), Timed(drafter.shadows.choose)
+        clocks[name] = [observed, chose] = Timed(drafter.observe), Timed(drafter.statistics.choose)
         drafter.observe = observed.where(lambda rows, features: features.paths)  # not while a prompt is read
-        drafter.shadows.choose = chose
+        drafter.statistics.choose = chose
     rows: dict[str, list[Any]] = {name: [] for name in runs}
     questions = load_suite(str(args.path)).questions[:: args.every]
     with job_progress("questions", "") as progress:

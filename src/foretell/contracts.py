@@ -256,7 +256,10 @@ class Drafter(ABC):
 
     @abstractmethod
     def draft(self, rows: Sequence[Row]) -> Draft:
-        """Returns guesses for every row; a tree of the root alone is always allowed."""
+        """Returns guesses for each of these rows, in their order; they may be some of the engine's only.
+
+        A tree of the root alone is always allowed.
+        """
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:  # noqa: B027
         """Receives what was committed: after every chunk of a prompt, and after every step."""

@@ -1,18 +1,17 @@
-"""Kangaroo: the model's lower layers draft, through an adapter that reads what they end in.
+"""Kangaroo: the model's lower layers draft, followed by a trained adapter.
 
 A guess costs the layers up to the exit, the adapter (one block of attention with a cache of its own, a norm before and
-after it) and the output head, here over a draft vocabulary. What the lower layers compute is what verification would
-compute, so it goes on above them. arXiv 2404.18911, §3.1; the early exits while drafting (drafts end where the adapter
-is unsure) §3.2.
+after it) and the output head, here over a draft vocabulary. The lower layers compute what verification would compute,
+so it goes on above them. arXiv 2404.18911, §3.1; drafts that end where the adapter is unsure, §3.2.
 
-As published, a draft is a chain: the adapter's best token, until its probability falls below a threshold, γ tokens at
-most. Or a tree that grows best first (`trees.growing`): lower layers cost the same for one node and for sixteen, and
-they run once more only where that can gain more tokens than it costs.
+As published, a draft is a chain: the adapter's best token, until its probability falls below a threshold, at most γ
+tokens. Or it is a tree that grows best first (`trees.growing`): lower layers cost the same for one node and for
+sixteen, and they run once more only if that is expected to gain more tokens than it costs.
 
 The adapter begins as the identity and its last norm as the backbone's; in the paper both begin as PyTorch makes them.
 It has the backbone's heads and key/value heads, where the paper's has one key/value head for each head.
 
-Legend: B rows, F nodes that are asked, P positions, d hidden width, V draft vocabulary, R guesses of a node.
+Legend: B rows, F frontier nodes of all rows, P positions, d hidden width, V draft vocabulary, R guesses of a node.
 """
 
 from __future__ import annotations
@@ -40,29 +39,31 @@ from foretell.drafting.checkpoint import (
     read_scales,
 )
 from foretell.drafting.kernels import kernels_for
-from foretell.drafting.learning.heads import DecoderLayer, GuessingHeads, HeadTraining, TrainingBatch, draft_outputs
-from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, check_exit, climbed, lasts
+from foretell.drafting.learning.decoder_layer import DecoderLayer
+from foretell.drafting.learning.heads import GuessingHeads, HeadTraining, draft_outputs
+from foretell.drafting.learning.trainable import TrainingBatch
+from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, check_exit, grow_in_one_call, last_of_each
 from foretell.drafting.options import option, stored_options
 from foretell.drafting.protocols import LowerLayerDrafting
-from foretell.drafting.tree_size import DEFAULT_NODES, nothing, tree_size
+from foretell.drafting.tree_size import DEFAULT_NODES, no_guesses, tree_size
 from foretell.loading.config import ModelConfig
 from foretell.trees.calibration import Floats, calibrated
 
 BEAM, WIDTH = 8, 10
-"""Nodes of a level that are asked for more, and guesses that each of them makes."""
-KEPT = 256
-"""States that may wait for the adapter: it reads them with the next root."""
+"""Nodes of a level that are expanded, at most, and guesses of each."""
+MAX_WAITING = 256
+"""Committed states of a row that may wait until the adapter reads them with the next root."""
 OVERHEAD = 0.12
-"""What adapter, output matrix and calls add to a level, as a share of a step."""
+"""Cost of adapter, output matrix and calls in a level, as a share of a step."""
 
 
 class KangarooAdapter(GuessingHeads):
-    """The adapter while it learns: at position p it guesses token p + 1, as the output head does (§3.1).
+    """The adapter in training: at position p it guesses token p + 1, as the output head does (§3.1).
 
     Args:
         head_Vd, vocabulary_V, vocab_size: see `GuessingHeads`.
         training: see `Kangaroo.Training`.
-        exit: the layer whose stream it reads.
+        exit: the layer after which it reads the stream.
     """
 
     ahead = 1
@@ -92,10 +93,10 @@ class Kangaroo(Drafter):
         arch, tensors: as `KangarooAdapter.checkpoint` gave them.
         size: (rows, context) -> nodes of a tree, root included; 1 drafts nothing.
         tokens_per_step: tree size -> tokens per step on held-out text.
-        chain: drafts are chains, as published.
-        steps: γ, tokens of a chain and levels of a tree at most.
-        threshold: η, a chain ends behind a token less probable.
-        scales: how far the adapter is believed when trees grow.
+        chain: whether drafts are chains, as published.
+        steps: γ, most tokens of a chain and levels of a tree.
+        threshold: η, a chain ends after a token less probable than this.
+        scales: calibration of the adapter, used when trees grow.
     """
 
     method, usual_cost = "kangaroo", 0.35
@@ -141,16 +142,16 @@ class Kangaroo(Drafter):
             [], [backbone.head_rows(tensors["vocabulary"].long()) if shared else tensors["head"][0]]
         )
         self._width = 1 if chain else min(WIDTH, len(self._vocabulary_V))
-        self._climber = kernels_for(backbone).lower_layers(LowerLayerDrafting(
+        self._one_call = kernels_for(backbone).lower_layers(LowerLayerDrafting(
             self._head, self._width, self._vocabulary_V, None if chain or not self._scales else self._scales[0],
             self._adapter, self._skip,
         ))  # fmt: skip
-        self._least = 2 * (self.exit / backbone.config.layers + OVERHEAD)  # a step earns two tokens
+        self._min_gain = 2 * (self.exit / backbone.config.layers + OVERHEAD)  # at two tokens per step
         self.parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
         self._cache: KVCache | None = None
         self._own = self._adapter.new_cache(1, 1)
         self._waiting: dict[int, list[Tensor]] = {}  # slot -> committed states that the adapter has not read
-        self._lost: set[int] = set()  # slots whose row it has not seen from its beginning
+        self._lost: set[int] = set()  # slots whose row was not observed from its beginning
 
     @classmethod
     def build(cls, backbone: Backbone, options: Options, loaded: Loaded | None = None) -> Kangaroo:
@@ -158,7 +159,7 @@ class Kangaroo(Drafter):
         found, tensors = loaded or find(cls.method, backbone, options.checkpoint, options.any_backbone)
         nodes = options.nodes or (DEFAULT_NODES if options.chain else 0)  # chains have their steps
         size = tree_size(backbone, nodes, found.tokens_per_step, cls.method, cls.usual_cost, MAX_TREE_NODES)
-        with damage_named(options.checkpoint or f"The {cls.method} drafter that came with foretell"):
+        with damage_named(options.checkpoint or f"The {cls.method} drafter that ships with foretell"):
             return cls(
                 backbone, found.arch, tensors, size, found.tokens_per_step, options.chain, options.steps,
                 options.threshold, found.calibration,
@@ -180,18 +181,18 @@ class Kangaroo(Drafter):
     def max_nodes(self) -> int:
         return MAX_TREE_NODES
 
-    # -- what was committed -----------------------------------------------------------------------------------------
+    # -- committed states -----------------------------------------------------------------------------------------
 
     def bind(self, cache: KVCache) -> None:
         self._cache, self._own = cache, self._adapter.new_cache(cache.rows, 0)
         self._waiting, self._lost = {}, set(range(cache.rows))
 
     def _known(self, slot: int) -> int:
-        """Committed states of a slot that the adapter has read or will."""
+        """Committed states of a slot, read by the adapter or waiting."""
         return self._own.lengths[slot] + sum(map(len, self._waiting.get(slot, [])))
 
     def reusable_tokens(self, slot: int, tokens: int) -> int:
-        """Nothing where an interruption, or another engine, kept states from coming here."""
+        """None after an interruption that lost states."""
         return 0 if slot in self._lost else min(tokens, self._known(slot))
 
     def forget(self, slots: Sequence[int]) -> None:
@@ -215,13 +216,13 @@ class Kangaroo(Drafter):
     def observe(self, rows: Sequence[Row], features: Features) -> None:
         for row, states_Pd in zip(rows, features.taps[self.exit].split(features.counts), strict=True):
             self._waiting[row.slot] = waiting = [*self._waiting.get(row.slot, []), states_Pd]
-            if sum(map(len, waiting)) > KEPT:
+            if sum(map(len, waiting)) > MAX_WAITING:
                 self._read([row.slot], [torch.cat(waiting)])
 
     def _read(self, slots: Sequence[int], states: Sequence[Tensor]) -> Tensor:
-        """Committed states pass the adapter, into its cache: its streams [P, d]."""
+        """Runs committed states through the adapter and into its cache; returns its streams [P, d]."""
         lengths, counts = [self._own.lengths[slot] for slot in slots], list(map(len, states))
-        # room for the tree to come, too: growing keeps what is committed, and a root is not
+        # with room for the next tree: growth of the cache keeps committed states only, and the root is not committed
         ends = [length + count + MAX_TREE_NODES for length, count in zip(lengths, counts, strict=True)]
         self._own.reserve(dict(zip(slots, ends, strict=True)))
         stream_Pd = self._attend(torch.cat(list(states)), Nodes.chains(slots, lengths, counts))
@@ -241,21 +242,22 @@ class Kangaroo(Drafter):
         count, how = self.steps, dict[str, Any]({"thresholds": [self.threshold] * len(rows)})
         if not self.chain:
             count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), MAX_TREE_NODES) - 1
-            how = {"beam": BEAM, "least": self._least}
+            how = {"beam": BEAM, "min_gain": self._min_gain}
             if not count:
-                return nothing(rows)
-        if self._climber is None:
+                return no_guesses(rows)
+        if self._one_call is None:
             return EarlyExitTrees(self._backbone, self._cache, rows).grow(
                 self.exit, self._guesses, count, self.steps, **how
             )
         waiting = [self._waiting.get(row.slot) if row.budget > 1 else None for row in rows]
-        states = [None if each is None else torch.cat(each) for each in waiting]
+        states = [None if of_row is None else torch.cat(of_row) for of_row in waiting]
         known = [
-            self._own.lengths[row.slot] + (0 if w is None else len(w)) for row, w in zip(rows, states, strict=True)
+            self._own.lengths[row.slot] + (0 if new is None else len(new))
+            for row, new in zip(rows, states, strict=True)
         ]
         self._own.reserve({row.slot: length + MAX_TREE_NODES for row, length in zip(rows, known, strict=True)})
-        draft = climbed(
-            self._climber, self._cache, rows, self.exit, count, self.steps, own=self._own, waiting=states, **how
+        draft = grow_in_one_call(
+            self._one_call, self._cache, rows, self.exit, count, self.steps, own=self._own, waiting=states, **how
         )
         for row in rows:
             if row.budget > 1:
@@ -263,12 +265,12 @@ class Kangaroo(Drafter):
         return draft
 
     def _guesses(self, hidden_Fd: Tensor, nodes: Nodes) -> tuple[Floats, list[list[int]]]:
-        """Log-probabilities and tokens of what comes after nodes that have passed the lower layers, best first."""
+        """Log-probabilities and tokens of the guesses after nodes that have passed the lower layers, best first."""
         slots = nodes.cache_rows.tolist()
-        if not any(nodes.first):  # roots: with them the adapter reads what was committed since
-            parts = [[*self._waiting.get(slot, []), h] for slot, h in zip(slots, hidden_Fd.split(1), strict=True)]
-            states = [torch.cat(each) for each in parts]
-            stream_Fd = lasts(self._read(slots, states), list(map(len, states)))
+        if not any(nodes.first):  # roots: the adapter reads them together with the states committed since
+            new = [[*self._waiting.get(slot, []), h] for slot, h in zip(slots, hidden_Fd.split(1), strict=True)]
+            states = [torch.cat(of_row) for of_row in new]
+            stream_Fd = last_of_each(self._read(slots, states), list(map(len, states)))
             for slot in slots:  # the root is not committed yet
                 self._own.rollback(slot, self._own.lengths[slot] - 1)
         else:

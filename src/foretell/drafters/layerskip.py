@@ -1,17 +1,17 @@
-"""LayerSkip: a model that learnt to say what it will say before its last layer drafts by leaving early.
+"""LayerSkip: a model that was trained to predict the next token after earlier layers drafts by exiting there.
 
 Drafting runs the layers up to an exit, the final norm and the output head; verification goes on above the exit. Nothing
-is added to the model, but it has to be one whose layers can exit: continued training drops layers, the later the more
-often, and has the streams after earlier layers say the next token through the same norm and head. LayerSkip, arXiv
-2404.16710, §4.1 (dropout, early-exit loss) and §4.3 (self-speculation). What comes out is another model,
-`BASE+ADAPTER`, and its own plain decoding is the reference for its drafts.
+is added to the model, but its layers must have learnt to exit: continued training drops layers, later ones more often,
+and predicts the next token from the streams after earlier layers through the same norm and head. LayerSkip, arXiv
+2404.16710, §4.1 (dropout, early-exit loss) and §4.3 (self-speculation). The result is another model, `BASE+ADAPTER`,
+and its own plain decoding is the reference for its exactness.
 
-Differences: the last layer's loss is KL(p before ‖ p now), so that the text stays what it was; exits learn what the
-backbone would have said, over a draft vocabulary; only a set of candidate exits learns, and of them a few a step, drawn
-anew each time where the paper takes turns.
+Differences: the last layer's loss is KL(p before ‖ p now), so that the text changes little; exits learn the backbone's
+own distribution, over a draft vocabulary; only a set of candidate exits learns, and of them a few a step, drawn at
+random where the paper takes turns.
 
 As published, a draft is a chain of a fixed length; it may end where a token is less probable than a threshold, fixed or
-adaptive (Draft & Verify), or be a tree that grows best first. Any model drafts so; without training, rarely right.
+adaptive (Draft & Verify), or be a tree that grows best first. Any model can draft so; untrained, it is rarely right.
 
 Legend: B conversations, T tokens, P positions, d hidden width, V (draft) vocabulary, L layers.
 """
@@ -30,25 +30,28 @@ from torch import Tensor, nn
 from foretell.backbone import Backbone, KVCache
 from foretell.contracts import FINAL_NORM, Draft, Features, Row
 from foretell.drafting.checkpoint import CheckpointOptions, Loaded
-from foretell.drafting.early_exit import EarlyExitDrafter, candidates
-from foretell.drafting.learning.finetune import WAYS, learning
-from foretell.drafting.learning.heads import GuessingHeads, HeadTraining, TrainingBatch, draft_outputs, targets, weighed
+from foretell.drafting.early_exit import EarlyExitDrafter, trained_exits
+from foretell.drafting.learning.finetune import ADAPTATIONS, trainable_model
+from foretell.drafting.learning.heads import GuessingHeads, HeadTraining, draft_outputs
+from foretell.drafting.learning.losses import targets, weighed
 from foretell.drafting.learning.student import TrainableBackbone
-from foretell.drafting.lower_layers import MAX_TREE_NODES, AcceptanceTracker, Threshold, check_exit
+from foretell.drafting.learning.trainable import TrainingBatch
+from foretell.drafting.lower_layers import MAX_TREE_NODES, check_exit
 from foretell.drafting.options import option
+from foretell.drafting.threshold import AcceptanceTracker, Threshold
 from foretell.drafting.tree_size import DEFAULT_NODES, tree_size
 from foretell.errors import ForetellError, UsageError
 
 SHAPES, CURRICULA = ("uniform", "cumulative"), ("rotational", "gradual")
 
 
-def drop_rates(layers: int, most: float) -> list[float]:
-    """p_max · D(l), D(l) = exp(l · ln 2 / (L - 1)) - 1: the first layer always stays (§4.1.1)."""
-    return [most * (math.exp(layer * math.log(2) / max(1, layers - 1)) - 1) for layer in range(layers)]
+def drop_rates(layers: int, max_rate: float) -> list[float]:
+    """Returns p_max · D(l), D(l) = exp(l · ln 2 / (L - 1)) - 1: the first layer is never dropped (§4.1.1)."""
+    return [max_rate * (math.exp(layer * math.log(2) / max(1, layers - 1)) - 1) for layer in range(layers)]
 
 
 def exit_scales(layers: int, scale: float, shape: str = "cumulative") -> list[float]:
-    """e(l), how much the loss after layer l counts before shares are taken (§4.1.2).
+    """Returns e(l), the weight of the loss after layer l before normalization (§4.1.2).
 
     Cumulative, as published: scale · Σ_{i ≤ l} i, and of the last L - 1 + scale · Σ_{i ≤ L - 2} i. Uniform: scale,
     and 1 of the last.
@@ -60,10 +63,10 @@ def exit_scales(layers: int, scale: float, shape: str = "cumulative") -> list[fl
 
 
 class EarlyExitTraining(GuessingHeads):
-    """A backbone that learns to exit.
+    """A backbone in training to exit early.
 
     Args:
-        model: a transformers model, with peft's adapters or whole; folder: where it lay.
+        model: a transformers model, with peft's adapters or without; folder: where it was read from.
         head_Vd, vocabulary_V, vocab_size: see `GuessingHeads`.
         training: see `LayerSkip.Training`.
         exits: layers that learn to guess the next token; exit: the one whose accuracy is reported.
@@ -86,8 +89,8 @@ class EarlyExitTraining(GuessingHeads):
     def begin(self, done: float) -> None:
         self._done = done
 
-    def taught(self) -> list[int]:
-        """Exits that learn in this step; what is drawn follows from the step, so that a resumed run sees the same."""
+    def training_exits(self) -> list[int]:
+        """Exits that learn in this step; the draw follows from the step, so that a resumed run makes the same."""
         if not self.training:
             return self.exits
         if self.curriculum == "rotational":
@@ -97,7 +100,7 @@ class EarlyExitTraining(GuessingHeads):
         return [exit for exit in self.exits if self._done >= 0.5 * (layers - exit + 1) / layers]
 
     def shares(self, exits: Sequence[int]) -> list[float]:
-        """What each of the exits, and then the last layer, counts in the loss: they add up to 1."""
+        """Shares of the loss of each exit, and of the last layer at the end; they add up to 1."""
         scales = [self.scales[exit - 1] for exit in exits] + [self.scales[-1]]
         return [scale / sum(scales) for scale in scales]
 
@@ -105,18 +108,18 @@ class EarlyExitTraining(GuessingHeads):
         targets_PK, sources_P = targets(batch, 1, self.ahead)
         if not len(sources_P):
             return {}
-        exits, hold = self.taught(), self.hold if self.training else 1.0
+        exits, hold = self.training_exits(), self.hold if self.training else 1.0
         *shares, last = self.shares(exits)
-        holding = not exits or float(torch.rand(())) < hold
-        taps = [*exits, FINAL_NORM] if holding else exits
+        with_last = not exits or float(torch.rand(())) < hold
+        taps = [*exits, FINAL_NORM] if with_last else exits
         states = self.student.states(batch.tokens_BT, taps, self.dropped if self.training else ())
         out: dict[str, Tensor] = {}
         for exit, share in zip(exits, shares, strict=True):
             x_Pd = self.student.normed(states[exit].flatten(0, 1)[sources_P]).float()
             out[f"exit {exit}"] = weighed(self.term(batch, x_Pd, 0, targets_PK[:, 0], sources_P), share)
-        if holding:
-            held = self.student.held(replace(batch, states={FINAL_NORM: states[FINAL_NORM]}))
-            out["backbone"] = weighed(held, last / (hold if exits else 1.0))
+        if with_last:
+            kl = self.student.kl_to_original(replace(batch, states={FINAL_NORM: states[FINAL_NORM]}))
+            out["backbone"] = weighed(kl, last / (hold if exits else 1.0))
         return out
 
     def read(self, batch: TrainingBatch, sources_P: Tensor) -> Tensor:
@@ -137,7 +140,7 @@ class LayerSkip(EarlyExitDrafter):
         ids_V, size, chain, steps: see `EarlyExitDrafter`.
         exit: layers that draft.
         tokens_per_step: tree size -> tokens per step on held-out text.
-        threshold: a chain ends behind a token less probable.
+        threshold: a chain ends after a token less probable than this.
     """
 
     method = "layerskip"
@@ -160,7 +163,7 @@ class LayerSkip(EarlyExitDrafter):
         exit: int = option(0, "The exit that drafts by default; else a quarter of the layers.")
         stride: int = option(2, "Every so many layers learn to exit.", low=1)
         deepest: int = option(0, "The last layer that learns to; by default half of them.")
-        adapt: str = option("lora", "What of the model learns: adapters, or all of it.", choices=WAYS)
+        adapt: str = option("lora", "What of the model learns: adapters, or all of it.", choices=ADAPTATIONS)
         rank: int = option(32, "Of the adapters; their scale α/r is 1/2.", low=1, high=1024)
         dropout: float = option(0.1, "p_max: how often the last layer is dropped, earlier ones less.", low=0, high=0.9)
         scale: float = option(1.0, "Weight of an exit's loss beside the last layer's.", low=0, high=100)
@@ -186,7 +189,7 @@ class LayerSkip(EarlyExitDrafter):
     @classmethod
     def build(cls, backbone: Backbone, options: Options, loaded: Loaded | None = None) -> LayerSkip:
         """See `Drafter.build`, and `TrainableMethod.build` for `loaded`."""
-        ids_V, arch, tokens_per_step = candidates(backbone, options.checkpoint, options.any_backbone, loaded)
+        ids_V, arch, tokens_per_step = trained_exits(backbone, options.checkpoint, options.any_backbone, loaded)
         nodes = options.nodes or (DEFAULT_NODES if options.chain else 0)  # chains have their steps
         size = tree_size(backbone, nodes, tokens_per_step, cls.method, cls.usual_cost, MAX_TREE_NODES)
         exit, threshold = options.exit or arch.get("exit"), Threshold(options.threshold, options.adaptive)
@@ -206,9 +209,9 @@ class LayerSkip(EarlyExitDrafter):
         exit = check_exit(training.exit or max(1, layers // 4 // stride * stride), backbone)
         deepest = check_exit(training.deepest or max(stride, layers // 2), backbone)
         if folder is None:
-            raise ForetellError("LayerSkip changes the backbone, and needs the folder that it lies in.")
+            raise ForetellError("LayerSkip changes the backbone, and needs the folder of its files.")
         return EarlyExitTraining(
-            learning(folder, training.adapt, training.rank, 0.0), folder,
+            trainable_model(folder, training.adapt, training.rank, 0.0), folder,
             *draft_outputs(backbone, counts_V, training.draft_vocab), training,
             exits=sorted({exit, *range(stride, deepest + 1, stride)}), exit=exit, layers=layers,
         )  # fmt: skip
@@ -218,9 +221,9 @@ class LayerSkip(EarlyExitDrafter):
         self.tracker = self.tracker.attached()
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
-        self.tracker.observed(rows, features)
+        self.tracker.record_outcome(rows, features)
 
     def draft(self, rows: Sequence[Row]) -> Draft:
         draft = self._drafted(rows, self.exit, [self.tracker.threshold.value] * len(rows))
-        self.tracker.drafted(rows, draft, self.steps)
+        self.tracker.record_draft(rows, draft, self.steps)
         return draft

@@ -1,20 +1,20 @@
 """Medusa: heads beside the output head guess the tokens after the next one, each on its own.
 
 Head k reads the state that the output head reads at position t and guesses token t + k + 1 (the output head itself
-says t + 1): one to a few residual blocks h + SiLU(W h + b), then an output matrix. A tree of their most probable
-guesses is verified at once, by default grown anew at each step from how probable the heads hold them (`trees.growing`).
+guesses t + 1): one to a few residual blocks h + SiLU(W h + b), then an output matrix. A tree of their most probable
+guesses is verified at once; by default it is chosen anew at each step by their probabilities (`trees.growing`).
 Medusa, arXiv 2401.10774, §3.1-3.3; heads learn while the backbone is frozen (Medusa-1), with the loss Σ 0.8^k · CE,
 here against the written token and the backbone's own distribution where it was written.
 
-What heads may read besides, each an option: the token just chosen, t + 1, which is known when drafts are made (Hydra's
-idea, arXiv 2402.05109, for all heads at once, so that trees of ranks still serve); and the streams part-way up
-the layers, where more is known of the tokens to come than the last state still says (as EAGLE-3, arXiv 2503.01840).
+Optional inputs of the heads: the token just chosen, t + 1, which is known when drafts are made (Hydra's idea, arXiv
+2402.05109, for all heads at once, so that trees of ranks still serve); and intermediate streams, which hold more about
+the tokens to come than the last state does (as in EAGLE-3, arXiv 2503.01840).
 
-Three choices of output matrix: `shared`, the backbone's own, frozen, nothing to store; `tied`, one copy that all
-heads train together; `own`, one copy each, as in the paper. Any of them may be cut down to a draft vocabulary: the
-drafts need not name every token, verification does.
+Three choices of output matrix: `shared`, the backbone's own, frozen and not stored; `tied`, one copy that all heads
+train together; `own`, one copy each, as in the paper. Any of them may be cut down to a draft vocabulary: verification
+uses the whole one.
 
-Legend: B rows, K heads, d hidden width, I width of all that a head reads, P positions, V draft vocabulary, m teacher
+Legend: B rows, K heads, d hidden width, I width of a head's input, P positions, V draft vocabulary, m teacher
 tokens, R ranks.
 """
 
@@ -45,10 +45,11 @@ from foretell.drafting.checkpoint import (
 )
 from foretell.drafting.heads import side_by_side
 from foretell.drafting.kernels import kernels_for
-from foretell.drafting.learning.heads import GuessingHeads, HeadTraining, TrainingBatch, draft_outputs, evenly_spread
+from foretell.drafting.learning.heads import GuessingHeads, HeadTraining, draft_outputs, evenly_spread
 from foretell.drafting.learning.products import number_type
+from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.drafting.options import option, stored_options
-from foretell.drafting.tree_size import nothing, tree_size
+from foretell.drafting.tree_size import no_guesses, tree_size
 from foretell.errors import UsageError
 from foretell.trees.growing import Candidates
 from foretell.trees.published import published
@@ -64,7 +65,7 @@ class MedusaHeads(GuessingHeads):
     Args:
         head_Vd, vocabulary_V, vocab_size: see `GuessingHeads`.
         training: see `Medusa.Training`.
-        taps: layers whose streams are read besides the final state.
+        taps: layers whose streams are read beside the final state.
         embed: the backbone's embedding, if the token just chosen is read too.
     """
 
@@ -79,7 +80,7 @@ class MedusaHeads(GuessingHeads):
         d = head_Vd.shape[1]
         self.options, self.layers, self.taps, self.embed = training, layers, (*taps, FINAL_NORM), embed
         widths = [d * (len(self.taps) + (embed is not None)), *[d] * (layers - 1)]
-        # zeros, the bias too: at the start every head says what the output head says
+        # zeros, the bias too: every head starts as the output head
         self.weights = nn.ParameterList([torch.zeros(heads, d, width) for width in widths])
         self.bias_LKd = nn.Parameter(torch.zeros(layers, heads, d))
 
@@ -87,7 +88,7 @@ class MedusaHeads(GuessingHeads):
         return self.states(self._read(batch, sources_P))
 
     def states(self, h_PI: Tensor) -> Tensor:
-        """What the output matrices read: [K, P, d]; `h_PI` as `side_by_side` gives it."""
+        """The input of the output matrices [K, P, d]; `h_PI` as `side_by_side` gives it."""
         x_KPI = h_PI.expand(self.heads, *h_PI.shape)
         out_KPd = x_KPI[..., : self.bias_LKd.shape[-1]]
         dtype = number_type(h_PI.device)
@@ -97,11 +98,11 @@ class MedusaHeads(GuessingHeads):
         return out_KPd
 
     def _read(self, batch: TrainingBatch, sources: Tensor) -> Tensor:
-        """What the heads read at places of the flattened batch."""
-        parts = [batch.states[tap].flatten(0, 1)[sources].float() for tap in reversed(self.taps)]
+        """The heads' input at positions of the flattened batch."""
+        inputs = [batch.states[tap].flatten(0, 1)[sources].float() for tap in reversed(self.taps)]
         if self.embed:
-            parts.append(self.embed(batch.tokens_BT.flatten()[sources + 1]))
-        return side_by_side(torch.stack(parts, 1))
+            inputs.append(self.embed(batch.tokens_BT.flatten()[sources + 1]))
+        return side_by_side(torch.stack(inputs, 1))
 
     @torch.no_grad()
     def start(self, arch: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -115,7 +116,7 @@ class MedusaHeads(GuessingHeads):
         for layer, weight in enumerate(self.weights):
             weight.copy_(tensors[f"weight.{layer}"])
         self.bias_LKd.copy_(tensors["bias"])
-        self.take_outputs(tensors)
+        self.start_outputs(tensors)
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors: dict[str, Tensor] = {f"weight.{layer}": weight for layer, weight in enumerate(self.weights)}
@@ -128,16 +129,15 @@ class Medusa(Drafter):
 
     Args:
         arch, tensors: as `MedusaHeads.checkpoint` gave them.
-        paths: rank paths, prefixes first; every tree is a part of them.
+        paths: rank paths, prefixes first, from which every tree is chosen.
         size: (rows, context) -> nodes of the tree to draft, root included; 1 drafts nothing.
         tokens_per_step: tree size -> tokens per step on held-out text.
-        grown: whether each step takes its most probable paths of all; else the tree of n nodes is always the first
-            n - 1 of them.
-        scales: how far each head is believed.
+        grown: whether each step takes its most probable paths; else the tree of n nodes is always the first n - 1.
+        scales: calibration of each head.
     """
 
     method = "medusa"
-    STARTS = ("medusa", "medusa2")  # whose numbers its heads may begin with
+    STARTS = ("medusa", "medusa2")  # methods whose checkpoints a training may start from
 
     @dataclass(frozen=True)
     class Options(CheckpointOptions):
@@ -198,7 +198,7 @@ class Medusa(Drafter):
         most = len(paths) + 1
         nodes = options.nodes or (most if options.tree else 0)
         size = tree_size(backbone, nodes, tokens_per_step, cls.method, cls.usual_cost, most)
-        with damage_named(options.checkpoint or f"The {cls.method} drafter that came with foretell"):
+        with damage_named(options.checkpoint or f"The {cls.method} drafter that ships with foretell"):
             return cls(backbone, found.arch, tensors, paths, size, tokens_per_step, options.grown, found.calibration)
 
     @classmethod
@@ -231,42 +231,42 @@ class Medusa(Drafter):
     def draft(self, rows: Sequence[Row]) -> Draft:
         nodes = self.size(len(rows), max(len(row.tokens) for row in rows))
         if nodes == 1:
-            return nothing(rows)
+            return no_guesses(rows)
         trees: list[TokenTree] = [ROOT] * len(rows)
         tokens = [[row.tokens[-1]] for row in rows]
-        given = [[1.0] for _ in rows]
+        probabilities = [[1.0] for _ in rows]
         ready = [i for i, row in enumerate(rows) if row.slot in self._states]  # not after a prompt of one token
         if ready and self.paths:
             read_BSd = torch.stack([torch.stack(self._states[rows[i].slot]) for i in ready])
             if self._embed:
                 roots_Bd = self._embed(torch.tensor([tokens[i][0] for i in ready]))
                 read_BSd = torch.cat([read_BSd, roots_Bd[:, None]], 1)
-            paths = self._among(nodes)
+            paths = self._candidates_for(nodes)
             log_probs_BKR, guesses_BKR = self._guesses(read_BSd, paths.width)
             grown_trees = paths.grow(log_probs_BKR, nodes, self._scales)
             for i, guesses_KR, grown in zip(ready, guesses_BKR.tolist(), grown_trees, strict=True):
-                trees[i], chosen, given[i] = grown
+                trees[i], chosen, probabilities[i] = grown
                 tokens[i] += [guesses_KR[head][rank] for head, rank in chosen]
-        return Draft(trees, tokens, given)
+        return Draft(trees, tokens, probabilities)
 
-    def _among(self, nodes: int) -> Candidates:
-        """The paths of which trees of so many nodes are made."""
+    def _candidates_for(self, nodes: int) -> Candidates:
+        """Candidates for trees of `nodes` nodes."""
         key = 0 if self.grown else nodes
         if key not in self._candidates:
             self._candidates[key] = Candidates(self.paths[: nodes - 1] if key else self.paths)
         return self._candidates[key]
 
     def _guesses(self, read_BSd: Tensor, width: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Each head's most probable tokens, best first: log-probabilities and ids, [B, K, R]."""
+        """Each head's most probable tokens, best first: log-probabilities and ids [B, K, R]."""
         which_BS = np.arange(len(read_BSd) * read_BSd.shape[1]).reshape(len(read_BSd), -1).tolist()
         log_probs_BKR, best_BKR = (
-            each.cpu().numpy() for each in self._heads.top(read_BSd.flatten(0, 1), which_BS, width)
+            found.cpu().numpy() for found in self._heads.top(read_BSd.flatten(0, 1), which_BS, width)
         )
         return log_probs_BKR, self._vocabulary_V[best_BKR]
 
 
 def _shapes(arch: dict[str, Any], d: int, choices: int) -> dict[str, tuple[int, ...]]:
-    """Of a checkpoint's tensors."""
-    heads, layers, parts = arch["heads"], arch["layers"], 1 + len(arch["taps"]) + arch["root"]
-    shapes: dict[str, tuple[int, ...]] = {f"weight.{i}": (heads, d, d if i else parts * d) for i in range(layers)}
+    """Expected shape of each checkpoint tensor."""
+    heads, layers, inputs = arch["heads"], arch["layers"], 1 + len(arch["taps"]) + arch["root"]
+    shapes: dict[str, tuple[int, ...]] = {f"weight.{i}": (heads, d, d if i else inputs * d) for i in range(layers)}
     return shapes | {"bias": (layers, heads, d)} | output_shape(arch, d, choices)

@@ -1,12 +1,11 @@
-"""Text repeats itself: guess what followed the last words the last times they occurred.
+"""Prompt lookup: guesses what followed the last words the last times they occurred.
 
-The newest tokens are looked up in prompt and output; what followed earlier occurrences of the longest matches are
-candidates. A guess is worth the probability that it comes true, and that depends on how many tokens before it match
-(each guess further along a candidate matches one more) and on how many better candidates say otherwise: both were
-counted once, in texts that a model wrote. The most probable guesses make the tree, as many of them as pay at what a
-step of so many nodes costs here.
+The newest tokens are looked up in prompt and output; the tokens after earlier occurrences of the longest matches are
+candidates. The probability that a guess comes true depends on how many tokens before it match (each guess further
+along a candidate matches one more) and on how many better candidates differ from it: both were counted once, in texts
+that a model wrote. The most probable guesses make the tree, as many of them as pay at the step costs of this machine.
 
-Costs no parameters and no training; it wins where the answer quotes the question (summaries, edits, code). Prompt
+It needs no parameters and no training; it wins where the answer quotes the question (summaries, edits, code). Prompt
 lookup: Saxena 2023; chains as in transformers' `prompt_lookup_num_tokens`, here the best of several in one tree.
 """
 
@@ -32,9 +31,9 @@ if TYPE_CHECKING:
     from foretell.backbone import Backbone, KVCache
 
 Prices = Callable[[int, int], Sequence[float]]
-"""(rows, context) -> what a step of 1, 2, ... nodes a row costs."""
+"""(rows, context) -> cost of a step of 1, 2, ... nodes a row."""
 NODES = 16
-"""The largest tree, where nobody says another."""
+"""The largest tree by default."""
 
 FOLLOWS: tuple[tuple[float, ...], ...] = (
     (0.23, 0.13, 0.09, 0.05),
@@ -71,14 +70,14 @@ class _Index:
         self.seen = max(self.seen, len(tokens) - 1)
 
     def continuations(self, tokens: list[int], count: int) -> dict[int, int]:
-        """Up to `count` places to copy from -> length of the match there: longer matches first, then later ones."""
-        places: dict[int, int] = {}
+        """Up to `count` positions to copy from -> length of the match there: longer matches first, then later ones."""
+        positions: dict[int, int] = {}
         for n in range(min(self.longest, len(tokens)), self.shortest - 1, -1):
             for end in reversed(self.ends.get(tuple(tokens[-n:]), ())):
-                places.setdefault(end, n)
-                if len(places) == count:
-                    return places
-        return places
+                positions.setdefault(end, n)
+                if len(positions) == count:
+                    return positions
+        return positions
 
 
 class PromptLookup(Drafter):
@@ -88,8 +87,8 @@ class PromptLookup(Drafter):
         longest, shortest: lengths of the n-grams looked up.
         candidates: occurrences looked at.
         nodes: the largest tree, root included.
-        least: probability below which a guess is not worth its node.
-        prices: of so many nodes at least; guesses that do not pay are left out. Without them all stay.
+        min_probability: a guess less probable than this is left out.
+        prices: of up to `nodes` nodes; guesses that do not pay are left out. Without prices all stay.
     """
 
     @dataclass(frozen=True)
@@ -103,18 +102,18 @@ class PromptLookup(Drafter):
         )
 
     def __init__(
-        self, longest: int = 4, shortest: int = 1, candidates: int = 8, nodes: int = NODES, least: float = 0.02,
-        prices: Prices | None = None,
+        self, longest: int = 4, shortest: int = 1, candidates: int = 8, nodes: int = NODES,
+        min_probability: float = 0.02, prices: Prices | None = None,
     ):  # fmt: skip
         if not 1 <= shortest <= longest <= 16:
             raise UsageError(f"Prompt lookup needs 1 <= shortest <= longest <= 16, not {shortest} and {longest}.")
-        if not (1 <= candidates <= 64 and 2 <= nodes <= 256 and 0 < least <= 1):
+        if not (1 <= candidates <= 64 and 2 <= nodes <= 256 and 0 < min_probability <= 1):
             raise UsageError(
-                f"Prompt lookup takes candidates in 1..64, nodes in 2..256 and least above 0 up to 1, not "
-                f"{candidates}, {nodes}, {least}."
+                f"Prompt lookup takes candidates in 1..64, nodes in 2..256 and min_probability above 0 up to 1, not "
+                f"{candidates}, {nodes}, {min_probability}."
             )
         self.longest, self.shortest = longest, shortest
-        self.candidates, self.nodes, self.least, self.prices = candidates, nodes, least, prices
+        self.candidates, self.nodes, self.min_probability, self.prices = candidates, nodes, min_probability, prices
         self._indexes: dict[int, _Index] = {}
 
     @classmethod
@@ -145,63 +144,63 @@ class PromptLookup(Drafter):
         return Draft([g.tree for g in found], [g.tokens for g in found], [g.probabilities for g in found])
 
     def all_guesses(self, rows: Sequence[Row]) -> list[Guesses]:
-        """Of each row what pays, as if the others' trees were as large."""
+        """Guesses for each row, as many as pay if the other rows' trees are as large."""
         prices = self.prices(len(rows), max(len(row.tokens) for row in rows)) if self.prices else ()
         return [self.guesses(row, prices) for row in rows]
 
     def guesses(self, row: Row, prices: Sequence[float] = ()) -> Guesses:
-        """The most probable continuations of a row: of all that is open, the likeliest guess is taken next.
+        """Returns the most probable continuations of a row: the likeliest open guess is taken next, again and again.
 
-        With prices, so many of them as earn the most tokens for theirs.
+        With prices, their number is the one with the most tokens per cost.
         """
         index, tokens = self._indexes[row.slot], row.tokens
         index.extend(tokens)
-        parents, ids, given = [-1], [tokens[-1]], [1.0]
-        # (-value, order, node it follows, token, probability given that node, [(where it stands, tokens that match)])
+        parents, ids, probabilities = [-1], [tokens[-1]], [1.0]
+        # (-value, order, node it follows, token, probability given that node, [(position, tokens that match)])
         heap: list[tuple[float, int, int, int, float, list[tuple[int, int]]]] = []
         order = 0
 
-        def open_after(node: int, value: float, places: list[tuple[int, int]]) -> None:
-            """Enters what follows a node at the places that lead to it."""
+        def open_after(node: int, value: float, positions: list[tuple[int, int]]) -> None:
+            """Adds the guesses that follow a node at the positions that lead to it."""
             nonlocal order
             following: dict[int, list[tuple[int, int]]] = {}
-            for at, match in places:
-                if at < len(tokens):
-                    following.setdefault(tokens[at], []).append((at, match))
+            for position, match in positions:
+                if position < len(tokens):
+                    following.setdefault(tokens[position], []).append((position, match))
             for better, (token, where) in enumerate(following.items()):
                 p = follows(where[0][1], better)
-                if value * p >= self.least:
-                    further = [(at + 1, match + 1) for at, match in where]
+                if value * p >= self.min_probability:
+                    further = [(position + 1, match + 1) for position, match in where]
                     heapq.heappush(heap, (-value * p, order, node, token, p, further))
                     order += 1
 
         open_after(0, 1.0, list(index.continuations(tokens, self.candidates).items()))
         values = [1.0]
         while heap and len(parents) < self.nodes:
-            value, _, parent, token, p, places = heapq.heappop(heap)
+            value, _, parent, token, p, positions = heapq.heappop(heap)
             parents.append(parent)
             ids.append(token)
-            given.append(p)
+            probabilities.append(p)
             values.append(-value)
-            open_after(len(parents) - 1, -value, places)
+            open_after(len(parents) - 1, -value, positions)
         kept = most_paying(values, prices) if prices else len(values)
-        return Guesses(TokenTree(tuple(parents[:kept])) if kept > 1 else ROOT, ids[:kept], given[:kept])
+        return Guesses(TokenTree(tuple(parents[:kept])) if kept > 1 else ROOT, ids[:kept], probabilities[:kept])
 
 
 def follows(match: int, better: int) -> float:
-    """How probable a guess is that `match` tokens before it speak for, and `better` other guesses against."""
+    """Probability of a guess with `match` matching tokens before it and `better` better guesses that differ."""
     row = FOLLOWS[min(match, len(FOLLOWS)) - 1]
     return row[min(better, len(row) - 1)]
 
 
 def most_paying(values: Sequence[float], prices: Sequence[float]) -> int:
-    """How many of these nodes, the most probable first, earn the most tokens for the price of a step with them."""
-    tokens = list(accumulate(values))  # a step's: each node's is emitted as often as its path comes true
+    """How many of these nodes, the most probable first, give the most tokens for the price of a step with them."""
+    tokens = list(accumulate(values))  # of a step: a node's token is emitted as often as its path comes true
     return max(range(1, min(len(values), len(prices)) + 1), key=lambda nodes: tokens[nodes - 1] / prices[nodes - 1])
 
 
 def prices_of(backbone: Backbone) -> Prices | None:
-    """What steps cost here, measured now if nobody has; None where they cannot be known (see `step_costs`)."""
+    """Step costs of this machine, measured now if they are not known; None if they cannot be (see `step_costs`)."""
     costs = step_costs(backbone)
     if costs is None:
         return None
@@ -214,16 +213,16 @@ def prices_of(backbone: Backbone) -> Prices | None:
 
 
 def with_lookup(drafter: Drafter, prices: Prices | None = None) -> Drafter:
-    """The drafter with candidates of prompt lookup merged into its trees; prompt lookup itself stays as it is."""
+    """The drafter with candidates of prompt lookup merged into its trees; prompt lookup itself is unchanged."""
     return drafter if isinstance(drafter, PromptLookup) else WithLookup(drafter, prices=prices)
 
 
 class WithLookup(Drafter):
-    """Any drafter, its trees merged with candidates of prompt lookup: what the text repeats, no head foretells.
+    """Any drafter with candidates of prompt lookup merged into its trees: heads rarely guess what the text repeats.
 
-    The tree keeps its size, and the most probable guesses of both fill it; but where prices say how many candidates of
-    lookup pay by themselves, it is as large as the larger of the two. Where the inner drafter does not say how
-    probable its guesses are, lookup takes up to half of the tree, and the inner drafter's last guesses make room.
+    The tree keeps its size, and the most probable guesses of both fill it; with prices, which bound the candidates of
+    lookup by themselves, it is as large as the larger of the two. If the inner drafter gives no probabilities, lookup
+    takes up to half of the tree, in the place of the inner drafter's last guesses.
     """
 
     def __init__(self, inner: Drafter, **lookup: Any):
@@ -263,32 +262,34 @@ class WithLookup(Drafter):
 
     def draft(self, rows: Sequence[Row]) -> Draft:
         draft, found, kept = self.inner.draft(rows), list[Guesses](), list[list[int]]()
-        for i, theirs in enumerate(self.lookup.all_guesses(rows)):
-            given = draft.probabilities[i] if draft.probabilities else None
+        for i, looked_up in enumerate(self.lookup.all_guesses(rows)):
+            probabilities = draft.probabilities[i] if draft.probabilities else None
             ran = max(1, draft.resume.ran[i]) if draft.resume else 1
-            both, stay = self._merged(draft.trees[i], draft.tokens[i], given, theirs, ran)
+            both, remaining = self._merged(draft.trees[i], draft.tokens[i], probabilities, looked_up, ran)
             found.append(both)
-            kept.append(stay if draft.resume and draft.resume.ran[i] else [])
+            kept.append(remaining if draft.resume and draft.resume.ran[i] else [])
         resume = draft.resume
         if resume:
             assert self._cache is not None, "the engine binds its cache first"
             self._cache.gather([row.slot for row in rows], kept, resume.layer)
             resume = resume.kept(kept)
-        given_all = [g.probabilities for g in found]
-        return Draft([g.tree for g in found], [g.tokens for g in found], given_all, resume, draft.held)
+        merged_probabilities = [g.probabilities for g in found]
+        return Draft([g.tree for g in found], [g.tokens for g in found], merged_probabilities, resume, draft.held)
 
     def _merged(
-        self, tree: TokenTree, tokens: list[int], given: list[float] | None, found: Guesses, ran: int
+        self, tree: TokenTree, tokens: list[int], probabilities: list[float] | None, found: Guesses, ran: int
     ) -> tuple[Guesses, list[int]]:
-        """The union, the nodes that ran first, and which of them are left."""
+        """Returns the union, and which of the first `ran` nodes are still in it; these come first."""
         size = len(tree) if len(tree) > 1 else self.lookup.nodes
-        if given is None:
+        if probabilities is None:
             other = min(len(found.tokens) - 1, size // 2)
             kept = TokenTree(tree.parents[: size - other])
-            # certain, so that all of them stay, and in their order
-            ours = Guesses(kept, tokens[: len(kept)], [1.0] * len(kept))
-            theirs = Guesses(TokenTree(found.tree.parents[: other + 1]), found.tokens[: other + 1], [1.0] * (other + 1))
-            return merged(ours, theirs, size, ran)
+            # of probability 1, so that all of them stay, in their order
+            inner = Guesses(kept, tokens[: len(kept)], [1.0] * len(kept))
+            looked_up = Guesses(
+                TokenTree(found.tree.parents[: other + 1]), found.tokens[: other + 1], [1.0] * (other + 1)
+            )
+            return merged(inner, looked_up, size, ran)
         if self.lookup.prices:
             size = max(len(tree), len(found.tokens))
-        return merged(Guesses(tree, tokens, given), found, size, ran)
+        return merged(Guesses(tree, tokens, probabilities), found, size, ran)

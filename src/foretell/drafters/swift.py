@@ -1,15 +1,15 @@
-"""SWIFT: the model drafts with some of its sublayers left out, and finds out while decoding which it can spare.
+"""SWIFT: the model drafts with some of its sublayers left out; which ones is searched for while it decodes.
 
-Nothing is trained. A draft is a chain: token by token the whole model runs under a plan of sublayers to skip
-(`skipping`), until a token is less probable than a threshold. The layers that are kept attend to what the whole model
-wrote for the committed tokens, and to the draft's own keys, which verification writes anew. Beside each token of the
-chain stand the next best ones, more of them where the model was unsure: a comb, of which the chain takes the first
-slots. SWIFT, arXiv 2410.06916, §4. Here trees have a size: the chain stays, and the most probable others fill them.
+Nothing is trained. A draft is a chain: token by token all layers run under a plan of sublayers to skip (`skip_plan`),
+until a token is less probable than a threshold. The sublayers that are kept attend to the keys that the whole model
+wrote for the committed tokens, and to the draft's own, which verification writes anew. Each token of the chain has the
+next best ones as siblings, more of them where the model was unsure: a comb, of which the chain takes the first slots.
+SWIFT, arXiv 2410.06916, §4. Here trees have a size: the chain is kept, and the most probable siblings fill it.
 
-Skipping half of the sublayers still costs half a step a token, so plans must be right nine times in ten to pay; large
+Skipping half of the sublayers still costs half a step a token, so a plan must be right nine times in ten to pay; large
 models have such plans, small ones hardly (docs/own-layers.md).
 
-Legend: F nodes that are asked, one a row; R guesses of a node.
+Legend: F frontier nodes, one a row; R guesses of a node.
 """
 
 from __future__ import annotations
@@ -28,25 +28,26 @@ from torch import Tensor
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.contracts import Draft, Drafter, Features, Row
 from foretell.drafting.kernels import kernels_for
-from foretell.drafting.lower_layers import MAX_TREE_NODES, AcceptanceTracker, EarlyExitTrees, Threshold
+from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees
 from foretell.drafting.options import option
 from foretell.drafting.skip_plan import Plan, PlanSearch
+from foretell.drafting.threshold import AcceptanceTracker, Threshold
 from foretell.drafting.tree_size import tree_size
 from foretell.errors import ForetellError, UsageError
 from foretell.trees.calibration import Floats
 
 SIBLINGS = ((0.95, 3), (0.8, 5), (0.5, 8), (0.0, 10))
-"""Guesses at a place of the chain, itself included, where the model holds it more probable than that (greedy, §4.2)."""
+"""(probability of a token of the chain above this, guesses at its position, itself included), greedy, §4.2."""
 
 
 class Swift(Drafter):
-    """Drafts with a part of the sublayers.
+    """Drafts with some of the sublayers.
 
     Args:
         search: for the plan.
         window: tokens that candidates are scored on; every: steps between two candidates.
-        steps: tokens of a chain at most; nodes: of a tree, root included.
-        threshold: a chain ends behind a token less probable.
+        steps: most tokens of a chain; nodes: of a tree, root included.
+        threshold: a chain ends after a token less probable than this.
         path: where the plan is kept.
     """
 
@@ -72,13 +73,13 @@ class Swift(Drafter):
         self.search, self.window, self.every, self._path = search, window, every, path
         self.steps, self.nodes = steps, nodes
         self.tracker = AcceptanceTracker(threshold or Threshold(0.8))
-        self._kept = search.score  # matchness of the plan in the file
+        self._saved_score = search.score  # matchness of the plan in the file
         self._head = kernels_for(backbone).heads([], [backbone.head_rows(torch.arange(backbone.config.vocab))])
         self._width = min(SIBLINGS[-1][1], backbone.config.vocab)
         self._cache: KVCache | None = None
         self._round = 0
-        self._scratch = backbone.new_cache(1, 0)  # where candidates run
-        self._searching = threading.Lock()  # engines search together
+        self._scratch = backbone.new_cache(1, 0)  # for candidates
+        self._searching = threading.Lock()  # engines share the search
 
     @classmethod
     def build(cls, backbone: Backbone, options: Options) -> Swift:
@@ -86,7 +87,7 @@ class Swift(Drafter):
         path, search = Path(options.plan).expanduser() if options.plan else None, options.search
         found, score = Plan.load(path, backbone) if path and path.exists() else (None, -1.0)
         if path and not path.exists() and not search:
-            raise UsageError(f"There is no plan {path}; let one be found (search=true), or name another file.")
+            raise UsageError(f"There is no plan {path}; let one be found (`search=True`), or name another file.")
         if path and search and not os.access(path.parent, os.W_OK):
             raise ForetellError(f"No plan can be kept in {path.parent}; name a file in a folder that can be written.")
         if search and find_spec("optuna") is None:
@@ -111,23 +112,23 @@ class Swift(Drafter):
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
         with self._searching:
-            for kept, known in self.tracker.observed(rows, features):
-                self.search.accepted(kept, known)
+            for accepted, verified in self.tracker.record_outcome(rows, features):
+                self.search.record_acceptance(accepted, verified)
 
     def draft(self, rows: Sequence[Row]) -> Draft:
         assert self._cache is not None, "the engine binds its cache first"
         self._round += 1
         if self.search.searching and self._round % self.every == 0:
-            self._try(rows)
-        lower = EarlyExitTrees(self._backbone, self._cache, rows, skip=self.search.plan.bits(self.depth))
+            self._score_candidate(rows)
+        trees = EarlyExitTrees(self._backbone, self._cache, rows, skip=self.search.plan.bits(self.depth))
         count = self.nodes - 1
         thresholds = [self.tracker.threshold.value] * len(rows)
-        draft = lower.grow(self.depth, self._guesses, count, min(self.steps, count), thresholds=thresholds)
-        self.tracker.drafted(rows, draft, min(self.steps, count))
+        draft = trees.grow(self.depth, self._guesses, count, min(self.steps, count), thresholds=thresholds)
+        self.tracker.record_draft(rows, draft, min(self.steps, count))
         return draft
 
     def _guesses(self, hidden_Fd: Tensor, nodes: Nodes) -> tuple[Floats, list[list[int]]]:
-        """The best tokens of each node, as many as `siblings` allows."""
+        """The best tokens of each node, as many as `siblings` says."""
         which = np.arange(len(hidden_Fd))[:, None].tolist()
         log_probs_FKR, best_FKR = self._head.top(self._backbone.norm(hidden_Fd), which, self._width)
         log_probs_FR = log_probs_FKR[:, 0].cpu().numpy().copy()
@@ -135,19 +136,19 @@ class Swift(Drafter):
             log_probs_R[siblings(float(np.exp(log_probs_R[0]))) :] = -np.inf
         return log_probs_FR, best_FKR[:, 0].tolist()
 
-    def _try(self, rows: Sequence[Row]) -> None:
-        """Scores one candidate on what the row of the longest answer has just said."""
+    def _score_candidate(self, rows: Sequence[Row]) -> None:
+        """Scores one candidate on the newest tokens of the row with the longest answer."""
         row = max(rows, key=lambda row: len(row.tokens) - row.prompt_length)
         if len(row.tokens) - row.prompt_length <= self.window:
             return
         with self._searching:
             score = self.matchness(self.search.candidate(), row)
-            if self.search.told(score) and self._path and score > self._kept:
+            if self.search.record(score) and self._path and score > self._saved_score:
                 self.search.plan.save(self._path, self._backbone, score)
-                self._kept = score
+                self._saved_score = score
 
     def matchness(self, plan: Plan, row: Row) -> float:
-        """Share of the last `window` tokens that the model writes under a plan as it wrote them whole."""
+        """Share of the last `window` tokens that the model also writes under a plan."""
         assert self._cache is not None
         backbone = self._backbone
         known = self._cache.lengths[row.slot]
@@ -158,10 +159,10 @@ class Swift(Drafter):
         hidden_Wd, _ = backbone.run_layers(backbone.embed(ids), nodes, self._scratch, skip=plan.bits(self.depth))
         which = np.arange(len(hidden_Wd))[:, None].tolist()
         best_W = self._head.top(backbone.norm(hidden_Wd), which, 1)[1].flatten().tolist()
-        came = row.tokens[begin + 1 : known + 1]
-        return sum(one == other for one, other in zip(best_W, came, strict=True)) / len(came)
+        written = row.tokens[begin + 1 : known + 1]
+        return sum(one == other for one, other in zip(best_W, written, strict=True)) / len(written)
 
 
 def siblings(confidence: float) -> int:
-    """Guesses at a place of the chain, itself included."""
-    return next(count for least, count in SIBLINGS if confidence > least or not least)
+    """Guesses at a position of the chain, the chain's own included."""
+    return next(count for above, count in SIBLINGS if confidence > above or not above)

@@ -1,10 +1,10 @@
-"""A trained drafter on disk: safetensors and a config that says whose drafter it is.
+"""A trained drafter on disk: safetensors, and a config that names its method and its model.
 
-    config.json          format and method; the backbone's fingerprint and sizes; the module's numbers; trees and what
-                         they earned on held-out text; the command and the data that made it
+    config.json          format and method; the backbone's fingerprint and sizes; the module's shape; trees and their
+                         tokens per step on held-out text; the command and the data that made it
     model.safetensors    the tensors; matrices as they are, or in eight bits a number (`in_int8`)
 
-A drafter trained for one model drafts nonsense for another: its fingerprint must match, unless told otherwise.
+A drafter trained for one model drafts nonsense for another: the fingerprints must match, unless `any_backbone` is set.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 SMALL = 1 << 16
-"""Numbers of a tensor up to which eight bits would save nothing."""
+"""Tensors of at most so many numbers are not stored in eight bits."""
 SCALE = ".scale"
 SHIPPED = Path(__file__).parents[1] / "drafters" / "trained"
-"""Checkpoints that came with the package, in folders of any name."""
+"""Checkpoints that ship with the package, in folders of any name."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ class CheckpointOptions:
 
 @dataclass
 class Checkpoint:
-    """What config.json holds.
+    """The config of a trained drafter.
 
     Attributes:
         method: the drafter's name in the table.
-        arch: numbers its module is made from.
-        paths: rank paths that trees are made of, the most frequent first; any beginning is a tree.
+        arch: options and sizes that give its module its shape.
+        paths: rank paths of trees, the most frequent first; any beginning of the list is a tree.
         tokens_per_step: tree size -> tokens per step on held-out text.
-        calibration: per head as in `trees.calibration`: how far it is believed.
+        calibration: Platt scale of each head, see `trees.calibration`.
         provenance: command, data, figures; free form.
     """
 
@@ -74,7 +74,7 @@ class Checkpoint:
     format: int = FORMAT
 
     def save(self, folder: Path, tensors: dict[str, Tensor]) -> None:
-        """Writes the folder whole or not at all; replaces a checkpoint that was there."""
+        """Writes the folder atomically; replaces a checkpoint that was there."""
         from safetensors.torch import save_file
 
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -85,7 +85,7 @@ class Checkpoint:
                     {name: tensor.contiguous() for name, tensor in tensors.items()}, staging / "model.safetensors"
                 )
                 (staging / "config.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-                shutil.copymode(staging / "config.json", staging / "model.safetensors")  # written for us alone
+                shutil.copymode(staging / "config.json", staging / "model.safetensors")  # the library makes it private
                 if folder.exists():
                     shutil.rmtree(old, ignore_errors=True)
                     folder.rename(old)
@@ -97,7 +97,7 @@ Loaded = tuple[Checkpoint, dict[str, Tensor]]
 
 
 def load(folder: Path) -> Loaded:
-    """Reads a checkpoint.
+    """Returns the config and the tensors of a checkpoint.
 
     Raises:
         ForetellError: it is missing, damaged, or of a newer format.
@@ -122,7 +122,7 @@ def load(folder: Path) -> Loaded:
         checkpoint.tokens_per_step = {
             int(n): tokens for n, tokens in checkpoint.tokens_per_step.items()
         }  # JSON has text
-        tensors = _whole(load_file(folder / "model.safetensors"))
+        tensors = _dequantized(load_file(folder / "model.safetensors"))
     except (TypeError, KeyError, ValueError, AttributeError, RuntimeError, SafetensorError, OSError) as error:
         raise ForetellError(f"{folder} is damaged ({one_line(error)}); copy or train it again.") from error
     with damage_named(str(folder)):
@@ -132,7 +132,7 @@ def load(folder: Path) -> Loaded:
 
 @contextmanager
 def damage_named(where: str) -> Iterator[None]:
-    """What fails inside fails because of a file that nobody's trainer wrote."""
+    """Reports any parsing failure inside the block as a damaged checkpoint."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -140,10 +140,10 @@ def damage_named(where: str) -> Iterator[None]:
 
 
 def _check(c: Checkpoint, tensors: dict[str, Tensor]) -> None:
-    """Refuses numbers that no shape gives away: kernels take them as they are.
+    """Refuses values that kernels would use unchecked.
 
     Raises:
-        ValueError: naming them, or one of its like.
+        ValueError: naming the field.
     """
     sound = {
         "hidden": c.hidden > 0,
@@ -164,7 +164,7 @@ def _check(c: Checkpoint, tensors: dict[str, Tensor]) -> None:
 
 
 def in_int8(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices in eight bits a number and one scale an output: half of bfloat16, and what heads are computed with."""
+    """Returns the tensors with matrices in eight bits, one scale per output row, as heads are computed."""
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if tensor.ndim < 2 or tensor.numel() <= SMALL or not tensor.is_floating_point():
@@ -176,8 +176,8 @@ def in_int8(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Undoes `in_int8`, in float32."""
+def _dequantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inverts `in_int8`, in float32."""
     return {
         name: tensor.float() * tensors[name + SCALE][..., None] if tensor.dtype == int8 else tensor
         for name, tensor in tensors.items()
@@ -186,7 +186,7 @@ def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """Tells a drafter's numbers from another's."""
+    """A digest of a drafter's tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode() + tensor.contiguous().view(uint8).numpy().tobytes())
@@ -194,31 +194,31 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
 
 
 def shipped(backbone: Backbone) -> dict[str, Path]:
-    """Method -> folder of the checkpoints that came with foretell for this backbone, the most tokens a step first."""
+    """Method -> folder of the checkpoints that ship for this backbone, the most tokens per step first."""
     found = [(read_json(config), config.parent) for config in sorted(SHIPPED.glob("*/config.json"))]
-    mine = [(raw, folder) for raw, folder in found if current(str(raw.get("fingerprint"))) == backbone.fingerprint]
-    mine.sort(key=lambda each: -max(each[0]["tokens_per_step"].values(), default=0.0))
+    fitting = [(raw, folder) for raw, folder in found if current(str(raw.get("fingerprint"))) == backbone.fingerprint]
+    fitting.sort(key=lambda pair: -max(pair[0]["tokens_per_step"].values(), default=0.0))
     best: dict[str, Path] = {}
-    for raw, folder in mine:
+    for raw, folder in fitting:
         best.setdefault(raw["method"], folder)
     return best
 
 
 def tokens_per_step(folder: Path) -> dict[int, float]:
-    """What trees of each size earned on held-out text."""
+    """Tree size -> tokens per step on held-out text, of the checkpoint in a folder."""
     return {int(size): tokens for size, tokens in read_json(folder / "config.json")["tokens_per_step"].items()}
 
 
 def find(method: str, backbone: Backbone, folder: str = "", any_backbone: bool = False) -> Loaded:
-    """The checkpoint in `folder`, or the shipped one for this backbone; refuses what does not fit.
+    """Returns the checkpoint in `folder`, by default the one that ships for this backbone, and its tensors.
 
     Raises:
         UsageError: none is shipped, or it belongs to another method or backbone.
     """
     if not folder:
-        mine = shipped(backbone)
-        if method in mine:
-            return load(mine[method])
+        ready = shipped(backbone)
+        if method in ready:
+            return load(ready[method])
         made = (read_json(config) for config in sorted(SHIPPED.glob("*/config.json")))
         others = ", ".join(raw["backbone"] for raw in made if raw["method"] == method)
         raise UsageError(
@@ -253,11 +253,11 @@ def find(method: str, backbone: Backbone, folder: str = "", any_backbone: bool =
     return checkpoint, tensors
 
 
-# -- what a drafter is made from ------------------------------------------------------------------------------
+# -- checks of a drafter's inputs ------------------------------------------------------------------------------
 
 
 def check_shapes(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Refuses tensors that are not what a config names: kernels would read past their ends.
+    """Refuses tensors of other shapes than the config says: kernels would read past their ends.
 
     Raises:
         KeyError: naming one.
@@ -268,16 +268,19 @@ def check_shapes(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]])
 
 
 def output_shape(arch: dict[str, Any], d: int, choices: int) -> dict[str, tuple[int, ...]]:
-    """Of a checkpoint's output matrices; empty where they are the backbone's."""
+    """Expected shape of the output matrices in a checkpoint; empty if they are the backbone's."""
     copies = {"own": arch["heads"], "tied": 1}
     return {} if arch["output"] == "shared" else {"head": (copies[arch["output"]], choices, d)}
 
 
 def check_tree(paths: Sequence[Sequence[int]], heads: int, choices: int) -> None:
-    """Refuses rank paths that heads choosing from so many tokens cannot fill.
+    """Refuses rank paths that do not fit the heads.
+
+    Args:
+        choices: tokens that the heads choose from.
 
     Raises:
-        UsageError: naming what is wrong with them.
+        UsageError: they are too deep or too wide.
     """
     tree, ordered = from_paths(paths)
     if tree.height > heads or any(path[-1] >= choices for path in ordered[1:]):
@@ -288,7 +291,7 @@ def check_tree(paths: Sequence[Sequence[int]], heads: int, choices: int) -> None
 
 
 def read_scales(calibration: Sequence[Sequence[float]], heads: int) -> list[Scale]:
-    """A checkpoint's calibration (see `trees.calibration`); refuses one of other heads."""
+    """Returns a checkpoint's calibration (see `trees.calibration`); refuses one of another number of heads."""
     scales = [(float(slope), float(bias)) for slope, bias in calibration]
     if len(scales) not in (0, heads):
         raise UsageError(f"The drafter is calibrated for {len(scales)} heads, but has {heads}; train it again.")

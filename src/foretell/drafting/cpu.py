@@ -1,7 +1,7 @@
-"""Drafters' own parts on the compiled backbone, each in one call of the kernels.
+"""Drafting on the compiled backbone, each operation in one call of the kernels.
 
-After a pass of the backbone the interpreter's own data has left the caches, and every call of it costs tenths of a
-millisecond. Legend: B rows, M states, R nodes that ran, d hidden width.
+After a pass of the backbone the interpreter's own data has left the processor's caches, and every operation in Python
+costs tenths of a millisecond. Legend: B rows, M states, R nodes that ran, d hidden width.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class CpuKernels:
 
 
 class CpuPrefixLayer(PrefixLayer):
-    """In one call of the kernels."""
+    """`PrefixLayer` in one call of the kernels."""
 
     def __init__(self, backbone: CompiledBackbone, layer: Backbone, fuse_dP: Tensor | None):
         super().__init__(backbone, layer, fuse_dP)
@@ -72,22 +72,22 @@ class CpuPrefixLayer(PrefixLayer):
         others: Sequence[Tensor], following: Sequence[int],
     ) -> Tensor:  # fmt: skip
         layer, fuse = self._layer, self._fused_linear
-        parts = [each.contiguous() for each in (states_Md, *others)]
+        inputs = [stream.contiguous() for stream in (states_Md, *others)]
         M, d, next_M = sum(counts), layer.config.hidden, torch.tensor(following, dtype=torch.int64)
-        fits = all(each.shape == (M, d) and each.dtype == torch.float32 for each in parts)
+        fits = all(stream.shape == (M, d) and stream.dtype == torch.float32 for stream in inputs)
         check(fits and min(counts) >= 0, f"A prefix layer reads float32 states [{M}, {d}].")
         if fuse:
-            check(len(next_M) == M and fuse.inputs == len(parts) * d, "A fused layer reads every stream and token.")
+            check(len(next_M) == M and fuse.inputs == len(inputs) * d, "A fused layer reads every stream and token.")
             check_ids(next_M, self._backbone.embedding.outputs)
         ends = [length + count for length, count in zip(lengths, counts, strict=True)]
         cache, (cosine, sine) = layer.described(self.cache, rows, ends), layer.rotations(max(ends))
-        told = np.array([rows, lengths, counts], dtype=np.int64)
+        sizes = np.array([rows, lengths, counts], dtype=np.int64)
         committed = library.Committed(
-            len(rows), *told, cosine, sine, fuse.matrix.about if fuse else None, len(others), table(parts[1:]), next_M,
-            self._backbone.embedding.about,
+            len(rows), *sizes, cosine, sine, fuse.matrix.about if fuse else None, len(others), table(inputs[1:]),
+            next_M, self._backbone.embedding.about,
         )  # fmt: skip
-        out_Md = torch.empty_like(parts[0])
-        call("observe", layer.build, layer.about, cache, committed, parts[0], M, out_Md, layer.bf16)
+        out_Md = torch.empty_like(inputs[0])
+        call("observe", layer.build, layer.about, cache, committed, inputs[0], M, out_Md, layer.bf16)
         return out_Md
 
 
@@ -97,14 +97,14 @@ class CpuLowerLayerDrafter:
     def __init__(self, backbone: CompiledBackbone, drafting: LowerLayerDrafting):
         head, adapter, config = drafting.head, drafting.adapter, backbone.config
         if not isinstance(head, PackedHeads) or not (adapter is None or isinstance(adapter, CompiledBackbone)):
-            raise TypeError("What drafts behind compiled layers is compiled too.")
+            raise TypeError("Compiled layers need a compiled head and adapter.")
         self._backbone, self._adapter, reads = backbone, adapter, adapter or backbone
         about, kind = head.about, (backbone.build, backbone.bf16)
         check((head.build, head.bf16) == (reads.build, reads.bf16) == kind, "Its kernels and type are the model's.")
         check(about.layers == 0 and head.heads == 1, "The head is an output matrix alone.")
-        check(about.hidden == config.hidden == reads.config.hidden, "It reads what the model's layers end in.")
+        check(about.hidden == config.hidden == reads.config.hidden, "Adapter and head have the model's width.")
         check(0 < drafting.width <= about.choices == len(drafting.vocabulary_V), "Guesses are some of the vocabulary.")
-        check(not drafting.skip or adapter, "Sublayers of an adapter are skipped, where there is one.")
+        check(not drafting.skip or adapter, "Only an adapter's sublayers can be skipped.")
         vocabulary_V = np.ascontiguousarray(drafting.vocabulary_V, dtype=np.int64)
         check_ids(torch.from_numpy(vocabulary_V), backbone.embedding.outputs)
         self._about = library.Lower(
@@ -114,58 +114,62 @@ class CpuLowerLayerDrafter:
             None if drafting.scale is None else np.array(drafting.scale, dtype=np.float32), backbone.embedding.about,
         )  # fmt: skip
 
-    def climb(self, asked: DraftRequest, cache: KVCache, own: KVCache | None) -> DraftedTrees:
-        backbone, rows, count = self._backbone, len(asked.slots), asked.count
-        lengths = [cache.lengths[slot] for slot in asked.slots]
-        states = [None if each is None else each.contiguous() for each in asked.waiting] or [None] * rows
-        waiting = [0 if each is None else len(each) for each in states]
-        ours = [own.lengths[slot] for slot in asked.slots] if own else [0] * rows
-        ran = max(count + 1, min(asked.room, 1 + asked.beam * max(0, asked.steps - 1)))  # at most, of a row
-        ends = [length + ran for length in lengths]
-        own_ends = [length + new + ran for length, new in zip(ours, waiting, strict=True)]
-        described = backbone.described(cache, asked.slots, ends, asked.layers)
-        described_own = self._adapter.described(own, asked.slots, own_ends) if self._adapter and own else None
-        self._check(asked, states, described_own is not None)
+    def grow_through_layers(self, request: DraftRequest, cache: KVCache, own: KVCache | None) -> DraftedTrees:
+        backbone, rows, count = self._backbone, len(request.slots), request.count
+        lengths = [cache.lengths[slot] for slot in request.slots]
+        states = [None if read is None else read.contiguous() for read in request.waiting] or [None] * rows
+        waiting = [0 if read is None else len(read) for read in states]
+        own_lengths = [own.lengths[slot] for slot in request.slots] if own else [0] * rows
+        most = max(
+            count + 1, min(request.room, 1 + request.beam * max(0, request.steps - 1))
+        )  # nodes of a row that run
+        ends = [length + most for length in lengths]
+        own_ends = [length + new + most for length, new in zip(own_lengths, waiting, strict=True)]
+        described = backbone.described(cache, request.slots, ends, request.layers)
+        described_own = self._adapter.described(own, request.slots, own_ends) if self._adapter and own else None
+        self._check(request, states, described_own is not None)
         d = backbone.config.hidden
-        each_row = (asked.roots, asked.budgets, asked.slots, lengths, ours, waiting)
-        told, numbers = np.array(each_row, dtype=np.int64), np.empty((2, rows), dtype=np.int64)
-        places, given = np.empty((3, rows, count + 1), dtype=np.int64), np.empty((rows, count + 1))
-        hidden_Rd = torch.empty(rows * ran, d)
-        tapped = {tap: torch.empty_like(hidden_Rd) for tap in asked.taps}
+        of_rows = (request.roots, request.budgets, request.slots, lengths, own_lengths, waiting)
+        inputs, numbers = np.array(of_rows, dtype=np.int64), np.empty((2, rows), dtype=np.int64)
+        nodes, probabilities = np.empty((3, rows, count + 1), dtype=np.int64), np.empty((rows, count + 1))
+        hidden_Rd = torch.empty(rows * most, d)
+        tapped = {tap: torch.empty_like(hidden_Rd) for tap in request.taps}
         wanted = library.Climb(
-            rows, asked.layers, count, asked.steps, asked.room, asked.beam, asked.least,
-            np.array(asked.thresholds) if asked.thresholds else None, *told, table(states),
-            *backbone.rotations(max(*ends, *own_ends)), described, described_own, *numbers, *places, given, hidden_Rd,
-            table([tapped.get(tap) for tap in range(asked.layers + 1)]),
+            rows, request.layers, count, request.steps, request.room, request.beam, request.min_gain,
+            np.array(request.thresholds) if request.thresholds else None, *inputs, table(states),
+            *backbone.rotations(max(*ends, *own_ends)), described, described_own, *numbers, *nodes, probabilities,
+            hidden_Rd, table([tapped.get(tap) for tap in range(request.layers + 1)]),
         )  # fmt: skip
         call("climb", backbone.build, self._about, wanted, backbone.bf16)
         sizes, kept = numbers.tolist()
-        at, parents, tokens = places
+        position, parents, tokens = nodes
         if own:
             read = [
-                (slot, new) for slot, new, budget in zip(asked.slots, waiting, asked.budgets, strict=True) if budget > 1
+                (slot, new)
+                for slot, new, budget in zip(request.slots, waiting, request.budgets, strict=True)
+                if budget > 1
             ]
             own.commit([slot for slot, _ in read], [range(new) for _, new in read])
-        order = torch.from_numpy(np.concatenate([at[b, :count] for b, count in enumerate(kept)]))
+        order = torch.from_numpy(np.concatenate([position[b, :count] for b, count in enumerate(kept)]))
         return DraftedTrees(
-            _trees(sizes, parents, tokens, given), kept, hidden_Rd.index_select(0, order),
+            _trees(sizes, parents, tokens, probabilities), kept, hidden_Rd.index_select(0, order),
             {tap: streams.index_select(0, order) for tap, streams in tapped.items()},
         )  # fmt: skip
 
-    def _check(self, asked: DraftRequest, states: Sequence[Tensor | None], has_own: bool) -> None:
-        """Refuses a draft whose parts do not fit together."""
-        rows, d = len(asked.slots), self._backbone.config.hidden
-        check_ids(torch.tensor(asked.roots, dtype=torch.int64), self._backbone.embedding.outputs)
-        fits = len(asked.roots) == len(asked.budgets) == len(states) == rows and asked.count >= 0
-        check(fits and len(asked.thresholds) in (0, rows), "Every row has a root, a budget and a threshold, or none.")
-        fits = asked.layers > 0 and all(0 < tap <= asked.layers for tap in asked.taps)
-        check(fits, f"Only layers 1 to {asked.layers}, which run, can be tapped.")
+    def _check(self, request: DraftRequest, states: Sequence[Tensor | None], has_own: bool) -> None:
+        """Refuses a request whose fields do not fit together."""
+        rows, d = len(request.slots), self._backbone.config.hidden
+        check_ids(torch.tensor(request.roots, dtype=torch.int64), self._backbone.embedding.outputs)
+        fits = len(request.roots) == len(request.budgets) == len(states) == rows and request.count >= 0
+        check(fits and len(request.thresholds) in (0, rows), "Every row has a root, a budget and a threshold, or none.")
+        fits = request.layers > 0 and all(0 < tap <= request.layers for tap in request.taps)
+        check(fits, f"Only layers 1 to {request.layers}, which run, can be tapped.")
         check(has_own == (self._adapter is not None), "An adapter has a cache of its own.")
         fits = all(each is None or (each.shape[1:] == (d,) and each.dtype == torch.float32) for each in states)
         check(fits, f"An adapter reads float32 states of {d} numbers.")
-        if asked.thresholds:
-            fits = asked.steps <= asked.count + 1
-            check(fits, f"A chain of {asked.count} nodes has no room for {asked.steps} steps.")
+        if request.thresholds:
+            fits = request.steps <= request.count + 1
+            check(fits, f"A chain of {request.count} nodes has no room for {request.steps} steps.")
 
 
 class CpuGrower:
@@ -177,37 +181,44 @@ class CpuGrower:
         check(levels and len(levels) == len(d.levels), "Every level has a head of these kernels.")
         kind, self._shape = (backbone.build, backbone.bf16), (d.streams, hidden)
         for k, level in enumerate(levels):
-            about, parts = level.about, d.streams + d.grounded * (k + 1) + d.chained * (k > 0)
+            about, inputs = level.about, d.streams + k + 1
             check(
                 level.heads == 1 and (level.build, level.bf16) == kind, "A level is one head, of the model's kernels."
             )
-            check((about.hidden, about.inputs) == (hidden, hidden * parts), "A level reads a row and a path.")
+            check(
+                (about.hidden, about.inputs) == (hidden, hidden * inputs),
+                "A level reads its row's states and its path.",
+            )
             check(0 < d.width <= about.choices == len(d.vocabulary_V), "Guesses are some of the vocabulary.")
-        check(len(d.scales) in (0, len(levels)), "Every level is believed so far, or none.")
+        check(len(d.scales) in (0, len(levels)), "Every level is calibrated, or none.")
         vocabulary_V = np.ascontiguousarray(d.vocabulary_V, dtype=np.int64)
         check_ids(torch.from_numpy(vocabulary_V), backbone.embedding.outputs)
         scales = np.array(d.scales, dtype=np.float32).reshape(-1, 2) if d.scales else None
         self._about = library.Drafting(
-            len(levels), hidden, d.streams, d.width, d.grounded, d.chained, table([level.about for level in levels]),
+            len(levels), hidden, d.streams, d.width, True, False, table([level.about for level in levels]),
             backbone.embedding.about, vocabulary_V, scales,
         )  # fmt: skip
 
-    def grow(self, roots: Sequence[int], states: Sequence[Tensor | None], count: int, beam: int, least: float) -> Trees:
+    def grow(
+        self, roots: Sequence[int], states: Sequence[Tensor | None], count: int, beam: int, min_gain: float
+    ) -> Trees:
         rows, newest = len(roots), torch.tensor(roots, dtype=torch.int64)
         check_ids(newest, self._backbone.embedding.outputs)
         check(len(states) == rows and count >= 0, "A tree grows from a root and the states of its row.")
         fits = all(each is None or (each.shape == self._shape and each.dtype == torch.float32) for each in states)
         check(fits, f"Heads read {self._shape} float32 states of a row.")
         parents, tokens = np.empty((2, rows, count + 1), dtype=np.int64)
-        sizes, given = np.empty(rows, dtype=np.int64), np.empty((rows, count + 1))
-        wanted = library.Wanted(rows, count, beam, least, table(states), newest, sizes, parents, tokens, given)
+        sizes, probabilities = np.empty(rows, dtype=np.int64), np.empty((rows, count + 1))
+        wanted = library.Wanted(
+            rows, count, beam, min_gain, table(states), newest, sizes, parents, tokens, probabilities
+        )  # fmt: skip
         call("grow", self._backbone.build, self._about, wanted, self._backbone.bf16)
-        return _trees(sizes.tolist(), parents, tokens, given)
+        return _trees(sizes.tolist(), parents, tokens, probabilities)
 
 
-def _trees(sizes: Sequence[int], parents: Integers, tokens: Integers, given: NDArray[np.float64]) -> Trees:
+def _trees(sizes: Sequence[int], parents: Integers, tokens: Integers, probabilities: NDArray[np.float64]) -> Trees:
     """The first nodes of each row, as lists."""
     return [
-        (parents[b, :size].tolist(), tokens[b, :size].tolist(), given[b, :size].tolist())
+        (parents[b, :size].tolist(), tokens[b, :size].tolist(), probabilities[b, :size].tolist())
         for b, size in enumerate(sizes)
     ]

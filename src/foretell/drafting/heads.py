@@ -21,24 +21,24 @@ class DrafterHeads(Protocol):
     def top(
         self, store_Nd: Tensor, which_BS: Sequence[Sequence[int]], count: int, states_BKd: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The `count` most probable outputs of each head, best first: log-probabilities [B, K, count] and indices.
+        """Returns the `count` most probable outputs of each head, best first: log-probabilities [B, K, count], indices.
 
         Args:
-            store_Nd: float32, contiguous; rows read some of its N rows side by side (`side_by_side`).
-            which_BS: which ones each row reads, S of them.
-            states_BKd: float32; filled with what the output matrices read, if given.
+            store_Nd: float32, contiguous; a row of the batch reads some of its N rows (`side_by_side`).
+            which_BS: indices of the S rows that each reads.
+            states_BKd: float32; filled with the input of the output matrices, if given.
         """
         ...
 
 
-def normed(parts: Tensor) -> Tensor:
-    """Each [..., d] divided by its root mean square, as heads read all but their first part."""
-    return F.rms_norm(parts, parts.shape[-1:], eps=1e-6)
+def normed(inputs: Tensor) -> Tensor:
+    """Each [..., d] divided by its root mean square, as heads read all inputs but the first."""
+    return F.rms_norm(inputs, inputs.shape[-1:], eps=1e-6)
 
 
-def side_by_side(parts_PSd: Tensor) -> Tensor:
-    """What heads read, [P, S·d]: the first part as it is, the others divided by their root mean square."""
-    return torch.cat([parts_PSd[:, 0], normed(parts_PSd[:, 1:]).flatten(1)], 1)
+def side_by_side(inputs_PSd: Tensor) -> Tensor:
+    """The input of heads, [P, S·d]: the first state as it is, the others divided by their root mean square."""
+    return torch.cat([inputs_PSd[:, 0], normed(inputs_PSd[:, 1:]).flatten(1)], 1)
 
 
 class StackedHeads:
@@ -51,9 +51,9 @@ class StackedHeads:
         outputs: Sequence[Tensor] | DrafterHeads,
         last_linear: bool = False,
     ):
-        self._bends: list[Callable[[Tensor], Tensor]] = [F.silu] * len(blocks)
+        self._activations: list[Callable[[Tensor], Tensor]] = [F.silu] * len(blocks)
         if last_linear and blocks:
-            self._bends[-1] = lambda x: x
+            self._activations[-1] = lambda x: x
         self._blocks = [[linear(weight, bias) for weight, bias in layer] for layer in blocks]
         if isinstance(outputs, Sequence):
             self._outputs = [linear(weight, None) for weight in outputs]
@@ -66,10 +66,10 @@ class StackedHeads:
         self, store_Nd: Tensor, which_BS: Sequence[Sequence[int]], count: int, states_BKd: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         which = torch.tensor(which_BS, device=store_Nd.device)
-        parts_BSd = store_Nd.index_select(0, which.flatten()).unflatten(0, which.shape)
-        inputs, d = [side_by_side(parts_BSd)] * self._heads, store_Nd.shape[1]
-        for layer, bend in zip(self._blocks, self._bends, strict=True):
-            inputs = [x[:, :d] + bend(block(x)) for block, x in zip(layer, inputs, strict=True)]
+        states_BSd = store_Nd.index_select(0, which.flatten()).unflatten(0, which.shape)
+        inputs, d = [side_by_side(states_BSd)] * self._heads, store_Nd.shape[1]
+        for layer, activation in zip(self._blocks, self._activations, strict=True):
+            inputs = [x[:, :d] + activation(block(x)) for block, x in zip(layer, inputs, strict=True)]
         if states_BKd is not None:
             states_BKd.copy_(torch.stack(inputs, 1))
         outputs = self._outputs if len(self._outputs) > 1 else self._outputs * len(inputs)

@@ -1,10 +1,10 @@
-"""A drafter's own layer before its heads: it attends to all committed states of a row, and is asked once a step.
+"""A drafter's own layer before its heads: it attends to all committed states of a row, once a step.
 
-It keeps keys and values of its own. A fused one reads more than those states: W·[other streams; the embedding of the
-token after each] is added to them, each part divided by its root mean square (EAGLE-3's fusion, arXiv 2503.01840,
+It has keys and values of its own. A fused layer reads more than those states: W·[other streams; the embedding of the
+token after each] is added to them, each input divided by its root mean square (EAGLE-3's fusion, arXiv 2503.01840,
 §3.1).
 
-Legend: M newly committed states, row after row, d hidden width, P parts that are fused.
+Legend: M newly committed states, row after row, d hidden width, P inputs that are fused.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from foretell.drafting.heads import normed
 
 
 class PrefixLayer:
-    """Verb by verb; a backbone may have one that does the same in one call.
+    """The layer, operation by operation; a backbone may have one that does the same in one call.
 
     Args:
-        backbone: whose embedding, and whose kernels.
+        backbone: its embedding and its kernels are used.
         layer: the layer, as `Backbone.layer` gives it.
-        fuse_dP: W [d, P·d] of a fused one.
+        fuse_dP: W [d, P·d] of a fused layer, else None.
     """
 
     def __init__(self, backbone: Backbone, layer: Backbone, fuse_dP: Tensor | None):
@@ -41,8 +41,7 @@ class PrefixLayer:
         return own
 
     def begin(self, row: int, reused: int, room: int) -> None:
-        """Keeps `reused` states of a row at most (an interruption may have kept them from coming here), with room for
-        so many in all."""
+        """Keeps at most `reused` states of a row (after an interruption it has fewer), and reserves `room` in all."""
         length = min(reused, self.length(row))
         if not length and row < self.cache.rows:
             self.cache.release([row])
@@ -50,17 +49,17 @@ class PrefixLayer:
         self.cache.rollback(row, length)
 
     def length(self, row: int) -> int:
-        """States of a row that it has read."""
+        """Number of states of a row that it has read."""
         return self.cache.lengths[row] if row < self.cache.rows else 0
 
     def __call__(
         self, rows: Sequence[int], counts: Sequence[int], states_Md: Tensor, others: Sequence[Tensor] = (),
         following: Sequence[int] = (),
     ) -> Tensor:  # fmt: skip
-        """What the layer makes of newly committed states, `counts[i]` of cache row `rows[i]`: [M, d] float32.
+        """Returns the layer's output for newly committed states, `counts[i]` of cache row `rows[i]`: [M, d] float32.
 
         Args:
-            others: P - 1 streams [M, d] that a fused layer reads, too; following: the token after each state.
+            others: P - 1 further streams [M, d] of a fused layer; following: the token after each state.
         """
         self.cache.reserve({row: self.length(row) + count for row, count in zip(rows, counts, strict=True)})
         lengths = [self.cache.lengths[row] for row in rows]
@@ -73,6 +72,6 @@ class PrefixLayer:
         others: Sequence[Tensor], following: Sequence[int],
     ) -> Tensor:  # fmt: skip
         if self._fuse:
-            parts = [*others, self._embed(torch.tensor(following))]
-            states_Md = states_Md + self._fuse(torch.cat([normed(part) for part in parts], 1))
+            inputs = [*others, self._embed(torch.tensor(following))]
+            states_Md = states_Md + self._fuse(torch.cat(list(map(normed, inputs)), 1))
         return self.layer.run_layers(states_Md, Nodes.chains(rows, lengths, counts), self.cache)[0]

@@ -1,7 +1,7 @@
-"""What a backbone's kernels may do for drafters in one call, and what such a call is given.
+"""What a backbone's kernels may do for drafters in one call: protocols, and the arguments and results of the calls.
 
-Each of these exists twice: level by level in plain Python (`drafting.lower_layers`, the drafters themselves), which is
-what runs everywhere and what the tests trust, and in the kernels of a backbone (`drafting.cpu`).
+Each of these exists twice: level by level in plain Python (`drafting.lower_layers`, the drafters themselves), which
+runs everywhere and is the reference of the tests, and in the kernels of a backbone (`drafting.cpu`).
 
 Legend: B rows, R nodes that pass layers, d hidden width, V draft vocabulary, S states of a row, W waiting states.
 """
@@ -23,15 +23,13 @@ from foretell.drafting.prefix_layer import PrefixLayer
 
 @dataclass(frozen=True)
 class LevelDrafting:
-    """Heads that draft a tree level by level: each reads states of its row, then what its path adds.
+    """Heads that draft a tree level by level: each reads states of its row, then the embeddings of its path's tokens.
 
     Attributes:
         levels: one head each.
         streams: states of a row that are read; width: guesses of a node.
         vocabulary_V: int64 tokens that the heads choose from.
-        scales: how far each head is believed (`trees.calibration`); none are all believed.
-        grounded, chained: whether the embeddings of the path's tokens, and the state that the head above ended in,
-            are read.
+        scales: calibration of each head (`trees.calibration`); empty leaves probabilities unchanged.
     """
 
     levels: Sequence[DrafterHeads]
@@ -39,36 +37,34 @@ class LevelDrafting:
     width: int
     vocabulary_V: NDArray[np.int64]
     scales: Sequence[tuple[float, float]]
-    grounded: bool
-    chained: bool
 
 
 class TreeGrower(Protocol):
     def grow(
-        self, roots: Sequence[int], states: Sequence[Tensor | None], count: int, beam: int, least: float
+        self, roots: Sequence[int], states: Sequence[Tensor | None], count: int, beam: int, min_gain: float
     ) -> list[tuple[list[int], list[int], list[float]]]:
-        """Trees of the most probable paths, `count` nodes at most besides the root.
+        """Returns trees of the most probable paths, at most `count` nodes besides the root.
 
         Args:
             roots: newest token of each row.
             states: what the heads read of each row [S, d] float32; None makes a tree of its root alone.
-            beam: nodes that a level asks at most; least: tokens that it must be able to gain.
+            beam: most nodes of a level that are expanded; min_gain: tokens that a level must be expected to gain.
 
         Returns:
-            Per row parents, tokens and how probable each node is given its parent.
+            Per row parents, tokens, and the probability of each node given its parent.
         """
         ...
 
 
 @dataclass(frozen=True)
 class LowerLayerDrafting:
-    """What guesses behind the model's own lower layers.
+    """A head that guesses from the streams of the model's own lower layers.
 
     Attributes:
-        head: output matrices alone, of one head; width: guesses of a node.
+        head: one output matrix, without blocks; width: guesses of a node.
         vocabulary_V: int64 tokens that it chooses from.
-        scale: how far it is believed (`trees.calibration`); None is believed.
-        adapter: a layer of the drafter's own between, and its final norm; None is the backbone's norm alone.
+        scale: its calibration (`trees.calibration`); None leaves probabilities unchanged.
+        adapter: a layer of the drafter's own before the head, with its final norm; None is the backbone's norm alone.
         skip: of the adapter, see `Backbone.run_layers`.
     """
 
@@ -82,15 +78,15 @@ class LowerLayerDrafting:
 
 @dataclass(frozen=True)
 class DraftRequest:
-    """A draft that is wanted of B rows; see `drafting.lower_layers.Lower`.
+    """Arguments of a draft for B rows; see `drafting.lower_layers.EarlyExitTrees`.
 
     Attributes:
         layers: those that draft; slots: cache rows; roots: newest tokens; budgets: tokens that may still be emitted.
-        count: nodes besides the root; steps: levels; room: nodes of a row that run; all at most.
+        count: most nodes besides the root; steps: most levels; room: most nodes of a row that run.
         thresholds: per row the probability below which its chain ends; none make trees.
-        beam, least: of trees, see `Growing.select_frontier`.
-        taps: layers whose streams are wanted of the nodes that run.
-        waiting: per row states [W, d] that the adapter has still to read, or None.
+        beam, min_gain: of trees, see `GrowingTree.select_frontier`.
+        taps: layers whose streams are returned for the nodes that run.
+        waiting: per row states [W, d] that the adapter has not read yet, or None.
     """
 
     layers: int
@@ -102,18 +98,18 @@ class DraftRequest:
     room: int
     thresholds: Sequence[float] = ()
     beam: int = 0
-    least: float = 0.0
+    min_gain: float = 0.0
     taps: Sequence[int] = ()
     waiting: Sequence[Tensor | None] = ()
 
 
 @dataclass(frozen=True)
 class DraftedTrees:
-    """Trees, of which the `ran` first nodes of each passed the layers.
+    """Trees whose first `ran` nodes passed the layers.
 
     Attributes:
-        trees: per row parents, tokens and how probable each node is given its parent.
-        hidden_Rd, taps: streams of the nodes that passed, row after row, and those after `DraftRequest.taps` layers.
+        trees: per row parents, tokens, and the probability of each node given its parent.
+        hidden_Rd, taps: streams of the nodes that ran, row after row, and those after `DraftRequest.taps` layers.
     """
 
     trees: list[tuple[list[int], list[int], list[float]]]
@@ -123,43 +119,43 @@ class DraftedTrees:
 
 
 class LowerLayerDrafter(Protocol):
-    def climb(self, asked: DraftRequest, cache: KVCache, own: KVCache | None) -> DraftedTrees:
-        """Drafts in one call what `drafting.lower_layers` drafts level by level.
+    def grow_through_layers(self, request: DraftRequest, cache: KVCache, own: KVCache | None) -> DraftedTrees:
+        """Returns in one call what `drafting.lower_layers` drafts level by level.
 
         Args:
-            cache: the engine's; own: the adapter's, which has read `waiting` too afterwards.
+            cache: the engine's; own: the adapter's, which then holds the `waiting` states too.
         """
         ...
 
 
 class DraftKernels(Protocol):
-    """What drafts on one backbone; `kernels.kernels_for` looks it up."""
+    """Drafting on one backbone; `kernels.kernels_for` looks it up."""
 
     def heads(
         self, blocks: Sequence[Sequence[tuple[Tensor, Tensor]]], outputs: Sequence[Tensor] | DrafterHeads,
         linear: bool = False,
     ) -> DrafterHeads:  # fmt: skip
-        """A drafter's own heads through this backbone's kernels, K of them side by side.
+        """Returns K heads of a drafter, computed side by side by this backbone's kernels.
 
         Args:
             blocks: by layer and head, weight [d, I or d] and bias [d] of x + SiLU(W x + b); the first layer reads
-                I numbers (`heads.side_by_side`), whose first d are its x. None at all: matrices read what comes.
+                I numbers (`heads.side_by_side`), whose first d are its x. Without blocks the matrices read the input.
             outputs: the matrices [V, d] after the blocks, one per head or one for all; or other heads, whose
-                matrices serve these too.
+                matrices are shared.
             linear: whether the last layer is x + W x + b.
         """
         ...
 
     def grower(self, drafting: LevelDrafting) -> TreeGrower | None:
-        """Returns what drafts trees in one call; None where drafting level by level is as good."""
+        """Returns a grower of whole trees; None if drafting level by level is as fast."""
         ...
 
     def lower_layers(self, drafting: LowerLayerDrafting) -> LowerLayerDrafter | None:
-        """Returns what drafts with lower layers in one call; None where running them level by level is as good."""
+        """Returns a drafter through lower layers; None if running them level by level is as fast."""
         ...
 
     def prefix_layer(self, tensors: Mapping[str, Tensor], fuse_dP: Tensor | None) -> PrefixLayer:
-        """Returns a drafter's own layer over what was committed.
+        """Returns a drafter's own layer over the committed states.
 
         Args:
             tensors: see `Backbone.layer`; fuse_dP: see `PrefixLayer`.

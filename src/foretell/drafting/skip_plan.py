@@ -1,13 +1,13 @@
 """Which sublayers a draft may leave out, found while decoding (SWIFT, arXiv 2410.06916, §3.2 and §4.1).
 
 A plan leaves out a fixed number of attention blocks and MLPs, never of the first and the last layer. Candidates are
-scored by matchness: run once over tokens that the whole model has just written, how many of them would the plan have
-written too. Most candidates are random; every so often a sampler (optuna's TPE) proposes one from all scores so far;
-the best is kept. A search ends when a plan is good enough or nothing better has come for long.
+scored by matchness: the share of the tokens just written by the whole model that the plan, run once over them, would
+have written too. Most candidates are random; every so often a sampler (optuna's TPE) proposes one from all scores so
+far; the best is kept. A search ends when a plan is good enough, or after many candidates without a better one.
 
-Differences: the tokens are the latest, where the reference takes the first of an answer, and the sampler is no Gaussian
-process. And where the reference never looks again, this search begins anew when the text changes: once drafts are
-accepted clearly less often than after the plan was found.
+Differences: the tokens are the latest, where the reference takes the first of an answer, and the sampler is not a
+Gaussian process. The reference searches once; this search starts again when the text changes, that is, once drafts
+are accepted clearly less often than after the plan was found.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from foretell.loading.catalog import current
 ENOUGH = 0.95
 """Matchness at which a search ends."""
 TOLERANCE, TRIALS = 300, 1000
-"""Candidates in a row that were no better, and candidates in all, after which it ends."""
+"""Candidates without improvement, and candidates in all, after which it ends."""
 BAYES = 25
-"""One candidate in so many is the sampler's."""
+"""One candidate in so many comes from the sampler."""
 USUAL, RECENT, DROP, SURE = 256, 128, 0.15, 4
-"""Drafted tokens whose acceptance is held to be usual, and of late; the fall that is taken for another kind of text,
-and standard errors that it must be at least."""
+"""Drafted tokens that give the usual, and the recent, acceptance; the least drop that means another kind of text, as a
+share and in standard errors."""
 
 
 @dataclass(frozen=True)
@@ -51,30 +51,30 @@ class Plan:
         return bytes(SKIP_ATTENTION * (a in self.attention) + SKIP_MLP * (m in self.mlp) for a, m in both)
 
     def save(self, path: Path, backbone: Backbone, score: float) -> None:
-        about = {
+        content = {
             "backbone": backbone.fingerprint, "layers": backbone.config.layers, "matchness": round(score, 4),
             "attention": self.attention, "mlp": self.mlp,
         }  # fmt: skip
         with write_errors(path.parent):
-            write_json(path, about)
+            write_json(path, content)
 
     @classmethod
     def load(cls, path: Path, backbone: Backbone) -> tuple[Plan, float]:
-        """A saved plan and the matchness that it had.
+        """Returns a saved plan and its matchness.
 
         Raises:
-            ForetellError, UsageError: it is damaged, or of another model.
+            ForetellError, UsageError: the file is damaged, or of another model.
         """
         raw = read_json(path)
         try:
             writer, layers, score = current(str(raw["backbone"])), raw["layers"], float(raw["matchness"])
             plan = cls(tuple(map(int, raw["attention"])), tuple(map(int, raw["mlp"])))
         except (KeyError, TypeError, ValueError) as error:
-            raise ForetellError(f"{path} is no plan of sublayers to skip; name another file with `plan=`.") from error
+            raise ForetellError(f"{path} is not a skip plan; name another file with `plan=`.") from error
         if (writer, layers) != (backbone.fingerprint, backbone.config.layers):
             raise UsageError(
                 f"{path} was found for another model (fingerprint {writer}, {layers} layers), not for this one "
-                f"({backbone.fingerprint}, {backbone.config.layers}); let it be found anew under another name."
+                f"({backbone.fingerprint}, {backbone.config.layers}); let one be found under another name."
             )
         inner = range(1, layers - 1)
         if not set(plan.attention) | set(plan.mlp) <= set(inner):
@@ -83,16 +83,16 @@ class Plan:
 
 
 class PlanSearch:
-    """Proposes plans, is told how they did, and keeps the best.
+    """Proposes plans, records their scores, and keeps the best.
 
     Args:
         ratio: share of the sublayers between first and last layer that are left out.
-        plan, score: one to begin with, and its matchness; else both sublayers of every second layer.
+        plan, score: the first plan and its matchness; by default both sublayers of every second layer.
         enabled: whether to search at all.
 
     Attributes:
-        plan: the best so far; score: its matchness when it was found, -1 where that is not known.
-        searching: whether candidates are wanted; trials: how many were told of.
+        plan: the best so far; score: its matchness when it was found, -1 if unknown.
+        searching: whether the search goes on; trials: candidates scored.
     """
 
     def __init__(
@@ -105,48 +105,48 @@ class PlanSearch:
         odd = tuple(range(1, layers - 1, 2))
         self.layers, self.skipped, self.enabled = layers, int(2 * (layers - 2) * ratio), enabled
         self.plan, self.score, self.searching = plan or Plan(odd, odd), score, enabled and plan is None
-        self.trials = self._in_vain = 0
+        self.trials = self._without_gain = 0
         self._rng, self._seed = np.random.default_rng(seed), seed
-        self._asked: tuple[Plan, Any] | None = None
+        self._pending: tuple[Plan, Any] | None = None
         self._study: Any = None
         self._recent: deque[bool] = deque()
         self._usual: float | None = None  # acceptance after the search ended
 
     def candidate(self) -> Plan:
-        """The next plan to be scored: at the start of a search the one at hand."""
+        """Returns the next plan to be scored; a search starts with the present one."""
         trial = None
         if self.score < 0:
             plan = self.plan
         elif (self.trials + 1) % BAYES == 0:
             trial = self._sampler().ask(self._distributions())
-            plan = self._of(np.array([trial.params[str(i)] for i in range(2 * (self.layers - 2))]))
+            plan = self._plan_of(np.array([trial.params[str(i)] for i in range(2 * (self.layers - 2))]))
         else:
-            plan = self._of(self._rng.random(2 * (self.layers - 2)))
-        self._asked = plan, trial
+            plan = self._plan_of(self._rng.random(2 * (self.layers - 2)))
+        self._pending = plan, trial
         return plan
 
-    def told(self, score: float) -> bool:
-        """How the last candidate did; returns whether it is the best now."""
-        assert self._asked is not None
-        (plan, trial), self._asked = self._asked, None
+    def record(self, score: float) -> bool:
+        """Takes the last candidate's score; returns whether it is the best now."""
+        assert self._pending is not None
+        (plan, trial), self._pending = self._pending, None
         self.trials += 1
         if trial is not None:
             self._sampler().tell(trial, score)
         else:
             self._remember(plan, score)
         better = score > self.score
-        self._in_vain = 0 if better else self._in_vain + 1
+        self._without_gain = 0 if better else self._without_gain + 1
         if better:
             self.plan, self.score = plan, score
-        if self.score > ENOUGH or self._in_vain > TOLERANCE or self.trials > TRIALS:
+        if self.score > ENOUGH or self._without_gain > TOLERANCE or self.trials > TRIALS:
             self.searching = False
         return better
 
-    def accepted(self, kept: int, drafted: int) -> None:
-        """How many of a step's drafted tokens were right: the search begins anew where that falls."""
+    def record_acceptance(self, accepted: int, verified: int) -> None:
+        """Takes a step's accepted and verified guesses; the search starts again if acceptance drops."""
         if self.searching or not self.enabled:
             return
-        self._recent += [True] * kept + [False] * (kept < drafted)  # what follows a miss says nothing
+        self._recent += [True] * accepted + [False] * (accepted < verified)
         if self._usual is None and len(self._recent) >= USUAL:
             self._usual = sum(self._recent) / len(self._recent)
             self._recent = deque(maxlen=RECENT)
@@ -154,16 +154,16 @@ class PlanSearch:
             return
         error = math.sqrt(self._usual * (1 - self._usual) * (1 / USUAL + 1 / RECENT))
         if sum(self._recent) / RECENT < self._usual - max(DROP, SURE * error):
-            self._begin_anew()
+            self._restart()
 
-    def _begin_anew(self) -> None:
-        """What was found out about other text counts no more."""
-        self.searching, self.score, self.trials, self._in_vain = True, -1.0, 0, 0
+    def _restart(self) -> None:
+        """Forgets the scores, which were of other text."""
+        self.searching, self.score, self.trials, self._without_gain = True, -1.0, 0, 0
         self._study, self._usual = None, None
         self._recent = deque()
 
-    def _of(self, values: Any) -> Plan:
-        """The plan that leaves out the sublayers of the greatest values."""
+    def _plan_of(self, values: Any) -> Plan:
+        """The plan that leaves out the sublayers with the largest values."""
         chosen = np.sort(np.argsort(-values, kind="stable")[: self.skipped])
         inner = self.layers - 2
         return Plan(
@@ -190,7 +190,7 @@ class PlanSearch:
         return {str(i): FloatDistribution(0.0, 1.0) for i in range(2 * (self.layers - 2))}
 
     def _remember(self, plan: Plan, score: float) -> None:
-        """A random candidate's score, for the sampler."""
+        """Adds a random candidate's score to the sampler's trials."""
         study = self._sampler()
         from optuna.trial import create_trial
 

@@ -13,30 +13,33 @@ from foretell.trees.tree import ROOT
 
 DEFAULT_NODES = 16
 MODEST = {4: 1.5, 8: 1.7, 16: 1.85}
-"""Tree size -> tokens per step, where nobody has measured what a drafter earns: as little as the least of ours."""
+"""Tree size -> tokens per step assumed of a drafter that was not measured: as few as the worst measured one has."""
 
 
 def tree_size(
-    backbone: Backbone, nodes: int, tokens_per_step: Mapping[int, float], method: str, usual_cost: float, most: int
+    backbone: Backbone, nodes: int, tokens_per_step: Mapping[int, float], method: str, usual_cost: float, max_nodes: int
 ) -> Callable[[int, int], int]:
-    """How large a tree to draft for (rows, context): `nodes` if given, else what pays most by the costs measured
-    on this machine and the `tokens_per_step` of each size; 1 where no size pays. What drafting with `method` takes
-    counts too, and is `usual_cost` plain steps until it is measured.
+    """Returns a rule (rows, context) -> nodes of the tree to draft, root included.
 
-    Without `tokens_per_step` a drafter gets its try, with a tree of the size that would pay most of modest ones.
-    Where costs cannot be known, trees have 16 nodes (one tile of the kernels).
+    The size is `nodes` if given, else the one with the most tokens per second at the step costs of this machine, and 1
+    if no size pays. Where step costs cannot be known, it is 16 (one tile of the kernels).
+
+    Args:
+        tokens_per_step: of each size; if empty, modest figures are assumed, and some tree is always drafted.
+        method: its measured drafting time counts too; usual_cost: in plain steps, until it is measured.
+        max_nodes: the largest tree.
 
     Raises:
         UsageError: `nodes` is more than the drafter's trees have.
     """
     if nodes:
-        if not is_number(nodes, whole=True) or not 2 <= nodes <= most:
-            raise UsageError(f"Its trees have 2 to {most} nodes, not {nodes}; choose another number of nodes.")
+        if not is_number(nodes, whole=True) or not 2 <= nodes <= max_nodes:
+            raise UsageError(f"Its trees have 2 to {max_nodes} nodes, not {nodes}; choose another `nodes=`.")
         return lambda rows, context: nodes
     costs = step_costs(backbone)
     if costs is None:
         return lambda rows, context: DEFAULT_NODES
-    modest = {min(size, most): tokens for size, tokens in MODEST.items()}
+    modest = {min(size, max_nodes): tokens for size, tokens in MODEST.items()}
 
     @cache
     def best(rows: int, context: int) -> int:
@@ -49,6 +52,6 @@ def tree_size(
     return lambda rows, context: best(rows, context // 64 * 64)
 
 
-def nothing(rows: Sequence[Row]) -> Draft:
-    """The draft of a drafter whose trees do not pay here."""
+def no_guesses(rows: Sequence[Row]) -> Draft:
+    """Returns the draft of a drafter whose trees do not pay here: roots alone."""
     return Draft([ROOT] * len(rows), [[row.tokens[-1]] for row in rows], [[1.0] for _ in rows], held=True)

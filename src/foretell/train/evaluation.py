@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from foretell.drafting.learning.heads import Trainable
+from foretell.drafting.learning.trainable import Trainable
 from foretell.train.features import Batches
 from foretell.trees.calibration import Floats, Scale, fit
 from foretell.trees.search import ENDED, Ranks, nested, tree_tokens_per_step

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from foretell.backbone import Backbone, Nodes
 from foretell.contracts import FINAL_NORM
-from foretell.drafting.learning.heads import TrainingBatch
+from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.errors import UsageError
 from foretell.files import atomic_write, sole_writer, write_errors
 from foretell.train.data import Distilled, digest

@@ -29,8 +29,8 @@ from torch import Tensor
 from foretell import api, drafters
 from foretell.api import LLM
 from foretell.drafting.checkpoint import Checkpoint
-from foretell.drafting.learning.heads import Trainable
 from foretell.drafting.learning.method import TrainableMethod
+from foretell.drafting.learning.trainable import Trainable
 from foretell.drafting.options import converted
 from foretell.errors import ForetellError, UsageError
 from foretell.files import read_json, sole_writer, write_errors

@@ -19,7 +19,7 @@ import torch
 
 from foretell.backbone import KVCache, Nodes
 from foretell.contracts import Drafter, Features
-from foretell.drafting.learning.heads import TrainingBatch
+from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.requests import SamplingParams
 from foretell.train.features import Batches
 

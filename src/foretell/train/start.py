@@ -15,8 +15,8 @@ from torch import Tensor
 from foretell import drafters
 from foretell.backbone import Backbone
 from foretell.drafting.checkpoint import Checkpoint, fingerprint, load, shipped
-from foretell.drafting.learning.heads import Trainable
 from foretell.drafting.learning.method import TrainableMethod
+from foretell.drafting.learning.trainable import Trainable
 from foretell.drafting.options import renamed
 from foretell.errors import ForetellError, UsageError
 from foretell.files import one_line

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from foretell.drafting.learning import products
-from foretell.drafting.learning.heads import Trainable
+from foretell.drafting.learning.trainable import Trainable
 from foretell.errors import ForetellError, UsageError, check_numbers
 from foretell.files import atomic_write, complete_lines, one_line, write_errors
 from foretell.loading.catalog import current

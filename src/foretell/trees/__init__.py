@@ -1,4 +1,4 @@
-"""Which futures are guessed: token trees, their named shapes, and how two of them merge."""
+"""Token trees: shapes, growth, search, calibration, merging."""
 
 from foretell.trees.tree import Guesses, TokenTree, cartesian, chain, from_paths, most_probable
 

@@ -1,10 +1,10 @@
-"""Trees grown at every step from what the heads say then: sure heads get a chain, unsure ones a bush.
+"""Trees grown at every step from the heads' probabilities: a chain where they are sure, a bush where they are not.
 
-A static tree gives every step the guesses that pay on average. Heads also say how probable each of their guesses is,
-and a path is about as probable as the product of its guesses; of many candidate paths the most probable ones make the
-tree (EAGLE-2, arXiv 2406.16858, grows its trees so, from a drafter that reads each guess before the next).
+A static tree gives every step the guesses that pay on average. Heads also give a probability for each guess, and a path
+is about as probable as the product of its guesses: of many candidate paths, the most probable ones make the tree
+(EAGLE-2, arXiv 2406.16858, grows its trees so, from a drafter that reads each guess before the next).
 
-Legend: B rows, K heads, R ranks.
+Legend: B rows, K heads, R ranks, F frontier nodes of a tree.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import numpy as np
 from foretell.trees.calibration import Floats, Scale, calibrated
 from foretell.trees.tree import TokenTree, from_paths
 
-Grown = tuple[TokenTree, list[tuple[int, int]], list[float]]
-"""A tree, (head, rank) of each node but the root, and how probable each node is given its parent."""
+RankedTree = tuple[TokenTree, list[tuple[int, int]], list[float]]
+"""A tree, (head, rank) of each node but the root, and the probability of each node given its parent."""
 
 
 class Candidates:
-    """Rank paths, of which every tree is a part.
+    """Rank paths from which every tree is chosen.
 
     Raises:
         UsageError: a path lacks its prefix, or holds a negative rank.
@@ -43,23 +43,23 @@ class Candidates:
 
     @property
     def width(self) -> int:
-        """Ranks that are looked at."""
+        """Ranks of a head that occur in the paths."""
         return max((rank for _, rank in self._guesses), default=-1) + 1
 
-    def grow(self, log_probs_BKR: Floats, nodes: int, scales: Sequence[Scale] = ()) -> list[Grown]:
-        """Each row's tree of the most probable paths.
+    def grow(self, log_probs_BKR: Floats, nodes: int, scales: Sequence[Scale] = ()) -> list[RankedTree]:
+        """Returns each row's tree of the most probable paths.
 
         Args:
             log_probs_BKR: log-probability of each head's guesses, best first.
             nodes: size of the trees, root included.
-            scales: how far each head is believed.
+            scales: calibration of each head; empty leaves probabilities unchanged.
         """
         if scales:
             log_probs_BKR = np.stack([calibrated(log_probs_BKR[:, k], scale) for k, scale in enumerate(scales)], 1)
-        return [self._grown(log_probs_KR, min(nodes - 1, len(self))) for log_probs_KR in log_probs_BKR.tolist()]
+        return [self._most_probable(log_probs_KR, min(nodes - 1, len(self))) for log_probs_KR in log_probs_BKR.tolist()]
 
-    def _grown(self, log_probs_KR: list[list[float]], count: int) -> Grown:
-        """Best first: no path is more probable than its parent, so what the frontier lacks cannot come before it."""
+    def _most_probable(self, log_probs_KR: list[list[float]], count: int) -> RankedTree:
+        """Takes the best node of the frontier `count` times: no path is more probable than its parent."""
         log_probs = [0.0, *(_at_most_certain(log_probs_KR[head][rank]) for head, rank in self._guesses)]
         children = self._tree.children
         frontier = [(-log_probs[node], node) for node in children[0]]
@@ -71,8 +71,8 @@ class Candidates:
             for node in children[best]:
                 heappush(frontier, (cost - log_probs[node], node))
         chosen.sort()  # parents come before children
-        place = {node: i for i, node in enumerate([0, *chosen])}
-        tree = TokenTree((-1, *(place[self._tree.parents[node]] for node in chosen)))
+        index = {node: i for i, node in enumerate([0, *chosen])}
+        tree = TokenTree((-1, *(index[self._tree.parents[node]] for node in chosen)))
         return (
             tree,
             [self._guesses[node - 1] for node in chosen],
@@ -80,79 +80,80 @@ class Candidates:
         )
 
 
-def _at_most_certain(log_probs: float) -> float:
-    """What is no number counts as hopeless, as in `calibration`."""
-    return min(0.0, log_probs) if log_probs == log_probs else -math.inf
+def _at_most_certain(log_prob: float) -> float:
+    """Bounds a log-probability by 0; NaN counts as impossible, as in `calibration`."""
+    return min(0.0, log_prob) if log_prob == log_prob else -math.inf
 
 
 @dataclass
-class Growing:
-    """A tree that is drafted level by level, each guess from what stands before it; node 0 is the root.
+class GrowingTree:
+    """A tree that is drafted level by level; node 0 is the root.
 
     Attributes:
-        tokens: of each node; given: how probable it is given its parent; values: log-probability of its path.
-        asked: nodes whose guesses the next level makes.
-        floor: value of the least probable node that would be taken now; who is below need not be added.
+        tokens: of each node; cond_probs: of each node given its parent; path_log_probs: of each node's path.
+        frontier: nodes that the next level expands.
+        min_log_prob: of the least probable node that would be kept now; guesses below it need not be added.
     """
 
     tokens: list[int]
-    asked: list[int]
-    floor: float = -math.inf
+    frontier: list[int]
+    min_log_prob: float = -math.inf
     parents: list[int] = field(default_factory=lambda: [-1])
-    given: list[float] = field(default_factory=lambda: [1.0])
-    values: list[float] = field(default_factory=lambda: [0.0])
+    cond_probs: list[float] = field(default_factory=lambda: [1.0])
+    path_log_probs: list[float] = field(default_factory=lambda: [0.0])
 
-    def add(self, parent: int, token: int, log_probs: float) -> None:
-        log_probs = _at_most_certain(log_probs)
+    def add(self, parent: int, token: int, log_prob: float) -> None:
+        log_prob = _at_most_certain(log_prob)
         self.parents.append(parent)
         self.tokens.append(token)
-        self.given.append(math.exp(log_probs))
-        self.values.append(self.values[parent] + log_probs)
+        self.cond_probs.append(math.exp(log_prob))
+        self.path_log_probs.append(self.path_log_probs[parent] + log_prob)
 
-    def extend(self, log_probs_AR: Floats, tokens_AR: Sequence[Sequence[int]], count: int) -> None:
-        """Adds the guesses behind `asked` that might be among the `count` best nodes."""
-        values = (np.array([self.values[node] for node in self.asked])[:, None] + log_probs_AR).ravel()
-        order = np.argsort(-values, kind="stable")[:count]
-        for i in np.sort(order[values[order] > self.floor]).tolist():
-            place, rank = divmod(i, log_probs_AR.shape[1])
-            self.add(self.asked[place], tokens_AR[place][rank], float(log_probs_AR[place, rank]))
+    def extend(self, log_probs_FR: Floats, tokens_FR: Sequence[Sequence[int]], count: int) -> None:
+        """Adds those guesses after the frontier that may be among the `count` best nodes."""
+        above_F = np.array([self.path_log_probs[node] for node in self.frontier])
+        paths = (above_F[:, None] + log_probs_FR).ravel()
+        order = np.argsort(-paths, kind="stable")[:count]
+        for i in np.sort(order[paths[order] > self.min_log_prob]).tolist():
+            index, rank = divmod(i, log_probs_FR.shape[1])
+            self.add(self.frontier[index], tokens_FR[index][rank], float(log_probs_FR[index, rank]))
 
     def fill(
-        self,
-        shape: TokenTree,
-        ordered: Sequence[tuple[int, ...]],
-        log_probs_AR: Floats,
-        tokens_AR: Sequence[Sequence[int]],
-    ) -> None:
-        """Adds what a tree of rank paths (`from_paths`) wants behind `asked`, and asks what was added.
+        self, shape: TokenTree, ordered: Sequence[tuple[int, ...]], log_probs_FR: Floats,
+        tokens_FR: Sequence[Sequence[int]],
+    ) -> None:  # fmt: skip
+        """Adds the guesses that a tree of rank paths (`from_paths`) has after the frontier; they are the next one.
 
-        Its paths come level by level, so that nodes have the same numbers here and there.
+        Its paths come level by level, so nodes have the same numbers in both trees.
         """
         since = len(self.parents)
-        for place, node in enumerate(self.asked):
+        for index, node in enumerate(self.frontier):
             for child in shape.children[node]:
                 rank = ordered[child][-1]
-                self.add(node, tokens_AR[place][rank], float(log_probs_AR[place, rank]))
-        self.asked = list(range(since, len(self.parents)))
+                self.add(node, tokens_FR[index][rank], float(log_probs_FR[index, rank]))
+        self.frontier = list(range(since, len(self.parents)))
 
     def best(self, count: int) -> list[int]:
-        """The most probable nodes, without the root. None is less probable than its child, and of equals the older
-        come first: so they are a tree."""
-        return sorted(range(1, len(self.parents)), key=lambda node: -self.values[node])[:count]
+        """The most probable nodes without the root. No node is less probable than its child, and of equals the older
+        comes first: together with the root they are a tree."""
+        return sorted(range(1, len(self.parents)), key=lambda node: -self.path_log_probs[node])[:count]
 
-    def select_frontier(self, count: int, since: int, most: int, least: float) -> None:
-        """Chooses whom to ask next: of the `count` best nodes those from `since` on, `most` of them; nobody where that
-        can hardly gain anything: guesses behind them are no more probable, and have to push others out."""
+    def select_frontier(self, count: int, since: int, beam: int, min_gain: float) -> None:
+        """Selects the next frontier: of the `count` best nodes those from `since` on, at most `beam` of them.
+
+        It is empty if the expected gain is below `min_gain` tokens: guesses after these nodes are no more probable than
+        they are, and displace other nodes.
+        """
         best = self.best(count)
-        self.floor = self.values[best[-1]] if best and len(best) == count else -math.inf
-        self.asked = [node for node in best if node >= since][:most]
-        displaced = len(self.asked) * math.exp(self.floor)
-        if sum(math.exp(self.values[node]) for node in self.asked) - displaced < least:
-            self.asked = []
+        self.min_log_prob = self.path_log_probs[best[-1]] if best and len(best) == count else -math.inf
+        self.frontier = [node for node in best if node >= since][:beam]
+        displaced = len(self.frontier) * math.exp(self.min_log_prob)
+        if sum(math.exp(self.path_log_probs[node]) for node in self.frontier) - displaced < min_gain:
+            self.frontier = []
 
     def cut(self, nodes: Iterable[int]) -> tuple[TokenTree, list[int], list[float]]:
-        """The root and these nodes: tree, tokens and how probable each is given its parent."""
+        """Returns the root and these nodes: tree, tokens, and the probability of each given its parent."""
         kept = [0, *sorted(nodes)]
-        place = {node: i for i, node in enumerate(kept)}
-        tree = TokenTree((-1, *(place[self.parents[node]] for node in kept[1:])))
-        return tree, [self.tokens[node] for node in kept], [self.given[node] for node in kept]
+        index = {node: i for i, node in enumerate(kept)}
+        tree = TokenTree((-1, *(index[self.parents[node]] for node in kept[1:])))
+        return tree, [self.tokens[node] for node in kept], [self.cond_probs[node] for node in kept]

@@ -1,7 +1,7 @@
 """The nine trees that Medusa was published with, by name, as rank paths.
 
 `published.json` is data from the repository FasterDecoding/Medusa (Apache-2.0, medusa/model/medusa_choices.py), each
-found for one of its models. Checkpoint users know them; for heads of one's own, `trees.search` finds better ones.
+found for one of its models. They serve published checkpoints; for your own heads, `trees.search` finds better ones.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def published_trees() -> dict[str, list[tuple[int, ...]]]:
 
 
 def published(name: str) -> list[tuple[int, ...]]:
-    """One of them.
+    """Returns a published tree by name.
 
     Raises:
-        UsageError: for an unknown name, with a near one.
+        UsageError: the name is unknown; the sentence suggests a near one.
     """
     trees = published_trees()
     if name not in trees:

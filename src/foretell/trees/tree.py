@@ -97,8 +97,8 @@ class TokenTree:
     def pruned(self, height: int) -> TokenTree:
         """The tree without nodes deeper than `height`; see `keep` for which nodes those are."""
         kept = self.keep(height)
-        place = {node: i for i, node in enumerate(kept)}
-        return TokenTree(tuple(-1 if self.parents[n] < 0 else place[self.parents[n]] for n in kept))
+        index = {node: i for i, node in enumerate(kept)}
+        return TokenTree(tuple(-1 if self.parents[n] < 0 else index[self.parents[n]] for n in kept))
 
     def keep(self, height: int) -> list[int]:
         """Nodes no deeper than `height`, in order."""
@@ -115,7 +115,7 @@ def chain(length: int) -> TokenTree:
 
 
 def from_paths(paths: Iterable[Sequence[int]]) -> tuple[TokenTree, list[tuple[int, ...]]]:
-    """Builds the tree of Medusa's rank paths, sorted by (length, lexicographic).
+    """Returns the tree of Medusa's rank paths, sorted by (length, lexicographic).
 
     A path (i1, ..., ij) names the guess of rank ij under the guess (i1, ..., ij-1); ranks count from 0.
 
@@ -126,14 +126,14 @@ def from_paths(paths: Iterable[Sequence[int]]) -> tuple[TokenTree, list[tuple[in
         UsageError: if a path's own prefix is missing or a rank is negative.
     """
     ordered = sorted({tuple(path) for path in paths} | {()}, key=lambda path: (len(path), path))
-    place = {path: node for node, path in enumerate(ordered)}
+    index = {path: node for node, path in enumerate(ordered)}
     parents = [-1]
     for path in ordered[1:]:
         if min(path) < 0:
             raise UsageError(f"The tree path {list(path)} holds a negative rank; ranks count from 0.")
-        if path[:-1] not in place:
+        if path[:-1] not in index:
             raise UsageError(f"The tree path {list(path)} lacks its prefix {list(path[:-1])}; add it to the paths.")
-        parents.append(place[path[:-1]])
+        parents.append(index[path[:-1]])
     return TokenTree(tuple(parents)), ordered
 
 
@@ -154,10 +154,10 @@ class Guesses:
 
 
 def most_probable(one: Guesses, other: Guesses, size: int) -> Guesses:
-    """The `size` most probable nodes of the union of two trees over one root, the most probable first.
+    """Returns the `size` most probable nodes of the union of two trees over one root, the most probable first.
 
-    Paths that guess the same tokens share their nodes, with the higher probability of the two. A node is as probable
-    as its path, so that no path is cut off from its root; of equals, those of `one` stay.
+    Paths of the same tokens share their nodes, with the higher probability of the two. A node is as probable as its
+    path, so that no path is cut off from its root; of equals, those of `one` stay.
 
     Raises:
         UsageError: the roots hold different tokens.
@@ -166,37 +166,37 @@ def most_probable(one: Guesses, other: Guesses, size: int) -> Guesses:
 
 
 def merged(one: Guesses, other: Guesses, size: int, first: int) -> tuple[Guesses, list[int]]:
-    """What `most_probable` chooses, where the `first` nodes of `one` that are chosen come first and keep their order.
+    """Returns what `most_probable` does, with those of the first `first` nodes of `one` that are chosen coming first.
 
-    That ends at a node whose sibling before it holds the same token.
+    They keep their order; a node whose earlier sibling holds the same token, and those after it, are not among them.
 
     Returns:
         The union, and which of these nodes are in it.
     """
     if one.tokens[0] != other.tokens[0]:
         raise UsageError(f"Trees with different roots cannot merge: token {one.tokens[0]} against {other.tokens[0]}.")
-    parents, tokens, given = [-1], [one.tokens[0]], [1.0]
-    place: dict[tuple[int, int], int] = {}  # (node, token) -> its child that holds the token
+    parents, tokens, probabilities = [-1], [one.tokens[0]], [1.0]
+    child: dict[tuple[int, int], int] = {}  # (node, token) -> its child that holds the token
     for source in (one, other):
         moved = [0] * len(source.tokens)
         for node, parent in enumerate(source.tree.parents[1:], start=1):
             key = (moved[parent], source.tokens[node])
-            at = place.setdefault(key, len(parents))
-            if at == len(parents):
+            index = child.setdefault(key, len(parents))
+            if index == len(parents):
                 parents.append(key[0])
                 tokens.append(key[1])
-                given.append(source.probabilities[node])
-            given[at] = max(given[at], source.probabilities[node])
-            moved[node] = at
-            if source is one and at != node:  # a sibling's twin: nodes from here on have other numbers
+                probabilities.append(source.probabilities[node])
+            probabilities[index] = max(probabilities[index], source.probabilities[node])
+            moved[node] = index
+            if source is one and index != node:  # a duplicate sibling: nodes from here on have other numbers
                 first = min(first, node)
     first = min(first, len(one.tokens))
     values = [1.0]
     for node in range(1, len(parents)):
-        values.append(values[parents[node]] * given[node])
+        values.append(values[parents[node]] * probabilities[node])
     chosen = [0, *sorted(range(1, len(parents)), key=lambda node: -values[node])[: size - 1]]
     kept = sorted(node for node in chosen if node < first)
     chosen = kept + [node for node in chosen if node >= first]
     new = {node: i for i, node in enumerate(chosen)}
     tree = TokenTree((-1, *(new[parents[node]] for node in chosen[1:])))
-    return Guesses(tree, [tokens[node] for node in chosen], [given[node] for node in chosen]), kept
+    return Guesses(tree, [tokens[node] for node in chosen], [probabilities[node] for node in chosen]), kept

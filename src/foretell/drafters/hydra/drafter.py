@@ -1,18 +1,18 @@
 """Hydra: heads that read the guesses before theirs, so that a path's tokens fit together.
 
-A Medusa head guesses token p + k + 2 from position p alone; several of its guesses answer several first tokens, and
-none knows which. Head k of Hydra reads the path's own tokens as well, [state; E(p + 1); ...; E(p + 1 + k)], and is
-asked level by level, once for each node that may grow further: one batched call a level. arXiv 2402.05109.
+A Medusa head guesses token p + k + 2 from position p alone, whatever the tokens between are guessed to be. Head k of
+Hydra reads the path's own tokens as well, [state; E(p + 1); ...; E(p + 1 + k)], and is evaluated level by level, once
+for each node of the frontier: one batched call a level. arXiv 2402.05109.
 
-`hydra++` puts a decoder layer of its own before the heads: it attends to every committed state, once a step, and its
+`hydra++` has a decoder layer of its own before the heads: it attends to every committed state, once a step, and its
 stream takes the place of the state. Here the layer adds to that stream and starts at zero, as all blocks do, so that a
-fresh drafter of either kind says what the output head says; the paper's blocks have a matrix in the place of
-x in x + SiLU(W u + b), and its layer a norm behind it.
+fresh drafter of either kind equals the output head; the paper's blocks have a matrix in the place of x in
+x + SiLU(W u + b), and its layer is followed by a norm.
 
-Trees grow best first: a node is as probable as its path, only nodes that may still be among the best are asked
+Trees grow best first: a node is as probable as its path, and only nodes that may still be among the best are expanded
 (EAGLE-2, arXiv 2406.16858, §4); or they are static, made of rank paths.
 
-Legend: B rows, K heads, d hidden width, P positions, T tokens, V draft vocabulary, F nodes that are asked.
+Legend: B rows, K heads, d hidden width, P positions, T tokens, V draft vocabulary, F frontier nodes of all rows.
 """
 
 from __future__ import annotations
@@ -40,39 +40,44 @@ from foretell.drafting.checkpoint import (
 )
 from foretell.drafting.heads import DrafterHeads
 from foretell.drafting.kernels import kernels_for
-from foretell.drafting.learning.heads import DecoderLayer, draft_outputs, evenly_spread
+from foretell.drafting.learning.decoder_layer import DecoderLayer
+from foretell.drafting.learning.heads import draft_outputs, evenly_spread
 from foretell.drafting.options import option
 from foretell.drafting.protocols import LevelDrafting
-from foretell.drafting.tree_size import nothing, tree_size
+from foretell.drafting.tree_size import no_guesses, tree_size
 from foretell.trees import TokenTree, from_paths
 from foretell.trees.calibration import Floats, calibrated
-from foretell.trees.growing import Growing
+from foretell.trees.growing import GrowingTree
 from foretell.trees.published import published
 
 MIN_GAIN = 0.08
-"""Tokens that a level must be able to gain: it costs some 4 % of a step, which earns two."""
+"""Tokens that a level must be expected to gain: it costs some 4 % of a step of two tokens."""
 BEAM = 8
-"""Nodes of a level that are asked for more, at most: rows that the kernels multiply at the price of one."""
+"""Most nodes of a level that are expanded: rows that the kernels multiply at the price of one."""
 WIDTH = 10
-"""Guesses that each of them makes."""
+"""Guesses of each of them."""
 MAX_NODES = 128
-"""Nodes of a tree."""
+"""Most nodes of a tree."""
 
 
 class Hydra(Drafter):
-    """Drafts with trained heads.
+    """Drafts with trained heads that read their path.
 
     Args:
         arch, tensors: as `HydraHeads.checkpoint` gave them.
         paths: rank paths of static trees, prefixes first.
         size: (rows, context) -> nodes of the tree to draft, root included; 1 drafts nothing.
         tokens_per_step: tree size -> tokens per step on held-out text.
-        grown: best first, or static.
-        scales: how far each head is believed.
+        grown: whether trees grow best first; else they are static.
+        scales: calibration of each head.
     """
 
     method, plus = "hydra", False
-    STARTS: ClassVar[tuple[str, ...]] = ("medusa", "medusa2", "hydra")  # whose numbers its heads may begin with
+    STARTS: ClassVar[tuple[str, ...]] = (
+        "medusa",
+        "medusa2",
+        "hydra",
+    )  # methods whose checkpoints a training may start from
 
     @dataclass(frozen=True)
     class Options(CheckpointOptions):
@@ -106,8 +111,8 @@ class Hydra(Drafter):
         self._embed, self._vocabulary_V = backbone.embed, tensors["vocabulary"].long().numpy()
         check_tree(self.paths, self.heads, len(self._vocabulary_V))
         self._shape = cache(lambda count: from_paths(self.paths[:count]))
-        most = max((rank for path in self.paths for rank in path), default=0) + 1
-        self._width = min(WIDTH, len(self._vocabulary_V)) if grown else most
+        width = max((rank for path in self.paths for rank in path), default=0) + 1
+        self._width = min(WIDTH, len(self._vocabulary_V)) if grown else width
         self._levels: list[DrafterHeads] = []
         for k in range(self.heads):
             pairs = [(tensors[f"first.{k}"], tensors["first_bias"][k].float())]
@@ -117,9 +122,8 @@ class Hydra(Drafter):
             outputs = self._levels[0] if k else list(tensors["head"])
             self._levels.append(kernels_for(backbone).heads([[pair] for pair in pairs], outputs, arch["linear_tail"]))
         streams = 1 if arch["fuse_prefix"] else len(self.taps)
-        vocabulary, reads = self._vocabulary_V, (True, False)
         self._grower = kernels_for(backbone).grower(
-            LevelDrafting(self._levels, streams, self._width, vocabulary, self._scales, *reads)
+            LevelDrafting(self._levels, streams, self._width, self._vocabulary_V, self._scales)
         )
         layer = {name[7:]: tensor for name, tensor in tensors.items() if name.startswith("prefix.")}
         fuse = tensors["fuse"] if arch["fuse_prefix"] else None
@@ -136,7 +140,7 @@ class Hydra(Drafter):
         most = MAX_NODES if grown else min(MAX_NODES, len(paths) + 1)
         nodes = options.nodes or (most if options.tree else 0)
         size = tree_size(backbone, nodes, found.tokens_per_step, cls.method, cls.usual_cost, most)
-        with damage_named(options.checkpoint or f"The {cls.method} drafter that came with foretell"):
+        with damage_named(options.checkpoint or f"The {cls.method} drafter that ships with foretell"):
             if found.arch["prefix"] != cls.plus:
                 raise KeyError("prefix")
             return cls(backbone, found.arch, tensors, paths, size, found.tokens_per_step, grown, found.calibration)
@@ -156,7 +160,7 @@ class Hydra(Drafter):
     def max_nodes(self) -> int:
         return MAX_NODES
 
-    # -- what was committed -----------------------------------------------------------------------------------------
+    # -- committed states -----------------------------------------------------------------------------------------
 
     def bind(self, cache: KVCache) -> None:
         if self._prefix:
@@ -164,7 +168,7 @@ class Hydra(Drafter):
         self._states = {}
 
     def reusable_tokens(self, slot: int, tokens: int) -> int:
-        """An interruption may have kept states from the layer, and the last that a fused one read had another token
+        """After an interruption the layer lacks states, and the last state of a fused one was read with another token
         after it."""
         return max(0, min(tokens - self._prefix.fused, self._prefix.length(slot))) if self._prefix else tokens
 
@@ -198,7 +202,7 @@ class Hydra(Drafter):
         tokens: list[int] = []
         for row, count in zip(rows, counts, strict=True):
             begin = self._prefix.length(row.slot) + 1
-            following = row.tokens[begin : begin + count]  # a stop may have cut them short: then nothing follows
+            following = row.tokens[begin : begin + count]  # fewer where a stop has cut the accepted tokens
             tokens += following + row.tokens[-1:] * (count - len(following))
         return tokens
 
@@ -207,85 +211,88 @@ class Hydra(Drafter):
     def draft(self, rows: Sequence[Row]) -> Draft:
         count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), self.max_nodes) - 1
         if not count:
-            return nothing(rows)
+            return no_guesses(rows)
         if self.grown and self._grower:
             states = [self._states.get(row.slot) for row in rows]
             grown = self._grower.grow([row.tokens[-1] for row in rows], states, count, BEAM, MIN_GAIN)
             return Draft(
                 [TokenTree(tuple(parents)) for parents, _, _ in grown], [tokens for _, tokens, _ in grown],
-                [given for _, _, given in grown],
+                [probabilities for _, _, probabilities in grown],
             )  # fmt: skip
         return self._by_level(rows, count)
 
     def _by_level(self, rows: Sequence[Row], count: int) -> Draft:
-        """The same, and static trees, one level at a time."""
+        """Returns the same trees, or static ones, one level at a time."""
         shape = None if self.grown else self._shape(count)
-        trees = [Growing([row.tokens[-1]], [0] if row.slot in self._states else []) for row in rows]
-        reading = Reading(self._hidden, self._device)
+        trees = [GrowingTree([row.tokens[-1]], [0] if row.slot in self._states else []) for row in rows]
+        inputs = HeadInputs(self._hidden, self._device)
         for i, row in enumerate(rows):
             if row.slot in self._states:  # none after a prompt of one token
-                reading.parts[i, 0] = list(reading.add(self._states[row.slot]))
+                inputs.of[i, 0] = list(inputs.add(self._states[row.slot]))
         for k in range(self.heads):
             if shape:
                 for tree in trees:
-                    tree.asked = [node for node in tree.asked if shape[0].children[node]]
-            if not any(tree.asked for tree in trees):
+                    tree.frontier = [node for node in tree.frontier if shape[0].children[node]]
+            if not any(tree.frontier for tree in trees):
                 break
-            log_probs_FR, tokens_FR = self._ask(k, trees, reading)
-            at = 0
+            log_probs_FR, tokens_FR = self._expand(k, trees, inputs)
+            end = 0
             for tree in trees:
-                mine, since = slice(at, at + len(tree.asked)), len(tree.parents)
-                at = mine.stop
+                begin, end, since = end, end + len(tree.frontier), len(tree.parents)
                 if shape:
-                    tree.fill(*shape, log_probs_FR[mine], tokens_FR[mine])
+                    tree.fill(*shape, log_probs_FR[begin:end], tokens_FR[begin:end])
                 else:
-                    tree.extend(log_probs_FR[mine], tokens_FR[mine], count)
+                    tree.extend(log_probs_FR[begin:end], tokens_FR[begin:end], count)
                     if k + 1 < self.heads:
                         tree.select_frontier(count, since, BEAM, MIN_GAIN)
         cut = [tree.cut(range(1, len(tree.parents)) if shape else tree.best(count)) for tree in trees]
-        return Draft([tree for tree, _, _ in cut], [tokens for _, tokens, _ in cut], [given for _, _, given in cut])
+        return Draft(
+            [tree for tree, _, _ in cut],
+            [tokens for _, tokens, _ in cut],
+            [probabilities for _, _, probabilities in cut],
+        )
 
-    def _ask(self, k: int, trees: Sequence[Growing], reading: Reading) -> tuple[Floats, list[list[int]]]:
-        """Head k, at all nodes that are asked: log-probabilities and tokens of its guesses, best first."""
-        asked = [(row, node) for row, tree in enumerate(trees) for node in tree.asked]
-        above = [(row, max(0, trees[row].parents[node])) for row, node in asked]
-        read_FS = [reading.parts[each] for each in above]
-        embedded_Fd = self._embed(torch.tensor([trees[row].tokens[node] for row, node in asked]))
-        read_FS = [[*read, number] for read, number in zip(read_FS, reading.add(embedded_Fd), strict=True)]
-        reading.parts.update(zip(asked, read_FS, strict=True))
-        log_probs_FKR, best_FKR = self._levels[k].top(reading.store_Nd, read_FS, self._width)
+    def _expand(self, k: int, trees: Sequence[GrowingTree], inputs: HeadInputs) -> tuple[Floats, list[list[int]]]:
+        """Head k at the frontiers of all trees: log-probabilities and tokens of its guesses, best first."""
+        nodes_F = [(row, node) for row, tree in enumerate(trees) for node in tree.frontier]
+        parents_F = [(row, max(0, trees[row].parents[node])) for row, node in nodes_F]
+        read_FS = [inputs.of[parent] for parent in parents_F]
+        embedded_Fd = self._embed(torch.tensor([trees[row].tokens[node] for row, node in nodes_F]))
+        read_FS = [[*read, index] for read, index in zip(read_FS, inputs.add(embedded_Fd), strict=True)]
+        inputs.of.update(zip(nodes_F, read_FS, strict=True))
+        log_probs_FKR, best_FKR = self._levels[k].top(inputs.store_Nd, read_FS, self._width)
         log_probs_FR = log_probs_FKR[:, 0].cpu().numpy()
         if self._scales:
             log_probs_FR = calibrated(log_probs_FR, self._scales[k])
         return log_probs_FR, self._vocabulary_V[best_FKR[:, 0].cpu().numpy()].tolist()
 
 
-class Reading:
-    """What heads read while a draft is made: rows of one store, so that levels share what they have in common.
+class HeadInputs:
+    """The heads' inputs during a draft: states in one store, so that levels share those of their common paths.
 
     Attributes:
-        parts: by (row of the batch, node): which of the store's rows are read there.
+        of: (row of the batch, node) -> indices of the states that are read there.
     """
 
     def __init__(self, width: int, device: torch.device):
         self.store_Nd, self.used = torch.empty(64, width, device=device), 0
-        self.parts: dict[tuple[int, int], list[int]] = {}
+        self.of: dict[tuple[int, int], list[int]] = {}
 
     def add(self, states_Fd: Tensor) -> range:
-        """Stores rows; returns their indices."""
+        """Stores states; returns their indices."""
         count = len(states_Fd)
         if self.used + count > len(self.store_Nd):
             larger = self.store_Nd.new_empty(2 * (self.used + count), self.store_Nd.shape[1])
             larger[: self.used] = self.store_Nd[: self.used]
             self.store_Nd = larger
-        numbers = range(self.used, self.used + count)
+        indices = range(self.used, self.used + count)
         self.used += count
-        self.store_Nd[numbers.start : numbers.stop] = states_Fd
-        return numbers
+        self.store_Nd[indices.start : indices.stop] = states_Fd
+        return indices
 
 
 class HydraPlus(Hydra):
-    """With a layer before the heads."""
+    """Hydra with a layer of its own before the heads."""
 
     method, plus, Training = "hydra++", True, HydraPlusTraining
     STARTS = (*Hydra.STARTS, method)

@@ -1,6 +1,6 @@
 """Hydra's heads while they learn; `drafter.py` says what they are.
 
-Legend: K heads, L deeper blocks of a head, d hidden width, P positions, I numbers a head reads, V draft vocabulary.
+Legend: K heads, L deeper blocks of a head, d hidden width, P positions, I width of a head's input, V draft vocabulary.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from torch.nn import functional as F
 
 from foretell.contracts import FINAL_NORM
 from foretell.drafting.heads import normed
-from foretell.drafting.learning.heads import DecoderLayer, GuessingHeads, HeadTraining, TrainingBatch
+from foretell.drafting.learning.decoder_layer import DecoderLayer
+from foretell.drafting.learning.heads import GuessingHeads, HeadTraining
 from foretell.drafting.learning.products import product
+from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.drafting.options import option, renamed, stored_options
 from foretell.errors import UsageError
 
@@ -71,7 +73,7 @@ class HydraHeads(GuessingHeads):
     Args:
         head_Vd, vocabulary_V, vocab_size: see `GuessingHeads`.
         training: its `layers` count the blocks of each head; the first reads the path, the others d numbers.
-        taps: layers whose streams are read besides the final state.
+        taps: layers whose streams are read beside the final state.
         embed: the backbone's embedding.
         prefix: the layer before the heads of Hydra++, or None.
     """
@@ -100,7 +102,7 @@ class HydraHeads(GuessingHeads):
         return [(self.first[k], self.first_bias_Kd[k]), *deep]
 
     def states(self, k: int, x_PI: Tensor) -> Tensor:
-        """What the output matrix reads of head k, [P, d]; `x_PI` as `drafting.heads.side_by_side` gives it."""
+        """Output of the blocks of head k, [P, d]; `x_PI` as `drafting.heads.side_by_side` gives it."""
         out_Pd = x_PI[:, : self.deep_KLdd.shape[-1]]
         for weight, bias in self.blocks(k):
             read = F.dropout(x_PI, self.dropout, self.training)
@@ -121,42 +123,42 @@ class HydraHeads(GuessingHeads):
         if self.prefix:
             streams[0] = self.prefix(streams[0])
         first, *others = (stream.flatten(0, 1)[sources_P] for stream in streams)
-        parts = [first, *map(normed, others)]  # as `side_by_side` does, each once
+        inputs = [first, *map(normed, others)]  # as in `side_by_side`, each computed once
         tokens = batch.tokens_BT.flatten()
         out: list[Tensor] = []
         for k in range(self.heads):
-            # beyond the end there is nothing to guess either
-            parts.append(normed(self.embed(tokens[(sources_P + k + 1).clamp(max=len(tokens) - 1)])))
-            out.append(self.states(k, torch.cat(parts, 1)))
+            # beyond the end of the text nothing is guessed either
+            inputs.append(normed(self.embed(tokens[(sources_P + k + 1).clamp(max=len(tokens) - 1)])))
+            out.append(self.states(k, torch.cat(inputs, 1)))
         return torch.stack(out)
 
     @torch.no_grad()
     def start(self, arch: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         if "weight.0" in tensors:  # Medusa's heads, which read no more than the root
             if arch["output"] == "own":
-                raise UsageError("It has an output matrix for each head; train one with `output='tied'` to begin with.")
+                raise UsageError("It has an output matrix for each head; train one with `output='tied'` to start from.")
             tensors, arch = _as_hydra(tensors), arch | {"linear_tail": False, "prefix": False, "fuse_prefix": False}
         else:
             arch = read_arch(arch)
-        theirs, ours = tensors["deep"].shape[1], self.deep_KLdd.shape[1]
+        stored, deep = tensors["deep"].shape[1], self.deep_KLdd.shape[1]
         more = arch["prefix"] > bool(self.prefix) or arch["fuse_prefix"] > (self.fuse is not None)
         if arch["taps"] != list(self.taps[:-1]) or more:
-            raise UsageError("It reads other things than these heads; train with the same method and options.")
+            raise UsageError("It has other inputs than these heads; train with the same method and options.")
         if arch["linear_tail"] > (self.last_Kdd is not None):
             raise UsageError("It has a last block without SiLU; train with `linear_tail=True`.")
-        if theirs > ours:
+        if stored > deep:
             raise UsageError(
                 f"It has {_blocks(arch['layers'])} in each head, these would have {_blocks(self.layers)}; train with "
                 f"`layers={arch['layers']}`."
             )
         for k in range(min(self.heads, arch["heads"])):
-            parts = tensors[f"first.{k}"].split(len(self.first[k]), 1)
-            if self.fuse is not None and not arch["fuse_prefix"]:  # streams that now come through the layer
-                parts = (parts[0], *parts[len(self.taps) :])
-            first = torch.cat(parts, 1)  # what they did not read begins with zeros
+            inputs = tensors[f"first.{k}"].split(len(self.first[k]), 1)
+            if self.fuse is not None and not arch["fuse_prefix"]:  # these streams now come through the layer
+                inputs = (inputs[0], *inputs[len(self.taps) :])
+            first = torch.cat(inputs, 1)  # weights of new inputs stay zero
             self.first[k][:, : first.shape[1]] = first
             self.first_bias_Kd[k] = tensors["first_bias"][k]
-            self.deep_KLdd[k, :theirs], self.deep_bias_KLd[k, :theirs] = tensors["deep"][k], tensors["deep_bias"][k]
+            self.deep_KLdd[k, :stored], self.deep_bias_KLd[k, :stored] = tensors["deep"][k], tensors["deep_bias"][k]
             if self.last_Kdd is not None and self.last_bias_Kd is not None and arch["linear_tail"]:
                 self.last_Kdd[k], self.last_bias_Kd[k] = tensors["last"][k], tensors["last_bias"][k]
         if self.fuse is not None and arch["fuse_prefix"]:
@@ -164,7 +166,7 @@ class HydraHeads(GuessingHeads):
         if self.prefix and arch["prefix"]:
             for name, weight in self.prefix.named().items():
                 weight.copy_(tensors[f"prefix.{name}"])
-        self.take_outputs(tensors)
+        self.start_outputs(tensors)
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors: dict[str, Tensor] = {f"first.{k}": weight for k, weight in enumerate(self.first)}
@@ -184,7 +186,7 @@ def _blocks(layers: int) -> str:
 
 
 def _widths(d: int, streams: int, heads: int) -> list[int]:
-    """Numbers that each head reads: streams and the tokens of its path."""
+    """Input width of each head: streams and the tokens of its path."""
     return [d * (streams + k + 1) for k in range(heads)]
 
 
@@ -202,7 +204,7 @@ def shapes(arch: dict[str, Any], d: int, choices: int) -> dict[str, tuple[int, .
 
 
 def _as_hydra(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of Medusa's heads by the names of these."""
+    """Tensors of Medusa's heads under the names of Hydra's."""
     weights = [tensors[f"weight.{layer}"] for layer in range(len(tensors["bias"]))]
     first = {f"first.{k}": weight for k, weight in enumerate(weights[0])}
     heads, d, _ = weights[0].shape

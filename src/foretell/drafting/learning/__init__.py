@@ -1,1 +1,1 @@
-"""How drafters are trained: heads, a decoder layer, a student of the backbone."""
+"""How drafters are trained: modules and their losses, draft heads, a decoder layer, fine-tuning."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from foretell.backbone import Backbone
 from foretell.drafting.checkpoint import Loaded
-from foretell.drafting.learning.heads import Trainable
+from foretell.drafting.learning.trainable import Trainable
 
 
 class TrainableMethod(Protocol):

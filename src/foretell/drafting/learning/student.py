@@ -1,6 +1,6 @@
-"""A backbone that learns together with what drafts for it: its states as they are now, and how far it has strayed.
+"""A backbone that is trained with its drafter: its present states, and its divergence from the original.
 
-Its teacher is the same network as it was; what that said was kept with the features, so that no second pass is needed.
+The teacher is the original network; its probabilities are stored with the features, so that no second pass is needed.
 
 Legend: B conversations, T tokens, P positions, d hidden width, V vocabulary, m teacher tokens.
 """
@@ -16,28 +16,29 @@ from torch import Tensor, nn
 
 from foretell.contracts import FINAL_NORM
 from foretell.drafting.learning.finetune import causal, save
-from foretell.drafting.learning.heads import CHUNK, TrainingBatch
+from foretell.drafting.learning.losses import CHUNK
 from foretell.drafting.learning.products import number_type
+from foretell.drafting.learning.trainable import TrainingBatch
 
 MIN_PROBABILITY = 1e-6
-"""Probability of all tokens besides the teacher's, at least: its logarithm is taken."""
+"""Lower bound of the probability of all tokens but the teacher's, whose logarithm is taken."""
 
 
 class TrainableBackbone(nn.Module):
-    """The part of a backbone that learns, as a trainer sees it.
+    """The trainable part of a backbone.
 
     Args:
-        model: a transformers model, with peft's adapters or whole; folder: where it lay.
+        model: a transformers model, with peft's adapters or without; folder: where it was read from.
     """
 
     def __init__(self, model: nn.Module, folder: Path):
         super().__init__()
-        self.folder, self._whole = folder, (model,)  # out of the module's sight: most of it does not learn
+        self.folder, self._model = folder, (model,)  # not a submodule: most of its parameters are frozen
         self.learns = nn.ParameterList([p for p in model.parameters() if p.requires_grad])
 
     @property
     def model(self) -> nn.Module:
-        return self._whole[0]
+        return self._model[0]
 
     def _apply(self, fn: Any, recurse: bool = True) -> TrainableBackbone:
         self.model._apply(fn)
@@ -48,12 +49,12 @@ class TrainableBackbone(nn.Module):
         return super().train(mode)
 
     def states(self, tokens_BT: Tensor, taps: Sequence[int], dropped: Sequence[float] = ()) -> dict[int, Tensor]:
-        """What it computes now, tap -> [B, T, d]. Padding stands behind all that is attended to.
+        """Returns its present states, tap -> [B, T, d]; padding comes last and is not attended to.
 
         Layers above the highest tap are not run.
 
         Args:
-            dropped: per layer how probable it is that a conversation goes by it.
+            dropped: per layer the probability that a conversation skips it.
         """
         seen: dict[int, Tensor] = {}
 
@@ -82,52 +83,52 @@ class TrainableBackbone(nn.Module):
         return {tap: final_BTd if tap == FINAL_NORM else seen[tap] for tap in taps}
 
     def normed(self, stream_BTd: Tensor) -> Tensor:
-        """A stream behind the final norm, as the output head reads it."""
+        """A stream after the final norm, as the output head reads it."""
         return causal(self.model).model.norm(stream_BTd)
 
-    def held(self, batch: TrainingBatch) -> Tensor:
+    def kl_to_original(self, batch: TrainingBatch) -> Tensor:
         """KL(before ‖ now) per written token, over the teacher's tokens and all others as one.
 
         Args:
-            batch: with the FINAL states as they are now.
+            batch: with the present states of FINAL_NORM.
         """
         before_BT = torch.zeros_like(batch.supervised_BT)
         before_BT[:, :-1] = batch.supervised_BT[:, 1:]
-        told = (batch.teacher_ids_BTm[before_BT], batch.teacher_p_BTm[before_BT])
+        teacher = (batch.teacher_ids_BTm[before_BT], batch.teacher_p_BTm[before_BT])
         weight_Vd: Tensor = causal(self.model).get_output_embeddings().weight
-        return divergence(batch.states[FINAL_NORM][before_BT], weight_Vd, *told) / before_BT.sum()
+        return divergence(batch.states[FINAL_NORM][before_BT], weight_Vd, *teacher) / before_BT.sum()
 
     def save(self, base: str, out: Path) -> str:
-        """Writes what became of the model `base`; returns the name that it has now."""
+        """Writes the fine-tuned model `base`; returns the name of the result."""
         return save(self.model, self.folder, base, out)
 
 
 class _Divergence(torch.autograd.Function):
-    """Gradients are made while a chunk's logits are at hand, as those of `learning.soft_cross_entropy`."""
+    """Gradients are computed with each chunk's logits, as in `losses.soft_cross_entropy`."""
 
     @staticmethod
     def forward(ctx: Any, x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor) -> Tensor:
-        assert not ctx.needs_input_grad[1]  # neither adapters nor a model that learns whole change the output matrix
+        assert not ctx.needs_input_grad[1]  # the output matrix is frozen
         p_Pm = p_Pm.float() / p_Pm.float().sum(-1, keepdim=True).clamp(min=1.0)  # rounded, they may add up to more
         rest_p_P = (1 - p_Pm.sum(-1)).clamp(min=MIN_PROBABILITY)
         dtype = number_type(x_Pd.device)
         weight, grad_Pd, total = weight_Vd.to(dtype), torch.empty_like(x_Pd), x_Pd.new_zeros((), dtype=torch.float32)
         for at in range(0, len(x_Pd), CHUNK):
             x, ids, p, rest_p = (each[at : at + CHUNK] for each in (x_Pd, ids_Pm, p_Pm, rest_p_P))
-            # the teacher's tokens are multiplied in float32, as the teacher's own were; the others may be rounded
+            # the teacher's tokens are multiplied in float32, as they were stored; the others may be rounded
             top = (x.float()[:, None] * weight_Vd[ids].float()).sum(-1)
             logits = (x.to(dtype) @ weight.T).float().scatter_(-1, ids, -torch.inf)
-            most = logits.amax(-1, keepdim=True)
-            shares = logits.sub_(most).exp_()  # in place: a chunk's logits are 100 MB
+            largest = logits.amax(-1, keepdim=True)
+            shares = logits.sub_(largest).exp_()  # in place: a chunk's logits are 100 MB
             sums = shares.sum(-1)
-            rest = most[:, 0] + sums.log()
-            whole = torch.logaddexp(top.logsumexp(-1), rest)
-            total += (torch.xlogy(p, p) - p * (top - whole[:, None])).sum()
-            total += (rest_p * (rest_p.log() - (rest - whole))).sum()
+            rest = largest[:, 0] + sums.log()
+            total_logits = torch.logaddexp(top.logsumexp(-1), rest)
+            total += (torch.xlogy(p, p) - p * (top - total_logits[:, None])).sum()
+            total += (rest_p * (rest_p.log() - (rest - total_logits))).sum()
             mass = p.sum(-1) + rest_p
-            of_rest = (rest - whole).exp() * mass - rest_p  # slope of the loss in `rest`, shared as it is shared
+            of_rest = (rest - total_logits).exp() * mass - rest_p  # slope of the loss in `rest`, spread by share
             slope = shares.mul_((of_rest / sums)[:, None])
-            slope.scatter_(-1, ids, (top - whole[:, None]).exp() * mass[:, None] - p)
+            slope.scatter_(-1, ids, (top - total_logits[:, None]).exp() * mass[:, None] - p)
             grad_Pd[at : at + CHUNK] = slope.to(dtype) @ weight
         ctx.save_for_backward(grad_Pd)
         return total
