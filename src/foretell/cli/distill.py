@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 def distill(
     base: Base,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the data; one that exists is gone on with.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the data; an interrupted run is resumed in it.")],
     prompts: Annotated[Path | None, typer.Option(help="JSON lines with `prompt` or `turns`.")] = None,
     write: Annotated[
         int, typer.Option(min=0, help="Prompts the model writes itself; 1000 where no file is given.")
     ] = 0,
     tasks: Annotated[
-        int, typer.Option(min=0, help="Then so many prompts about what it wrote: summarise, translate, answer from it.")
+        int, typer.Option(min=0, help="Further prompts about its answers: summarise, translate, answer from them.")
     ] = 0,
     keep_repetitive: Annotated[
-        bool, typer.Option("--keep-repetitive", help="Keep answers that run in circles, which the model does write.")
+        bool, typer.Option("--keep-repetitive", help="Keep repetitive answers, which the model does write.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take at most so many lines of the file.")] = None,
-    every: Annotated[int, typer.Option(min=1, help="Take every K-th line of the file only.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Lines of the file to take, at most.")] = None,
+    every: Annotated[int, typer.Option(min=1, help="Take only every K-th line of the file.")] = 1,
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="Of the answers; 0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Of the answers.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens of an answer.")] = 256,
@@ -50,7 +50,7 @@ def distill(
 ) -> None:
     """Let the model write training data: prompts, if none are given, and its answers.
 
-    An interrupted run goes on where it was when the same command is given again.
+    The same command resumes an interrupted run.
     """
     from foretell.files import sole_writer
     from foretell.requests import SamplingParams
@@ -77,7 +77,7 @@ def distill(
         try:
             if write:
                 asked += _own_prompts(llm, write, out / "prompts.jsonl", seed, batch_size)
-            Random(seed).shuffle(asked)  # what an interrupted run leaves is a fair sample
+            Random(seed).shuffle(asked)  # so that an interrupted run leaves a fair sample
             _answer(llm, store, asked, tasks, params, batch_size, keep_repetitive, server)
         finally:
             _close(store, llm, server, time.perf_counter() - began)
@@ -85,7 +85,7 @@ def distill(
 
 
 def _check_out(out: Path) -> None:
-    """Refuses a drafter's folder: data may be gone on with, but not begun in one."""
+    """Refuses a drafter's folder: data may be added to there, but not begun."""
     from foretell.files import exists
     from foretell.train.data import MANIFEST
 
@@ -94,7 +94,7 @@ def _check_out(out: Path) -> None:
 
 
 def _store(out: Path, model: str, llm: LLM, endpoint: Endpoint | None, settings: dict[str, Any]) -> ConversationStore:
-    """The folder, begun by the local model; by another one where it was seen before that the endpoint serves such."""
+    """Opens the folder as one of the local model, or of another one that the endpoint was found to serve."""
     from foretell.files import read_json
     from foretell.loading.catalog import current
     from foretell.train.data import MANIFEST, ConversationStore
@@ -108,14 +108,14 @@ def _store(out: Path, model: str, llm: LLM, endpoint: Endpoint | None, settings:
 
 
 def _close(store: ConversationStore, llm: LLM, endpoint: Endpoint | None, seconds: float) -> None:
-    """Writes down what there is, and who answered if that was another model."""
+    """Writes the manifest, with the name of the model that answered if it was another one."""
     if endpoint and endpoint.agreement.poor:
         store.manifest |= _foreign(llm, endpoint)
     store.write_manifest(seconds)
 
 
 def _foreign(llm: LLM, endpoint: Endpoint) -> dict[str, str]:
-    """How data name a model that is not the local one, and whose fingerprint nobody here knows."""
+    """Manifest entries of a model that is not the local one, and whose fingerprint is unknown."""
     return {"model": endpoint.model, "fingerprint": f"not {llm.backbone.fingerprint} but {endpoint.model}"}
 
 
@@ -141,7 +141,7 @@ def _connected(url: str, model: str, other_model: bool) -> Endpoint | None:
 
 
 def _check_model(llm: LLM, name: str, max_new_tokens: int, tasks: int) -> None:
-    """Refuses one that cannot be asked, and answers of no use."""
+    """Refuses a model without a chat template, and answers that are too short or too long."""
     from foretell.train.distill import MIN_TASK_TOKENS
 
     if not llm.tokenizer.has_chat_template:
@@ -167,14 +167,14 @@ def _own_prompts(llm: LLM, count: int, path: Path, seed: int, rows: int) -> list
 
     with job_progress("writing prompts", "tokens/s") as progress:
         write_prompts(llm, count, path, seed=seed, rows=rows, progress=progress)
-    return [replace(each, line=each.line + OWN_LINES) for each in read_prompts(path)]
+    return [replace(prompt, line=prompt.line + OWN_LINES) for prompt in read_prompts(path)]
 
 
 def _answer(
     llm: LLM, store: ConversationStore, asked: list[Conversation], tasks: int, params: SamplingParams, rows: int,
     keep_repetitive: bool, endpoint: Endpoint | None,
 ) -> None:  # fmt: skip
-    """The prompts, then tasks in two halves: later ones are about the answers to earlier ones too."""
+    """Answers the prompts, then tasks in two halves: the second half is about the answers to the first one, too."""
     from foretell.train.distill import MIN_TASK_TOKENS, distill, next_tasks
 
     todo = asked
