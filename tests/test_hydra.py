@@ -34,6 +34,7 @@ from foretell.requests import SamplingParams
 from foretell.train.data import Distilled
 from foretell.train.features import FeatureStore
 from foretell.train.trainer import Settings, Trainer
+from foretell.trees import chain
 from foretell.trees.calibration import Scale
 from foretell.trees.growing import GrowingTree
 from foretell.trees.search import nested, tree_tokens_per_step
@@ -518,7 +519,7 @@ def test_a_cyclic_sequence_is_learnt_one_head_one_step_further(plus: bool) -> No
         drafter.observe([Told(tokens[: i + 1])], Committed(i, {tap: each[0] for tap, each in states.items()}))
         draft = drafter.draft([Told(tokens[: i + 1])])
         assert draft.tokens[0] == tokens[i : i + 4]
-        assert draft.trees[0].is_chain
+        assert draft.trees[0] == chain(3)
 
 
 def assert_same_guesses(ours: GuessingHeads, theirs: GuessingHeads, batch: TrainingBatch, heads: int = 3) -> None:

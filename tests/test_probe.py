@@ -149,7 +149,7 @@ MUTANTS: dict[str, tuple[Model, Wrong]] = {
     "in the first layer with a window": (WINDOWS, lambda n, layers: len(n) == 5 and 5 in layers),
     "where a tree branches": (LLAMA, lambda n, layers: branching(n)),
     "of the last node of a tree": (LLAMA, lambda n, layers: torch.arange(len(n)) == (len(n) - 1 or 1)),
-    "of a prompt": (LLAMA, lambda n, layers: len(n) > 17 and all(tree.is_chain for tree in n.trees)),
+    "of a prompt": (LLAMA, lambda n, layers: len(n) > 17 and all(len(tree.leaves) == 1 for tree in n.trees)),
 }
 
 

@@ -254,11 +254,11 @@ def test_a_run_of_an_earlier_version_multiplied_in_bfloat16(
     [
         ("float32", "float32", "training multiplies in float32, 4.0 times as fast here as bfloat16"),
         ("bfloat16", "bfloat16", "in bfloat16, as it began, though float32 is 4.0 times as fast here"),
-        ("float32", "bfloat16", "began in bfloat16 and goes on in float32, 4.0 times as fast here"),
+        ("float32", "bfloat16", "began in bfloat16 and continues in float32, 4.0 times as fast here"),
     ],
 )
 def test_what_is_said_of_it(name: str, before: str, sentence: str) -> None:
-    assert sentence in products.Measured({"float32": 0.5, "bfloat16": 2.0}).said(name, before)
+    assert sentence in products.Measured({"float32": 0.5, "bfloat16": 2.0}).explained(name, before)
 
 
 def test_a_command_says_what_it_multiplies_in_and_goes_on_elsewhere(
@@ -278,5 +278,5 @@ def test_a_command_says_what_it_multiplies_in_and_goes_on_elsewhere(
     machine(monkeypatch, float32=1.0, bfloat16=40.0)
     ran = foretell(*train)
     assert ran.code == 0
-    assert "the training began in bfloat16 and goes on in float32, 40.0 times as fast here\n" in ran.err
+    assert "the training began in bfloat16 and continues in float32, 40.0 times as fast here\n" in ran.err
     assert json.loads((heads / "drafter/config.json").read_text())["provenance"]["products"] == "float32"

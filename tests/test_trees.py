@@ -7,13 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from random_backbones import examples, trees
 
 from foretell.errors import UsageError
-from foretell.trees import Guesses, TokenTree, cartesian, chain, from_paths, most_probable
+from foretell.trees import Guesses, TokenTree, chain, from_paths, most_probable
 from foretell.trees.tree import ROOT, merged
 
 MEDUSA = [(0,), (0, 0), (0, 1), (0, 2), (1,), (1, 0), (1, 1), (1, 2)]
@@ -25,27 +24,14 @@ def test_the_golden_tree_of_medusa() -> None:
     assert paths == [(), (0,), (1,), (0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     assert tree.parents == (-1, 0, 0, 1, 1, 1, 2, 2, 2)
     assert tree.depths == (0, 1, 1, 2, 2, 2, 2, 2, 2)
-    assert tree.retrieve_LD.tolist() == [[0, 1, 3], [0, 1, 4], [0, 1, 5], [0, 2, 6], [0, 2, 7], [0, 2, 8]]
     assert (len(tree), tree.height, tree.leaves) == (9, 2, (3, 4, 5, 6, 7, 8))
     flat = [0 if not path else 1 + 10 * (len(path) - 1) + path[-1] for path in paths]  # into heads of ten ranks each
     assert flat == [0, 1, 2, 11, 12, 13, 11, 12, 13]
-    assert cartesian([2, 3]) == (tree, paths)
 
 
-def test_named_shapes() -> None:
-    assert (
-        cartesian([7, 6])[0].parents
-        == from_paths([(i,) for i in range(7)] + [(i, j) for i in range(7) for j in range(6)])[0].parents
-    )
-    assert len(cartesian([7, 6])[0]) == 50
-    assert cartesian([])[0] == chain(0) == TokenTree()
+def test_chains() -> None:
+    assert from_paths([])[0] == chain(0) == TokenTree()
     assert chain(3).parents == (-1, 0, 1, 2)
-    assert chain(3).is_chain
-    assert not cartesian([2])[0].is_chain
-
-
-def test_leaves_of_different_depths_are_padded_with_a_number_that_is_no_node() -> None:
-    assert TokenTree((-1, 0, 0, 2)).retrieve_LD.tolist() == [[0, 1, -1], [0, 2, 3]]
 
 
 @examples(60)
@@ -57,16 +43,10 @@ def test_everything_follows_from_the_parents(tree: TokenTree) -> None:
     assert [tree.path(node) for node in range(len(tree))] == paths
     assert list(tree.depths) == [len(path) - 1 for path in paths]
     assert tree.height == max(tree.depths)
-    mask = tree.ancestors_NN
-    assert [row.nonzero()[:, 0].tolist() for row in mask] == paths
-    assert mask.sum(1).tolist() == [depth + 1 for depth in tree.depths]
-    assert not ((mask.int() @ mask.int() > 0) & ~mask).any()  # an ancestor's ancestor is an ancestor
     inner = {parent for parent in tree.parents if parent >= 0}
     assert list(tree.leaves) == [node for node in range(len(tree)) if node not in inner]
-    assert [[n for n in row if n >= 0] for row in tree.retrieve_LD.tolist()] == [paths[leaf] for leaf in tree.leaves]
     assert all(tree.parents[child] == node for node, children in enumerate(tree.children) for child in children)
     assert sum(map(len, tree.children)) == len(tree) - 1
-    assert tree.is_chain == (len(tree.leaves) == 1)
 
 
 @examples(40)
@@ -162,7 +142,6 @@ def test_of_equal_guesses_those_of_the_first_tree_stay() -> None:
         (lambda: TokenTree((-1, 0, 3)), "Node 2 of a token tree names parent 3; it must be one of 0..1"),
         (lambda: from_paths([(0, 1)]), "path [0, 1] lacks its prefix [0]; add it"),
         (lambda: from_paths([(0,), (0, -1)]), "path [0, -1] holds a negative rank; ranks count from 0"),
-        (lambda: cartesian([2, 0]), "widths must be at least 1, not [2, 0]"),
         (
             lambda: most_probable(Guesses(ROOT, [1], [1.0]), Guesses(ROOT, [2], [1.0]), 4),
             "different roots cannot merge: token 1 against 2",
@@ -173,9 +152,3 @@ def test_what_is_no_tree_is_refused_in_one_sentence(make: Any, sentence: str) ->
     with pytest.raises(UsageError, match=re.escape(sentence)) as caught:
         make()
     assert "\n" not in str(caught.value)
-
-
-def test_the_mask_is_boolean_and_square() -> None:
-    mask = chain(4).ancestors_NN
-    assert mask.dtype == torch.bool
-    assert torch.equal(mask, torch.ones(5, 5).tril().bool())

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from random_backbones import drafts, examples, trees
 from scipy import stats
 from torch import Tensor
+from toy_drafters import cartesian
 
 from foretell.contracts import Draft, Verdict
 from foretell.errors import UsageError
 from foretell.requests import SamplingParams
-from foretell.trees import TokenTree, cartesian, chain
+from foretell.trees import TokenTree, chain
 from foretell.verify import DAMAGED, Typical, by_row, distribution, process, sample, targets, typical, uniform, walk
 
 VOCAB = 5
@@ -315,7 +316,7 @@ def test_a_tree_draws_the_tokens_that_plain_decoding_draws(
 
 
 def test_rows_of_a_batch_draw_with_their_own_keys_and_parameters() -> None:
-    draft = Draft([cartesian([3, 2])[0], chain(2)], [[1, 0, 1, 2, *[0, 1] * 3], [2, 3, 4]])
+    draft = Draft([cartesian([3, 2]), chain(2)], [[1, 0, 1, 2, *[0, 1] * 3], [2, 3, 4]])
     states = [State([0, 1], SamplingParams(temperature=1.0, seed=0)), State([4, 2], SamplingParams(seed=9))]
     nodes = [
         states[row].tokens[:-1] + [draft.tokens[row][n] for n in tree.path(node)]
@@ -386,7 +387,7 @@ def test_a_row_that_samples_reads_its_nodes_only_when_they_are_reached(monkeypat
         return sample(logits_V, params, noise)
 
     monkeypatch.setattr("foretell.verify.target.sample", counted)
-    tree = cartesian([3, 3])[0]
+    tree = cartesian([3, 3])
     draft, state = Draft([tree], [[0] * len(tree)]), State([0, 0], SamplingParams(temperature=1, seed=0))
     logits_NV = torch.full((len(tree), VOCAB), -1000.0)
     logits_NV[:, 3] = 0  # which no node holds

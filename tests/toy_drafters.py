@@ -6,6 +6,7 @@ states tapped at any layer, lower layers run by the drafter itself, rows inserte
 
 import random
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from random_backbones import same
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.contracts import FINAL_NORM, Draft, Drafter, Features, Resume, Row
-from foretell.trees import Guesses, TokenTree, chain, most_probable
+from foretell.trees import Guesses, TokenTree, chain, from_paths, most_probable
 
 Answers = dict[tuple[int, ...], list[int]]
 """Prompt -> what plain decoding writes after it."""
@@ -31,6 +32,12 @@ def upcoming(answers: Answers, row: Row, count: int) -> list[int]:
     answer = answers.get(tuple(row.tokens[: row.prompt_length]), [])
     done = len(row.tokens) - row.prompt_length
     return answer[done : done + count]
+
+
+def cartesian(widths: Sequence[int]) -> TokenTree:
+    """Every node of depth d has widths[d] children."""
+    paths = [path for depth in range(1, len(widths) + 1) for path in product(*map(range, widths[:depth]))]
+    return from_paths(paths)[0]
 
 
 def random_tree(rng: random.Random, most: int) -> TokenTree:

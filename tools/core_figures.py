@@ -140,7 +140,8 @@ def attention_microseconds(canonical: bool) -> None:
         for size in (1, 8, 16, 32, 64):
             tree, queries = bush(size), torch.randn(size, 9, 64).bfloat16()
             nodes, end = Nodes([tree], [0], [keys]), keys + size
-            mask = torch.cat([torch.ones(size, keys, dtype=torch.bool), tree.ancestors_NN], 1)
+            ancestors_NN = torch.tensor([[node in tree.path(row) for node in range(size)] for row in range(size)])
+            mask = torch.cat([torch.ones(size, keys, dtype=torch.bool), ancestors_NN], 1)
             q, (k, v) = queries.transpose(0, 1)[None], (each[:1, :, :end] for each in cache.room(0))
 
             def fused(q: Any = q, k: Any = k, v: Any = v, mask: Any = mask) -> None:

@@ -72,7 +72,7 @@ def _note_number_type(run: Run) -> None:
     from foretell.drafting.learning.products import measured
 
     trainer = run.trainer
-    note(measured(trainer.device.type).said(trainer.number_type, trainer.began_in))
+    note(measured(trainer.device.type).explained(trainer.number_type, trainer.began_in))
 
 
 def _note_figures(trained: Trained) -> None:

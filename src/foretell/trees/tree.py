@@ -12,10 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import product
-
-import torch
-from torch import Tensor
 
 from foretell.errors import UsageError
 
@@ -63,10 +59,6 @@ class TokenTree:
     def leaves(self) -> tuple[int, ...]:
         return tuple(node for node, children in enumerate(self.children) if not children)
 
-    @cached_property
-    def is_chain(self) -> bool:
-        return all(parent == node - 1 for node, parent in enumerate(self.parents))
-
     def path(self, node: int) -> list[int]:
         """Nodes from the root to `node`, both included."""
         path = []
@@ -74,25 +66,6 @@ class TokenTree:
             path.append(node)
             node = self.parents[node]
         return path[::-1]
-
-    @cached_property
-    def ancestors_NN(self) -> Tensor:
-        """Bool [N, N]: row n is true at n itself and at each of its ancestors."""
-        mask_NN = torch.zeros(len(self), len(self), dtype=torch.bool)
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                mask_NN[node] = mask_NN[parent]
-            mask_NN[node, node] = True
-        return mask_NN
-
-    @cached_property
-    def retrieve_LD(self) -> Tensor:
-        """Int64 [leaves, D + 1]: each leaf's nodes from the root, padded with -1."""
-        rows_LD = torch.full((len(self.leaves), self.height + 1), -1)
-        for row, leaf in enumerate(self.leaves):
-            path = self.path(leaf)
-            rows_LD[row, : len(path)] = torch.tensor(path)
-        return rows_LD
 
     def pruned(self, height: int) -> TokenTree:
         """The tree without nodes deeper than `height`; see `keep` for which nodes those are."""
@@ -135,13 +108,6 @@ def from_paths(paths: Iterable[Sequence[int]]) -> tuple[TokenTree, list[tuple[in
             raise UsageError(f"The tree path {list(path)} lacks its prefix {list(path[:-1])}; add it to the paths.")
         parents.append(index[path[:-1]])
     return TokenTree(tuple(parents)), ordered
-
-
-def cartesian(widths: Sequence[int]) -> tuple[TokenTree, list[tuple[int, ...]]]:
-    """The dense tree: every node of depth d has widths[d] children. Returns what `from_paths` returns."""
-    if any(width < 1 for width in widths):
-        raise UsageError(f"Tree widths must be at least 1, not {list(widths)}.")
-    return from_paths(path for depth in range(1, len(widths) + 1) for path in product(*map(range, widths[:depth])))
 
 
 @dataclass(frozen=True)

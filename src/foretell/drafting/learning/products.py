@@ -1,9 +1,9 @@
-"""The number type that training multiplies in: the one in which this machine multiplies faster, as measured.
+"""The number type of products in training: the faster one on this machine, as measured.
 
-bfloat16 halves what is moved, and where a processor has units for it, it is several times faster than float32. Where it
-has none, the library may multiply number by number and take forty times as long. What a processor can do does not tell
-how fast a library's product is, so the three products of a linear layer are timed, once per process: forwards, and
-those that make the gradients of its input and of its weight.
+bfloat16 halves the memory traffic, and is several times faster than float32 on processors with units for it. On others
+the library may multiply number by number and take forty times as long. The processor's features do not predict how fast
+a library's product is, so the three products of a linear layer are timed, once per process: the forward product, and
+those of the gradients of input and weight.
 
 Legend: P positions, d inputs, V outputs.
 """
@@ -23,11 +23,11 @@ from torch.nn import functional as F
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WIDTH, SIZES = 576, ((16, 512), (64, 2048), (256, 4096), (1024, 8192), (2048, 16384))
-"""Inputs, and (positions, outputs): small ones first, for a product without units may take seconds at the last."""
+"""Inputs, and (positions, outputs), small ones first: a slow product may take seconds at the last size."""
 CLEAR = 2.5
-"""Times as fast that decides without a look at larger products."""
+"""Ratio that decides without timing larger products."""
 LONG = 0.01
-"""Seconds of one size after which there is no larger one, which would take eight times as long."""
+"""Seconds of one size after which no larger one is timed, which would take eight times as long."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,18 @@ class Measured:
         return min(self.seconds, key=self.seconds.__getitem__)
 
     def slower(self, name: str) -> float:
-        """How many times as long as in the fastest type it takes in this one."""
+        """Time in this type relative to the fastest."""
         return self.seconds[name] / self.seconds[self.fastest]
 
     def clearly_slower(self, name: str) -> bool:
         return self.slower(name) > CLEAR
 
-    def said(self, name: str, before: str) -> str:
-        """In words: what a training multiplies in, that did so in `before`, and why."""
-        other = next(each for each in TYPES if each != name)
+    def explained(self, name: str, before: str) -> str:
+        """A sentence on the type of a training that began in `before`, and why."""
+        other = next(other for other in TYPES if other != name)
         gain = self.seconds[other] / self.seconds[name]
         if name != before:
-            return f"the training began in {before} and goes on in {name}, {gain:.1f} times as fast here"
+            return f"the training began in {before} and continues in {name}, {gain:.1f} times as fast here"
         if gain < 1:
             return f"training multiplies in {name}, as it began, though {other} is {1 / gain:.1f} times as fast here"
         return f"training multiplies in {name}, {gain:.1f} times as fast here as {other}"
@@ -60,7 +60,7 @@ class Measured:
 
 @cache
 def measured(device: str) -> Measured:
-    """How fast a kind of device multiplies; takes a fraction of a second, once."""
+    """Times a kind of device; takes a fraction of a second, once."""
     for size in SIZES:
         found = Measured({name: _seconds(dtype, device, *size) for name, dtype in TYPES.items()})
         if any(map(found.clearly_slower, TYPES)) or sum(found.seconds.values()) > LONG:
@@ -69,7 +69,7 @@ def measured(device: str) -> Measured:
 
 
 def _seconds(dtype: torch.dtype, device: str, positions: int, outputs: int) -> float:
-    """Of the three products, each at its best of three; the first call of each is not counted."""
+    """Seconds of the three products, each at its best of three; the first call of each is not counted."""
     x_Pd, weight_Vd, slope_PV = (
         torch.ones(shape, dtype=dtype, device=device)
         for shape in ((positions, WIDTH), (outputs, WIDTH), (positions, outputs))
@@ -80,7 +80,7 @@ def _seconds(dtype: torch.dtype, device: str, positions: int, outputs: int) -> f
 
     def timed(multiply: Callable[[], Tensor]) -> float:
         began = time.perf_counter()
-        multiply()[0, 0].item()  # waits for a device that works on its own
+        multiply()[0, 0].item()  # waits for an asynchronous device
         return time.perf_counter() - began
 
     return sum(min([timed(multiply) for _ in range(4)][1:]) for multiply in products)
@@ -91,7 +91,7 @@ _given: ContextVar[str | None] = ContextVar("number type of training", default=N
 
 @contextmanager
 def multiply_in(name: str) -> Iterator[None]:
-    """Training inside multiplies in this type, whatever is faster."""
+    """Uses this type inside the block, whatever is faster."""
     token = _given.set(name)
     try:
         yield
@@ -100,16 +100,16 @@ def multiply_in(name: str) -> Iterator[None]:
 
 
 def chosen(device: torch.device) -> str:
-    """The name of the type to multiply in: the one that was given, else the one that is faster on this device."""
+    """Name of the type to use: the given one, else the faster one on this device."""
     return _given.get() or measured(device.type).fastest
 
 
 def number_type(device: torch.device) -> torch.dtype:
-    """The type to multiply in."""
+    """The type to use for products."""
     return TYPES[chosen(device)]
 
 
 def product(x: Tensor, weight_Vd: Tensor) -> Tensor:
-    """x Wᵀ in float32, multiplied in the chosen type."""
+    """Returns x Wᵀ in float32, multiplied in the chosen type."""
     dtype = number_type(x.device)
     return F.linear(x.to(dtype), weight_Vd.to(dtype)).float()
