@@ -1350,7 +1350,7 @@ def test_hydra_may_begin_with_what_medusa_has_learnt(
             2,
             "start has 2 blocks in each head, these would have 1 block; train with -o layers=2",
         ),
-        ({}, "{start}", ["-o", "taps=1"], 2, "start reads other things than these heads; train with the same"),
+        ({}, "{start}", ["-o", "taps=1"], 2, "start has other inputs than these heads; train with the same"),
         (
             {"method": "hydra++"},
             "{start}",
