@@ -35,7 +35,7 @@ FINAL_NORM = -1
 
 
 class Row(Protocol):
-    """What a drafter sees of one sequence in the batch."""
+    """One sequence of the batch, as a drafter sees it."""
 
     slot: int
     """Index of the row's cache; stable while the row lives, reused afterwards."""

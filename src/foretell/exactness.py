@@ -133,7 +133,7 @@ def _requests(vocab: int) -> list[Request]:
 
 
 def _answers(backbone: Backbone, drafter: Drafter, rows: int) -> list[list[int]]:
-    """What is written to each request; the second time round, caches of the first are reused."""
+    """Decodes each request twice; the second time reuses the caches of the first."""
     requests = _requests(backbone.config.vocab)
     decoder = SpeculativeDecoder(backbone, drafter, max_rows=rows, adapt=False)
     out: list[list[int]] = []

@@ -16,7 +16,7 @@ MAX_BIAS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How a request is decoded; checked at construction.
+    """Options of one request, checked at construction.
 
     Attributes:
         max_new_tokens: token budget, never exceeded.
@@ -91,12 +91,12 @@ class SamplingParams:
 
     @property
     def plain_greedy(self) -> bool:
-        """Whether a token is the argmax of the model's own logits."""
+        """True if every token is the argmax of the model's own logits."""
         return self.temperature == 0 and not self.edits_logits
 
     @property
     def edits_logits(self) -> bool:
-        """Whether penalties or biases change the logits before a token is chosen."""
+        """True if penalties or biases change the logits before a token is chosen."""
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
 
@@ -193,7 +193,7 @@ class Statistics:
 
 @dataclass(repr=False)
 class Event:
-    """What one step emitted for one request.
+    """Tokens and text that one step emitted for one request.
 
     Attributes:
         tokens: new token ids; drafted: for each, whether a drafter had guessed it.
@@ -235,7 +235,7 @@ class Decoder(Protocol):
 
     @property
     def busy(self) -> bool:
-        """Whether any request is unfinished."""
+        """True if any request is unfinished."""
         ...
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
@@ -264,7 +264,7 @@ class Decoder(Protocol):
         ...
 
     def pending(self, requests: Collection[int]) -> bool:
-        """Whether any of these requests has events still to come; cancelled ones have none."""
+        """True if any of these requests has events to come; cancelled ones have none."""
         ...
 
     def cancel(self, request: int) -> None:

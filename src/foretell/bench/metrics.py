@@ -106,7 +106,7 @@ def _steps(own: Sequence[Record], seconds: float) -> dict[str, Any]:
 
 
 def _one_by_one(records: Sequence[Record]) -> bool:
-    """Whether each round had one row: with several, the time of a round cannot be divided among its rows."""
+    """True if each round had one row: with several, a round's time cannot be divided among them."""
     return len(_rounds(records)) == len(records)
 
 

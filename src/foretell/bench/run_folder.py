@@ -27,7 +27,7 @@ NAMES = {"contenders": "systems", "new_tokens": "--max-new-tokens", "batches": "
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured: runs of the same settings can be compared, and one can resume another."""
+    """Settings of a measurement: runs with the same ones can be compared, and one can resume another."""
 
     model: str
     fingerprint: str
@@ -112,7 +112,7 @@ def _value(value: Any) -> str:
 
 
 def _count(questions: Any) -> str:
-    """How many, and the first few, of question ids."""
+    """Number and first few of the question ids."""
     ids = [str(id) for id in questions or ()]
     return f"{len(ids)} ({', '.join(ids[:3])}{', ...' if len(ids) > 3 else ''})"
 

@@ -81,7 +81,7 @@ class Runner:
                 self._plain_ids[*record["round"][:3], record["question"], record["turn"]] = record["ids"]
 
     def rounds(self) -> list[Round]:
-        """All rounds, repeats outermost: an early look sees every question once."""
+        """Lists all rounds, repeats outermost: an early look sees every question once."""
         out = []
         for repeat in range(self.settings.repeats):
             for temperature in self.settings.temperatures:

@@ -57,7 +57,7 @@ ANSWER_TOKENS, MIN_ANSWER_TOKENS = 1024, 64
 
 @dataclass(frozen=True, kw_only=True)
 class ChatSampling(Sampling):
-    """How tokens of a chat are chosen."""
+    """Sampling options of a chat."""
 
     max_new_tokens: int | None = flag(  # type: ignore[assignment]
         None,
@@ -202,7 +202,7 @@ class Chat:
         return result
 
     def _events(self, ids: list[int], params: SamplingParams) -> Iterator[Event]:
-        """What the decoder emits, until the answer ends or Ctrl-C or Ctrl-D stops it."""
+        """Yields the decoder's events until the answer ends or Ctrl-C or Ctrl-D stops it."""
         from foretell.engine import Driver
 
         key = len(self.results)  # fixes the noise of sampling: no two answers share it

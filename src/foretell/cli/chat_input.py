@@ -38,7 +38,7 @@ def open_reader() -> TurnReader:
 
 
 def is_open(text: str) -> bool:
-    """Whether a turn begins with triple quotes and has not come to the closing ones."""
+    """True if a turn begins with triple quotes and has no closing ones yet."""
     text = text.strip()
     return text.startswith(QUOTES) and not (text.endswith(QUOTES) and len(text) >= 2 * len(QUOTES))
 
@@ -88,7 +88,7 @@ class TurnReader:
         yield
 
     def has_left(self) -> bool:
-        """Whether Ctrl-D was typed inside a silent block, up to now."""
+        """True if Ctrl-D was typed inside a silent block."""
         return False
 
 

@@ -53,7 +53,7 @@ REPEATS, PATIENCE = 3, 8.0
 
 @dataclass(frozen=True, kw_only=True)
 class DemoLoading(Loading):
-    """By default the drafter that comes with foretell is shown."""
+    """Model and drafter of the demo; by default a drafter that ships with foretell."""
 
     drafter: str = flag("", "The drafter; by default the best that comes with foretell, with lookup.", "-d")
 

@@ -133,7 +133,7 @@ def in_order(answers: Iterator[tuple[int, list[Result]]]) -> Iterator[tuple[int,
 def _conversations(
     prompt: str | None, prompts: str | None, raw: bool, every: int, limit: int | None
 ) -> list[Conversation]:
-    """What is to be answered: the typed prompt, or the lines of a file."""
+    """Reads the conversations to answer: the typed prompt, or the lines of a file."""
     from foretell.prompt_files import Conversation, check_text, read_conversations
 
     if prompt is not None:

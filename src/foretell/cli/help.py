@@ -33,7 +33,7 @@ def plain(command: Any) -> Any:
 
 
 def _word(hint: Any) -> str | None:
-    """What an option of this type takes; None where the parser's own words, a list of choices, say it best."""
+    """Returns the placeholder of a type in help; None for a list of choices, which the parser shows better."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Annotated, list):
         return _word(inner[0])

@@ -85,7 +85,7 @@ def rm(
 
 
 def _why_not(model: str, in_hub: bool, cache: Path) -> str:
-    """Why a model cannot be deleted."""
+    """Returns the reason that a model cannot be deleted."""
     if in_hub:
         return (
             f"{model} is in the hub's cache, which other programs share; delete it with "

@@ -42,7 +42,7 @@ CACHE = "Where fetched models are kept; by default FORETELL_CACHE, else ~/.cache
 
 @dataclass(frozen=True, kw_only=True)
 class Cache:
-    """Where fetched models are kept, for verbs that load none."""
+    """The cache folder, for verbs that load no model."""
 
     PANEL: ClassVar[str] = "Model"
     cache_dir: Path | None = flag(None, CACHE)
@@ -50,7 +50,7 @@ class Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """Which model, and how it computes."""
+    """The model and how it computes."""
 
     PANEL: ClassVar[str] = "Model"
     model: str = flag(
@@ -102,7 +102,7 @@ class Base:
 
 @dataclass(frozen=True, kw_only=True)
 class Loading(Base):
-    """Which model, which drafter, and how they compute."""
+    """The model, the drafter and how they compute."""
 
     drafter: str = flag("plain", "The drafter that guesses tokens; see the list below.", "-d")
     option: list[str] | None = flag(
@@ -139,7 +139,7 @@ class Loading(Base):
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How long and how fast a drafter is trained; `train.trainer.Settings` checks the values."""
+    """Length and learning rates of a training; `train.trainer.Settings` checks the values."""
 
     PANEL: ClassVar[str] = "Training"
     epochs: float = flag(4.0, "Passes over the data.")
@@ -160,7 +160,7 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen; `SamplingParams` checks the values."""
+    """Sampling options; `SamplingParams` checks the values."""
 
     PANEL: ClassVar[str] = "Sampling"
     max_new_tokens: int = flag(256, "Maximum number of tokens of an answer.", "-n")

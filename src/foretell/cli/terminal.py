@@ -187,7 +187,7 @@ def interruptible() -> Iterator[list[int]]:
 
 
 def _draws() -> bool:
-    """Whether stderr is a terminal that can draw over what it showed before."""
+    """True if stderr is a terminal that can redraw lines."""
     return sys.stderr.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
 
 

@@ -52,7 +52,7 @@ class Governor:
         self._buckets: dict[tuple[int, int], _Bucket] = defaultdict(_Bucket)
 
     def speculate(self, rows: int, context: int) -> bool:
-        """Whether the next step should carry guesses.
+        """True if the next step should carry guesses.
 
         Args:
             rows: that take part.

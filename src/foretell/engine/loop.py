@@ -133,7 +133,7 @@ class SpeculativeDecoder:
             return events
 
     def pending(self, requests: Collection[int]) -> bool:
-        """Whether any of these requests has events still to come; cancelled ones have none."""
+        """True if any of these requests has events to come; cancelled ones have none."""
         with self._lock:
             unfinished = (row.request for row in chain(self._rows, self._waiting) if not row.finished)
             emitted = (event.request for event in self._outbox)
@@ -203,7 +203,7 @@ class SpeculativeDecoder:
         return passed, verdict, reports
 
     def _verdict(self, rows: list[RowState], passed: Pass) -> tuple[Verdict, list[list[TokenLogprob]]]:
-        """Which guesses survive, and the log-probabilities that rows ask for."""
+        """Returns the accepted path of each row and the log-probabilities that rows request."""
         draft, greedy = passed.draft, all(row.params.plain_greedy for row in rows) and self.rule is None
         if greedy:
             verdict = walk(draft, by_row(draft, self.backbone.argmax(passed.states_Md).tolist()))

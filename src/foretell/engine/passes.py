@@ -18,7 +18,7 @@ from foretell.contracts import FINAL_NORM, Draft, Drafter, Features, Row
 
 @dataclass
 class Pass:
-    """What the model computed for the M nodes of a draft.
+    """Results of a forward pass over the M nodes of a draft.
 
     Attributes:
         states_Md: what the output head reads.

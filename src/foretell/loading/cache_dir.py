@@ -117,7 +117,7 @@ def hub_folder() -> Path:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether every safetensors file the folder promises is there."""
+    """True if every safetensors file that the folder's index names exists."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:

@@ -52,7 +52,7 @@ def _upper_windows(raw: Raw, layers: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What one family does differently from the common architecture."""
+    """Differences of one family from the common architecture."""
 
     members: str  # for people
     defaults: Raw  # keys a config.json may leave out, as the family's config class fills them in
@@ -163,7 +163,7 @@ def model_config(source: Any, generation: Raw | None = None) -> ModelConfig:
 
 
 def _rope_settings(raw: Raw) -> Raw:
-    """What config.json says of the rope; transformers 5 writes rope_parameters, older versions rope_scaling."""
+    """Reads the rope settings of config.json: rope_parameters of transformers 5, rope_scaling of older versions."""
     for key in ("rope_scaling", "rope_parameters"):
         if raw.get(key) and not isinstance(raw[key], Mapping):
             raise ForetellError(
@@ -205,7 +205,7 @@ def _rope(raw: Raw, settings: Raw, head_dim: int) -> tuple[tuple[float, ...], fl
 
 
 def _context(raw: Raw, settings: Raw) -> int:
-    """How many positions the model reads.
+    """Returns the number of positions that the model supports.
 
     Model cards tell people to add YaRN and leave max_position_embeddings as it was, so what the scaling gives counts
     if it is more. For llama3 the product means little (Llama 3.2: 8,192 times 32): it counts where nothing was raised.

@@ -48,7 +48,7 @@ UNPACKED = 1.1
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """Where a model lies, and what it was called."""
+    """Folder and name of a model."""
 
     name: str  # what was typed
     path: Path

@@ -32,7 +32,7 @@ _DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """Where a tensor lies."""
+    """Location of a tensor."""
 
     file: Any  # open
     name: str  # in that file
@@ -99,7 +99,7 @@ def read_weights(folder: Path, config: ModelConfig) -> Weights:
 
 
 def standard_name(name: str) -> str:
-    """What a tensor is called in a model with its output head, whether or not it was saved with one."""
+    """Returns a tensor's name in a model with an output head, even if it was saved without one."""
     return f"model.{name}" if name.split(".")[0] in _BARE else name
 
 

@@ -23,7 +23,7 @@ FLOOR = 0.8
 
 @dataclass
 class Agreement:
-    """How often answers take the token that the local model finds most probable.
+    """Counts how often answers take the token that the local model ranks first.
 
     All tokens of its own greedy answers are such. At temperature T it would write that token with probability max p_T
     only, so the count is compared with the sum of these. (With top-p it writes it more often, so the test is a mild
@@ -47,12 +47,12 @@ class Agreement:
 
     @property
     def complete(self) -> bool:
-        """Whether enough was read."""
+        """True if enough answers were read."""
         return self.conversations >= MIN_CONVERSATIONS and self.tokens >= MIN_TOKENS
 
     @property
     def poor(self) -> bool:
-        """Whether another model wrote the answers: the share is below `FLOOR` by more than two standard deviations."""
+        """True if another model wrote the answers: agreement is more than two standard deviations below `FLOOR`."""
         return self.tokens >= MIN_TOKENS and self.chosen + 2 * self.variance**0.5 < FLOOR * self.expected
 
     def add(self, llm: LLM, turn: str, reply: Result, temperature: float) -> None:

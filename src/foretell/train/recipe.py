@@ -60,7 +60,7 @@ def never() -> bool:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training made.
+    """Results of a training.
 
     Attributes:
         folder: of the drafter: its option `checkpoint`.

@@ -49,7 +49,7 @@ WITHOUT_EFFECT = ("save_seconds", "started_by")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How long and how fast a module learns.
+    """Length, learning rates and batches of a training.
 
     Attributes:
         epochs: passes over the data.
