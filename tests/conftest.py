@@ -99,7 +99,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The learning form may multiply in bfloat16, and features and checkpoints are rounded to it; here nothing is, to
     be compared closely."""
-    from foretell.drafting.learning.products import multiply_in
+    from foretell.drafting.learning.number_types import multiply_in
 
     monkeypatch.setattr(Tensor, "bfloat16", lambda tensor: tensor)
     with multiply_in("float32"):

@@ -24,9 +24,9 @@ from foretell.backbone.cpu.backbone import CompiledBackbone
 from foretell.backbone.eager.backbone import EagerBackbone
 from foretell.backbone.eager.linear import MAX_ROWS
 from foretell.contracts import Draft
-from foretell.exactness import random_weights
 from foretell.loading import ModelConfig
 from foretell.loading.families import FAMILIES, model_config
+from foretell.testing import random_weights
 from foretell.trees import TokenTree, chain
 
 FP32, BF16 = torch.float32, torch.bfloat16

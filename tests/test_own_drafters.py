@@ -17,7 +17,7 @@ from foretell import drafters
 from foretell.contracts import Draft, Drafter, Row
 from foretell.drafting.from_file import split
 from foretell.errors import ForetellError, UsageError
-from foretell.exactness import MODELS, check_drafter, random_backbone
+from foretell.testing import MODELS, check_drafter, random_backbone
 
 PAGE = Path(__file__).parent.parent / "docs" / "adding-a-drafter.md"
 SAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)

@@ -32,7 +32,7 @@ def learnt(data: Path, number_type: str) -> dict[str, Any]:
 
     import foretell
     from foretell.drafters.medusa import Medusa
-    from foretell.drafting.learning import products
+    from foretell.drafting.learning import number_types
     from foretell.train.data import ConversationStore
     from foretell.train.features import FeatureStore
     from foretell.train.recipe import token_counts
@@ -41,8 +41,8 @@ def learnt(data: Path, number_type: str) -> dict[str, Any]:
     backbone = foretell.load(core.MODEL, dtype="bf16", threads=1).backbone
     talks = ConversationStore.open(data).conversations[:CONVERSATIONS]
     module = Medusa.trainable(backbone, Medusa.Training(), token_counts(talks, backbone.config.vocab))
-    chosen, ends = products.chosen(torch.device("cpu")), list[float]()
-    with tempfile.TemporaryDirectory() as folder, products.multiply_in(number_type):
+    chosen, ends = number_types.chosen(torch.device("cpu")), list[float]()
+    with tempfile.TemporaryDirectory() as folder, number_types.multiply_in(number_type):
         features = FeatureStore(backbone, talks, module.taps, Path(folder) / "features")
         features.prepare()
         run = Trainer(module, features, Settings(epochs=1000, batch_tokens=BATCH_TOKENS), Path(folder) / "run")

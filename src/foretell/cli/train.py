@@ -69,7 +69,7 @@ def _draw(out: Path) -> None:
 
 
 def _note_number_type(run: Run) -> None:
-    from foretell.drafting.learning.products import measured
+    from foretell.drafting.learning.number_types import measured
 
     trainer = run.trainer
     note(measured(trainer.device.type).explained(trainer.number_type, trainer.began_in))

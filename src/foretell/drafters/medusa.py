@@ -46,7 +46,7 @@ from foretell.drafting.checkpoint import (
 from foretell.drafting.heads import side_by_side
 from foretell.drafting.kernels import kernels_for
 from foretell.drafting.learning.heads import GuessingHeads, HeadTraining, draft_outputs, evenly_spread
-from foretell.drafting.learning.products import number_type
+from foretell.drafting.learning.number_types import number_type
 from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.drafting.options import option, stored_options
 from foretell.drafting.tree_size import no_guesses, tree_size

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from foretell.drafting.learning import products
+from foretell.drafting.learning import number_types
 from foretell.drafting.learning.trainable import Trainable
 from foretell.errors import ForetellError, UsageError, check_numbers
 from foretell.files import atomic_write, complete_lines, one_line, write_errors
@@ -123,7 +123,7 @@ class Trainer:
         self.step = 0
         self.skipped = 0
         self.seconds = 0.0
-        self.number_type = self.began_in = products.chosen(self.device)
+        self.number_type = self.began_in = number_types.chosen(self.device)
         self._old_seeds = False
         self._updating = False
 
@@ -147,7 +147,7 @@ class Trainer:
         self._updating = False
         malloc.keep()
         try:
-            with products.multiply_in(self.number_type):
+            with number_types.multiply_in(self.number_type):
                 self._run(progress, stop)
         finally:
             if not self._updating:  # an update that was cut off leaves weights of no step: the saved state stays
@@ -285,7 +285,7 @@ class Trainer:
             seconds = state.get("seconds", 0.0)  # the first version did not save them
             began_in = state.get("products", "bfloat16")  # earlier versions multiplied in no other type
             seeds = state.get("seeds", "hash")
-            if began_in not in products.TYPES or seeds not in (SEEDS, "hash"):
+            if began_in not in number_types.TYPES or seeds not in (SEEDS, "hash"):
                 raise ValueError(began_in, seeds)
         except (PermissionError, MemoryError) as error:
             raise ForetellError(f"{path} cannot be read ({one_line(error)}); the run in it is not lost.") from error
@@ -299,7 +299,7 @@ class Trainer:
             raise UsageError(f"{self.folder} holds a run of another drafter; choose another --out.") from error
         self.step, self.skipped, self.seconds, self.began_in = step, skipped, seconds, began_in
         self._old_seeds = seeds == "hash"
-        if not products.measured(self.device.type).clearly_slower(began_in):
+        if not number_types.measured(self.device.type).clearly_slower(began_in):
             self.number_type = began_in
         self._cut_log()
         return True
@@ -340,7 +340,7 @@ class Trainer:
     def evaluate(self, sizes: Sequence[int] = SIZES) -> Report:
         """Figures on the held-out conversations (all conversations, where none is held out)."""
         self.module.begin(self.step / self.steps)
-        with products.multiply_in(self.number_type):
+        with number_types.multiply_in(self.number_type):
             return evaluate(self.module, self.features, self.held_out or self.training, sizes)
 
 

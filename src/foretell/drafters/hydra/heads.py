@@ -17,7 +17,7 @@ from foretell.contracts import FINAL_NORM
 from foretell.drafting.heads import normed
 from foretell.drafting.learning.decoder_layer import DecoderLayer
 from foretell.drafting.learning.heads import GuessingHeads, HeadTraining
-from foretell.drafting.learning.products import product
+from foretell.drafting.learning.number_types import product
 from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.drafting.options import option, renamed, stored_options
 from foretell.errors import UsageError

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foretell.drafting.learning.products import product
+from foretell.drafting.learning.number_types import product
 from foretell.loading.config import ModelConfig
 from foretell.loading.tensors import ATTENTION, LAYER, bare, layer_shapes
 

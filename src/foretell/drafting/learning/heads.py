@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from foretell.backbone import Backbone
 from foretell.drafting.learning.losses import CHUNK, soft_cross_entropy, targets, weighed
-from foretell.drafting.learning.products import product
+from foretell.drafting.learning.number_types import product
 from foretell.drafting.learning.trainable import CALIBRATION_TOP_K, HeadGuesses, Trainable, TrainingBatch
 from foretell.drafting.options import option
 from foretell.drafting.vocabulary import draft_vocabulary, index_in

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foretell.drafting.learning.products import number_type
+from foretell.drafting.learning.number_types import number_type
 from foretell.drafting.learning.trainable import TrainingBatch
 
 CHUNK = 512

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from foretell.contracts import FINAL_NORM
 from foretell.drafting.learning.finetune import causal, save
 from foretell.drafting.learning.losses import CHUNK
-from foretell.drafting.learning.products import number_type
+from foretell.drafting.learning.number_types import number_type
 from foretell.drafting.learning.trainable import TrainingBatch
 
 MIN_PROBABILITY = 1e-6

@@ -18,7 +18,7 @@ from trainables import trainable
 
 from foretell import drafters
 from foretell.api import LLM, load
-from foretell.drafting.learning import products
+from foretell.drafting.learning import number_types
 from foretell.drafting.learning.trainable import Trainable, TrainingBatch
 from foretell.errors import ForetellError
 from foretell.train.data import Distilled
@@ -39,9 +39,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _measured_anew() -> Iterator[None]:
-    products.measured.cache_clear()
+    number_types.measured.cache_clear()
     yield
-    products.measured.cache_clear()
+    number_types.measured.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +65,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, **nanoseconds: float) -> list[tuple
         asked.append((name, positions))
         return nanoseconds[name] * 1e-9 * positions * outputs
 
-    monkeypatch.setattr(products, "_seconds", seconds)
-    products.measured.cache_clear()
+    monkeypatch.setattr(number_types, "_seconds", seconds)
+    number_types.measured.cache_clear()
     return asked
 
 
@@ -88,26 +88,26 @@ def test_the_faster_type_is_taken_and_slow_products_stay_small(
     monkeypatch: pytest.MonkeyPatch, float32: float, bfloat16: float, faster: str, sizes: int
 ) -> None:
     asked = machine(monkeypatch, float32=float32, bfloat16=bfloat16)
-    assert products.chosen(CPU) == faster
-    assert products.number_type(CPU) == getattr(torch, faster)
-    assert asked == [(name, positions) for positions, _ in products.SIZES[:sizes] for name in products.TYPES]
-    products.chosen(CPU)
+    assert number_types.chosen(CPU) == faster
+    assert number_types.number_type(CPU) == getattr(torch, faster)
+    assert asked == [(name, positions) for positions, _ in number_types.SIZES[:sizes] for name in number_types.TYPES]
+    number_types.chosen(CPU)
     assert len(asked) == 2 * sizes  # measured once
 
 
 def test_what_is_given_counts_and_only_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, float32=1, bfloat16=40)
-    with products.multiply_in("bfloat16"):
-        assert products.number_type(CPU) == torch.bfloat16
-        with products.multiply_in("float32"):
-            assert products.number_type(CPU) == torch.float32
-        assert products.number_type(CPU) == torch.bfloat16
-    assert products.number_type(CPU) == torch.float32
+    with number_types.multiply_in("bfloat16"):
+        assert number_types.number_type(CPU) == torch.bfloat16
+        with number_types.multiply_in("float32"):
+            assert number_types.number_type(CPU) == torch.float32
+        assert number_types.number_type(CPU) == torch.bfloat16
+    assert number_types.number_type(CPU) == torch.float32
 
 
 ASK = """
 import time, torch
-from foretell.drafting.learning.products import measured
+from foretell.drafting.learning.number_types import measured
 torch.set_num_threads(1)
 began = time.process_time()
 print(measured("cpu").fastest, time.process_time() - began)
@@ -160,7 +160,7 @@ def learnt(module: Trainable, batch: TrainingBatch, name: str) -> tuple[float, T
     """The loss in a number type, its gradients, and the types that were multiplied for them."""
     module.zero_grad()
     torch.manual_seed(0)
-    with products.multiply_in(name), Products() as spy:
+    with number_types.multiply_in(name), Products() as spy:
         loss = torch.stack([*module.losses(batch).values()]).sum()
         loss.backward()
         module.guesses(batch)
@@ -209,7 +209,7 @@ def test_a_run_keeps_its_type_unless_another_machine_is_much_slower_at_it(
 ) -> None:  # fmt: skip
     machine(monkeypatch, float32=first[0], bfloat16=first[1])
     begun = trainer(llm, data, tmp_path)
-    began_in = min(zip(first, products.TYPES, strict=True))[1]
+    began_in = min(zip(first, number_types.TYPES, strict=True))[1]
     assert begun.number_type == began_in
     with pytest.raises(KeyboardInterrupt):
         begun.run(stop=lambda: begun.step == 25)
@@ -258,7 +258,7 @@ def test_a_run_of_an_earlier_version_multiplied_in_bfloat16(
     ],
 )
 def test_what_is_said_of_it(name: str, before: str, sentence: str) -> None:
-    assert sentence in products.Measured({"float32": 0.5, "bfloat16": 2.0}).explained(name, before)
+    assert sentence in number_types.Measured({"float32": 0.5, "bfloat16": 2.0}).explained(name, before)
 
 
 def test_a_command_says_what_it_multiplies_in_and_goes_on_elsewhere(
