@@ -40,6 +40,7 @@ from foretell.drafting import checkpoint
 from foretell.drafting.checkpoint import Checkpoint
 from foretell.drafting.tree_size import DEFAULT_NODES, tree_size
 from foretell.errors import ForetellError, UsageError
+from foretell.recommendation import Recommendation, recommend
 from foretell.requests import SamplingParams
 
 LLAMA = {"model_type": "llama", **DIMENSIONS}
@@ -166,18 +167,18 @@ def test_drafting_that_takes_long_makes_larger_trees_and_another_drafter(
     backbone = tiny_backbone()
     backbone.costs = tmp_path / "costs.json"
     monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path / "trained")
-    assert drafters.recommended(backbone) == "prompt_lookup"
+    assert recommend(backbone).name == "prompt_lookup"
     assert not backbone.costs.exists()  # nothing to choose from, nothing to measure
     monkeypatch.setattr("foretell.backbone.step_costs._step_seconds", lambda *_: 1.0)
     for method, tokens in (("medusa", 2.0), ("hydra", 2.4), ("kangaroo", 2.5)):
         config = {"fingerprint": "tiny", "method": method, "tokens_per_step": {"8": tokens}}
         (tmp_path / "trained" / method).mkdir(parents=True)
         (tmp_path / "trained" / method / "config.json").write_text(json.dumps(config))
-    assert drafters.recommended(backbone) == "hydra"  # kangaroo's few tokens more cost more than they are worth
+    assert recommend(backbone).name == "hydra"  # kangaroo's few tokens more cost more than they are worth
     for drafting, best in (({"hydra": 9.0}, "hydra"), ({"hydra": 9.0, "medusa": 1.0}, "medusa"),
                            ({"hydra": 6.0, "medusa": 1.0}, "hydra")):  # fmt: skip
         StepCosts(TABLE, drafting | ({"kangaroo": 9.0} if "medusa" in drafting else {})).save(backbone.costs)
-        assert drafters.recommended(backbone) == best
+        assert recommend(backbone).name == best
 
 
 @pytest.mark.parametrize(
@@ -571,7 +572,8 @@ def test_tune_says_when_another_drafter_becomes_the_recommended_one(
     assert first.startswith("Used where no drafter is named: prompt_lookup: no trained drafter comes with foretell")
     chosen = iter(("kangaroo", "hydra++"))
     monkeypatch.setattr(
-        drafters, "recommend", lambda backbone: drafters.Recommendation(name := next(chosen), {name: 1.2}, "measuring")
+        "foretell.recommendation.recommend",
+        lambda backbone: Recommendation(name := next(chosen), {name: 1.2}, "measuring"),
     )
     last = foretell(*options).err.splitlines()[-1]
     assert last.startswith("Used where no drafter is named (until now kangaroo): hydra++: estimated at 1.20x plain")

@@ -27,7 +27,7 @@ FLOORS = {
     "verify": 2.3,
     "drafting": 2.5,  # what methods share while they draft and learn
     "drafters": 3, "engine": 3,
-    "api": 4, "testing": 4,
+    "api": 4, "testing": 4, "recommendation": 4,
     "conversations": 4.5,  # several turns or prompts through the api; every floor above may use it
     "train": 5, "bench": 5, "interop": 5, "serve": 5,
     "cli": 6,

@@ -23,6 +23,7 @@ from foretell.drafters.prompt_lookup import PromptLookup
 from foretell.drafting.checkpoint import SHIPPED
 from foretell.loading import Tokenizer
 from foretell.loading.resolve import resolve
+from foretell.recommendation import recommend
 from foretell.requests import SamplingParams
 
 pytestmark = pytest.mark.real
@@ -146,7 +147,7 @@ def test_the_heads_that_come_with_foretell_foretell(method: str) -> None:
     folder = folder_for(method)
     backbone = backbone_of(folder, "bf16")
     asked = [(ids, SamplingParams(max_new_tokens=40)) for ids in prompts(folder)]
-    assert MADE_FOR[drafters.recommended(backbone)] == MADE_FOR[method]
+    assert MADE_FOR[recommend(backbone).name] == MADE_FOR[method]
     outputs = finish(decoder_of(backbone, drafters.build(method, backbone, nodes=16)), asked)
     tokens, steps = (sum(getattr(out.statistics, name) for out in outputs) for name in ("new_tokens", "steps"))
     assert tokens / steps > 1.6  # without heads 1

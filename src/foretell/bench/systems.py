@@ -21,6 +21,7 @@ from foretell.backbone import Backbone
 from foretell.bench.memory import peak_bytes, reset_peak
 from foretell.engine import SpeculativeDecoder, run
 from foretell.errors import ForetellError
+from foretell.recommendation import recommend
 from foretell.requests import Request, SamplingParams, Statistics
 from foretell.verify import Typical
 
@@ -146,6 +147,6 @@ def default_specs(backbone: Backbone) -> tuple[list[str], str]:
 
     The recommended drafter depends on step costs measured on this machine, so it may change after `foretell tune`.
     """
-    best = drafters.recommend(backbone)
+    best = recommend(backbone)
     extra = [f"{best.name}:lookup=true"] if best.name != "prompt_lookup" else []
     return ["prompt_lookup", *extra], f"Chosen for this model and machine: {best}."

@@ -294,8 +294,8 @@ def sweep(
 
     Exact verification and plain decoding run too. The report plots tokens per second and each score against ε.
     """
-    from foretell import drafters
     from foretell.bench.suites import load_suite
+    from foretell.recommendation import recommend
 
     if temperature <= 0:
         raise UsageError(f"--temperature is {temperature}; typical acceptance needs one above 0.")
@@ -303,7 +303,7 @@ def sweep(
     if drafter and "typical" in _spec(drafter)[2]:  # refused before anything is loaded
         raise UsageError(f"--drafter {drafter} has a threshold already; leave `typical` out.")
     llm = base.load()
-    name = drafter or drafters.recommended(llm.backbone)
+    name = drafter or recommend(llm.backbone).name
     join = "," if ":" in name else ":"
     specs = [_spec(name), *(_spec(f"{name}{join}typical={e:g}") for e in epsilon or EPSILONS)]
     how = {

@@ -110,6 +110,7 @@ def _sides(loading: Loading) -> list[_Side]:
     from foretell import drafters
     from foretell.api import LLM
     from foretell.drafters.prompt_lookup import WithLookup
+    from foretell.recommendation import recommend
 
     if loading.option and not loading.drafter:
         raise UsageError("--option is for a drafter; name it with --drafter.")
@@ -118,7 +119,7 @@ def _sides(loading: Loading) -> list[_Side]:
         plain = LLM(drafted.backbone, drafted.tokenizer, drafters.build("plain", drafted.backbone), drafted.folder)
     else:
         plain = Base.load(loading)
-        recommendation = drafters.recommend(plain.backbone)
+        recommendation = recommend(plain.backbone)
         name = recommendation.name
         note(f"Chosen for this model and machine: {recommendation}.")
         drafter = drafters.build(name, plain.backbone, lookup=True)

@@ -32,8 +32,8 @@ def tune(
     one given, and those that come with foretell for this model.
     """
     loading.check()
-    from foretell import drafters
     from foretell.backbone.step_costs import REPEATS, ROWS, StepCosts, costs_file, measure
+    from foretell.recommendation import recommend
 
     llm = loading.load()
     with job_progress("measuring steps, %", "", resumes=False) as progress:
@@ -47,7 +47,7 @@ def tune(
     older, before = None, ""
     with suppress(ForetellError):  # a damaged table is replaced
         older = StepCosts.load(path)
-        before = drafters.recommend(llm.backbone).name if older else ""
+        before = recommend(llm.backbone).name if older else ""
     costs.over(older).save(path)  # an interruption from here on loses the times of drafting only
     llm.backbone.costs = None  # drafters built now guess, whether that pays or not
     tokens_per_step = llm.drafter.tokens_per_step
@@ -56,7 +56,7 @@ def tune(
     _print_table(costs, own, tokens_per_step)
     note(f"Kept in {path}; -o nodes=N overrides it.")
     llm.backbone.costs = path
-    after = drafters.recommend(llm.backbone)
+    after = recommend(llm.backbone)
     changed = f" (until now {before})" if before not in ("", after.name) else ""
     note(f"Used where no drafter is named{changed}: {after}.")
 

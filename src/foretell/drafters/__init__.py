@@ -8,8 +8,6 @@ user's own needs none. Command line and benchmark read `table`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import datetime
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
@@ -23,7 +21,6 @@ from foretell.files import one_line
 
 if TYPE_CHECKING:
     from foretell.backbone import Backbone
-    from foretell.backbone.step_costs import StepCosts
     from foretell.contracts import Drafter
 
 DRAFTERS: dict[str, tuple[str | type[Drafter], str]] = {
@@ -42,11 +39,6 @@ DRAFTERS: dict[str, tuple[str | type[Drafter], str]] = {
     "del": ("foretell.drafters.dynamic_exit:DEL", "leaves at whichever layer has lately paid best"),
 }
 
-USUAL = {1: 1.0, 8: 1.25, 16: 1.3}
-"""Nodes -> what a step of so many costs beside one of one node, on machines that were measured."""
-CONTEXT = 512
-"""Tokens of the text for which the recommended drafter is chosen."""
-
 
 def register(name: str, drafter: type[Drafter] | str, help: str) -> None:
     """Adds a drafter under a name: a class, or "module:Class" to be imported when it is used.
@@ -60,7 +52,7 @@ def register(name: str, drafter: type[Drafter] | str, help: str) -> None:
 
 
 def table() -> dict[str, tuple[str | type[Drafter], str]]:
-    """All drafters by name: those above, those registered, and those that installed packages add."""
+    """Returns all drafters by name: those above, the registered ones, and those of installed packages."""
     return DRAFTERS | {name: row for name, row in _installed().items() if name not in DRAFTERS}
 
 
@@ -134,67 +126,3 @@ def build(drafter: str | type[Drafter], backbone: Backbone, lookup: bool = False
 
     sized = getattr(parsed, "nodes", 0) or getattr(parsed, "tree", "")  # a size that was given holds
     return with_lookup(built, None if sized else prices_of(backbone))
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """The drafter to use where none is named, and why.
-
-    Attributes:
-        name: of the drafter.
-        gains: drafter that ships for this model -> estimated tokens per second relative to plain decoding, best first.
-        source: where the costs behind the estimates come from.
-    """
-
-    name: str
-    gains: dict[str, float]
-    source: str
-
-    def __str__(self) -> str:
-        if not self.gains:
-            return f"{self.name}: no trained drafter comes with foretell for this model"
-        others = ", ".join(f"{name} {gain:.2f}x" for name, gain in self.gains.items() if name != self.name)
-        best = f"{self.name}: estimated at {self.gains[self.name]:.2f}x plain decoding by {self.source}"
-        return best + (f"; {others}" if others else "")
-
-
-def recommend(backbone: Backbone) -> Recommendation:
-    """Chooses the best drafter that needs nothing but foretell: one that ships for this backbone, else prompt lookup.
-
-    Of several, the one of most tokens per second by what steps cost here, or elsewhere where that cannot be known; and
-    by what drafting costs, as `foretell tune` measured, or usually where it has not measured all of them.
-    """
-    from foretell.backbone.step_costs import StepCosts, step_costs
-    from foretell.drafting.checkpoint import shipped, tokens_per_step
-
-    folders = shipped(backbone)
-    if not folders:
-        return Recommendation("prompt_lookup", {}, "")
-    known = step_costs(backbone)
-    costs = known or StepCosts({1: {CONTEXT: USUAL}})
-    plain = costs.of(1, CONTEXT, 1)
-    drafting = {method: drafter_class(method).usual_cost * plain for method in folders}
-    if costs.drafting.keys() >= folders.keys():
-        drafting = costs.drafting
-
-    def gain(method: str) -> float:
-        rates = costs.rates(1, CONTEXT, tokens_per_step(folders[method]), drafting[method])
-        return plain * max(rates.values(), default=0.0)
-
-    gains = dict(sorted(((method, gain(method)) for method in folders), key=lambda pair: -pair[1]))
-    return Recommendation(next(iter(gains)), gains, _source(backbone, known))
-
-
-def _source(backbone: Backbone, costs: StepCosts | None) -> str:
-    """Where step costs come from, in words."""
-    if costs is None:
-        return "what steps usually cost"
-    if costs.first or backbone.costs is None or not backbone.costs.is_file():
-        return "a first reading of step costs here (`foretell tune` measures them closely)"
-    day = datetime.fromtimestamp(backbone.costs.stat().st_mtime).date()
-    return f"the costs that `foretell tune` measured here on {day}"
-
-
-def recommended(backbone: Backbone) -> str:
-    """Returns the name of the drafter that `recommend` chooses."""
-    return recommend(backbone).name
