@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("src/foretell/backbone/cpu/native")
@@ -83,5 +84,15 @@ class BuildKernels(build_ext):
                 os.replace(f"{target}.new", target)  # processes that run the old one keep it
 
 
+class PlatformWheel(bdist_wheel):
+    """One wheel for every Python: the library is reached with ctypes and depends on the platform alone."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 sources = [str(path) for path in sorted(NATIVE.rglob("*.*"))]
-setup(ext_modules=[Extension("foretell.backbone.cpu._kernels", sources)], cmdclass={"build_ext": BuildKernels})
+setup(
+    ext_modules=[Extension("foretell.backbone.cpu._kernels", sources)],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
+)

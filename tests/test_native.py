@@ -73,6 +73,16 @@ def test_every_exported_call_is_compared_with_its_twin_in_c() -> None:
     assert exported == set(library.CALLS)
 
 
+def test_one_wheel_serves_every_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library is reached with ctypes: the wheel names the platform, and no interpreter."""
+    core = pytest.importorskip("setuptools._distutils.core")
+    monkeypatch.chdir(Path(__file__).parents[1])
+    wheel = core.run_setup("setup.py", stop_after="init").get_command_obj("bdist_wheel")
+    wheel.ensure_finalized()
+    assert wheel.get_tag()[:2] == ("py3", "none")
+    assert wheel.get_tag()[2] != "any"
+
+
 def test_every_weight_format_has_a_row_on_either_side() -> None:
     rows = re.findall(r'^    {"(\w+)", ', (NATIVE / "products" / "formats.inc").read_text(), re.MULTILINE)
     assert set(rows) == set(FORMATS)

@@ -206,7 +206,7 @@ class Probes:
 @pytest.fixture
 def kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every verdict counts as one that took long."""
-    monkeypatch.setattr(canonical, "KEPT", 0.0)
+    monkeypatch.setattr(canonical, "MIN_STORED_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize(("needed", "rows", "asked"), [(0, 4, 1), (5, 16, 2), (64, 64, 3), (65, 4, 3)])
@@ -218,10 +218,10 @@ def test_calls_are_padded_as_far_as_it_helps_and_the_verdict_is_kept(
     monkeypatch.setattr(canonical, "probe", probes)
     for _ in range(2):
         backbone: Any = EagerBackbone(LLAMA.config, LLAMA.weights().__getitem__, FP32, torch.device("cpu"), 1)
-        settle(backbone, tmp_path)
-        assert backbone.nondeterminism == ("It depends." if needed > 64 else None)
+        verdict = settle(backbone, tmp_path)
+        assert verdict.nondeterminism == ("It depends." if needed > 64 else None)
         assert backbone.layers[0].down.min_rows == backbone._head.min_rows == rows
-        assert backbone.probe_seconds > 0
+        assert verdict.seconds > 0
         assert probes.asked == asked  # the second time nothing is probed
 
 

@@ -60,13 +60,15 @@ class Backbone(ABC):
     """A loaded model.
 
     Attributes:
-        config: its numbers.
-        dtype: of weights, keys and values: torch.float32 or torch.bfloat16.
-        kernels: how it computes, for reports ("amx", "eager", ...).
-        inexact: None when a probe found the arithmetic canonical, else one sentence on what differs.
-        probe_seconds: that the probe took: at this load, or when its verdict was kept (see `verdict.py`).
+        config: the sizes and switches it was built from.
+        dtype: type of activations, keys and values: torch.float32 or torch.bfloat16.
+        kernels: name of what computes, for reports ("amx", "eager", ...).
+
+    Known only once the model is there, so `load.assemble` sets them (drafters' own layers keep the defaults):
         fingerprint: identifies the weights; trained drafters are bound to it.
-        costs: the file that says what its steps cost on this machine, once that is measured (see `costs.py`).
+        nondeterminism: None if the probe found the arithmetic canonical, else one sentence on what differs.
+        probe_seconds: seconds that the probe took, at this load or when its verdict was stored (see `canonical.py`).
+        costs: file of measured step costs on this machine, or None (see `step_costs.py`); set by `foretell.load`.
     """
 
     kernels: str = "eager"

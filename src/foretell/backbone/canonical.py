@@ -1,4 +1,4 @@
-"""What the probe found, what was done about it, and where that is kept: large models take long to probe."""
+"""Makes a backbone canonical where padding can, and stores the verdict: probing a large model takes seconds."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from foretell.errors import ForetellError, is_number
 from foretell.files import read_json, write_json
 from foretell.loading.cache_dir import cache_folder
 
-CHOOSING = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "NVIDIA_TF32_OVERRIDE")
-"""What makes libraries choose other kernels on the same machine."""
-KEPT = 0.5
-"""Seconds: a verdict that took less is found anew at each load."""
+KERNEL_CHOICE = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "NVIDIA_TF32_OVERRIDE")
+"""Environment variables that make libraries choose other kernels on the same machine."""
+MIN_STORED_SECONDS = 0.5
+"""A verdict that took less is found again at each load."""
 
 
 @dataclass(frozen=True)
 class Probed:
-    """What a backbone needs to be canonical here.
+    """The verdict on one backbone on this machine.
 
     Attributes:
-        inexact: None, or one sentence on what depends on a token's company, whatever is done.
-        rows: to how many rows a call of a linear has to be padded.
-        seconds: that the probe took.
+        nondeterminism: None if its arithmetic is canonical, else one sentence on what depends on the other rows.
+        rows: number of rows that every call of a linear is padded to.
+        seconds: time that the probe took.
     """
 
     nondeterminism: str | None
@@ -43,44 +43,44 @@ class Probed:
     seconds: float
 
 
-def settle(backbone: Backbone, cache_dir: str | Path | None = None) -> None:
-    """Probes a backbone, pads its calls where one row is computed otherwise than many, and writes down in it whether it
-    is exact; what took long and was found earlier is read from the cache.
+def settle(backbone: Backbone, cache_dir: str | Path | None = None) -> Probed:
+    """Probes a backbone, and pads its calls if a library computes one row differently from many.
 
-    Padding is paid for by every pass: where a library needs 64 rows, plain decoding multiplies 64 rows a token. Where
-    not even that helps, nothing is padded, and results say that they are not exact.
+    A verdict that took long is stored, and read from the cache at the next load. Padding costs time in every pass:
+    where a library needs 64 rows, plain decoding multiplies 64 rows per token. Where not even that helps, nothing is
+    padded, and results are marked as not exact.
 
     Raises:
         ForetellError: the weights are damaged.
     """
     path = _verdict_file(backbone, cache_dir)
-    verdict = _kept(path)
+    verdict = _stored(path)
     if verdict is None:
-        verdict = _found(backbone)
-        if verdict.seconds > KEPT:
-            with suppress(ForetellError):  # a cache that cannot be written to costs the next load some time
+        verdict = _probed(backbone)
+        if verdict.seconds > MIN_STORED_SECONDS:
+            with suppress(ForetellError):  # without a writable cache the next load probes again
                 write_json(path, asdict(verdict), shared=True)
     backbone.pad_rows(verdict.rows)
-    backbone.nondeterminism, backbone.probe_seconds = verdict.nondeterminism, verdict.seconds
+    return verdict
 
 
-def _found(backbone: Backbone) -> Probed:
+def _probed(backbone: Backbone) -> Probed:
     began = time.perf_counter()
     nondeterminism, rows = probe(backbone), MIN_ROWS
-    for more in (16, MAX_ROWS):
-        if nondeterminism and backbone.pad_rows(more) and probe(backbone) is None:
-            nondeterminism, rows = None, more
+    for padded in (16, MAX_ROWS):
+        if nondeterminism and backbone.pad_rows(padded) and probe(backbone) is None:
+            nondeterminism, rows = None, padded
     return Probed(nondeterminism, rows, time.perf_counter() - began)
 
 
 def _verdict_file(backbone: Backbone, cache_dir: str | Path | None) -> Path:
-    """Where the verdict of this arithmetic is kept: these weights, this machine and the code that computes."""
+    """Names the file of a verdict by all it depends on: these weights, this machine and the code that computes."""
     on_gpu = backbone.device.type == "cuda"
     parts = (
         backbone.fingerprint, backbone.kernels, str(backbone.dtype), str(backbone.device), str(backbone.threads),
         torch.cuda.get_device_name(backbone.device) if on_gpu else processor() or platform.machine(),
         torch.backends.cpu.get_cpu_capability(), torch.__version__, _code(),
-        *(os.environ.get(name, "") for name in CHOOSING), str(torch.backends.cuda.matmul.allow_tf32),
+        *(os.environ.get(name, "") for name in KERNEL_CHOICE), str(torch.backends.cuda.matmul.allow_tf32),
     )  # fmt: skip
     name = hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
     return cache_folder(cache_dir) / "probes" / f"{name}.json"
@@ -88,21 +88,21 @@ def _verdict_file(backbone: Backbone, cache_dir: str | Path | None) -> Path:
 
 @cache
 def _code() -> str:
-    """A digest of the kernels and of the modules beside and below this one: another version's verdict is none."""
+    """Digest of the kernels and of the modules beside and below this one: a verdict holds for one version."""
     files = [*sorted(Path(__file__).parent.rglob("*.py")), *([LIBRARY] if LIBRARY.exists() else [])]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def _kept(path: Path) -> Probed | None:
-    """A verdict found earlier; a file that cannot be read holds none."""
+def _stored(path: Path) -> Probed | None:
+    """Reads a verdict; None if there is none, or the file is damaged."""
     try:
         found = Probed(**read_json(path)) if path.is_file() else None
     except (ForetellError, OSError, TypeError):
         return None
-    right = (
+    valid = (
         found
         and isinstance(found.nondeterminism, str | None)
         and is_number(found.rows, True)
         and is_number(found.seconds)
     )
-    return found if right else None
+    return found if valid else None

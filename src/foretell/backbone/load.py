@@ -41,13 +41,14 @@ def assemble(
         device: a torch device; by default the first GPU, else the CPU.
         threads: CPU threads; by default the cores this process may use.
         kernel: "eager", or one of `library.BUILDS`; by default the best compiled build, eager on a GPU.
-        cache_dir: where the probe's verdict is kept, if it took long; see `verdict.settle`.
+        cache_dir: where the probe's verdict is kept, if it took long; see `canonical.settle`.
 
     Raises:
         ForetellError, UsageError: what cannot be loaded, and the remedy.
     """
     where = _device(device)
     count = _threads(threads)
+    # For the whole process: PyTorch has no other setting, and its idle threads would spin on the kernels' cores.
     torch.set_num_threads(count)
     config = read_config(folder)
     weights = read_weights(folder, config)
@@ -59,8 +60,9 @@ def assemble(
         backbone = CompiledBackbone(config, weights.__getitem__, kind, count, build)
     else:
         backbone = EagerBackbone(config, weights.__getitem__, kind, where, count)
-    backbone.fingerprint = mark()
-    settle(backbone, cache_dir)
+    backbone.fingerprint = mark()  # part of the name under which the verdict is stored
+    verdict = settle(backbone, cache_dir)
+    backbone.nondeterminism, backbone.probe_seconds = verdict.nondeterminism, verdict.seconds
     return backbone
 
 
