@@ -18,7 +18,7 @@ from toy_drafters import EarlyExit, Inserter, Oracle, RandomTrees
 from foretell import drafters
 from foretell.api import LLM
 from foretell.backbone import Backbone
-from foretell.backbone import cache as cache_module
+from foretell.backbone import kv_cache as cache_module
 from foretell.contracts import Draft, Drafter, Features, Row
 from foretell.conversations import Conversation, converse
 from foretell.drafters.plain import Plain

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from foretell.backbone.cache import KVCache
+from foretell.backbone.kv_cache import KVCache
 from foretell.backbone.nodes import Nodes
 from foretell.errors import UsageError, check
 from foretell.loading.config import ModelConfig

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from foretell.backbone.base import Backbone
-from foretell.backbone.cache import KVCache
 from foretell.backbone.eager.linear import MAX_ROWS
+from foretell.backbone.kv_cache import KVCache
 from foretell.backbone.nodes import Nodes
 from foretell.errors import ForetellError
 from foretell.trees import TokenTree, chain

@@ -21,7 +21,7 @@ from statistics import median
 import torch
 
 from foretell.backbone.base import Backbone
-from foretell.backbone.cache import KVCache
+from foretell.backbone.kv_cache import KVCache
 from foretell.backbone.nodes import Nodes
 from foretell.errors import ForetellError
 from foretell.files import read_json, write_json

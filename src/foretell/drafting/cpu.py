@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foretell.backbone.base import Backbone, check_ids
-from foretell.backbone.cache import KVCache
 from foretell.backbone.cpu import library
 from foretell.backbone.cpu.backbone import CompiledBackbone
 from foretell.backbone.cpu.library import call, table
 from foretell.backbone.cpu.linear import ThreadedLinear
+from foretell.backbone.kv_cache import KVCache
 from foretell.drafting.cpu_heads import PackedHeads
 from foretell.drafting.heads import DrafterHeads
 from foretell.drafting.prefix_layer import PrefixLayer

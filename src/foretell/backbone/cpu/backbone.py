@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from foretell.backbone.base import Backbone
-from foretell.backbone.cache import KVCache
 from foretell.backbone.cpu import library
 from foretell.backbone.cpu.formats import PackedMatrix, exact_format
 from foretell.backbone.cpu.library import call, table
 from foretell.backbone.cpu.linear import PackedLinear, ThreadedLinear
+from foretell.backbone.kv_cache import KVCache
 from foretell.backbone.nodes import Nodes
 from foretell.errors import check
 from foretell.loading.config import ModelConfig

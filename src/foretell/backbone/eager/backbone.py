@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foretell.backbone.base import SKIP_ATTENTION, SKIP_MLP, Backbone, check_ids
-from foretell.backbone.cache import KVCache
 from foretell.backbone.eager.linear import Linear
+from foretell.backbone.kv_cache import KVCache
 from foretell.backbone.nodes import Nodes
 from foretell.loading.config import ModelConfig
 from foretell.loading.tensors import parts
