@@ -10,7 +10,7 @@
     [options.medusa]             # options of one drafter, as given with -o
     checkpoint = "~/heads/qwen3-0.6b"
 
-The command line wins over a verb's table, that over the first lines, and FORETELL_CACHE and FORETELL_OFFLINE over both.
+Precedence: command line, environment (FORETELL_CACHE, ...), the verb's table, the first lines.
 The file is $FORETELL_CONFIG, else foretell/config.toml in $XDG_CONFIG_HOME or ~/.config; it need not exist.
 """
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hints
@@ -24,10 +24,10 @@ from foretell import drafters
 from foretell.cli.defaults import of_drafter
 from foretell.cli.terminal import load_progress, note
 from foretell.errors import UsageError
+from foretell.requests import SamplingParams, numbers
 
 if TYPE_CHECKING:
     from foretell.api import LLM
-    from foretell.requests import SamplingParams
     from foretell.train.trainer import Settings
     from foretell.verify import Typical
 
@@ -158,24 +158,25 @@ class Training:
         return Settings(**vars(self))
 
 
+SHORT = {"max_new_tokens": ("-n",), "temperature": ("-t",)}
+_NUMBERS: Any = make_dataclass(
+    "_Numbers",
+    [
+        (option.name, get_type_hints(SamplingParams)[option.name],
+         flag(option.default, option.metadata["help"], *SHORT.get(option.name, ())))
+        for option in numbers()
+    ],
+    frozen=True, kw_only=True,
+)  # fmt: skip
+"""The numeric options of `SamplingParams`: a new one there is an option here."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(_NUMBERS):
     """Sampling options; `SamplingParams` checks the values."""
 
     PANEL: ClassVar[str] = "Sampling"
-    max_new_tokens: int = flag(256, "Maximum number of tokens of an answer.", "-n")
-    temperature: float = flag(0.0, "0 takes the most probable token; above 0 samples.", "-t")
-    top_p: float = flag(1.0, "Sample from the smallest set of this probability.")
-    top_k: int = flag(0, "Sample from the K most probable tokens; 0 for all.")
-    min_p: float = flag(0.0, "Drop tokens less probable than this share of the most probable one.")
-    repetition_penalty: float = flag(1.0, "Above 1 makes tokens of the prompt and the answer less probable.")
-    presence_penalty: float = flag(0.0, "Subtracted once from the logit of every token of the answer.")
-    frequency_penalty: float = flag(0.0, "Subtracted from a token's logit for each time that it occurs in the answer.")
     logit_bias: list[str] | None = flag(None, "ID=VALUE, added to that token's logit; repeatable.")
-    seed: int | None = flag(
-        None,
-        "Seed of sampling; every drafter draws the same tokens by it. By default a new one each time.",
-    )
     stop: list[str] | None = flag(None, "A text, or a special token, that ends an answer; repeatable.")
     stop_id: list[int] | None = flag(None, "A token id that ends an answer; repeatable.")
     ignore_eos: bool = flag(False, "Continue past the model's end of text.")
@@ -184,8 +185,6 @@ class Sampling:
     no_adapt: bool = flag(False, "Keep speculating where plain steps are measured to be faster.")
 
     def params(self) -> SamplingParams:
-        from foretell.requests import SamplingParams
-
         same = set(vars(self)) & {param.name for param in fields(SamplingParams)} - {"stop", "logit_bias"}
         return SamplingParams(
             **{name: getattr(self, name) for name in same},
