@@ -83,8 +83,8 @@ class LLM:
     def decoder(self, max_rows: int = 1, rule: Typical | None = None, adapt: bool = True) -> SpeculativeDecoder:
         """Returns the engine behind `generate`.
 
-        The last decoder is kept for its cache, which the next turn of a conversation reuses. A call with other arguments
-        replaces it, while calls in progress finish on the old one. Two threads that alternate between batch sizes would
+        The last decoder is kept for its cache, which the next turn of a conversation reuses. A call with other
+        arguments replaces it, while calls in progress finish on the old one. Two threads that alternate between batch sizes would
         replace it at every call: give each a `SpeculativeDecoder` of its own.
         """
         with self._lock:
