@@ -84,8 +84,8 @@ class LLM:
         """Returns the engine behind `generate`.
 
         The last decoder is kept for its cache, which the next turn of a conversation reuses. A call with other
-        arguments replaces it, while calls in progress finish on the old one. Two threads that alternate between batch sizes would
-        replace it at every call: give each a `SpeculativeDecoder` of its own.
+        arguments replaces it, while calls in progress finish on the old one. Two threads that alternate between batch
+        sizes would replace it at every call: give each a `SpeculativeDecoder` of its own.
         """
         with self._lock:
             if self._decoder is None or self._decoder_options != (max_rows, rule, adapt):
