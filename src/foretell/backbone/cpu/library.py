@@ -190,7 +190,7 @@ def _compiled_layout(lib: ctypes.CDLL) -> set[str]:
 KINDS = {"p": c_void_p, "n": c_int64, "i": c_int, "d": c_double, "s": Matrix}
 """What fields and arguments are, as native.cpp calls them."""
 CALLS = {
-    "bytes": "ppp", "pack": "ppp", "rows": "pppnp", "layers": "pppppppi", "norm": "pppdnnp", "linear": "ppnpppnppini",
+    "sizes": "ppp", "pack": "ppp", "rows": "pppnp", "layers": "pppppppi", "norm": "pppdnnp", "linear": "ppnpppnppini",
     "heads": "ppppnnpppi", "observe": "pppppnpi", "grow": "pppi", "climb": "pppi", "attention": "ppppppni",
 }  # fmt: skip
 """The arguments of the exported functions that `call` reaches."""
