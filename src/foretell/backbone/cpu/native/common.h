@@ -186,9 +186,24 @@ int64_t recruit(int64_t threads);
 // barrier of all of them. What a body throws ends the other bodies at their next barrier, and is thrown again here.
 void parallel(int64_t threads, void (*body)(void*, int64_t), void* context);
 void wait(int64_t threads);
+constexpr int kMaxThreads = 256;
+constexpr int64_t kShared = kMaxThreads - 1;  // in place of a thread, for what all threads of a call read
+// Uses of scratch memory.
+enum Purpose {
+    // of each thread: attention
+    kKeyPanels, kValuePanels, kScores, kWeights, kQueryTile, kNearPanel, kNearWeights, kNearSlots, kMixedTile, kNearScores,
+    kNodeWeights,
+    // of each thread: linear layers and norms
+    kWidePanel, kProduct, kNormLine,
+    // shared: a step
+    kNodes, kTasks, kLead, kNormed, kMixed, kActive, kQueries, kQkv,
+    // shared: linear layers, draft heads and their best outputs
+    kOperand, kHeadInputs, kHeadStreams, kHeadOperands, kHeadInt8, kHeadInt8Rows, kBestValues, kBestIndices, kBestMass,
+    kBestWild,
+    kPurposes
+};
 // Memory that lives until the process ends and only grows; one block per (thread, purpose). Throws std::bad_alloc.
-void* scratch(int64_t thread, int purpose, int64_t bytes);
-constexpr int kMaxThreads = 256, kPurposes = 12;
+void* scratch(int64_t thread, Purpose purpose, int64_t bytes);
 // A build's own code names itself here, so that a test can tell which one ran.
 void ran(const char* build);
 
