@@ -342,10 +342,15 @@ def test_ctrl_c_leaves_the_terminal_as_it_was(at: str, monkeypatch: pytest.Monke
             monkeypatch.setattr(reader, "has_left", interrupt)
         before = termios.tcgetattr(terminal)
         assert before[3] & termios.ECHO
-        with pytest.raises(KeyboardInterrupt), reader.silence():
-            assert not termios.tcgetattr(terminal)[3] & termios.ECHO
-            if at == "yield":
-                interrupt()
+
+        def be_silent() -> None:
+            with reader.silence():
+                assert not termios.tcgetattr(terminal)[3] & termios.ECHO
+                if at == "yield":
+                    interrupt()
+
+        with pytest.raises(KeyboardInterrupt):
+            be_silent()
         assert termios.tcgetattr(terminal) == before
 
 
