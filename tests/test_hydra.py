@@ -833,7 +833,8 @@ def test_what_cannot_be_is_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=sentence):
             Hydra(backbone, arch, tensors, paths, lambda rows, context: 8)
     mistakes: list[tuple[dict[str, Any], str]] = [
-        ({"chained": True}, "no longer has the option 'chained'"), ({"heads": 0}, "heads is 0"), ({"soft": 2}, "soft is 2"),
+        ({"chained": True}, "no longer has the option 'chained'"), ({"heads": 0}, "heads is 0"),
+            ({"soft": 2}, "soft is 2"),
         ({"dropout": 1.0}, "dropout is 1.0"),
     ]  # fmt: skip
     for options, sentence in mistakes:
