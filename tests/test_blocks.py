@@ -66,6 +66,15 @@ def test_a_quantized_row_keeps_its_blocks_in_the_folder(kept: Path) -> None:
     assert weights.dtype("model.norm.weight") == torch.bfloat16  # floats are rounded to the folder's type as ever
 
 
+def test_a_file_is_converted_anew_once_its_type_has_a_row(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(kept.parents[2] / "tiny.gguf")
+    monkeypatch.delitem(TYPES, "Q8_0")
+    before = resolve(path).path
+    assert opened(before).blocks(MATRIX).type is TYPES["BF16"]
+    monkeypatch.setitem(TYPES, "Q8_0", ROW)
+    assert resolve(path).path == kept != before
+
+
 def test_blocks_have_the_fingerprint_of_their_numbers(kept: Path, floats: Path) -> None:
     one, other = (fingerprint(opened(folder), read_config(folder)) for folder in (kept, floats))
     assert one == other

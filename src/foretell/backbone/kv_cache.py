@@ -1,4 +1,4 @@
-"""The key/value cache: rows of slots that nobody but its verbs touches.
+"""The key/value cache: rows of slots that only its methods change.
 
 All rows share one pool of slots; each has a stretch of it of its own size, so that one long prompt does not size the
 others. A pass writes the nodes of a tree behind a row's committed slots. `commit` moves the accepted path to the front
@@ -26,7 +26,7 @@ STRETCH = 64
 
 
 class KVCache:
-    """Room for some rows of slots, which grows when asked to, never inside a pass.
+    """Room for some rows of slots, which grows only in `reserve`, never inside a pass.
 
     Args:
         rows, slots: rows to begin with, and how many slots each of them has room for.
@@ -69,13 +69,13 @@ class KVCache:
         grown = {row: max(slots, min(2 * self.capacity[row], slots + 1024)) for row, slots in short.items()}
         capacity = [-(-grown.get(row, old) // STRETCH) * STRETCH for row, old in enumerate(self.capacity)]
         (row, *others) = grown
-        if others or not self._moved(row, capacity[row]):
+        if others or not self._move(row, capacity[row]):
             try:
-                self._rebuilt(capacity)
+                self._rebuild(capacity)
             except ForetellError:  # old and new lie side by side while it copies: first without what was given back
                 if not self.trim():
                     raise
-                self._rebuilt(capacity)
+                self._rebuild(capacity)
 
     def release(self, rows: Sequence[int]) -> None:
         """Empties rows and gives their room to others; the pool keeps its size until it is trimmed."""
@@ -87,7 +87,7 @@ class KVCache:
         if sum(self.capacity) == self.keys.shape[2]:
             return False
         with suppress(ForetellError):
-            self._rebuilt(list(self.capacity))
+            self._rebuild(list(self.capacity))
             return True
         return False
 
@@ -107,8 +107,8 @@ class KVCache:
             return
         source, target = np.array(moved).T
         for tensor in (self.keys, self.values):
-            held = _bits(tensor)[:layers]
-            held[:, :, target] = held[:, :, source]
+            slots = _bits(tensor)[:layers]
+            slots[:, :, target] = slots[:, :, source]
 
     def rollback(self, row: int, length: int) -> None:
         """Forgets all but the first `length` committed slots."""
@@ -123,21 +123,21 @@ class KVCache:
         self.lengths[0] = 0
         self.reserve({0: length})
         here, there = self.start(0), other.start(row)
-        for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
-            _bits(ours)[:, :, here : here + length] = _bits(theirs)[:, :, there : there + length]
+        for target, source in ((self.keys, other.keys), (self.values, other.values)):
+            _bits(target)[:, :, here : here + length] = _bits(source)[:, :, there : there + length]
         self.lengths[0] = length
 
     def start(self, row: int) -> int:
-        """First slot of a row in the pool."""
+        """Returns the first slot of a row in the pool."""
         return int(self.starts[row]) // self.keys.shape[3]
 
     def room(self, row: int) -> tuple[Tensor, Tensor]:
-        """All slots of a row, written or not: views of keys and values, each [L, G, capacity, D]."""
+        """Returns views of all slots of a row, written or not: keys and values, each [L, G, capacity, D]."""
         begin, end = self.start(row), self.start(row) + self.capacity[row]
         return self.keys[:, :, begin:end], self.values[:, :, begin:end]
 
     def read(self, row: int) -> tuple[Tensor, Tensor]:
-        """Committed keys and values of a row, each [L, G, length, D]."""
+        """Returns committed keys and values of a row, each [L, G, length, D]."""
         keys, values = self.room(row)
         return keys[:, :, : self.lengths[row]], values[:, :, : self.lengths[row]]
 
@@ -156,9 +156,9 @@ class KVCache:
             self.capacity += [0] * count
             self.starts = np.concatenate([self.starts, np.zeros(count, dtype=np.int64)])
 
-    def _moved(self, row: int, capacity: int) -> bool:
-        """Whether the pool has a gap that is large enough for a row; the row moves there."""
-        taken = sorted((self.start(each), self.capacity[each]) for each in range(self.rows) if self.capacity[each])
+    def _move(self, row: int, capacity: int) -> bool:
+        """Moves a row to a gap in the pool that is large enough; returns False if there is none."""
+        taken = sorted((self.start(i), self.capacity[i]) for i in range(self.rows) if self.capacity[i])
         begin = 0
         for start, slots in (*taken, (self.keys.shape[2], 0)):
             if start - begin >= capacity:
@@ -168,13 +168,13 @@ class KVCache:
             return False
         old, length = self.start(row), self.lengths[row]
         for tensor in (self.keys, self.values):
-            held = _bits(tensor)
-            held[:, :, begin : begin + length] = held[:, :, old : old + length]
+            pool = _bits(tensor)
+            pool[:, :, begin : begin + length] = pool[:, :, old : old + length]
         self.starts[row], self.capacity[row] = begin * self.keys.shape[3], capacity
         return True
 
-    def _rebuilt(self, capacity: list[int]) -> None:
-        """A new pool, rows one after another, with what is committed."""
+    def _rebuild(self, capacity: list[int]) -> None:
+        """Replaces the pool by a new one: rows one after another, with their committed slots."""
         layers, heads, _, width = self.keys.shape
         begins = [0, *np.cumsum(capacity, dtype=np.int64).tolist()]
         # Unwritten slots are never read, so they need no zeros, and pages stay untouched until they are used.
@@ -188,12 +188,12 @@ class KVCache:
 
 
 def _bits(tensor: Tensor) -> Any:
-    """Through NumPy where it can be: PyTorch would wake a team of its own, which then spins on our cores."""
+    """Returns a NumPy view where possible: PyTorch would wake its own team, which then spins on the kernels' cores."""
     return tensor.view(torch.int16 if tensor.itemsize == 2 else torch.int32).numpy() if tensor.is_cpu else tensor
 
 
 def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Keys and values.
+    """Allocates keys and values.
 
     Raises:
         ForetellError: there is not enough memory.

@@ -107,7 +107,7 @@ def _device(name: str | None) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"Device {name!r} is not supported; use cpu or cuda.")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"Device {name!r} was asked for, but PyTorch sees no GPU here; use `device='cpu'`.")
+        raise UsageError(f"Device {name!r} was requested, but PyTorch sees no GPU here; use `device='cpu'`.")
     return device
 
 
@@ -119,15 +119,15 @@ def _threads(count: int | None) -> int:
 
 def _build(name: str | None, device: torch.device) -> library.Build | None:
     """The compiled build to use; None for the eager modules."""
-    asked, whose = (name, "kernel") if name else (os.environ.get("FORETELL_KERNELS", ""), "FORETELL_KERNELS")
-    if asked and asked not in ("eager", *library.BUILDS):
-        raise UsageError(f"{whose} is {asked!r}; it must be eager, {', '.join(library.BUILDS)}.")
-    if asked == "eager" or (name is None and device.type != "cpu"):
+    chosen, source = (name, "kernel") if name else (os.environ.get("FORETELL_KERNELS", ""), "FORETELL_KERNELS")
+    if chosen and chosen not in ("eager", *library.BUILDS):
+        raise UsageError(f"{source} is {chosen!r}; it must be eager, {', '.join(library.BUILDS)}.")
+    if chosen == "eager" or (name is None and device.type != "cpu"):
         return None
-    build = library.find(asked)
-    if asked and build is None:
+    build = library.find(chosen)
+    if chosen and build is None:
         reason = "this processor lacks them" if library.loaded() else "they were not compiled with the package"
-        raise UsageError(f"Kernels {asked!r} cannot run here: {reason}; leave the choice out to take the best.")
+        raise UsageError(f"Kernels {chosen!r} cannot run here: {reason}; leave the choice out to take the best.")
     return build
 
 

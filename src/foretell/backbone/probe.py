@@ -35,18 +35,18 @@ SEED = TokenTree((-1, 0, 1, 2, 3, 0, 1, 5, 0, 2, 6, 7, 1, 0, 3, 10, 9))
 PROMPT = chain(33)
 """Longer than a block of keys."""
 START, NEAR, FAR = range(3)
-"""Where a sequence stands: at its first token, or after this many committed ones:"""
+"""Contexts of a sequence: none, or this many committed tokens:"""
 AFTER, FAR_AFTER, WIDEST = 70, 1100, 4096
 """NEAR is no multiple of a block of keys; FAR lies beyond 1,024, and beyond windows up to WIDEST."""
 
 Part = tuple[int, TokenTree, int]
-"""One sequence of a pass: where it stands, its tree, and how many of the tree's nodes run."""
+"""One sequence of a pass: its context, its tree, and how many of the tree's nodes run."""
 Computed = tuple[Tensor, Tensor, Tensor]
-"""What a layer makes of some nodes: hidden states [N, d], keys and values [N, G, D]."""
+"""Results of a layer for some nodes: hidden states [N, d], keys and values [N, G, D]."""
 
 
 def _with_twins(seed: TokenTree, size: int) -> tuple[TokenTree, Tensor]:
-    """The seed and twins of its nodes; and for each node the one of the seed that computes the same, int64 [N]."""
+    """Returns the seed with twins of its nodes, and for each node the seed node that computes the same, int64 [N]."""
     parents, twins = list(seed.parents), list(range(len(seed)))
     while (at := len(parents)) < size:
         inner = [node for node, twin in enumerate(twins) if seed.children[twin]]
@@ -69,7 +69,7 @@ COMPANIES: tuple[tuple[Part, ...], ...] = (
 
 
 def probe(backbone: Backbone) -> str | None:
-    """None if all bits agree, else one sentence on what differs and where that was seen.
+    """Returns None if all bits agree, else one sentence on what differs and where that was seen.
 
     Raises:
         ForetellError: the logits are not finite.
@@ -139,10 +139,10 @@ def _layers(backbone: Backbone, tokens_N: Tensor) -> str | None:
 
 
 class _Layer:
-    """One layer, and what it makes of nodes alone.
+    """One layer, and its results for nodes alone.
 
     Args:
-        inputs_Nd: what enters it, node by node of `SEED` or `PROMPT`.
+        inputs_Nd: its input, node by node of `SEED` or `PROMPT`.
         lengths: committed tokens at START, NEAR and FAR; their keys and values become random numbers.
     """
 
@@ -150,66 +150,66 @@ class _Layer:
         self.backbone, self.layer, self.inputs_Nd, self.lengths, self.kv = backbone, layer, inputs_Nd, lengths, kv
         self._alone: dict[tuple[int, TokenTree], Computed] = {}
         generator = torch.Generator().manual_seed(layer)
-        for place in (NEAR, FAR):
-            for committed_GTD in self._held(place, 0, lengths[place]):
+        for context in (NEAR, FAR):
+            for committed_GTD in self._held(context, 0, lengths[context]):
                 committed_GTD.copy_(torch.randn(committed_GTD.shape, generator=generator))
 
     def differs(self) -> str | None:
-        """The first company in which a node is not what it is alone."""
+        """Returns the first company in which a node differs from what it is alone; None if there is none."""
         for company in COMPANIES:
-            alone = [self._run_alone(place, tree) for place, tree, _ in company]
-            lengths = [self.lengths[place] for place, *_ in company]
+            alone = [self._run_alone(context, tree) for context, tree, _ in company]
+            lengths = [self.lengths[context] for context, *_ in company]
             twins = [TWINS[tree][:count] for _, tree, count in company]
             trees = [_first(tree, count) for _, tree, count in company]
-            nodes = Nodes(trees, [_row(place) for place, *_ in company], lengths)
-            hidden_Md = self._run(torch.cat([self.inputs_Nd[each] for each in twins]), nodes)
+            nodes = Nodes(trees, [_row(context) for context, *_ in company], lengths)
+            hidden_Md = self._run(torch.cat([self.inputs_Nd[twins_N] for twins_N in twins]), nodes)
             for i, hidden_Nd in enumerate(hidden_Md.split(nodes.counts)):
                 together = self._computed(hidden_Nd, company[i][0], lengths[i])
-                if not all(map(torch.equal, together, (each[twins[i]] for each in alone[i]))):
+                if not all(map(torch.equal, together, (computed[twins[i]] for computed in alone[i]))):
                     return " and ".join(
                         f"{n} rows after {t} tokens" for n, t in zip(nodes.counts, lengths, strict=True)
                     )
         return None
 
-    def _run_alone(self, place: int, tree: TokenTree) -> Computed:
-        """Of the nodes that are no twins of others, each alone. Depth first: a node's ancestors lie before it then."""
-        if (place, tree) not in self._alone:
-            most = max(count for company in COMPANIES for *which, count in company if which == [place, tree])
+    def _run_alone(self, context: int, tree: TokenTree) -> Computed:
+        """Runs the nodes that are not twins of others, each alone; depth first, so that ancestors precede a node."""
+        if (context, tree) not in self._alone:
+            most = max(count for company in COMPANIES for *which, count in company if which == [context, tree])
             first = _first(tree, min(most, len(TWINS[tree].unique())))
             found: dict[int, Computed] = {}
             left = [0]
             while left:
                 node = left.pop()
                 left += first.children[node]
-                at = self.lengths[place] + first.depths[node]
-                hidden_1d = self._run(self.inputs_Nd[node : node + 1], Nodes([chain(0)], [_row(place)], [at]))
-                hidden_Nd, keys_NGD, values_NGD = self._computed(hidden_1d, place, at)
+                slot = self.lengths[context] + first.depths[node]
+                hidden_1d = self._run(self.inputs_Nd[node : node + 1], Nodes([chain(0)], [_row(context)], [slot]))
+                hidden_Nd, keys_NGD, values_NGD = self._computed(hidden_1d, context, slot)
                 found[node] = hidden_Nd, keys_NGD.clone(), values_NGD.clone()  # the next one writes over them
             hidden, keys, values = zip(*(found[node] for node in range(len(first))), strict=True)
-            self._alone[place, tree] = torch.cat(hidden), torch.cat(keys), torch.cat(values)
-        return self._alone[place, tree]
+            self._alone[context, tree] = torch.cat(hidden), torch.cat(keys), torch.cat(values)
+        return self._alone[context, tree]
 
     def _run(self, inputs_Md: Tensor, nodes: Nodes) -> Tensor:
         return self.backbone.run_layers(inputs_Md, nodes, self.kv, self.layer, self.layer + 1)[0]
 
-    def _computed(self, hidden_Nd: Tensor, place: int, begin: int) -> Computed:
-        """These states, and the keys and values in as many slots."""
-        keys_GND, values_GND = self._held(place, begin, begin + len(hidden_Nd))
+    def _computed(self, hidden_Nd: Tensor, context: int, begin: int) -> Computed:
+        """Returns these states, and the keys and values in as many slots."""
+        keys_GND, values_GND = self._held(context, begin, begin + len(hidden_Nd))
         return hidden_Nd, keys_GND.transpose(0, 1), values_GND.transpose(0, 1)
 
-    def _held(self, place: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [G, T, D] in some slots of a sequence."""
-        self.kv.lengths[_row(place)] = end
-        keys_LGTD, values_LGTD = self.kv.read(_row(place))
+    def _held(self, context: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Returns keys and values [G, T, D] in some slots of a sequence."""
+        self.kv.lengths[_row(context)] = end
+        keys_LGTD, values_LGTD = self.kv.read(_row(context))
         return keys_LGTD[self.layer, :, begin:], values_LGTD[self.layer, :, begin:]
 
 
-def _row(place: int) -> int:
-    """The cache row of a sequence."""
-    return int(place == FAR)
+def _row(context: int) -> int:
+    """Returns the cache row of a sequence."""
+    return int(context == FAR)
 
 
 @cache
 def _first(tree: TokenTree, count: int) -> TokenTree:
-    """The first nodes of a tree."""
+    """Returns the first nodes of a tree."""
     return TokenTree(tree.parents[:count])

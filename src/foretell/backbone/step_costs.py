@@ -1,4 +1,4 @@
-"""What a step costs on this machine, by rows, context and nodes: the other half of choosing a tree.
+"""Measured cost of a step on this machine, by rows, context and nodes: the other half of choosing a tree.
 
 A larger tree accepts more and costs more; how much more depends on the processor, the batch and the context, and can
 only be measured. `foretell tune` measures it once per machine, model and number type; drafters read it back. Until it
@@ -31,19 +31,19 @@ from foretell.trees import TokenTree
 ROWS, CONTEXTS, NODES = (1, 2, 4, 8), (128, 512, 1024), (1, 4, 8, 16, 24, 32, 48, 64)
 REPEATS = 9
 FIRST_NODES, FIRST_CONTEXT = (1, 16, 4, 8), 256
-"""What a first reading times, in this order: the first two always, the others as time allows."""
+"""Sizes that a first reading times, in this order: the first two always, the others as time allows."""
 FIRST_ROUNDS, FIRST_SECONDS = 5, 0.7
-"""How often it does, and the time after which it stops."""
+"""Rounds of a first reading, and the seconds after which it stops."""
 
 
 @dataclass
 class StepCosts:
-    """What steps and drafting were measured to cost.
+    """Measured costs of steps and of drafting.
 
     Attributes:
         seconds: of a step: rows -> context -> nodes a row -> seconds.
         drafting: seconds that drafting for one row takes besides, by drafter.
-        first: whether this is a first reading only, which `foretell tune` replaces.
+        first: True for a first reading only, which `foretell tune` replaces.
     """
 
     seconds: dict[int, dict[int, dict[int, float]]]
@@ -51,8 +51,10 @@ class StepCosts:
     first: bool = False
 
     def of(self, rows: int, context: int, nodes: float) -> float:
-        """Seconds of a step of `nodes` a row; between measured sizes by interpolation, beyond them as between the last
-        two. Contexts and batches are the nearest measured; beyond the largest batch, what counts is all nodes."""
+        """Returns seconds of a step of `nodes` a row: interpolated between sizes, extrapolated beyond the last two.
+
+        Contexts and batches are the nearest measured; beyond the largest batch, the nodes of all rows count.
+        """
         most = max(self.seconds)
         if rows > most:
             rows, nodes = most, nodes * rows / most
@@ -67,9 +69,9 @@ class StepCosts:
         return sizes[below] * (1 - share) + sizes[above] * share
 
     def best_size(self, rows: int, context: int, tokens_per_step: Mapping[int, float], drafting: float = 0.0) -> int:
-        """The tree size of the most tokens per second, where `tokens_per_step` says what each size earns.
+        """Returns the tree size of the most tokens per second, given the tokens per step of each size.
 
-        It is 1, the root alone, where a plain step earns at least as many.
+        It is 1, the root alone, where plain steps give at least as many.
         """
         rates = self.rates(rows, context, tokens_per_step, drafting)
         best = max(rates, key=rates.__getitem__)
@@ -78,28 +80,28 @@ class StepCosts:
     def rates(
         self, rows: int, context: int, tokens_per_step: Mapping[int, float], drafting: float = 0.0
     ) -> dict[int, float]:
-        """Tokens per second by tree size, of those no larger than what was measured, unless all are larger."""
+        """Returns tokens per second by tree size, of the sizes up to the largest measured one, or of all if none is."""
         most = max(nodes for at in self.seconds.values() for sizes in at.values() for nodes in sizes)
         known = {n: tokens for n, tokens in tokens_per_step.items() if n <= most} or tokens_per_step
         return {n: self.rate(rows, context, n, tokens, drafting) for n, tokens in known.items()}
 
     def rate(self, rows: int, context: int, nodes: int, tokens: float, drafting: float = 0.0) -> float:
-        """Tokens per second of a row whose steps earn so many, where drafting takes so many seconds a step."""
+        """Returns tokens per second of a row, given tokens per step and seconds of drafting per step."""
         return tokens / (self.of(rows, context, nodes) + drafting)
 
     def over(self, older: StepCosts | None) -> StepCosts:
-        """These, and what is known of other batch sizes and drafters."""
+        """Returns these costs, and the older ones of other batch sizes and drafters."""
         if older is None or older.first:
             return self
         return StepCosts({**older.seconds, **self.seconds}, {**older.drafting, **self.drafting})
 
     def save(self, path: Path) -> None:
-        """Writes the file; processes that do so at the same time do not meet, and the last one's stays."""
+        """Writes the file; of processes that write at the same time, the last one's stays, complete."""
         write_json(path, {"seconds": self.seconds, "drafting": self.drafting, "first": self.first}, shared=True)
 
     @classmethod
     def load(cls, path: Path) -> StepCosts | None:
-        """What was saved; None where nothing was.
+        """Reads the file; None if it does not exist.
 
         Raises:
             ForetellError: the file is damaged.
@@ -125,7 +127,7 @@ class StepCosts:
 
 
 def costs_file(backbone: Backbone, cache_dir: str | Path | None = None) -> Path:
-    """Where the costs of this backbone on this machine are kept."""
+    """Returns the file for the costs of this backbone on this machine."""
     parts = (
         platform.node(), processor(), backbone.kernels, str(backbone.dtype), str(backbone.device),
         str(backbone.threads), backbone.fingerprint,
@@ -134,9 +136,9 @@ def costs_file(backbone: Backbone, cache_dir: str | Path | None = None) -> Path:
 
 
 def step_costs(backbone: Backbone) -> StepCosts | None:
-    """What steps cost here: as `foretell tune` measured, else a first reading, taken now and kept.
+    """Returns the costs that `foretell tune` measured, else a first reading, taken now and stored.
 
-    None for a backbone that was given no place to keep it (see `foretell.load`).
+    None for a backbone without a file to store it in (see `foretell.load`).
 
     Raises:
         ForetellError: the file is damaged.
@@ -157,7 +159,7 @@ _readings: dict[Path, StepCosts] = {}
 
 
 def first_reading(backbone: Backbone) -> StepCosts:
-    """A quick look at one row: sizes take turns, until the time is up or each has had its rounds.
+    """Measures one row quickly: sizes take turns, until the time is up or each has had its rounds.
 
     Of a large model two steps may take longer than that; the sizes between them then cost what lies between.
     """
@@ -183,7 +185,7 @@ def measure(
     repeats: int = REPEATS,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> StepCosts:
-    """Times whole steps over random tokens; sizes take turns, and the median of the rounds counts."""
+    """Times steps over random tokens; sizes take turns, and the median of the rounds counts."""
     contexts = [c for c in contexts if c + max(nodes) <= backbone.config.max_positions] or [1]
     cache = backbone.new_cache(max(rows), max(contexts) + max(nodes))
     seconds: dict[int, dict[int, dict[int, float]]] = {}
@@ -203,7 +205,7 @@ def measure(
 
 
 def bush(size: int) -> TokenTree:
-    """A tree of the shape that heads draft: four children a node."""
+    """Returns a tree of the shape that heads draft: four children a node."""
     return TokenTree((-1, *((i - 1) // 4 for i in range(1, size))))
 
 
@@ -216,7 +218,7 @@ def _step_seconds(backbone: Backbone, cache: KVCache, size: int, rows: int, cont
 
 
 def processor() -> str:
-    """The name of its kind; empty where the system does not tell."""
+    """Returns the processor's model name; empty if unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

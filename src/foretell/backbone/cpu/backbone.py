@@ -33,10 +33,10 @@ class CompiledBackbone(Backbone):
     """See `Backbone`. `read` is called once per weight.
 
     Attributes:
-        build: the kernels; bf16: whether `dtype` is bfloat16, as they are told.
+        build: the kernels; bf16: 1 if `dtype` is bfloat16, else 0.
         about: the layers, as they are described to the kernels.
         norm_weight: of the final norm, float32 [d].
-        embedding: a row a token; of a tied model the packed head.
+        embedding: a row per token; of a tied model the packed head.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class CompiledBackbone(Backbone):
         end = self.config.layers if end is None else end
         self.check_pass(hidden_Md, nodes, begin, end, skip, taps)
         described = self.described(cache, nodes.rows, nodes.ends, end)
-        # Copies and edits of whole streams happen in the kernels: PyTorch would wake a team of its own for them.
+        # Copies and edits of streams happen in the kernels: PyTorch would wake a team of its own for them.
         input_Md, out_Md = hidden_Md.contiguous(), torch.empty_like(hidden_Md, memory_format=torch.contiguous_format)
         tapped = {tap: input_Md if tap == begin else torch.empty_like(out_Md) for tap in taps}
         pointers = table([tapped.get(tap) for tap in range(end + 1)]) if tapped else None
@@ -150,14 +150,14 @@ class CompiledBackbone(Backbone):
     def described(
         self, cache: KVCache, rows: Sequence[int], ends: Sequence[int], layers: int | None = None
     ) -> library.Cache:
-        """A cache as it is described to the kernels, once it has room; see `check_room`."""
+        """Returns the structure of a cache for the kernels, once it has room; see `check_room`."""
         self.check_room(cache, rows, ends, self.config.layers if layers is None else layers)
         layer, head = cache.keys.stride()[:2]
         return library.Cache(cache.keys, cache.values, layer, cache.starts, head)
 
     def _rows(self, nodes: Nodes) -> library.Rows:
         angles = self.rotations(nodes.last + 1)
-        return library.Rows.of(len(nodes), len(nodes.trees), nodes.words, nodes.places, *angles)
+        return library.Rows.of(len(nodes), len(nodes.trees), nodes.words, nodes.table_offsets, *angles)
 
 
 def _checked(read: Tensor | Blocks, shape: tuple[int, ...]) -> Blocks:

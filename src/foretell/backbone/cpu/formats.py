@@ -127,10 +127,10 @@ class PackedMatrix:
             call("pack", build, numbers, self.about)
 
     def rows(self, ids_M: Tensor) -> Tensor:
-        """Rows of the weight [M, K] as float32.
+        """Returns rows of the weight [M, K] as float32.
 
         Raises:
-            TypeError, IndexError: ids are no rows; see `check_ids`.
+            TypeError, IndexError: ids are not rows; see `check_ids`.
         """
         check_ids(ids_M, self.outputs)
         out_MK = torch.empty(len(ids_M), self.inputs)

@@ -33,7 +33,7 @@ FULL = "The kernels found too little memory; use fewer threads, a smaller batch 
 
 
 def _passed(value: Any) -> Any:
-    """A value as C takes it: of a tensor, an array or a structure its address, which is good while that is alive."""
+    """Returns a value as C takes it: of a tensor, an array or a structure its address, valid while that is alive."""
     if isinstance(value, (int, float)):  # a union would be built anew each time
         return value
     if value is None:
@@ -58,16 +58,16 @@ class Described(Structure):
 
 
 def table(items: Sequence[Any]) -> Array[Any] | None:
-    """Structures side by side, or pointers to tensors, which live as long as it does; None without items."""
+    """Returns an array of structures, or of pointers to tensors, and keeps these alive; None without items."""
     if not items:
         return None
-    made: Any
+    array: Any
     if isinstance(items[0], Structure):
-        made = (type(items[0]) * len(items))(*items)
+        array = (type(items[0]) * len(items))(*items)
     else:
-        made = (c_uint64 * len(items))(*map(_passed, items))
-    made.held = items
-    return made
+        array = (c_uint64 * len(items))(*map(_passed, items))
+    array.held = items
+    return array
 
 
 def _numbers(names: str) -> list[tuple[str, type]]:
@@ -83,7 +83,7 @@ class Matrix(Described):
 
 
 def _layer_fields() -> Iterator[tuple[str, type]]:
-    """The parts of `loading.tensors.LAYER`: a matrix and its bias, or a norm."""
+    """Yields the fields of `loading.tensors.LAYER`: a matrix and its bias, or a norm."""
     for part, (tensor, *_) in parts().items():
         if tensor.is_matrix:
             yield part, Matrix
@@ -115,10 +115,10 @@ class Rows(Described):
     ]  # fmt: skip
 
     @classmethod
-    def of(cls, count: int, sequences: int, words: NDArray[np.int32], places: Sequence[int], *angles: Tensor) -> Rows:
-        """Of seven tables that lie one after the other (`Nodes.words`): an address each would cost microseconds."""
+    def of(cls, count: int, sequences: int, words: NDArray[np.int32], offsets: Sequence[int], *angles: Tensor) -> Rows:
+        """Describes seven adjacent tables (`Nodes.words`): passing an address each would cost microseconds."""
         begin = _passed(words)
-        rows = cls(count, sequences, *(begin + words.itemsize * place for place in places[:-1]), *angles)
+        rows = cls(count, sequences, *(begin + words.itemsize * offset for offset in offsets[:-1]), *angles)
         rows.held = (*rows.held, words)
         return rows
 
@@ -134,43 +134,41 @@ class Heads(Described):
     ]  # fmt: skip
 
 
-class Committed(Described):
+class PrefixRequest(Described):
     _fields_ = [
         *_numbers("sequences"), *_pointers("cache_row length count cosine sine fuse"), *_numbers("others"),
         *_pointers("stream following embedding"),
     ]  # fmt: skip
 
 
-class Drafting(Described):
-    _fields_ = [
-        *_numbers("levels hidden streams width grounded chained"), *_pointers("heads embedding vocabulary scales"),
+class LevelDrafting(Described):
+    _fields_ = [*_numbers("levels hidden streams width"), *_pointers("heads embedding vocabulary scales")]
 
+
+class LevelRequest(Described):
+    _fields_ = [
+        *_numbers("rows count beam"), ("min_gain", c_double),
+        *_pointers("states roots sizes parents tokens cond_probs"),
     ]  # fmt: skip
 
 
-class Wanted(Described):
-    _fields_ = [
-        *_numbers("rows count beam"), ("least", c_double), *_pointers("states roots sizes parents tokens given")
-    ]  # fmt: skip
-
-
-class Lower(Described):
+class LowerLayers(Described):
     _fields_ = [
         *_pointers("model adapter skip norm"), ("eps", c_double), *_pointers("head"), *_numbers("width"),
         *_pointers("vocabulary scale embedding"),
     ]  # fmt: skip
 
 
-class Climb(Described):
+class DraftRequest(Described):
     _fields_ = [
-        *_numbers("rows layers count steps room beam"), ("least", c_double),
+        *_numbers("rows layers count steps room beam"), ("min_gain", c_double),
         *_pointers("thresholds roots budget cache_row length own_length waiting states cosine sine cache own"),
-        *_pointers("sizes ran at parents tokens given hidden tapped"),
+        *_pointers("sizes ran positions parents tokens cond_probs hidden tapped"),
     ]  # fmt: skip
 
 
 def layout() -> set[str]:
-    """The structures and the argument lists, one line each, as `foretell_layout_text` in native.cpp writes them."""
+    """Returns structures and argument lists, one line each, as `foretell_layout_text` in native.cpp writes them."""
     kinds = {type_: kind for kind, type_ in KINDS.items()}
     lines = {f"{name} {arguments}" for name, arguments in CALLS.items()}
     for structure in Described.__subclasses__():
@@ -180,7 +178,7 @@ def layout() -> set[str]:
 
 
 def _compiled_layout(lib: ctypes.CDLL) -> set[str]:
-    """What a library was compiled with; nothing for one so old that it cannot tell."""
+    """Returns the layout that a library was compiled with; empty for one that does not export it."""
     if not hasattr(lib, "foretell_layout_text"):
         return set()
     lib.foretell_layout_text.restype = ctypes.c_char_p
@@ -188,17 +186,18 @@ def _compiled_layout(lib: ctypes.CDLL) -> set[str]:
 
 
 KINDS = {"p": c_void_p, "n": c_int64, "i": c_int, "d": c_double, "s": Matrix}
-"""What fields and arguments are, as native.cpp calls them."""
+"""Kinds of fields and arguments, by their letters in native.cpp."""
 CALLS = {
     "sizes": "ppp", "pack": "ppp", "rows": "pppnp", "layers": "pppppppi", "norm": "pppdnnp", "linear": "ppnpppnppini",
-    "heads": "ppppnnpppi", "observe": "pppppnpi", "grow": "pppi", "climb": "pppi", "attention": "ppppppni",
+    "heads": "ppppnnppi", "prefix_layer": "pppppnpi", "grow": "pppi", "grow_through_layers": "pppi",
+    "attention": "ppppppni",
 }  # fmt: skip
 """The arguments of the exported functions that `call` reaches."""
 
 
 @cache
 def loaded() -> ctypes.CDLL | None:
-    """The loaded library, or None where it was not built."""
+    """Returns the loaded library, or None where it was not built."""
     if not LIBRARY.exists():
         return None
     lib = ctypes.CDLL(str(LIBRARY))
@@ -214,7 +213,7 @@ def loaded() -> ctypes.CDLL | None:
 
 
 def require() -> ctypes.CDLL:
-    """The library, where the caller knows that it was built."""
+    """Returns the library; the caller knows that it was built."""
     lib = loaded()
     if lib is None:
         raise ForetellError("The kernels were not compiled; install foretell again where there is a C++ compiler.")
@@ -246,14 +245,14 @@ class Build:
 
 
 def find(name: str = "") -> Build | None:
-    """A build by name (see BUILDS), or the best; None if this processor lacks it, or none was compiled."""
+    """Returns a build by name (see BUILDS), or the best; None if the processor cannot run it or none was compiled."""
     lib = loaded()
     handle = lib.foretell_build(name.encode()) if lib is not None else None
     return Build(lib.foretell_name(handle).decode(), handle) if lib is not None and handle else None
 
 
 def default() -> Build:
-    """What `FORETELL_KERNELS` names, or the best, where the caller knows that there is one."""
+    """Returns the build that `FORETELL_KERNELS` names, or the best; the caller knows that there is one."""
     name = os.environ.get("FORETELL_KERNELS", "")
     build = find(name)
     if build is None:

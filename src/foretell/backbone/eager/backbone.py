@@ -167,7 +167,7 @@ class EagerBackbone(Backbone):
         return layer.out(mixed_MHD.flatten(1))
 
     def _starts(self, nodes: Nodes, cache: KVCache) -> Tensor:
-        """Where the room of each node's cache row begins in the pool, in slots [M]."""
+        """Returns the first slot in the pool of each node's cache row, [M]."""
         return torch.from_numpy(cache.starts[nodes.cache_rows[nodes.sequence]] // cache.keys.shape[3]).to(self.device)
 
     def norm(self, hidden_Md: Tensor) -> Tensor:
@@ -206,9 +206,9 @@ def attend(
     """Each row attends to its own path: softmax(q·k/√D)·v over the last `window` keys (0: all), [M, H, D] float32.
 
     Args:
-        keys_GSD, values_GSD: of one layer, the whole pool.
-        starts_M: where the room of each row's cache row begins in the pool.
-        paths_MT: see `Nodes.paths_MT`; padded to whole blocks.
+        keys_GSD, values_GSD: of one layer, the pool of all rows.
+        starts_M: first slot in the pool of each row's cache row.
+        paths_MT: see `Nodes.paths_MT`; padded to full blocks.
     """
     chunk = max(1, MAX_PRODUCTS // (paths_MT.shape[1] * queries_MHD[0].numel()))
     pieces = [

@@ -2,7 +2,7 @@
 //
 // Legend: M rows of the call, d hidden width, H query heads, G key/value heads, D head width, F MLP width,
 // S slots of a cache row. Pointers lead to tensors, NumPy arrays and tables that the caller keeps alive during a call, and
-// those of Layer, Model, Heads and Drafting to what it keeps as long as they are used.
+// those of Layer, Model, Heads, LevelDrafting and LowerLayers to what it keeps as long as they are used.
 #pragma once
 #include <cstdint>
 
@@ -72,7 +72,7 @@ struct Span {
 };
 
 // Draft heads side by side: `layers` residual blocks each (the last without SiLU if `linear`), then an output matrix
-// each or one for all. They read parts of `hidden` numbers, `inputs` together: the first as it is, the others divided by
+// each or one for all. They read states of `hidden` numbers, `inputs` numbers in all: the first as it is, the others divided by
 // their root mean square.
 struct Heads {
     int64_t heads, hidden, inputs, layers, linear, outputs, choices, threads;
@@ -81,10 +81,10 @@ struct Heads {
     const Matrix* output;      // [outputs]: `choices` outputs from `hidden`, all of one format
 };
 
-// States that were committed: count[b] of them behind the length[b] that a layer of a drafter's own holds in a row of its
-// cache. What joins them, if `fuse` is there: [d] outputs from `others` streams [M, d] and the embedding of the token after
-// each state.
-struct Committed {
+// A drafter's own layer over newly committed states: count[b] of them follow the length[b] that the layer's cache holds of
+// row cache_row[b]. With `fuse`, [d] outputs from `others` streams [M, d] and the embedding of the token after each state
+// are added to them.
+struct PrefixRequest {
     int64_t sequences;
     const int64_t *cache_row, *length, *count;  // [sequences]
     const float *cosine, *sine;                 // [positions, D/2]
@@ -92,63 +92,63 @@ struct Committed {
     int64_t others;
     const float* const* stream;  // [others]
     const int64_t* following;    // [M]
-    const Matrix* embedding;     // a row a token
+    const Matrix* embedding;     // a row per token
 };
 
-// What drafts a tree level by level: heads of one level each, which read `streams` states of a row, then the embeddings
-// of a path's tokens (if grounded), then the state in which the head above ended (if chained).
-struct Drafting {
-    int64_t levels, hidden, streams, width, grounded, chained;  // width: guesses of a node
+// Heads that draft a tree level by level (drafting/protocols.py): one level each, which read `streams` states of a row, then
+// the embeddings of the path's tokens.
+struct LevelDrafting {
+    int64_t levels, hidden, streams, width;  // width: guesses of a node
     const Heads* heads;
-    const Matrix* embedding;    // a row a token
+    const Matrix* embedding;    // a row per token
     const int64_t* vocabulary;  // tokens that the heads choose from
-    const float* scales;        // [levels][2] or null: how far each head is believed
+    const float* scales;        // [levels][2] calibration of each head, or null
 };
 
-// The trees to draft, and where they go: `count` nodes at most besides the root, [rows][count + 1].
-struct Wanted {
+// Trees to draft level by level, at most `count` nodes each besides the root; results are [rows][count + 1].
+struct LevelRequest {
     int64_t rows, count, beam;
-    double least;
+    double min_gain;
     const float* const* states;  // [rows] -> [streams][hidden], null for a row that has none yet
     const int64_t* roots;
     int64_t* sizes;
     int64_t* parents;
     int64_t* tokens;
-    double* given;
+    double* cond_probs;  // of each node given its parent
 };
 
-// What drafts with the model's own lower layers: an adapter over the streams that they end in (or none), and the output
-// matrix that reads them behind a norm.
-struct Lower {
+// The model's own lower layers as a drafter (LowerLayerDrafting in drafting/protocols.py): an adapter over their streams, or
+// none, and the output matrix that reads them after a norm.
+struct LowerLayers {
     const Model* model;
     const Model* adapter;  // one layer with a cache of its own, or null
     const uint8_t* skip;   // of the adapter, see Span
     const float* norm;     // [d]
     double eps;
-    const Heads* head;  // of no blocks
+    const Heads* head;  // without blocks
     int64_t width;      // guesses of a node
     const int64_t* vocabulary;
-    const float* scale;     // [2] or null: how far it is believed
-    const Matrix* embedding;  // a row a token
+    const float* scale;       // [2] calibration, or null
+    const Matrix* embedding;  // a row per token
 };
 
-// The trees to draft so: `count` nodes at most besides the root. They grow in `steps` levels at most, and `room` nodes of a
-// row pass the `layers` meanwhile; those that are drafted come first. Chains keep all of them, and end behind a token less
-// probable than the row's threshold.
-struct Climb {
+// Trees to draft with lower layers, at most `count` nodes each besides the root. They grow in at most `steps` levels, and at
+// most `room` nodes of a row pass the `layers`; the drafted ones among these come first in the result. Chains keep all of
+// them, and end after a token less probable than the row's threshold.
+struct DraftRequest {
     int64_t rows, layers, count, steps, room, beam;
-    double least;
+    double min_gain;
     const double* thresholds;  // [rows], or null for trees
     const int64_t *roots, *budget, *cache_row, *length;  // [rows]
-    const int64_t *own_length, *waiting;  // [rows] of the adapter's cache, and states that it has not read yet
+    const int64_t *own_length, *waiting;  // [rows] states in the adapter's cache, and those that it has not read yet
     const float* const* states;           // [rows] -> [waiting][d]
     const float *cosine, *sine;           // [positions, D/2]
     const Cache *cache, *own;
-    int64_t *sizes, *ran;            // [rows]: nodes of the tree, and how many of them passed the layers
-    int64_t *at, *parents, *tokens;  // [rows][count + 1]; at: where the stream of a node that passed them stands
-    double* given;
-    float* hidden;         // the streams that the layers ended in, as they ran
-    float* const* tapped;  // [layers + 1] those after so many layers, or null
+    int64_t *sizes, *ran;                   // [rows]: nodes of the tree, and how many of them passed the layers
+    int64_t *positions, *parents, *tokens;  // [rows][count + 1]; positions: index in `hidden` of a node that passed them
+    double* cond_probs;                     // of each node given its parent
+    float* hidden;         // streams after the layers, in the order in which nodes ran
+    float* const* tapped;  // [layers + 1] streams after so many layers, or null
 };
 
 // What one build computes. `bf16` says what activations, keys and values are rounded to: bfloat16, else float32; what
@@ -164,8 +164,8 @@ struct Kernels {
     void (*norm)(const float* x, const float* weight, double eps, int64_t rows, int64_t width, float* out);
     void (*linear)(const float* x, int64_t rows, const Matrix&, const float* bias, float* out, int64_t count,
                    float* values, int64_t* best, int strict, int64_t threads, int bf16);
-    void (*heads)(const Heads&, const float* const* parts, int64_t rows, int64_t count, float* values, int64_t* best,
-                  float* states, int bf16);
+    void (*heads)(const Heads&, const float* const* inputs, int64_t rows, int64_t count, float* values, int64_t* best,
+                  int bf16);
     void (*attention)(const Model&, const Cache&, const Rows&, const void* queries, void* out,
                       int64_t repeats, int bf16);
 };
@@ -176,10 +176,10 @@ const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
 const Kernels* kernels_generic();
 
-void observe(const Kernels& build, const Model& model, const Cache& cache, const Committed& committed, float* hidden,
-             int bf16);
-void grow(const Kernels& build, const Drafting& drafting, const Wanted& wanted, int bf16);
-void climb(const Kernels& build, const Lower& lower, const Climb& climb, int bf16);
+void run_prefix_layer(const Kernels& build, const Model& model, const Cache& cache, const PrefixRequest& request,
+                      float* hidden, int bf16);
+void grow(const Kernels& build, const LevelDrafting& drafting, const LevelRequest& request, int bf16);
+void grow_through_layers(const Kernels& build, const LowerLayers& lower, const DraftRequest& request, int bf16);
 
 // How many of so many threads there are: fewer where the system starts no more. Never more than kMaxThreads - 1.
 int64_t recruit(int64_t threads);
@@ -187,9 +187,24 @@ int64_t recruit(int64_t threads);
 // barrier of all of them. What a body throws ends the other bodies at their next barrier, and is thrown again here.
 void parallel(int64_t threads, void (*body)(void*, int64_t), void* context);
 void wait(int64_t threads);
+constexpr int kMaxThreads = 256;
+constexpr int64_t kShared = kMaxThreads - 1;  // in place of a thread, for what all threads of a call read
+// Uses of scratch memory.
+enum Purpose {
+    // of each thread: attention
+    kKeyPanels, kValuePanels, kScores, kWeights, kQueryTile, kNearPanel, kNearWeights, kNearSlots, kMixedTile, kNearScores,
+    kNodeWeights,
+    // of each thread: linear layers and norms
+    kWidePanel, kProduct, kNormLine,
+    // shared: a step
+    kNodes, kTasks, kLead, kNormed, kMixed, kActive, kQueries, kQkv,
+    // shared: linear layers, draft heads and their best outputs
+    kOperand, kHeadInputs, kHeadStreams, kHeadOperands, kHeadInt8, kHeadInt8Rows, kBestValues, kBestIndices, kBestMass,
+    kBestWild,
+    kPurposes
+};
 // Memory that lives until the process ends and only grows; one block per (thread, purpose). Throws std::bad_alloc.
-void* scratch(int64_t thread, int purpose, int64_t bytes);
-constexpr int kMaxThreads = 256, kPurposes = 12;
+void* scratch(int64_t thread, Purpose purpose, int64_t bytes);
 // A build's own code names itself here, so that a test can tell which one ran.
 void ran(const char* build);
 

@@ -35,7 +35,7 @@ static void wait_while(const std::atomic<Number>& value, Number old) {
 }
 
 static std::atomic<int> arrived{0}, rounds{0};  // the barrier
-static std::atomic<bool> broken{false};         // a thread left its body with an exception: nobody may wait for it
+static std::atomic<bool> broken{false};         // a thread left its body with an exception: nothing may wait for it
 
 struct Broken : std::exception {};
 
@@ -97,11 +97,11 @@ struct Team {
     // Starts threads until there are `count` with the caller, or the system gives no more; returns how many there are.
     int recruit(int count) {
         if ((int)threads.size() >= count - 1) return count;
-        // signals are the interpreter's: its threads answer them, ours never do (but for faults of their own)
-        sigset_t ours, before;
-        sigfillset(&ours);
-        for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigdelset(&ours, fault);
-        pthread_sigmask(SIG_SETMASK, &ours, &before);
+        // signals are handled on the interpreter's threads; these block all but their own faults
+        sigset_t blocked, before;
+        sigfillset(&blocked);
+        for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigdelset(&blocked, fault);
+        pthread_sigmask(SIG_SETMASK, &blocked, &before);
         try {
             while ((int)threads.size() < count - 1) {
                 int id = (int)threads.size() + 1;
@@ -149,7 +149,7 @@ void parallel(int64_t threads, void (*body)(void*, int64_t), void* context) {
     team->run((int)threads, body, context);
 }
 
-void* scratch(int64_t thread, int purpose, int64_t bytes) {
+void* scratch(int64_t thread, Purpose purpose, int64_t bytes) {
     static struct { void* data; int64_t bytes; } blocks[kMaxThreads][kPurposes];
     auto& block = blocks[thread][purpose];
     if (block.bytes < bytes) {
