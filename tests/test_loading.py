@@ -249,7 +249,7 @@ def test_any_interruption_leaves_nothing_and_the_next_run_succeeds(
 ) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
     with monkeypatch.context() as patch:
-        patch.setattr("foretell.loading.gguf._unpack", raising(KeyboardInterrupt()))
+        patch.setattr("foretell.loading.gguf._stored", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             resolve(str(path))
     assert list((cache / "models").iterdir()) == []
