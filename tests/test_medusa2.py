@@ -416,6 +416,11 @@ def test_an_interrupted_run_ends_like_a_straight_one(
         cut = trainer(backbone, folder, tmp_path / "cut", seed, **options)
         with pytest.raises(KeyboardInterrupt):
             cut.run(stop=lambda cut=cut, after=after: cut.step == after)
+    path = tmp_path / "cut/state.pt"
+    state = torch.load(path, weights_only=True)
+    former = {name.replace("student.", "pupil."): value for name, value in state["module"].items()}
+    assert former.keys() != state["module"].keys()
+    torch.save(state | {"module": former}, path)  # as earlier versions named what learns
     final = trainer(backbone, folder, tmp_path / "cut", 9, **options)
     torch.manual_seed(99)  # whatever has been drawn in between
     final.run()

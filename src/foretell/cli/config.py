@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from typing import Any
 
 
 def config() -> None:
-    """Show the config file's path and the defaults in force.
+    r"""Show the config file's path and the defaults in force.
 
     The file sets defaults for options. In its first lines stand those of the panels Model and Sampling, for every verb
-    that has them; in a table such as [generate] those of one verb; in one such as [options.medusa] those of a drafter.
+    that has them; in a table such as \[generate] those of one verb; in one such as \[options.medusa] those of a
+    drafter.
     """
     from foretell.cli import VERBS, load_verb
     from foretell.cli.defaults import OPTIONS, config_file, of_drafter, of_verb, read, variable_of
@@ -56,7 +58,7 @@ def _print_table(name: str, table: dict[str, Any]) -> None:
             print(f"{key} = {_toml(value)}" + (f"  # not in force: {variable} is set" if variable else ""))
     for key, value in table.items():
         if isinstance(value, dict):
-            _print_table(f"{name}.{key}", value)
+            _print_table(f"{name}.{key}" if re.fullmatch(r"[\w-]+", key) else f"{name}.{json.dumps(key)}", value)
 
 
 def _toml(value: Any) -> str:

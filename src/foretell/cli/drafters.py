@@ -22,11 +22,12 @@ def drafters(
 
 def show_options(name: str) -> None:
     """Prints the options of a drafter, and those of its training."""
-    from foretell.drafters import DRAFTERS, drafter_class
+    from foretell.drafters import drafter_class
+    from foretell.drafters import table as all_drafters
     from foretell.drafting.options import described
 
     cls: Any = drafter_class(name)
-    print(f"{name}: {DRAFTERS[name][1]}" if name in DRAFTERS else name)
+    print(f"{name}: {all_drafters()[name][1]}" if name in all_drafters() else name)
     _print_options(f"Options of --drafter {name}, each as -o NAME=VALUE", described(cls.Options))
     if training := getattr(cls, "Training", None):
         _print_options(f"Options of `foretell train {name}`, each as -o NAME=VALUE", described(training))
@@ -37,17 +38,18 @@ def _print_methods() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from foretell.drafters import DRAFTERS, drafter_class
+    from foretell.drafters import drafter_class
+    from foretell.drafters import table as all_drafters
     from foretell.drafting.checkpoint import SHIPPED
     from foretell.files import read_json
 
-    ships: dict[str, list[str]] = {name: [] for name in DRAFTERS}
+    ships: dict[str, list[str]] = {name: [] for name in all_drafters()}
     for config in sorted(SHIPPED.glob("*/config.json")):
         raw = read_json(config)
         ships[raw["method"]].append(raw["backbone"])
     table = Table("drafter", "guesses with", "training", "ships for", box=box.SIMPLE_HEAD, pad_edge=False)
     table.columns[0].overflow = "fold"  # a name cut short could not be typed
-    for name, (_, help) in DRAFTERS.items():
+    for name, (_, help) in all_drafters().items():
         trained = "needed" if hasattr(drafter_class(name), "Training") else "none"
         table.add_row(name, help.replace("[", "\\["), trained, "\n".join(dict.fromkeys(ships[name])))
     Console().print(table)

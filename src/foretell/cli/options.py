@@ -285,7 +285,7 @@ def _models(incomplete: str) -> list[str]:
 
 
 def _drafters(incomplete: str) -> list[str]:
-    return [name for name in drafters.DRAFTERS if name.startswith(incomplete)]
+    return [name for name in drafters.table() if name.startswith(incomplete)]
 
 
 COMPLETIONS: dict[str, Callable[[str], list[str]]] = {"model": _models, "drafter": _drafters}

@@ -136,4 +136,4 @@ def name_of(drafter: Drafter) -> str:
         return f"{name_of(drafter.inner)} with lookup"
     cls = type(drafter)
     targets = (cls, f"{cls.__module__}:{cls.__name__}")
-    return next((name for name, (target, _) in DRAFTERS.items() if target in targets), cls.__name__)
+    return next((name for name, (target, _) in table().items() if target in targets), cls.__name__)

@@ -257,7 +257,7 @@ def patiently(
     began, waited, timeouts = monotonic(), 0.0, 0
     stopped = stopped or Event()
     for attempt in count():
-        left = began + SECONDS + PATIENCE - monotonic()
+        left = max(0.01, began + SECONDS + PATIENCE - monotonic())
         try:
             return request(openai.Timeout(min(SECONDS, left), connect=min(CONNECT_SECONDS, left)))
         except (openai.APIConnectionError, openai.APIStatusError) as error:

@@ -295,7 +295,7 @@ class Trainer:
             raise ForetellError(f"{path} is damaged; delete it to start anew.") from error
         self._check_same(settings, data)
         try:
-            self.module.load_state_dict(state["module"])
+            self.module.load_state_dict({_present(name): value for name, value in state["module"].items()})
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
             raise UsageError(f"{self.folder} holds a run of another drafter; choose another --out.") from error
@@ -374,3 +374,8 @@ def _step_of(line: bytes) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return 0
+
+
+def _present(name: str) -> str:
+    """The name of a parameter as modules have it now; earlier versions called a backbone that learns `pupil`."""
+    return f"student.{name.removeprefix('pupil.')}" if name.startswith("pupil.") else name
