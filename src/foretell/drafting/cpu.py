@@ -82,12 +82,12 @@ class CpuPrefixLayer(PrefixLayer):
         ends = [length + count for length, count in zip(lengths, counts, strict=True)]
         cache, (cosine, sine) = layer.described(self.cache, rows, ends), layer.rotations(max(ends))
         sizes = np.array([rows, lengths, counts], dtype=np.int64)
-        committed = library.Committed(
+        committed = library.CommittedStates(
             len(rows), *sizes, cosine, sine, fuse.matrix.about if fuse else None, len(others), table(inputs[1:]),
             next_M, self._backbone.embedding.about,
         )  # fmt: skip
         out_Md = torch.empty_like(inputs[0])
-        call("observe", layer.build, layer.about, cache, committed, inputs[0], M, out_Md, layer.bf16)
+        call("prefix_layer", layer.build, layer.about, cache, committed, inputs[0], M, out_Md, layer.bf16)
         return out_Md
 
 
@@ -107,7 +107,7 @@ class CpuLowerLayerDrafter:
         check(not drafting.skip or adapter, "Only an adapter's sublayers can be skipped.")
         vocabulary_V = np.ascontiguousarray(drafting.vocabulary_V, dtype=np.int64)
         check_ids(torch.from_numpy(vocabulary_V), backbone.embedding.outputs)
-        self._about = library.Lower(
+        self._about = library.LowerLayerDrafting(
             backbone.about, adapter.about if adapter else None,
             np.frombuffer(drafting.skip, dtype=np.uint8) if drafting.skip else None, reads.norm_weight,
             reads.config.eps, about, drafting.width, vocabulary_V,
@@ -134,15 +134,15 @@ class CpuLowerLayerDrafter:
         nodes, probabilities = np.empty((3, rows, count + 1), dtype=np.int64), np.empty((rows, count + 1))
         hidden_Rd = torch.empty(rows * most, d)
         tapped = {tap: torch.empty_like(hidden_Rd) for tap in request.taps}
-        wanted = library.Climb(
+        described_request = library.LowerLayerRequest(
             rows, request.layers, count, request.steps, request.room, request.beam, request.min_gain,
             np.array(request.thresholds) if request.thresholds else None, *inputs, table(states),
             *backbone.rotations(max(*ends, *own_ends)), described, described_own, *numbers, *nodes, probabilities,
             hidden_Rd, table([tapped.get(tap) for tap in range(request.layers + 1)]),
         )  # fmt: skip
-        call("climb", backbone.build, self._about, wanted, backbone.bf16)
+        call("grow_through_layers", backbone.build, self._about, described_request, backbone.bf16)
         sizes, kept = numbers.tolist()
-        position, parents, tokens = nodes
+        stream_index, parents, tokens = nodes
         if own:
             read = [
                 (slot, new)
@@ -150,7 +150,7 @@ class CpuLowerLayerDrafter:
                 if budget > 1
             ]
             own.commit([slot for slot, _ in read], [range(new) for _, new in read])
-        order = torch.from_numpy(np.concatenate([position[b, :count] for b, count in enumerate(kept)]))
+        order = torch.from_numpy(np.concatenate([stream_index[b, :count] for b, count in enumerate(kept)]))
         return DraftedTrees(
             _trees(sizes, parents, tokens, probabilities), kept, hidden_Rd.index_select(0, order),
             {tap: streams.index_select(0, order) for tap, streams in tapped.items()},
@@ -194,8 +194,8 @@ class CpuGrower:
         vocabulary_V = np.ascontiguousarray(d.vocabulary_V, dtype=np.int64)
         check_ids(torch.from_numpy(vocabulary_V), backbone.embedding.outputs)
         scales = np.array(d.scales, dtype=np.float32).reshape(-1, 2) if d.scales else None
-        self._about = library.Drafting(
-            len(levels), hidden, d.streams, d.width, True, False, table([level.about for level in levels]),
+        self._about = library.LevelDrafting(
+            len(levels), hidden, d.streams, d.width, table([level.about for level in levels]),
             backbone.embedding.about, vocabulary_V, scales,
         )  # fmt: skip
 
@@ -209,10 +209,10 @@ class CpuGrower:
         check(fits, f"Heads read {self._shape} float32 states of a row.")
         parents, tokens = np.empty((2, rows, count + 1), dtype=np.int64)
         sizes, probabilities = np.empty(rows, dtype=np.int64), np.empty((rows, count + 1))
-        wanted = library.Wanted(
+        request = library.LevelRequest(
             rows, count, beam, min_gain, table(states), newest, sizes, parents, tokens, probabilities
         )  # fmt: skip
-        call("grow", self._backbone.build, self._about, wanted, self._backbone.bf16)
+        call("grow", self._backbone.build, self._about, request, self._backbone.bf16)
         return _trees(sizes.tolist(), parents, tokens, probabilities)
 
 

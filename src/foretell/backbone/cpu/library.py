@@ -134,38 +134,36 @@ class Heads(Described):
     ]  # fmt: skip
 
 
-class Committed(Described):
+class CommittedStates(Described):
     _fields_ = [
         *_numbers("sequences"), *_pointers("cache_row length count cosine sine fuse"), *_numbers("others"),
         *_pointers("stream following embedding"),
     ]  # fmt: skip
 
 
-class Drafting(Described):
-    _fields_ = [
-        *_numbers("levels hidden streams width grounded chained"), *_pointers("heads embedding vocabulary scales"),
+class LevelDrafting(Described):
+    _fields_ = [*_numbers("levels hidden streams width"), *_pointers("heads embedding vocabulary scales")]
 
+
+class LevelRequest(Described):
+    _fields_ = [
+        *_numbers("rows count beam"), ("min_gain", c_double),
+        *_pointers("states roots sizes parents tokens cond_probs"),
     ]  # fmt: skip
 
 
-class Wanted(Described):
-    _fields_ = [
-        *_numbers("rows count beam"), ("least", c_double), *_pointers("states roots sizes parents tokens given")
-    ]  # fmt: skip
-
-
-class Lower(Described):
+class LowerLayerDrafting(Described):
     _fields_ = [
         *_pointers("model adapter skip norm"), ("eps", c_double), *_pointers("head"), *_numbers("width"),
         *_pointers("vocabulary scale embedding"),
     ]  # fmt: skip
 
 
-class Climb(Described):
+class LowerLayerRequest(Described):
     _fields_ = [
-        *_numbers("rows layers count steps room beam"), ("least", c_double),
+        *_numbers("rows layers count steps room beam"), ("min_gain", c_double),
         *_pointers("thresholds roots budget cache_row length own_length waiting states cosine sine cache own"),
-        *_pointers("sizes ran at parents tokens given hidden tapped"),
+        *_pointers("sizes ran stream_index parents tokens cond_probs hidden tapped"),
     ]  # fmt: skip
 
 
@@ -191,7 +189,8 @@ KINDS = {"p": c_void_p, "n": c_int64, "i": c_int, "d": c_double, "s": Matrix}
 """What fields and arguments are, as native.cpp calls them."""
 CALLS = {
     "bytes": "ppp", "pack": "ppp", "rows": "pppnp", "layers": "pppppppi", "norm": "pppdnnp", "linear": "ppnpppnppini",
-    "heads": "ppppnnpppi", "observe": "pppppnpi", "grow": "pppi", "climb": "pppi", "attention": "ppppppni",
+    "heads": "ppppnnpppi", "prefix_layer": "pppppnpi", "grow": "pppi",
+    "grow_through_layers": "pppi", "attention": "ppppppni",
 }  # fmt: skip
 """The arguments of the exported functions that `call` reaches."""
 

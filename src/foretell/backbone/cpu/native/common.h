@@ -1,4 +1,4 @@
-// What every instruction-set build of the step shares: the description of a model, of a cache and of a call.
+// What all builds share: the descriptions of a model, of a cache and of a call.
 //
 // Legend: M rows of the call, d hidden width, H query heads, G key/value heads, D head width, F MLP width,
 // S slots of a cache row. Pointers lead to tensors, NumPy arrays and tables that the caller keeps alive during a call, and
@@ -72,8 +72,8 @@ struct Span {
 };
 
 // Draft heads side by side: `layers` residual blocks each (the last without SiLU if `linear`), then an output matrix
-// each or one for all. They read parts of `hidden` numbers, `inputs` together: the first as it is, the others divided by
-// their root mean square.
+// each or one for all. A row reads states of `hidden` numbers, `inputs` numbers together: the first state as it is, the
+// others divided by their root mean square.
 struct Heads {
     int64_t heads, hidden, inputs, layers, linear, outputs, choices, threads;
     const Matrix* weight;      // [layers][heads]: `hidden` outputs from `inputs` (first layer) or `hidden`
@@ -81,45 +81,43 @@ struct Heads {
     const Matrix* output;      // [outputs]: `choices` outputs from `hidden`, all of one format
 };
 
-// States that were committed: count[b] of them behind the length[b] that a layer of a drafter's own holds in a row of its
-// cache. What joins them, if `fuse` is there: [d] outputs from `others` streams [M, d] and the embedding of the token after
-// each state.
-struct Committed {
+// Newly committed states for a layer of a drafter's own: count[b] of them after the length[b] that its cache holds. If
+// `fuse` is there, it adds to each state [d] outputs from `others` streams [M, d] and the embedding of the next token.
+struct CommittedStates {
     int64_t sequences;
     const int64_t *cache_row, *length, *count;  // [sequences]
     const float *cosine, *sine;                 // [positions, D/2]
     const Matrix* fuse;                         // or null
     int64_t others;
     const float* const* stream;  // [others]
-    const int64_t* following;    // [M]
+    const int64_t* following;    // [M] tokens
     const Matrix* embedding;     // a row a token
 };
 
-// What drafts a tree level by level: heads of one level each, which read `streams` states of a row, then the embeddings
-// of a path's tokens (if grounded), then the state in which the head above ended (if chained).
-struct Drafting {
-    int64_t levels, hidden, streams, width, grounded, chained;  // width: guesses of a node
+// Heads that draft a tree level by level, one for each level: they read `streams` states of a row, then the embeddings of
+// the tokens along a path.
+struct LevelDrafting {
+    int64_t levels, hidden, streams, width;  // width: guesses of a node
     const Heads* heads;
     const Matrix* embedding;    // a row a token
     const int64_t* vocabulary;  // tokens that the heads choose from
-    const float* scales;        // [levels][2] or null: how far each head is believed
+    const float* scales;        // [levels][2] calibration, or null
 };
 
-// The trees to draft, and where they go: `count` nodes at most besides the root, [rows][count + 1].
-struct Wanted {
+// Trees to draft so, and where they go: at most `count` nodes besides the root, [rows][count + 1].
+struct LevelRequest {
     int64_t rows, count, beam;
-    double least;
+    double min_gain;
     const float* const* states;  // [rows] -> [streams][hidden], null for a row that has none yet
     const int64_t* roots;
     int64_t* sizes;
     int64_t* parents;
     int64_t* tokens;
-    double* given;
+    double* cond_probs;
 };
 
-// What drafts with the model's own lower layers: an adapter over the streams that they end in (or none), and the output
-// matrix that reads them behind a norm.
-struct Lower {
+// A head that guesses from the streams of the model's own lower layers, behind an adapter (or none) and a norm.
+struct LowerLayerDrafting {
     const Model* model;
     const Model* adapter;  // one layer with a cache of its own, or null
     const uint8_t* skip;   // of the adapter, see Span
@@ -128,26 +126,26 @@ struct Lower {
     const Heads* head;  // of no blocks
     int64_t width;      // guesses of a node
     const int64_t* vocabulary;
-    const float* scale;     // [2] or null: how far it is believed
+    const float* scale;       // [2] calibration, or null
     const Matrix* embedding;  // a row a token
 };
 
-// The trees to draft so: `count` nodes at most besides the root. They grow in `steps` levels at most, and `room` nodes of a
-// row pass the `layers` meanwhile; those that are drafted come first. Chains keep all of them, and end behind a token less
-// probable than the row's threshold.
-struct Climb {
+// Trees to draft so: at most `count` nodes besides the root and at most `steps` levels; at most `room` nodes of a row run
+// through the `layers`, and those of them that are drafted come first. Chains (`thresholds`) keep all that ran, and end after
+// a token less probable than the row's threshold.
+struct LowerLayerRequest {
     int64_t rows, layers, count, steps, room, beam;
-    double least;
-    const double* thresholds;  // [rows], or null for trees
+    double min_gain;
+    const double* thresholds;                            // [rows], or null for trees
     const int64_t *roots, *budget, *cache_row, *length;  // [rows]
-    const int64_t *own_length, *waiting;  // [rows] of the adapter's cache, and states that it has not read yet
+    const int64_t *own_length, *waiting;  // [rows] slots in the adapter's cache, and states that it has not read yet
     const float* const* states;           // [rows] -> [waiting][d]
     const float *cosine, *sine;           // [positions, D/2]
     const Cache *cache, *own;
-    int64_t *sizes, *ran;            // [rows]: nodes of the tree, and how many of them passed the layers
-    int64_t *at, *parents, *tokens;  // [rows][count + 1]; at: where the stream of a node that passed them stands
-    double* given;
-    float* hidden;         // the streams that the layers ended in, as they ran
+    int64_t *sizes, *ran;                      // [rows]: nodes of the tree, and how many of them ran through the layers
+    int64_t *stream_index, *parents, *tokens;  // [rows][count + 1]; stream_index: of a node that ran, its row of `hidden`
+    double* cond_probs;
+    float* hidden;         // streams after the layers, in the order in which nodes ran
     float* const* tapped;  // [layers + 1] those after so many layers, or null
 };
 
@@ -163,7 +161,7 @@ struct Kernels {
     void (*norm)(const float* x, const float* weight, double eps, int64_t rows, int64_t width, float* out);
     void (*linear)(const float* x, int64_t rows, const Matrix&, const float* bias, float* out, int64_t count,
                    float* values, int64_t* best, int strict, int64_t threads, int bf16);
-    void (*heads)(const Heads&, const float* const* parts, int64_t rows, int64_t count, float* values, int64_t* best,
+    void (*heads)(const Heads&, const float* const* inputs, int64_t rows, int64_t count, float* values, int64_t* best,
                   float* states, int bf16);
     void (*attention)(const Model&, const Cache&, const Rows&, const void* queries, void* out,
                       int64_t repeats, int bf16);
@@ -175,21 +173,44 @@ const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
 const Kernels* kernels_generic();
 
-void observe(const Kernels& build, const Model& model, const Cache& cache, const Committed& committed, float* hidden,
-             int bf16);
-void grow(const Kernels& build, const Drafting& drafting, const Wanted& wanted, int bf16);
-void climb(const Kernels& build, const Lower& lower, const Climb& climb, int bf16);
+void prefix_layer(const Kernels& build, const Model& model, const Cache& cache, const CommittedStates& committed,
+                  float* hidden, int bf16);
+void grow(const Kernels& build, const LevelDrafting& drafting, const LevelRequest& request, int bf16);
+void grow_through_layers(const Kernels& build, const LowerLayerDrafting& drafting, const LowerLayerRequest& request,
+                         int bf16);
 
-// How many of so many threads there are: fewer where the system starts no more. Never more than kMaxThreads - 1.
+// Starts threads up to this number; returns how many there are, fewer where the system starts no more. At most
+// kMaxThreads - 1.
 int64_t recruit(int64_t threads);
-// Runs body(context, thread) on `threads` threads, which `recruit` has promised, and waits; `wait` inside a body is a
-// barrier of all of them. What a body throws ends the other bodies at their next barrier, and is thrown again here.
+// Runs body(context, thread) on `threads` threads, which `recruit` has returned, and waits; `wait` inside a body is a
+// barrier of all of them. An exception in one body ends the others at their next barrier, and is thrown again here.
 void parallel(int64_t threads, void (*body)(void*, int64_t), void* context);
 void wait(int64_t threads);
-// Memory that lives until the process ends and only grows; one block per (thread, purpose). Throws std::bad_alloc.
-void* scratch(int64_t thread, int purpose, int64_t bytes);
-constexpr int kMaxThreads = 256, kPurposes = 12;
-// A build's own code names itself here, so that a test can tell which one ran.
+
+constexpr int kMaxThreads = 256, kShared = kMaxThreads - 1;  // kShared: memory that no thread calls its own
+
+// What scratch memory is for. One block belongs to each (thread, purpose).
+enum Purpose {
+    // of a thread: attention,
+    kKeyPanels, kValuePanels, kScores, kWeights, kQueryTile, kNearPanel, kNearWeights, kSlots, kValueTile, kNearScores,
+    kNodeWeights,
+    // linears and norms
+    kWidePanel, kProducts, kLine,
+    // shared: a step,
+    kNodes, kTasks, kLead, kNormed, kMixed, kActive, kQueries, kQkv,
+    // draft heads, and the best outputs of a linear
+    kHeadInputs, kStreams, kStreamOperands, kStreamInt8, kInt8Rows, kBestValues, kBestIndices, kBestSums, kBestNotFinite,
+    kPurposes
+};
+
+// Memory that only grows and lives until the process ends. Throws std::bad_alloc.
+void* scratch_bytes(int64_t thread, Purpose purpose, int64_t bytes);
+template <class T>
+static inline T* scratch(int64_t thread, Purpose purpose, int64_t count) {  // static: each build compiles its own
+    return (T*)scratch_bytes(thread, purpose, count * (int64_t)sizeof(T));
+}
+
+// Notes which build's code runs, so that a test can tell.
 void ran(const char* build);
 
 }  // namespace foretell

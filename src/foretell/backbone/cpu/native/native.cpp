@@ -155,32 +155,33 @@ int foretell_linear(const Kernels* build, const float* x, int64_t rows, const Ma
     return alone([&] { build->linear(x, rows, *matrix, bias, out, count, values, best, strict, threads, bf16); });
 }
 
-// Row r reads those of `store` [*, hidden] that which[r] names, inputs / hidden of them; values and best are [heads, rows,
+// Row r reads the states which[r] of `store` [*, hidden], inputs / hidden of them; values and best are [heads, rows,
 // count]. states, if not null, gets what the output matrices read, [rows, heads, hidden].
 int foretell_heads(const Kernels* build, const Heads* heads, const float* store, const int64_t* which, int64_t rows,
                    int64_t count, float* values, int64_t* best, float* states, int bf16) {
     return alone([&] {
-        std::vector<const float*> parts(rows * (heads->inputs / heads->hidden));
-        for (size_t i = 0; i < parts.size(); i++) parts[i] = store + which[i] * heads->hidden;
-        build->heads(*heads, parts.data(), rows, count, values, best, states, bf16);
+        std::vector<const float*> inputs(rows * (heads->inputs / heads->hidden));
+        for (size_t i = 0; i < inputs.size(); i++) inputs[i] = store + which[i] * heads->hidden;
+        build->heads(*heads, inputs.data(), rows, count, values, best, states, bf16);
     });
 }
 
 // states and hidden are [M, d]; states are left as they are.
-int foretell_observe(const Kernels* build, const Model* model, const Cache* cache, const Committed* committed,
-                     const float* states, int64_t count, float* hidden, int bf16) {
+int foretell_prefix_layer(const Kernels* build, const Model* model, const Cache* cache, const CommittedStates* committed,
+                          const float* states, int64_t count, float* hidden, int bf16) {
     return alone([&] {
         memcpy(hidden, states, count * model->hidden * 4);
-        observe(*build, *model, *cache, *committed, hidden, bf16);
+        prefix_layer(*build, *model, *cache, *committed, hidden, bf16);
     });
 }
 
-int foretell_grow(const Kernels* build, const Drafting* drafting, const Wanted* wanted, int bf16) {
-    return alone([&] { grow(*build, *drafting, *wanted, bf16); });
+int foretell_grow(const Kernels* build, const LevelDrafting* drafting, const LevelRequest* request, int bf16) {
+    return alone([&] { grow(*build, *drafting, *request, bf16); });
 }
 
-int foretell_climb(const Kernels* build, const Lower* lower, const Climb* wanted, int bf16) {
-    return alone([&] { climb(*build, *lower, *wanted, bf16); });
+int foretell_grow_through_layers(const Kernels* build, const LowerLayerDrafting* drafting,
+                                 const LowerLayerRequest* request, int bf16) {
+    return alone([&] { grow_through_layers(*build, *drafting, *request, bf16); });
 }
 
 int foretell_attention(const Kernels* build, const Model* model, const Cache* cache, const Rows* rows,
@@ -256,21 +257,21 @@ static const std::string& described() {
         STRUCTURE(Span, FIELD(begin), FIELD(end), FIELD(skip), FIELD(taps)) +
         STRUCTURE(Heads, FIELD(heads), FIELD(hidden), FIELD(inputs), FIELD(layers), FIELD(linear), FIELD(outputs),
                   FIELD(choices), FIELD(threads), FIELD(weight), FIELD(bias), FIELD(output)) +
-        STRUCTURE(Committed, FIELD(sequences), FIELD(cache_row), FIELD(length), FIELD(count), FIELD(cosine),
+        STRUCTURE(CommittedStates, FIELD(sequences), FIELD(cache_row), FIELD(length), FIELD(count), FIELD(cosine),
                   FIELD(sine), FIELD(fuse), FIELD(others), FIELD(stream), FIELD(following), FIELD(embedding)) +
-        STRUCTURE(Drafting, FIELD(levels), FIELD(hidden), FIELD(streams), FIELD(width), FIELD(grounded),
-                  FIELD(chained), FIELD(heads), FIELD(embedding), FIELD(vocabulary), FIELD(scales)) +
-        STRUCTURE(Wanted, FIELD(rows), FIELD(count), FIELD(beam), FIELD(least), FIELD(states), FIELD(roots),
-                  FIELD(sizes), FIELD(parents), FIELD(tokens), FIELD(given)) +
-        STRUCTURE(Lower, FIELD(model), FIELD(adapter), FIELD(skip), FIELD(norm), FIELD(eps), FIELD(head),
+        STRUCTURE(LevelDrafting, FIELD(levels), FIELD(hidden), FIELD(streams), FIELD(width), FIELD(heads),
+                  FIELD(embedding), FIELD(vocabulary), FIELD(scales)) +
+        STRUCTURE(LevelRequest, FIELD(rows), FIELD(count), FIELD(beam), FIELD(min_gain), FIELD(states), FIELD(roots),
+                  FIELD(sizes), FIELD(parents), FIELD(tokens), FIELD(cond_probs)) +
+        STRUCTURE(LowerLayerDrafting, FIELD(model), FIELD(adapter), FIELD(skip), FIELD(norm), FIELD(eps), FIELD(head),
                   FIELD(width), FIELD(vocabulary), FIELD(scale), FIELD(embedding)) +
-        STRUCTURE(Climb, FIELD(rows), FIELD(layers), FIELD(count), FIELD(steps), FIELD(room), FIELD(beam),
-                  FIELD(least), FIELD(thresholds), FIELD(roots), FIELD(budget), FIELD(cache_row), FIELD(length),
+        STRUCTURE(LowerLayerRequest, FIELD(rows), FIELD(layers), FIELD(count), FIELD(steps), FIELD(room), FIELD(beam),
+                  FIELD(min_gain), FIELD(thresholds), FIELD(roots), FIELD(budget), FIELD(cache_row), FIELD(length),
                   FIELD(own_length), FIELD(waiting), FIELD(states), FIELD(cosine), FIELD(sine), FIELD(cache),
-                  FIELD(own), FIELD(sizes), FIELD(ran), FIELD(at), FIELD(parents), FIELD(tokens), FIELD(given),
-                  FIELD(hidden), FIELD(tapped)) +
-        CALL(bytes) + CALL(pack) + CALL(rows) + CALL(layers) + CALL(norm) + CALL(linear) + CALL(heads) + CALL(observe) +
-        CALL(grow) + CALL(climb) + CALL(attention);
+                  FIELD(own), FIELD(sizes), FIELD(ran), FIELD(stream_index), FIELD(parents), FIELD(tokens),
+                  FIELD(cond_probs), FIELD(hidden), FIELD(tapped)) +
+        CALL(bytes) + CALL(pack) + CALL(rows) + CALL(layers) + CALL(norm) + CALL(linear) + CALL(heads) +
+        CALL(prefix_layer) + CALL(grow) + CALL(grow_through_layers) + CALL(attention);
     return text;
 }
 
