@@ -22,7 +22,8 @@ from foretell.cli.options import Loading, Sampling
 from foretell.cli.terminal import program
 from foretell.contracts import Draft, Drafter, Row
 from foretell.drafting.options import option
-from foretell.requests import SamplingParams, Statistics
+from foretell.errors import UsageError
+from foretell.requests import SamplingParams, Statistics, numbers
 from foretell.results import Result
 from foretell.trees import chain
 
@@ -420,3 +421,12 @@ def test_loading_knows_every_option_of_load() -> None:
 
     known = set(inspect.signature(foretell.load).parameters) - {"progress", "options"}
     assert set(vars(Loading())) - {"option"} == known
+
+
+def test_every_numeric_sampling_option_is_an_option_of_the_command_line() -> None:
+    names = {option.name for option in numbers()}
+    assert names >= {"temperature", "top_p", "top_k", "min_p", "seed"}
+    assert names <= vars(Sampling()).keys()
+    assert Sampling(top_k=3, seed=1).params() == SamplingParams(top_k=3, seed=1)
+    with pytest.raises(UsageError, match="top_p is 2; it must lie between 1e-09 and 1"):
+        Sampling(top_p=2).params()

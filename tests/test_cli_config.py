@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -9,9 +10,13 @@ import pytest
 from command_line import Foretell
 from test_cli_refusals import refused
 
+from foretell import drafters
 from foretell.cli import VERBS, load_verb
 from foretell.cli.defaults import config_file, of_drafter, of_verb
 from foretell.cli.options import Loading, shared_options
+from foretell.drafters.plain import Plain
+from foretell.drafting.options import option
+from foretell.errors import ForetellError
 from foretell.loading.cache_dir import cache_folder
 
 Configured = Callable[[str], Path]
@@ -91,17 +96,40 @@ def test_the_environment_wins_over_the_file(configured: Configured, monkeypatch:
     monkeypatch.setenv("FORETELL_OFFLINE", "0")
     assert defaults_of("generate") == {}
     assert cache_folder() == Path("/elsewhere")
+    configured('kernel = "eager"\n[generate]\ncache_dir = "/of generate"\nbatch_size = 2\n')
+    assert defaults_of("generate") == {"kernel": "eager", "batch_size": 2}
+    monkeypatch.setenv("FORETELL_KERNELS", "avx2")
+    assert defaults_of("generate") == {"batch_size": 2}
+
+
+def test_the_command_line_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FORETELL_OFFLINE", "1")
+    for offline in (None, True):
+        with pytest.raises(ForetellError, match="offline mode forbids"):
+            Loading(model="org/elsewhere", cache_dir=tmp_path, offline=offline).check()
+    Loading(model="org/elsewhere", cache_dir=tmp_path, offline=False).check()
 
 
 def test_options_of_a_drafter(foretell: Foretell, tiny: str, configured: Configured) -> None:
     configured("[options.prompt_lookup]\nnodes = 6\n[options.medusa]\nany_backbone = true\n")
-    assert of_drafter("prompt_lookup") == ["nodes=6"]
-    assert of_drafter("medusa") == ["any_backbone=true"]
-    assert of_drafter("plain") == []
+    assert of_drafter("prompt_lookup") == {"nodes": 6}
+    assert of_drafter("medusa") == {"any_backbone": True}
+    assert of_drafter("plain") == {}
     assert Loading(drafter="prompt_lookup").drafter_options() == {"nodes": 6}
     assert Loading(drafter="prompt_lookup", option=["nodes=4"]).drafter_options() == {"nodes": 4}
     configured("[options.prompt_lookup]\nnods = 6\n")
     refused(foretell("generate", "hi", "-m", tiny, "-d", "prompt_lookup"), 2, "no option 'nods'")
+
+
+def test_a_list_of_the_file_reaches_a_drafter(configured: Configured, monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Options:
+        exits: tuple[int, ...] = option((), "Layers.")
+
+    own = type("Own", (Plain,), {"Options": Options})
+    monkeypatch.setitem(drafters.DRAFTERS, "own", (own, "of a test"))
+    configured("[options.own]\nexits = [1, 2]\n")
+    assert Loading(drafter="own").drafter_options() == {"exits": (1, 2)}
 
 
 @pytest.mark.parametrize(

@@ -38,22 +38,22 @@ def test_the_most_probable_paths_make_the_tree(
     ):
         value = {path: sum(log_probs_KR[k, rank] for k, rank in enumerate(path)) for path in paths}
         best = sorted(value.values(), reverse=True)[: nodes - 1]
-        log_probs = [()]
+        path_of = [()]
         for node, parent in enumerate(tree.parents[1:], start=1):
             depth, rank = grown[node - 1]
-            assert depth == len(log_probs[parent])
-            log_probs.append((*log_probs[parent], rank))
+            assert depth == len(path_of[parent])
+            path_of.append((*path_of[parent], rank))
             assert probabilities[node] == pytest.approx(np.exp(log_probs_KR[depth, rank]), rel=1e-3)
-        assert set(log_probs[1:]) <= set(paths)
-        assert len(set(log_probs)) == len(tree) == min(nodes, len(paths) + 1)
-        assert sorted((value[path] for path in log_probs[1:]), reverse=True) == pytest.approx(best, abs=1e-3)
+        assert set(path_of[1:]) <= set(paths)
+        assert len(set(path_of)) == len(tree) == min(nodes, len(paths) + 1)
+        assert sorted((value[path] for path in path_of[1:]), reverse=True) == pytest.approx(best, abs=1e-3)
 
 
 def test_whatever_the_heads_say_a_tree_is_a_tree() -> None:
     candidates = Candidates([(0,), (0, 0), (1,), (0, 0, 0), (1, 0)])
-    for log_probs in (np.nan, -np.inf, 0.0, -1e-8, -1e30):
+    for log_prob in (np.nan, -np.inf, 0.0, -1e-8, -1e30):
         for nodes in range(1, 8):
-            ((tree, chosen, given),) = candidates.grow(np.full((1, 3, 2), log_probs, dtype=np.float32), nodes)
+            ((tree, chosen, given),) = candidates.grow(np.full((1, 3, 2), log_prob, dtype=np.float32), nodes)
             assert len(tree) == len(chosen) + 1 == len(given) == min(nodes, 6)
             depths = [head + 1 for head, _ in chosen]
             assert list(tree.depths) == [0, *depths]  # nobody hangs under another parent than its own

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -669,6 +670,39 @@ def test_a_run_with_dropout_taken_up_again_ends_with_the_same_weights(tmp_path: 
     assert final.step == straight.step > 3
     for ours, theirs in zip(final.module.parameters(), straight.module.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("method", [Hydra, HydraPlus])
+def test_a_run_of_an_earlier_version_is_resumed(method: type[Hydra], tmp_path: Path) -> None:
+    backbone = backbone_of()
+    data = [Distilled(i, list(range(1, 20)), [(4, 19)]) for i in range(8)]
+    former = {
+        "heads": 4, "layers": 0, "output": "tied", "draft_vocab": 8192, "soft": 0.5, "taps": 2, "grounded": True,
+        "tied": False, "linear": False, "chained": False, "fused": False, "dropout": 0.0, "method": method.method,
+    }  # fmt: skip
+
+    def made(options: dict[str, Any]) -> Trainer:
+        module = trainable(method, backbone, torch.ones(VOCAB), draft_vocab=0)
+        features, settings = FeatureStore(backbone, data, module.taps), Settings(batch_tokens=40, held_out=0)
+        return Trainer(module, features, settings, tmp_path, options, method.migrated)
+
+    run = made(former)
+    run.migrate = dict
+    with pytest.raises(KeyboardInterrupt):
+        run.run(stop=lambda: run.step == 2)
+    present = asdict(method.Training()) | {"method": method.method}
+    resumed = made(present)
+    assert resumed.resume()
+    assert resumed.step == 2
+    for name, value, sentence in (
+        ("grounded", False, r"grounded False \(not None\)"), ("layers", 5, r"layers 5 \(not \d\)"),
+        ("linear", True, r"linear_tail True \(not False\)"),
+    ):  # fmt: skip
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+        torch.save(state | {"settings": state["settings"] | {name: value}}, tmp_path / "state.pt")
+        with pytest.raises(UsageError, match=sentence):
+            made(present).resume()
+        torch.save(state, tmp_path / "state.pt")
 
 
 class Told:

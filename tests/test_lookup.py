@@ -49,9 +49,9 @@ def every_guess(tokens: list[int], lookup: PromptLookup) -> dict[tuple[int, ...]
         out = 1.0
         for depth in range(len(future)):
             alive = [(at, m) for at, m in copied if tuple(tokens[at : at + depth]) == future[:depth]]
-            log_probs = [(tokens[at + depth], m + depth) for at, m in alive if at + depth < len(tokens)]
-            rivals = list(dict.fromkeys(token for token, _ in log_probs))
-            match = next(m for token, m in log_probs if token == future[depth])
+            continuations = [(tokens[at + depth], m + depth) for at, m in alive if at + depth < len(tokens)]
+            rivals = list(dict.fromkeys(token for token, _ in continuations))
+            match = next(m for token, m in continuations if token == future[depth])
             out *= follows(match, rivals.index(future[depth]))
         return out
 
@@ -97,10 +97,10 @@ class Says(Drafter):
     """Drafts what it was told."""
 
     def __init__(self, tree: TokenTree, tokens: list[int], given: list[float] | None):
-        self.log_probs = tree, tokens, given
+        self.last = tree, tokens, given
 
     def draft(self, rows: Any) -> Draft:
-        tree, tokens, given = self.log_probs
+        tree, tokens, given = self.last
         return Draft([tree] * len(rows), [tokens] * len(rows), [given] * len(rows) if given else None)
 
 

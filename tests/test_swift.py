@@ -103,10 +103,10 @@ def test_a_chain_is_what_the_model_writes_without_these_sublayers() -> None:
                 backbone.embed(torch.tensor([newest])), nodes, cache, skip=plan.bits(LAYERS)
             )
             cache.commit([0], [[0]])
-            log_probs = backbone.logits(backbone.norm(hidden))[0].softmax(-1)
-            newest = int(log_probs.argmax())
+            probabilities = backbone.logits(backbone.norm(hidden))[0].softmax(-1)
+            newest = int(probabilities.argmax())
             assert tokens[node] == newest
-            assert given[node] == pytest.approx(float(log_probs.max()), rel=2e-2)
+            assert given[node] == pytest.approx(float(probabilities.max()), rel=2e-2)
 
 
 def test_siblings_stand_where_the_model_was_unsure() -> None:

@@ -38,8 +38,8 @@ Prompt = str | list[Message] | list[int]
 class LLM:
     """A loaded model with a drafter. Make one with `load`.
 
-    Threads may share it: calls of the same batch size take turns step by step on one decoder, which holds a lock. One
-    decoder is kept: calls of different batch sizes rebuild it, see `decoder`.
+    Threads may share it: calls with the same batch size share one decoder and take turns step by step, so with
+    batch size 1 requests run one after another. Calls with other batch sizes replace the decoder, see `decoder`.
     """
 
     def __init__(self, backbone: Backbone, tokenizer: Tokenizer, drafter: Drafter, folder: ModelFolder | None = None):
@@ -83,9 +83,9 @@ class LLM:
     def decoder(self, max_rows: int = 1, rule: Typical | None = None, adapt: bool = True) -> SpeculativeDecoder:
         """Returns the engine behind `generate`.
 
-        One is kept, so that a conversation finds its cache at the next call: a call with other arguments drops it and
-        builds another. Calls in progress keep theirs to the end. Two threads that alternate between batch sizes
-        therefore rebuild it every time, and reuse no cache: let them make a `SpeculativeDecoder` each.
+        The last decoder is kept for its cache, which the next turn of a conversation reuses. A call with other
+        arguments replaces it, while calls in progress finish on the old one. Two threads that alternate between batch
+        sizes would replace it at every call: give each a `SpeculativeDecoder` of its own.
         """
         with self._lock:
             if self._decoder is None or self._decoder_options != (max_rows, rule, adapt):

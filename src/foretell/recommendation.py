@@ -11,9 +11,9 @@ from foretell.drafters import drafter_class
 from foretell.drafting.checkpoint import shipped, tokens_per_step
 
 USUAL = {1: 1.0, 8: 1.25, 16: 1.3}
-"""Nodes -> what a step of so many costs beside one of one node, on machines that were measured."""
+"""Typical cost of a step by its nodes, relative to a step of one node."""
 CONTEXT = 512
-"""Tokens of the text for which the recommended drafter is chosen."""
+"""Context length, in tokens, at which drafters are compared."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Recommendation:
 def recommend(backbone: Backbone) -> Recommendation:
     """Chooses the best drafter that needs nothing but foretell: one that ships for this backbone, else prompt lookup.
 
-    Of several, the one of most tokens per second by what steps cost here, or elsewhere where that cannot be known; and
-    by what drafting costs, as `foretell tune` measured, or usually where it has not measured all of them.
+    Of several, takes the one with the highest estimated tokens per second. Step costs are those measured here, else
+    typical ones; drafting costs are those of `foretell tune` if it measured all of the drafters, else typical ones.
     """
     folders = shipped(backbone)
     if not folders:

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 from foretell.errors import UsageError, check_numbers, is_number
 
 MAX_BIAS = 1000
 """Far beyond any logit, and far from where float32 loses the logit beside it."""
+
+
+def number(default: float | None, help: str, low: float, high: float, *, truncates: bool = False) -> Any:
+    """Declares a numeric sampling option, which the command line offers too.
+
+    Args:
+        low, high: the smallest and the largest number allowed, both included; None is allowed where it is the default.
+        truncates: whether it cuts off a part of the distribution, which typical acceptance cannot honour.
+    """
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "truncates": truncates})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +46,25 @@ class SamplingParams:
         UsageError: naming the value, its range and the remedy.
     """
 
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    max_new_tokens: int = number(256, "Maximum number of tokens of an answer.", 1, 2**31 - 1)
+    temperature: float = number(0.0, "0 takes the most probable token; above 0 samples.", 0, 100)
+    top_p: float = number(1.0, "Sample from the smallest set of this probability.", 1e-9, 1, truncates=True)
+    top_k: int = number(0, "Sample from the K most probable tokens; 0 for all.", 0, 2**31 - 1, truncates=True)
+    min_p: float = number(
+        0.0, "Drop tokens less probable than this share of the most probable one.", 0, 1, truncates=True
+    )
+    repetition_penalty: float = number(
+        1.0, "Above 1 makes tokens of the prompt and the answer less probable.", 1e-3, 1e3
+    )
+    presence_penalty: float = number(0.0, "Subtracted once from the logit of every token of the answer.", -100, 100)
+    frequency_penalty: float = number(
+        0.0, "Subtracted from a token's logit for each time that it occurs in the answer.", -100, 100
+    )
+    seed: int | None = number(
+        None, "Seed of sampling; every drafter draws the same tokens by it. By default a new one each time.",
+        -(2**63), 2**63 - 1,
+    )  # fmt: skip
     logit_bias: dict[int, float] = field(default_factory=dict)
-    seed: int | None = None
     stop: Sequence[str] = ()
     stop_ids: Sequence[int] = ()
     ignore_eos: bool = False
@@ -62,13 +82,11 @@ class SamplingParams:
         return cls(**options)
 
     def __post_init__(self) -> None:
-        ranges = (
-            ("max_new_tokens", 1, 2**31 - 1), ("temperature", 0, 100), ("top_p", 1e-9, 1), ("top_k", 0, 2**31 - 1),
-            ("min_p", 0, 1), ("repetition_penalty", 1e-3, 1e3),
-            ("presence_penalty", -100, 100), ("frequency_penalty", -100, 100),
+        given = [option for option in numbers() if getattr(self, option.name) is not None or option.default is not None]
+        check_numbers(
+            self, [(option.name, option.metadata["low"], option.metadata["high"]) for option in given],
+            whole=[option.name for option in given if str(option.type).startswith("int")],
         )  # fmt: skip
-        seeds = [("seed", -(2**63), 2**63 - 1)] * (self.seed is not None)
-        check_numbers(self, [*ranges, *seeds], whole=("max_new_tokens", "top_k", "seed"))
         bias = self.logit_bias
         if not isinstance(bias, dict) or not all(is_number(t, True) and is_number(b) for t, b in bias.items()):
             raise UsageError(f"logit_bias is {bias!r}; it must map token ids to numbers.")
@@ -84,6 +102,12 @@ class SamplingParams:
         if self.logprobs is not None and not (is_number(self.logprobs, True) and 0 <= self.logprobs <= 100):
             raise UsageError(f"logprobs is {self.logprobs!r}; it must be a whole number between 0 and 100.")
 
+    @property
+    def truncations(self) -> list[str]:
+        """Names of the options that truncate the distribution and are in force."""
+        truncating = [option for option in numbers() if option.metadata["truncates"]]
+        return [option.name for option in truncating if getattr(self, option.name) != option.default]
+
     def seeded(self) -> SamplingParams:
         """Returns these parameters with a seed if they sample: drawn from the system's entropy if none was given."""
         drawn = self.temperature and self.seed is None
@@ -98,6 +122,12 @@ class SamplingParams:
     def edits_logits(self) -> bool:
         """True if penalties or biases change the logits before a token is chosen."""
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty or self.logit_bias)
+
+
+@cache
+def numbers() -> tuple[Field[Any], ...]:
+    """Returns the numeric options of `SamplingParams`, whose metadata `number` describes."""
+    return tuple(option for option in fields(SamplingParams) if "help" in option.metadata)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ ANSWER_TOKENS, MIN_ANSWER_TOKENS = 1024, 64
 class ChatSampling(Sampling):
     """Sampling options of a chat."""
 
-    max_new_tokens: int | None = flag(  # type: ignore[assignment]
+    max_new_tokens: int | None = flag(
         None,
         f"Maximum number of tokens of an answer; by default {ANSWER_TOKENS}, fewer at the end of the model's context.",
         "-n",
@@ -79,7 +79,7 @@ def chat(
     """Talk with a model. Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands."""
     if sampling.logprobs is not None:
         raise UsageError("--logprobs is for `foretell generate --json`; chat shows text only.")
-    params = sampling.params()  # what can be refused is, before a model is loaded
+    params = sampling.params()  # refuses bad values before a model is loaded
     if system is not None:
         check_text(system, "--system")
     loading.check()

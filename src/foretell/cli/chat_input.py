@@ -132,8 +132,10 @@ class KeyboardReader(TurnReader):
         try:
             yield
         finally:
-            self.has_left()
-            termios.tcsetattr(self._descriptor, termios.TCSADRAIN, before)
+            try:
+                self.has_left()
+            finally:  # a Ctrl-C just now must not leave the terminal without echo
+                termios.tcsetattr(self._descriptor, termios.TCSADRAIN, before)
 
     def has_left(self) -> bool:
         while select.select([self._descriptor], [], [], 0)[0]:

@@ -14,7 +14,7 @@ def config() -> None:
     that has them; in a table such as [generate] those of one verb; in one such as [options.medusa] those of a drafter.
     """
     from foretell.cli import VERBS, load_verb
-    from foretell.cli.defaults import OPTIONS, VARIABLES, config_file, of_drafter, of_verb, read
+    from foretell.cli.defaults import OPTIONS, config_file, of_drafter, of_verb, read, variable_of
     from foretell.cli.options import Loading, Sampling, shared_options
 
     path, content, shared = config_file(), read(), shared_options()
@@ -27,8 +27,7 @@ def config() -> None:
     defaults = vars(Loading()) | vars(Sampling())
     rows: list[tuple[str, str, str]] = []
     for name in shared:
-        variable = next(filter(os.environ.get, VARIABLES.get(name, ())), None)
-        if variable:
+        if variable := variable_of(name):
             rows.append((name, _toml(os.environ[variable]), f"from {variable}"))
         elif name in written:
             rows.append((name, _toml(written[name]), "from the file"))
@@ -47,11 +46,14 @@ def _print_aligned(rows: list[tuple[str, str, str]]) -> None:
 
 
 def _print_table(name: str, table: dict[str, Any]) -> None:
+    from foretell.cli.defaults import OPTIONS, variable_of
+
     plain = {key: value for key, value in table.items() if not isinstance(value, dict)}
     if plain:
         print(f"\n[{name}]")
         for key, value in plain.items():
-            print(f"{key} = {_toml(value)}")
+            variable = None if name.startswith(OPTIONS) else variable_of(key.replace("-", "_"))
+            print(f"{key} = {_toml(value)}" + (f"  # not in force: {variable} is set" if variable else ""))
     for key, value in table.items():
         if isinstance(value, dict):
             _print_table(f"{name}.{key}", value)

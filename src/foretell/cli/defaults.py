@@ -10,7 +10,7 @@
     [options.medusa]             # options of one drafter, as given with -o
     checkpoint = "~/heads/qwen3-0.6b"
 
-The command line wins over a verb's table, that over the first lines, and FORETELL_CACHE and FORETELL_OFFLINE over both.
+Precedence: command line, environment (FORETELL_CACHE, ...), the verb's table, the first lines.
 The file is $FORETELL_CONFIG, else foretell/config.toml in $XDG_CONFIG_HOME or ~/.config; it need not exist.
 """
 
@@ -27,7 +27,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from foretell.errors import ForetellError, UsageError
 from foretell.files import one_line
 
-VARIABLES = {"cache_dir": ("FORETELL_CACHE",), "offline": ("FORETELL_OFFLINE", "HF_HUB_OFFLINE")}
+VARIABLES = {
+    "cache_dir": ("FORETELL_CACHE",),
+    "offline": ("FORETELL_OFFLINE", "HF_HUB_OFFLINE"),
+    "kernel": ("FORETELL_KERNELS",),
+}
 """Option -> environment variables that win over the file."""
 OPTIONS = "options"
 """The table that holds one table of options for each drafter."""
@@ -74,15 +78,20 @@ def of_verb(verb: str, command: Any, verbs: Collection[str], shared: Mapping[str
     return _of_command((verb,), command, values, content.get(verb, {}))
 
 
-def of_drafter(drafter: str) -> list[str]:
-    """Returns a drafter's options as key=value, as they would be given with -o."""
+def variable_of(option: str) -> str | None:
+    """Returns the environment variable that is set and wins over the file for an option."""
+    return next(filter(os.environ.get, VARIABLES.get(option, ())), None)
+
+
+def of_drafter(drafter: str) -> dict[str, Any]:
+    """Returns a drafter's options by name."""
     tables = read().get(OPTIONS, {})
     if not isinstance(tables, Mapping):
         raise _refusal(f"{OPTIONS} must be a table of tables, such as [{OPTIONS}.medusa]")
     table = tables.get(drafter, {})
     if not isinstance(table, Mapping):
         raise _refusal(f"{OPTIONS}.{drafter} must be a table, such as [{OPTIONS}.{drafter}]")
-    return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in table.items()]
+    return dict(table)
 
 
 def _checked_first_lines(
@@ -99,8 +108,7 @@ def _checked_first_lines(
             raise _refusal(f"{what}{_near(key, known)}; a verb's own options stand in a table such as [generate]")
         _check(key, value, hints[name])
         found[name] = value
-    set_elsewhere = {name for name, names in VARIABLES.items() if any(map(os.environ.get, names))}
-    return {name: value for name, value in found.items() if name not in set_elsewhere}
+    return found
 
 
 def _of_command(
@@ -122,7 +130,8 @@ def _of_command(
             raise _refusal(f"unknown key {key!r} in [{'.'.join(words)}]{_near(name, hints)}")
         _check(f"{'.'.join(words)}.{key}", value, hints[name])
         found[name] = value
-    return found | {
+    in_force = {name: value for name, value in found.items() if not variable_of(name)}
+    return in_force | {
         name: _of_command((*words, name), each, shared, table.get(name, {})) for name, each in inner.items()
     }
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from functools import wraps
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_type_hints
 
 import typer
@@ -24,10 +25,10 @@ from foretell import drafters
 from foretell.cli.defaults import of_drafter
 from foretell.cli.terminal import load_progress, note
 from foretell.errors import UsageError
+from foretell.requests import SamplingParams, numbers
 
 if TYPE_CHECKING:
     from foretell.api import LLM
-    from foretell.requests import SamplingParams
     from foretell.train.trainer import Settings
     from foretell.verify import Typical
 
@@ -63,7 +64,7 @@ class Base:
     threads: int | None = flag(None, "CPU threads; by default the cores this process may use.")
     kernel: str | None = flag(None, "Kernels: eager, or a compiled build by name; by default the best.")
     cache_dir: Path | None = flag(None, CACHE)
-    offline: bool = flag(False, "Fetch nothing.")
+    offline: bool | None = flag(None, "Fetch nothing; by default FORETELL_OFFLINE decides.")
 
     def check(self) -> None:
         """Refuses, before torch is imported, what could not be loaded.
@@ -78,7 +79,7 @@ class Base:
             raise UsageError(f"Unknown device {self.device!r}; use cpu, or cuda (cuda:1, ...) where there is a GPU.")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads is {self.threads}; it must be at least 1.")
-        check_name(self.model, cache_dir=self.cache_dir, offline=self.offline or None)
+        check_name(self.model, cache_dir=self.cache_dir, offline=self.offline)
 
     def load(self, drafter: str = "plain", lookup: bool = False, **options: Any) -> LLM:
         """Loads the model with a drafter; prints a note where exactness is limited, or kernels are missing."""
@@ -88,7 +89,7 @@ class Base:
         with load_progress() as progress:
             llm = foretell.load(
                 self.model, drafter, lookup=lookup, dtype=self.dtype, device=self.device, threads=self.threads,
-                kernel=self.kernel, cache_dir=self.cache_dir, offline=self.offline or None, progress=progress,
+                kernel=self.kernel, cache_dir=self.cache_dir, offline=self.offline, progress=progress,
                 **options,
             )  # fmt: skip
         if llm.backbone.nondeterminism:
@@ -126,7 +127,7 @@ class Loading(Base):
 
             show_options(self.drafter)
             raise typer.Exit()
-        return drafter_options(self.drafter, [*of_drafter(self.drafter), *(self.option or ())])
+        return drafter_options(self.drafter, self.option, of_drafter(self.drafter))
 
     def load(self, drafter: str = "", lookup: bool = False, **options: Any) -> LLM:
         """Loads the model with the drafter; all options are checked before anything is fetched."""
@@ -158,24 +159,25 @@ class Training:
         return Settings(**vars(self))
 
 
+SHORT = {"max_new_tokens": ("-n",), "temperature": ("-t",)}
+_NUMBERS: Any = make_dataclass(
+    "_Numbers",
+    [
+        (option.name, get_type_hints(SamplingParams)[option.name],
+         flag(option.default, option.metadata["help"], *SHORT.get(option.name, ())))
+        for option in numbers()
+    ],
+    frozen=True, kw_only=True,
+)  # fmt: skip
+"""The numeric options of `SamplingParams`: a new one there is an option here."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(_NUMBERS):
     """Sampling options; `SamplingParams` checks the values."""
 
     PANEL: ClassVar[str] = "Sampling"
-    max_new_tokens: int = flag(256, "Maximum number of tokens of an answer.", "-n")
-    temperature: float = flag(0.0, "0 takes the most probable token; above 0 samples.", "-t")
-    top_p: float = flag(1.0, "Sample from the smallest set of this probability.")
-    top_k: int = flag(0, "Sample from the K most probable tokens; 0 for all.")
-    min_p: float = flag(0.0, "Drop tokens less probable than this share of the most probable one.")
-    repetition_penalty: float = flag(1.0, "Above 1 makes tokens of the prompt and the answer less probable.")
-    presence_penalty: float = flag(0.0, "Subtracted once from the logit of every token of the answer.")
-    frequency_penalty: float = flag(0.0, "Subtracted from a token's logit for each time that it occurs in the answer.")
     logit_bias: list[str] | None = flag(None, "ID=VALUE, added to that token's logit; repeatable.")
-    seed: int | None = flag(
-        None,
-        "Seed of sampling; every drafter draws the same tokens by it. By default a new one each time.",
-    )
     stop: list[str] | None = flag(None, "A text, or a special token, that ends an answer; repeatable.")
     stop_id: list[int] | None = flag(None, "A token id that ends an answer; repeatable.")
     ignore_eos: bool = flag(False, "Continue past the model's end of text.")
@@ -184,8 +186,6 @@ class Sampling:
     no_adapt: bool = flag(False, "Keep speculating where plain steps are measured to be faster.")
 
     def params(self) -> SamplingParams:
-        from foretell.requests import SamplingParams
-
         same = set(vars(self)) & {param.name for param in fields(SamplingParams)} - {"stop", "logit_bias"}
         return SamplingParams(
             **{name: getattr(self, name) for name in same},
@@ -247,7 +247,7 @@ def flat(function: Callable[..., None]) -> Callable[..., None]:
         kinds = get_type_hints(group)
         for member in fields(group):
             option = typer.Option(
-                *_names(member.name, kinds[member.name] is bool), *member.metadata["short"],
+                *_names(member.name, kinds[member.name] in (bool, bool | None)), *member.metadata["short"],
                 help=member.metadata["help"], rich_help_panel=group.PANEL, show_default=member.default is not False,
                 autocompletion=COMPLETIONS.get(member.name), hidden=member.metadata["hidden"],
             )  # fmt: skip
@@ -295,12 +295,14 @@ COMPLETIONS: dict[str, Callable[[str], list[str]]] = {"model": _models, "drafter
 # -- one value -----------------------------------------------------------------------------------------------
 
 
-def drafter_options(drafter: str, texts: list[str] | None) -> dict[str, Any]:
-    """Checks key=value texts against the drafter's options; returns the values given, by name."""
+def drafter_options(
+    drafter: str, texts: list[str] | None, defaults: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Checks key=value texts, which win over `defaults`, against the drafter's options; returns the values by name."""
     from foretell.drafting.options import converted, pairs
 
-    given = pairs(texts or [])
-    return converted(drafters.drafter_class(drafter).Options, given, f"Drafter {drafter!r}")
+    cls, owner = drafters.drafter_class(drafter).Options, f"Drafter {drafter!r}"
+    return converted(cls, defaults, owner) | converted(cls, pairs(texts or []), owner)
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -45,8 +45,7 @@ def check_request(
 
 def _check_rule(params: SamplingParams, rule: Typical) -> None:
     """Typical acceptance takes its temperature from the rule, and draws nothing."""
-    ignored = [name for name, off in (("top_p", 1), ("top_k", 0), ("min_p", 0)) if getattr(params, name) != off]
-    if ignored:
+    if ignored := params.truncations:
         raise UsageError(f"Typical acceptance draws no tokens and would ignore {', '.join(ignored)}; leave it out.")
     if params.temperature not in (0, rule.temperature):
         raise UsageError(

@@ -26,7 +26,7 @@ class Clock:
         self._began = self._lap = time.perf_counter()
 
     def lap(self, part: Part | None = None) -> None:
-        """Ends a lap; `part` says what it was, None a part that is not counted by itself."""
+        """Ends a lap, and adds it to `part` of the statistics if one is given."""
         now = time.perf_counter()
         if part:
             for row in self._rows:
@@ -35,5 +35,5 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Since the step began."""
+        """Seconds since the step began."""
         return time.perf_counter() - self._began

@@ -13,7 +13,7 @@ from typing import Generic, Self, TypeVar
 from foretell.requests import Decoder, Event, Request
 
 Name = TypeVar("Name")
-"""Whatever the caller tells its requests apart by."""
+"""The caller's own id of a request."""
 
 
 class Driver(Generic[Name]):
@@ -47,7 +47,7 @@ class Driver(Generic[Name]):
         return len(self._names)
 
     def step(self) -> list[tuple[Name, Event]]:
-        """One step of the decoder, with what it emitted for this caller's requests: nothing while prompts are read."""
+        """Runs one step of the decoder; returns this caller's events, none while prompts are read."""
         emitted = []
         for event in self.decoder.events(self._names):
             finished = event.finish_reason is not None
@@ -61,7 +61,7 @@ class Driver(Generic[Name]):
             yield from self.step()
 
     def cancel(self) -> None:
-        """Forgets what is unfinished."""
+        """Cancels what is unfinished."""
         while self._names:
             request, _ = self._names.popitem()
             self.decoder.cancel(request)

@@ -5,7 +5,7 @@ Each tensor is unpacked to float32 and rounded once to bfloat16, a smaller step 
 unquantized files keep their float type. The folder is then the model, for a float32 run too.
 Tensors stream through shard by shard, so memory is bounded by a shard, not by the model.
 
-One thing is not plain renaming: llama.cpp rotates neighbouring pairs of head dimensions where Hugging Face
+Only q and k need more than renaming: llama.cpp rotates neighbouring pairs of head dimensions where Hugging Face
 rotates halves, so Llama's q and k rows are stored interleaved and are put back. Metadata that change what
 the model computes are translated or refused by name: an overlooked key would load another model.
 """

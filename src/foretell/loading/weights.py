@@ -206,7 +206,7 @@ def _lacking(name: str, shape: tuple[int, ...], stored: dict[str, _Stored], fold
 
 
 def _refuse_unused(stored: dict[str, _Stored], shapes: dict[str, tuple[int, ...]], config: ModelConfig) -> None:
-    """A part of the model we would leave out changes what it says; extra heads under other names do not."""
+    """Refuses layers that the config does not have; ignores extra heads, which change no output."""
     for name in stored.keys() - shapes.keys():
         if name == HEAD and config.tied:
             # transformers unties the two when they differ, whatever the config says

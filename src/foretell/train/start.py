@@ -1,4 +1,4 @@
-"""Training that begins with what another drafter has learnt, instead of with fresh weights.
+"""Initialises a training from another drafter's weights instead of fresh ones.
 
 A method names in `STARTS` the methods whose weights its own can be initialised with. Options that are not given are
 taken from the other drafter, so that its weights fit.

@@ -89,13 +89,14 @@ class Trainer:
 
     Args:
         options: what the module was made with: a run can be resumed only with the same options.
+        migrate: brings options and settings that an earlier version recorded under their present names.
 
     Attributes:
         held_out, training: indices of the conversations that are held out, and of those that are trained on.
         step: updates made so far, of `steps`.
         skipped: batches that held nothing to learn.
         seconds: time spent on steps, earlier runs included.
-        number_type: type that the module multiplies in, by its name in `products`.
+        number_type: type that the module multiplies in, by its name in `number_types`.
         began_in: the type that the run began in.
     """
 
@@ -106,10 +107,11 @@ class Trainer:
         settings: Settings,
         folder: Path,
         options: dict[str, Any] | None = None,
+        migrate: Callable[[dict[str, Any]], dict[str, Any]] = dict,
     ):
         self.device = features.backbone.device
         self.module, self.features, self.folder = module.to(self.device), features, folder
-        self.settings, self.options = settings, options or {}
+        self.settings, self.options, self.migrate = settings, options or {}, migrate
         self.held_out = [i for members in features.sets for i in _held_out(features.data, members, settings)]
         self.training = sorted(set(range(len(features.data))).difference(self.held_out))
         self._data = digest(features.data)
@@ -306,7 +308,7 @@ class Trainer:
 
     def _check_same(self, saved: dict[str, Any], data: str) -> None:
         """Refuses to resume a run that was begun with other settings, options or data."""
-        own = asdict(self.settings) | self.options
+        own, saved = asdict(self.settings) | self.options, self.migrate(saved)
         if "model" in saved:
             saved["model"] = current(saved["model"])
         method, own_method = saved.pop("method", None), own.pop("method", None)
