@@ -32,19 +32,19 @@ class LinearLayer(Protocol):
     """A linear layer through a backbone's kernels: weights of any origin, packed once."""
 
     def __call__(self, x_MK: Tensor) -> Tensor:
-        """y [M, N] float32 = x Wᵀ + b."""
+        """Returns y [M, N] float32 = x Wᵀ + b."""
         ...
 
     def top(self, x_MK: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The `count` greatest outputs of each row, greatest first: values [M, count] and their indices int64."""
+        """Returns the `count` largest outputs of each row, largest first: values [M, count] and their indices int64."""
         ...
 
 
 def check_ids(ids_M: Tensor, count: int) -> None:
-    """Refuses ids that are no rows of a table of `count`: behind it lies other memory.
+    """Refuses ids that are not rows of a table of `count` rows: kernels would read other memory.
 
     Raises:
-        TypeError: they are not whole numbers of 64 bits.
+        TypeError: they are not int64.
         IndexError: one lies outside [0, count).
     """
     check(ids_M.dtype == torch.int64, f"Ids are {ids_M.dtype}; they must be torch.int64.", TypeError)
@@ -86,34 +86,34 @@ class Backbone(ABC):
         return KVCache(c.layers, rows, c.kv_heads, slots, c.head_dim, self.dtype, self.device)
 
     def rotation(self, positions_M: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [M, D/2] float32, read from a table so that a position always gets the same bits."""
+        """Returns cosine and sine [M, D/2] float32, from a table so that a position always gets the same bits."""
         last = int(positions_M.max()) + 1 if positions_M.device.type == "cpu" else self.config.max_positions
         cosine, sine = self.rotations(last)
-        at = positions_M.to(self.device)
-        return cosine.index_select(0, at), sine.index_select(0, at)  # indexing would wake PyTorch's team
+        index_M = positions_M.to(self.device)
+        return cosine.index_select(0, index_M), sine.index_select(0, index_M)  # indexing would start PyTorch's threads
 
     def rotations(self, positions: int) -> tuple[Tensor, Tensor]:
-        """The table: cosine and sine of so many positions at least."""
+        """Returns the table: cosine and sine of at least `positions` positions."""
         table, scale = self._angles, self.config.rope_scale
         if positions > len(table[0]):
-            every = torch.arange(max(positions, 2 * len(table[0]), 1024), dtype=torch.float32, device=self.device)
-            angles = every[:, None] * torch.tensor(self.config.inv_freq, dtype=torch.float32, device=self.device)
+            steps = torch.arange(max(positions, 2 * len(table[0]), 1024), dtype=torch.float32, device=self.device)
+            angles = steps[:, None] * torch.tensor(self.config.inv_freq, dtype=torch.float32, device=self.device)
             self._angles = table = (angles.cos() * scale, angles.sin() * scale)
         return table
 
     def check_room(self, cache: KVCache, rows: Sequence[int], ends: Sequence[int], layers: int) -> None:
         """Refuses a cache that has no room for the first `layers` in these rows, up to these slots."""
-        held, heads, _, width = cache.keys.shape
+        cached, heads, _, width = cache.keys.shape
         same = (heads, width, cache.keys.dtype) == (self.config.kv_heads, self.config.head_dim, self.dtype)
-        check(same and layers <= held, "The cache was made for another model.")
+        check(same and layers <= cached, "The cache was made for another model.")
         cache.check(rows, ends)
 
     def check_pass(
         self, hidden_Md: Tensor, nodes: Nodes, begin: int, end: int, skip: bytes | None, taps: Collection[int]
     ) -> None:
-        """Refuses what does not fit the nodes or the layers of a pass."""
+        """Refuses states, skip plans and taps that do not fit the nodes or the layers of a pass."""
         layers, shape = self.config.layers, (len(nodes), self.config.hidden)
-        check(0 <= begin <= end <= layers, f"Layers {begin} to {end} were asked for; the model has {layers}.")
+        check(0 <= begin <= end <= layers, f"Layers {begin} to {end} were requested; the model has {layers}.")
         check(hidden_Md.shape == shape, f"States have shape {tuple(hidden_Md.shape)}; the nodes need {shape}.")
         check(hidden_Md.dtype == torch.float32, f"States are float32, not {hidden_Md.dtype}.", TypeError)
         check(not skip or len(skip) >= end, "A skip plan has a byte for every layer.")
@@ -125,7 +125,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def embed(self, tokens_M: Tensor) -> Tensor:
-        """Token ids [M] int64 -> residual stream [M, d] float32.
+        """Returns the residual stream [M, d] float32 of token ids [M] int64.
 
         Raises:
             IndexError: an id is not in the vocabulary.
@@ -146,7 +146,7 @@ class Backbone(ABC):
         """Runs layers [begin, end) and writes the nodes' keys and values to their slots.
 
         Args:
-            hidden_Md: residual stream after `begin` layers; left as it is.
+            hidden_Md: residual stream after `begin` layers; not modified.
             skip: sublayers to leave out, one byte of SKIP_ bits per layer; a skipped attention writes no keys.
             taps: layers l in begin..end: the stream after l layers is returned too.
 
@@ -156,21 +156,21 @@ class Backbone(ABC):
 
     @abstractmethod
     def norm(self, hidden_Md: Tensor) -> Tensor:
-        """The final norm: what the output head reads."""
+        """Applies the final norm; the output head reads the result."""
 
     @abstractmethod
     def logits(self, states_Md: Tensor) -> Tensor:
-        """Normed states -> [M, V] float32."""
+        """Returns the logits [M, V] float32 of normed states."""
 
     @abstractmethod
     def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> LinearLayer:
-        """A linear layer of someone else's through this backbone's kernels.
+        """Returns a linear layer with a drafter's own weight, computed by this backbone's kernels.
 
         The weight is cast to the backbone's type and packed once.
         """
 
     def layer(self, tensors: Mapping[str, Tensor], norm_d: Tensor | None = None) -> Backbone:
-        """A layer of this backbone's shape and kernels with other weights, as a backbone of it alone.
+        """Returns a layer of this backbone's shape and kernels with other weights, as a backbone of one layer.
 
         Args:
             tensors: by their names in a checkpoint, without "model.layers.0.". No biases, no norms within heads.
@@ -193,17 +193,17 @@ class Backbone(ABC):
 
     @abstractmethod
     def _alike(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> Backbone:
-        """Another model, computed as this one is."""
+        """Builds another model with the same kernels, type and threads."""
 
     @abstractmethod
     def head_rows(self, ids_N: Tensor) -> Tensor:
-        """Rows of the output matrix [N, d] in the backbone's type: the start, or the whole, of a draft head."""
+        """Returns rows of the output matrix [N, d] in the backbone's type, for draft heads."""
 
     def argmax(self, states_Md: Tensor) -> Tensor:
-        """Normed states -> the first most probable token [M] int64; -1 where the logits are not all finite numbers."""
+        """Returns the most probable token [M] int64, of equals the first; -1 for a state with a logit that is not finite."""
         logits_MV = self.logits(states_Md)
         return logits_MV.argmax(-1).masked_fill_(~logits_MV.isfinite().all(-1), -1)
 
     def forward(self, tokens_M: Tensor, nodes: Nodes, cache: KVCache) -> Tensor:
-        """Normed states [M, d] of a whole pass."""
+        """Runs a whole pass; returns normed states [M, d]."""
         return self.norm(self.run_layers(self.embed(tokens_M), nodes, cache)[0])

@@ -29,11 +29,11 @@ class KVCache:
     """Room for some rows of slots, which grows when asked to, never inside a pass.
 
     Args:
-        rows, slots: rows to begin with, and how many slots each of them has room for.
+        rows, slots: rows at first, and slots that each of them has room for.
 
     Attributes:
         lengths: committed slots of each row; capacity: slots it has room for.
-        starts: where each row's room begins in the pool, in numbers (slots times D), int64: the kernels read it.
+        starts: begin of each row's room in the pool, in numbers (slots times D), int64: the kernels read it.
     """
 
     def __init__(
@@ -56,10 +56,13 @@ class KVCache:
         return 2 * self.keys.numel() * self.keys.element_size()
 
     def reserve(self, wanted: Mapping[int, int]) -> None:
-        """Makes room for at least so many slots in some rows, keeping what is committed.
+        """Makes room for at least so many slots in some rows; what is committed is kept.
+
+        Args:
+            wanted: slots by row; rows that the cache lacks are added.
 
         Raises:
-            ForetellError: there is not enough memory; the cache is as it was.
+            ForetellError: there is not enough memory; the cache is unchanged.
         """
         self._add_rows(max(wanted, default=-1) + 1 - self.rows)
         short = {row: slots for row, slots in wanted.items() if slots > self.capacity[row]}
@@ -69,36 +72,36 @@ class KVCache:
         grown = {row: max(slots, min(2 * self.capacity[row], slots + 1024)) for row, slots in short.items()}
         capacity = [-(-grown.get(row, old) // STRETCH) * STRETCH for row, old in enumerate(self.capacity)]
         (row, *others) = grown
-        if others or not self._moved(row, capacity[row]):
+        if others or not self._move(row, capacity[row]):
             try:
-                self._rebuilt(capacity)
-            except ForetellError:  # old and new lie side by side while it copies: first without what was given back
+                self._rebuild(capacity)
+            except ForetellError:  # old and new pool exist side by side for a moment: trim the old one first
                 if not self.trim():
                     raise
-                self._rebuilt(capacity)
+                self._rebuild(capacity)
 
     def release(self, rows: Sequence[int]) -> None:
-        """Empties rows and gives their room to others; the pool keeps its size until it is trimmed."""
+        """Empties rows and frees their room for others; the pool keeps its size until it is trimmed."""
         for row in rows:
             self.lengths[row] = self.capacity[row] = 0
 
     def trim(self) -> bool:
-        """Gives memory back that no row has reserved, if there is any, and room to copy the rest."""
+        """Shrinks the pool to what rows have reserved; False if it has no such gaps, or no memory to copy the rest."""
         if sum(self.capacity) == self.keys.shape[2]:
             return False
         with suppress(ForetellError):
-            self._rebuilt(list(self.capacity))
+            self._rebuild(list(self.capacity))
             return True
         return False
 
     def commit(self, rows: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
-        """Keeps, in each row, the nodes of a path (root first) of the tree that the last pass wrote there."""
+        """Commits the nodes of a path (root first) of the tree that the last pass wrote, in each row."""
         self.gather(rows, paths)
         for row, path in zip(rows, paths, strict=True):
             self.lengths[row] += len(path)
 
     def gather(self, rows: Sequence[int], nodes: Sequence[Sequence[int]], layers: int | None = None) -> None:
-        """Moves nodes of the trees behind the committed slots to the front of them, of the first `layers`."""
+        """Moves nodes of the trees to the first slots after the committed ones, in the first `layers`."""
         moved: list[tuple[int, int]] = []
         for row, path in zip(rows, nodes, strict=True):
             begin = self.start(row) + self.lengths[row]
@@ -107,8 +110,8 @@ class KVCache:
             return
         source, target = np.array(moved).T
         for tensor in (self.keys, self.values):
-            held = _bits(tensor)[:layers]
-            held[:, :, target] = held[:, :, source]
+            bits = _bits(tensor)[:layers]
+            bits[:, :, target] = bits[:, :, source]
 
     def rollback(self, row: int, length: int) -> None:
         """Forgets all but the first `length` committed slots."""
@@ -119,30 +122,34 @@ class KVCache:
         self.lengths[row] = length
 
     def copy(self, other: KVCache, row: int, length: int) -> None:
-        """Begins row 0 anew with the first `length` committed slots of another cache's row."""
+        """Replaces row 0 by the first `length` committed slots of another cache's row."""
         self.lengths[0] = 0
         self.reserve({0: length})
-        here, there = self.start(0), other.start(row)
-        for ours, theirs in ((self.keys, other.keys), (self.values, other.values)):
-            _bits(ours)[:, :, here : here + length] = _bits(theirs)[:, :, there : there + length]
+        to, begin = self.start(0), other.start(row)
+        for target, source in ((self.keys, other.keys), (self.values, other.values)):
+            _bits(target)[:, :, to : to + length] = _bits(source)[:, :, begin : begin + length]
         self.lengths[0] = length
 
     def start(self, row: int) -> int:
-        """First slot of a row in the pool."""
+        """Returns the first slot of a row in the pool."""
         return int(self.starts[row]) // self.keys.shape[3]
 
     def room(self, row: int) -> tuple[Tensor, Tensor]:
-        """All slots of a row, written or not: views of keys and values, each [L, G, capacity, D]."""
+        """Returns views of all slots of a row, written or not: keys and values, each [L, G, capacity, D]."""
         begin, end = self.start(row), self.start(row) + self.capacity[row]
         return self.keys[:, :, begin:end], self.values[:, :, begin:end]
 
     def read(self, row: int) -> tuple[Tensor, Tensor]:
-        """Committed keys and values of a row, each [L, G, length, D]."""
+        """Returns the committed keys and values of a row, each [L, G, length, D]."""
         keys, values = self.room(row)
         return keys[:, :, : self.lengths[row]], values[:, :, : self.lengths[row]]
 
     def check(self, rows: Sequence[int], ends: Sequence[int]) -> None:
-        """Refuses rows that are not in the cache, and slots past a row's room, before a pass writes there."""
+        """Refuses rows that are not in the cache, and slots beyond a row's room, before a pass writes there.
+
+        Raises:
+            IndexError, ValueError: one sentence on the row.
+        """
         fits = len(rows) == len(ends) and all(0 <= row < self.rows for row in rows)
         check(fits, f"A row is not in the cache, which has {self.rows}.", IndexError)
         for row, end in zip(rows, ends, strict=True):
@@ -156,9 +163,9 @@ class KVCache:
             self.capacity += [0] * count
             self.starts = np.concatenate([self.starts, np.zeros(count, dtype=np.int64)])
 
-    def _moved(self, row: int, capacity: int) -> bool:
-        """Whether the pool has a gap that is large enough for a row; the row moves there."""
-        taken = sorted((self.start(each), self.capacity[each]) for each in range(self.rows) if self.capacity[each])
+    def _move(self, row: int, capacity: int) -> bool:
+        """Moves a row into a gap of the pool that is large enough; False if there is none."""
+        taken = sorted((self.start(other), self.capacity[other]) for other in range(self.rows) if self.capacity[other])
         begin = 0
         for start, slots in (*taken, (self.keys.shape[2], 0)):
             if start - begin >= capacity:
@@ -168,13 +175,13 @@ class KVCache:
             return False
         old, length = self.start(row), self.lengths[row]
         for tensor in (self.keys, self.values):
-            held = _bits(tensor)
-            held[:, :, begin : begin + length] = held[:, :, old : old + length]
+            bits = _bits(tensor)
+            bits[:, :, begin : begin + length] = bits[:, :, old : old + length]
         self.starts[row], self.capacity[row] = begin * self.keys.shape[3], capacity
         return True
 
-    def _rebuilt(self, capacity: list[int]) -> None:
-        """A new pool, rows one after another, with what is committed."""
+    def _rebuild(self, capacity: list[int]) -> None:
+        """Copies what is committed into a new pool, rows one after another."""
         layers, heads, _, width = self.keys.shape
         begins = [0, *np.cumsum(capacity, dtype=np.int64).tolist()]
         # Unwritten slots are never read, so they need no zeros, and pages stay untouched until they are used.
@@ -184,16 +191,16 @@ class KVCache:
             for before, after in ((self.keys, keys), (self.values, values)) if length else ():
                 _bits(after)[:, :, new : new + length] = _bits(before)[:, :, old : old + length]
         starts = np.array(begins[:-1], dtype=np.int64) * width
-        self.keys, self.values, self.capacity, self.starts = keys, values, capacity, starts  # all or, on errors, none
+        self.keys, self.values, self.capacity, self.starts = keys, values, capacity, starts  # nothing is changed before
 
 
 def _bits(tensor: Tensor) -> Any:
-    """Through NumPy where it can be: PyTorch would wake a team of its own, which then spins on our cores."""
+    """Views a tensor as integers, in NumPy on a CPU: PyTorch's threads would spin on the kernels' cores."""
     return tensor.view(torch.int16 if tensor.itemsize == 2 else torch.int32).numpy() if tensor.is_cpu else tensor
 
 
 def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Keys and values.
+    """Allocates keys and values.
 
     Raises:
         ForetellError: there is not enough memory.

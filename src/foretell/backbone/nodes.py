@@ -1,9 +1,9 @@
-"""Who takes part in one pass: the nodes of every row's tree, flattened without padding.
+"""The nodes of one pass: the trees of all rows, flattened without padding.
 
-A slot and a position are different things: node i of a tree lies at slot length + i of its row's cache, but stands
-at position length + depth, and its keys are the committed prefix followed by its ancestors. A prompt is a chain.
+A slot and a position are different things: node i of a tree lies at slot length + i of its row's cache, but has the
+position length + depth, and its keys are the committed prefix followed by its ancestors. A prompt is a chain.
 
-Legend: M nodes taking part, B rows of the batch, T keys of the longest path.
+Legend: M nodes of the pass, B rows of the batch, T keys of the longest path.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class Nodes:
 
     Args:
         trees: one per row.
-        cache_rows: which cache row each tree extends.
-        lengths: committed slots of those rows: where their trees begin.
-        first: per row the first node to run; earlier nodes have already left their keys and values in the cache.
+        cache_rows: cache row that each tree extends.
+        lengths: committed slots of those rows; their trees begin there.
+        first: per row the first node to run; keys and values of earlier nodes are in the cache already.
         positions: [M] int64, if they are not length + depth.
 
     Attributes:
         words: sequence, node, cache_rows, lengths, offsets, parents and positions as the kernels read them (`Rows` of
-            native/common.h), int32, one after the other; `places` says where each begins.
+            native/common.h), int32, one after the other; begins: index at which each of them starts, and the end.
         rows: cache row of each tree; ends: slots that it needs for this pass.
-        counts: nodes of each row that run; last: the greatest position.
+        counts: nodes of each row that run; last: the largest position.
     """
 
     def __init__(
@@ -55,38 +55,38 @@ class Nodes:
         check(min(lengths, default=0) >= 0, "Lengths count committed slots, from 0 on.")
         within = all(0 <= start <= len(tree) for tree, start in zip(trees, self.first, strict=True))
         check(within, "The first node to run is one of its tree.")
-        at = positions.tolist() if positions is not None else [p + length for p, length in self._depths(lengths)]
-        parts = (
+        position = positions.tolist() if positions is not None else [p + length for p, length in self._depths(lengths)]
+        tables = (
             [b for b, count in enumerate(self.counts) for _ in range(count)],
             [node for tree, start in zip(trees, self.first, strict=True) for node in range(start, len(tree))],
             cache_rows, lengths, [0, *accumulate(map(len, trees))],
-            [parent for tree in trees for parent in tree.parents], at,
+            [parent for tree in trees for parent in tree.parents], position,
         )  # fmt: skip
         # One array, filled once: after a pass the interpreter's own data has left the caches, and every call costs.
-        self.words = np.array(list(chain.from_iterable(parts)), dtype=np.int32)
-        self.last = max(at, default=0)
-        placed = positions is None or (len(at) == sum(self.counts) and min(at, default=0) >= 0)
-        check(placed, "Every node has a position, from 0 on.")
-        self.places = [0, *accumulate(map(len, parts))]
-        split = (self.words[a:b] for a, b in pairwise(self.places))
+        self.words = np.array(list(chain.from_iterable(tables)), dtype=np.int32)
+        self.last = max(position, default=0)
+        fits = positions is None or (len(position) == sum(self.counts) and min(position, default=0) >= 0)
+        check(fits, "Every node has a position, from 0 on.")
+        self.begins = [0, *accumulate(map(len, tables))]
+        split = (self.words[a:b] for a, b in pairwise(self.begins))
         self.sequence, self.node, self.cache_rows, self.lengths, self.offsets, self.parents, self.positions = split
 
     def _depths(self, lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Of each node, with the length of its row."""
+        """Yields the depth of each node, with the length of its row."""
         for tree, start, length in zip(self.trees, self.first, lengths, strict=True):
             for depth in tree.depths[start:] if start else tree.depths:
                 yield depth, length
 
     @classmethod
     def chains(cls, cache_rows: Sequence[int], lengths: Sequence[int], counts: Sequence[int]) -> Nodes:
-        """`counts[b]` tokens in a row after the committed ones: a chunk of a prompt."""
+        """Returns chains of `counts[b]` tokens after the committed ones: chunks of prompts."""
         return cls([chain_of(count - 1) for count in counts], cache_rows, lengths)
 
     def extended(self, parents: Sequence[Sequence[int]]) -> tuple[Nodes, Tensor]:
         """Appends nodes to each tree, given their parents within it.
 
         Returns:
-            The new nodes, and where the old ones stand among them, int64 [M].
+            The new nodes, and the index of each old one among them, int64 [M].
         """
         trees = [TokenTree((*tree.parents, *more)) for tree, more in zip(self.trees, parents, strict=True)]
         nodes = Nodes(trees, self.rows, self.lengths.tolist(), self.first)
@@ -98,17 +98,17 @@ class Nodes:
 
     @cached_property
     def totals(self) -> NDArray[np.int32]:
-        """Keys on each node's path, [M]."""
+        """Number of keys on each node's path, [M]."""
         return np.array([depth + length + 1 for depth, length in self._depths(self.lengths.tolist())], dtype=np.int32)
 
     @cached_property
     def slots_M(self) -> Tensor:
-        """Where each node's own key and value go, int64 [M]."""
+        """Slot of each node's own key and value, int64 [M]."""
         return torch.from_numpy((self.lengths[self.sequence] + self.node).astype(np.int64))
 
     @cached_property
     def paths_MT(self) -> Tensor:
-        """Slots of each node's keys in path order, int64 [M, T]; past a path's end stands -1."""
+        """Slots of each node's keys in path order, int64 [M, T]; -1 beyond the end of a path."""
         paths = np.full((len(self), int(self.totals.max())), -1, dtype=np.int64)
         for m, (b, i) in enumerate(zip(self.sequence, self.node, strict=True)):
             length, total = self.lengths[b], self.totals[m]
@@ -120,12 +120,12 @@ class Nodes:
         return torch.from_numpy(paths)
 
     def on(self, device: torch.device, block: int) -> tuple[Tensor, Tensor]:
-        """`slots_M` and `paths_MT`, padded to whole blocks, on a device: copied once a pass."""
+        """Returns `slots_M` and `paths_MT`, padded to whole blocks, on a device; they are copied once per pass."""
         if (device, block) not in self._on:
             paths_MT = F.pad(self.paths_MT, (0, -self.paths_MT.shape[1] % block), value=-1)
             self._on[device, block] = self.slots_M.to(device), paths_MT.to(device)
         return self._on[device, block]
 
     def starts(self) -> list[int]:
-        """Index among the M nodes of each row's first."""
+        """Returns the index of each row's first node among the M."""
         return [0, *accumulate(self.counts[:-1])]

@@ -1,8 +1,8 @@
-"""What a step costs on this machine, by rows, context and nodes: the other half of choosing a tree.
+"""Measured cost of a step on this machine, by rows, context and nodes: one half of choosing a tree's size.
 
 A larger tree accepts more and costs more; how much more depends on the processor, the batch and the context, and can
-only be measured. `foretell tune` measures it once per machine, model and number type; drafters read it back. Until it
-has, a first reading of less than a second stands in: sixteen nodes may cost 1.3 plain steps or more than four.
+only be measured. `foretell tune` measures it once per machine, model and number type, and drafters read the result.
+Until then a first measurement of less than a second is used: sixteen nodes may cost 1.3 plain steps or more than four.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from foretell.trees import TokenTree
 ROWS, CONTEXTS, NODES = (1, 2, 4, 8), (128, 512, 1024), (1, 4, 8, 16, 24, 32, 48, 64)
 REPEATS = 9
 FIRST_NODES, FIRST_CONTEXT = (1, 16, 4, 8), 256
-"""What a first reading times, in this order: the first two always, the others as time allows."""
+"""Sizes that a first measurement times, in this order: the first two always, the others as time allows."""
 FIRST_ROUNDS, FIRST_SECONDS = 5, 0.7
-"""How often it does, and the time after which it stops."""
+"""Its rounds, and the time after which it stops."""
 
 
 @dataclass
 class StepCosts:
-    """What steps and drafting were measured to cost.
+    """Measured seconds of steps and of drafting.
 
     Attributes:
-        seconds: of a step: rows -> context -> nodes a row -> seconds.
-        drafting: seconds that drafting for one row takes besides, by drafter.
-        first: whether this is a first reading only, which `foretell tune` replaces.
+        seconds: of a step: rows -> context -> nodes per row -> seconds.
+        drafting: additional seconds that drafting for one row takes, by drafter.
+        first: whether this is only a first measurement, which `foretell tune` replaces.
     """
 
     seconds: dict[int, dict[int, dict[int, float]]]
@@ -51,13 +51,16 @@ class StepCosts:
     first: bool = False
 
     def of(self, rows: int, context: int, nodes: float) -> float:
-        """Seconds of a step of `nodes` a row; between measured sizes by interpolation, beyond them as between the last
-        two. Contexts and batches are the nearest measured; beyond the largest batch, what counts is all nodes."""
-        most = max(self.seconds)
-        if rows > most:
-            rows, nodes = most, nodes * rows / most
-        at = self.seconds[min(self.seconds, key=lambda r: abs(r - rows))]
-        sizes = at[min(at, key=lambda c: abs(c - context))]
+        """Returns the seconds of a step with `nodes` nodes per row.
+
+        Sizes between measured ones are interpolated, larger ones extrapolated from the last two. Context and rows are
+        the nearest measured; with more rows than measured, the total number of nodes counts.
+        """
+        max_rows = max(self.seconds)
+        if rows > max_rows:
+            rows, nodes = max_rows, nodes * rows / max_rows
+        by_context = self.seconds[min(self.seconds, key=lambda r: abs(r - rows))]
+        sizes = by_context[min(by_context, key=lambda c: abs(c - context))]
         below = max((n for n in sizes if n <= nodes), default=min(sizes))
         above = min((n for n in sizes if n >= nodes), default=max(sizes))
         if nodes > above and len(sizes) > 1:
@@ -67,9 +70,9 @@ class StepCosts:
         return sizes[below] * (1 - share) + sizes[above] * share
 
     def best_size(self, rows: int, context: int, tokens_per_step: Mapping[int, float], drafting: float = 0.0) -> int:
-        """The tree size of the most tokens per second, where `tokens_per_step` says what each size earns.
+        """Returns the tree size with the most tokens per second, given the tokens per step of each size.
 
-        It is 1, the root alone, where a plain step earns at least as many.
+        It is 1, the root alone, if plain decoding is at least as fast.
         """
         rates = self.rates(rows, context, tokens_per_step, drafting)
         best = max(rates, key=rates.__getitem__)
@@ -78,28 +81,28 @@ class StepCosts:
     def rates(
         self, rows: int, context: int, tokens_per_step: Mapping[int, float], drafting: float = 0.0
     ) -> dict[int, float]:
-        """Tokens per second by tree size, of those no larger than what was measured, unless all are larger."""
-        most = max(nodes for at in self.seconds.values() for sizes in at.values() for nodes in sizes)
-        known = {n: tokens for n, tokens in tokens_per_step.items() if n <= most} or tokens_per_step
+        """Returns tokens per second by tree size; sizes larger than measured are left out, unless all are."""
+        max_nodes = max(nodes for contexts in self.seconds.values() for sizes in contexts.values() for nodes in sizes)
+        known = {n: tokens for n, tokens in tokens_per_step.items() if n <= max_nodes} or tokens_per_step
         return {n: self.rate(rows, context, n, tokens, drafting) for n, tokens in known.items()}
 
     def rate(self, rows: int, context: int, nodes: int, tokens: float, drafting: float = 0.0) -> float:
-        """Tokens per second of a row whose steps earn so many, where drafting takes so many seconds a step."""
+        """Returns tokens per second of a row, given tokens per step and the seconds of drafting per step."""
         return tokens / (self.of(rows, context, nodes) + drafting)
 
     def over(self, older: StepCosts | None) -> StepCosts:
-        """These, and what is known of other batch sizes and drafters."""
+        """Returns these costs, completed by older ones of other batch sizes and drafters."""
         if older is None or older.first:
             return self
         return StepCosts({**older.seconds, **self.seconds}, {**older.drafting, **self.drafting})
 
     def save(self, path: Path) -> None:
-        """Writes the file; processes that do so at the same time do not meet, and the last one's stays."""
+        """Writes the file atomically; of several processes that write it, the last one wins."""
         write_json(path, {"seconds": self.seconds, "drafting": self.drafting, "first": self.first}, shared=True)
 
     @classmethod
     def load(cls, path: Path) -> StepCosts | None:
-        """What was saved; None where nothing was.
+        """Reads a saved file; None if there is none.
 
         Raises:
             ForetellError: the file is damaged.
@@ -125,7 +128,7 @@ class StepCosts:
 
 
 def costs_file(backbone: Backbone, cache_dir: str | Path | None = None) -> Path:
-    """Where the costs of this backbone on this machine are kept."""
+    """Returns the file for the costs of this backbone on this machine."""
     parts = (
         platform.node(), processor(), backbone.kernels, str(backbone.dtype), str(backbone.device),
         str(backbone.threads), backbone.fingerprint,
@@ -134,9 +137,9 @@ def costs_file(backbone: Backbone, cache_dir: str | Path | None = None) -> Path:
 
 
 def step_costs(backbone: Backbone) -> StepCosts | None:
-    """What steps cost here: as `foretell tune` measured, else a first reading, taken now and kept.
+    """Returns step costs as `foretell tune` measured them, else a first measurement, taken now and saved.
 
-    None for a backbone that was given no place to keep it (see `foretell.load`).
+    None for a backbone without a file for them (see `foretell.load`).
 
     Raises:
         ForetellError: the file is damaged.
@@ -144,26 +147,26 @@ def step_costs(backbone: Backbone) -> StepCosts | None:
     path = backbone.costs
     if path is None:
         return None
-    found = StepCosts.load(path) or _readings.get(path)
-    if found is None:
-        found = _readings[path] = first_reading(backbone)
-        with suppress(ForetellError):  # where nothing may be written, the next process reads again
-            found.save(path)
-    return found
+    costs = StepCosts.load(path) or _first_costs.get(path)
+    if costs is None:
+        costs = _first_costs[path] = first_costs(backbone)
+        with suppress(ForetellError):  # without a writable cache, the next process measures again
+            costs.save(path)
+    return costs
 
 
-_readings: dict[Path, StepCosts] = {}
-"""The readings of this process."""
+_first_costs: dict[Path, StepCosts] = {}
+"""First measurements of this process, where they could not be saved."""
 
 
-def first_reading(backbone: Backbone) -> StepCosts:
-    """A quick look at one row: sizes take turns, until the time is up or each has had its rounds.
+def first_costs(backbone: Backbone) -> StepCosts:
+    """Measures one row quickly: sizes take turns until the time is up or all rounds are done.
 
-    Of a large model two steps may take longer than that; the sizes between them then cost what lies between.
+    With a large model the first two sizes may take all the time; the others are interpolated then.
     """
-    most = max(FIRST_NODES)
-    context = FIRST_CONTEXT if FIRST_CONTEXT + most <= backbone.config.max_positions else 1
-    cache = backbone.new_cache(1, context + most)
+    max_nodes = max(FIRST_NODES)
+    context = FIRST_CONTEXT if FIRST_CONTEXT + max_nodes <= backbone.config.max_positions else 1
+    cache = backbone.new_cache(1, context + max_nodes)
     times: dict[int, list[float]] = {size: [] for size in FIRST_NODES}
     spent = _step_seconds(backbone, cache, 1, 1, context)  # warms up
     for size in chain.from_iterable(repeat(FIRST_NODES, FIRST_ROUNDS)):
@@ -183,7 +186,12 @@ def measure(
     repeats: int = REPEATS,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> StepCosts:
-    """Times whole steps over random tokens; sizes take turns, and the median of the rounds counts."""
+    """Times whole steps over arbitrary tokens; sizes take turns, and the median of the rounds counts.
+
+    Args:
+        rows, contexts, nodes: sizes to measure; contexts too long for the model are left out.
+        progress: called with the finished fraction.
+    """
     contexts = [c for c in contexts if c + max(nodes) <= backbone.config.max_positions] or [1]
     cache = backbone.new_cache(max(rows), max(contexts) + max(nodes))
     seconds: dict[int, dict[int, dict[int, float]]] = {}
@@ -203,7 +211,7 @@ def measure(
 
 
 def bush(size: int) -> TokenTree:
-    """A tree of the shape that heads draft: four children a node."""
+    """Returns a tree of the shape that heads draft: four children per node."""
     return TokenTree((-1, *((i - 1) // 4 for i in range(1, size))))
 
 
@@ -216,7 +224,7 @@ def _step_seconds(backbone: Backbone, cache: KVCache, size: int, rows: int, cont
 
 
 def processor() -> str:
-    """The name of its kind; empty where the system does not tell."""
+    """Returns the processor's model name; empty if the system does not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

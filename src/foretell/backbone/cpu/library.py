@@ -4,9 +4,9 @@ The shared library is built with the package (`native/`); where no compiler was 
 modules serve instead. The structures below mirror `native/common.h`, and a library whose structures or argument lists
 differ is refused when it is loaded.
 
-Native code sees pointers alone: it can neither keep a tensor alive nor tell how long it is. So pointers are made in
-two places only, `Described` and `call`, which hold what the pointers lead to; and every size, type and index that
-native code relies on is checked before, with `errors.check`.
+Native code gets pointers alone: it can neither keep a tensor alive nor tell how long it is. So pointers are made only
+in `Described` and in `call`, which hold references to what they point to; and every size, type and index that native
+code relies on is checked before, with `errors.check`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from foretell.loading.tensors import parts
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
 BUILDS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
-FULL = "The kernels found too little memory; use fewer threads, a smaller batch or a shorter prompt."
+OUT_OF_MEMORY = "The kernels found too little memory; use fewer threads, a smaller batch or a shorter prompt."
 
 
 def _passed(value: Any) -> Any:
-    """A value as C takes it: of a tensor, an array or a structure its address, which is good while that is alive."""
-    if isinstance(value, (int, float)):  # a union would be built anew each time
+    """Returns a value as C takes it: for a tensor, an array or a structure its address, valid while that is alive."""
+    if isinstance(value, (int, float)):  # `int | float` would build a union at every call
         return value
     if value is None:
         return 0
@@ -48,7 +48,7 @@ def _passed(value: Any) -> Any:
 
 
 class Described(Structure):
-    """A structure of common.h; its pointers are given as what they lead to, which lives as long as it does."""
+    """A structure of common.h; pointers are given as the tensors and arrays they point to, which it keeps alive."""
 
     def __init__(self, *fields: Any):
         super().__init__(*map(self._field, fields))
@@ -58,16 +58,16 @@ class Described(Structure):
 
 
 def table(items: Sequence[Any]) -> Array[Any] | None:
-    """Structures side by side, or pointers to tensors, which live as long as it does; None without items."""
+    """Returns an array of structures, or of pointers to tensors, which it keeps alive; None without items."""
     if not items:
         return None
-    made: Any
+    array: Any
     if isinstance(items[0], Structure):
-        made = (type(items[0]) * len(items))(*items)
+        array = (type(items[0]) * len(items))(*items)
     else:
-        made = (c_uint64 * len(items))(*map(_passed, items))
-    made.held = items
-    return made
+        array = (c_uint64 * len(items))(*map(_passed, items))
+    array.held = items
+    return array
 
 
 def _numbers(names: str) -> list[tuple[str, type]]:
@@ -83,7 +83,7 @@ class Matrix(Described):
 
 
 def _layer_fields() -> Iterator[tuple[str, type]]:
-    """The parts of `loading.tensors.LAYER`: a matrix and its bias, or a norm."""
+    """Yields the parts of `loading.tensors.LAYER`: a matrix and its bias, or a norm."""
     for part, (tensor, *_) in parts().items():
         if tensor.is_matrix:
             yield part, Matrix
@@ -96,7 +96,7 @@ class Layer(Described):
 
     @staticmethod
     def _field(value: Any) -> Any:
-        """Matrices lie in the layer itself."""
+        """Keeps matrices by value: they lie in the layer itself."""
         return value if isinstance(value, Matrix) else _passed(value)
 
 
@@ -115,10 +115,10 @@ class Rows(Described):
     ]  # fmt: skip
 
     @classmethod
-    def of(cls, count: int, sequences: int, words: NDArray[np.int32], places: Sequence[int], *angles: Tensor) -> Rows:
-        """Of seven tables that lie one after the other (`Nodes.words`): an address each would cost microseconds."""
+    def of(cls, count: int, sequences: int, words: NDArray[np.int32], begins: Sequence[int], *angles: Tensor) -> Rows:
+        """Describes seven tables that lie one after the other (`Nodes.words`); seven addresses would take longer."""
         begin = _passed(words)
-        rows = cls(count, sequences, *(begin + words.itemsize * place for place in places[:-1]), *angles)
+        rows = cls(count, sequences, *(begin + words.itemsize * first for first in begins[:-1]), *angles)
         rows.held = (*rows.held, words)
         return rows
 
@@ -168,7 +168,7 @@ class LowerLayerRequest(Described):
 
 
 def layout() -> set[str]:
-    """The structures and the argument lists, one line each, as `foretell_layout_text` in native.cpp writes them."""
+    """Returns structures and argument lists, one line each, as `foretell_layout_text` in native.cpp writes them."""
     kinds = {type_: kind for kind, type_ in KINDS.items()}
     lines = {f"{name} {arguments}" for name, arguments in CALLS.items()}
     for structure in Described.__subclasses__():
@@ -178,7 +178,7 @@ def layout() -> set[str]:
 
 
 def _compiled_layout(lib: ctypes.CDLL) -> set[str]:
-    """What a library was compiled with; nothing for one so old that it cannot tell."""
+    """Returns what a library was compiled with; an empty set if it is too old to describe itself."""
     if not hasattr(lib, "foretell_layout_text"):
         return set()
     lib.foretell_layout_text.restype = ctypes.c_char_p
@@ -186,7 +186,7 @@ def _compiled_layout(lib: ctypes.CDLL) -> set[str]:
 
 
 KINDS = {"p": c_void_p, "n": c_int64, "i": c_int, "d": c_double, "s": Matrix}
-"""What fields and arguments are, as native.cpp calls them."""
+"""Types of fields and arguments, by their letters in native.cpp."""
 CALLS = {
     "bytes": "ppp", "pack": "ppp", "rows": "pppnp", "layers": "pppppppi", "norm": "pppdnnp", "linear": "ppnpppnppini",
     "heads": "ppppnnpppi", "prefix_layer": "pppppnpi", "grow": "pppi",
@@ -197,7 +197,11 @@ CALLS = {
 
 @cache
 def loaded() -> ctypes.CDLL | None:
-    """The loaded library, or None where it was not built."""
+    """Returns the library, loaded once; None where it was not built.
+
+    Raises:
+        ForetellError: it was compiled from other sources.
+    """
     if not LIBRARY.exists():
         return None
     lib = ctypes.CDLL(str(LIBRARY))
@@ -213,7 +217,11 @@ def loaded() -> ctypes.CDLL | None:
 
 
 def require() -> ctypes.CDLL:
-    """The library, where the caller knows that it was built."""
+    """Returns the library.
+
+    Raises:
+        ForetellError: it was not built.
+    """
     lib = loaded()
     if lib is None:
         raise ForetellError("The kernels were not compiled; install foretell again where there is a C++ compiler.")
@@ -221,17 +229,17 @@ def require() -> ctypes.CDLL:
 
 
 def call(name: str, build: Build, *arguments: Any) -> None:
-    """Calls `foretell_<name>` of native.cpp; tensors, arrays and structures are passed by their addresses.
+    """Calls `foretell_<name>` of native.cpp; tensors, arrays and structures are passed by address.
 
-    They are held until it returns, so that they may be made in the call itself.
+    They are kept alive until it returns, so arguments may be temporaries.
 
     Raises:
-        ForetellError: there was not enough memory, or the call failed otherwise; its outputs are void.
+        ForetellError: there was not enough memory, or the call failed otherwise; its outputs are undefined then.
     """
     lib = require()
     status = getattr(lib, f"foretell_{name}")(build.handle, *map(_passed, arguments))
     if status == 1:
-        raise ForetellError(FULL)
+        raise ForetellError(OUT_OF_MEMORY)
     if status:
         raise ForetellError(f"The kernels failed in {name}: {lib.foretell_message().decode()}; please report this.")
 
@@ -245,14 +253,18 @@ class Build:
 
 
 def find(name: str = "") -> Build | None:
-    """A build by name (see BUILDS), or the best; None if this processor lacks it, or none was compiled."""
+    """Returns a build by name (see BUILDS), or the best one; None if this processor lacks it, or none was compiled."""
     lib = loaded()
     handle = lib.foretell_build(name.encode()) if lib is not None else None
     return Build(lib.foretell_name(handle).decode(), handle) if lib is not None and handle else None
 
 
 def default() -> Build:
-    """What `FORETELL_KERNELS` names, or the best, where the caller knows that there is one."""
+    """Returns the build that `FORETELL_KERNELS` names, or the best one.
+
+    Raises:
+        UsageError: this processor cannot run it.
+    """
     name = os.environ.get("FORETELL_KERNELS", "")
     build = find(name)
     if build is None:
