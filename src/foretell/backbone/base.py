@@ -200,7 +200,7 @@ class Backbone(ABC):
         """Returns rows of the output matrix [N, d] in the backbone's type, for draft heads."""
 
     def argmax(self, states_Md: Tensor) -> Tensor:
-        """Returns the most probable token [M] int64, of equals the first; -1 for a state with a logit that is not finite."""
+        """Returns the most probable token [M] int64, of equals the first; -1 if a logit of the state is not finite."""
         logits_MV = self.logits(states_Md)
         return logits_MV.argmax(-1).masked_fill_(~logits_MV.isfinite().all(-1), -1)
 

@@ -87,9 +87,7 @@ def read_weights(folder: Path, config: ModelConfig) -> Weights:
             )
         found += [_Stored(handle, name, path) for name in promised or held]
 
-    found.sort(
-        key=lambda tensor: tensor.name == standard_name(tensor.name)
-    )  # of two, the one of the standard name wins
+    found.sort(key=lambda tensor: tensor.name == standard_name(tensor.name))  # of two the standard name wins
     stored = {standard_name(tensor.name): tensor for tensor in found}
     if config.tied and EMBEDDING not in stored and HEAD in stored:  # the shared tensor may be stored under either name
         stored[EMBEDDING] = stored.pop(HEAD)
