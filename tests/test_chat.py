@@ -7,7 +7,9 @@ import signal
 import stat
 import subprocess
 import sys
+import termios
 import time
+import tty
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -316,6 +318,40 @@ def test_ctrl_d_while_busy_leaves(tmp_path: Path) -> None:
         reader.type("words\x04")
         assert reader.leave()[0] == 0
         assert "> " not in reader.text
+
+
+@pytest.mark.parametrize("at", ["setcbreak", "yield", "has_left"])
+def test_ctrl_c_leaves_the_terminal_as_it_was(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it comes: just after the echo was turned off, during an answer, or as the keys typed are read."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def setcbreak_then_interrupt(*given: Any) -> None:
+        setcbreak(*given)
+        interrupt()
+
+    keyboard, terminal = os.openpty()
+    setcbreak = tty.setcbreak
+    with os.fdopen(keyboard), os.fdopen(terminal) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        reader = chat_input.KeyboardReader()
+        if at == "setcbreak":
+            monkeypatch.setattr(tty, "setcbreak", setcbreak_then_interrupt)
+        if at == "has_left":
+            monkeypatch.setattr(reader, "has_left", interrupt)
+        before = termios.tcgetattr(terminal)
+        assert before[3] & termios.ECHO
+
+        def be_silent() -> None:
+            with reader.silence():
+                assert not termios.tcgetattr(terminal)[3] & termios.ECHO
+                if at == "yield":
+                    interrupt()
+
+        with pytest.raises(KeyboardInterrupt):
+            be_silent()
+        assert termios.tcgetattr(terminal) == before
 
 
 # --- history ------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from foretell.backbone.step_costs import (
     StepCosts,
     _step_seconds,
     costs_file,
-    first_costs,
+    first_reading,
     measure,
     step_costs,
 )
@@ -289,7 +289,7 @@ def machine_of(
     monkeypatch.setattr(
         "foretell.backbone.step_costs._step_seconds", lambda b, cache, size, rows, context: seconds[size]
     )
-    monkeypatch.setattr("foretell.backbone.step_costs._first_costs", {})
+    monkeypatch.setattr("foretell.backbone.step_costs._readings", {})
     backbone = backbone or tiny_backbone()
     backbone.costs = costs_file(backbone)
     return backbone
@@ -307,7 +307,7 @@ def test_a_first_reading_takes_turns_and_its_medians_count(monkeypatch: pytest.M
 
     monkeypatch.setattr("foretell.backbone.step_costs.FIRST_SECONDS", 99.0)
     monkeypatch.setattr("foretell.backbone.step_costs._step_seconds", spy)
-    found = first_costs(tiny_backbone(max_position_embeddings=512))
+    found = first_reading(tiny_backbone(max_position_embeddings=512))
     assert seen == [1] + [1, 16, 4, 8] * 5
     assert found.first
     assert {n: round(s, 4) for n, s in found.seconds[1][256].items()} == {1: 0.003, 4: 0.006, 8: 0.01, 16: 0.018}
@@ -329,7 +329,7 @@ def test_a_first_reading_keeps_to_its_time(
     monkeypatch.setattr(
         "foretell.backbone.step_costs._step_seconds", lambda b, c, size, *_: seen.append(size) or plain * relative[size]
     )
-    found = first_costs(tiny_backbone())
+    found = first_reading(tiny_backbone())
     assert seen.pop(0) == 1  # warms up
     assert {size: seen.count(size) for size in sorted(set(seen))} == timed
     assert list(found.seconds[1][1]) == list(timed)
@@ -358,7 +358,7 @@ def test_where_nothing_can_be_kept_a_process_reads_once(tmp_path: Path, monkeypa
     (tmp_path / "file").touch()
     backbone.costs = tmp_path / "file" / "costs.json"
     monkeypatch.setattr(
-        "foretell.backbone.step_costs.first_costs", lambda b: taken.append(1) or StepCosts(TABLE, first=True)
+        "foretell.backbone.step_costs.first_reading", lambda b: taken.append(1) or StepCosts(TABLE, first=True)
     )
     for _ in range(3):
         assert tree_size(backbone, 0, TOKENS_PER_STEP, "medusa", 0.0, 64)(1, 128) == 8
@@ -371,9 +371,9 @@ def test_a_reading_is_taken_only_where_a_tree_is_chosen_by_it(
     backbone = tiny_backbone(num_hidden_layers=3)
     backbone.costs = costs_file(backbone)
     heads, taken = str(untrained(backbone, tmp_path / "heads")), list[int]()
-    monkeypatch.setattr("foretell.backbone.step_costs._first_costs", {})
+    monkeypatch.setattr("foretell.backbone.step_costs._readings", {})
     monkeypatch.setattr(
-        "foretell.backbone.step_costs.first_costs", lambda b: taken.append(1) or StepCosts(TABLE, first=True)
+        "foretell.backbone.step_costs.first_reading", lambda b: taken.append(1) or StepCosts(TABLE, first=True)
     )
     for name, options in (
         ("plain", {}), ("prompt_lookup", {"nodes": 8}), ("medusa", {"checkpoint": heads, "nodes": 5}),

@@ -6,6 +6,7 @@ The servers are real ones, in this process. What they say is what a tiny model s
 import json
 import re
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -29,9 +30,21 @@ from foretell.conversations import Conversation
 from foretell.errors import ForetellError, UsageError
 from foretell.requests import SamplingParams
 from foretell.results import Result
+from foretell.train import endpoint as module
 from foretell.train.agreement import FLOOR, MIN_CONVERSATIONS, Agreement
 from foretell.train.data import ConversationStore
-from foretell.train.endpoint import CONNECT_RETRIES, KEY, RETRIES, Endpoint, turn_end
+from foretell.train.endpoint import (
+    CONNECT_RETRIES,
+    KEY,
+    MAX_WAIT,
+    MIN_WAIT,
+    PATIENCE,
+    SECONDS,
+    TIMEOUT_RETRIES,
+    Endpoint,
+    patiently,
+    turn_end,
+)
 
 END = 256
 TINY = ("--dtype", "fp32", "--threads", "1")
@@ -95,6 +108,11 @@ class Served(ThreadingHTTPServer):
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
 
+    def handle_error(self, *given: Any) -> None:
+        """Reports what is wrong here, but not a client that no longer waits for its reply."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(*given)
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/v1"
@@ -123,7 +141,7 @@ def serve() -> Iterator[Serve]:
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests are repeated at once, past any proxy, and without a key of the person who runs the tests."""
-    monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.001)
+    monkeypatch.setattr(module, "MAX_WAIT", 0.001)
     monkeypatch.delenv(KEY, raising=False)
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "127.0.0.1")
@@ -387,10 +405,18 @@ def test_so_many_are_asked_side_by_side(
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that the client waits between requests, none of which pass."""
+    """Seconds that are waited between requests, none of which pass, and which chance makes no longer."""
     found: list[float] = []
-    monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 8.0)
-    monkeypatch.setattr(openai._base_client.time, "sleep", found.append)
+
+    class Hasty(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            assert timeout is not None
+            found.append(timeout)
+            return self.is_set()
+
+    monkeypatch.setattr(module, "Event", Hasty)
+    monkeypatch.setattr(module, "MAX_WAIT", MAX_WAIT)
+    monkeypatch.setattr(module, "random", lambda: 0.0)
     return found
 
 
@@ -401,29 +427,110 @@ def asked_once(llm: LLM, server: Served) -> list[list[Result]]:
     return [replies for _, replies in endpoint.converse(llm, talks, SamplingParams(max_new_tokens=5), rows=1)]
 
 
-def test_a_rate_limit_is_waited_out_for_two_minutes(llm: LLM, serve: Serve, waits: list[float]) -> None:
+def test_a_rate_limit_is_waited_out_for_two_minutes(
+    llm: LLM, serve: Serve, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The waits grow, and differ by chance; never are they longer in all."""
     server = serve(scripted(lambda body: (429, b"slowly")))
-    with pytest.raises(ForetellError, match=r"\(429 slowly\)"):
-        asked_once(llm, server)
-    assert len(server.asked) == 1 + RETRIES == 1 + len(waits)
-    assert 85 < sum(waits) < 130
-    assert max(waits[:2]) < min(waits[5:])
+    for chance in (0.0, 0.5, 1.0):
+        waits.clear()
+        server.asked.clear()
+        monkeypatch.setattr(module, "random", lambda chance=chance: chance)
+        with pytest.raises(ForetellError, match=r"\(429 slowly\)"):
+            asked_once(llm, server)
+        assert len(server.asked) == 1 + len(waits)
+        assert waits[:-1] == [min(MIN_WAIT * 2**i, MAX_WAIT) * (1 + chance / 4) for i in range(len(waits) - 1)]
+        assert sum(waits) == pytest.approx(PATIENCE)
+        assert len(waits) >= 12
+    assert PATIENCE == 120
 
 
-def test_the_wait_that_a_server_asks_for_is_kept(llm: LLM, serve: Serve, waits: list[float]) -> None:
-    left: list[Any] = [60, "2.5"]
+def test_the_wait_that_a_server_asks_for_is_kept(
+    llm: LLM, serve: Serve, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is the longer one; chance makes it longer only. A date, which some send, is not read."""
+    monkeypatch.setattr(module, "random", lambda: 1.0)
+    left: list[Any] = [60, "2.5", 0, "Wed, 21 Oct 2026 07:28:00 GMT"]
     server = serve(scripted(lambda body: (429, b"slowly", left.pop(0)) if left else reply("qq")))
     [[answer]] = asked_once(llm, server)
-    assert (answer.text, waits) == ("qq", [60, 2.5])
+    assert (answer.text, waits) == ("qq", [1.25 * seconds for seconds in (60, 2.5, 2, 4)])
+
+
+def test_waits_that_a_server_asks_for_are_bounded_in_all(llm: LLM, serve: Serve, waits: list[float]) -> None:
+    server = serve(scripted(lambda body: (429, b"slowly", 50)))
+    with pytest.raises(ForetellError, match=r"\(429 slowly, to be asked again after 50 s\)"):
+        asked_once(llm, server)
+    assert waits == [50, 50]
 
 
 def test_a_long_wait_is_named_in_the_error(llm: LLM, serve: Serve, waits: list[float]) -> None:
-    server = serve(scripted(lambda body: (429, b"your day is over", 3601)))
+    server = serve(scripted(lambda body: (429, b"your day is over", PATIENCE + 1)))
     with pytest.raises(
-        ForetellError, match=r"\(429 your day is over, to be asked again after 3601 s\); check .* goes on"
+        ForetellError, match=r"\(429 your day is over, to be asked again after 121.0 s\); check .* goes on"
     ):
         asked_once(llm, server)
-    assert max(waits, default=0.0) <= 8.0  # it is not waited for
+    assert (waits, len(server.asked)) == ([], 1)  # it is not waited for
+
+
+def test_a_server_that_hangs_is_given_up(
+    llm: LLM, serve: Serve, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SECONDS", 0.1)
+    over = threading.Event()
+    server = serve(scripted(lambda body: (200 + over.wait(20), b"too late")))
+    server.at_once = True
+    with pytest.raises(ForetellError, match=r"does not answer as .* \(.*timed out"):
+        asked_once(llm, server)
+    over.set()
+    assert len(server.asked) == 1 + TIMEOUT_RETRIES
+    assert len(waits) == TIMEOUT_RETRIES
+
+
+@pytest.mark.parametrize("seconds", [SECONDS, 10.0])
+def test_patience_is_bounded_in_all(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a request that takes so long to fail each time, as far as its timeout allows; by a clock of its own."""
+    clock, tries = [0.0], list[float]()
+    request: Any = None
+
+    class Passing(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            clock[0] += timeout or 0.0
+            return False
+
+    def hang(timeout: openai.Timeout) -> None:
+        assert timeout.read is not None
+        tries.append(min(seconds, timeout.read))
+        clock[0] += tries[-1]
+        raise openai.APITimeoutError(request)
+
+    monkeypatch.setattr(module, "monotonic", lambda: clock[0])
+    with pytest.raises(openai.APITimeoutError):
+        patiently(hang, Passing())
+    assert 2 <= len(tries) <= 1 + TIMEOUT_RETRIES
+    assert clock[0] <= SECONDS + PATIENCE == 720
+
+
+def test_a_closed_run_asks_no_more(llm: LLM, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversation that waits to be repeated is not, once the answers are no longer wanted."""
+    monkeypatch.setattr(module, "MIN_WAIT", 20.0)
+    monkeypatch.setattr(module, "MAX_WAIT", 20.0)
+    meeting = threading.Barrier(2)
+
+    def chat(body: dict[str, Any]) -> tuple[int, Any]:
+        meeting.wait(20)
+        return (503, b"one moment") if body["messages"][0]["content"] == "0" else reply("qq")
+
+    server = serve(scripted(chat))
+    server.at_once = True
+    talks = [Conversation((str(line),), line) for line in range(2)]
+    answers = Endpoint(server.url, "tiny").converse(llm, talks, SamplingParams(max_new_tokens=5), rows=2)
+    assert next(answers)[0] == 1
+    answers.close()
+    for thread in threading.enumerate():
+        if thread.name == "endpoint":
+            thread.join(10)
+            assert not thread.is_alive()
+    assert len(server.asked) == 2
 
 
 @pytest.mark.parametrize("quick", [(403, b"no"), (200, b"nonsense")])

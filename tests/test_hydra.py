@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from foretell.drafting.kernels import kernels_for
 from foretell.drafting.learning.decoder_layer import DecoderLayer
 from foretell.drafting.learning.heads import GuessingHeads
 from foretell.drafting.learning.trainable import TrainingBatch
+from foretell.drafting.options import migrated
 from foretell.drafting.prefix_layer import PrefixLayer
 from foretell.errors import UsageError
 from foretell.requests import SamplingParams
@@ -684,7 +686,7 @@ def test_a_run_of_an_earlier_version_is_resumed(method: type[Hydra], tmp_path: P
     def made(options: dict[str, Any]) -> Trainer:
         module = trainable(method, backbone, torch.ones(VOCAB), draft_vocab=0)
         features, settings = FeatureStore(backbone, data, module.taps), Settings(batch_tokens=40, held_out=0)
-        return Trainer(module, features, settings, tmp_path, options, method.migrated)
+        return Trainer(module, features, settings, tmp_path, options, partial(migrated, method.Training))
 
     run = made(former)
     run.migrate = dict
@@ -831,7 +833,8 @@ def test_what_cannot_be_is_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=sentence):
             Hydra(backbone, arch, tensors, paths, lambda rows, context: 8)
     mistakes: list[tuple[dict[str, Any], str]] = [
-        ({"chained": True}, "has no option 'chained'"), ({"heads": 0}, "heads is 0"), ({"soft": 2}, "soft is 2"),
+        ({"chained": True}, "no longer has the option 'chained'"), ({"heads": 0}, "heads is 0"),
+            ({"soft": 2}, "soft is 2"),
         ({"dropout": 1.0}, "dropout is 1.0"),
     ]  # fmt: skip
     for options, sentence in mistakes:

@@ -4,12 +4,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from foretell import drafters
-from foretell.drafting.options import OptionHelp, converted, described, option, pairs, parse, renamed, stored_options
+from foretell.drafting.options import (
+    OptionHelp,
+    converted,
+    described,
+    migrated,
+    option,
+    pairs,
+    parse,
+    renamed,
+    stored_options,
+)
 from foretell.errors import UsageError
 
 
@@ -78,6 +88,42 @@ def test_options_are_listed_for_help_and_kept_in_checkpoints() -> None:
     assert renamed(Table, {"path": 1, "any-thing": 2}) == {"folder": 1, "any_thing": 2}
 
 
+@dataclass(frozen=True)
+class Changed:
+    """As an earlier version had it with `deep`, 0 by default, and with `tied` and `output`."""
+
+    REMOVED: ClassVar[Mapping[str, Any]] = {"tied": True, "output": "own"}
+    layers: int = option(2, "Blocks.", low=1, former="deep", unset=0)
+    width: int = option(0, "Of a block.", low=0)
+
+
+@pytest.mark.parametrize("zero", [0, "0"])
+@pytest.mark.parametrize("true", [True, "true"])
+def test_what_earlier_versions_had_is_read(zero: Any, true: Any) -> None:
+    former = {"deep": zero, "tied": true, "output": "own", "width": zero, "of-others": 0}
+    assert migrated(Changed, former) == {"layers": 2, "width": zero, "of_others": 0}
+    del former["of-others"]
+    assert converted(Changed, former) == {"layers": 2, "width": 0}
+    assert [each.name for each in described(Changed)] == ["layers", "width"]
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"tied": "false"}, "Drafter 'x' no longer has the option 'tied': it is always true."),
+        ({"tied": 1}, "Drafter 'x' no longer has the option 'tied': it is always true."),
+        ({"output": "shared"}, "Drafter 'x' no longer has the option 'output': it is always own."),
+        ({"layers": False}, "Option 'layers' of drafter 'x' is False; it must be a whole number."),
+        ({"layers": -1}, "layers is -1; it must be at least 1."),
+    ],
+)
+def test_other_values_of_what_is_gone_are_refused(given: Mapping[str, Any], sentence: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse(Changed, given, "Drafter 'x'")
+    assert str(error.value) == sentence
+    assert migrated(Changed, given) == given  # so that a recorded one is named where it differs
+
+
 def test_key_value_texts() -> None:
     assert pairs(["a=1", "b-c==2", "d="]) == {"a": "1", "b-c": "=2", "d": ""}
     for text in ("a", "=1"):
@@ -96,5 +142,11 @@ def test_every_method_lists_its_options(name: str) -> None:
 def test_former_names_of_shipped_options_are_read() -> None:
     plus: Any = drafters.drafter_class("hydra++")
     assert parse(plus.Training, {"linear": True, "fused": "true"}) == plus.Training(linear_tail=True, fuse_prefix=True)
+    for method in ("hydra", "hydra++"):
+        cls: Any = drafters.drafter_class(method)
+        options = {"layers": "0", "output": "tied", "grounded": "true", "tied": "false", "chained": "false"}
+        assert parse(cls.Training, options | {"fused": "false"}) == cls.Training()
+        with pytest.raises(UsageError, match="no longer has the option 'grounded': it is always true"):
+            parse(cls.Training, {"grounded": "false"})
     lookup: Any = drafters.drafter_class("prompt_lookup")
     assert parse(lookup.Options, {"least": "0.1"}) == lookup.Options(min_probability=0.1)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_line import save_tiny_chat
 
 import foretell
@@ -121,6 +122,34 @@ def test_a_step_of_the_recipe_may_be_stopped(llm: LLM, data: Path, tmp_path: Pat
             run.train(stop=lambda: run.trainer.step == 2)
     with recipe.begin("medusa", llm, data, tmp_path / "out", settings=FEW, options=SMALL) as run:
         assert run.trainer.step == 2
+
+
+@pytest.mark.parametrize("method", ["hydra", "hydra++"])
+def test_a_run_of_an_earlier_version_is_resumed(method: str, llm: LLM, data: Path, tmp_path: Path) -> None:
+    """The settings are those that an earlier version saved, options that are gone or renamed among them."""
+    out = tmp_path / "out"
+    saved = {
+        "epochs": 8, "batch_tokens": 300, "accumulate": 1, "learning_rate": 0.01, "warmup": 0.05, "weight_decay": 0.0,
+        "clip": 1.0, "held_out": 0.03, "save_seconds": 300.0, "seed": 0, "heads": 3, "layers": 0, "output": "tied",
+        "draft_vocab": 100, "soft": 0.5, "taps": 2, "grounded": True, "tied": False, "linear": False, "chained": False,
+        "fused": False, "dropout": 0.0, "method": method, "model": llm.backbone.fingerprint,
+        "dtype": str(llm.backbone.dtype),
+    }  # fmt: skip
+    with recipe.begin(method, llm, data, out, settings=FEW, options=SMALL) as run:
+        run.prepare()
+        with pytest.raises(KeyboardInterrupt):
+            run.train(stop=lambda: run.trainer.step == 2)
+    state = torch.load(out / "run/state.pt", weights_only=True)
+    torch.save(state | {"settings": saved}, out / "run/state.pt")
+    for options in (SMALL, SMALL | {"layers": "0", "grounded": "true", "linear": "false"}):
+        with recipe.begin(method, llm, data, out, settings=FEW, options=options) as run:
+            assert run.trainer.step == 2
+    torch.save(state | {"settings": saved | {"grounded": False}}, out / "run/state.pt")
+    with (
+        pytest.raises(UsageError, match=r"holds a run with grounded False \(not None\); go on"),
+        recipe.begin(method, llm, data, out, settings=FEW, options=SMALL),
+    ):
+        raise AssertionError
 
 
 def never_loaded(name: str) -> LLM:

@@ -9,7 +9,7 @@ from test_engine import Letters
 from tiny_models import DIMENSIONS
 
 import foretell
-from foretell import LLM, Result, SamplingParams
+from foretell import LLM, Result, SamplingParams, drafters
 from foretell.drafters.plain import Plain
 from foretell.requests import Event, Statistics
 from foretell.results import total
@@ -27,7 +27,9 @@ def test_the_public_names_complete() -> None:
 
 
 def test_reprs_fit_on_a_line(llm: LLM) -> None:
-    assert repr(llm) == "<LLM model: drafter Plain, float32 on cpu>"
+    assert repr(llm) == "<LLM model: plain, float32 on cpu>"
+    looking = LLM(llm.backbone, llm.tokenizer, drafters.build("swift", llm.backbone, lookup=True))
+    assert repr(looking) == "<LLM model: swift with lookup, float32 on cpu>"
     events = list(llm.stream([1, 2, 3], max_new_tokens=90, ignore_eos=True))
     (result,) = llm.generate([[1, 2, 3]], max_new_tokens=90, ignore_eos=True)
     for text in (repr(result), *map(repr, events), repr(Result(error="It broke.", finish_reason="error"))):

@@ -50,7 +50,7 @@ class LLM:
 
     def __repr__(self) -> str:
         name, model = self.folder.name if self.folder else "model", self.backbone
-        return f"<LLM {name}: drafter {type(self.drafter).__name__}, {str(model.dtype)[6:]} on {model.device}>"
+        return f"<LLM {name}: {drafters.name_of(self.drafter)}, {str(model.dtype)[6:]} on {model.device}>"
 
     def encode(self, prompt: Prompt, raw: bool = False) -> list[int]:
         """Returns the token ids of a prompt: text becomes a user turn under the chat template unless `raw`.

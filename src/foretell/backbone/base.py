@@ -36,12 +36,12 @@ class LinearLayer(Protocol):
         ...
 
     def top(self, x_MK: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Returns the `count` largest outputs of each row, largest first: values [M, count] and their indices int64."""
+        """Returns the `count` greatest outputs of each row, greatest first: values [M, count], indices int64."""
         ...
 
 
 def check_ids(ids_M: Tensor, count: int) -> None:
-    """Refuses ids that are not rows of a table of `count` rows: kernels would read other memory.
+    """Refuses ids that are not rows of a table of `count`: past its end lies other memory.
 
     Raises:
         TypeError: they are not int64.
@@ -86,18 +86,18 @@ class Backbone(ABC):
         return KVCache(c.layers, rows, c.kv_heads, slots, c.head_dim, self.dtype, self.device)
 
     def rotation(self, positions_M: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns cosine and sine [M, D/2] float32, from a table so that a position always gets the same bits."""
+        """Returns cosine and sine [M, D/2] float32, read from a table so that a position always gets the same bits."""
         last = int(positions_M.max()) + 1 if positions_M.device.type == "cpu" else self.config.max_positions
         cosine, sine = self.rotations(last)
         index_M = positions_M.to(self.device)
-        return cosine.index_select(0, index_M), sine.index_select(0, index_M)  # indexing would start PyTorch's threads
+        return cosine.index_select(0, index_M), sine.index_select(0, index_M)  # indexing would wake PyTorch's team
 
     def rotations(self, positions: int) -> tuple[Tensor, Tensor]:
-        """Returns the table: cosine and sine of at least `positions` positions."""
+        """Returns the table: cosine and sine of at least so many positions."""
         table, scale = self._angles, self.config.rope_scale
         if positions > len(table[0]):
-            steps = torch.arange(max(positions, 2 * len(table[0]), 1024), dtype=torch.float32, device=self.device)
-            angles = steps[:, None] * torch.tensor(self.config.inv_freq, dtype=torch.float32, device=self.device)
+            every = torch.arange(max(positions, 2 * len(table[0]), 1024), dtype=torch.float32, device=self.device)
+            angles = every[:, None] * torch.tensor(self.config.inv_freq, dtype=torch.float32, device=self.device)
             self._angles = table = (angles.cos() * scale, angles.sin() * scale)
         return table
 
@@ -111,7 +111,7 @@ class Backbone(ABC):
     def check_pass(
         self, hidden_Md: Tensor, nodes: Nodes, begin: int, end: int, skip: bytes | None, taps: Collection[int]
     ) -> None:
-        """Refuses states, skip plans and taps that do not fit the nodes or the layers of a pass."""
+        """Refuses what does not fit the nodes or the layers of a pass."""
         layers, shape = self.config.layers, (len(nodes), self.config.hidden)
         check(0 <= begin <= end <= layers, f"Layers {begin} to {end} were requested; the model has {layers}.")
         check(hidden_Md.shape == shape, f"States have shape {tuple(hidden_Md.shape)}; the nodes need {shape}.")
@@ -146,7 +146,7 @@ class Backbone(ABC):
         """Runs layers [begin, end) and writes the nodes' keys and values to their slots.
 
         Args:
-            hidden_Md: residual stream after `begin` layers; not modified.
+            hidden_Md: residual stream after `begin` layers; left as it is.
             skip: sublayers to leave out, one byte of SKIP_ bits per layer; a skipped attention writes no keys.
             taps: layers l in begin..end: the stream after l layers is returned too.
 
@@ -156,7 +156,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def norm(self, hidden_Md: Tensor) -> Tensor:
-        """Applies the final norm; the output head reads the result."""
+        """Returns the states [M, d] after the final norm, which the output head reads."""
 
     @abstractmethod
     def logits(self, states_Md: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> LinearLayer:
-        """Returns a linear layer with a drafter's own weight, computed by this backbone's kernels.
+        """Returns a linear layer of a drafter, computed by this backbone's kernels.
 
         The weight is cast to the backbone's type and packed once.
         """
@@ -193,17 +193,17 @@ class Backbone(ABC):
 
     @abstractmethod
     def _alike(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> Backbone:
-        """Builds another model with the same kernels, type and threads."""
+        """Returns another model with this backbone's type, threads and kernels."""
 
     @abstractmethod
     def head_rows(self, ids_N: Tensor) -> Tensor:
-        """Returns rows of the output matrix [N, d] in the backbone's type, for draft heads."""
+        """Returns rows of the output matrix [N, d] in the backbone's type, which a draft head starts from or uses."""
 
     def argmax(self, states_Md: Tensor) -> Tensor:
-        """Returns the most probable token [M] int64, of equals the first; -1 if a logit of the state is not finite."""
+        """Returns the first most probable token [M] int64 of normed states; -1 where a logit is not finite."""
         logits_MV = self.logits(states_Md)
         return logits_MV.argmax(-1).masked_fill_(~logits_MV.isfinite().all(-1), -1)
 
     def forward(self, tokens_M: Tensor, nodes: Nodes, cache: KVCache) -> Tensor:
-        """Runs a whole pass; returns normed states [M, d]."""
+        """Returns the normed states [M, d] of a pass through all layers."""
         return self.norm(self.run_layers(self.embed(tokens_M), nodes, cache)[0])

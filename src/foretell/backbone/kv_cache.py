@@ -1,4 +1,4 @@
-"""The key/value cache: rows of slots that nobody but its verbs touches.
+"""The key/value cache: rows of slots that only its methods change.
 
 All rows share one pool of slots; each has a stretch of it of its own size, so that one long prompt does not size the
 others. A pass writes the nodes of a tree behind a row's committed slots. `commit` moves the accepted path to the front
@@ -26,14 +26,14 @@ STRETCH = 64
 
 
 class KVCache:
-    """Room for some rows of slots, which grows when asked to, never inside a pass.
+    """Room for some rows of slots, which grows only in `reserve`, never inside a pass.
 
     Args:
-        rows, slots: rows at first, and slots that each of them has room for.
+        rows, slots: rows to begin with, and how many slots each of them has room for.
 
     Attributes:
         lengths: committed slots of each row; capacity: slots it has room for.
-        starts: begin of each row's room in the pool, in numbers (slots times D), int64: the kernels read it.
+        starts: where each row's room begins in the pool, in numbers (slots times D), int64: the kernels read it.
     """
 
     def __init__(
@@ -56,13 +56,10 @@ class KVCache:
         return 2 * self.keys.numel() * self.keys.element_size()
 
     def reserve(self, wanted: Mapping[int, int]) -> None:
-        """Makes room for at least so many slots in some rows; what is committed is kept.
-
-        Args:
-            wanted: slots by row; rows that the cache lacks are added.
+        """Makes room for at least so many slots in some rows, keeping what is committed.
 
         Raises:
-            ForetellError: there is not enough memory; the cache is unchanged.
+            ForetellError: there is not enough memory; the cache is as it was.
         """
         self._add_rows(max(wanted, default=-1) + 1 - self.rows)
         short = {row: slots for row, slots in wanted.items() if slots > self.capacity[row]}
@@ -75,18 +72,18 @@ class KVCache:
         if others or not self._move(row, capacity[row]):
             try:
                 self._rebuild(capacity)
-            except ForetellError:  # old and new pool exist side by side for a moment: trim the old one first
+            except ForetellError:  # old and new lie side by side while it copies: first without what was given back
                 if not self.trim():
                     raise
                 self._rebuild(capacity)
 
     def release(self, rows: Sequence[int]) -> None:
-        """Empties rows and frees their room for others; the pool keeps its size until it is trimmed."""
+        """Empties rows and gives their room to others; the pool keeps its size until it is trimmed."""
         for row in rows:
             self.lengths[row] = self.capacity[row] = 0
 
     def trim(self) -> bool:
-        """Shrinks the pool to what rows have reserved; False if it has no such gaps, or no memory to copy the rest."""
+        """Gives memory back that no row has reserved, if there is any, and room to copy the rest."""
         if sum(self.capacity) == self.keys.shape[2]:
             return False
         with suppress(ForetellError):
@@ -95,13 +92,13 @@ class KVCache:
         return False
 
     def commit(self, rows: Sequence[int], paths: Sequence[Sequence[int]]) -> None:
-        """Commits the nodes of a path (root first) of the tree that the last pass wrote, in each row."""
+        """Keeps, in each row, the nodes of a path (root first) of the tree that the last pass wrote there."""
         self.gather(rows, paths)
         for row, path in zip(rows, paths, strict=True):
             self.lengths[row] += len(path)
 
     def gather(self, rows: Sequence[int], nodes: Sequence[Sequence[int]], layers: int | None = None) -> None:
-        """Moves nodes of the trees to the first slots after the committed ones, in the first `layers`."""
+        """Moves nodes of the trees behind the committed slots to the front of them, of the first `layers`."""
         moved: list[tuple[int, int]] = []
         for row, path in zip(rows, nodes, strict=True):
             begin = self.start(row) + self.lengths[row]
@@ -110,8 +107,8 @@ class KVCache:
             return
         source, target = np.array(moved).T
         for tensor in (self.keys, self.values):
-            bits = _bits(tensor)[:layers]
-            bits[:, :, target] = bits[:, :, source]
+            slots = _bits(tensor)[:layers]
+            slots[:, :, target] = slots[:, :, source]
 
     def rollback(self, row: int, length: int) -> None:
         """Forgets all but the first `length` committed slots."""
@@ -122,12 +119,12 @@ class KVCache:
         self.lengths[row] = length
 
     def copy(self, other: KVCache, row: int, length: int) -> None:
-        """Replaces row 0 by the first `length` committed slots of another cache's row."""
+        """Begins row 0 anew with the first `length` committed slots of another cache's row."""
         self.lengths[0] = 0
         self.reserve({0: length})
-        to, begin = self.start(0), other.start(row)
+        here, there = self.start(0), other.start(row)
         for target, source in ((self.keys, other.keys), (self.values, other.values)):
-            _bits(target)[:, :, to : to + length] = _bits(source)[:, :, begin : begin + length]
+            _bits(target)[:, :, here : here + length] = _bits(source)[:, :, there : there + length]
         self.lengths[0] = length
 
     def start(self, row: int) -> int:
@@ -140,16 +137,12 @@ class KVCache:
         return self.keys[:, :, begin:end], self.values[:, :, begin:end]
 
     def read(self, row: int) -> tuple[Tensor, Tensor]:
-        """Returns the committed keys and values of a row, each [L, G, length, D]."""
+        """Returns committed keys and values of a row, each [L, G, length, D]."""
         keys, values = self.room(row)
         return keys[:, :, : self.lengths[row]], values[:, :, : self.lengths[row]]
 
     def check(self, rows: Sequence[int], ends: Sequence[int]) -> None:
-        """Refuses rows that are not in the cache, and slots beyond a row's room, before a pass writes there.
-
-        Raises:
-            IndexError, ValueError: one sentence on the row.
-        """
+        """Refuses rows that are not in the cache, and slots past a row's room, before a pass writes there."""
         fits = len(rows) == len(ends) and all(0 <= row < self.rows for row in rows)
         check(fits, f"A row is not in the cache, which has {self.rows}.", IndexError)
         for row, end in zip(rows, ends, strict=True):
@@ -164,8 +157,8 @@ class KVCache:
             self.starts = np.concatenate([self.starts, np.zeros(count, dtype=np.int64)])
 
     def _move(self, row: int, capacity: int) -> bool:
-        """Moves a row into a gap of the pool that is large enough; False if there is none."""
-        taken = sorted((self.start(other), self.capacity[other]) for other in range(self.rows) if self.capacity[other])
+        """Moves a row to a gap in the pool that is large enough; returns False if there is none."""
+        taken = sorted((self.start(i), self.capacity[i]) for i in range(self.rows) if self.capacity[i])
         begin = 0
         for start, slots in (*taken, (self.keys.shape[2], 0)):
             if start - begin >= capacity:
@@ -175,13 +168,13 @@ class KVCache:
             return False
         old, length = self.start(row), self.lengths[row]
         for tensor in (self.keys, self.values):
-            bits = _bits(tensor)
-            bits[:, :, begin : begin + length] = bits[:, :, old : old + length]
+            pool = _bits(tensor)
+            pool[:, :, begin : begin + length] = pool[:, :, old : old + length]
         self.starts[row], self.capacity[row] = begin * self.keys.shape[3], capacity
         return True
 
     def _rebuild(self, capacity: list[int]) -> None:
-        """Copies what is committed into a new pool, rows one after another."""
+        """Replaces the pool by a new one: rows one after another, with their committed slots."""
         layers, heads, _, width = self.keys.shape
         begins = [0, *np.cumsum(capacity, dtype=np.int64).tolist()]
         # Unwritten slots are never read, so they need no zeros, and pages stay untouched until they are used.
@@ -191,11 +184,11 @@ class KVCache:
             for before, after in ((self.keys, keys), (self.values, values)) if length else ():
                 _bits(after)[:, :, new : new + length] = _bits(before)[:, :, old : old + length]
         starts = np.array(begins[:-1], dtype=np.int64) * width
-        self.keys, self.values, self.capacity, self.starts = keys, values, capacity, starts  # nothing is changed before
+        self.keys, self.values, self.capacity, self.starts = keys, values, capacity, starts  # all or, on errors, none
 
 
 def _bits(tensor: Tensor) -> Any:
-    """Views a tensor as integers, in NumPy on a CPU: PyTorch's threads would spin on the kernels' cores."""
+    """Returns a NumPy view where possible: PyTorch would wake its own team, which then spins on the kernels' cores."""
     return tensor.view(torch.int16 if tensor.itemsize == 2 else torch.int32).numpy() if tensor.is_cpu else tensor
 
 

@@ -22,7 +22,7 @@ from foretell.loading.weights import Weights, fingerprint, read_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}
 MAX_THREADS = 128
-"""A step is too short to divide among more; the kernels support 255."""
+"""A step of a model is too short to share among more; the kernels' team holds 255."""
 
 
 def assemble(
@@ -67,14 +67,14 @@ def assemble(
 
 
 def usable_cores() -> int:
-    """Returns the number of cores this process may use: its affinity, limited by a cgroup quota."""
+    """Cores this process may use: its affinity, cut down by a cgroup quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _cgroup_quota(Path("/sys/fs/cgroup"))
     return max(1, min(cores, quota or cores, MAX_THREADS))
 
 
 def _fingerprint_beside(weights: Weights, config: ModelConfig) -> Callable[[], str]:
-    """Starts fingerprinting in a thread while weights are packed; returns a function that waits for the result."""
+    """Begins to read all weights while they are packed, which takes longer; returns what waits for the fingerprint."""
     pool = ThreadPoolExecutor(1)
     try:
         return pool.submit(fingerprint, weights, config).result
@@ -85,7 +85,7 @@ def _fingerprint_beside(weights: Weights, config: ModelConfig) -> Callable[[], s
 
 
 def _cgroup_quota(root: Path) -> int | None:
-    """Returns whole cores granted by cgroup v2 or v1, rounded down but at least one; None without a quota."""
+    """Whole cores granted by cgroup v2 or v1, rounded down but at least one; None without a quota."""
     try:
         if (root / "cpu.max").exists():
             quota, period = (root / "cpu.max").read_text().split()
@@ -118,16 +118,16 @@ def _threads(count: int | None) -> int:
 
 
 def _build(name: str | None, device: torch.device) -> library.Build | None:
-    """Returns the compiled build to use; None for the eager modules."""
-    wanted, source = (name, "kernel") if name else (os.environ.get("FORETELL_KERNELS", ""), "FORETELL_KERNELS")
-    if wanted and wanted not in ("eager", *library.BUILDS):
-        raise UsageError(f"{source} is {wanted!r}; it must be eager, {', '.join(library.BUILDS)}.")
-    if wanted == "eager" or (name is None and device.type != "cpu"):
+    """The compiled build to use; None for the eager modules."""
+    chosen, source = (name, "kernel") if name else (os.environ.get("FORETELL_KERNELS", ""), "FORETELL_KERNELS")
+    if chosen and chosen not in ("eager", *library.BUILDS):
+        raise UsageError(f"{source} is {chosen!r}; it must be eager, {', '.join(library.BUILDS)}.")
+    if chosen == "eager" or (name is None and device.type != "cpu"):
         return None
-    build = library.find(wanted)
-    if wanted and build is None:
+    build = library.find(chosen)
+    if chosen and build is None:
         reason = "this processor lacks them" if library.loaded() else "they were not compiled with the package"
-        raise UsageError(f"Kernels {wanted!r} cannot run here: {reason}; leave the choice out to take the best.")
+        raise UsageError(f"Kernels {chosen!r} cannot run here: {reason}; leave the choice out to take the best.")
     return build
 
 

@@ -1,9 +1,9 @@
-"""The nodes of one pass: the trees of all rows, flattened without padding.
+"""Nodes of one pass: those of every row's tree, flattened without padding.
 
-A slot and a position are different things: node i of a tree lies at slot length + i of its row's cache, but has the
-position length + depth, and its keys are the committed prefix followed by its ancestors. A prompt is a chain.
+A slot and a position are different things: node i of a tree lies at slot length + i of its row's cache, but stands
+at position length + depth, and its keys are the committed prefix followed by its ancestors. A prompt is a chain.
 
-Legend: M nodes of the pass, B rows of the batch, T keys of the longest path.
+Legend: M nodes taking part, B rows of the batch, T keys of the longest path.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class Nodes:
 
     Args:
         trees: one per row.
-        cache_rows: cache row that each tree extends.
-        lengths: committed slots of those rows; their trees begin there.
-        first: per row the first node to run; keys and values of earlier nodes are in the cache already.
+        cache_rows: which cache row each tree extends.
+        lengths: committed slots of those rows: where their trees begin.
+        first: per row the first node to run; earlier nodes have already left their keys and values in the cache.
         positions: [M] int64, if they are not length + depth.
 
     Attributes:
         words: sequence, node, cache_rows, lengths, offsets, parents and positions as the kernels read them (`Rows` of
-            native/common.h), int32, one after the other; begins: index at which each of them starts, and the end.
+            native/common.h), int32, one after the other; `table_offsets` says where each begins.
         rows: cache row of each tree; ends: slots that it needs for this pass.
-        counts: nodes of each row that run; last: the largest position.
+        counts: nodes of each row that run; last: the greatest position.
     """
 
     def __init__(
@@ -65,40 +65,40 @@ class Nodes:
         # One array, filled once: after a pass the interpreter's own data has left the caches, and every call costs.
         self.words = np.array(list(chain.from_iterable(tables)), dtype=np.int32)
         self.last = max(position, default=0)
-        fits = positions is None or (len(position) == sum(self.counts) and min(position, default=0) >= 0)
-        check(fits, "Every node has a position, from 0 on.")
-        self.begins = [0, *accumulate(map(len, tables))]
-        split = (self.words[a:b] for a, b in pairwise(self.begins))
+        placed = positions is None or (len(position) == sum(self.counts) and min(position, default=0) >= 0)
+        check(placed, "Every node has a position, from 0 on.")
+        self.table_offsets = [0, *accumulate(map(len, tables))]
+        split = (self.words[a:b] for a, b in pairwise(self.table_offsets))
         self.sequence, self.node, self.cache_rows, self.lengths, self.offsets, self.parents, self.positions = split
 
     def _depths(self, lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Yields the depth of each node, with the length of its row."""
+        """Yields each node's depth and the length of its row."""
         for tree, start, length in zip(self.trees, self.first, lengths, strict=True):
             for depth in tree.depths[start:] if start else tree.depths:
                 yield depth, length
 
     @classmethod
     def chains(cls, cache_rows: Sequence[int], lengths: Sequence[int], counts: Sequence[int]) -> Nodes:
-        """Returns chains of `counts[b]` tokens after the committed ones: chunks of prompts."""
+        """Returns chains of `counts[b]` tokens after the committed ones: a chunk of a prompt each."""
         return cls([chain_of(count - 1) for count in counts], cache_rows, lengths)
 
     def extended(self, parents: Sequence[Sequence[int]]) -> tuple[Nodes, Tensor]:
         """Appends nodes to each tree, given their parents within it.
 
         Returns:
-            The new nodes, and the index of each old one among them, int64 [M].
+            The new nodes, and the index of the old ones among them, int64 [M].
         """
         trees = [TokenTree((*tree.parents, *more)) for tree, more in zip(self.trees, parents, strict=True)]
         nodes = Nodes(trees, self.rows, self.lengths.tolist(), self.first)
-        kept = [np.arange(start, start + count) for start, count in zip(nodes.starts(), self.counts, strict=True)]
-        return nodes, torch.from_numpy(np.concatenate(kept))
+        indices = [np.arange(start, start + count) for start, count in zip(nodes.starts(), self.counts, strict=True)]
+        return nodes, torch.from_numpy(np.concatenate(indices))
 
     def __len__(self) -> int:
         return len(self.sequence)
 
     @cached_property
     def totals(self) -> NDArray[np.int32]:
-        """Number of keys on each node's path, [M]."""
+        """Keys on each node's path, [M]."""
         return np.array([depth + length + 1 for depth, length in self._depths(self.lengths.tolist())], dtype=np.int32)
 
     @cached_property
@@ -108,7 +108,7 @@ class Nodes:
 
     @cached_property
     def paths_MT(self) -> Tensor:
-        """Slots of each node's keys in path order, int64 [M, T]; -1 beyond the end of a path."""
+        """Slots of each node's keys in path order, int64 [M, T]; past a path's end stands -1."""
         paths = np.full((len(self), int(self.totals.max())), -1, dtype=np.int64)
         for m, (b, i) in enumerate(zip(self.sequence, self.node, strict=True)):
             length, total = self.lengths[b], self.totals[m]
@@ -120,12 +120,12 @@ class Nodes:
         return torch.from_numpy(paths)
 
     def on(self, device: torch.device, block: int) -> tuple[Tensor, Tensor]:
-        """Returns `slots_M` and `paths_MT`, padded to whole blocks, on a device; they are copied once per pass."""
+        """Returns `slots_M` and `paths_MT`, padded to full blocks, on a device: copied once a pass."""
         if (device, block) not in self._on:
             paths_MT = F.pad(self.paths_MT, (0, -self.paths_MT.shape[1] % block), value=-1)
             self._on[device, block] = self.slots_M.to(device), paths_MT.to(device)
         return self._on[device, block]
 
     def starts(self) -> list[int]:
-        """Returns the index of each row's first node among the M."""
+        """Returns the index among the M nodes of each row's first."""
         return [0, *accumulate(self.counts[:-1])]

@@ -1,8 +1,8 @@
-"""Checks that arithmetic is canonical here: a token's bits depend on its path alone, never on what shares the pass.
+"""Is this arithmetic canonical here? What a token computes may depend on its path alone, never on its company.
 
 Libraries choose kernels by processor, type and shape, so this is measured at load, before the engine promises
 anything. The probe runs what the engine will run: trees of every size, two sequences in one pass, prompts, long
-contexts. Each node must have the same bits as alone, which is how plain decoding computes it:
+contexts. Each node must come out bit for bit as it does alone, which is how plain decoding computes it:
 
     the model    one tree through all layers; its logits must be finite
     the head     final norm, logits and argmax of every number of rows
@@ -10,8 +10,8 @@ contexts. Each node must have the same bits as alone, which is how plain decodin
                  hidden states, and the keys and values that are written
 
 Running a node alone costs as much as a step of plain decoding, so only the nodes of `SEED` are. Any other node of
-`TREE` is a twin of one of them: it has the same token, and so do its ancestors. In total that is some sixty steps and
-five hundred tokens of prefill, in three layers: about a second for a small model.
+`TREE` is a twin of one of them: it holds the same token, and so do its ancestors. All in all that is some sixty
+steps and the reading of five hundred tokens, in three layers: about a second for a small model.
 """
 
 from __future__ import annotations
@@ -31,38 +31,34 @@ from foretell.trees import TokenTree, chain
 ROWS = (*range(1, 17), 24, 32, 48, MAX_ROWS)
 """Nodes that share a pass."""
 SEED = TokenTree((-1, 0, 1, 2, 3, 0, 1, 5, 0, 2, 6, 7, 1, 0, 3, 10, 9))
-"""A tree as heads draft it: first a chain, then branches of all lengths."""
+"""As heads draft it: a chain at first, then branches of all lengths."""
 PROMPT = chain(33)
 """Longer than a block of keys."""
 START, NEAR, FAR = range(3)
-"""Contexts of a sequence: at its first token, or after this many committed ones:"""
+"""Contexts of a sequence: none, or this many committed tokens:"""
 AFTER, FAR_AFTER, WIDEST = 70, 1100, 4096
 """NEAR is no multiple of a block of keys; FAR lies beyond 1,024, and beyond windows up to WIDEST."""
 
 Part = tuple[int, TokenTree, int]
 """One sequence of a pass: its context, its tree, and how many of the tree's nodes run."""
 Computed = tuple[Tensor, Tensor, Tensor]
-"""What a layer computes for some nodes: hidden states [N, d], keys and values [N, G, D]."""
+"""Results of a layer for some nodes: hidden states [N, d], keys and values [N, G, D]."""
 
 
 def _with_twins(seed: TokenTree, size: int) -> tuple[TokenTree, Tensor]:
-    """Extends the seed by twins of its nodes.
-
-    Returns:
-        The tree, and for each node the one of the seed that computes the same, int64 [N].
-    """
+    """Returns the seed with twins of its nodes, and for each node the seed node that computes the same, int64 [N]."""
     parents, twins = list(seed.parents), list(range(len(seed)))
-    while (new := len(parents)) < size:
+    while (at := len(parents)) < size:
         inner = [node for node, twin in enumerate(twins) if seed.children[twin]]
-        parents.append(inner[7 * new % len(inner)])
+        parents.append(inner[7 * at % len(inner)])
         children = seed.children[twins[parents[-1]]]
-        twins.append(children[new % len(children)])
+        twins.append(children[at % len(children)])
     return TokenTree(tuple(parents)), torch.tensor(twins)
 
 
 TREE, _tree_twins = _with_twins(SEED, MAX_ROWS)
 TWINS = {TREE: _tree_twins, PROMPT: torch.arange(len(PROMPT))}
-PASSES: tuple[tuple[Part, ...], ...] = (
+COMPANIES: tuple[tuple[Part, ...], ...] = (
     *(((NEAR, TREE, rows),) for rows in ROWS),
     ((FAR, TREE, 9),),
     ((NEAR, TREE, 1), (FAR, TREE, 1)),
@@ -129,7 +125,7 @@ def _head(backbone: Backbone, streams_Sd: Tensor) -> str | None:
 
 
 def _layers(backbone: Backbone, tokens_N: Tensor) -> str | None:
-    """Runs all of `PASSES` through each chosen layer; its inputs are embedded tokens."""
+    """Runs every company through each chosen layer; what enters it are embedded tokens."""
     c, inputs_Nd = backbone.config, backbone.embed(tokens_N)
     room = max(1, c.max_positions - len(PROMPT))
     widest = max((window for window in c.windows if window <= WIDEST), default=0)
@@ -143,10 +139,10 @@ def _layers(backbone: Backbone, tokens_N: Tensor) -> str | None:
 
 
 class _Layer:
-    """One layer, and what it computes for nodes alone.
+    """One layer, and its results for nodes alone.
 
     Args:
-        inputs_Nd: its inputs, node by node of `SEED` or `PROMPT`.
+        inputs_Nd: its input, node by node of `SEED` or `PROMPT`.
         lengths: committed tokens at START, NEAR and FAR; their keys and values become random numbers.
     """
 
@@ -155,20 +151,20 @@ class _Layer:
         self._alone: dict[tuple[int, TokenTree], Computed] = {}
         generator = torch.Generator().manual_seed(layer)
         for context in (NEAR, FAR):
-            for committed_GTD in self._slots(context, 0, lengths[context]):
+            for committed_GTD in self._held(context, 0, lengths[context]):
                 committed_GTD.copy_(torch.randn(committed_GTD.shape, generator=generator))
 
     def differs(self) -> str | None:
-        """Returns the first pass in which a node differs from the same node alone, or None."""
-        for sequences in PASSES:
-            alone = [self._run_alone(context, tree) for context, tree, _ in sequences]
-            lengths = [self.lengths[context] for context, *_ in sequences]
-            twins = [TWINS[tree][:count] for _, tree, count in sequences]
-            trees = [_first(tree, count) for _, tree, count in sequences]
-            nodes = Nodes(trees, [_row(context) for context, *_ in sequences], lengths)
+        """Returns the first company in which a node differs from what it is alone; None if there is none."""
+        for company in COMPANIES:
+            alone = [self._run_alone(context, tree) for context, tree, _ in company]
+            lengths = [self.lengths[context] for context, *_ in company]
+            twins = [TWINS[tree][:count] for _, tree, count in company]
+            trees = [_first(tree, count) for _, tree, count in company]
+            nodes = Nodes(trees, [_row(context) for context, *_ in company], lengths)
             hidden_Md = self._run(torch.cat([self.inputs_Nd[twins_N] for twins_N in twins]), nodes)
             for i, hidden_Nd in enumerate(hidden_Md.split(nodes.counts)):
-                together = self._computed(hidden_Nd, sequences[i][0], lengths[i])
+                together = self._computed(hidden_Nd, company[i][0], lengths[i])
                 if not all(map(torch.equal, together, (computed[twins[i]] for computed in alone[i]))):
                     return " and ".join(
                         f"{n} rows after {t} tokens" for n, t in zip(nodes.counts, lengths, strict=True)
@@ -176,20 +172,20 @@ class _Layer:
         return None
 
     def _run_alone(self, context: int, tree: TokenTree) -> Computed:
-        """Runs each node of the seed alone, depth first: so its ancestors lie in the slots before it."""
+        """Runs the nodes that are not twins of others, each alone; depth first, so that ancestors precede a node."""
         if (context, tree) not in self._alone:
-            largest = max(count for sequences in PASSES for *which, count in sequences if which == [context, tree])
-            first = _first(tree, min(largest, len(TWINS[tree].unique())))
-            computed: dict[int, Computed] = {}
-            stack = [0]
-            while stack:
-                node = stack.pop()
-                stack += first.children[node]
-                begin = self.lengths[context] + first.depths[node]
-                hidden_1d = self._run(self.inputs_Nd[node : node + 1], Nodes([chain(0)], [_row(context)], [begin]))
-                hidden_Nd, keys_NGD, values_NGD = self._computed(hidden_1d, context, begin)
-                computed[node] = hidden_Nd, keys_NGD.clone(), values_NGD.clone()  # the next one writes over them
-            hidden, keys, values = zip(*(computed[node] for node in range(len(first))), strict=True)
+            most = max(count for company in COMPANIES for *which, count in company if which == [context, tree])
+            first = _first(tree, min(most, len(TWINS[tree].unique())))
+            found: dict[int, Computed] = {}
+            left = [0]
+            while left:
+                node = left.pop()
+                left += first.children[node]
+                slot = self.lengths[context] + first.depths[node]
+                hidden_1d = self._run(self.inputs_Nd[node : node + 1], Nodes([chain(0)], [_row(context)], [slot]))
+                hidden_Nd, keys_NGD, values_NGD = self._computed(hidden_1d, context, slot)
+                found[node] = hidden_Nd, keys_NGD.clone(), values_NGD.clone()  # the next one writes over them
+            hidden, keys, values = zip(*(found[node] for node in range(len(first))), strict=True)
             self._alone[context, tree] = torch.cat(hidden), torch.cat(keys), torch.cat(values)
         return self._alone[context, tree]
 
@@ -197,11 +193,11 @@ class _Layer:
         return self.backbone.run_layers(inputs_Md, nodes, self.kv, self.layer, self.layer + 1)[0]
 
     def _computed(self, hidden_Nd: Tensor, context: int, begin: int) -> Computed:
-        """Returns these states, and the keys and values in as many slots from `begin` on."""
-        keys_GND, values_GND = self._slots(context, begin, begin + len(hidden_Nd))
+        """Returns these states, and the keys and values in as many slots."""
+        keys_GND, values_GND = self._held(context, begin, begin + len(hidden_Nd))
         return hidden_Nd, keys_GND.transpose(0, 1), values_GND.transpose(0, 1)
 
-    def _slots(self, context: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    def _held(self, context: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
         """Returns keys and values [G, T, D] in some slots of a sequence."""
         self.kv.lengths[_row(context)] = end
         keys_LGTD, values_LGTD = self.kv.read(_row(context))
@@ -209,11 +205,11 @@ class _Layer:
 
 
 def _row(context: int) -> int:
-    """Returns the cache row of a context."""
+    """Returns the cache row of a sequence."""
     return int(context == FAR)
 
 
 @cache
 def _first(tree: TokenTree, count: int) -> TokenTree:
-    """Returns a tree of the first nodes of a tree."""
+    """Returns the first nodes of a tree."""
     return TokenTree(tree.parents[:count])

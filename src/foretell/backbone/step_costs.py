@@ -1,8 +1,8 @@
-"""Measured cost of a step on this machine, by rows, context and nodes: one half of choosing a tree's size.
+"""Measured cost of a step on this machine, by rows, context and nodes: the other half of choosing a tree.
 
 A larger tree accepts more and costs more; how much more depends on the processor, the batch and the context, and can
-only be measured. `foretell tune` measures it once per machine, model and number type, and drafters read the result.
-Until then a first measurement of less than a second is used: sixteen nodes may cost 1.3 plain steps or more than four.
+only be measured. `foretell tune` measures it once per machine, model and number type; drafters read it back. Until it
+has, a first reading of less than a second stands in: sixteen nodes may cost 1.3 plain steps or more than four.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from foretell.trees import TokenTree
 ROWS, CONTEXTS, NODES = (1, 2, 4, 8), (128, 512, 1024), (1, 4, 8, 16, 24, 32, 48, 64)
 REPEATS = 9
 FIRST_NODES, FIRST_CONTEXT = (1, 16, 4, 8), 256
-"""Sizes that a first measurement times, in this order: the first two always, the others as time allows."""
+"""Sizes that a first reading times, in this order: the first two always, the others as time allows."""
 FIRST_ROUNDS, FIRST_SECONDS = 5, 0.7
-"""Its rounds, and the time after which it stops."""
+"""Rounds of a first reading, and the seconds after which it stops."""
 
 
 @dataclass
 class StepCosts:
-    """Measured seconds of steps and of drafting.
+    """Measured costs of steps and of drafting.
 
     Attributes:
-        seconds: of a step: rows -> context -> nodes per row -> seconds.
-        drafting: additional seconds that drafting for one row takes, by drafter.
-        first: whether this is only a first measurement, which `foretell tune` replaces.
+        seconds: of a step: rows -> context -> nodes a row -> seconds.
+        drafting: seconds that drafting for one row takes besides, by drafter.
+        first: True for a first reading only, which `foretell tune` replaces.
     """
 
     seconds: dict[int, dict[int, dict[int, float]]]
@@ -51,16 +51,15 @@ class StepCosts:
     first: bool = False
 
     def of(self, rows: int, context: int, nodes: float) -> float:
-        """Returns the seconds of a step with `nodes` nodes per row.
+        """Returns seconds of a step of `nodes` a row: interpolated between sizes, extrapolated beyond the last two.
 
-        Sizes between measured ones are interpolated, larger ones extrapolated from the last two. Context and rows are
-        the nearest measured; with more rows than measured, the total number of nodes counts.
+        Contexts and batches are the nearest measured; beyond the largest batch, the nodes of all rows count.
         """
-        max_rows = max(self.seconds)
-        if rows > max_rows:
-            rows, nodes = max_rows, nodes * rows / max_rows
-        by_context = self.seconds[min(self.seconds, key=lambda r: abs(r - rows))]
-        sizes = by_context[min(by_context, key=lambda c: abs(c - context))]
+        most = max(self.seconds)
+        if rows > most:
+            rows, nodes = most, nodes * rows / most
+        at = self.seconds[min(self.seconds, key=lambda r: abs(r - rows))]
+        sizes = at[min(at, key=lambda c: abs(c - context))]
         below = max((n for n in sizes if n <= nodes), default=min(sizes))
         above = min((n for n in sizes if n >= nodes), default=max(sizes))
         if nodes > above and len(sizes) > 1:
@@ -70,9 +69,9 @@ class StepCosts:
         return sizes[below] * (1 - share) + sizes[above] * share
 
     def best_size(self, rows: int, context: int, tokens_per_step: Mapping[int, float], drafting: float = 0.0) -> int:
-        """Returns the tree size with the most tokens per second, given the tokens per step of each size.
+        """Returns the tree size of the most tokens per second, given the tokens per step of each size.
 
-        It is 1, the root alone, if plain decoding is at least as fast.
+        It is 1, the root alone, where plain steps give at least as many.
         """
         rates = self.rates(rows, context, tokens_per_step, drafting)
         best = max(rates, key=rates.__getitem__)
@@ -81,28 +80,28 @@ class StepCosts:
     def rates(
         self, rows: int, context: int, tokens_per_step: Mapping[int, float], drafting: float = 0.0
     ) -> dict[int, float]:
-        """Returns tokens per second by tree size; sizes larger than measured are left out, unless all are."""
-        max_nodes = max(nodes for contexts in self.seconds.values() for sizes in contexts.values() for nodes in sizes)
-        known = {n: tokens for n, tokens in tokens_per_step.items() if n <= max_nodes} or tokens_per_step
+        """Returns tokens per second by tree size, of the sizes up to the largest measured one, or of all if none is."""
+        most = max(nodes for at in self.seconds.values() for sizes in at.values() for nodes in sizes)
+        known = {n: tokens for n, tokens in tokens_per_step.items() if n <= most} or tokens_per_step
         return {n: self.rate(rows, context, n, tokens, drafting) for n, tokens in known.items()}
 
     def rate(self, rows: int, context: int, nodes: int, tokens: float, drafting: float = 0.0) -> float:
-        """Returns tokens per second of a row, given tokens per step and the seconds of drafting per step."""
+        """Returns tokens per second of a row, given tokens per step and seconds of drafting per step."""
         return tokens / (self.of(rows, context, nodes) + drafting)
 
     def over(self, older: StepCosts | None) -> StepCosts:
-        """Returns these costs, completed by older ones of other batch sizes and drafters."""
+        """Returns these costs, and the older ones of other batch sizes and drafters."""
         if older is None or older.first:
             return self
         return StepCosts({**older.seconds, **self.seconds}, {**older.drafting, **self.drafting})
 
     def save(self, path: Path) -> None:
-        """Writes the file atomically; of several processes that write it, the last one wins."""
+        """Writes the file; of processes that write at the same time, the last one's stays, complete."""
         write_json(path, {"seconds": self.seconds, "drafting": self.drafting, "first": self.first}, shared=True)
 
     @classmethod
     def load(cls, path: Path) -> StepCosts | None:
-        """Reads a saved file; None if there is none.
+        """Reads the file; None if it does not exist.
 
         Raises:
             ForetellError: the file is damaged.
@@ -137,9 +136,9 @@ def costs_file(backbone: Backbone, cache_dir: str | Path | None = None) -> Path:
 
 
 def step_costs(backbone: Backbone) -> StepCosts | None:
-    """Returns step costs as `foretell tune` measured them, else a first measurement, taken now and saved.
+    """Returns the costs that `foretell tune` measured, else a first reading, taken now and stored.
 
-    None for a backbone without a file for them (see `foretell.load`).
+    None for a backbone without a file to store it in (see `foretell.load`).
 
     Raises:
         ForetellError: the file is damaged.
@@ -147,26 +146,26 @@ def step_costs(backbone: Backbone) -> StepCosts | None:
     path = backbone.costs
     if path is None:
         return None
-    costs = StepCosts.load(path) or _first_costs.get(path)
-    if costs is None:
-        costs = _first_costs[path] = first_costs(backbone)
-        with suppress(ForetellError):  # without a writable cache, the next process measures again
-            costs.save(path)
-    return costs
+    found = StepCosts.load(path) or _readings.get(path)
+    if found is None:
+        found = _readings[path] = first_reading(backbone)
+        with suppress(ForetellError):  # where nothing may be written, the next process reads again
+            found.save(path)
+    return found
 
 
-_first_costs: dict[Path, StepCosts] = {}
-"""First measurements of this process, where they could not be saved."""
+_readings: dict[Path, StepCosts] = {}
+"""The readings of this process."""
 
 
-def first_costs(backbone: Backbone) -> StepCosts:
-    """Measures one row quickly: sizes take turns until the time is up or all rounds are done.
+def first_reading(backbone: Backbone) -> StepCosts:
+    """Measures one row quickly: sizes take turns, until the time is up or each has had its rounds.
 
-    With a large model the first two sizes may take all the time; the others are interpolated then.
+    Of a large model two steps may take longer than that; the sizes between them then cost what lies between.
     """
-    max_nodes = max(FIRST_NODES)
-    context = FIRST_CONTEXT if FIRST_CONTEXT + max_nodes <= backbone.config.max_positions else 1
-    cache = backbone.new_cache(1, context + max_nodes)
+    most = max(FIRST_NODES)
+    context = FIRST_CONTEXT if FIRST_CONTEXT + most <= backbone.config.max_positions else 1
+    cache = backbone.new_cache(1, context + most)
     times: dict[int, list[float]] = {size: [] for size in FIRST_NODES}
     spent = _step_seconds(backbone, cache, 1, 1, context)  # warms up
     for size in chain.from_iterable(repeat(FIRST_NODES, FIRST_ROUNDS)):
@@ -186,12 +185,7 @@ def measure(
     repeats: int = REPEATS,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> StepCosts:
-    """Times whole steps over arbitrary tokens; sizes take turns, and the median of the rounds counts.
-
-    Args:
-        rows, contexts, nodes: sizes to measure; contexts too long for the model are left out.
-        progress: called with the finished fraction.
-    """
+    """Times steps over random tokens; sizes take turns, and the median of the rounds counts."""
     contexts = [c for c in contexts if c + max(nodes) <= backbone.config.max_positions] or [1]
     cache = backbone.new_cache(max(rows), max(contexts) + max(nodes))
     seconds: dict[int, dict[int, dict[int, float]]] = {}
@@ -211,7 +205,7 @@ def measure(
 
 
 def bush(size: int) -> TokenTree:
-    """Returns a tree of the shape that heads draft: four children per node."""
+    """Returns a tree of the shape that heads draft: four children a node."""
     return TokenTree((-1, *((i - 1) // 4 for i in range(1, size))))
 
 
@@ -224,7 +218,7 @@ def _step_seconds(backbone: Backbone, cache: KVCache, size: int, rows: int, cont
 
 
 def processor() -> str:
-    """Returns the processor's model name; empty if the system does not tell."""
+    """Returns the processor's model name; empty if unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")

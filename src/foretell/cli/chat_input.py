@@ -128,8 +128,8 @@ class KeyboardReader(TurnReader):
         import tty
 
         before = termios.tcgetattr(self._descriptor)
-        tty.setcbreak(self._descriptor, termios.TCSADRAIN)  # no echo, keys at once; Ctrl-C stays a signal
         try:
+            tty.setcbreak(self._descriptor, termios.TCSADRAIN)  # no echo, keys at once; Ctrl-C stays a signal
             yield
         finally:
             try:

@@ -126,3 +126,14 @@ def build(drafter: str | type[Drafter], backbone: Backbone, lookup: bool = False
 
     sized = getattr(parsed, "nodes", 0) or getattr(parsed, "tree", "")  # a size that was given holds
     return with_lookup(built, None if sized else prices_of(backbone))
+
+
+def name_of(drafter: Drafter) -> str:
+    """Returns a drafter's name in the table, or that of its class, with "with lookup" where that is merged in."""
+    from foretell.drafters.prompt_lookup import WithLookup
+
+    if isinstance(drafter, WithLookup):
+        return f"{name_of(drafter.inner)} with lookup"
+    cls = type(drafter)
+    targets = (cls, f"{cls.__module__}:{cls.__name__}")
+    return next((name for name, (target, _) in DRAFTERS.items() if target in targets), cls.__name__)

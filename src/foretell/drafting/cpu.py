@@ -82,12 +82,12 @@ class CpuPrefixLayer(PrefixLayer):
         ends = [length + count for length, count in zip(lengths, counts, strict=True)]
         cache, (cosine, sine) = layer.described(self.cache, rows, ends), layer.rotations(max(ends))
         sizes = np.array([rows, lengths, counts], dtype=np.int64)
-        committed = library.CommittedStates(
+        request = library.PrefixRequest(
             len(rows), *sizes, cosine, sine, fuse.matrix.about if fuse else None, len(others), table(inputs[1:]),
             next_M, self._backbone.embedding.about,
         )  # fmt: skip
         out_Md = torch.empty_like(inputs[0])
-        call("prefix_layer", layer.build, layer.about, cache, committed, inputs[0], M, out_Md, layer.bf16)
+        call("prefix_layer", layer.build, layer.about, cache, request, inputs[0], M, out_Md, layer.bf16)
         return out_Md
 
 
@@ -107,7 +107,7 @@ class CpuLowerLayerDrafter:
         check(not drafting.skip or adapter, "Only an adapter's sublayers can be skipped.")
         vocabulary_V = np.ascontiguousarray(drafting.vocabulary_V, dtype=np.int64)
         check_ids(torch.from_numpy(vocabulary_V), backbone.embedding.outputs)
-        self._about = library.LowerLayerDrafting(
+        self._about = library.LowerLayers(
             backbone.about, adapter.about if adapter else None,
             np.frombuffer(drafting.skip, dtype=np.uint8) if drafting.skip else None, reads.norm_weight,
             reads.config.eps, about, drafting.width, vocabulary_V,
@@ -120,11 +120,9 @@ class CpuLowerLayerDrafter:
         states = [None if read is None else read.contiguous() for read in request.waiting] or [None] * rows
         waiting = [0 if read is None else len(read) for read in states]
         own_lengths = [own.lengths[slot] for slot in request.slots] if own else [0] * rows
-        most = max(
-            count + 1, min(request.room, 1 + request.beam * max(0, request.steps - 1))
-        )  # nodes of a row that run
-        ends = [length + most for length in lengths]
-        own_ends = [length + new + most for length, new in zip(own_lengths, waiting, strict=True)]
+        can_run = max(count + 1, min(request.room, 1 + request.beam * max(0, request.steps - 1)))  # nodes of a row
+        ends = [length + can_run for length in lengths]
+        own_ends = [length + new + can_run for length, new in zip(own_lengths, waiting, strict=True)]
         described = backbone.described(cache, request.slots, ends, request.layers)
         described_own = self._adapter.described(own, request.slots, own_ends) if self._adapter and own else None
         self._check(request, states, described_own is not None)
@@ -132,17 +130,17 @@ class CpuLowerLayerDrafter:
         of_rows = (request.roots, request.budgets, request.slots, lengths, own_lengths, waiting)
         inputs, numbers = np.array(of_rows, dtype=np.int64), np.empty((2, rows), dtype=np.int64)
         nodes, probabilities = np.empty((3, rows, count + 1), dtype=np.int64), np.empty((rows, count + 1))
-        hidden_Rd = torch.empty(rows * most, d)
+        hidden_Rd = torch.empty(rows * can_run, d)
         tapped = {tap: torch.empty_like(hidden_Rd) for tap in request.taps}
-        described_request = library.LowerLayerRequest(
+        described_request = library.DraftRequest(
             rows, request.layers, count, request.steps, request.room, request.beam, request.min_gain,
             np.array(request.thresholds) if request.thresholds else None, *inputs, table(states),
             *backbone.rotations(max(*ends, *own_ends)), described, described_own, *numbers, *nodes, probabilities,
             hidden_Rd, table([tapped.get(tap) for tap in range(request.layers + 1)]),
         )  # fmt: skip
         call("grow_through_layers", backbone.build, self._about, described_request, backbone.bf16)
-        sizes, kept = numbers.tolist()
-        stream_index, parents, tokens = nodes
+        sizes, ran = numbers.tolist()
+        positions, parents, tokens = nodes
         if own:
             read = [
                 (slot, new)
@@ -150,9 +148,9 @@ class CpuLowerLayerDrafter:
                 if budget > 1
             ]
             own.commit([slot for slot, _ in read], [range(new) for _, new in read])
-        order = torch.from_numpy(np.concatenate([stream_index[b, :count] for b, count in enumerate(kept)]))
+        order = torch.from_numpy(np.concatenate([positions[b, :count] for b, count in enumerate(ran)]))
         return DraftedTrees(
-            _trees(sizes, parents, tokens, probabilities), kept, hidden_Rd.index_select(0, order),
+            _trees(sizes, parents, tokens, probabilities), ran, hidden_Rd.index_select(0, order),
             {tap: streams.index_select(0, order) for tap, streams in tapped.items()},
         )  # fmt: skip
 
@@ -165,7 +163,7 @@ class CpuLowerLayerDrafter:
         fits = request.layers > 0 and all(0 < tap <= request.layers for tap in request.taps)
         check(fits, f"Only layers 1 to {request.layers}, which run, can be tapped.")
         check(has_own == (self._adapter is not None), "An adapter has a cache of its own.")
-        fits = all(each is None or (each.shape[1:] == (d,) and each.dtype == torch.float32) for each in states)
+        fits = all(x is None or (x.shape[1:] == (d,) and x.dtype == torch.float32) for x in states)
         check(fits, f"An adapter reads float32 states of {d} numbers.")
         if request.thresholds:
             fits = request.steps <= request.count + 1
@@ -205,19 +203,19 @@ class CpuGrower:
         rows, newest = len(roots), torch.tensor(roots, dtype=torch.int64)
         check_ids(newest, self._backbone.embedding.outputs)
         check(len(states) == rows and count >= 0, "A tree grows from a root and the states of its row.")
-        fits = all(each is None or (each.shape == self._shape and each.dtype == torch.float32) for each in states)
+        fits = all(x is None or (x.shape == self._shape and x.dtype == torch.float32) for x in states)
         check(fits, f"Heads read {self._shape} float32 states of a row.")
         parents, tokens = np.empty((2, rows, count + 1), dtype=np.int64)
         sizes, probabilities = np.empty(rows, dtype=np.int64), np.empty((rows, count + 1))
         request = library.LevelRequest(
             rows, count, beam, min_gain, table(states), newest, sizes, parents, tokens, probabilities
-        )  # fmt: skip
+        )
         call("grow", self._backbone.build, self._about, request, self._backbone.bf16)
         return _trees(sizes.tolist(), parents, tokens, probabilities)
 
 
 def _trees(sizes: Sequence[int], parents: Integers, tokens: Integers, probabilities: NDArray[np.float64]) -> Trees:
-    """The first nodes of each row, as lists."""
+    """Returns the first nodes of each row, as lists."""
     return [
         (parents[b, :size].tolist(), tokens[b, :size].tolist(), probabilities[b, :size].tolist())
         for b, size in enumerate(sizes)

@@ -33,7 +33,7 @@ class PackedHeads:
         def pack(weight: Tensor, bias: Tensor | None, name: str) -> PackedLinear:
             return PackedLinear(weight, bias, build, FORMATS[name] if self.bf16 else exact_format(dtype))
 
-        # what the first block reads side by side differs too much in size for one step a row
+        # int8 weights only: inputs side by side differ too much in size to share one int8 scale per row
         layers = [[pack(weight, bias, "int8") for weight, bias in layer] for layer in blocks]
         if isinstance(outputs, Sequence):
             self._outputs = [pack(weight, None, "int8_both") for weight in outputs]
@@ -49,32 +49,27 @@ class PackedHeads:
         self.about = Heads(
             self.heads, output.inputs, first.inputs, len(blocks), linear, len(self._outputs), output.outputs, threads,
             table([block.matrix.about for block in self._blocks]), table([block.bias for block in self._blocks]),
-            table([each.matrix.about for each in self._outputs]),
+            table([output.matrix.about for output in self._outputs]),
         )  # fmt: skip
 
     def _check_shapes(self, layers: Sequence[Sequence[PackedLinear]]) -> None:
-        """Refuses blocks that do not read what the one below gives, or give what the output matrices do not read."""
+        """Refuses blocks whose width is not that of the blocks below or of the output matrices."""
         d, choices = self._outputs[0].inputs, self._outputs[0].outputs
         wide = layers[0][0].inputs if layers else d
-        fits = wide % d == 0 and all((each.outputs, each.inputs) == (choices, d) for each in self._outputs)
-        for at, layer in enumerate(layers):
-            shape = (d, d if at else wide)
+        fits = wide % d == 0 and all((output.outputs, output.inputs) == (choices, d) for output in self._outputs)
+        for i, layer in enumerate(layers):
+            shape = (d, d if i else wide)
             fits &= len(layer) == self.heads
-            fits &= all((each.outputs, each.inputs) == shape and each.bias is not None for each in layer)
+            fits &= all((block.outputs, block.inputs) == shape and block.bias is not None for block in layer)
         check(fits, f"Weights of heads of width {d} do not fit together.")
 
-    def top(
-        self, store_Nd: Tensor, which_BS: Sequence[Sequence[int]], count: int, states_BKd: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def top(self, store_Nd: Tensor, which_BS: Sequence[Sequence[int]], count: int) -> tuple[Tensor, Tensor]:
         rows, about, which = len(which_BS), self.about, np.array(which_BS, dtype=np.int64)
         check(store_Nd.dtype == torch.float32 and store_Nd.shape[1:] == (about.hidden,), "Heads read float32 states.")
         check(which.shape == (rows, about.inputs // about.hidden), "Each row names the states that heads read.")
         check(which.min() >= 0 and which.max() < len(store_Nd), "A row names a state that is not there.", IndexError)
-        check(0 < count <= about.choices, f"The {count} most probable of {about.choices} were asked for.")
+        check(0 < count <= about.choices, f"The {count} most probable of {about.choices} outputs were requested.")
         values = torch.empty(self.heads, rows, count)
         best = torch.empty(self.heads, rows, count, dtype=torch.int64)
-        if states_BKd is not None:
-            fits = states_BKd.shape == (rows, self.heads, about.hidden) and states_BKd.dtype == torch.float32
-            check(fits, "States of heads are float32, one a row and head.")
-        call("heads", self.build, about, store_Nd, which, rows, count, values, best, states_BKd, self.bf16)
+        call("heads", self.build, about, store_Nd, which, rows, count, values, best, self.bf16)
         return values.transpose(0, 1), best.transpose(0, 1)

@@ -6,6 +6,9 @@
 
 A field has one of the types int, float, bool, str and tuple[int, ...], or None beside one of them. `parse` makes an
 instance of what somebody typed, `described` lists the options for help. Nothing here imports torch.
+
+What earlier versions had is declared in the same place: an earlier name with `former`, an earlier value with `unset`,
+and in `REMOVED: ClassVar[Mapping[str, Any]]` the options that are gone, with the only value that is still accepted.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ class OptionHelp:
 
 def option(
     default: Any, help: str, *, low: float | None = None, high: float | None = None,
-    choices: tuple[str, ...] = (), former: str = "", stored: bool = False,
+    choices: tuple[str, ...] = (), former: str = "", unset: Any = None, stored: bool = False,
 ) -> Any:  # fmt: skip
     """A field of an options dataclass.
 
@@ -46,9 +49,12 @@ def option(
         low, high: the smallest and the largest number allowed, both included.
         choices: the only texts allowed.
         former: an earlier name, which is still read.
+        unset: a value that meant the default in earlier versions, and still does.
         stored: a checkpoint keeps it, because what was trained has its shape from it.
     """
-    about = {"help": help, "low": low, "high": high, "choices": choices, "former": former, "stored": stored}
+    about = {
+        "help": help, "low": low, "high": high, "choices": choices, "former": former, "unset": unset, "stored": stored,
+    }  # fmt: skip
     return field(default=default, metadata=about)
 
 
@@ -68,7 +74,9 @@ def parse(cls: type[Table], given: Mapping[str, Any], owner: str = "This method"
 def converted(cls: type[Any], given: Mapping[str, Any], owner: str = "This method") -> dict[str, Any]:
     """The given values alone, under their present names, as `parse` checks and converts them."""
     table, values = _fields(cls), dict[str, Any]()
-    for name, value in renamed(cls, given).items():
+    for name, value in migrated(cls, given).items():
+        if name in (removed := _removed(cls)):
+            raise UsageError(f"{owner} no longer has the option {name!r}: it is always {_text(removed[name])}.")
         if name not in table:
             near = get_close_matches(name, table, n=1, cutoff=0.5)
             has = f"it has {', '.join(table)}" if table else "it has none"
@@ -82,6 +90,21 @@ def renamed(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """The same with former names, and hyphens, replaced by present names."""
     present = {each.metadata.get("former"): each.name for each in fields(cls) if each.metadata.get("former")}
     return {present.get(name.replace("-", "_"), name.replace("-", "_")): value for name, value in values.items()}
+
+
+def migrated(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of an earlier version as this one would write them: `renamed`, and without what has no effect.
+
+    A removed option is left out where it has the value that is still accepted; a value that meant the default is
+    replaced by the default.
+    """
+    table, removed, out = _fields(cls), _removed(cls), dict[str, Any]()
+    for name, value in renamed(cls, values).items():
+        if name in removed and _is(value, removed[name]):
+            continue
+        unset = table[name].metadata.get("unset") if name in table else None
+        out[name] = table[name].default if unset is not None and _is(value, unset) else value
+    return out
 
 
 def stored_options(options: Any) -> dict[str, Any]:
@@ -110,14 +133,31 @@ def described(cls: type[Any]) -> list[OptionHelp]:
     for each in fields(cls):
         kind, choices = _kind(_type(cls, each.name)), each.metadata.get("choices")
         default = "" if each.default is MISSING else each.default
-        text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        text = text.lower() if kind is bool or default is None else text
-        out.append(OptionHelp(each.name, "|".join(choices or ()) or SHORT[kind], text, each.metadata.get("help", "")))
+        kinds = "|".join(choices or ()) or SHORT[kind]
+        out.append(OptionHelp(each.name, kinds, _text(default), each.metadata.get("help", "")))
     return out
+
+
+def _text(value: Any) -> str:
+    """A value as it is typed."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _fields(cls: type[Any]) -> dict[str, Field[Any]]:
     return {each.name: each for each in fields(cls)}
+
+
+def _removed(cls: type[Any]) -> Mapping[str, Any]:
+    return getattr(cls, "REMOVED", {})
+
+
+def _is(value: Any, other: Any) -> bool:
+    """Whether a value, or a text for one, is another."""
+    kind = type(other)
+    converted = _from_text(kind, value) if isinstance(value, str) else value
+    return type(converted) is kind and bool(converted == other)
 
 
 def _type(cls: type[Any], name: str) -> Any:

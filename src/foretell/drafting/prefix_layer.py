@@ -35,7 +35,7 @@ class PrefixLayer:
         self.fused, self.cache = fuse_dP is not None, layer.new_cache(1, 1)
 
     def attached(self, rows: int) -> PrefixLayer:
-        """The same layer with an empty cache of its own."""
+        """Returns the same layer with an empty cache of its own."""
         own = copy.copy(self)
         own.cache = self.layer.new_cache(rows, 0)
         return own
@@ -49,7 +49,7 @@ class PrefixLayer:
         self.cache.rollback(row, length)
 
     def length(self, row: int) -> int:
-        """Number of states of a row that it has read."""
+        """Returns the number of states of a row that it has read."""
         return self.cache.lengths[row] if row < self.cache.rows else 0
 
     def __call__(

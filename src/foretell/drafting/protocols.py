@@ -1,4 +1,4 @@
-"""What a backbone's kernels may do for drafters in one call: protocols, and the arguments and results of the calls.
+"""Drafting operations that a backbone's kernels may offer in one call: protocols, arguments and results.
 
 Each of these exists twice: level by level in plain Python (`drafting.lower_layers`, the drafters themselves), which
 runs everywhere and is the reference of the tests, and in the kernels of a backbone (`drafting.cpu`).
@@ -47,7 +47,7 @@ class TreeGrower(Protocol):
 
         Args:
             roots: newest token of each row.
-            states: what the heads read of each row [S, d] float32; None makes a tree of its root alone.
+            states: states of each row that the heads read, [S, d] float32; None makes a tree of its root alone.
             beam: most nodes of a level that are expanded; min_gain: tokens that a level must be expected to gain.
 
         Returns:
@@ -142,7 +142,7 @@ class DraftKernels(Protocol):
                 I numbers (`heads.side_by_side`), whose first d are its x. Without blocks the matrices read the input.
             outputs: the matrices [V, d] after the blocks, one per head or one for all; or other heads, whose
                 matrices are shared.
-            linear: whether the last layer is x + W x + b.
+            linear: makes the last layer x + W x + b.
         """
         ...
 

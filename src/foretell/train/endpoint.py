@@ -2,8 +2,8 @@
 
 Conversations are asked side by side, each turn after the answer to the one before. The answers are text; the local
 model's tokenizer encodes them, and the local model reads the first ones to check that it could have written them
-(`agreement`). The `openai` client repeats requests that fail for a passing reason; a conversation that the server
-refuses is dropped alone, with the reason.
+(`agreement`). A request that fails for a passing reason is repeated, within bounds of time (`patiently`); a
+conversation that the server refuses is dropped alone, with the reason.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from queue import Queue
+from random import random
 from threading import Event, Thread
-from typing import Any
+from time import monotonic
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import openai
@@ -31,18 +34,26 @@ from foretell.results import Result
 from foretell.train.agreement import FLOOR, Agreement
 from foretell.train.data import REFUSED
 
+Reply = TypeVar("Reply")
+
 KEY = "OPENAI_API_KEY"
 """Environment variable that holds the key, if the endpoint wants one."""
 REJECTED = (400, 413, 422)
 """Statuses that are about one request: other conversations may be answered."""
+PASSING = (408, 409, 425, 429)
+"""Statuses after which a request is repeated, beside all from 500 up."""
 TOO_LONG = re.compile("context|length|too long|maximum", re.IGNORECASE)
 """Matches what servers answer where a conversation does not fit into the context."""
-RETRIES = 18
-"""Repetitions of a request, over two minutes in all: rates are limited by the minute."""
-CONNECT_RETRIES = 2
-"""Repetitions of the first request: an address that is wrong should not take two minutes to be reported."""
 CONNECT_SECONDS, SECONDS = 10.0, 600.0
 """Longest wait for a connection, and for one answer."""
+PATIENCE = 120.0
+"""Seconds between all repetitions of a request, added up: rates are limited by the minute."""
+MIN_WAIT, MAX_WAIT = 0.5, 8.0
+"""Seconds before the first repetition, doubled at each, and the most that this comes to."""
+TIMEOUT_RETRIES = 2
+"""Repetitions after a server that did not answer in time: it may hang for good."""
+CONNECT_RETRIES = 2
+"""Repetitions of the first request: an address that is wrong should not take two minutes to be reported."""
 MIN_REFUSALS = 3
 """So many refusals before the first answer mean that the server is set up wrongly."""
 
@@ -75,8 +86,9 @@ class Endpoint:
             ForetellError: the endpoint does not answer, or does not serve the model.
         """
         with self._client() as client, self._errors():
-            reply = client.with_options(max_retries=CONNECT_RETRIES).models.with_raw_response.list(
-                extra_headers=self._headers
+            reply = patiently(
+                lambda timeout: client.models.with_raw_response.list(extra_headers=self._headers, timeout=timeout),
+                retries=CONNECT_RETRIES,
             )
         try:
             names = [model["id"] for model in json.loads(reply.text)["data"]]
@@ -115,7 +127,7 @@ class Endpoint:
         failed: Exception | None = None
         any_answer = False
         with self._client() as client:
-            ended = in_threads(todo, rows, lambda talk: self._answer(client, llm, end, talk, params))
+            ended = in_threads(todo, rows, lambda *talk: self._answer(client, llm, end, params, *talk))
             with closing(ended):
                 for index, replies in ended:
                     if isinstance(replies, Exception):
@@ -145,8 +157,9 @@ class Endpoint:
         yield from refused
 
     def _answer(
-        self, client: openai.OpenAI, llm: LLM, end: list[int], conversation: Conversation, params: SamplingParams
-    ) -> list[Result]:
+        self, client: openai.OpenAI, llm: LLM, end: list[int], params: SamplingParams, conversation: Conversation,
+        stopped: Event,
+    ) -> list[Result]:  # fmt: skip
         """Asks the turns of one conversation; the replies."""
         messages: list[Any] = []
         replies: list[Result] = []
@@ -157,12 +170,16 @@ class Endpoint:
             messages.append({"role": "user", "content": turn})
             try:
                 with self._errors(REJECTED):
-                    reply = client.chat.completions.with_raw_response.create(
-                        model=self.model,
-                        messages=messages,
-                        max_tokens=params.max_new_tokens,
-                        extra_headers=self._headers,
-                        **options,
+                    reply = patiently(
+                        lambda timeout: client.chat.completions.with_raw_response.create(
+                            model=self.model,
+                            messages=messages,
+                            max_tokens=params.max_new_tokens,
+                            extra_headers=self._headers,
+                            timeout=timeout,
+                            **options,
+                        ),
+                        stopped,
                     )
             except openai.APIStatusError as error:
                 reason = "too long" if TOO_LONG.search(error.response.text) else "rejected"
@@ -179,10 +196,7 @@ class Endpoint:
         return replies
 
     def _client(self) -> openai.OpenAI:
-        return openai.OpenAI(
-            base_url=self.url, api_key=os.environ.get(KEY) or "none", max_retries=RETRIES,
-            timeout=openai.Timeout(SECONDS, connect=CONNECT_SECONDS),
-        )  # fmt: skip
+        return openai.OpenAI(base_url=self.url, api_key=os.environ.get(KEY) or "none", max_retries=0)
 
     @property
     def _headers(self) -> dict[str, Any]:
@@ -221,6 +235,54 @@ class Endpoint:
         return ForetellError(f"{self.url} answered with something else: {reply.status_code} {_words(reply.text)}.")
 
 
+def patiently(
+    request: Callable[[openai.Timeout], Reply], stopped: Event | None = None, retries: int | None = None
+) -> Reply:
+    """Makes a request, and repeats it while the trouble may pass; returns the reply.
+
+    The waits between repetitions grow, differ by chance so that conversations do not ask all at once, and add up to
+    `PATIENCE` at most; all tries and waits together end after `SECONDS` + `PATIENCE`. A `Retry-After` in seconds is
+    waited for if it is longer than the wait would have been; one beyond what is left is not, and the error is raised
+    at once. A `Retry-After` that is a date is not read. (The client's own repetitions, which are turned off, bound
+    their number alone, so that a server that hangs takes its timeout as often.)
+
+    Args:
+        request: called with its timeout.
+        stopped: ends the waiting when it is set.
+        retries: most repetitions; without a bound of their number by default.
+
+    Raises:
+        openai.OpenAIError: the last error.
+    """
+    began, waited, timeouts = monotonic(), 0.0, 0
+    stopped = stopped or Event()
+    for attempt in count():
+        left = began + SECONDS + PATIENCE - monotonic()
+        try:
+            return request(openai.Timeout(min(SECONDS, left), connect=min(CONNECT_SECONDS, left)))
+        except (openai.APIConnectionError, openai.APIStatusError) as error:
+            status = error.status_code if isinstance(error, openai.APIStatusError) else None
+            timeouts += isinstance(error, openai.APITimeoutError)
+            asked = _retry_after(error)
+            left = min(PATIENCE - waited, began + SECONDS + PATIENCE - monotonic())
+            if (
+                (status is not None and status not in PASSING and status < 500)
+                or attempt == retries or timeouts > TIMEOUT_RETRIES or asked > left or left <= 0
+            ):  # fmt: skip
+                raise
+            wait = min(max(asked, min(MIN_WAIT * 2**attempt, MAX_WAIT)) * (1 + random() / 4), left)
+            waited += wait
+            if stopped.wait(wait):
+                raise
+    raise AssertionError("count() does not end")
+
+
+def _retry_after(error: openai.APIError) -> float:
+    """Seconds that the server asks to wait; 0 where it does not."""
+    text = error.response.headers.get("Retry-After", "") if isinstance(error, openai.APIStatusError) else ""
+    return float(text) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text.strip()) else 0.0
+
+
 def _is_address(url: str) -> bool:
     try:
         parts = urlsplit(url)
@@ -239,11 +301,12 @@ def _words(text: str) -> str:
 
 
 def in_threads(
-    todo: deque[tuple[int, Conversation]], rows: int, answer: Callable[[Conversation], list[Result]]
+    todo: deque[tuple[int, Conversation]], rows: int, answer: Callable[[Conversation, Event], list[Result]]
 ) -> Generator[tuple[int, list[Result] | Exception], None, None]:
     """Calls `answer` for everything in `todo`, in `rows` threads; yields in the order of ending.
 
-    After an exception, or once the caller clears `todo`, nothing more is taken from it.
+    After an exception, or once the caller clears `todo`, nothing more is taken from it. The event that `answer` is
+    given is set when the generator is closed.
     """
     done, stopped = Queue[tuple[int, list[Result] | Exception] | None](), Event()
 
@@ -254,7 +317,7 @@ def in_threads(
             except IndexError:  # another thread was faster
                 break
             try:
-                done.put((index, answer(conversation)))
+                done.put((index, answer(conversation, stopped)))
             except Exception as error:  # raised by the reader, who would wait for ever if it were lost here
                 todo.clear()
                 done.put((index, error))

@@ -32,7 +32,7 @@ from foretell.api import LLM
 from foretell.drafting.checkpoint import Checkpoint
 from foretell.drafting.learning.method import TrainableMethod
 from foretell.drafting.learning.trainable import Trainable
-from foretell.drafting.options import converted, renamed
+from foretell.drafting.options import converted, migrated
 from foretell.errors import ForetellError, UsageError
 from foretell.files import read_json, sole_writer, write_errors
 from foretell.train.data import ConversationStore, Distilled
@@ -168,7 +168,7 @@ def begin(
         identity = {"method": method, "model": backbone.fingerprint, "dtype": str(backbone.dtype)}
         trainer = Trainer(
             module, JoinedFeatures(features) if len(features) > 1 else features[0], settings, out / "run",
-            asdict(chosen) | identity | started, getattr(cls, "migrated", partial(renamed, cls.Training)),
+            asdict(chosen) | identity | started, partial(migrated, cls.Training),
         )  # fmt: skip
         trainer.resume()  # what cannot be resumed is refused before any work
         provenance = {

@@ -25,17 +25,17 @@ from foretell.loading.config import ModelConfig
 from foretell.loading.tensors import parts
 
 Reader = Callable[[str], Tensor]
-"""Returns a weight by its Hugging Face name."""
+"""Gives a weight by its Hugging Face name."""
 
 
 class CompiledBackbone(Backbone):
     """See `Backbone`. `read` is called once per weight.
 
     Attributes:
-        build: the kernels; bf16: 1 if `dtype` is bfloat16, as the kernels take it.
-        about: description of the layers for the kernels.
+        build: the kernels; bf16: 1 if `dtype` is bfloat16, else 0.
+        about: the layers, as they are described to the kernels.
         norm_weight: of the final norm, float32 [d].
-        embedding: a row a token; of a tied model the packed head.
+        embedding: a row per token; of a tied model the packed head.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class CompiledBackbone(Backbone):
         end = self.config.layers if end is None else end
         self.check_pass(hidden_Md, nodes, begin, end, skip, taps)
         described = self.described(cache, nodes.rows, nodes.ends, end)
-        # The kernels copy and edit whole streams: PyTorch would start threads of its own for that.
+        # Copies and edits of streams happen in the kernels: PyTorch would wake a team of its own for them.
         input_Md, out_Md = hidden_Md.contiguous(), torch.empty_like(hidden_Md, memory_format=torch.contiguous_format)
         tapped = {tap: input_Md if tap == begin else torch.empty_like(out_Md) for tap in taps}
         pointers = table([tapped.get(tap) for tap in range(end + 1)]) if tapped else None
@@ -109,7 +109,7 @@ class CompiledBackbone(Backbone):
         return out_Md, tapped
 
     def attention(self, queries_MHD: Tensor, nodes: Nodes, cache: KVCache, repeats: int = 1) -> Tensor:
-        """Computes the attention of layer 0 alone, [M, H, D], for tests against the eager form and for measurements."""
+        """The attention of layer 0 alone, [M, H, D]: for tests against the slow twin, and for measurements."""
         queries_MHD = queries_MHD.contiguous()
         shape = (len(nodes), self.config.heads, self.config.head_dim)
         check(queries_MHD.shape == shape and queries_MHD.dtype == self.dtype, f"Queries are {self.dtype}, {shape}.")
@@ -146,14 +146,14 @@ class CompiledBackbone(Backbone):
     def described(
         self, cache: KVCache, rows: Sequence[int], ends: Sequence[int], layers: int | None = None
     ) -> library.Cache:
-        """Returns the description of a cache for the kernels, after `check_room`."""
+        """Returns the structure of a cache for the kernels, once it has room; see `check_room`."""
         self.check_room(cache, rows, ends, self.config.layers if layers is None else layers)
         layer, head = cache.keys.stride()[:2]
         return library.Cache(cache.keys, cache.values, layer, cache.starts, head)
 
     def _rows(self, nodes: Nodes) -> library.Rows:
         angles = self.rotations(nodes.last + 1)
-        return library.Rows.of(len(nodes), len(nodes.trees), nodes.words, nodes.begins, *angles)
+        return library.Rows.of(len(nodes), len(nodes.trees), nodes.words, nodes.table_offsets, *angles)
 
 
 def _checked(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -166,7 +166,7 @@ def _vector(weight: Tensor) -> Tensor:
 
 
 def _interleave(gate_and_up: Sequence[Tensor]) -> Tensor:
-    """Alternates 32 rows of gate and their 32 rows of up: the same thread computes both halves of SiLU(gate)·up."""
+    """32 rows of gate, their 32 rows of up, and so on: both halves of SiLU(gate)·up end on the same thread."""
     gate, up = gate_and_up
     padding = -gate.shape[0] % 32
     if padding:

@@ -1,7 +1,7 @@
 """The formats in which the kernels keep weights: one row each.
 
-A row says how a weight is converted before it is packed, and which activations it is multiplied with; the row of the
-same name in `native/products/formats.inc` says how it lies in memory and is read.
+A row says what is made of a weight before it is packed, and which activations it is multiplied with; how it lies in
+memory and is multiplied says the row of the same name in `native/products/formats.inc`.
 
 Shapes: a weight has N outputs and K inputs.
 """
@@ -20,7 +20,7 @@ from foretell.backbone.cpu.library import Build, Matrix, call, require
 from foretell.errors import check
 
 Numbers = tuple[Tensor, Tensor | None]
-"""Numbers to pack [N, K], and the scale of each output [N] float32 or None."""
+"""What is packed [N, K], and the scale of each output [N] float32, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Format:
 
     Attributes:
         activations: the type that activations are rounded to before they are multiplied with it.
-        numbers: converts a weight [N, K] to what the kernels pack.
+        numbers: turns a weight [N, K] into what the kernels pack.
         packed: whether it is packed into panels; otherwise it stays as it is, and its rows can only be read.
     """
 
@@ -79,7 +79,7 @@ class PackedMatrix:
     """A weight [N, K] in one of `FORMATS`.
 
     Attributes:
-        about: its description for the kernels, which keeps the memory alive.
+        about: how it is described to the kernels; it keeps the memory alive.
     """
 
     def __init__(self, weight_NK: Tensor, format: Format, build: Build):
@@ -105,7 +105,7 @@ class PackedMatrix:
         """Returns rows of the weight [M, K] as float32.
 
         Raises:
-            TypeError, IndexError: ids are no rows; see `check_ids`.
+            TypeError, IndexError: ids are not rows; see `check_ids`.
         """
         check_ids(ids_M, self.outputs)
         out_MK = torch.empty(len(ids_M), self.inputs)

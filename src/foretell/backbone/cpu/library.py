@@ -4,9 +4,9 @@ The shared library is built with the package (`native/`); where no compiler was 
 modules serve instead. The structures below mirror `native/common.h`, and a library whose structures or argument lists
 differ is refused when it is loaded.
 
-Native code gets pointers alone: it can neither keep a tensor alive nor tell how long it is. So pointers are made only
-in `Described` and in `call`, which hold references to what they point to; and every size, type and index that native
-code relies on is checked before, with `errors.check`.
+Native code sees pointers alone: it can neither keep a tensor alive nor tell how long it is. So pointers are made in
+two places only, `Described` and `call`, which hold what the pointers lead to; and every size, type and index that
+native code relies on is checked before, with `errors.check`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from foretell.loading.tensors import parts
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
 BUILDS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
-OUT_OF_MEMORY = "The kernels found too little memory; use fewer threads, a smaller batch or a shorter prompt."
+FULL = "The kernels found too little memory; use fewer threads, a smaller batch or a shorter prompt."
 
 
 def _passed(value: Any) -> Any:
-    """Returns a value as C takes it: for a tensor, an array or a structure its address, valid while that is alive."""
-    if isinstance(value, (int, float)):  # `int | float` would build a union at every call
+    """Returns a value as C takes it: of a tensor, an array or a structure its address, valid while that is alive."""
+    if isinstance(value, (int, float)):  # a union would be built anew each time
         return value
     if value is None:
         return 0
@@ -48,7 +48,7 @@ def _passed(value: Any) -> Any:
 
 
 class Described(Structure):
-    """A structure of common.h; pointers are given as the tensors and arrays they point to, which it keeps alive."""
+    """A structure of common.h; its pointers are given as what they lead to, which lives as long as it does."""
 
     def __init__(self, *fields: Any):
         super().__init__(*map(self._field, fields))
@@ -58,7 +58,7 @@ class Described(Structure):
 
 
 def table(items: Sequence[Any]) -> Array[Any] | None:
-    """Returns an array of structures, or of pointers to tensors, which it keeps alive; None without items."""
+    """Returns an array of structures, or of pointers to tensors, and keeps these alive; None without items."""
     if not items:
         return None
     array: Any
@@ -83,7 +83,7 @@ class Matrix(Described):
 
 
 def _layer_fields() -> Iterator[tuple[str, type]]:
-    """Yields the parts of `loading.tensors.LAYER`: a matrix and its bias, or a norm."""
+    """Yields the fields of `loading.tensors.LAYER`: a matrix and its bias, or a norm."""
     for part, (tensor, *_) in parts().items():
         if tensor.is_matrix:
             yield part, Matrix
@@ -96,7 +96,7 @@ class Layer(Described):
 
     @staticmethod
     def _field(value: Any) -> Any:
-        """Keeps matrices by value: they lie in the layer itself."""
+        """Matrices lie in the layer itself."""
         return value if isinstance(value, Matrix) else _passed(value)
 
 
@@ -115,10 +115,10 @@ class Rows(Described):
     ]  # fmt: skip
 
     @classmethod
-    def of(cls, count: int, sequences: int, words: NDArray[np.int32], begins: Sequence[int], *angles: Tensor) -> Rows:
-        """Describes seven tables that lie one after the other (`Nodes.words`); seven addresses would take longer."""
+    def of(cls, count: int, sequences: int, words: NDArray[np.int32], offsets: Sequence[int], *angles: Tensor) -> Rows:
+        """Describes seven adjacent tables (`Nodes.words`): passing an address each would cost microseconds."""
         begin = _passed(words)
-        rows = cls(count, sequences, *(begin + words.itemsize * first for first in begins[:-1]), *angles)
+        rows = cls(count, sequences, *(begin + words.itemsize * offset for offset in offsets[:-1]), *angles)
         rows.held = (*rows.held, words)
         return rows
 
@@ -134,7 +134,7 @@ class Heads(Described):
     ]  # fmt: skip
 
 
-class CommittedStates(Described):
+class PrefixRequest(Described):
     _fields_ = [
         *_numbers("sequences"), *_pointers("cache_row length count cosine sine fuse"), *_numbers("others"),
         *_pointers("stream following embedding"),
@@ -152,18 +152,18 @@ class LevelRequest(Described):
     ]  # fmt: skip
 
 
-class LowerLayerDrafting(Described):
+class LowerLayers(Described):
     _fields_ = [
         *_pointers("model adapter skip norm"), ("eps", c_double), *_pointers("head"), *_numbers("width"),
         *_pointers("vocabulary scale embedding"),
     ]  # fmt: skip
 
 
-class LowerLayerRequest(Described):
+class DraftRequest(Described):
     _fields_ = [
         *_numbers("rows layers count steps room beam"), ("min_gain", c_double),
         *_pointers("thresholds roots budget cache_row length own_length waiting states cosine sine cache own"),
-        *_pointers("sizes ran stream_index parents tokens cond_probs hidden tapped"),
+        *_pointers("sizes ran positions parents tokens cond_probs hidden tapped"),
     ]  # fmt: skip
 
 
@@ -178,7 +178,7 @@ def layout() -> set[str]:
 
 
 def _compiled_layout(lib: ctypes.CDLL) -> set[str]:
-    """Returns what a library was compiled with; an empty set if it is too old to describe itself."""
+    """Returns the layout that a library was compiled with; empty for one that does not export it."""
     if not hasattr(lib, "foretell_layout_text"):
         return set()
     lib.foretell_layout_text.restype = ctypes.c_char_p
@@ -186,22 +186,18 @@ def _compiled_layout(lib: ctypes.CDLL) -> set[str]:
 
 
 KINDS = {"p": c_void_p, "n": c_int64, "i": c_int, "d": c_double, "s": Matrix}
-"""Types of fields and arguments, by their letters in native.cpp."""
+"""Kinds of fields and arguments, by their letters in native.cpp."""
 CALLS = {
     "bytes": "ppp", "pack": "ppp", "rows": "pppnp", "layers": "pppppppi", "norm": "pppdnnp", "linear": "ppnpppnppini",
-    "heads": "ppppnnpppi", "prefix_layer": "pppppnpi", "grow": "pppi",
-    "grow_through_layers": "pppi", "attention": "ppppppni",
+    "heads": "ppppnnppi", "prefix_layer": "pppppnpi", "grow": "pppi", "grow_through_layers": "pppi",
+    "attention": "ppppppni",
 }  # fmt: skip
 """The arguments of the exported functions that `call` reaches."""
 
 
 @cache
 def loaded() -> ctypes.CDLL | None:
-    """Returns the library, loaded once; None where it was not built.
-
-    Raises:
-        ForetellError: it was compiled from other sources.
-    """
+    """Returns the loaded library, or None where it was not built."""
     if not LIBRARY.exists():
         return None
     lib = ctypes.CDLL(str(LIBRARY))
@@ -217,11 +213,7 @@ def loaded() -> ctypes.CDLL | None:
 
 
 def require() -> ctypes.CDLL:
-    """Returns the library.
-
-    Raises:
-        ForetellError: it was not built.
-    """
+    """Returns the library; the caller knows that it was built."""
     lib = loaded()
     if lib is None:
         raise ForetellError("The kernels were not compiled; install foretell again where there is a C++ compiler.")
@@ -229,17 +221,17 @@ def require() -> ctypes.CDLL:
 
 
 def call(name: str, build: Build, *arguments: Any) -> None:
-    """Calls `foretell_<name>` of native.cpp; tensors, arrays and structures are passed by address.
+    """Calls `foretell_<name>` of native.cpp; tensors, arrays and structures are passed by their addresses.
 
-    They are kept alive until it returns, so arguments may be temporaries.
+    They are held until it returns, so that they may be made in the call itself.
 
     Raises:
-        ForetellError: there was not enough memory, or the call failed otherwise; its outputs are undefined then.
+        ForetellError: there was not enough memory, or the call failed otherwise; its outputs are void.
     """
     lib = require()
     status = getattr(lib, f"foretell_{name}")(build.handle, *map(_passed, arguments))
     if status == 1:
-        raise ForetellError(OUT_OF_MEMORY)
+        raise ForetellError(FULL)
     if status:
         raise ForetellError(f"The kernels failed in {name}: {lib.foretell_message().decode()}; please report this.")
 
@@ -253,18 +245,14 @@ class Build:
 
 
 def find(name: str = "") -> Build | None:
-    """Returns a build by name (see BUILDS), or the best one; None if this processor lacks it, or none was compiled."""
+    """Returns a build by name (see BUILDS), or the best; None if the processor cannot run it or none was compiled."""
     lib = loaded()
     handle = lib.foretell_build(name.encode()) if lib is not None else None
     return Build(lib.foretell_name(handle).decode(), handle) if lib is not None and handle else None
 
 
 def default() -> Build:
-    """Returns the build that `FORETELL_KERNELS` names, or the best one.
-
-    Raises:
-        UsageError: this processor cannot run it.
-    """
+    """Returns the build that `FORETELL_KERNELS` names, or the best; the caller knows that there is one."""
     name = os.environ.get("FORETELL_KERNELS", "")
     build = find(name)
     if build is None:

@@ -17,7 +17,7 @@ from foretell.errors import check
 
 
 def _padded(bias: Tensor | None, outputs: int) -> Tensor | None:
-    """Returns a bias in float32, padded to whole panels."""
+    """Returns a bias in float32, padded to full panels."""
     if bias is None:
         return None
     check(bias.shape == (outputs,), f"A bias of shape {tuple(bias.shape)} does not fit {outputs} outputs.")
@@ -49,18 +49,18 @@ class PackedLinear:
         return y_MN
 
     def argmax(self, x_MK: Tensor, threads: int) -> Tensor:
-        """Returns the first index of the largest output of each row [M] int64, without writing outputs to memory.
+        """Returns the first index of the greatest output of each row [M] int64; the outputs are not written to memory.
 
-        It is -1 for a row whose outputs are not all finite.
+        It is -1 for a row whose outputs are not all finite numbers.
         """
         return self._best(x_MK, 1, True, threads)[1][:, 0]
 
     def top(self, x_MK: Tensor, count: int, threads: int) -> tuple[Tensor, Tensor]:
-        """Returns the `count` largest outputs of each row, largest first: values [M, count] and their indices int64.
+        """Returns the `count` greatest outputs of each row, greatest first: values [M, count] and their indices int64.
 
-        Of equals the first comes first; indices are valid even where outputs are NaN. Other outputs are not written.
+        Of equals the first comes first; indices are valid even of NaN outputs. The outputs are not written to memory.
         """
-        check(0 < count <= self.outputs, f"The {count} largest of {self.outputs} outputs were requested.")
+        check(0 < count <= self.outputs, f"The {count} greatest of {self.outputs} outputs were requested.")
         return self._best(x_MK, count, False, threads)
 
     def _best(self, x_MK: Tensor, count: int, strict: bool, threads: int) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ class PackedLinear:
 
 @dataclass(frozen=True)
 class ThreadedLinear:
-    """A packed linear with its number of threads, as `Backbone.linear` returns it."""
+    """A packed linear with its number of threads: as a drafter gets it (see `Backbone.linear`)."""
 
     packed: PackedLinear
     threads: int

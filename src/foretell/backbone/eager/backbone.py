@@ -1,7 +1,7 @@
 """The readable backbone: the same step as the compiled kernels in plain PyTorch.
 
-It is the reference that the kernels are tested against, the fallback where they were not compiled, and the path on a
-GPU. Its attention is canonical by construction: every query row gathers its own keys in path order, products are
+It is the slow twin that the kernels are tested against, the fallback where they were not compiled, and the path on
+a GPU. Its attention is canonical by construction: every query row gathers its own keys in path order, products are
 summed over the head width, and sums over keys run in blocks of 64 and then block by block, so that neither the
 number of rows nor the length of another row's path can change a bit.
 
@@ -163,7 +163,7 @@ class EagerBackbone(Backbone):
         return layer.out(mixed_MHD.flatten(1))
 
     def _starts(self, nodes: Nodes, cache: KVCache) -> Tensor:
-        """Returns the first slot in the pool of each node's cache row [M]."""
+        """Returns the first slot in the pool of each node's cache row, [M]."""
         return torch.from_numpy(cache.starts[nodes.cache_rows[nodes.sequence]] // cache.keys.shape[3]).to(self.device)
 
     def norm(self, hidden_Md: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class EagerBackbone(Backbone):
         check_ids(ids_N, self.config.vocab)
         if self.config.tied:
             return self._embedding[ids_N.to(self.device)]
-        unit_dd = torch.eye(self.config.hidden, device=self.device)  # a packed matrix can only be multiplied
+        unit_dd = torch.eye(self.config.hidden, device=self.device)  # a packed matrix shows itself only in products
         return self._head(unit_dd)[:, ids_N.to(self.device)].T.to(self.dtype)
 
 
@@ -190,7 +190,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x_MHD: Tensor, cosine_M: Tensor, sine_M: Tensor) -> Tensor:
-    """Applies the rotary embedding: features i and i + D/2 turn by the position's angle."""
+    """Rotary embedding: turns feature i with feature i + D/2 by the position's angle."""
     a, b = x_MHD.chunk(2, dim=-1)
     cosine, sine = cosine_M[:, None], sine_M[:, None]
     return torch.cat([a * cosine - b * sine, b * cosine + a * sine], dim=-1)
@@ -199,12 +199,12 @@ def rotate(x_MHD: Tensor, cosine_M: Tensor, sine_M: Tensor) -> Tensor:
 def attend(
     queries_MHD: Tensor, keys_GSD: Tensor, values_GSD: Tensor, starts_M: Tensor, paths_MT: Tensor, window: int
 ) -> Tensor:
-    """Attends, per row, to its own path: softmax(q·k/√D)·v over the last `window` keys (0: all), [M, H, D] float32.
+    """Each row attends to its own path: softmax(q·k/√D)·v over the last `window` keys (0: all), [M, H, D] float32.
 
     Args:
-        keys_GSD, values_GSD: of one layer, the whole pool.
+        keys_GSD, values_GSD: of one layer, the pool of all rows.
         starts_M: first slot in the pool of each row's cache row.
-        paths_MT: see `Nodes.paths_MT`; padded to whole blocks.
+        paths_MT: see `Nodes.paths_MT`; padded to full blocks.
     """
     chunk = max(1, MAX_PRODUCTS // (paths_MT.shape[1] * queries_MHD[0].numel()))
     pieces = [
@@ -237,5 +237,5 @@ def _attend(
 
 
 def _sum_keys(x: Tensor) -> Tensor:
-    """Sums over keys (dimension 1) in an order independent of their number: inside blocks, then block by block."""
+    """Sum over keys (dimension 1) in an order that does not depend on how many there are: inside blocks, then on."""
     return x.unflatten(1, (-1, BLOCK)).sum(2).cumsum(1)[:, -1]

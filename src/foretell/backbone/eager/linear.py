@@ -1,9 +1,9 @@
-"""Linear layers of the eager backbone: which library multiplies, and how rows stay independent of each other.
+"""The kernel seam of the eager backbone: which library multiplies, and how it is kept row-independent.
 
-Libraries choose another algorithm for one row than for many, and the bits differ. So a call is split into pieces of at
-most 64 rows and a short piece is padded; `probe.py` checks that this is enough, and `canonical.py` pads more where not.
-oneDNN's packed weights run at memory speed on CPUs, but the operators are private to PyTorch and drop gradients
-silently: they are used where they exist, never for training, and `F.linear` is the fallback.
+Libraries pick another algorithm for one row than for many, and the bits differ. So a call is cut into pieces of at
+most 64 rows and a short piece is padded; `probe.py` checks that this is enough, and more is padded where it is not.
+oneDNN's packed weights run at memory speed on CPUs but are private to PyTorch and drop gradients without a word:
+they are probed for, never used for training, and `F.linear` stands behind them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Linear:
         self.dtype, self.min_rows = weight.dtype, MIN_ROWS
         self.packed = _onednn_pack(weight) if packed and weight.device.type == "cpu" else None
         missing = -weight.shape[1] % 16
-        if self.packed is None and missing:  # MKL sums rows at unaligned addresses in another order
+        if self.packed is None and missing:  # rows at unaligned addresses, of which MKL's sums differ
             weight = F.pad(weight, (0, missing))
         self.weight = weight if self.packed is None else weight[:0]
 
@@ -33,14 +33,14 @@ class Linear:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def top(self, x_MK: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Returns the `count` largest outputs of each row, largest first: values [M, count] and their indices int64."""
+        """Returns the `count` greatest outputs of each row, greatest first: values [M, count], indices int64."""
         return self(x_MK).topk(count)
 
     def _piece(self, x_MK: Tensor) -> Tensor:
         rows = len(x_MK)
-        missing = 0 if self.packed is not None else self.weight.shape[1] - x_MK.shape[1]
-        if missing or rows < self.min_rows:
-            x_MK = F.pad(x_MK, (0, missing, 0, max(0, self.min_rows - rows)))
+        wider = 0 if self.packed is not None else self.weight.shape[1] - x_MK.shape[1]
+        if wider or rows < self.min_rows:
+            x_MK = F.pad(x_MK, (0, wider, 0, max(0, self.min_rows - rows)))
         if self.packed is not None:
             y_MN = torch.ops.mkldnn._linear_pointwise(x_MK, self.packed, self.bias, "none", [], "")
         else:
@@ -49,7 +49,7 @@ class Linear:
 
 
 def _onednn_pack(weight: Tensor) -> Tensor | None:
-    """Returns the weight in oneDNN's own layout; None where this build or processor has none for its type."""
+    """Returns the weight in oneDNN's own layout, or None where this build or processor has none for its type."""
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, MAX_ROWS)
         torch.ops.mkldnn._linear_pointwise(weight.new_zeros(4, weight.shape[1]), packed, None, "none", [], "")

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache
 from foretell.contracts import FINAL_NORM, Draft, Drafter, Features, Row
-from foretell.drafters.hydra.heads import GONE, HydraHeads, HydraPlusTraining, HydraTraining, read_arch, shapes
+from foretell.drafters.hydra.heads import HydraHeads, HydraPlusTraining, HydraTraining, read_arch, shapes
 from foretell.drafting.checkpoint import (
     CheckpointOptions,
     Loaded,
@@ -42,7 +42,7 @@ from foretell.drafting.heads import DrafterHeads
 from foretell.drafting.kernels import kernels_for
 from foretell.drafting.learning.decoder_layer import DecoderLayer
 from foretell.drafting.learning.heads import draft_outputs, evenly_spread
-from foretell.drafting.options import option, renamed
+from foretell.drafting.options import option
 from foretell.drafting.protocols import LevelDrafting
 from foretell.drafting.tree_size import no_guesses, tree_size
 from foretell.trees import TokenTree, from_paths
@@ -155,14 +155,6 @@ class Hydra(Drafter):
             taps=evenly_spread(training.taps, backbone), embed=backbone.embed,
             prefix=DecoderLayer(backbone.config, backbone.rotation) if cls.plus else None,
         )  # fmt: skip
-
-    @classmethod
-    def migrated(cls, recorded: dict[str, Any]) -> dict[str, Any]:
-        """Brings the options recorded by a run of an earlier version under their present names."""
-        gone = GONE if cls.plus else GONE | {"fused": False}
-        kept = {name: value for name, value in recorded.items() if name not in gone or value != gone[name]}
-        kept = renamed(cls.Training, kept)
-        return kept | ({"layers": cls.Training().layers} if kept.get("layers") == 0 else {})  # 0 meant the default
 
     @property
     def max_nodes(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,11 @@ from foretell.errors import UsageError
 class HydraTraining(HeadTraining):
     """What Hydra's heads are trained with."""
 
+    REMOVED: ClassVar[Mapping[str, Any]] = {
+        "output": "tied", "grounded": True, "tied": False, "chained": False, "fused": False,
+    }  # fmt: skip
     heads: int = option(4, "How many; head k guesses the token k + 1 ahead.", low=1, high=16, stored=True)
-    layers: int = option(1, "Residual blocks of each head.", low=1, high=8, stored=True)
+    layers: int = option(1, "Residual blocks of each head.", low=1, high=8, unset=0, stored=True)
     taps: int = option(2, "Intermediate layers whose streams are read too; 0 as in the paper.", low=0, high=8)
     linear_tail: bool = option(
         False, "Whether a last block x + W x + b follows, which can lower a number by more than SiLU's 0.28.",
@@ -41,15 +44,14 @@ class HydraTraining(HeadTraining):
 class HydraPlusTraining(HydraTraining):
     """What Hydra++'s heads, and the layer before them, are trained with."""
 
-    layers: int = option(2, "Residual blocks of each head.", low=1, high=8, stored=True)
+    REMOVED: ClassVar[Mapping[str, Any]] = {
+        name: value for name, value in HydraTraining.REMOVED.items() if name != "fused"
+    }
+    layers: int = option(2, "Residual blocks of each head.", low=1, high=8, unset=0, stored=True)
     fuse_prefix: bool = option(
         False, "Whether the layer reads the intermediate streams and the token after each state, and the heads its "
         "stream alone, as in EAGLE-3.", former="fused", stored=True,
     )  # fmt: skip
-
-
-GONE = {"output": "tied", "grounded": True, "tied": False, "chained": False}
-"""Options of earlier versions, with the only values that are still read."""
 
 
 def read_arch(arch: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def read_arch(arch: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UsageError: it was trained with an option that is gone.
     """
-    for name, kept in GONE.items():
+    for name, kept in HydraPlusTraining.REMOVED.items():
         if arch.get(name, kept) != kept:
             raise UsageError(
                 f"It was trained with {name}={str(arch[name]).lower()}, which this version no longer has; train it "

@@ -15,8 +15,7 @@ from foretell.drafting.learning.trainable import Trainable
 class TrainableMethod(Protocol):
     """A drafter class that can be trained: what `train.recipe` uses of it.
 
-    It may also name in `STARTS` the methods whose weights its own can be initialised with (`Trainable.start`), and may
-    have `migrated`, which brings the options recorded by a run of an earlier version under their present names.
+    It may also name in `STARTS` the methods whose weights its own can be initialised with (`Trainable.start`).
 
     Attributes:
         method: its name in the table of drafters.

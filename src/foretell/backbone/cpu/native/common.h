@@ -1,8 +1,8 @@
-// What all builds share: the descriptions of a model, of a cache and of a call.
+// What every instruction-set build of the step shares: the description of a model, of a cache and of a call.
 //
 // Legend: M rows of the call, d hidden width, H query heads, G key/value heads, D head width, F MLP width,
 // S slots of a cache row. Pointers lead to tensors, NumPy arrays and tables that the caller keeps alive during a call, and
-// those of Layer, Model, Heads and Drafting to what it keeps as long as they are used.
+// those of Layer, Model, Heads, LevelDrafting and LowerLayers to what it keeps as long as they are used.
 #pragma once
 #include <cstdint>
 
@@ -72,8 +72,8 @@ struct Span {
 };
 
 // Draft heads side by side: `layers` residual blocks each (the last without SiLU if `linear`), then an output matrix
-// each or one for all. A row reads states of `hidden` numbers, `inputs` numbers together: the first state as it is, the
-// others divided by their root mean square.
+// each or one for all. They read states of `hidden` numbers, `inputs` numbers in all: the first as it is, the others divided by
+// their root mean square.
 struct Heads {
     int64_t heads, hidden, inputs, layers, linear, outputs, choices, threads;
     const Matrix* weight;      // [layers][heads]: `hidden` outputs from `inputs` (first layer) or `hidden`
@@ -81,30 +81,31 @@ struct Heads {
     const Matrix* output;      // [outputs]: `choices` outputs from `hidden`, all of one format
 };
 
-// Newly committed states for a layer of a drafter's own: count[b] of them after the length[b] that its cache holds. If
-// `fuse` is there, it adds to each state [d] outputs from `others` streams [M, d] and the embedding of the next token.
-struct CommittedStates {
+// A drafter's own layer over newly committed states: count[b] of them follow the length[b] that the layer's cache holds of
+// row cache_row[b]. With `fuse`, [d] outputs from `others` streams [M, d] and the embedding of the token after each state
+// are added to them.
+struct PrefixRequest {
     int64_t sequences;
     const int64_t *cache_row, *length, *count;  // [sequences]
     const float *cosine, *sine;                 // [positions, D/2]
     const Matrix* fuse;                         // or null
     int64_t others;
     const float* const* stream;  // [others]
-    const int64_t* following;    // [M] tokens
-    const Matrix* embedding;     // a row a token
+    const int64_t* following;    // [M]
+    const Matrix* embedding;     // a row per token
 };
 
-// Heads that draft a tree level by level, one for each level: they read `streams` states of a row, then the embeddings of
-// the tokens along a path.
+// Heads that draft a tree level by level (drafting/protocols.py): one level each, which read `streams` states of a row, then
+// the embeddings of the path's tokens.
 struct LevelDrafting {
     int64_t levels, hidden, streams, width;  // width: guesses of a node
     const Heads* heads;
-    const Matrix* embedding;    // a row a token
+    const Matrix* embedding;    // a row per token
     const int64_t* vocabulary;  // tokens that the heads choose from
-    const float* scales;        // [levels][2] calibration, or null
+    const float* scales;        // [levels][2] calibration of each head, or null
 };
 
-// Trees to draft so, and where they go: at most `count` nodes besides the root, [rows][count + 1].
+// Trees to draft level by level, at most `count` nodes each besides the root; results are [rows][count + 1].
 struct LevelRequest {
     int64_t rows, count, beam;
     double min_gain;
@@ -113,40 +114,41 @@ struct LevelRequest {
     int64_t* sizes;
     int64_t* parents;
     int64_t* tokens;
-    double* cond_probs;
+    double* cond_probs;  // of each node given its parent
 };
 
-// A head that guesses from the streams of the model's own lower layers, behind an adapter (or none) and a norm.
-struct LowerLayerDrafting {
+// The model's own lower layers as a drafter (LowerLayerDrafting in drafting/protocols.py): an adapter over their streams, or
+// none, and the output matrix that reads them after a norm.
+struct LowerLayers {
     const Model* model;
     const Model* adapter;  // one layer with a cache of its own, or null
     const uint8_t* skip;   // of the adapter, see Span
     const float* norm;     // [d]
     double eps;
-    const Heads* head;  // of no blocks
+    const Heads* head;  // without blocks
     int64_t width;      // guesses of a node
     const int64_t* vocabulary;
     const float* scale;       // [2] calibration, or null
-    const Matrix* embedding;  // a row a token
+    const Matrix* embedding;  // a row per token
 };
 
-// Trees to draft so: at most `count` nodes besides the root and at most `steps` levels; at most `room` nodes of a row run
-// through the `layers`, and those of them that are drafted come first. Chains (`thresholds`) keep all that ran, and end after
-// a token less probable than the row's threshold.
-struct LowerLayerRequest {
+// Trees to draft with lower layers, at most `count` nodes each besides the root. They grow in at most `steps` levels, and at
+// most `room` nodes of a row pass the `layers`; the drafted ones among these come first in the result. Chains keep all of
+// them, and end after a token less probable than the row's threshold.
+struct DraftRequest {
     int64_t rows, layers, count, steps, room, beam;
     double min_gain;
-    const double* thresholds;                            // [rows], or null for trees
+    const double* thresholds;  // [rows], or null for trees
     const int64_t *roots, *budget, *cache_row, *length;  // [rows]
-    const int64_t *own_length, *waiting;  // [rows] slots in the adapter's cache, and states that it has not read yet
+    const int64_t *own_length, *waiting;  // [rows] states in the adapter's cache, and those that it has not read yet
     const float* const* states;           // [rows] -> [waiting][d]
     const float *cosine, *sine;           // [positions, D/2]
     const Cache *cache, *own;
-    int64_t *sizes, *ran;                      // [rows]: nodes of the tree, and how many of them ran through the layers
-    int64_t *stream_index, *parents, *tokens;  // [rows][count + 1]; stream_index: of a node that ran, its row of `hidden`
-    double* cond_probs;
+    int64_t *sizes, *ran;                   // [rows]: nodes of the tree, and how many of them passed the layers
+    int64_t *positions, *parents, *tokens;  // [rows][count + 1]; positions: index in `hidden` of a node that passed them
+    double* cond_probs;                     // of each node given its parent
     float* hidden;         // streams after the layers, in the order in which nodes ran
-    float* const* tapped;  // [layers + 1] those after so many layers, or null
+    float* const* tapped;  // [layers + 1] streams after so many layers, or null
 };
 
 // What one build computes. `bf16` says what activations, keys and values are rounded to: bfloat16, else float32; what
@@ -162,7 +164,7 @@ struct Kernels {
     void (*linear)(const float* x, int64_t rows, const Matrix&, const float* bias, float* out, int64_t count,
                    float* values, int64_t* best, int strict, int64_t threads, int bf16);
     void (*heads)(const Heads&, const float* const* inputs, int64_t rows, int64_t count, float* values, int64_t* best,
-                  float* states, int bf16);
+                  int bf16);
     void (*attention)(const Model&, const Cache&, const Rows&, const void* queries, void* out,
                       int64_t repeats, int bf16);
 };
@@ -173,44 +175,36 @@ const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
 const Kernels* kernels_generic();
 
-void prefix_layer(const Kernels& build, const Model& model, const Cache& cache, const CommittedStates& committed,
-                  float* hidden, int bf16);
+void run_prefix_layer(const Kernels& build, const Model& model, const Cache& cache, const PrefixRequest& request,
+                      float* hidden, int bf16);
 void grow(const Kernels& build, const LevelDrafting& drafting, const LevelRequest& request, int bf16);
-void grow_through_layers(const Kernels& build, const LowerLayerDrafting& drafting, const LowerLayerRequest& request,
-                         int bf16);
+void grow_through_layers(const Kernels& build, const LowerLayers& lower, const DraftRequest& request, int bf16);
 
-// Starts threads up to this number; returns how many there are, fewer where the system starts no more. At most
-// kMaxThreads - 1.
+// How many of so many threads there are: fewer where the system starts no more. Never more than kMaxThreads - 1.
 int64_t recruit(int64_t threads);
-// Runs body(context, thread) on `threads` threads, which `recruit` has returned, and waits; `wait` inside a body is a
-// barrier of all of them. An exception in one body ends the others at their next barrier, and is thrown again here.
+// Runs body(context, thread) on `threads` threads, which `recruit` has promised, and waits; `wait` inside a body is a
+// barrier of all of them. What a body throws ends the other bodies at their next barrier, and is thrown again here.
 void parallel(int64_t threads, void (*body)(void*, int64_t), void* context);
 void wait(int64_t threads);
-
-constexpr int kMaxThreads = 256, kShared = kMaxThreads - 1;  // kShared: memory that no thread calls its own
-
-// What scratch memory is for. One block belongs to each (thread, purpose).
+constexpr int kMaxThreads = 256;
+constexpr int64_t kShared = kMaxThreads - 1;  // in place of a thread, for what all threads of a call read
+// Uses of scratch memory.
 enum Purpose {
-    // of a thread: attention,
-    kKeyPanels, kValuePanels, kScores, kWeights, kQueryTile, kNearPanel, kNearWeights, kSlots, kValueTile, kNearScores,
+    // of each thread: attention
+    kKeyPanels, kValuePanels, kScores, kWeights, kQueryTile, kNearPanel, kNearWeights, kNearSlots, kMixedTile, kNearScores,
     kNodeWeights,
-    // linears and norms
-    kWidePanel, kProducts, kLine,
-    // shared: a step,
+    // of each thread: linear layers and norms
+    kWidePanel, kProduct, kNormLine,
+    // shared: a step
     kNodes, kTasks, kLead, kNormed, kMixed, kActive, kQueries, kQkv,
-    // draft heads, and the best outputs of a linear
-    kHeadInputs, kStreams, kStreamOperands, kStreamInt8, kInt8Rows, kBestValues, kBestIndices, kBestSums, kBestNotFinite,
+    // shared: linear layers, draft heads and their best outputs
+    kOperand, kHeadInputs, kHeadStreams, kHeadOperands, kHeadInt8, kHeadInt8Rows, kBestValues, kBestIndices, kBestMass,
+    kBestWild,
     kPurposes
 };
-
-// Memory that only grows and lives until the process ends. Throws std::bad_alloc.
-void* scratch_bytes(int64_t thread, Purpose purpose, int64_t bytes);
-template <class T>
-static inline T* scratch(int64_t thread, Purpose purpose, int64_t count) {  // static: each build compiles its own
-    return (T*)scratch_bytes(thread, purpose, count * (int64_t)sizeof(T));
-}
-
-// Notes which build's code runs, so that a test can tell.
+// Memory that lives until the process ends and only grows; one block per (thread, purpose). Throws std::bad_alloc.
+void* scratch(int64_t thread, Purpose purpose, int64_t bytes);
+// A build's own code names itself here, so that a test can tell which one ran.
 void ran(const char* build);
 
 }  // namespace foretell

@@ -116,7 +116,7 @@ const Kernels* foretell_build(const char* name) { return find(name); }
 const char* foretell_name(const Kernels* build) { return build->name; }
 // The number of a weight format of products/formats.inc, or -1.
 int64_t foretell_format(const Kernels* build, const char* name) { return build->format(name); }
-// The name of the build whose code the last call ran: a test asks for it.
+// The name of the build whose code the last call ran: for tests.
 const char* foretell_last_build() { return last; }
 const char* foretell_message() { return message; }
 
@@ -155,23 +155,23 @@ int foretell_linear(const Kernels* build, const float* x, int64_t rows, const Ma
     return alone([&] { build->linear(x, rows, *matrix, bias, out, count, values, best, strict, threads, bf16); });
 }
 
-// Row r reads the states which[r] of `store` [*, hidden], inputs / hidden of them; values and best are [heads, rows,
+// Row r reads those of `store` [*, hidden] that which[r] names, inputs / hidden of them; values and best are [heads, rows,
 // count]. states, if not null, gets what the output matrices read, [rows, heads, hidden].
 int foretell_heads(const Kernels* build, const Heads* heads, const float* store, const int64_t* which, int64_t rows,
-                   int64_t count, float* values, int64_t* best, float* states, int bf16) {
+                   int64_t count, float* values, int64_t* best, int bf16) {
     return alone([&] {
         std::vector<const float*> inputs(rows * (heads->inputs / heads->hidden));
         for (size_t i = 0; i < inputs.size(); i++) inputs[i] = store + which[i] * heads->hidden;
-        build->heads(*heads, inputs.data(), rows, count, values, best, states, bf16);
+        build->heads(*heads, inputs.data(), rows, count, values, best, bf16);
     });
 }
 
 // states and hidden are [M, d]; states are left as they are.
-int foretell_prefix_layer(const Kernels* build, const Model* model, const Cache* cache, const CommittedStates* committed,
+int foretell_prefix_layer(const Kernels* build, const Model* model, const Cache* cache, const PrefixRequest* request,
                           const float* states, int64_t count, float* hidden, int bf16) {
     return alone([&] {
         memcpy(hidden, states, count * model->hidden * 4);
-        prefix_layer(*build, *model, *cache, *committed, hidden, bf16);
+        run_prefix_layer(*build, *model, *cache, *request, hidden, bf16);
     });
 }
 
@@ -179,9 +179,8 @@ int foretell_grow(const Kernels* build, const LevelDrafting* drafting, const Lev
     return alone([&] { grow(*build, *drafting, *request, bf16); });
 }
 
-int foretell_grow_through_layers(const Kernels* build, const LowerLayerDrafting* drafting,
-                                 const LowerLayerRequest* request, int bf16) {
-    return alone([&] { grow_through_layers(*build, *drafting, *request, bf16); });
+int foretell_grow_through_layers(const Kernels* build, const LowerLayers* lower, const DraftRequest* request, int bf16) {
+    return alone([&] { grow_through_layers(*build, *lower, *request, bf16); });
 }
 
 int foretell_attention(const Kernels* build, const Model* model, const Cache* cache, const Rows* rows,
@@ -257,18 +256,18 @@ static const std::string& described() {
         STRUCTURE(Span, FIELD(begin), FIELD(end), FIELD(skip), FIELD(taps)) +
         STRUCTURE(Heads, FIELD(heads), FIELD(hidden), FIELD(inputs), FIELD(layers), FIELD(linear), FIELD(outputs),
                   FIELD(choices), FIELD(threads), FIELD(weight), FIELD(bias), FIELD(output)) +
-        STRUCTURE(CommittedStates, FIELD(sequences), FIELD(cache_row), FIELD(length), FIELD(count), FIELD(cosine),
+        STRUCTURE(PrefixRequest, FIELD(sequences), FIELD(cache_row), FIELD(length), FIELD(count), FIELD(cosine),
                   FIELD(sine), FIELD(fuse), FIELD(others), FIELD(stream), FIELD(following), FIELD(embedding)) +
-        STRUCTURE(LevelDrafting, FIELD(levels), FIELD(hidden), FIELD(streams), FIELD(width), FIELD(heads),
-                  FIELD(embedding), FIELD(vocabulary), FIELD(scales)) +
+        STRUCTURE(LevelDrafting, FIELD(levels), FIELD(hidden), FIELD(streams), FIELD(width),
+                  FIELD(heads), FIELD(embedding), FIELD(vocabulary), FIELD(scales)) +
         STRUCTURE(LevelRequest, FIELD(rows), FIELD(count), FIELD(beam), FIELD(min_gain), FIELD(states), FIELD(roots),
                   FIELD(sizes), FIELD(parents), FIELD(tokens), FIELD(cond_probs)) +
-        STRUCTURE(LowerLayerDrafting, FIELD(model), FIELD(adapter), FIELD(skip), FIELD(norm), FIELD(eps), FIELD(head),
+        STRUCTURE(LowerLayers, FIELD(model), FIELD(adapter), FIELD(skip), FIELD(norm), FIELD(eps), FIELD(head),
                   FIELD(width), FIELD(vocabulary), FIELD(scale), FIELD(embedding)) +
-        STRUCTURE(LowerLayerRequest, FIELD(rows), FIELD(layers), FIELD(count), FIELD(steps), FIELD(room), FIELD(beam),
+        STRUCTURE(DraftRequest, FIELD(rows), FIELD(layers), FIELD(count), FIELD(steps), FIELD(room), FIELD(beam),
                   FIELD(min_gain), FIELD(thresholds), FIELD(roots), FIELD(budget), FIELD(cache_row), FIELD(length),
                   FIELD(own_length), FIELD(waiting), FIELD(states), FIELD(cosine), FIELD(sine), FIELD(cache),
-                  FIELD(own), FIELD(sizes), FIELD(ran), FIELD(stream_index), FIELD(parents), FIELD(tokens),
+                  FIELD(own), FIELD(sizes), FIELD(ran), FIELD(positions), FIELD(parents), FIELD(tokens),
                   FIELD(cond_probs), FIELD(hidden), FIELD(tapped)) +
         CALL(bytes) + CALL(pack) + CALL(rows) + CALL(layers) + CALL(norm) + CALL(linear) + CALL(heads) +
         CALL(prefix_layer) + CALL(grow) + CALL(grow_through_layers) + CALL(attention);

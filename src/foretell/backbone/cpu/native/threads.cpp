@@ -35,7 +35,7 @@ static void wait_while(const std::atomic<Number>& value, Number old) {
 }
 
 static std::atomic<int> arrived{0}, rounds{0};  // the barrier
-static std::atomic<bool> broken{false};         // a body ended with an exception: no thread may wait for it
+static std::atomic<bool> broken{false};         // a thread left its body with an exception: nothing may wait for it
 
 struct Broken : std::exception {};
 
@@ -45,7 +45,7 @@ static void break_barrier() {
     rounds.notify_all();
 }
 
-static void reset_barrier() { arrived.store(0), rounds.store(0), broken.store(false); }
+static void mend_barrier() { arrived.store(0), rounds.store(0), broken.store(false); }
 
 void wait(int64_t threads) {
     if (threads == 1) return;
@@ -62,9 +62,9 @@ void wait(int64_t threads) {
 }
 
 struct Team {
-    // `round` counts in steps of kMaxThreads; the remainder is how many threads take part in the round. One number, so that
-    // a thread that wakes late, after its round, cannot mistake the next round's number of threads for that of its own; of
-    // 64 bits, so that it never wraps to what a sleeping thread saw last.
+    // `round` counts in steps of kMaxThreads; the rest is how many threads the round wants. One number, so that a
+    // thread that wakes late for a round that went on without it cannot take the next round's threads for this one's;
+    // of 64 bits, so that it never comes round to what a sleeping thread saw last.
     std::atomic<int64_t> round{0};
     std::atomic<int> running{0};
     void (*body)(void*, int64_t) = nullptr;
@@ -73,7 +73,7 @@ struct Team {
     std::mutex failing;
     std::exception_ptr failure;  // the first of this round
 
-    // No exception may leave a thread. The first is kept; those of threads that wait at the barrier follow from it.
+    // No exception may leave a thread. Those of the others waiting at the barrier follow from the first, which counts.
     void run_body(int id) {
         try {
             body(context, id);
@@ -97,7 +97,7 @@ struct Team {
     // Starts threads until there are `count` with the caller, or the system gives no more; returns how many there are.
     int recruit(int count) {
         if ((int)threads.size() >= count - 1) return count;
-        // threads of the team block all signals but their own faults: the interpreter's threads handle them
+        // signals are handled on the interpreter's threads; these block all but their own faults
         sigset_t blocked, before;
         sigfillset(&blocked);
         for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigdelset(&blocked, fault);
@@ -122,7 +122,7 @@ struct Team {
         run_body(0);
         for (int left; (left = running.load(std::memory_order_acquire));) wait_while(running, left);
         if (!failure) return;
-        reset_barrier();
+        mend_barrier();
         std::rethrow_exception(std::exchange(failure, nullptr));
     }
 };
@@ -136,7 +136,7 @@ std::mutex one_call;           // see threads.h
     [] { one_call.lock(); }, [] { one_call.unlock(); },
     [] {
         new (team) Team;
-        reset_barrier();
+        mend_barrier();
         one_call.unlock();
     });
 
@@ -149,7 +149,7 @@ void parallel(int64_t threads, void (*body)(void*, int64_t), void* context) {
     team->run((int)threads, body, context);
 }
 
-void* scratch_bytes(int64_t thread, Purpose purpose, int64_t bytes) {
+void* scratch(int64_t thread, Purpose purpose, int64_t bytes) {
     static struct { void* data; int64_t bytes; } blocks[kMaxThreads][kPurposes];
     auto& block = blocks[thread][purpose];
     if (block.bytes < bytes) {
