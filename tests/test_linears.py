@@ -15,6 +15,7 @@ from foretell.backbone.cpu.linear import PackedLinear
 from foretell.backbone.eager.linear import Linear
 from foretell.drafting.cpu_heads import PackedHeads
 from foretell.drafting.kernels import kernels_for
+from foretell.loading.blocks import Blocks
 
 LLAMA = {"model_type": "llama", **DIMENSIONS}
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
@@ -172,7 +173,7 @@ def test_a_format_gives_back_its_numbers_and_multiplies_them(kernel: str, name: 
     def holds(rows: int, inputs: int, outputs: int, biased: bool, threads: int) -> None:
         generator = torch.Generator().manual_seed(rows + inputs)
         weight = torch.randn(outputs, inputs, generator=generator)
-        numbers, scale = row.numbers(weight)
+        numbers, scale = row.numbers(Blocks.of(weight))
         truth = numbers.float() if scale is None else numbers.float() * scale[:, None]
         matrix = PackedMatrix(weight, row, library.default())
         ids = torch.randint(outputs, (5,), generator=generator)

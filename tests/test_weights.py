@@ -107,7 +107,7 @@ NORM = "model.layers.1.input_layernorm.weight"
 BROKEN_TENSORS = {
     f"lacks the tensor {NORM} of shape .32,.*fetch it again": lambda t: t.pop(NORM),
     rf"{NORM} has shape .31,. in .*model\.safetensors.*asks for .32,": lambda t: t.update({NORM: torch.ones(31)}),
-    f"{NORM} in .* stored as I8; the float types": lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)}),
+    f"{NORM} in .* stored as I8; the supported types": lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)}),
     "holds model.layers.0.extra.weight, which a llama model": lambda t: t.update(
         {"model.layers.0.extra.weight": torch.ones(1)}
     ),

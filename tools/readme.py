@@ -96,7 +96,7 @@ def startup(r: dict[str, Any]) -> str:
 
 
 SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "testing": exactness, "machine": plain_step, "step": step, "batch": batch, "startup": startup,
+    "exactness": exactness, "machine": plain_step, "step": step, "batch": batch, "startup": startup,
 }  # fmt: skip
 """Section of the results -> its sentence."""
 

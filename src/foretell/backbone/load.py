@@ -57,9 +57,9 @@ def assemble(
     kind = _dtype(dtype, where, build is not None)
     backbone: Backbone
     if build:
-        backbone = CompiledBackbone(config, weights.__getitem__, kind, count, build)
+        backbone = CompiledBackbone(config, weights.blocks, kind, count, build)
     else:
-        backbone = EagerBackbone(config, weights.__getitem__, kind, where, count)
+        backbone = EagerBackbone(config, weights.blocks, kind, where, count)
     backbone.fingerprint = mark()  # part of the name under which the verdict is stored
     verdict = settle(backbone, cache_dir)
     backbone.nondeterminism, backbone.probe_seconds = verdict.nondeterminism, verdict.seconds

@@ -2,7 +2,8 @@
 
 GGUF is llama.cpp's format: weights in quantized blocks under names of its own, and the tokenizer as metadata.
 Each tensor is unpacked to float32 and rounded once to bfloat16, a smaller step than its quantization was;
-unquantized files keep their float type. The folder is then the model, for a float32 run too.
+unquantized files keep their float type, and quantized types that have a row in `blocks.TYPES` keep their blocks.
+The folder is then the model, for a float32 run too.
 Tensors stream through shard by shard, so memory is bounded by a shard, not by the model.
 
 Only q and k need more than renaming: llama.cpp rotates neighbouring pairs of head dimensions where Hugging Face
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foretell.errors import ForetellError
+from foretell.loading.blocks import Blocks, quantized, save
 from foretell.loading.cache_dir import Progress
 from foretell.loading.families import model_config
 from foretell.loading.gguf_file import GGUFFile, metadata_errors, open_gguf
@@ -262,48 +264,52 @@ def _write_weights(
     file: GGUFFile, raw: dict[str, Any], names: dict[str, str], folder: Path, progress: Progress
 ) -> None:
     """Saves the tensors in the file's order, in as few shards as SHARD_BYTES allows."""
-    from safetensors.torch import save_file
-
     dtype = getattr(torch, raw["dtype"])
     stored = [tensor for tensor in file.tensors if tensor.name in names]
-    shards = list(_shards(stored, dtype.itemsize))
+    shards = list(_shards(stored, dtype))
     done, index = 0, {}
     for number, shard in enumerate(shards, start=1):
         file_name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, Blocks] = {}
         for tensor in shard:
-            tensors[names[tensor.name]] = _unpack(tensor, raw).to(dtype)
+            tensors[names[tensor.name]] = _stored(tensor, raw, dtype)
             done += 1
             progress("converting", done / len(names))
-        save_file(tensors, folder / file_name, metadata={"format": "pt"})
+        save(tensors, folder / file_name)
         index.update(dict.fromkeys(tensors, file_name))
     if len(shards) > 1:
-        total = sum(int(tensor.n_elements) * dtype.itemsize for tensor in stored)
+        total = sum(_bytes(tensor, dtype) for tensor in stored)
         content = {"metadata": {"total_size": total}, "weight_map": index}
         (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
-def _shards(tensors: "list[ReaderTensor]", itemsize: int) -> "Iterator[list[ReaderTensor]]":
+def _shards(tensors: "list[ReaderTensor]", dtype: torch.dtype) -> "Iterator[list[ReaderTensor]]":
     shard: list[ReaderTensor] = []
     size = 0
     for tensor in tensors:
-        if shard and size + int(tensor.n_elements) * itemsize > SHARD_BYTES:
+        if shard and size + _bytes(tensor, dtype) > SHARD_BYTES:
             yield shard
             shard, size = [], 0
         shard.append(tensor)
-        size += int(tensor.n_elements) * itemsize
+        size += _bytes(tensor, dtype)
     yield shard
 
 
-def _unpack(tensor: "ReaderTensor", raw: dict[str, Any]) -> torch.Tensor:
-    """One tensor in float32, with the rows Hugging Face expects."""
-    values = _values(tensor)
+def _bytes(tensor: "ReaderTensor", dtype: torch.dtype) -> int:
+    return int(tensor.n_bytes if quantized(tensor.tensor_type.name) else tensor.n_elements * dtype.itemsize)
+
+
+def _stored(tensor: "ReaderTensor", raw: dict[str, Any], dtype: torch.dtype) -> Blocks:
+    """Returns a tensor with the rows Hugging Face expects: floats of this type, or the blocks of a quantized type."""
+    kind = quantized(tensor.tensor_type.name)
+    values = torch.from_numpy(tensor.data.copy()) if kind else _values(tensor).to(dtype)
     part = tensor.name.split(".")[-2]
     if raw["model_type"] == "llama" and part in ("attn_q", "attn_k"):
         heads = raw["num_attention_heads" if part == "attn_q" else "num_key_value_heads"]
         # llama.cpp pairs (0, 1), (2, 3), ..; Hugging Face pairs (0, half), (1, half + 1), ..
         values = values.reshape(heads, -1, 2, *values.shape[1:]).transpose(1, 2).flatten(0, 2)
-    return values.contiguous()
+    values = values.contiguous()
+    return Blocks(kind, values) if kind else Blocks.of(values)
 
 
 def _values(tensor: "ReaderTensor") -> torch.Tensor:

@@ -169,10 +169,13 @@ def _from_catalog(entry: catalog.Entry, cache: Path, progress: Progress) -> Path
 
 
 def _from_gguf(path: Path, cache: Path, progress: Progress) -> Path:
+    from foretell.loading.blocks import TYPES  # PyTorch, which a listing does without
+
     stats = [part.stat() for part in parts(path) if exists(part)]
     # size and time instead of a digest: hashing tens of gigabytes would cost more than loading them
     changed = " ".join(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)
-    target = _target(cache, path.stem, f"{path.resolve()} {changed}")
+    kept = [name for name, row in TYPES.items() if row.quantized]  # a type more makes another folder
+    target = _target(cache, path.stem, " ".join([str(path.resolve()), changed, *kept]))
     packed = sum(stat.st_size for stat in stats)
 
     def make(folder: Path) -> None:

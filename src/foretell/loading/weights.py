@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from foretell.errors import ForetellError
 from foretell.files import one_line, read_json
+from foretell.loading.blocks import TYPES, Blocks, stored_type
 from foretell.loading.config import ModelConfig
 from foretell.loading.tensors import weight_shapes
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE = 1 << 22
 """Numbers that are hashed at once."""
 _BARE = ("embed_tokens", "layers", "norm", "rotary_emb")
@@ -38,12 +38,14 @@ class _Stored:
     name: str  # in that file
     path: Path
 
-    def tensor(self) -> torch.Tensor:
-        whole: torch.Tensor = self.file.get_tensor(self.name)
-        return whole
+    def blocks(self) -> Blocks:
+        return Blocks(TYPES[self.type()], self.file.get_tensor(self.name))
 
-    def slice(self) -> Any:
-        return self.file.get_slice(self.name)
+    def type(self) -> str:
+        return stored_type(self.file, self.name)
+
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.file.get_slice(self.name).get_shape())
 
 
 class Weights:
@@ -58,17 +60,18 @@ class Weights:
         self.tied = tied
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._stored[self._source(name)].tensor()
+        return self.blocks(name).floats()
+
+    def blocks(self, name: str) -> Blocks:
+        """Returns a tensor as it is stored."""
+        return self._stored[self._source(name)].blocks()
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._source(name) in self.shapes
 
     def dtype(self, name: str) -> torch.dtype:
-        """Returns the float type a tensor is stored in."""
-        return _FLOATS[self._slice(name).get_dtype()]
-
-    def _slice(self, name: str) -> Any:
-        return self._stored[self._source(name)].slice()
+        """Returns the type a tensor is stored in."""
+        return TYPES[self._stored[self._source(name)].type()].dtype
 
     def _source(self, name: str) -> str:
         return EMBEDDING if self.tied and name == HEAD else name
@@ -117,7 +120,7 @@ def fingerprint(weights: Weights, config: ModelConfig) -> str:
     digest = hashlib.blake2b(repr(dimensions).encode(), digest_size=8)
     for name, shape in sorted(weights.shapes.items()):
         digest.update(f"{name} {shape}".encode())
-        for values in weights[name].flatten().split(PIECE):
+        for values in weights.blocks(name).pieces(PIECE):
             kind, numbers = _canonical(values)
             digest.update(kind)
             digest.update(numbers.data)
@@ -174,16 +177,16 @@ def _open(path: Path) -> Any:
 def _check(name: str, shape: tuple[int, ...], stored: dict[str, _Stored], folder: Path) -> None:
     if name not in stored:
         raise _lacking(name, shape, stored, folder)
-    view, path = stored[name].slice(), stored[name].path
-    if tuple(view.get_shape()) != shape:
+    kind, found, path = stored[name].type(), stored[name].shape(), stored[name].path
+    if found != (TYPES[kind].stored_shape(shape) if kind in TYPES else shape):
         raise ForetellError(
-            f"{name} has shape {tuple(view.get_shape())} in {path}, but config.json asks for {shape}; "
+            f"{name} has shape {found} in {path}, but config.json asks for {shape}; "
             "they do not belong together: fetch the model again."
         )
-    if view.get_dtype() not in _FLOATS:
+    if kind not in TYPES:
         raise ForetellError(
-            f"{name} in {path} is stored as {view.get_dtype()}; the float types are "
-            f"{', '.join(_FLOATS)}, so use the original unquantized checkpoint."
+            f"{name} in {path} is stored as {kind}; the supported types are "
+            f"{', '.join(TYPES)}, so use the original unquantized checkpoint."
         )
 
 
@@ -210,7 +213,7 @@ def _refuse_unused(stored: dict[str, _Stored], shapes: dict[str, tuple[int, ...]
     for name in stored.keys() - shapes.keys():
         if name == HEAD and config.tied:
             # transformers unties the two when they differ, whatever the config says
-            if not torch.equal(stored[HEAD].tensor(), stored[EMBEDDING].tensor()):
+            if not torch.equal(stored[HEAD].blocks().floats(), stored[EMBEDDING].blocks().floats()):
                 raise ForetellError(
                     f"{stored[HEAD].path} has an lm_head.weight of its own although config.json ties it to the "
                     "embedding; set tie_word_embeddings to false there."

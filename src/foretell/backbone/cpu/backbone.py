@@ -15,16 +15,17 @@ from torch import Tensor
 
 from foretell.backbone.base import Backbone
 from foretell.backbone.cpu import library
-from foretell.backbone.cpu.formats import PackedMatrix, exact_format
+from foretell.backbone.cpu.formats import PackedMatrix, format_for
 from foretell.backbone.cpu.library import call, table
 from foretell.backbone.cpu.linear import PackedLinear, ThreadedLinear
 from foretell.backbone.kv_cache import KVCache
 from foretell.backbone.nodes import Nodes
 from foretell.errors import check
+from foretell.loading.blocks import Blocks
 from foretell.loading.config import ModelConfig
 from foretell.loading.tensors import parts
 
-Reader = Callable[[str], Tensor]
+Reader = Callable[[str], Tensor | Blocks]
 """Gives a weight by its Hugging Face name."""
 
 
@@ -51,8 +52,8 @@ class CompiledBackbone(Backbone):
         self._head = self._packed(read("model.embed_tokens.weight" if config.tied else "lm_head.weight"))
         self.embedding = self._head.matrix
         if not config.tied:
-            rows = exact_format(dtype, packed=False)
-            self.embedding = PackedMatrix(read("model.embed_tokens.weight"), rows, self.build)
+            embedding = Blocks.of(read("model.embed_tokens.weight"))
+            self.embedding = PackedMatrix(embedding, format_for(embedding, dtype, packed=False), self.build)
         fits = self.embedding.inputs == self._head.inputs == config.hidden
         check(fits, "The embedding is as wide as the model.")
         check(config.head_dim == 2 * len(config.inv_freq), "Every pair of a head's numbers has a frequency.")
@@ -74,14 +75,17 @@ class CompiledBackbone(Backbone):
             if not tensors[0].is_matrix:
                 fields[part] = _vector(weights[0])
                 continue
-            join = _interleave if part == "gate_up" else torch.cat
-            biases = [read(f"{name}.bias").float() for name in names] if tensors[0].has_bias(c) else []
-            linear = self._packed(join(weights), join(biases) if biases else None)
+            join: Callable[[list[Tensor]], Tensor] = _interleave if part == "gate_up" else torch.cat
+            bias = None
+            if tensors[0].has_bias(c):
+                bias = join([Blocks.of(read(f"{name}.bias")).floats(torch.float32) for name in names])
+            linear = self._packed(Blocks.join(weights, join), bias)
             fields[part], fields[f"{part}_bias"] = linear.matrix.about, linear.bias
         return library.Layer(*(fields.get(field[0]) for field in library.Layer._fields_))
 
-    def _packed(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-        return PackedLinear(weight.to(self.dtype), bias, self.build)
+    def _packed(self, weight: Tensor | Blocks, bias: Tensor | None = None) -> PackedLinear:
+        weight = Blocks.of(weight)
+        return PackedLinear(weight, bias, self.build, format_for(weight, self.dtype))
 
     def embed(self, tokens_M: Tensor) -> Tensor:
         return self.embedding.rows(tokens_M)
@@ -156,13 +160,14 @@ class CompiledBackbone(Backbone):
         return library.Rows.of(len(nodes), len(nodes.trees), nodes.words, nodes.table_offsets, *angles)
 
 
-def _checked(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
-    check(weight.shape == shape, f"A weight of shape {tuple(weight.shape)} should have the shape {shape}.")
+def _checked(read: Tensor | Blocks, shape: tuple[int, ...]) -> Blocks:
+    weight = Blocks.of(read)
+    check(weight.shape == shape, f"A weight of shape {weight.shape} should have the shape {shape}.")
     return weight
 
 
-def _vector(weight: Tensor) -> Tensor:
-    return weight.to(torch.float32, copy=True).contiguous()
+def _vector(weight: Blocks) -> Tensor:
+    return weight.floats().to(torch.float32, copy=True).contiguous()
 
 
 def _interleave(gate_and_up: Sequence[Tensor]) -> Tensor:

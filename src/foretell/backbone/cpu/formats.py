@@ -18,9 +18,11 @@ from torch.nn import functional as F
 from foretell.backbone.base import check_ids
 from foretell.backbone.cpu.library import Build, Matrix, call, require
 from foretell.errors import check
+from foretell.loading.blocks import Blocks
 
+BF16, FP32 = torch.bfloat16, torch.float32
 Numbers = tuple[Tensor, Tensor | None]
-"""What is packed [N, K], and the scale of each output [N] float32, if there is one."""
+"""What is packed, a row for each output [N, ...], and the scale of each output [N] float32, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -30,31 +32,32 @@ class Format:
     Attributes:
         activations: the type that activations are rounded to before they are multiplied with it.
         numbers: turns a weight [N, K] into what the kernels pack.
+        stored: the type of `loading.blocks` that it keeps as it is, if it does.
         packed: whether it is packed into panels; otherwise it stays as it is, and its rows can only be read.
     """
 
     name: str
     activations: torch.dtype
-    numbers: Callable[[Tensor], Numbers]
+    numbers: Callable[[Blocks], Numbers]
+    stored: str = ""
     packed: bool = True
 
 
-def _as(dtype: torch.dtype) -> Callable[[Tensor], Numbers]:
-    return lambda weight_NK: (weight_NK.to(dtype), None)
+def _as(dtype: torch.dtype) -> Callable[[Blocks], Numbers]:
+    return lambda weight_NK: (weight_NK.floats(dtype), None)
 
 
-def _int8(weight_NK: Tensor) -> Numbers:
+def _int8(weight: Blocks) -> Numbers:
     """Rounds to 255 even steps of each output's own size."""
-    scale_N = weight_NK.float().abs().amax(1).clamp(min=1e-30) / 127
-    return (weight_NK.float() / scale_N[:, None]).round().to(torch.int8), scale_N
+    scale_N = weight.floats(FP32).abs().amax(1).clamp(min=1e-30) / 127
+    return (weight.floats(FP32) / scale_N[:, None]).round().to(torch.int8), scale_N
 
 
-BF16, FP32 = torch.bfloat16, torch.float32
 FORMATS = {
     row.name: row
     for row in (
-        Format("bf16", BF16, _as(BF16)),
-        Format("fp32", FP32, _as(FP32)),
+        Format("bf16", BF16, _as(BF16), stored="BF16"),
+        Format("fp32", FP32, _as(FP32), stored="F32"),
         Format("int8", BF16, _int8),  # widened before it is multiplied
         Format("int8_both", BF16, _int8),  # what it is multiplied with is rounded too, where the processor can
         Format("bf16_rows", BF16, _as(BF16), packed=False),
@@ -75,6 +78,22 @@ def exact_format(dtype: torch.dtype, packed: bool = True) -> Format:
     return FORMATS[names[dtype] + ("" if packed else "_rows")]
 
 
+def format_for(weight: Blocks, dtype: torch.dtype | None = None, packed: bool = True) -> Format:
+    """Returns the format of a weight in a model of this type: one that keeps its blocks, else floats of that type.
+
+    Args:
+        dtype: by default the weight's own.
+
+    Raises:
+        TypeError: models are bfloat16 or float32.
+    """
+    dtype = dtype or weight.type.dtype
+    for row in FORMATS.values():
+        if (row.stored, row.activations, row.packed) == (weight.type.name, dtype, packed):
+            return row
+    return exact_format(dtype, packed)
+
+
 class PackedMatrix:
     """A weight [N, K] in one of `FORMATS`.
 
@@ -82,24 +101,30 @@ class PackedMatrix:
         about: how it is described to the kernels; it keeps the memory alive.
     """
 
-    def __init__(self, weight_NK: Tensor, format: Format, build: Build):
-        check(weight_NK.dim() == 2, f"A matrix has two dimensions, not the shape {tuple(weight_NK.shape)}.")
+    def __init__(self, weight: Tensor | Blocks, format: Format, build: Build):
+        weight = Blocks.of(weight)
+        check(len(weight.shape) == 2, f"A matrix has two dimensions, not the shape {weight.shape}.")
         self.format, self.build = format, build
-        self.outputs, self.inputs = weight_NK.shape
-        numbers_NK, scale_N = format.numbers(weight_NK)
-        numbers_NK = numbers_NK.contiguous()
+        self.outputs, self.inputs = weight.shape
+        numbers, scale_N = format.numbers(weight)
+        numbers = numbers.contiguous()
         number = require().foretell_format(build.handle, format.name.encode())
         check(number >= 0, f"The kernels have no weight format {format.name!r}.")
         scale_N = None if scale_N is None else F.pad(scale_N, (0, -self.outputs % 32))
         shape = (number, self.outputs, self.inputs)
-        self.blocks = numbers_NK
-        if format.packed:
-            size = torch.zeros(1, dtype=torch.int64)
-            call("bytes", build, Matrix(None, None, *shape), size)
-            self.blocks = torch.empty(int(size), dtype=torch.uint8)
+        sizes = torch.zeros(2, dtype=torch.int64)
+        call("sizes", build, Matrix(None, None, *shape), sizes)
+        panels, rows = sizes.tolist()
+        check(
+            numbers.nbytes == rows and format.packed == (panels > 0),
+            f"The rows {format.name!r} of formats.py and formats.inc differ: of a weight of shape {weight.shape}, one "
+            f"makes {numbers.nbytes} bytes {'to be packed' if format.packed else 'that stay as they are'}, the other "
+            f"reads {rows} bytes and makes panels of {panels}.",
+        )
+        self.blocks = torch.empty(panels, dtype=torch.uint8) if format.packed else numbers
         self.about = Matrix(self.blocks, scale_N, *shape)
         if format.packed:
-            call("pack", build, numbers_NK, self.about)
+            call("pack", build, numbers, self.about)
 
     def rows(self, ids_M: Tensor) -> Tensor:
         """Returns rows of the weight [M, K] as float32.

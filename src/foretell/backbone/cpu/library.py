@@ -188,7 +188,7 @@ def _compiled_layout(lib: ctypes.CDLL) -> set[str]:
 KINDS = {"p": c_void_p, "n": c_int64, "i": c_int, "d": c_double, "s": Matrix}
 """Kinds of fields and arguments, by their letters in native.cpp."""
 CALLS = {
-    "bytes": "ppp", "pack": "ppp", "rows": "pppnp", "layers": "pppppppi", "norm": "pppdnnp", "linear": "ppnpppnppini",
+    "sizes": "ppp", "pack": "ppp", "rows": "pppnp", "layers": "pppppppi", "norm": "pppdnnp", "linear": "ppnpppnppini",
     "heads": "ppppnnppi", "prefix_layer": "pppppnpi", "grow": "pppi", "grow_through_layers": "pppi",
     "attention": "ppppppni",
 }  # fmt: skip

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foretell.backbone.cpu.formats import Format, PackedMatrix, exact_format
+from foretell.backbone.cpu.formats import Format, PackedMatrix, format_for
 from foretell.backbone.cpu.library import Build, call, default
 from foretell.errors import check
+from foretell.loading.blocks import Blocks
 
 
 def _padded(bias: Tensor | None, outputs: int) -> Tensor | None:
@@ -35,10 +36,14 @@ class PackedLinear:
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, build: Build | None = None, format: Format | None = None
+        self,
+        weight: Tensor | Blocks,
+        bias: Tensor | None = None,
+        build: Build | None = None,
+        format: Format | None = None,
     ):
         self.build = build or default()
-        self.matrix = PackedMatrix(weight, format or exact_format(weight.dtype), self.build)
+        self.matrix = PackedMatrix(weight, format or format_for(Blocks.of(weight)), self.build)
         self.outputs, self.inputs = self.matrix.outputs, self.matrix.inputs
         self.bias = _padded(bias, self.outputs)
 

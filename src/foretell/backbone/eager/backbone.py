@@ -22,6 +22,7 @@ from foretell.backbone.base import SKIP_ATTENTION, SKIP_MLP, Backbone, check_ids
 from foretell.backbone.eager.linear import Linear
 from foretell.backbone.kv_cache import KVCache
 from foretell.backbone.nodes import Nodes
+from foretell.loading.blocks import Blocks
 from foretell.loading.config import ModelConfig
 from foretell.loading.tensors import parts
 
@@ -55,7 +56,7 @@ class EagerBackbone(Backbone):
     def __init__(
         self,
         config: ModelConfig,
-        read: Callable[[str], Tensor],
+        read: Callable[[str], Tensor | Blocks],
         dtype: torch.dtype,
         device: torch.device,
         threads: int,
@@ -72,13 +73,16 @@ class EagerBackbone(Backbone):
         del self._read
 
     def _matrix(self, name: str) -> Tensor:
-        return self._read(f"{name}.weight").to(self.device, self.dtype)
+        return self._floats(f"{name}.weight", self.dtype)
 
     def _vector(self, name: str) -> Tensor:
-        return self._read(f"{name}.weight").to(self.device, torch.float32)
+        return self._floats(f"{name}.weight", torch.float32)
+
+    def _floats(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return Blocks.of(self._read(name)).floats(dtype, self.device)
 
     def _fused(self, names: list[str], biased: bool) -> Linear:
-        bias = torch.cat([self._read(f"{n}.bias").to(self.device) for n in names]) if biased else None
+        bias = torch.cat([self._floats(f"{name}.bias") for name in names]) if biased else None
         return Linear(torch.cat([self._matrix(name) for name in names]), bias, packed=self._packed)
 
     def _layer(self, index: int) -> EagerLayer:

@@ -156,8 +156,9 @@ struct DraftRequest {
 struct Kernels {
     const char* name;
     int64_t (*format)(const char* name);  // number of a format, or -1
-    int64_t (*bytes)(const Matrix&);      // that its blocks take
-    void (*pack)(const void* weight, const Matrix&);  // fills its blocks with weight [outputs][inputs]
+    // Bytes that its panels take (0: it has none), and bytes of the weight that they are packed from.
+    void (*sizes)(const Matrix&, int64_t* out);
+    void (*pack)(const void* weight, const Matrix&);  // fills its blocks with the rows of a weight
     void (*rows)(const Matrix&, const int64_t* ids, int64_t count, float* out);  // of an embedding, [count][inputs]
     void (*layers)(const Model&, const Cache&, const Rows&, const Span&, float* hidden, int bf16);
     void (*norm)(const float* x, const float* weight, double eps, int64_t rows, int64_t width, float* out);

@@ -122,8 +122,8 @@ const char* foretell_message() { return message; }
 
 // All others return what `guarded` says, and may have written anything to their outputs where that is not 0.
 
-int foretell_bytes(const Kernels* build, const Matrix* matrix, int64_t* bytes) {
-    return guarded([&] { *bytes = build->bytes(*matrix); });
+int foretell_sizes(const Kernels* build, const Matrix* matrix, int64_t* sizes) {
+    return guarded([&] { build->sizes(*matrix, sizes); });
 }
 
 int foretell_pack(const Kernels* build, const void* weight, const Matrix* matrix) {
@@ -269,7 +269,7 @@ static const std::string& described() {
                   FIELD(own_length), FIELD(waiting), FIELD(states), FIELD(cosine), FIELD(sine), FIELD(cache),
                   FIELD(own), FIELD(sizes), FIELD(ran), FIELD(positions), FIELD(parents), FIELD(tokens),
                   FIELD(cond_probs), FIELD(hidden), FIELD(tapped)) +
-        CALL(bytes) + CALL(pack) + CALL(rows) + CALL(layers) + CALL(norm) + CALL(linear) + CALL(heads) +
+        CALL(sizes) + CALL(pack) + CALL(rows) + CALL(layers) + CALL(norm) + CALL(linear) + CALL(heads) +
         CALL(prefix_layer) + CALL(grow) + CALL(grow_through_layers) + CALL(attention);
     return text;
 }
