@@ -1,8 +1,7 @@
-"""The numbers our decoder modules are built from, the same for every family.
+"""The sizes and switches that a model is built from, the same for every family.
 
 `families.py` reads a Hugging Face config once, with its defaults, its renamed keys and its nested rope
-settings, and writes down here only what a forward pass needs. Nothing downstream ever asks "which family is
-this?".
+settings, and keeps here only what a forward pass needs. Nothing downstream depends on the family.
 """
 
 from dataclasses import dataclass

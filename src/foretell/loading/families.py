@@ -1,4 +1,4 @@
-"""Which models we can open, and how a Hugging Face config becomes our `ModelConfig`.
+"""The supported model families, and how a Hugging Face config becomes a `ModelConfig`.
 
 Llama, Mistral, Qwen2 and Qwen3 are one architecture with a few switches: which projections carry a bias,
 whether queries and keys are normed, which layers look through a sliding window. A family is therefore one row
@@ -22,7 +22,7 @@ from foretell.files import one_line, read_json
 from foretell.loading.config import ModelConfig
 
 Raw = Mapping[str, Any]  # a parsed config.json
-# what arithmetic and look-ups raise when a value is not of the kind that was expected
+# errors of arithmetic and look-ups on a value of an unexpected type
 MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError)
 
 
@@ -94,7 +94,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def supported() -> str:
-    """The families in one line, for help texts and errors."""
+    """Lists the families in one line, for help texts and errors."""
     return ", ".join(f"{name} ({family.members})" for name, family in FAMILIES.items())
 
 
@@ -112,7 +112,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def model_config(source: Any, generation: Raw | None = None) -> ModelConfig:
-    """Builds our config from a transformers config or a parsed config.json.
+    """Builds a `ModelConfig` from a transformers config or a parsed config.json.
 
     Args:
         source: a mapping, or anything with `to_dict` (every transformers config).
@@ -124,7 +124,7 @@ def model_config(source: Any, generation: Raw | None = None) -> ModelConfig:
         raise ForetellError(f"The model_type {family_name!r} is not supported; the families are: {supported()}.")
     family = FAMILIES[family_name]
     raw = {**family.defaults, **given}
-    _refuse_what_we_do_not_compute(raw)
+    _refuse_unsupported(raw)
 
     hidden, heads, layers = (_size(raw, key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     kv_heads = _size(raw, "num_key_value_heads", heads)
@@ -175,7 +175,7 @@ def _rope_settings(raw: Raw) -> Raw:
 
 
 def _rope(raw: Raw, settings: Raw, head_dim: int) -> tuple[tuple[float, ...], float]:
-    """(inverse frequencies, factor on cos and sin), scaling applied once and for all."""
+    """Returns inverse frequencies, with any scaling applied, and the factor on cos and sin."""
     kind = settings["kind"]
     theta = float(settings.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
     part = settings.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
@@ -221,7 +221,7 @@ def _context(raw: Raw, settings: Raw) -> int:
 
 
 def _scaled_rope(raw: Raw, kind: str) -> tuple[tuple[float, ...], float]:
-    """The formulas of transformers itself, for configs that scale their frequencies."""
+    """Applies the formulas of transformers itself, for configs that scale their frequencies."""
     import torch
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -236,7 +236,7 @@ def _scaled_rope(raw: Raw, kind: str) -> tuple[tuple[float, ...], float]:
     return tuple(inv_freq.float().tolist()), float(scale)
 
 
-def _refuse_what_we_do_not_compute(raw: Raw) -> None:
+def _refuse_unsupported(raw: Raw) -> None:
     if raw["hidden_act"] != "silu":
         raise ForetellError(f"The hidden_act {raw['hidden_act']!r} is not supported; it must be 'silu'.")
     quantization = raw.get("quantization_config")
@@ -248,7 +248,7 @@ def _refuse_what_we_do_not_compute(raw: Raw) -> None:
 
 
 def _size(raw: Raw, key: str, default: int | None = None) -> int:
-    """A positive whole number from the config, or its default where it is absent or null."""
+    """Returns a positive whole number from the config, or its default where it is absent or null."""
     value = raw.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:

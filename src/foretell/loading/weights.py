@@ -23,9 +23,9 @@ from foretell.loading.tensors import weight_shapes
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 PIECE = 1 << 22
-"""Numbers that are digested at once."""
+"""Numbers that are hashed at once."""
 _BARE = ("embed_tokens", "layers", "norm", "rotary_emb")
-"""Parts of a base model: where one was saved without its output head, their names lack "model."."""
+"""Modules of a base model: saved without an output head, their names lack "model."."""
 # old Llama checkpoints store the rotary frequencies; they follow from the config
 _DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
@@ -90,9 +90,9 @@ def read_weights(folder: Path, config: ModelConfig) -> Weights:
             )
         found += [_Stored(handle, name, path) for name in promised or held]
 
-    found.sort(key=lambda each: each.name == standard_name(each.name))  # of two, the one that is called so counts
-    stored = {standard_name(each.name): each for each in found}
-    if config.tied and EMBEDDING not in stored and HEAD in stored:  # what the two share may lie under either name
+    found.sort(key=lambda tensor: tensor.name == standard_name(tensor.name))  # of two the standard name wins
+    stored = {standard_name(tensor.name): tensor for tensor in found}
+    if config.tied and EMBEDDING not in stored and HEAD in stored:  # the shared tensor may be stored under either name
         stored[EMBEDDING] = stored.pop(HEAD)
     shapes = weight_shapes(config)
     for name, shape in shapes.items():
@@ -107,7 +107,7 @@ def standard_name(name: str) -> str:
 
 
 def fingerprint(weights: Weights, config: ModelConfig) -> str:
-    """Sixteen hex digits that say which backbone this is; trained heads, cached features and costs are bound to it.
+    """Returns sixteen hex digits that identify a backbone; trained heads, cached features and costs are bound to them.
 
     They cover the dimensions and every number of every tensor that the config asks for. The same numbers are the same
     backbone, in whatever shards and float type they are stored; a fine-tune, an adapter or another quantization is
@@ -128,7 +128,7 @@ def fingerprint(weights: Weights, config: ModelConfig) -> str:
 
 
 def _canonical(values_N: torch.Tensor) -> tuple[bytes, NDArray[Any]]:
-    """The same bits for the same numbers: those of bfloat16 if it holds them all, else those of float32."""
+    """Returns the same bits for the same numbers: of bfloat16 if it represents all of them, else of float32."""
     if values_N.dtype == torch.bfloat16:
         return b"bf16", values_N.view(torch.int16).numpy()
     bits_N = values_N.numpy().astype(np.float32, copy=False).view(np.uint32)
@@ -136,7 +136,7 @@ def _canonical(values_N: torch.Tensor) -> tuple[bytes, NDArray[Any]]:
 
 
 def _files(folder: Path) -> dict[Path, set[str] | None]:
-    """The safetensors files, each with the tensors its index promises; None where there is no index."""
+    """Returns the safetensors files, each with the tensors that the index lists; None where there is no index."""
     single, index_path = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index_path.is_file():
         weight_map = read_json(index_path).get("weight_map")
