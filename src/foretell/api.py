@@ -191,7 +191,7 @@ def load(
     Raises:
         ForetellError, UsageError: one sentence with the remedy.
     """
-    drafters.parse_options(drafter, options)  # refuses what is mistyped before anything is downloaded
+    drafters.parsed(drafter, options)  # refuses what is mistyped before anything is downloaded
     folder = resolve(str(model), cache_dir=cache_dir, offline=offline, progress=progress)
     backbone = assemble(folder.path, dtype=dtype, device=device, threads=threads, kernel=kernel, cache_dir=cache_dir)
     backbone.costs = costs_file(backbone, cache_dir)

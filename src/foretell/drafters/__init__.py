@@ -98,15 +98,15 @@ def drafter_class(drafter: str | type[Drafter]) -> type[Drafter]:
     return checked(found, f"Drafter {drafter!r} ({rows[drafter][1]})")
 
 
-def parse_options(drafter: str | type[Drafter], options: Mapping[str, Any]) -> Any:
-    """The options of a drafter, checked, as its `build` takes them.
+def parsed(drafter: str | type[Drafter], options: Mapping[str, Any]) -> tuple[type[Drafter], Any]:
+    """Returns a drafter's class and its options, checked, as its `build` takes them.
 
     Raises:
         UsageError: for an unknown drafter or option, or a value that is not allowed.
     """
     cls = drafter_class(drafter)
     name = drafter if isinstance(drafter, str) else cls.__name__
-    return parse(cls.Options, options, f"Drafter {name!r}")
+    return cls, parse(cls.Options, options, f"Drafter {name!r}")
 
 
 def build(drafter: str | type[Drafter], backbone: Backbone, lookup: bool = False, **options: Any) -> Drafter:
@@ -118,13 +118,13 @@ def build(drafter: str | type[Drafter], backbone: Backbone, lookup: bool = False
     Raises:
         UsageError, ForetellError: it cannot be made; the sentence names the remedy.
     """
-    parsed = parse_options(drafter, options)
-    built = drafter_class(drafter).build(backbone, parsed)
+    cls, chosen = parsed(drafter, options)
+    built = cls.build(backbone, chosen)
     if not lookup:
         return built
     from foretell.drafters.prompt_lookup import prices_of, with_lookup
 
-    sized = getattr(parsed, "nodes", 0) or getattr(parsed, "tree", "")  # a size that was given holds
+    sized = getattr(chosen, "nodes", 0) or getattr(chosen, "tree", "")  # a size that was given holds
     return with_lookup(built, None if sized else prices_of(backbone))
 
 

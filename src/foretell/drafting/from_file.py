@@ -79,23 +79,27 @@ def _drafters(module: ModuleType) -> dict[str, Any]:
     return {name: each for name, each in own.items() if isinstance(each, type) and issubclass(each, Drafter)}
 
 
+_loaded: dict[Path, tuple[int, ModuleType]] = {}
+"""File -> when it was changed, and the module that it became."""
+
+
 def _module(path: Path) -> ModuleType:
-    """The file as a module; one that has not changed since is not run again."""
+    """Imports a file as a module; one that has not changed since is not run again."""
     name = f"{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
     changed = path.stat().st_mtime_ns
-    if (known := sys.modules.get(name)) is not None and getattr(known, "_changed", None) == changed:
-        return known
+    if path in _loaded and _loaded[path][0] == changed:
+        return _loaded[path][1]
     spec = spec_from_file_location(name, path)
     assert spec and spec.loader
     module = module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look up their types there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except Exception as error:  # the user's own code may fail in any way while it is imported
         sys.modules.pop(name, None)
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         where = f"{path}, line {line}" if line else str(path)
         raise ForetellError(f"{where} fails: {type(error).__name__}: {one_line(error)}.") from error
-    module._changed = changed  # type: ignore[attr-defined]
+    _loaded[path] = changed, module
     return module
