@@ -525,7 +525,7 @@ def test_a_model_that_writes_no_turns_is_refused(
 ) -> None:
     talkative(bias)
     with pytest.raises(
-        ForetellError, match="does not write user turns of its own.*give it prompts with --prompts"
+        ForetellError, match="does not write user turns of its own.*give it prompts with `prompts=`"
     ) as e:
         write_prompts(llm, 3, tmp_path / "p.jsonl", seed=0, rows=2)
     one_sentence(e)
@@ -539,7 +539,7 @@ def test_a_model_that_writes_one_turn_only_is_refused(
             yield index, package.requests.Event(index, [1], [False], "the same again", finish_reason="stop")
 
     monkeypatch.setattr(prompting, "run", run)
-    with pytest.raises(ForetellError, match="give it prompts with --prompts") as error:
+    with pytest.raises(ForetellError, match="give it prompts with `prompts=`") as error:
         write_prompts(llm, 3, tmp_path / "p.jsonl", seed=0, rows=2)
     one_sentence(error)
     assert [each.turns for each in read_prompts(tmp_path / "p.jsonl")] == [("the same again",)]

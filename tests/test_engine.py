@@ -128,7 +128,7 @@ def test_every_kernel_keeps_the_promise(kernel: str, dtype: torch.dtype) -> None
 def test_any_model_keeps_the_promise() -> None:
     """Random sizes, families and ropes; every row of the batch a request of another kind."""
 
-    def reusable_tokens(model: Model, dtype: torch.dtype, seed: int, max_rows: int) -> None:
+    def equals_plain(model: Model, dtype: torch.dtype, seed: int, max_rows: int) -> None:
         backbone = model.build(dtype=dtype)
         vocab = backbone.config.vocab
         requests = [
@@ -141,7 +141,7 @@ def test_any_model_keeps_the_promise() -> None:
         assert_same(finish(decoder, requests), truth)
         assert held_like_a_fresh_prefill(decoder) > 0
 
-    check("", 15, reusable_tokens, models(), DTYPES, st.integers(0, 99), st.integers(1, 5))
+    check("", 15, equals_plain, models(), DTYPES, st.integers(0, 99), st.integers(1, 5))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -42,9 +42,6 @@ HOMES = {
 """Heavy libraries and the only places that may import them."""
 
 MAX_LINES, MAX_LINES_OF_A_FUNCTION = 400, 60
-LONGER: set[str] = set()
-"""Files, and functions as "file:name", that may be longer; each a decision somebody made."""
-
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -162,19 +159,12 @@ def test_heavy_libraries_stay_at_home(path: Path) -> None:
 
 @every_file
 def test_files_and_functions_stay_short(path: Path) -> None:
-    where, text = path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
-    assert where in LONGER or len(text.splitlines()) <= MAX_LINES
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_LINES
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
-            assert f"{where}:{node.name}" in LONGER or lines <= MAX_LINES_OF_A_FUNCTION, (
-                f"{node.name} has {lines} lines"
-            )
-
-
-def test_exceptions_are_still_needed() -> None:
-    for exception in LONGER:
-        assert (ROOT / exception.split(":")[0]).exists()
+            assert lines <= MAX_LINES_OF_A_FUNCTION, f"{node.name} has {lines} lines"
 
 
 @pytest.mark.parametrize(

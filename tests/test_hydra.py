@@ -182,11 +182,11 @@ def test_a_static_tree_holds_the_paths_it_was_given() -> None:
     guessed = {tuple(tokens[i] for i in tree.path(node)) for node in range(len(tree))}
     expected = set()
     for path in [(), *paths[:11]]:
-        log_probs = [row.tokens[-1]]
+        guesses = [row.tokens[-1]]
         for rank in path:
-            best = log_probs_after(backbone, module, row.tokens, log_probs).topk(5).indices
-            log_probs.append(int(module.vocabulary_V[best[rank]]))
-        expected.add(tuple(log_probs))
+            best = log_probs_after(backbone, module, row.tokens, guesses).topk(5).indices
+            guesses.append(int(module.vocabulary_V[best[rank]]))
+        expected.add(tuple(guesses))
     assert guessed == expected
 
 

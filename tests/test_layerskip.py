@@ -184,7 +184,7 @@ def test_what_is_drafted_in_one_call_is_what_is_drafted_level_by_level(kernel: s
     """The slow twin of the kernels' growth, with streams handed on from several exits."""
     with using(kernel):
         backbone = deep(BF16)
-    log_probs = []
+    drafts = []
     for slow in (False, True):
         drafter = dynamic(backbone, (1, 2, 4), nodes=12, chain=chain, steps=5)
         drafter._one_call = None if slow else drafter._one_call
@@ -192,8 +192,8 @@ def test_what_is_drafted_in_one_call_is_what_is_drafted_level_by_level(kernel: s
         decoder = decoder_of(backbone, drafter, max_rows=3)
         put(drafter.statistics, "choose", lambda slots: (2, [0.05] * len(slots)))  # layer 4
         finish(decoder, requests())
-        log_probs.append(seen)
-    for one, other in zip(*log_probs, strict=True):
+        drafts.append(seen)
+    for one, other in zip(*drafts, strict=True):
         assert (one.trees, one.tokens, one.probabilities) == (other.trees, other.tokens, other.probabilities)
         assert (one.resume is None) == (other.resume is None)
         if one.resume and other.resume:

@@ -169,7 +169,7 @@ def test_what_is_kept_for_other_taps_is_not_computed_again(
     kept = FeatureStore(backbone, DATA, (2, FINAL_NORM), tmp_path / "features-f00d-2--1")
     kept.prepare()
     ran: list[int] = []
-    run, log_probs = backbone.run_layers, backbone.logits
+    run, read_out = backbone.run_layers, backbone.logits
 
     def run_layers(hidden_Md: Tensor, nodes: Any, cache: Any, begin: int, end: int, **options: Any) -> Any:
         ran.append(end)
@@ -177,7 +177,7 @@ def test_what_is_kept_for_other_taps_is_not_computed_again(
 
     def logits(states_Md: Tensor) -> Tensor:
         ran.append(-1)
-        return log_probs(states_Md)
+        return read_out(states_Md)
 
     monkeypatch.setattr(backbone, "run_layers", run_layers)
     monkeypatch.setattr(backbone, "logits", logits)
@@ -326,7 +326,9 @@ def test_a_full_disk_leaves_no_shard(backbone: Backbone, tmp_path: Path, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr(files_of_ours, "_free_bytes", lambda folder: 10**4)
         patched.setattr(FeatureStore, "_compute", None)
-        with pytest.raises(ForetellError, match=r"0 MB are free\); free some, or keep no features, with --no-cache"):
+        with pytest.raises(
+            ForetellError, match=r"0 MB are free\); free some, or keep no features, with `keep_features=False`"
+        ):
             FeatureStore(backbone, DATA, TAPS, tmp_path).prepare()  # before any work
     (tmp_path / "file").touch()
     with pytest.raises(ForetellError, match="annot write to .*file"):
@@ -940,7 +942,9 @@ def test_a_loss_that_is_no_number_ends_the_run(trainer: Made, bad: float) -> Non
         return {name: term * (bad if calls["losses"] == 4 else 1) for name, term in losses(batch).items()}
 
     made.module.losses = broken  # type: ignore[method-assign]
-    with pytest.raises(ForetellError, match=f"^The loss became {bad} at step 3; lower --lr, with another --out.$"):
+    with pytest.raises(
+        ForetellError, match=f"^The loss became {bad} at step 3; lower `learning_rate=`, with another `out=`.$"
+    ):
         made.run()
     assert table(made).isfinite().all()
     saved = trainer()
@@ -971,11 +975,11 @@ def test_a_damaged_state_is_one_sentence_and_stays(trainer: Made) -> None:
     ("options", "sentence"),
     [
         ({"learning_rate": 0.02}, r"holds a run with learning_rate 0\.01 \(not 0\.02\); go on with the same"),
-        ({"seed": 1, "epochs": 9}, r"with epochs 4 \(not 9\), seed 0 \(not 1\); go on with the same, or .*--out"),
+        ({"seed": 1, "epochs": 9}, r"with epochs 4 \(not 9\), seed 0 \(not 1\); go on with the same, or .*`out=`"),
         ({"data": DATA[:-1]}, "holds a run with other data; go on with the same"),
         ({"data": [*DATA[:-1], Distilled(11, DATA[11].tokens, [(0, 1)])]}, "holds a run with other data"),
-        ({"module": Line()}, "holds a run of another drafter; choose another --out"),
-        ({"module": Words(7)}, "holds a run of another drafter; choose another --out"),
+        ({"module": Line()}, "holds a run of another drafter; choose another `out=`"),
+        ({"module": Words(7)}, "holds a run of another drafter; choose another `out=`"),
     ],
 )
 def test_another_run_is_not_gone_on_with(trainer: Made, options: dict[str, Any], sentence: str) -> None:
@@ -1055,7 +1059,7 @@ def test_a_run_of_another_method_is_named_first(trainer: Made) -> None:
     made.save()
     other = trainer(seed=1)
     other.options = {"method": "hydra", "taps": 2}
-    with pytest.raises(UsageError, match=r"run holds a run of medusa; choose another --out\.$"):
+    with pytest.raises(UsageError, match=r"run holds a run of medusa; choose another `out=`\.$"):
         other.resume()
     made.options = {"heads": 4}  # as earlier versions wrote it
     made.save()

@@ -12,7 +12,7 @@ from foretell.cli.wording import for_command_line
 from foretell.errors import ForetellError
 
 ROOT = Path(package.__file__).parent
-SPEAK_PYTHON = ("backbone", "drafters", "drafting", "engine", "loading", "trees", "verify")
+SPEAK_PYTHON = ("backbone", "drafters", "drafting", "engine", "loading", "train", "trees", "verify")
 """Folders whose errors name Python's arguments; `drafting/options.py` also parses what the command line was given."""
 FILES = [path for folder in SPEAK_PYTHON for path in sorted((ROOT / folder).rglob("*.py")) if path.name != "options.py"]
 
@@ -24,6 +24,8 @@ FILES = [path for folder in SPEAK_PYTHON for path in sorted((ROOT / folder).rglo
         ("use `device='cpu'`.", "use --device cpu."),
         ("run once without `offline=True`, or", "run once without --offline, or"),
         ("lower `max_new_tokens=` to at most 3", "lower --max-new-tokens to at most 3"),
+        ("with `keep_features=False`, or `other_model=True`", "with --no-cache, or --other-model"),
+        ("choose another `out=`; lower `learning_rate=`", "choose another --out; lower --lr"),
         ("train with `linear=True`.", "train with -o linear=true."),
         ("name one in `stop_ids=`", "name one in --stop-id"),
         ("with `plan='FILE'` and `search=False`", "with -o plan=FILE and -o search=false"),

@@ -44,6 +44,7 @@ class LLM:
 
     def __init__(self, backbone: Backbone, tokenizer: Tokenizer, drafter: Drafter, folder: ModelFolder | None = None):
         self.backbone, self.tokenizer, self.drafter, self.folder = backbone, tokenizer, drafter, folder
+        self.loading: dict[str, Any] = {}  # how `load` was called, so that another model can be loaded alike
         self._decoder: SpeculativeDecoder | None = None
         self._decoder_options: tuple[int, Typical | None, bool] | None = None
         self._lock = threading.Lock()
@@ -192,15 +193,15 @@ def load(
         ForetellError, UsageError: one sentence with the remedy.
     """
     drafters.parsed(drafter, options)  # refuses what is mistyped before anything is downloaded
+    computing: dict[str, Any] = {
+        "dtype": dtype, "device": device, "threads": threads, "kernel": kernel, "cache_dir": cache_dir,
+    }  # fmt: skip
     folder = resolve(str(model), cache_dir=cache_dir, offline=offline, progress=progress)
-    backbone = assemble(folder.path, dtype=dtype, device=device, threads=threads, kernel=kernel, cache_dir=cache_dir)
+    backbone = assemble(folder.path, **computing)
     backbone.costs = costs_file(backbone, cache_dir)
     tokenizer = Tokenizer.from_folder(folder.path)
     ends = dict.fromkeys((*backbone.config.eos_ids, *tokenizer.ends))
     backbone.config = replace(backbone.config, eos_ids=tuple(ends))
-    return LLM(
-        backbone,
-        tokenizer,
-        drafters.build(drafter, backbone, lookup=lookup, **options),
-        folder,
-    )
+    llm = LLM(backbone, tokenizer, drafters.build(drafter, backbone, lookup=lookup, **options), folder)
+    llm.loading = {**computing, "offline": offline}
+    return llm

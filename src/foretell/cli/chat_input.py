@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from foretell.cli.terminal import note
@@ -128,6 +130,7 @@ class KeyboardReader(TurnReader):
         import tty
 
         before = termios.tcgetattr(self._descriptor)
+        ended = {number: signal.signal(number, _exit) for number in (signal.SIGTERM, signal.SIGHUP)}
         try:
             tty.setcbreak(self._descriptor, termios.TCSADRAIN)  # no echo, keys at once; Ctrl-C stays a signal
             yield
@@ -136,6 +139,8 @@ class KeyboardReader(TurnReader):
                 self.has_left()
             finally:  # a Ctrl-C just now must not leave the terminal without echo
                 termios.tcsetattr(self._descriptor, termios.TCSADRAIN, before)
+                for number, handler in ended.items():
+                    signal.signal(number, handler)
 
     def has_left(self) -> bool:
         while select.select([self._descriptor], [], [], 0)[0]:
@@ -181,6 +186,11 @@ class PromptReader(KeyboardReader):
             except EOFError:
                 break
         return None
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    """Leaves by an exception where a signal would end the program at once, with the terminal as it is."""
+    sys.exit(128 + number)
 
 
 def draft_of(typed: str) -> str:

@@ -23,6 +23,8 @@ class LayerTensor:
         sizes: names of the numbers in `ModelConfig` that are its shape: (outputs, inputs), or (width,) of a norm.
         bias: the switch in `ModelConfig` that says whether there is a ".bias" [outputs] too.
         only_if: the switch that says whether there is such a tensor at all.
+        alternates: fused with its rows between those of its part's others, as what is multiplied pairwise lies side
+            by side, where a backbone's layout gains by it.
     """
 
     name: str
@@ -30,6 +32,7 @@ class LayerTensor:
     sizes: tuple[str, ...]
     bias: str = ""
     only_if: str = ""
+    alternates: bool = False
 
     @property
     def is_matrix(self) -> bool:
@@ -56,11 +59,13 @@ ATTENTION = (
 )
 MLP = (
     LayerTensor("post_attention_layernorm", "mlp_norm", ("hidden",)),
-    LayerTensor("mlp.gate_proj", "gate_up", ("mlp", "hidden"), bias="mlp_bias"),
-    LayerTensor("mlp.up_proj", "gate_up", ("mlp", "hidden"), bias="mlp_bias"),
+    LayerTensor("mlp.gate_proj", "gate_up", ("mlp", "hidden"), bias="mlp_bias", alternates=True),
+    LayerTensor("mlp.up_proj", "gate_up", ("mlp", "hidden"), bias="mlp_bias", alternates=True),
     LayerTensor("mlp.down_proj", "down", ("hidden", "mlp"), bias="mlp_bias"),
 )
 LAYER = ATTENTION + MLP
+SIZES = ("hidden", "heads", "kv_heads", "head_dim", "mlp")
+"""Numbers of `ModelConfig` that compiled kernels are given."""
 
 
 def parts(config: ModelConfig | None = None) -> dict[str, list[LayerTensor]]:

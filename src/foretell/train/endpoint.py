@@ -228,7 +228,7 @@ class Endpoint:
         return ForetellError(
             f"{self.url} seems to serve another model ({self.model}): the local one agrees with its answers "
             f"{self.agreement.share:.0%} as often as with its own, where {FLOOR:.0%} is the least for the same model; "
-            "serve the same one, or allow it with --other-model."
+            "serve the same one, or allow it with `other_model=True`."
         )
 
     def _unreadable(self, reply: Any) -> ForetellError:

@@ -42,7 +42,7 @@ _TEACHING = ("teacher_ids", "teacher_p")
 
 BLOCK = 64
 """Logits whose maximum is compared first."""
-NOT_KEPT = "keep no features, with --no-cache"
+NOT_KEPT = "keep no features, with `keep_features=False`"
 
 
 class Batches(ABC):

@@ -171,6 +171,6 @@ def write_prompts(
         if not turns or repeats > 2 * len(seen) + len(tries):  # a resumed run may first repeat all that is there
             raise ForetellError(
                 f"The model does not write {'more ' if seen else ''}user turns of its own (in {len(tries)} attempts "
-                f"none was {'new' if turns else 'whole'}); give it prompts with --prompts FILE.jsonl."
+                f"none was {'new' if turns else 'whole'}); give it prompts with `prompts=`."
             )
         attempt += len(tries)

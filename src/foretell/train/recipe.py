@@ -175,7 +175,7 @@ def begin(
             "command": command, "data": [store.manifest for store in stores], "settings": asdict(settings),
             "options": asdict(chosen), **started,
         }  # fmt: skip
-        yield Run(cls, llm, llm.folder.name, trainer, out, provenance, load or _loads_like(llm))
+        yield Run(cls, llm, llm.folder.name, trainer, out, provenance, load or partial(api.load, **llm.loading))
 
 
 @dataclass
@@ -268,16 +268,16 @@ def check_out(out: Path, method: str) -> None:
             found = str(read_json(out / "drafter/config.json").get("method", ""))
     if "run" not in names and "drafter" in names:
         kind = f"{found} drafter" if found else "drafter"
-        raise UsageError(f"{out} holds a finished {kind}; choose another --out, or delete it.")
+        raise UsageError(f"{out} holds a finished {kind}; choose another `out=`, or delete it.")
     if "run" not in names and names:
         some = ", ".join(names[:3]) + (", …" if names[3:] else "")
-        raise UsageError(f"{out} holds other things ({some}); choose another --out.")
+        raise UsageError(f"{out} holds other things ({some}); choose another `out=`.")
     if found not in ("", method):
-        raise UsageError(f"{out} holds a run of {found}; choose another --out.")
+        raise UsageError(f"{out} holds a run of {found}; choose another `out=`.")
     if others := sorted({*inside} - {"config.json", "model.safetensors"}):
         raise UsageError(
             f"{out / 'drafter'} holds {', '.join(others)}, which would be lost; move it elsewhere, or choose another "
-            "--out."
+            "`out=`."
         )
 
 
@@ -290,7 +290,7 @@ def open_data(data: Folders) -> list[ConversationStore]:
     """Opens the folders of data; refuses empty ones, and one that is named twice."""
     folders = [Path(folder) for folder in ([data] if isinstance(data, str | Path) else data)]
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise UsageError("--data names a folder twice; give each once, and more --epochs to learn it longer.")
+        raise UsageError("`data=` names a folder twice; give each once, and more `epochs=` to learn it longer.")
     stores = [ConversationStore.open(folder) for folder in folders]
     for store in stores:
         if not store.conversations:
@@ -306,7 +306,7 @@ def check_data(store: ConversationStore, llm: LLM, other_model: bool) -> None:
     if writer != backbone.fingerprint and not other_model:
         raise UsageError(
             f"{store.folder} was written by {model} (fingerprint {writer}), not by this model "
-            f"({backbone.fingerprint}); distill with this one, or allow it with --other-model."
+            f"({backbone.fingerprint}); distill with this one, or allow it with `other_model=True`."
         )
     largest, vocab_size = max(max(talk.tokens) for talk in store.conversations), backbone.config.vocab
     if largest >= vocab_size:
@@ -341,11 +341,3 @@ def token_counts(conversations: Iterable[Distilled], vocab_size: int) -> Tensor:
 def to_replay(held_out: Sequence[int]) -> list[int]:
     """At most `MAX_REPLAYED` of the held-out conversations, evenly spread over all folders of data."""
     return list(held_out[:: max(1, len(held_out) // MAX_REPLAYED)][:MAX_REPLAYED])
-
-
-def _loads_like(llm: LLM) -> Callable[[str], LLM]:
-    """A function that loads another model as this one computes."""
-    backbone, dtype = llm.backbone, str(llm.backbone.dtype).removeprefix("torch.")
-    return lambda name: api.load(
-        name, dtype=dtype, device=str(backbone.device), threads=backbone.threads, kernel=backbone.kernels
-    )

@@ -41,12 +41,12 @@ def read_start(start: str, backbone: Backbone, cls: type[TrainableMethod]) -> St
     if checkpoint.method not in able:
         raise UsageError(
             f"{start} is a {checkpoint.method} drafter, with which {cls.method} cannot begin; begin with one of "
-            f"{', '.join(able)}, or without --start."
+            f"{', '.join(able)}, or without `start=`."
         )
     if checkpoint.fingerprint != backbone.fingerprint:
         raise UsageError(
             f"{start} was trained for {checkpoint.backbone} (fingerprint {checkpoint.fingerprint}), not for this model "
-            f"({backbone.fingerprint}); begin with a drafter of this one, or without --start."
+            f"({backbone.fingerprint}); begin with a drafter of this one, or without `start=`."
         )
     if "vocabulary" not in tensors:
         raise ForetellError(f"{start} is damaged, or of another method: it lacks a draft vocabulary.")

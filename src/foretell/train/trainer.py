@@ -204,7 +204,7 @@ class Trainer:
             loss = torch.stack(list(terms.values())).sum() / len(batches)
             if not torch.isfinite(loss):
                 raise ForetellError(
-                    f"The loss became {loss.item()} at step {self.step}; lower --lr, with another --out."
+                    f"The loss became {loss.item()} at step {self.step}; lower `learning_rate=`, with another `out=`."
                 )
             loss.backward()
             for name, term in terms.items():
@@ -298,7 +298,7 @@ class Trainer:
             self.module.load_state_dict({_present(name): value for name, value in state["module"].items()})
             self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError) as error:
-            raise UsageError(f"{self.folder} holds a run of another drafter; choose another --out.") from error
+            raise UsageError(f"{self.folder} holds a run of another drafter; choose another `out=`.") from error
         self.step, self.skipped, self.seconds, self.began_in = step, skipped, seconds, began_in
         self._old_seeds = seeds == "hash"
         if not number_types.measured(self.device.type).clearly_slower(began_in):
@@ -313,13 +313,14 @@ class Trainer:
             saved["model"] = current(saved["model"])
         method, own_method = saved.pop("method", None), own.pop("method", None)
         if method not in (None, own_method):  # earlier versions did not save it
-            raise UsageError(f"{self.folder} holds a run of {method}; choose another --out.")
+            raise UsageError(f"{self.folder} holds a run of {method}; choose another `out=`.")
         names = [name for name in {**saved, **own} if name not in WITHOUT_EFFECT]
         differ = [name for name in names if saved.get(name) != own.get(name)]
         other = ", ".join(f"{name} {saved.get(name)} (not {own.get(name)})" for name in differ)
         if other or data != self._data:
             raise UsageError(
-                f"{self.folder} holds a run with {other or 'other data'}; go on with the same, or choose another --out."
+                f"{self.folder} holds a run with {other or 'other data'}; go on with the same, "
+                "or choose another `out=`."
             )
 
     def _cut_log(self) -> None:

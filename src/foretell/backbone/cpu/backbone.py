@@ -23,7 +23,7 @@ from foretell.backbone.nodes import Nodes
 from foretell.errors import check
 from foretell.loading.blocks import Blocks
 from foretell.loading.config import ModelConfig
-from foretell.loading.tensors import parts
+from foretell.loading.tensors import SIZES, parts
 
 Reader = Callable[[str], Tensor | Blocks]
 """Gives a weight by its Hugging Face name."""
@@ -57,10 +57,8 @@ class CompiledBackbone(Backbone):
         fits = self.embedding.inputs == self._head.inputs == config.hidden
         check(fits, "The embedding is as wide as the model.")
         check(config.head_dim == 2 * len(config.inv_freq), "Every pair of a head's numbers has a frequency.")
-        self.about = library.Model(
-            config.hidden, config.heads, config.kv_heads, config.head_dim, config.mlp, threads, config.eps,
-            table(layers),
-        )  # fmt: skip
+        sizes = (getattr(config, size) for size in SIZES)
+        self.about = library.Model(*sizes, threads, config.eps, table(layers))
 
     @staticmethod
     def supports(config: ModelConfig) -> bool:
@@ -75,7 +73,7 @@ class CompiledBackbone(Backbone):
             if not tensors[0].is_matrix:
                 fields[part] = _vector(weights[0])
                 continue
-            join: Callable[[list[Tensor]], Tensor] = _interleave if part == "gate_up" else torch.cat
+            join: Callable[[list[Tensor]], Tensor] = _interleave if tensors[0].alternates else torch.cat
             bias = None
             if tensors[0].has_bias(c):
                 bias = join([Blocks.of(read(f"{name}.bias")).floats(torch.float32) for name in names])

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foretell.errors import ForetellError, UsageError, check
-from foretell.loading.tensors import parts
+from foretell.loading.tensors import SIZES, parts
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
 BUILDS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
@@ -51,6 +51,7 @@ class Described(Structure):
     """A structure of common.h; its pointers are given as what they lead to, which lives as long as it does."""
 
     def __init__(self, *fields: Any):
+        check(len(fields) == len(self._fields_), f"{type(self).__name__} has {len(self._fields_)} fields.", TypeError)
         super().__init__(*map(self._field, fields))
         self.held: tuple[Any, ...] = fields
 
@@ -101,7 +102,7 @@ class Layer(Described):
 
 
 class Model(Described):
-    _fields_ = [*_numbers("hidden heads kv_heads head_dim mlp threads"), ("eps", c_double), *_pointers("layers")]
+    _fields_ = [*_numbers(" ".join(SIZES)), *_numbers("threads"), ("eps", c_double), *_pointers("layers")]
 
 
 class Cache(Described):

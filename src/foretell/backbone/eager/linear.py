@@ -2,7 +2,7 @@
 
 Libraries pick another algorithm for one row than for many, and the bits differ. So a call is cut into pieces of at
 most 64 rows and a short piece is padded; `probe.py` checks that this is enough, and more is padded where it is not.
-oneDNN's packed weights run at memory speed on CPUs but are private to PyTorch and drop gradients without a word:
+oneDNN's packed weights run at memory speed on CPUs but are private to PyTorch and drop gradients silently:
 they are probed for, never used for training, and `F.linear` stands behind them.
 """
 
