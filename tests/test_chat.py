@@ -354,6 +354,27 @@ def test_ctrl_c_leaves_the_terminal_as_it_was(at: str, monkeypatch: pytest.Monke
         assert termios.tcgetattr(terminal) == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_the_chat_leaves_the_terminal_as_it_was(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = signal.getsignal(number)
+    keyboard, terminal = os.openpty()
+    with os.fdopen(keyboard), os.fdopen(terminal) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        reader, before = chat_input.KeyboardReader(), termios.tcgetattr(terminal)
+
+        def be_silent() -> None:
+            with reader.silence():
+                signal.raise_signal(number)
+
+        with pytest.raises(SystemExit) as caught:
+            be_silent()
+        assert caught.value.code == 128 + number
+        assert termios.tcgetattr(terminal) == before
+        assert signal.getsignal(number) == handler
+
+
 # --- history ------------------------------------------------------------------------------------------------
 
 
