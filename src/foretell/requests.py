@@ -1,4 +1,4 @@
-"""Requests and what comes of them: sampling parameters, events, statistics, and the protocol of a decoder."""
+"""Sampling parameters, requests, events and statistics; the protocol of a decoder."""
 
 from __future__ import annotations
 

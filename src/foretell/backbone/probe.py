@@ -139,7 +139,7 @@ def _layers(backbone: Backbone, tokens_N: Tensor) -> str | None:
 
 
 class _Layer:
-    """One layer, and its results for nodes alone.
+    """A layer and its single-node results.
 
     Args:
         inputs_Nd: its input, node by node of `SEED` or `PROMPT`.
@@ -155,7 +155,7 @@ class _Layer:
                 committed_GTD.copy_(torch.randn(committed_GTD.shape, generator=generator))
 
     def differs(self) -> str | None:
-        """Returns the first company in which a node differs from what it is alone; None if there is none."""
+        """Returns the first combination of rows that changes a node's bits; None if there is none."""
         for company in COMPANIES:
             alone = [self._run_alone(context, tree) for context, tree, _ in company]
             lengths = [self.lengths[context] for context, *_ in company]

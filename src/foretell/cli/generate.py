@@ -87,7 +87,7 @@ def generate(
 
 
 def _note_speed(llm: LLM, finished: Sequence[Result], seconds: float, stats: bool) -> None:
-    """Prints figures if they were asked for, and whether speculation was held back to whoever sits at a terminal."""
+    """Prints figures if requested; at a terminal, also whether speculation was held back."""
     from foretell.results import total
 
     sums, seed = total(finished), finished[-1].statistics.seed

@@ -27,7 +27,7 @@ DRAFTERS: dict[str, tuple[str | type[Drafter], str]] = {
     "plain": ("foretell.drafters.plain:Plain", "one token per step: the baseline"),
     "prompt_lookup": ("foretell.drafters.prompt_lookup:PromptLookup", "repeats what followed the same words before"),
     "medusa": ("foretell.drafters.medusa:Medusa", "trained heads that guess the tokens after the next"),
-    "medusa2": ("foretell.drafters.medusa2:Medusa2", "Medusa's heads, and a backbone that learnt with them"),
+    "medusa2": ("foretell.drafters.medusa2:Medusa2", "Medusa's heads, trained jointly with the backbone"),
     "hydra": ("foretell.drafters.hydra.drafter:Hydra", "heads that read the guesses before theirs"),
     "hydra++": (
         "foretell.drafters.hydra.drafter:HydraPlus",
@@ -36,7 +36,7 @@ DRAFTERS: dict[str, tuple[str | type[Drafter], str]] = {
     "kangaroo": ("foretell.drafters.kangaroo:Kangaroo", "the lower layers draft, through a trained adapter"),
     "swift": ("foretell.drafters.swift:Swift", "drafts with sublayers left out, chosen while decoding"),
     "layerskip": ("foretell.drafters.layerskip:LayerSkip", "drafts by leaving the model at an early layer"),
-    "del": ("foretell.drafters.dynamic_exit:DEL", "leaves at whichever layer has lately paid best"),
+    "del": ("foretell.drafters.dynamic_exit:DEL", "drafts by leaving at the layer with the best recent yield"),
 }
 
 

@@ -90,7 +90,7 @@ class EarlyExitTraining(GuessingHeads):
         self._done = done
 
     def training_exits(self) -> list[int]:
-        """Exits that learn in this step; the draw follows from the step, so that a resumed run makes the same."""
+        """Selects the exits trained in this step, from the step's seed, so that a resumed run selects the same."""
         if not self.training:
             return self.exits
         if self.curriculum == "rotational":
@@ -161,13 +161,13 @@ class LayerSkip(EarlyExitDrafter):
             1.0, "Share of the loss against the model's whole distribution instead of the written token.", low=0, high=1
         )
         exit: int = option(0, "The exit that drafts by default; else a quarter of the layers.")
-        stride: int = option(2, "Every so many layers learn to exit.", low=1)
-        deepest: int = option(0, "The last layer that learns to; by default half of them.")
-        adapt: str = option("lora", "What of the model learns: adapters, or all of it.", choices=ADAPTATIONS)
-        rank: int = option(32, "Of the adapters; their scale α/r is 1/2.", low=1, high=1024)
-        dropout: float = option(0.1, "p_max: how often the last layer is dropped, earlier ones less.", low=0, high=0.9)
+        stride: int = option(2, "Exits are trained at every so many layers.", low=1)
+        deepest: int = option(0, "The last layer trained to exit; by default half of them.")
+        adapt: str = option("lora", "What of the model is trained: adapters, or all of it.", choices=ADAPTATIONS)
+        rank: int = option(32, "Rank of the adapters; their scale α/r is 1/2.", low=1, high=1024)
+        dropout: float = option(0.1, "p_max: drop rate of the last layer; earlier ones less.", low=0, high=0.9)
         scale: float = option(1.0, "Weight of an exit's loss beside the last layer's.", low=0, high=100)
-        shape: str = option("uniform", "Of these weights; the paper's is cumulative.", choices=SHAPES)
+        shape: str = option("uniform", "Weights over layers; the paper's is cumulative.", choices=SHAPES)
         curriculum: str = option(
             "rotational", "Which exits learn in a step: one in `period`, or ever earlier ones.", choices=CURRICULA
         )
@@ -190,7 +190,7 @@ class LayerSkip(EarlyExitDrafter):
     def build(cls, backbone: Backbone, options: Options, loaded: Loaded | None = None) -> LayerSkip:
         """See `Drafter.build`, and `TrainableMethod.build` for `loaded`."""
         ids_V, arch, tokens_per_step = trained_exits(backbone, options.checkpoint, options.any_backbone, loaded)
-        nodes = options.nodes or (DEFAULT_NODES if options.chain else 0)  # chains have their steps
+        nodes = options.nodes or (DEFAULT_NODES if options.chain else 0)  # chains are bounded by `steps`
         size = tree_size(backbone, nodes, tokens_per_step, cls.method, cls.usual_cost, MAX_TREE_NODES)
         exit, threshold = options.exit or arch.get("exit"), Threshold(options.threshold, options.adaptive)
         return cls(

@@ -60,7 +60,7 @@ DECAY = 0.8
 
 
 class MedusaHeads(GuessingHeads):
-    """The heads while they learn; float32, multiplied as `products` says.
+    """The heads in training; float32, multiplied as `number_types` says.
 
     Args:
         head_Vd, vocabulary_V, vocab_size: see `GuessingHeads`.
@@ -146,7 +146,7 @@ class Medusa(Drafter):
 
     @dataclass(frozen=True)
     class Training(HeadTraining):
-        heads: int = option(4, "How many; head k guesses the token k + 1 ahead.", low=1, high=16, stored=True)
+        heads: int = option(4, "Number of heads; head k guesses the token k + 1 ahead.", low=1, high=16, stored=True)
         layers: int = option(2, "Residual blocks of each head.", low=1, high=8, stored=True)
         output: str = option(
             "tied", "Output matrix: the model's own, one trained copy for all heads, or one for each.",

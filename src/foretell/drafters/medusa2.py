@@ -82,7 +82,7 @@ class JointHeads(MedusaHeads):
 
     @property
     def alone(self) -> bool:
-        """Whether the heads alone learn now."""
+        """True while only the heads are trained."""
         return self._done < self.warm
 
     def heads_weight(self) -> float:
@@ -121,13 +121,13 @@ class Medusa2(Medusa):
 
     @dataclass(frozen=True)
     class Training(Medusa.Training):
-        adapt: str = option("lora", "What of the model learns: adapters, or all of it.", choices=ADAPTATIONS)
-        rank: int = option(16, "Of the adapters; their scale α/r is 1/2, as in the paper.", low=1, high=1024)
+        adapt: str = option("lora", "What of the model is trained: adapters, or all of it.", choices=ADAPTATIONS)
+        rank: int = option(16, "Rank of the adapters; their scale α/r is 1/2, as in the paper.", low=1, high=1024)
         weight: float = option(0.2, "λ0, weight of the heads' loss beside the model's.", low=0, high=100)
-        schedule: str = option("constant", "Of λ0: sine rises to it.", choices=("constant", "sine"))
+        schedule: str = option("constant", "Schedule of λ0; sine rises to it.", choices=("constant", "sine"))
         slower: float = option(0.25, "Learning rate of the model relative to the heads'.", low=0, high=100)
-        warm: float = option(0.1, "Share of the training in which the heads learn alone.", low=0, high=1)
-        dropout: float = option(0.0, "Of what adapters read.", low=0, high=0.9)
+        warm: float = option(0.1, "Share of the training in which only the heads are trained.", low=0, high=1)
+        dropout: float = option(0.0, "Dropout on the inputs of adapters.", low=0, high=0.9)
 
     @classmethod
     def trainable(  # type: ignore[override]  # each method has a Training of its own

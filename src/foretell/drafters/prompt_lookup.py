@@ -194,7 +194,7 @@ def follows(match: int, better: int) -> float:
 
 
 def most_paying(values: Sequence[float], prices: Sequence[float]) -> int:
-    """How many of these nodes, the most probable first, give the most tokens for the price of a step with them."""
+    """Returns the number of these nodes, most probable first, with the most tokens per cost of a step."""
     tokens = list(accumulate(values))  # of a step: a node's token is emitted as often as its path comes true
     return max(range(1, min(len(values), len(prices)) + 1), key=lambda nodes: tokens[nodes - 1] / prices[nodes - 1])
 

@@ -241,7 +241,7 @@ def find(method: str, backbone: Backbone, folder: str = "", any_backbone: bool =
             f"one has {c.hidden} and {c.vocab}; train a drafter for this model."
         )
     if checkpoint.fingerprint != backbone.fingerprint and not any_backbone:
-        model = checkpoint.backbone  # one that learnt with its heads is an adapter's, or lies beside them
+        model = checkpoint.backbone  # a backbone trained jointly is an adapter, or lies beside the heads
         beside = Path(model).resolve() in {(each / "model").resolve() for each in (path, path.parent)}
         use = f"use `model={model!r}`, " if "+" in model or beside else ""
         raise UsageError(

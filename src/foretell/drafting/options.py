@@ -154,7 +154,7 @@ def _removed(cls: type[Any]) -> Mapping[str, Any]:
 
 
 def _is(value: Any, other: Any) -> bool:
-    """Whether a value, or a text for one, is another."""
+    """Returns whether a value, or its text form, equals another."""
     kind = type(other)
     converted = _from_text(kind, value) if isinstance(value, str) else value
     return type(converted) is kind and bool(converted == other)

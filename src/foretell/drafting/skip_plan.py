@@ -157,7 +157,7 @@ class PlanSearch:
             self._restart()
 
     def _restart(self) -> None:
-        """Forgets the scores, which were of other text."""
+        """Discards the scores of the previous text."""
         self.searching, self.score, self.trials, self._without_gain = True, -1.0, 0, 0
         self._study, self._usual = None, None
         self._recent = deque()

@@ -1,4 +1,4 @@
-"""What the engine refuses: requests that could never be decoded, and drafts that would break the promise."""
+"""Refuses requests that cannot be decoded, and drafts that would break exactness."""
 
 from __future__ import annotations
 

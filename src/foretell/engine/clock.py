@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Times the phases of a step."""
 
 from __future__ import annotations
 

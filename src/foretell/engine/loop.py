@@ -140,7 +140,7 @@ class SpeculativeDecoder:
             return any(request in requests for request in chain(unfinished, emitted))
 
     def _advance(self) -> None:
-        """One step, whose events go to the outbox."""
+        """Runs one step; its events go to the outbox."""
         for row in [row for row in self._rows if row.finished]:  # an error came before it left
             self._leave(row)
         self._admit()

@@ -1,7 +1,7 @@
 """The sizes and switches that a model is built from, the same for every family.
 
 `families.py` reads a Hugging Face config once, with its defaults, its renamed keys and its nested rope
-settings, and keeps here only what a forward pass needs. Nothing downstream depends on the family.
+settings, and keeps here only what a forward pass needs. Later code never branches on the family.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A GGUF file as it lies on disk, opened: what it holds, or a sentence saying why it is no model to load.
+"""Opens a GGUF file, or says why it is not a model that can be loaded.
 
 Large models come in parts (`x-00001-of-00003.gguf`): the first has all the metadata, every one some of the tensors.
 """

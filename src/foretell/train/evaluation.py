@@ -1,4 +1,4 @@
-"""Held-out figures of a module that has learnt: its losses and accuracy, the best trees, and how sure its heads may be.
+"""Held-out figures of a trained module: losses and accuracy, the best trees, and the calibration of its heads.
 
 Legend: P positions, K heads, R guesses of a head.
 """

@@ -326,7 +326,7 @@ def new_module(
     """A module with fresh weights, which follow from the seed."""
     conversations = (talk for store in stores for talk in store.conversations)
     counts_V = token_counts(conversations, llm.backbone.config.vocab)
-    if origin:  # a token that its heads never chose from was never trained down either: only its own are chosen
+    if origin:  # logits of tokens outside its draft vocabulary are untrained: keep its own
         counts_V[origin[1]["vocabulary"].long()] += counts_V.sum()
     torch.manual_seed(seed)
     return cls.trainable(llm.backbone, options, counts_V, llm.folder.path if llm.folder else None)

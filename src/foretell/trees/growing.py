@@ -1,4 +1,4 @@
-"""Trees grown at every step from the heads' probabilities: a chain where they are sure, a bush where they are not.
+"""Grows a tree at every step from the heads' probabilities: deep where they are confident, wide where they are not.
 
 A static tree gives every step the guesses that pay on average. Heads also give a probability for each guess, and a path
 is about as probable as the product of its guesses: of many candidate paths, the most probable ones make the tree

@@ -30,7 +30,7 @@ Reader = Callable[[str], Tensor | Blocks]
 
 
 class CompiledBackbone(Backbone):
-    """See `Backbone`. `read` is called once per weight.
+    """The compiled backbone; `read` is called once per weight.
 
     Attributes:
         build: the kernels; bf16: 1 if `dtype` is bfloat16, else 0.

@@ -1,7 +1,7 @@
 """The formats in which the kernels keep weights: one row each.
 
-A row says what is made of a weight before it is packed, and which activations it is multiplied with; how it lies in
-memory and is multiplied says the row of the same name in `native/products/formats.inc`.
+A row defines a weight's conversion before packing, and the type of the activations that it is multiplied with; the row
+of the same name in `native/products/formats.inc` defines its layout and its product.
 
 Shapes: a weight has N outputs and K inputs.
 """

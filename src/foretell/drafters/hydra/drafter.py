@@ -168,8 +168,8 @@ class Hydra(Drafter):
         self._states = {}
 
     def reusable_tokens(self, slot: int, tokens: int) -> int:
-        """After an interruption the layer lacks states, and the last state of a fused one was read with another token
-        after it."""
+        """Returns fewer after an interruption: states are missing, and a fused layer read the last one with another
+        token after it."""
         return max(0, min(tokens - self._prefix.fused, self._prefix.length(slot))) if self._prefix else tokens
 
     def forget(self, slots: Sequence[int]) -> None:

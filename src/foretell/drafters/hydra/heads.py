@@ -1,4 +1,4 @@
-"""Hydra's heads while they learn; `drafter.py` says what they are.
+"""Training module of Hydra's heads; `drafter.py` describes the method.
 
 Legend: K heads, L deeper blocks of a head, d hidden width, P positions, I width of a head's input, V draft vocabulary.
 """
@@ -25,24 +25,24 @@ from foretell.errors import UsageError
 
 @dataclass(frozen=True)
 class HydraTraining(HeadTraining):
-    """What Hydra's heads are trained with."""
+    """Training options of Hydra."""
 
     REMOVED: ClassVar[Mapping[str, Any]] = {
         "output": "tied", "grounded": True, "tied": False, "chained": False, "fused": False,
     }  # fmt: skip
-    heads: int = option(4, "How many; head k guesses the token k + 1 ahead.", low=1, high=16, stored=True)
+    heads: int = option(4, "Number of heads; head k guesses the token k + 1 ahead.", low=1, high=16, stored=True)
     layers: int = option(1, "Residual blocks of each head.", low=1, high=8, unset=0, stored=True)
     taps: int = option(2, "Intermediate layers whose streams are read too; 0 as in the paper.", low=0, high=8)
     linear_tail: bool = option(
         False, "Whether a last block x + W x + b follows, which can lower a number by more than SiLU's 0.28.",
         former="linear", stored=True,
     )  # fmt: skip
-    dropout: float = option(0.0, "Of what every block, and the output matrix, reads.", low=0, high=0.9)
+    dropout: float = option(0.0, "Dropout on the inputs of blocks and of the output matrix.", low=0, high=0.9)
 
 
 @dataclass(frozen=True)
 class HydraPlusTraining(HydraTraining):
-    """What Hydra++'s heads, and the layer before them, are trained with."""
+    """Training options of Hydra++: its heads and the layer before them."""
 
     REMOVED: ClassVar[Mapping[str, Any]] = {
         name: value for name, value in HydraTraining.REMOVED.items() if name != "fused"
@@ -70,7 +70,7 @@ def read_arch(arch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class HydraHeads(GuessingHeads):
-    """The heads while they learn; float32, multiplied as `products` says. All share one trained output matrix.
+    """The heads in training; float32, multiplied as `number_types` says. All share one trained output matrix.
 
     Args:
         head_Vd, vocabulary_V, vocab_size: see `GuessingHeads`.
