@@ -70,6 +70,11 @@ def test_every_structure_that_python_fills_is_compared_with_its_twin_in_c() -> N
     assert structures | {"Kernels"} == set(re.findall(r"^struct (\w+) {", HEADER, re.MULTILINE))  # Kernels: C alone
 
 
+def test_a_structure_is_given_whole() -> None:
+    with pytest.raises(TypeError, match="Span has 4 fields, not 2"):
+        library.Span(0, 1)
+
+
 def test_every_exported_call_is_compared_with_its_twin_in_c() -> None:
     exported = set(re.findall(r"^int foretell_(\w+)\(", (NATIVE / "native.cpp").read_text(), re.MULTILINE))
     assert exported == set(library.CALLS)

@@ -60,3 +60,18 @@ def test_the_command_line_prints_its_own_options(foretell: Foretell, tiny: str) 
         package.load(tiny, threads=1).generate("hi", max_new_tokens=600)
     ran = foretell("generate", "hi", "-m", tiny, "-n", "600")
     assert re.search(r"lower --max-new-tokens to at most \d+", ran.err)
+
+
+NAMES_NOTHING = re.compile(
+    r"(What|Whether|Of|Those|How|Where|Who|Whom|Why|When|That|Nobody|Everything|All|By|To|In|With|From|Which)\b"
+)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_begin_with_a_verb_or_with_what_they_name(path: Path) -> None:
+    """The rule of CONTRIBUTING.md, as far as a first word shows it."""
+    defined = (
+        node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef | ast.FunctionDef)
+    )  # fmt: skip
+    assert [node.name for node in defined if NAMES_NOTHING.match(ast.get_docstring(node) or "")] == []

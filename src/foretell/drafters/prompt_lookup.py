@@ -55,7 +55,7 @@ beyond). Counted by tools/lookup_table.py in conversations that SmolLM2-135M-Ins
 
 @dataclass
 class _Index:
-    """Where each n-gram of a row ended, for every n looked up; grows with the row."""
+    """Positions at which each n-gram of a row ended, for every n looked up; grows with the row."""
 
     longest: int
     shortest: int

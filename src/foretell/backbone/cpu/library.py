@@ -51,7 +51,8 @@ class Described(Structure):
     """A structure of common.h; its pointers are given as what they lead to, which lives as long as it does."""
 
     def __init__(self, *fields: Any):
-        check(len(fields) == len(self._fields_), f"{type(self).__name__} has {len(self._fields_)} fields.", TypeError)
+        if len(fields) != len(self._fields_):  # ctypes would leave the rest null; made at every step, so no `check`
+            raise TypeError(f"{type(self).__name__} has {len(self._fields_)} fields, not {len(fields)}.")
         super().__init__(*map(self._field, fields))
         self.held: tuple[Any, ...] = fields
 

@@ -36,7 +36,7 @@ class HeadTraining:
 
 
 def draft_outputs(backbone: Backbone, counts_V: Tensor, size: int) -> tuple[Tensor, Tensor, int]:
-    """What `GuessingHeads` is made from: output rows of a draft vocabulary, its token ids, and the vocabulary's size.
+    """Returns the arguments of `GuessingHeads`: output rows of a draft vocabulary, its ids, the vocabulary's size.
 
     Args:
         counts_V: how often each token was written; size: tokens of the draft vocabulary, 0 for all.
