@@ -100,11 +100,14 @@ class Model:
 def build(
     config: ModelConfig, weights: dict[str, Tensor], kernel: str = "", dtype: torch.dtype = FP32, threads: int = 1
 ) -> Backbone:
+    backbone: Backbone
     if kernel != "eager" and COMPILED:
-        return CompiledBackbone(config, weights.__getitem__, dtype, threads)
-    eager = EagerBackbone(config, weights.__getitem__, dtype, torch.device("cpu"), threads)
-    eager.pad_rows(MAX_ROWS)  # what `assemble` does where the probe asks for it, as tiny shapes in float32 make it
-    return eager
+        backbone = CompiledBackbone(config, weights.__getitem__, dtype, threads)
+    else:
+        backbone = EagerBackbone(config, weights.__getitem__, dtype, torch.device("cpu"), threads)
+        backbone.pad_rows(MAX_ROWS)  # what `assemble` does where the probe asks for it, as tiny shapes in fp32 make it
+    backbone.read = weights.__getitem__
+    return backbone
 
 
 @st.composite

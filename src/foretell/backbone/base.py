@@ -10,7 +10,7 @@ Legend: M nodes of the pass, d hidden width, V vocabulary, L layers.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +21,7 @@ from torch import Tensor
 from foretell.backbone.kv_cache import KVCache
 from foretell.backbone.nodes import Nodes
 from foretell.errors import UsageError, check
+from foretell.loading.blocks import Blocks
 from foretell.loading.config import ModelConfig
 from foretell.loading.tensors import ATTENTION, LAYER, bare, layer_shapes, weight_shapes
 
@@ -65,6 +66,7 @@ class Backbone(ABC):
         kernels: name of what computes, for reports ("amx", "eager", ...).
 
     Known only once the model is there, so `load.assemble` sets them (drafters' own layers keep the defaults):
+        read: gives a weight as it is stored, by its Hugging Face name; None where there is no file to read it from.
         fingerprint: identifies the weights; trained drafters are bound to it.
         nondeterminism: None if the probe found the arithmetic canonical, else one sentence on what differs.
         probe_seconds: seconds that the probe took, at this load or when its verdict was stored (see `canonical.py`).
@@ -76,6 +78,7 @@ class Backbone(ABC):
     probe_seconds: float = 0.0
     fingerprint: str = ""
     costs: Path | None = None
+    read: Callable[[str], Tensor | Blocks] | None = None
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, threads: int):
         self.config, self.dtype, self.device, self.threads = config, dtype, device, threads

@@ -60,6 +60,7 @@ def assemble(
         backbone = CompiledBackbone(config, weights.blocks, kind, count, build)
     else:
         backbone = EagerBackbone(config, weights.blocks, kind, where, count)
+    backbone.read = weights.blocks
     backbone.fingerprint = mark()  # part of the name under which the verdict is stored
     verdict = settle(backbone, cache_dir)
     backbone.nondeterminism, backbone.probe_seconds = verdict.nondeterminism, verdict.seconds

@@ -1,7 +1,8 @@
-"""What the frozen backbone computes at every token of the data: computed once and kept, or computed batch by batch.
+"""What the frozen backbone computes at every token of the data: batch by batch, or once for all and kept on disk.
 
-Drafters learn from hidden states, not from text, and the backbone does not change: running it once saves most of the
-time of every further epoch. A shard holds consecutive conversations of the data, in order:
+Drafters learn from hidden states, not from text. One pass of the backbone feeds every method that is trained at once.
+Keeping what it computes pays where the data is read many times and the backbone is large; it takes gigabytes. A shard
+holds consecutive conversations of the data, in order:
 
     features-00007.safetensors   states.<tap> [n, d] bf16, teacher_ids [n, m] int32, teacher_p [n, m] bf16
 
@@ -17,14 +18,13 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from foretell.backbone import Backbone, Nodes
 from foretell.contracts import FINAL_NORM
@@ -32,17 +32,20 @@ from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.errors import UsageError
 from foretell.files import atomic_write, sole_writer, write_errors
 from foretell.train.data import Distilled, digest
+from foretell.train.forward import Forward, most_probable
 
 TEACHER = 12
 """Most probable tokens that are kept per position."""
-SHARD, PASS = 1 << 16, 1024
-"""Tokens of a shard, and of one pass of the backbone, at most (a longer conversation is alone in its own)."""
+SHARD = 1 << 16
+"""Tokens of a shard, at most (a longer conversation is alone in its own)."""
+PASS = {"cpu": 1 << 10, "cuda": 1 << 14}
+"""Tokens of one pass of the backbone, likewise, where conversations are not taken batch by batch."""
 
 _TEACHING = ("teacher_ids", "teacher_p")
 
-BLOCK = 64
-"""Logits whose maximum is compared first."""
-NOT_KEPT = "keep no features, with `keep_features=False`"
+NOT_KEPT = "keep no features"
+NATIVE = ("amx", "avx512bf16")
+"""Compiled kernels that multiply bfloat16 by units of their own."""
 
 
 class Batches(ABC):
@@ -77,39 +80,126 @@ class Batches(ABC):
     def batch(self, indices: Sequence[int]) -> TrainingBatch:
         """A batch of these conversations, padded on the right."""
         data, found = [self.data[i] for i in indices], self.tensors(indices)
-        longest = max(len(talk.tokens) for talk in data)
-        tokens_BT = torch.zeros(len(data), longest, dtype=torch.int64)
-        supervised_BT = torch.zeros(len(data), longest, dtype=torch.bool)
-        for row, talk in enumerate(data):
-            tokens_BT[row, : len(talk.tokens)] = torch.tensor(talk.tokens)
-            for start, end in talk.answers:
-                supervised_BT[row, start:end] = True
-        padded = {name: _pad([tensors[name] for tensors in found], longest) for name in found[0]}
+        tokens_BT, supervised_BT = side_by_side(data)
+        padded = {name: _pad([tensors[name] for tensors in found], tokens_BT.shape[1]) for name in found[0]}
         states = {tap: padded[f"states.{tap}"] for tap in self.taps}
         return TrainingBatch(
             tokens_BT, supervised_BT, states, padded["teacher_ids"].long(), padded["teacher_p"].float()
         )
 
 
-class FeatureStore(Batches):
-    """Features of one distilled folder.
+class ComputedFeatures(Batches):
+    """Features that are computed when they are asked for.
+
+    Compiled kernels with units for bfloat16 run decoding's own passes faster than PyTorch runs its layers. Everywhere
+    else a `Forward` computes, whose states differ from decoding's by what the number type rounds.
 
     Args:
-        folder: keeps the shards; None computes every batch anew.
+        data: the conversations; sets: index ranges of those that were distilled together, by default all of them.
     """
 
-    def __init__(self, backbone: Backbone, data: Sequence[Distilled], taps: Sequence[int], folder: Path | None = None):
+    def __init__(
+        self, backbone: Backbone, data: Sequence[Distilled], taps: Sequence[int], sets: Sequence[range] = ()
+    ):
         if not data:
             raise UsageError("The data holds no conversations; distill some first.")
+        self.backbone, self.data, self.taps = backbone, data, tuple(taps)
+        self.sets = list(sets) or [range(len(data))]
+        self._forward: Forward | None = None
+
+    def prepare(self, progress: Callable[[float], None] = lambda fraction: None) -> float:
+        return 0.0
+
+    @property
+    def by_decoding(self) -> bool:
+        """Whether decoding's own passes compute them, bit for bit."""
+        return self.backbone.kernels in NATIVE and self.backbone.dtype == torch.bfloat16
+
+    @property
+    def forward(self) -> Forward:
+        """The pass in plain PyTorch, made when it is needed first."""
+        if self._forward is None:
+            self._forward = Forward(self.backbone)
+        return self._forward
+
+    def batch(self, indices: Sequence[int]) -> TrainingBatch:
+        if self.by_decoding:
+            return super().batch(indices)
+        return self._padded([self.data[i] for i in indices], self.taps, True)
+
+    def tensors(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
+        return list(self.each([self.data[i] for i in indices], self.taps, True))
+
+    def each(self, data: Sequence[Distilled], taps: Collection[int], teacher: bool) -> Iterator[dict[str, Tensor]]:
+        """Yields what is asked for of each conversation, in order, by its names in a shard."""
+        for begin, end in _stretches([len(talk.tokens) for talk in data], PASS[self.backbone.device.type]):
+            part = data[begin:end]
+            yield from self._decoded(part, taps, teacher) if self.by_decoding else self._unpadded(part, taps, teacher)
+
+    def _padded(self, data: Sequence[Distilled], taps: Collection[int], teacher: bool) -> TrainingBatch:
+        """A batch in plain PyTorch, on the backbone's device; without the teacher's distribution if not asked for."""
+        tokens_BT, supervised_BT = (each_BT.to(self.backbone.device) for each_BT in side_by_side(data))
+        lengths_B = torch.tensor([len(talk.tokens) for talk in data], device=tokens_BT.device)
+        padding_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) >= lengths_B[:, None]
+        wanted = {*taps, FINAL_NORM} if teacher else set(taps)
+        states = self.forward.states(tokens_BT, wanted)
+        m = min(TEACHER, self.backbone.config.vocab)
+        ids_BTm = tokens_BT.new_zeros(*tokens_BT.shape, m)
+        p_BTm = torch.zeros(*tokens_BT.shape, m, device=tokens_BT.device)
+        if teacher:
+            before_BT = torch.zeros_like(supervised_BT)
+            before_BT[:, :-1] = supervised_BT[:, 1:]
+            ids_BTm[before_BT], p_BTm[before_BT] = self.forward.most_probable_next(states[FINAL_NORM][before_BT], m)
+        states = {tap: states[tap].masked_fill_(padding_BT[..., None], 0) for tap in taps}
+        return TrainingBatch(tokens_BT, supervised_BT, states, ids_BTm, p_BTm)
+
+    def _unpadded(self, data: Sequence[Distilled], taps: Collection[int], teacher: bool) -> Iterator[dict[str, Tensor]]:
+        made = self._padded(data, taps, teacher)
+        stored = {f"states.{tap}": states.bfloat16() for tap, states in made.states.items()}
+        if teacher:
+            stored |= zip(_TEACHING, (made.teacher_ids_BTm.int(), made.teacher_p_BTm.bfloat16()), strict=True)
+        stored = {name: tensor.cpu() for name, tensor in stored.items()}
+        for row, talk in enumerate(data):
+            yield {name: tensor[row, : len(talk.tokens)] for name, tensor in stored.items()}
+
+    def _decoded(self, data: Sequence[Distilled], taps: Collection[int], teacher: bool) -> Iterator[dict[str, Tensor]]:
+        """By the passes of decoding."""
+        backbone, counts = self.backbone, [len(talk.tokens) for talk in data]
+        layers = [tap for tap in taps if tap != FINAL_NORM]
+        every = teacher or FINAL_NORM in taps
+        cache = backbone.new_cache(len(data), max(counts))
+        nodes = Nodes.chains(list(range(len(data))), [0] * len(data), counts)
+        tokens = torch.tensor([token for talk in data for token in talk.tokens])
+        highest = backbone.config.layers if every else max(layers, default=0)
+        hidden, states = backbone.run_layers(backbone.embed(tokens), nodes, cache, 0, highest, taps=layers)
+        made: dict[str, Tensor] = {}
+        if every:
+            states[FINAL_NORM] = backbone.norm(hidden)
+        if teacher:
+            made = _teacher(backbone, states[FINAL_NORM], _before_written(data))
+        made |= {f"states.{tap}": states[tap].bfloat16().cpu() for tap in taps}
+        for start, count in zip(accumulate(counts, initial=0), counts, strict=False):
+            yield {name: tensor[start : start + count] for name, tensor in made.items()}
+
+
+class FeatureStore(Batches):
+    """Features of one distilled folder, kept beside it.
+
+    Args:
+        folder: keeps the shards.
+    """
+
+    def __init__(self, backbone: Backbone, data: Sequence[Distilled], taps: Sequence[int], folder: Path):
         self.backbone, self.data, self.taps, self.folder = backbone, data, tuple(taps), folder
         self.sets = [range(len(data))]
+        self._computed = ComputedFeatures(backbone, data, taps)
         self._shards = list(_stretches([len(talk.tokens) for talk in data], SHARD))
         self._place = {i: (s, i - begin) for s, (begin, end) in enumerate(self._shards) for i in range(begin, end)}
         self._open: dict[int, dict[str, Tensor]] = {}
 
     def prepare(self, progress: Callable[[float], None] = lambda fraction: None) -> float:
         """Computes the shards that are missing, or of other conversations."""
-        if self.folder is None or not self._stale():
+        if not self._stale():
             return self._seconds()
         from safetensors.torch import save_file
 
@@ -121,7 +211,8 @@ class FeatureStore(Batches):
                 began = time.perf_counter()
                 shared = self._shared(number)
                 data, made = self.data[slice(*self._shards[number])], list[dict[str, Tensor]]()
-                for tensors in self._compute(data, set(shared)):
+                taps = [tap for tap in self.taps if f"states.{tap}" not in shared]
+                for tensors in self._computed.each(data, taps, not shared.keys() >= set(_TEACHING)):
                     progress((done + len(made) / len(data)) / len(stale))
                     made.append(tensors)
                 tensors = _joined(made) | shared
@@ -153,7 +244,6 @@ class FeatureStore(Batches):
         """Tensors of a shard that a folder for other taps holds."""
         from safetensors import safe_open
 
-        assert self.folder is not None
         shared: dict[str, Tensor] = {}
         for folder in sorted(self.folder.parent.glob(f"features-{self.backbone.fingerprint}-*")):
             path = folder / self._path(number).name
@@ -168,16 +258,12 @@ class FeatureStore(Batches):
         return [*(f"states.{tap}" for tap in self.taps), *_TEACHING]
 
     def _seconds(self) -> float:
-        kept = range(len(self._shards)) if self.folder else ()
-        return sum(float(_about(self._path(number)).get("seconds", 0)) for number in kept)
+        return sum(float(_about(self._path(number)).get("seconds", 0)) for number in range(len(self._shards)))
 
     def tensors(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
-        if self.folder is None:
-            return list(self._compute([self.data[i] for i in indices]))
         return [self._read(i) for i in indices]
 
     def _path(self, number: int) -> Path:
-        assert self.folder is not None
         return self.folder / f"features-{number:05d}.safetensors"
 
     def _read(self, index: int) -> dict[str, Tensor]:
@@ -191,32 +277,6 @@ class FeatureStore(Batches):
         start = sum(len(talk.tokens) for talk in self.data[begin : begin + place])
         end = start + len(self.data[index].tokens)
         return {name: tensor[start:end] for name, tensor in self._open[shard].items()}
-
-    def _compute(self, data: Sequence[Distilled], known: Set[str] = frozenset()) -> Iterator[dict[str, Tensor]]:
-        """Yields the tensors of each conversation, without those that are `known`."""
-        backbone = self.backbone
-        taps_left = [tap for tap in self.taps if f"states.{tap}" not in known]
-        layers = [tap for tap in taps_left if tap != FINAL_NORM]
-        all_layers = FINAL_NORM in taps_left or not known >= set(_TEACHING)
-        if not taps_left and not all_layers:
-            yield from ({} for _ in data)
-            return
-        for begin, end in _stretches([len(talk.tokens) for talk in data], PASS):
-            part = data[begin:end]
-            counts = [len(talk.tokens) for talk in part]
-            cache = backbone.new_cache(len(part), max(counts))
-            nodes = Nodes.chains(list(range(len(part))), [0] * len(part), counts)
-            tokens = torch.tensor([token for talk in part for token in talk.tokens])
-            highest = backbone.config.layers if all_layers else max(layers, default=0)
-            hidden, taps = backbone.run_layers(backbone.embed(tokens), nodes, cache, 0, highest, taps=layers)
-            made: dict[str, Tensor] = {}
-            if all_layers:
-                taps[FINAL_NORM] = backbone.norm(hidden)
-                made = _teacher(backbone, taps[FINAL_NORM], _before_written(part))
-            made |= {f"states.{tap}": taps[tap].bfloat16().cpu() for tap in taps_left}
-            for i, count in enumerate(counts):
-                start = sum(counts[:i])
-                yield {name: tensor[start : start + count] for name, tensor in made.items()}
 
 
 class JoinedFeatures(Batches):
@@ -240,6 +300,18 @@ class JoinedFeatures(Batches):
             if own := [i for i in indices if i in members]:
                 found |= zip(own, part.tensors([i - members.start for i in own]), strict=True)
         return [found[i] for i in indices]
+
+
+def side_by_side(data: Sequence[Distilled]) -> tuple[Tensor, Tensor]:
+    """Tokens [B, T] int64, padded on the right with 0, and which of them the model wrote [B, T]."""
+    longest = max(len(talk.tokens) for talk in data)
+    tokens_BT = torch.zeros(len(data), longest, dtype=torch.int64)
+    supervised_BT = torch.zeros(len(data), longest, dtype=torch.bool)
+    for row, talk in enumerate(data):
+        tokens_BT[row, : len(talk.tokens)] = torch.as_tensor(talk.tokens)
+        for start, end in talk.answers:
+            supervised_BT[row, start:end] = True
+    return tokens_BT, supervised_BT
 
 
 def _before_written(data: Sequence[Distilled]) -> list[int]:
@@ -267,19 +339,6 @@ def _teacher(backbone: Backbone, states_Pd: Tensor, positions: Sequence[int]) ->
         total = logits_PV.sub_(best).exp_().sum(-1, keepdim=True)  # in place: logits are large, and not needed any more
         ids_Pm[part], p_Pm[part] = ids.int().cpu(), ((values - best).exp() / total).to(p_Pm.dtype).cpu()
     return {"teacher_ids": ids_Pm, "teacher_p": p_Pm}
-
-
-def most_probable(logits_PV: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The same as `topk`, several times faster: the largest values lie in the `count` blocks of the largest maxima."""
-    missing = -logits_PV.shape[1] % BLOCK
-    padded_PV = F.pad(logits_PV, (0, missing), value=-torch.inf) if missing else logits_PV  # padding copies all logits
-    blocks_PCK = padded_PV.unflatten(1, (-1, BLOCK))
-    if blocks_PCK.shape[1] <= count:
-        return logits_PV.topk(count)
-    chosen_Pm = blocks_PCK.amax(-1).topk(count).indices
-    candidates_PmK = blocks_PCK.gather(1, chosen_Pm[..., None].expand(-1, -1, BLOCK))
-    values_Pm, index_Pm = candidates_PmK.flatten(1).topk(count)
-    return values_Pm, chosen_Pm.gather(1, index_Pm // BLOCK) * BLOCK + index_Pm % BLOCK
 
 
 def _about(path: Path) -> dict[str, str]:
