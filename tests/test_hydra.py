@@ -500,13 +500,14 @@ def test_gradients_reach_every_part_and_nothing_else(plus: bool) -> None:
 
 
 @pytest.mark.parametrize("plus", [False, True], ids=["hydra", "hydra++"])
-def test_a_cyclic_sequence_is_learnt_one_head_one_step_further(plus: bool) -> None:
+@pytest.mark.parametrize("options", [{}, {"acceptance": 0.9}], ids=str)
+def test_a_cyclic_sequence_is_learnt_one_head_one_step_further(plus: bool, options: dict[str, Any]) -> None:
     backbone, cycle = backbone_of(), [11, 3, 42, 7, 29, 60, 18]
     tokens = [cycle[i % 7] for i in range(60)]
     batch = batch_of([tokens], [[True] * 60])
     batch.states |= states_of(backbone, tokens, (FINAL_NORM, 1, 2))
     kind = HydraPlus if plus else Hydra
-    module = trainable(kind, backbone, torch.ones(VOCAB), heads=3, draft_vocab=0, taps=1, soft=0.0)
+    module = trainable(kind, backbone, torch.ones(VOCAB), heads=3, draft_vocab=0, taps=1, soft=0.0, **options)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=0)
     for _ in range(60):
         optimizer.zero_grad()

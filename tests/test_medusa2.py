@@ -364,10 +364,10 @@ def test_nothing_supervised_is_no_loss(backbone: Backbone, folder: Path) -> None
     assert [len(each.ranks_PK) for each in module.guesses(batch_of(backbone, module, mute))] == [0] * len(DATA)
 
 
-def cyclic(backbone: Backbone, folder: Path, hold: bool) -> tuple[float, float, float]:
+def cyclic(backbone: Backbone, folder: Path, hold: bool, **options: Any) -> tuple[float, float, float]:
     """Learns one rotation of seven tokens: how often the heads are right before and after, and how far the model is."""
     cycle = [11, 3, 42, 7, 29, 60, 18]
-    module = learning(backbone, folder, soft=0.0, warm=0.25, dropout=0.0)
+    module = learning(backbone, folder, soft=0.0, warm=0.25, dropout=0.0, **options)
     batch = batch_of(backbone, module, [Distilled(0, [cycle[i % 7] for i in range(60)], [(1, 60)])])
 
     def right() -> float:
@@ -392,6 +392,12 @@ def test_heads_learn_while_the_model_stays_near_what_it_was(backbone: Backbone, 
     assert before < 0.5 < 0.9 < after
     assert 0 < near < far
     assert near < 0.1
+
+
+@pytest.mark.parametrize("options", [{"acceptance": 0.9}], ids=str)
+def test_heads_learn_by_other_losses_too(backbone: Backbone, folder: Path, options: dict[str, Any]) -> None:
+    before, after, _ = cyclic(backbone, folder, hold=True, **options)
+    assert before < 0.5 < 0.9 < after
 
 
 # --- interrupted and taken up again -------------------------------------------------------------------------

@@ -95,16 +95,18 @@ class Changed:
     REMOVED: ClassVar[Mapping[str, Any]] = {"tied": True, "output": "own"}
     layers: int = option(2, "Blocks.", low=1, former="deep", unset=0)
     width: int = option(0, "Of a block.", low=0)
+    share: float = option(0.5, "Of a loss.", added=True)
 
 
 @pytest.mark.parametrize("zero", [0, "0"])
 @pytest.mark.parametrize("true", [True, "true"])
 def test_what_earlier_versions_had_is_read(zero: Any, true: Any) -> None:
     former = {"deep": zero, "tied": true, "output": "own", "width": zero, "of-others": 0}
-    assert migrated(Changed, former) == {"layers": 2, "width": zero, "of_others": 0}
+    assert migrated(Changed, former) == {"layers": 2, "width": zero, "of_others": 0, "share": 0.5}
+    assert migrated(Changed, former | {"share": 0.1})["share"] == 0.1
     del former["of-others"]
     assert converted(Changed, former) == {"layers": 2, "width": 0}
-    assert [each.name for each in described(Changed)] == ["layers", "width"]
+    assert [each.name for each in described(Changed)] == ["layers", "width", "share"]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +123,7 @@ def test_other_values_of_what_is_gone_are_refused(given: Mapping[str, Any], sent
     with pytest.raises(UsageError) as error:
         parse(Changed, given, "Drafter 'x'")
     assert str(error.value) == sentence
-    assert migrated(Changed, given) == given  # so that a recorded one is named where it differs
+    assert migrated(Changed, given) == given | {"share": 0.5}  # so that a recorded one is named where it differs
 
 
 def test_key_value_texts() -> None:

@@ -72,7 +72,7 @@ class KangarooAdapter(GuessingHeads):
         self, head_Vd: Tensor, vocabulary_V: Tensor, vocab_size: int, training: Kangaroo.Training, *, exit: int,
         config: ModelConfig, rotation: Callable[[Tensor], tuple[Tensor, Tensor]], norm_d: Tensor,
     ):  # fmt: skip
-        super().__init__(head_Vd, vocabulary_V, vocab_size, heads=1, output=training.output, soft=training.soft)
+        super().__init__(head_Vd, vocabulary_V, vocab_size, training, heads=1, output=training.output)
         self.options, self.taps, self.exit = training, (exit,), exit
         self.layer, self.norm = DecoderLayer(config, rotation, training.mlp), nn.Parameter(norm_d.clone().float())
         self.eps = config.eps

@@ -79,7 +79,7 @@ class EarlyExitTraining(GuessingHeads):
         self, model: nn.Module, folder: Path, head_Vd: Tensor, vocabulary_V: Tensor, vocab_size: int,
         training: LayerSkip.Training, *, exits: Sequence[int], exit: int, layers: int,
     ):  # fmt: skip
-        super().__init__(head_Vd, vocabulary_V, vocab_size, heads=1, output="shared", soft=training.soft)
+        super().__init__(head_Vd, vocabulary_V, vocab_size, training, heads=1, output="shared")
         self.student, self.exits, self.exit = TrainableBackbone(model, folder), list(exits), exit
         self.dropped = drop_rates(layers, training.dropout)
         self.scales = exit_scales(layers, training.scale, training.shape)

@@ -76,7 +76,7 @@ class MedusaHeads(GuessingHeads):
         taps: Sequence[int] = (), embed: Callable[[Tensor], Tensor] | None = None,
     ):  # fmt: skip
         heads, layers = training.heads, training.layers
-        super().__init__(head_Vd, vocabulary_V, vocab_size, heads=heads, output=training.output, soft=training.soft)
+        super().__init__(head_Vd, vocabulary_V, vocab_size, training, heads=heads, output=training.output)
         d = head_Vd.shape[1]
         self.options, self.layers, self.taps, self.embed = training, layers, (*taps, FINAL_NORM), embed
         widths = [d * (len(self.taps) + (embed is not None)), *[d] * (layers - 1)]

@@ -8,7 +8,8 @@ A field has one of the types int, float, bool, str and tuple[int, ...], or None 
 instance of what somebody typed, `described` lists the options for help. Nothing here imports torch.
 
 What earlier versions had is declared in the same place: an earlier name with `former`, an earlier value with `unset`,
-and in `REMOVED: ClassVar[Mapping[str, Any]]` the options that are gone, with the only value that is still accepted.
+with `added` that they had only the default, and in `REMOVED: ClassVar[Mapping[str, Any]]` the options that are gone,
+with the only value that is still accepted.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class OptionHelp:
 
 def option(
     default: Any, help: str, *, low: float | None = None, high: float | None = None,
-    choices: tuple[str, ...] = (), former: str = "", unset: Any = None, stored: bool = False,
+    choices: tuple[str, ...] = (), former: str = "", unset: Any = None, added: bool = False, stored: bool = False,
 ) -> Any:  # fmt: skip
     """A field of an options dataclass.
 
@@ -50,10 +51,12 @@ def option(
         choices: the only texts allowed.
         former: an earlier name, which is still read.
         unset: a value that meant the default in earlier versions, and still does.
+        added: earlier versions did not name it, and trained as its default says.
         stored: a checkpoint keeps it, because what was trained has its shape from it.
     """
     about = {
-        "help": help, "low": low, "high": high, "choices": choices, "former": former, "unset": unset, "stored": stored,
+        "help": help, "low": low, "high": high, "choices": choices, "former": former, "unset": unset, "added": added,
+        "stored": stored,
     }  # fmt: skip
     return field(default=default, metadata=about)
 
@@ -74,7 +77,7 @@ def parse(cls: type[Table], given: Mapping[str, Any], owner: str = "This method"
 def converted(cls: type[Any], given: Mapping[str, Any], owner: str = "This method") -> dict[str, Any]:
     """The given values alone, under their present names, as `parse` checks and converts them."""
     table, values = _fields(cls), dict[str, Any]()
-    for name, value in migrated(cls, given).items():
+    for name, value in _present(cls, given).items():
         if name in (removed := _removed(cls)):
             raise UsageError(f"{owner} no longer has the option {name!r}: it is always {_text(removed[name])}.")
         if name not in table:
@@ -96,8 +99,14 @@ def migrated(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of an earlier version as this one would write them: `renamed`, and without what has no effect.
 
     A removed option is left out where it has the value that is still accepted; a value that meant the default is
-    replaced by the default.
+    replaced by the default, and so is the lack of an option that was added.
     """
+    added = {each.name: each.default for each in fields(cls) if each.metadata.get("added")}
+    return added | _present(cls, values)
+
+
+def _present(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """As `migrated`, with no option that is not given."""
     table, removed, out = _fields(cls), _removed(cls), dict[str, Any]()
     for name, value in renamed(cls, values).items():
         if name in removed and _is(value, removed[name]):

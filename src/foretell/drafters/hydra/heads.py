@@ -85,7 +85,7 @@ class HydraHeads(GuessingHeads):
         taps: Sequence[int], embed: Callable[[Tensor], Tensor], prefix: DecoderLayer | None = None,
     ):  # fmt: skip
         heads, d = training.heads, head_Vd.shape[1]
-        super().__init__(head_Vd, vocabulary_V, vocab_size, heads=heads, output="tied", soft=training.soft)
+        super().__init__(head_Vd, vocabulary_V, vocab_size, training, heads=heads, output="tied")
         self.options, self.taps, self.embed, self.prefix = training, (*taps, FINAL_NORM), embed, prefix
         self.layers, self.dropout = training.layers, training.dropout
         fused = isinstance(training, HydraPlusTraining) and training.fuse_prefix

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from foretell.backbone import Backbone
-from foretell.drafting.learning.losses import CHUNK, soft_cross_entropy, targets, weighed
+from foretell.drafting.learning.losses import chunk_size, draft_loss, targets, weighed
 from foretell.drafting.learning.number_types import product
 from foretell.drafting.learning.trainable import CALIBRATION_TOP_K, HeadGuesses, Trainable, TrainingBatch
 from foretell.drafting.options import option
@@ -33,6 +33,10 @@ class HeadTraining:
     soft: float = option(
         0.5, "Share of the loss against the model's whole distribution instead of the written token.", low=0, high=1
     )
+    acceptance: float = option(
+        0.0, "Share of the loss that is the probability of being rejected; the rest is cross-entropy.",
+        low=0, high=1, added=True,
+    )  # fmt: skip
 
 
 def draft_outputs(backbone: Backbone, counts_V: Tensor, size: int) -> tuple[Tensor, Tensor, int]:
@@ -57,17 +61,27 @@ def evenly_spread(taps: int, backbone: Backbone) -> list[int]:
     return [round(layers * (i + 1) / (taps + 1)) for i in range(taps)]
 
 
+def learnt_rows(p_Pm: Tensor) -> Tensor | slice:
+    """Selects the positions with a target in the draft vocabulary; on a GPU all, for the others have no gradient.
+
+    It multiplies the few others sooner than the processor would know their number.
+    """
+    return slice(None) if p_Pm.is_cuda else p_Pm.sum(1) > 0
+
+
 class GuessingHeads(Trainable):
     """K heads: the k-th (from 0) guesses, at position p, token p + k + `ahead` out of a draft vocabulary.
 
     The loss of each is a cross-entropy, weighed by decay^(k + 1), against the written token and the backbone's own
-    distribution at its position. Subclasses compute the input of the output matrices.
+    distribution at its position, or the probability that a guess is rejected by this mixture. Tokens outside the draft
+    vocabulary, and those of the backbone's distribution that are not stored, are never guessed right: they have no
+    gradient. Subclasses compute the input of the output matrices.
 
     Args:
         head_Vd: the backbone's output rows of the draft vocabulary.
         vocabulary_V: their token ids; vocab_size: of the backbone.
         output: whose output matrices: shared (the backbone's, frozen), tied (one copy for all heads) or own.
-        soft: share of the loss against the backbone's distribution instead of the written token.
+        training: `soft` and `acceptance` of it are read here.
     """
 
     decay = 1.0
@@ -76,9 +90,12 @@ class GuessingHeads(Trainable):
     vocabulary_V: Tensor
     index_V: Tensor
 
-    def __init__(self, head_Vd: Tensor, vocabulary_V: Tensor, vocab_size: int, *, heads: int, output: str, soft: float):
+    def __init__(
+        self, head_Vd: Tensor, vocabulary_V: Tensor, vocab_size: int, training: HeadTraining, *, heads: int, output: str
+    ):  # fmt: skip
         super().__init__()
-        self.heads, self.output, self.soft = heads, output, soft
+        self.heads, self.output = heads, output
+        self.soft, self.acceptance = training.soft, training.acceptance
         if output == "shared":
             self.register_buffer("head_Vd", head_Vd.float(), persistent=False)
         else:
@@ -106,39 +123,40 @@ class GuessingHeads(Trainable):
             return {}
         x_KPd = self.read(batch, sources_P)
         out = {}
-        for k in range(self.heads):
-            if (targets_PK[:, k] >= 0).any():
+        for k, guessing in enumerate((targets_PK >= 0).any(0).tolist()):
+            if guessing:
                 term = self.term(batch, x_KPd[k], k, targets_PK[:, k], sources_P)
                 out[f"head {k + 1}"] = weighed(term, self.decay ** (k + 1))
         return out
 
     def term(self, batch: TrainingBatch, x_Pd: Tensor, k: int, token_P: Tensor, sources_P: Tensor) -> Tensor:
-        """Cross-entropy of head k, averaged over the positions that have a token to guess."""
-        live = token_P >= 0
-        teacher = [
-            stored.flatten(0, 1)[sources_P[live] + k + self.ahead - 1]
-            for stored in (batch.teacher_ids_BTm, batch.teacher_p_BTm)
-        ]
-        ids_Pm = torch.cat([token_P[live][:, None], teacher[0]], 1)
-        p_Pm = torch.cat([torch.full((len(ids_Pm), 1), 1 - self.soft, device=ids_Pm.device), self.soft * teacher[1]], 1)
-        index_Pm = self.index_V[ids_Pm]
-        p_Pm = p_Pm * (index_Pm >= 0)  # tokens outside the draft vocabulary are not learnt
-        learnt = p_Pm.sum(1) > 0
-        loss = soft_cross_entropy(x_Pd[live][learnt], self.head(k), index_Pm[learnt].clamp(min=0), p_Pm[learnt])
-        return loss / live.sum()
+        """Loss of head k, averaged over the positions that have a token to guess."""
+        live_P = token_P >= 0
+        places_P = (sources_P + k + self.ahead - 1).clamp(max=batch.tokens_BT.numel() - 1)
+        teacher_ids_Pm, teacher_p_Pm = (
+            stored.flatten(0, 1)[places_P] for stored in (batch.teacher_ids_BTm, batch.teacher_p_BTm)
+        )
+        written_p_P1 = torch.full((len(token_P), 1), 1 - self.soft, device=token_P.device)
+        index_Pm = self.index_V[torch.cat([token_P.clamp(min=0)[:, None], teacher_ids_Pm], 1)]
+        p_Pm = torch.cat([written_p_P1, self.soft * teacher_p_Pm], 1)
+        p_Pm = p_Pm * ((index_Pm >= 0) & live_P[:, None])  # tokens outside the draft vocabulary are not learnt
+        kept = learnt_rows(p_Pm)
+        loss = draft_loss(x_Pd[kept], self.head(k), index_Pm[kept].clamp(min=0), p_Pm[kept], self.acceptance)
+        return loss / live_P.sum() + self.acceptance  # what cannot be accepted counts as rejected
 
     @torch.no_grad()
     def guesses(self, batch: TrainingBatch) -> list[HeadGuesses]:
         targets_PK, sources_P = targets(batch, self.heads, self.ahead)
         x_KPd, ranks_PK = self.read(batch, sources_P), torch.full_like(targets_PK, MISSED)
         log_probs_PKR = x_KPd.new_zeros(*targets_PK.shape, min(CALIBRATION_TOP_K, len(self.vocabulary_V)))
+        chunk = chunk_size(len(self.vocabulary_V), x_KPd.device)
         for k in range(self.heads):
-            for at in range(0, len(sources_P), CHUNK):
-                logits = product(x_KPd[k, at : at + CHUNK], self.head(k))
+            for at in range(0, len(sources_P), chunk):
+                logits = product(x_KPd[k, at : at + chunk], self.head(k))
                 values, best = logits.topk(min(RANKS, logits.shape[1]))
-                hit = self.vocabulary_V[best] == targets_PK[at : at + CHUNK, k, None]
-                ranks_PK[at : at + CHUNK, k] = torch.where(hit.any(1), hit.int().argmax(1), MISSED)
-                log_probs_PKR[at : at + CHUNK, k] = values[:, : log_probs_PKR.shape[2]] - logits.logsumexp(
+                hit = self.vocabulary_V[best] == targets_PK[at : at + chunk, k, None]
+                ranks_PK[at : at + chunk, k] = torch.where(hit.any(1), hit.int().argmax(1), MISSED)
+                log_probs_PKR[at : at + chunk, k] = values[:, : log_probs_PKR.shape[2]] - logits.logsumexp(
                     1, keepdim=True
                 )
         ranks_PK.masked_fill_(targets_PK < 0, ENDED)

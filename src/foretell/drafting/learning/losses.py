@@ -14,25 +14,54 @@ from foretell.drafting.learning.number_types import number_type
 from foretell.drafting.learning.trainable import TrainingBatch
 
 CHUNK = 512
-"""Positions whose logits exist at once."""
+"""Positions whose logits exist at once on a processor. Another number would change the bits of a resumed run."""
+GPU_LOGITS = 8192 * 12288
+"""Logits that exist at once on a GPU, 400 MB in float32: smaller products would leave much of it idle."""
 
 
-class _SoftCrossEntropy(torch.autograd.Function):
+def chunk_size(outputs: int, device: torch.device) -> int:
+    """Positions whose logits, `outputs` each, exist at once on this device."""
+    return max(CHUNK, GPU_LOGITS // outputs) if device.type == "cuda" else CHUNK
+
+
+def whole_p(ids_Pm: Tensor, p_Pm: Tensor) -> Tensor:
+    """Returns at the first mention of a token all that a position gives it, and 0 at later mentions."""
+    same_Pmm = ids_Pm[:, :, None] == ids_Pm[:, None]
+    return (same_Pmm * p_Pm[:, None]).sum(-1) * ~same_Pmm.tril(-1).any(-1)
+
+
+class _DraftLoss(torch.autograd.Function):
     """Gradients are computed with each chunk's logits."""
 
     @staticmethod
-    def forward(ctx: Any, x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor) -> Tensor:
-        dtype = number_type(x_Pd.device)
-        weight = weight_Vd.to(dtype)
+    def forward(
+        ctx: Any, x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor, acceptance: float,
+        counts_P: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        dtype, chunk = number_type(x_Pd.device), chunk_size(len(weight_Vd), x_Pd.device)
+        rounded_Pd, weight = x_Pd.to(dtype), weight_Vd.to(dtype)
         grad_x = torch.empty_like(x_Pd)
         grad_weight = torch.zeros_like(weight_Vd) if ctx.needs_input_grad[1] else None
         total = x_Pd.new_zeros(())
-        for at in range(0, len(x_Pd), CHUNK):
-            x, ids, p = (t[at : at + CHUNK] for t in (x_Pd.to(dtype), ids_Pm, p_Pm))
-            log_q = (x @ weight.T).float().log_softmax(-1)
-            total -= (p * log_q.gather(-1, ids)).sum()
-            slope = log_q.exp_().mul_(p.sum(-1, keepdim=True)).scatter_add_(-1, ids, -p).to(dtype)
-            grad_x[at : at + CHUNK] = slope @ weight
+        for at in range(0, len(x_Pd), chunk):
+            x, ids, p = (t[at : at + chunk] for t in (rounded_Pd, ids_Pm, p_Pm))
+            log_q = torch.log_softmax(x @ weight.T, -1, dtype=torch.float32)
+            log_q_m = log_q.gather(-1, ids)
+            # slope in the logits: q · mass - pull. For the cross-entropy, mass is Σ p and pull is p; for what is
+            # rejected, q stands in the place of p, and 0 where q exceeds it already
+            mass, pull = p.sum(-1, keepdim=True), p
+            if acceptance:
+                whole, q_m = whole_p(ids, p), log_q_m.exp()
+                total -= acceptance * torch.minimum(whole, q_m).sum()
+                lacking = q_m * (q_m < whole)
+                mass = (1 - acceptance) * mass + acceptance * lacking.sum(-1, keepdim=True)
+                pull = (1 - acceptance) * p + acceptance * lacking
+                p = (1 - acceptance) * p
+            total -= (p * log_q_m).sum()
+            if counts_P is not None:
+                mass, pull = (each * counts_P[at : at + chunk, None] for each in (mass, pull))
+            slope = log_q.exp_().mul_(mass).scatter_add_(-1, ids, -pull).to(dtype)
+            grad_x[at : at + chunk] = slope @ weight
             if grad_weight is not None:
                 grad_weight += slope.T @ x
         ctx.save_for_backward(grad_x, *(() if grad_weight is None else (grad_weight,)))
@@ -41,17 +70,25 @@ class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, *rest = ctx.saved_tensors
-        return grads[0] * grad_x, grads[0] * rest[0] if rest else None, None, None
+        return grads[0] * grad_x, grads[0] * rest[0] if rest else None, None, None, None, None
 
 
-def soft_cross_entropy(x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor) -> Tensor:
-    """Returns -Σ p · log softmax(x Wᵀ)[ids], summed over positions in float32; multiplied as `products` says.
+def draft_loss(
+    x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor, acceptance: float = 0.0,
+    counts_P: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Returns -Σ ((1 - acceptance) Σ p · log q + acceptance Σ min(p, q)), q = softmax(x Wᵀ), summed over positions.
+
+    In float32; multiplied as `number_types` says. Σ min(p, q) is the probability that a guess drawn from q is accepted
+    where the target is p (arXiv 2602.23881); at `acceptance` 1 its gradient alone remains.
 
     Args:
-        ids_Pm, p_Pm: target tokens and their probabilities. The id of a zero probability is ignored; if they add up to
-            less than one, the rest of the target has no loss.
+        ids_Pm, p_Pm: target tokens and their probabilities. The id of a zero probability is ignored, and of a token
+            named twice the probabilities are added; if they add up to less than one, the rest of the target has no
+            loss and is never accepted.
+        counts_P: how much each position counts in the gradient, as in `weighed`.
     """
-    return _SoftCrossEntropy.apply(x_Pd, weight_Vd, ids_Pm, p_Pm)
+    return _DraftLoss.apply(x_Pd, weight_Vd, ids_Pm, p_Pm, acceptance, counts_P)
 
 
 def weighed(term: Tensor, weight: float) -> Tensor:

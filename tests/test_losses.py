@@ -1,0 +1,156 @@
+"""The losses of draft heads: values and gradients are those of plain autograd in float64, and what they are to do.
+
+Legend: P positions, d hidden width, V draft vocabulary, m target tokens, K heads.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_medusa import VOCAB, backbone_of, batch_of
+from torch import Tensor
+from trainables import trainable
+
+from foretell.drafters.hydra.drafter import Hydra
+from foretell.drafting.learning import heads, losses
+from foretell.drafting.learning.losses import CHUNK, chunk_size, draft_loss
+from foretell.drafting.learning.number_types import multiply_in
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def twin(x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor, acceptance: float) -> Tensor:
+    """The loss of each position, over the whole vocabulary."""
+    log_q_PV = (x_Pd @ weight_Vd.T).log_softmax(-1)
+    p_PV = torch.zeros_like(log_q_PV).scatter_add(-1, ids_Pm, p_Pm.double())
+    accepted_PV = torch.minimum(p_PV, log_q_PV.exp())
+    return -((1 - acceptance) * p_PV * log_q_PV + acceptance * accepted_PV).sum(-1)
+
+
+def numbers(rows: int, vocab: int, targets: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Inputs, output matrix, targets (a token may be named twice), their probabilities, and how much rows count."""
+    generator = torch.Generator().manual_seed(seed)
+    x_Pd = torch.randn(rows, 8, generator=generator).bfloat16().float()
+    weight_Vd = torch.randn(vocab, 8, generator=generator).bfloat16().float()
+    ids_Pm = torch.randint(vocab, (rows, targets), generator=generator)
+    p_Pm = torch.rand(rows, targets, generator=generator) * (torch.rand(rows, targets, generator=generator) > 0.3)
+    p_Pm = p_Pm / (p_Pm.sum(1, keepdim=True) + torch.rand(rows, 1, generator=generator))  # some of it was left out
+    q_PV = (x_Pd.double() @ weight_Vd.double().T).softmax(-1)
+    p_PV = torch.zeros_like(q_PV).scatter_add(-1, ids_Pm, p_Pm.double())
+    clear_PV = (p_PV == 0) | ((p_PV - q_PV).abs() > 0.1 * q_PV)  # where p is q, rounding decides what the gradient is
+    return x_Pd, weight_Vd, ids_Pm, p_Pm * clear_PV.all(-1, keepdim=True), torch.rand(rows, generator=generator)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 1200), st.integers(1, 40), st.integers(1, 6), st.integers(0, 99),
+    st.sampled_from([0.0, 0.3, 0.9, 1.0]), st.booleans(), st.sampled_from(["float32", "bfloat16"]),
+)  # fmt: skip
+def test_the_chunked_loss_and_its_gradient_are_the_plain_ones(
+    rows: int, vocab: int, targets: int, seed: int, acceptance: float, counted: bool, number_type: str
+) -> None:
+    x, weight, ids, p, counts = numbers(rows, vocab, targets, seed)
+    x2, weight2 = (t.double().requires_grad_() for t in (x, weight))
+    plain = twin(x2, weight2, ids, p, acceptance)
+    ((counts if counted else 1.0) * plain * 0.5).sum().backward()
+    x.requires_grad_()
+    weight.requires_grad_()
+    with multiply_in(number_type):
+        loss = draft_loss(x, weight, ids, p, acceptance, counts if counted else None)
+    (loss * 0.5).backward()
+    rough = number_type == "bfloat16"
+    for ours, theirs in zip((loss, x.grad, weight.grad), (plain.sum(), x2.grad, weight2.grad), strict=True):
+        assert ours is not None
+        assert theirs is not None
+        # relative to the result, and for sums that cancel, to what was summed
+        close = 0.02 * theirs.abs().max() + 0.01 * rows**0.5 if rough else 1e-5 * (theirs.abs().max() + rows**0.5)
+        assert (ours.double() - theirs).abs().max() <= close
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.9])
+@pytest.mark.parametrize("rows", [CHUNK - 1, CHUNK, 2 * CHUNK + 7])
+def test_chunks_of_any_size_give_the_same(rows: int, acceptance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for chunk in (CHUNK, 100, 10_000):
+        monkeypatch.setattr(losses, "CHUNK", chunk)
+        x, weight, ids, p, counts = numbers(rows, 30, 4, 1)
+        x.requires_grad_()
+        weight.requires_grad_()
+        with multiply_in("float32"):
+            loss = draft_loss(x, weight, ids, p, acceptance, counts)
+        loss.backward()
+        found.append((loss.detach(), x.grad, weight.grad))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_gpu_multiplies_more_positions_at_once() -> None:
+    gpu, processor = torch.device("cuda"), torch.device("cpu")
+    assert chunk_size(12288, gpu) == 8192
+    assert chunk_size(49152, gpu) == 2048
+    assert chunk_size(1 << 20, gpu) == CHUNK
+    assert chunk_size(12288, processor) == chunk_size(30, processor) == CHUNK
+
+
+def test_the_acceptance_is_how_often_a_drawn_guess_is_accepted() -> None:
+    """Of tokens that p gives more than q, q; of the others, p."""
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    ids, p = torch.tensor([[0, 1, 0]]), torch.tensor([[0.1, 0.6, 0.1]])
+    with multiply_in("float32"):
+        loss = draft_loss(logits, torch.eye(3), ids, p, 1.0)
+    assert -loss.item() == pytest.approx(0.2 + 0.3)
+
+
+def rejecting(soft: float, **options: Any) -> Any:
+    return trainable(Hydra, backbone_of(), torch.arange(VOCAB), heads=3, draft_vocab=30, soft=soft, **options)
+
+
+TOKENS = [torch.randint(VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (29, 5, 42)]
+
+
+@pytest.mark.usefixtures("in_float32")
+@pytest.mark.parametrize("soft", [0.0, 0.5, 1.0])
+def test_the_loss_of_a_head_is_what_the_written_token_and_the_teacher_would_reject(soft: float) -> None:
+    """Half of the tokens lie outside the draft vocabulary: there all is rejected."""
+    batch = batch_of(TOKENS, [[i > 2 for i in range(len(row))] for row in TOKENS])
+    module = rejecting(soft, acceptance=1.0)
+    terms = module.losses(batch)
+    targets_PK, sources_P = losses.targets(batch, 3, module.ahead)
+    x_KPd = module.read(batch, sources_P)
+    for k in range(3):
+        rejected = []
+        for place, source in enumerate(sources_P.tolist()):
+            token = int(targets_PK[place, k])
+            if token < 0:
+                continue
+            q = (x_KPd[k, place].double() @ module.head(k).double().T).softmax(-1)
+            p = torch.zeros(VOCAB, dtype=torch.double)
+            p[token] += 1 - soft
+            at = source + k + module.ahead - 1
+            p.index_add_(
+                0, batch.teacher_ids_BTm.flatten(0, 1)[at], soft * batch.teacher_p_BTm.flatten(0, 1)[at].double()
+            )
+            rejected.append(1 - torch.minimum(p[module.vocabulary_V], q).sum())
+        assert terms[f"head {k + 1}"].item() == pytest.approx(torch.stack(rejected).mean().item(), rel=1e-5)
+
+
+@pytest.mark.usefixtures("in_float32")
+@pytest.mark.parametrize("options", [{}, {"acceptance": 0.9}], ids=str)
+def test_positions_that_teach_nothing_may_be_multiplied_too(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, which is not asked how many there are."""
+    batch = batch_of(TOKENS, [[i > 2 and i % 9 > 1 for i in range(len(row))] for row in TOKENS])
+    module = rejecting(0.0, **options)
+
+    def found() -> list[Tensor]:
+        terms = module.losses(batch)
+        total = torch.stack(list(terms.values())).sum()
+        learning = [each for each in module.parameters() if each.numel()]
+        return [*terms.values(), *torch.autograd.grad(total, learning)]
+
+    without = found()
+    monkeypatch.setattr(heads, "learnt_rows", lambda p_Pm: slice(None))
+    torch.testing.assert_close(found(), without, rtol=1e-5, atol=1e-6)
