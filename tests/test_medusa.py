@@ -129,7 +129,7 @@ def test_what_is_drafted_is_what_the_heads_say(request: pytest.FixtureRequest) -
         h_PI = side_by_side(torch.stack([*drafter._states[row.slot], *root])[None])
         talk = Distilled(0, [*row.tokens, 0], [(5, len(row.tokens) + 1)])  # what comes next is what it would learn
         learnt_from = module._read(
-            FeatureStore(backbone, [talk], module.taps).batch([0]), torch.tensor([len(row.tokens) - 2])
+            ComputedFeatures(backbone, [talk], module.taps).batch([0]), torch.tensor([len(row.tokens) - 2])
         )
         torch.testing.assert_close(h_PI, learnt_from, rtol=2**-7, atol=2**-7)  # features are kept in bfloat16
         exact.append((drafter, row, module, paths, h_PI))

@@ -171,7 +171,7 @@ def learnt(module: Trainable, batch: TrainingBatch, name: str) -> tuple[float, T
 @pytest.mark.parametrize("method", METHODS)
 def test_everything_that_learns_multiplies_in_the_chosen_type(llm: LLM, data: list[Distilled], method: str) -> None:
     module = learning(llm, method)
-    batch = FeatureStore(llm.backbone, data, module.taps).batch(range(len(data)))
+    batch = ComputedFeatures(llm.backbone, data, module.taps).batch(range(len(data)))
     loss, gradient, types = learnt(module, batch, "float32")
     assert types == {torch.float32}
     rounded_loss, rounded, types = learnt(module, batch, "bfloat16")
@@ -187,7 +187,7 @@ def test_everything_that_learns_multiplies_in_the_chosen_type(llm: LLM, data: li
 def trainer(llm: LLM, data: list[Distilled], folder: Path) -> Trainer:
     module = learning(llm, "medusa")
     settings = Settings(epochs=30, batch_tokens=150, held_out=0)
-    return Trainer(module, FeatureStore(llm.backbone, data, module.taps), settings, folder)
+    return Trainer(module, ComputedFeatures(llm.backbone, data, module.taps), settings, folder)
 
 
 def logged(folder: Path) -> list[str]:

@@ -106,7 +106,7 @@ def test_replay_takes_the_steps_that_the_engine_takes(
     by_the_engine = drafted.copy()
     drafted.clear()
     done: list[int] = []
-    found = replay(drafter, FeatureStore(backbone, data, drafter.taps), range(len(data)), done.append)
+    found = replay(drafter, ComputedFeatures(backbone, data, drafter.taps), range(len(data)), done.append)
     assert drafted == by_the_engine
     assert found.steps == sum(output.statistics.steps for output in outputs)
     assert found.tokens == sum(output.statistics.new_tokens for output in outputs)
@@ -131,7 +131,7 @@ def test_replay_runs_the_layers_that_drafting_runs(kind: str, lookup: bool, monk
     outputs = [output for told in data for output in decoded(backbone, drafter, told)]
     by_the_engine = drafted.copy()
     drafted.clear()
-    found = replay(drafter, FeatureStore(backbone, data, drafter.taps), range(len(data)))
+    found = replay(drafter, ComputedFeatures(backbone, data, drafter.taps), range(len(data)))
     assert drafted == by_the_engine
     assert found.steps == sum(output.statistics.steps for output in outputs)
     assert found.tokens == sum(output.statistics.new_tokens for output in outputs)
@@ -152,7 +152,7 @@ def test_an_answer_without_a_prompt_is_skipped() -> None:
     backbone = backbone_of()
     tokens = random_tokens(24)
     answers = [[(0, 6), (9, 24)], [(9, 24)], [(0, 24)]]
-    stored = FeatureStore(backbone, [Distilled(i, tokens, spans) for i, spans in enumerate(answers)], (1, 2, -1))
+    stored = ComputedFeatures(backbone, [Distilled(i, tokens, spans) for i, spans in enumerate(answers)], (1, 2, -1))
     drafter = drafter_of(HydraPlus, backbone, stored.data)
     both, second, first = (replay(drafter, stored, [i]) for i in range(3))
     assert both == second
@@ -165,7 +165,7 @@ def test_each_size_is_replayed_alone_and_the_drafter_is_unchanged(kind: type[Dra
     backbone = backbone_of()
     data = conversations(backbone)
     drafter = drafter_of(kind, backbone, data)
-    stored, rule, fractions = FeatureStore(backbone, data, drafter.taps), drafter.size, list[float]()
+    stored, rule, fractions = ComputedFeatures(backbone, data, drafter.taps), drafter.size, list[float]()
     tokens_per_step = tokens_per_step_by_size(drafter, stored, [3, 1], [2, 4, 12], fractions.append)
     assert drafter.size is rule
     assert list(tokens_per_step) == [2, 4, 12]

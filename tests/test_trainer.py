@@ -123,7 +123,7 @@ def test_features_are_what_the_backbone_computes_for_each_conversation_alone(ker
     with using(kernel):
         backbone = Model({"model_type": "llama", **DIMENSIONS}).build(kernel, dtype)
         indices = [5, 0, 11, 3]
-        batch = FeatureStore(backbone, DATA, TAPS).batch(indices)
+        batch = ComputedFeatures(backbone, DATA, TAPS).batch(indices)
         for row, index in enumerate(indices):
             tokens = DATA[index].tokens
             states, logits = alone(backbone, tokens)
@@ -145,7 +145,7 @@ def test_features_are_what_the_backbone_computes_for_each_conversation_alone(ker
 def test_cached_features_are_those_made_on_the_fly(
     backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: int, at_once: int
 ) -> None:
-    fresh = FeatureStore(backbone, DATA, TAPS)
+    fresh = ComputedFeatures(backbone, DATA, TAPS)
     truth = {indices: fresh.batch(indices) for indices in [(0,), (11, 3, 7), (4, 4), tuple(range(12))]}
     monkeypatch.setattr(featuring, "SHARD", shard)
     monkeypatch.setattr(featuring, "PASS", at_once)
@@ -186,13 +186,13 @@ def test_what_is_kept_for_other_taps_is_not_computed_again(
         features = FeatureStore(backbone, DATA, taps, tmp_path / f"features-f00d-{taps}")
         features.prepare()
         assert set(ran) == layers
-        fresh = FeatureStore(backbone, DATA, taps)
+        fresh = ComputedFeatures(backbone, DATA, taps)
         assert_same_batches(features.batch([0, 11, 3]), fresh.batch([0, 11, 3]))
     other = FeatureStore(
         backbone, DATA[1:], (1,), tmp_path / "features-f00d-other"
     )  # of these conversations nothing is kept
     other.prepare()
-    assert_same_batches(other.batch([2]), FeatureStore(backbone, DATA[1:], (1,)).batch([2]))
+    assert_same_batches(other.batch([2]), ComputedFeatures(backbone, DATA[1:], (1,)).batch([2]))
     monkeypatch.setattr(backbone, "fingerprint", "beef")  # nor of this model
     ran.clear()
     FeatureStore(backbone, DATA, (1,), tmp_path / "features-beef-1").prepare()
@@ -214,14 +214,14 @@ def test_several_folders_are_as_one(backbone: Backbone, tmp_path: Path, kept: bo
         assert fractions == []
     assert joined.data == DATA
     assert joined.sets == [range(5), range(5, 6), range(6, 12)]
-    whole = FeatureStore(backbone, DATA, TAPS)
+    whole = ComputedFeatures(backbone, DATA, TAPS)
     for indices in [(0,), (11, 3, 5, 7), (4, 4), tuple(range(12))]:
         assert_same_batches(joined.batch(indices), whole.batch(indices))
 
 
 def test_a_folder_holds_out_the_same_with_others_beside_it(backbone: Backbone, tmp_path: Path) -> None:
     def made(*sets: Sequence[Distilled]) -> Trainer:
-        features = JoinedFeatures([FeatureStore(backbone, data, (FINAL_NORM,)) for data in sets])
+        features = JoinedFeatures([ComputedFeatures(backbone, data, (FINAL_NORM,)) for data in sets])
         return Trainer(Words(), features, Settings(held_out=0.25), tmp_path)
 
     one, other = some_data(20), some_data(8, seed=1)
@@ -232,7 +232,7 @@ def test_a_folder_holds_out_the_same_with_others_beside_it(backbone: Backbone, t
 
 
 def test_padding_holds_nothing_and_only_answers_are_supervised(backbone: Backbone) -> None:
-    batch = FeatureStore(backbone, DATA, TAPS).batch(range(12))
+    batch = ComputedFeatures(backbone, DATA, TAPS).batch(range(12))
     longest = max(len(each.tokens) for each in DATA)
     assert batch.tokens_BT.shape == batch.supervised_BT.shape == (12, longest)
     for row, each in enumerate(DATA):
@@ -277,7 +277,7 @@ def test_preparing_goes_on_where_it_was(backbone: Backbone, tmp_path: Path, monk
     third = Counting(backbone, DATA, TAPS, tmp_path)
     third.prepare()
     assert not third.computed
-    assert_same_batches(third.batch(range(12)), FeatureStore(backbone, DATA, TAPS).batch(range(12)))
+    assert_same_batches(third.batch(range(12)), ComputedFeatures(backbone, DATA, TAPS).batch(range(12)))
 
 
 @pytest.mark.parametrize("changed", [DATA[:-1], [*DATA, *some_data(5, seed=1)], DATA[::-1], some_data(seed=2)])
@@ -290,7 +290,7 @@ def test_features_of_other_data_are_never_read(
     features = FeatureStore(backbone, changed, TAPS, tmp_path)
     features.prepare()
     indices = range(len(changed))
-    assert_same_batches(features.batch(indices), FeatureStore(backbone, changed, TAPS).batch(indices))
+    assert_same_batches(features.batch(indices), ComputedFeatures(backbone, changed, TAPS).batch(indices))
 
 
 def test_features_of_another_number_type_are_never_read(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_features_of_another_number_type_are_never_read(tmp_path: Path) -> None:
         backbone = Model({"model_type": "llama", **DIMENSIONS}).build(dtype=dtype)
         features = FeatureStore(backbone, DATA, TAPS, tmp_path)
         features.prepare()
-        assert_same_batches(features.batch([1, 2]), FeatureStore(backbone, DATA, TAPS).batch([1, 2]))
+        assert_same_batches(features.batch([1, 2]), ComputedFeatures(backbone, DATA, TAPS).batch([1, 2]))
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, -1])
@@ -308,7 +308,7 @@ def test_a_damaged_shard_is_made_again(backbone: Backbone, tmp_path: Path, size:
     shard.write_bytes(shard.read_bytes()[:size])
     features = FeatureStore(backbone, DATA, TAPS, tmp_path)
     features.prepare()
-    assert_same_batches(features.batch([1, 2]), FeatureStore(backbone, DATA, TAPS).batch([1, 2]))
+    assert_same_batches(features.batch([1, 2]), ComputedFeatures(backbone, DATA, TAPS).batch([1, 2]))
 
 
 def test_a_full_disk_leaves_no_shard(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +337,7 @@ def test_a_full_disk_leaves_no_shard(backbone: Backbone, tmp_path: Path, monkeyp
 
 def test_empty_data_is_refused(backbone: Backbone) -> None:
     with pytest.raises(UsageError, match="holds no conversations; distill some first"):
-        FeatureStore(backbone, [], TAPS)
+        ComputedFeatures(backbone, [], TAPS)
 
 
 # --- modules whose best is known ----------------------------------------------------------------------------
@@ -448,7 +448,7 @@ def trainer(backbone: Backbone, tmp_path: Path) -> Made:
         name: str = "run", module: Trainable | None = None, data: Sequence[Distilled] = DATA, **settings: Any
     ) -> Trainer:
         given = {"epochs": 4, "batch_tokens": 60, "learning_rate": 0.01, "held_out": 0.2} | settings
-        features = FeatureStore(backbone, data, (FINAL_NORM,))
+        features = ComputedFeatures(backbone, data, (FINAL_NORM,))
         return Trainer(module or Words(), features, Settings(**given), tmp_path / name)
 
     return make

@@ -14,48 +14,84 @@ from foretell.cli.terminal import command_line, interruptible, job_progress, not
 from foretell.errors import ForetellError
 
 if TYPE_CHECKING:
-    from foretell.train.recipe import Run, Trained
+    from foretell.train.recipe import Job, Run, Trained
 
-Method = Annotated[
-    str, typer.Argument(help="A drafter that can be trained; `foretell drafters` lists them, and the options of each.")
+Methods = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="METHOD...",
+        help="A drafter that can be trained; `foretell drafters` lists them, and the options of each. Several are "
+        "trained at once, METHOD:key=value,... with options of its own.",
+    ),
 ]
 
 
 def train(
     base: Base,
     training: Training,
-    method: Method,
+    methods: Methods,
     data: Annotated[list[Path], typer.Option(help="Folder that `foretell distill` wrote; repeatable.")],
-    out: Annotated[Path, typer.Option(help="Folder for the drafter; an interrupted run is resumed in it.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for the drafter, with several methods a folder in it for each; an interrupted run is resumed."
+        ),
+    ],
     option: Annotated[
         list[str] | None,
-        typer.Option("--option", "-o", help="key=value of the method; `foretell drafters METHOD` lists them."),
+        typer.Option("--option", "-o", help="key=value of every method; `foretell drafters METHOD` lists them."),
     ] = None,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute features batch by batch; keep none.")] = False,
+    keep_features: Annotated[
+        bool,
+        typer.Option("--keep-features", help="Compute the model's states once and keep them beside the data (GBs)."),
+    ] = False,
     other_model: Annotated[bool, typer.Option("--other-model", help="Allow data that another model wrote.")] = False,
     start: Annotated[
-        str, typer.Option(help="Initialise with a trained drafter: its folder, or the name of one that ships.")
+        str,
+        typer.Option(
+            help="Initialise with a trained drafter: its folder, or the name of one that ships; of one method of "
+            "several, METHOD:start=..."
+        ),
     ] = "",
 ) -> None:
-    """Train a drafter for a model on what the model wrote."""
-    from foretell.drafting.options import pairs
+    """Train drafters for a model on what the model wrote."""
     from foretell.train import recipe
 
-    with recipe.begin(
-        method, base.model, data, out, settings=training.settings(), options=pairs(option or []),
-        start=start, keep_features=not no_cache, other_model=other_model,
+    jobs = _jobs(methods, out, option or [], start)
+    with recipe.begin_all(
+        jobs, base.model, data, settings=training.settings(), keep_features=keep_features, other_model=other_model,
         load=lambda name: replace(base, model=name).load(), command=command_line(),
-    ) as run:  # fmt: skip
-        _note_number_type(run)
-        with job_progress("features, %", "") as progress:
-            run.prepare(lambda done, total: progress(done, total, 0))
-        with job_progress(f"training {method}", "") as progress, interruptible() as caught:
-            run.train(lambda done, total: progress(done, total, 0), stop=lambda: caught)
+    ) as begun:  # fmt: skip
+        _note_number_type(begun.runs[0])
+        if keep_features:
+            with job_progress("features, %", "") as progress:
+                begun.prepare(lambda done, total: progress(done, total, 0))
+        names = ", ".join(job.method for job in jobs)
+        with job_progress(f"training {names}", "") as progress, interruptible() as caught:
+            begun.train(lambda done, total: progress(done, total, 0), stop=lambda: caught)
         with job_progress("replaying, %", "") as progress:
-            trained = run.publish(lambda done, total: progress(done, total, 0))
-    _draw(out)
-    _note_figures(trained)
-    _note_command(base, trained)
+            found = begun.publish(lambda done, total: progress(done, total, 0))
+    for job, trained in zip(jobs, found, strict=True):
+        if len(jobs) > 1:
+            note(f"{job.method}:")
+        _draw(Path(job.out))
+        _note_figures(trained)
+        _note_command(base, trained)
+
+
+def _jobs(methods: list[str], out: Path, shared: list[str], start: str) -> list[Job]:
+    """What is to be trained; a method may be followed by its own options, `start` among them."""
+    from foretell.drafting.options import pairs
+    from foretell.train.recipe import Job
+
+    jobs = []
+    for spec in methods:
+        method, _, text = spec.partition(":")
+        own = pairs(text.split(",") if text else [])
+        begun_with = str(own.pop("start", start))
+        folder = out / method if len(methods) > 1 else out
+        jobs.append(Job(method=method, out=folder, options=pairs(shared) | own, start=begun_with))
+    return jobs
 
 
 def _draw(out: Path) -> None:

@@ -16,12 +16,10 @@ _ARGUMENT = re.compile(r"`(\w+)=([^`]*)`")
 _OPTIONS = {each.name: f"--{each.name.replace('_', '-')}" for group in (Loading, Sampling, Training)
             for each in fields(group)}  # fmt: skip
 _OPTIONS |= {
-    "batch_size": "--batch-size", "data": "--data", "learning_rate": "--lr", "other_model": "--other-model",
-    "out": "--out", "prompts": "--prompts", "raw": "--raw", "start": "--start", "stop_ids": "--stop-id",
+    "batch_size": "--batch-size", "data": "--data", "keep_features": "--keep-features", "learning_rate": "--lr",
+    "other_model": "--other-model", "out": "--out", "prompts": "--prompts", "raw": "--raw", "start": "--start", "stop_ids": "--stop-id",
 }  # fmt: skip
 """Argument -> option of a verb; an argument that is not here is an option of the drafter."""
-_SWITCHED_OFF = {"keep_features": "--no-cache"}
-"""Argument that is true by default -> option that makes it false."""
 
 
 def for_command_line(sentence: str) -> str:
@@ -29,8 +27,6 @@ def for_command_line(sentence: str) -> str:
 
     def option(match: re.Match[str]) -> str:
         name, value = match[1], match[2].strip("'\"")
-        if value == "False" and name in _SWITCHED_OFF:
-            return _SWITCHED_OFF[name]
         if name not in _OPTIONS:
             return f"-o {name}={value.lower() if value in ('True', 'False') else value}"
         return _OPTIONS[name] if value in ("", "True") else f"{_OPTIONS[name]} {value}"

@@ -46,6 +46,7 @@ from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, check
 from foretell.drafting.options import option, stored_options
 from foretell.drafting.protocols import LowerLayerDrafting
 from foretell.drafting.tree_size import DEFAULT_NODES, no_guesses, tree_size
+from foretell.errors import UsageError
 from foretell.loading.config import ModelConfig
 from foretell.trees.calibration import Floats, calibrated
 
@@ -80,6 +81,16 @@ class KangarooAdapter(GuessingHeads):
     def read(self, batch: TrainingBatch, sources_P: Tensor) -> Tensor:
         stream_Pd = self.layer(batch.states[self.exit].float()).flatten(0, 1)[sources_P]
         return F.rms_norm(stream_Pd, stream_Pd.shape[-1:], self.norm, self.eps)[None]
+
+    @torch.no_grad()
+    def start(self, arch: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        if arch["taps"] != list(self.taps) or arch["mlp"] > self.options.mlp:
+            raise UsageError("It has another exit, or an MLP that this adapter lacks; train with the same options.")
+        for name, weight in self.layer.named().items():
+            if f"adapter.{name}" in tensors:
+                weight.copy_(tensors[f"adapter.{name}"])
+        self.norm.copy_(tensors["norm"])
+        self.start_outputs(tensors)
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"adapter.{name}": weight for name, weight in self.layer.named().items()} | {"norm": self.norm}

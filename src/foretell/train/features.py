@@ -43,7 +43,7 @@ PASS = {"cpu": 1 << 10, "cuda": 1 << 14}
 
 _TEACHING = ("teacher_ids", "teacher_p")
 
-NOT_KEPT = "keep no features"
+NOT_KEPT = "leave out `keep_features=True`"
 NATIVE = ("amx", "avx512bf16")
 """Compiled kernels that multiply bfloat16 by units of their own."""
 
@@ -98,9 +98,7 @@ class ComputedFeatures(Batches):
         data: the conversations; sets: index ranges of those that were distilled together, by default all of them.
     """
 
-    def __init__(
-        self, backbone: Backbone, data: Sequence[Distilled], taps: Sequence[int], sets: Sequence[range] = ()
-    ):
+    def __init__(self, backbone: Backbone, data: Sequence[Distilled], taps: Sequence[int], sets: Sequence[range] = ()):
         if not data:
             raise UsageError("The data holds no conversations; distill some first.")
         self.backbone, self.data, self.taps = backbone, data, tuple(taps)

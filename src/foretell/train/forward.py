@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,7 +151,7 @@ def most_probable(logits_PV: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values_Pm, chosen_Pm.gather(1, index_Pm // BLOCK) * BLOCK + index_Pm % BLOCK
 
 
-def _mask(window: int, tokens: int, device: torch.device) -> dict[str, object]:
+def _mask(window: int, tokens: int, device: torch.device) -> dict[str, Any]:
     """The arguments of attention to the last `window` positions, or to all before (0)."""
     if not 0 < window < tokens:
         return {"is_causal": True}

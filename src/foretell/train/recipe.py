@@ -7,8 +7,9 @@
     llm = foretell.load(trained.model, "medusa", checkpoint=trained.folder)
 
 `run` takes four steps, which may be called one by one: `begin` refuses what cannot work, locks the folder and resumes a
-run that was interrupted there; `Run.prepare` computes the features; `Run.train` trains; `Run.publish` measures the
-drafter and writes it.
+run that was interrupted there; `Run.prepare` computes the features that are to be kept; `Run.train` trains;
+`Run.publish` measures the drafter and writes it. `run_all` and `begin_all` train several drafters at once: the
+backbone, most of the work, then runs once for all of them, and each learns what it would learn alone.
 
     heads/run                     the trainer's state and log
     heads/drafter                 the drafter (`drafting.checkpoint`)
@@ -18,9 +19,10 @@ drafter and writes it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from foretell import api, drafters
 from foretell.api import LLM
+from foretell.backbone import Backbone
 from foretell.drafting.checkpoint import Checkpoint
 from foretell.drafting.learning.method import TrainableMethod
 from foretell.drafting.learning.trainable import Trainable
@@ -37,7 +40,8 @@ from foretell.errors import ForetellError, UsageError
 from foretell.files import read_json, sole_writer, write_errors
 from foretell.train.data import ConversationStore, Distilled
 from foretell.train.evaluation import SIZES, Report
-from foretell.train.features import FeatureStore, JoinedFeatures
+from foretell.train.features import Batches, ComputedFeatures, FeatureStore, JoinedFeatures
+from foretell.train.loop import train
 from foretell.train.replay import tokens_per_step_by_size
 from foretell.train.start import Start, inherited, initialise, read_start
 from foretell.train.trainer import Settings, Trainer
@@ -57,6 +61,23 @@ def quiet(*_: Any) -> None:
 def never() -> bool:
     """Stops nothing."""
     return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A drafter to train.
+
+    Attributes:
+        method: a drafter that can be trained (`trainable_methods`).
+        out: folder for the drafter.
+        options: of the method, by name; those that are left out have their defaults, or the values of `start`.
+        start: initialises with a trained drafter: its folder, or the name of one that ships for this model.
+    """
+
+    method: str
+    out: str | Path
+    options: Mapping[str, Any] = field(default_factory=dict)
+    start: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,39 +105,48 @@ def run(
     data: Folders,
     out: str | Path,
     *,
-    settings: Settings | None = None,
     options: Mapping[str, Any] | None = None,
     start: str = "",
-    keep_features: bool = True,
-    other_model: bool = False,
-    progress: Callable[[str, int, int], None] = quiet,
+    **rest: Any,
 ) -> Trained:
     """Trains a drafter. The same call resumes a run that was interrupted, and ends with the same drafter.
 
     Args:
-        method: a drafter that can be trained (`trainable_methods`).
+        method, out, options, start: see `Job`.
+        model, data, rest: see `run_all`.
+    """
+    return run_all([Job(method=method, out=out, options=options or {}, start=start)], model, data, **rest)[0]
+
+
+def run_all(
+    jobs: Sequence[Job],
+    model: LLM | str | Path,
+    data: Folders,
+    *,
+    settings: Settings | None = None,
+    keep_features: bool = False,
+    other_model: bool = False,
+    progress: Callable[[str, int, int], None] = quiet,
+) -> list[Trained]:
+    """Trains several drafters at once, each as if it were alone. The same call resumes a run that was interrupted.
+
+    Args:
         model: the model to draft for, or its name.
         data: folders that `foretell distill` wrote.
-        out: folder for the drafter.
-        settings: how long and how fast it learns.
-        options: of the method, by name; those that are left out have their defaults, or the values of `start`.
-        start: initialises with a trained drafter: its folder, or the name of one that ships for this model.
-        keep_features: keeps the features beside the data; otherwise they are computed for every batch.
+        settings: how long and how fast they learn.
+        keep_features: computes the features once and keeps them beside the data, instead of at every batch.
         other_model: accepts data that another model wrote.
         progress: called with (step of the recipe, done, total).
 
     Raises:
         UsageError, ForetellError: one sentence that names what is wrong and the remedy.
-        KeyboardInterrupt: after the state was saved.
+        KeyboardInterrupt: after the states were saved.
     """
 
     def of(step: str) -> Progress:
         return lambda done, total: progress(step, done, total)
 
-    with begin(
-        method, model, data, out, settings=settings, options=options, start=start, keep_features=keep_features,
-        other_model=other_model,
-    ) as begun:  # fmt: skip
+    with begin_all(jobs, model, data, settings=settings, keep_features=keep_features, other_model=other_model) as begun:
         begun.prepare(of("features"))
         begun.train(of("training"))
         return begun.publish(of("replay"))
@@ -129,58 +159,132 @@ def begin(
     data: Folders,
     out: str | Path,
     *,
-    settings: Settings | None = None,
     options: Mapping[str, Any] | None = None,
     start: str = "",
-    keep_features: bool = True,
+    **rest: Any,
+) -> Iterator[Run]:
+    """Checks everything, and holds the lock of `out` while its block runs; see `run` and `begin_all`."""
+    with begin_all([Job(method=method, out=out, options=options or {}, start=start)], model, data, **rest) as begun:
+        yield begun.runs[0]
+
+
+@contextmanager
+def begin_all(
+    jobs: Sequence[Job],
+    model: LLM | str | Path,
+    data: Folders,
+    *,
+    settings: Settings | None = None,
+    keep_features: bool = False,
     other_model: bool = False,
     load: Callable[[str], LLM] | None = None,
     command: str = "",
-) -> Iterator[Run]:
-    """Checks everything, and holds the lock of `out` while its block runs; see `run`.
+) -> Iterator[Together]:
+    """Checks everything, and holds the locks of the folders while its block runs; see `run_all`.
 
     Args:
-        load: loads a model by its name: the one to train for, once all else is checked, and the changed one, where the
+        load: loads a model by its name: the one to train for, once all else is checked, and a changed one, where a
             method changes the backbone. By default as `model` was loaded.
-        command: kept with the drafter, as the command that made it.
+        command: kept with the drafters, as the command that made them.
     """
-    out, settings = Path(out), settings or Settings()
-    cls = method_class(method)
-    given = converted(cls.Training, options or {}, f"{method} training")
-    check_out(out, method)
+    settings = settings or Settings()
+    classes = [method_class(job.method) for job in jobs]
+    given = [
+        converted(cls.Training, job.options, f"{job.method} training") for cls, job in zip(classes, jobs, strict=True)
+    ]
+    for job in jobs:
+        check_out(Path(job.out), job.method)
+    if not jobs or len({Path(job.out).resolve() for job in jobs}) < len(jobs):
+        raise UsageError("Each drafter that is trained needs an `out=` of its own.")
     stores = open_data(data)
     llm = model if isinstance(model, LLM) else (load or api.load)(str(model))
-    backbone = llm.backbone
     if llm.folder is None:
         raise UsageError("Training needs a model that foretell.load has loaded: the drafter keeps its name.")
     for store in stores:
         check_data(store, llm, other_model)
-    origin = read_start(start, backbone, cls) if start else None
-    chosen = cls.Training(**(inherited(cls, origin[0]) if origin else {}) | given)
-    module = new_module(cls, llm, stores, chosen, settings.seed, origin)
-    started = initialise(module, start, *origin) if origin else {}
-    name = f"features-{backbone.fingerprint}-{'-'.join(map(str, module.taps)) or 'teacher'}"
-    features = [
-        FeatureStore(backbone, store.conversations, module.taps, store.folder / name if keep_features else None)
-        for store in stores
+    begun = [
+        _Begun.of(job, cls, options, llm, stores, settings.seed)
+        for job, cls, options in zip(jobs, classes, given, strict=True)
     ]
-    with sole_writer(out):
-        identity = {"method": method, "model": backbone.fingerprint, "dtype": str(backbone.dtype)}
-        trainer = Trainer(
-            module, JoinedFeatures(features) if len(features) > 1 else features[0], settings, out / "run",
-            asdict(chosen) | identity | started, partial(migrated, cls.Training),
+    features = features_of(llm.backbone, stores, [each.module for each in begun], keep_features)
+    others = {"together": [job.method for job in jobs]} if len(jobs) > 1 else {}
+    with ExitStack() as locks:
+        runs = []
+        for each in begun:
+            locks.enter_context(sole_writer(each.out))
+            trainer = each.trainer(llm.backbone, features, settings)
+            trainer.resume()  # what cannot be resumed is refused before any work
+            provenance = {
+                "command": command, "data": [store.manifest for store in stores], "settings": asdict(settings),
+                "options": asdict(each.options), **each.started, **others,
+            }  # fmt: skip
+            runs.append(Run(
+                each.cls, llm, llm.folder.name, trainer, each.out, provenance, load or partial(api.load, **llm.loading)
+            ))  # fmt: skip
+        yield Together(runs)
+
+
+@dataclass
+class _Begun:
+    """A module before its training, and where its weights came from."""
+
+    cls: type[TrainableMethod]
+    out: Path
+    options: Any
+    module: Trainable
+    started: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, job: Job, method: type[TrainableMethod], given: Mapping[str, Any], llm: LLM,
+        stores: Sequence[ConversationStore], seed: int,
+    ) -> _Begun:  # fmt: skip
+        origin = read_start(job.start, llm.backbone, method) if job.start else None
+        options = method.Training(**(inherited(method, origin[0]) if origin else {}) | dict(given))
+        module = new_module(method, llm, stores, options, seed, origin)
+        started = initialise(module, job.start, *origin) if origin else {}
+        return cls(method, Path(job.out), options, module, started)
+
+    def trainer(self, backbone: Backbone, features: Batches, settings: Settings) -> Trainer:
+        identity = {"method": self.cls.method, "model": backbone.fingerprint, "dtype": str(backbone.dtype)}
+        return Trainer(
+            self.module, features, settings, self.out / "run", asdict(self.options) | identity | self.started,
+            partial(migrated, self.cls.Training),
         )  # fmt: skip
-        trainer.resume()  # what cannot be resumed is refused before any work
-        provenance = {
-            "command": command, "data": [store.manifest for store in stores], "settings": asdict(settings),
-            "options": asdict(chosen), **started,
-        }  # fmt: skip
-        yield Run(cls, llm, llm.folder.name, trainer, out, provenance, load or partial(api.load, **llm.loading))
+
+
+@dataclass
+class Together:
+    """Trainings in progress that share the passes of the backbone; made by `begin_all`."""
+
+    runs: list[Run]
+
+    def prepare(self, progress: Progress = quiet) -> None:
+        """Computes the features that are to be kept and are not there yet; `progress` counts per cent."""
+        progress(0, 100)
+        seconds = self.runs[0].trainer.features.prepare(lambda fraction: progress(round(fraction * 100), 100))
+        for run in self.runs:
+            run.provenance["feature_seconds"] = round(seconds)
+
+    def train(self, progress: Progress = quiet, stop: Callable[[], object] = never) -> None:
+        """Trains to the end, or raises KeyboardInterrupt between two steps once `stop` returns something true."""
+        trainers = [run.trainer for run in self.runs]
+        progress(min(trainer.step for trainer in trainers), trainers[0].steps)
+        train(trainers, progress, stop)
+
+    def publish(self, progress: Progress = quiet) -> list[Trained]:
+        """Measures the drafters on held-out text, and writes them; `progress` counts per cent."""
+        found: list[Trained] = []
+        for run in self.runs:
+            found.append(
+                run.publish(lambda done, total: progress((len(found) * total + done) // len(self.runs), total))
+            )
+        return found
 
 
 @dataclass
 class Run:
-    """A training in progress, whose folder `out` is locked; made by `begin`.
+    """A training in progress, whose folder `out` is locked; made by `begin` and `begin_all`.
 
     Attributes:
         model: the name of the model that is trained on.
@@ -197,15 +301,12 @@ class Run:
     load: Callable[[str], LLM]
 
     def prepare(self, progress: Progress = quiet) -> None:
-        """Computes the features that are not there yet; `progress` counts per cent."""
-        progress(0, 100)
-        seconds = self.trainer.features.prepare(lambda fraction: progress(round(fraction * 100), 100))
-        self.provenance["feature_seconds"] = round(seconds)
+        """See `Together.prepare`."""
+        Together([self]).prepare(progress)
 
     def train(self, progress: Progress = quiet, stop: Callable[[], object] = never) -> None:
-        """Trains to the end, or raises KeyboardInterrupt between two steps once `stop` returns something true."""
-        progress(self.trainer.step, self.trainer.steps)
-        self.trainer.run(progress, stop)
+        """See `Together.train`."""
+        Together([self]).train(progress, stop)
 
     def publish(self, progress: Progress = quiet) -> Trained:
         """Measures the drafter on held-out text, and writes it; `progress` counts per cent."""
@@ -219,7 +320,7 @@ class Run:
         model, features, indices = self.model, trainer.features, to_replay(report.replayed)
         if (changed := module.save_backbone(model, self.out)) != model:  # its states are others now
             model, backbone = changed, self.load(changed).backbone
-            features = FeatureStore(backbone, [features.data[i] for i in indices], module.taps, None)
+            features = ComputedFeatures(backbone, [features.data[i] for i in indices], module.taps)
             indices = list(range(len(indices)))
         checkpoint = Checkpoint(
             method=self.cls.method, backbone=model, fingerprint=backbone.fingerprint, hidden=backbone.config.hidden,
@@ -316,7 +417,21 @@ def check_data(store: ConversationStore, llm: LLM, other_model: bool) -> None:
         )
 
 
-# -- the module that learns -----------------------------------------------------------------------------------
+# -- the modules that learn, and what they read ---------------------------------------------------------------
+
+
+def features_of(
+    backbone: Backbone, stores: Sequence[ConversationStore], modules: Sequence[Trainable], keep: bool
+) -> Batches:
+    """Everything that the modules read of the backbone, batch by batch or kept beside the data."""
+    taps = tuple(sorted({tap for module in modules for tap in module.taps}))
+    if not keep:
+        data = [talk for store in stores for talk in store.conversations]
+        ends = list(accumulate(len(store.conversations) for store in stores))
+        return ComputedFeatures(backbone, data, taps, [range(*each) for each in pairwise([0, *ends])])
+    name = f"features-{backbone.fingerprint}-{'-'.join(map(str, taps)) or 'teacher'}"
+    kept = [FeatureStore(backbone, store.conversations, taps, store.folder / name) for store in stores]
+    return JoinedFeatures(kept) if len(kept) > 1 else kept[0]
 
 
 def new_module(

@@ -57,11 +57,25 @@ def inherited(cls: type[TrainableMethod], checkpoint: Checkpoint) -> dict[str, A
     """The options that a drafter was made with, as far as `cls` has them too."""
     names = {each.name for each in fields(cls.Training)}
     values = {name: value for name, value in renamed(cls.Training, checkpoint.arch).items() if name in names}
-    return values | ({"taps": len(values["taps"])} if "taps" in values else {})
+    taps = checkpoint.arch.get("taps", [])
+    if "exit" in names and len(taps) == 1:  # of an adapter that reads one layer's stream
+        values["exit"] = taps[0]
+    return values | ({"taps": len(taps)} if "taps" in values else {})
 
 
 def initialise(module: Trainable, start: str, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Loads another drafter's weights into the module; returns which they were and the commands that trained them."""
+    """Loads another drafter's weights into the module; returns which they were and the commands that trained them.
+
+    Raises:
+        UsageError: they do not fit, or know more tokens than the module will.
+        ForetellError: they are damaged.
+    """
+    size: Tensor | None = getattr(module, "vocabulary_V", None)
+    if size is not None and len(tensors["vocabulary"]) > len(size):
+        raise UsageError(
+            f"{start} chooses from {len(tensors['vocabulary'])} tokens, more than draft_vocab={len(size)}; train with "
+            f"`draft_vocab={len(tensors['vocabulary'])}` or more."
+        )
     try:
         module.start(checkpoint.arch, tensors)
     except UsageError as error:

@@ -1,4 +1,4 @@
-"""The training loop. It knows no method: a `Trainable` turns a batch into loss terms, and the trainer adds them up.
+"""One module in training, of any method: a `Trainable` turns a batch into loss terms, and the trainer adds them up.
 
 AdamW, warm-up, cosine decay, gradient accumulation. The batches and the random draws of a step follow from the seed and
 the step's number alone, so that a resumed run ends with exactly the weights of a run that was never interrupted. For
@@ -13,34 +13,31 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, count, islice
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from foretell.drafting.learning import number_types
-from foretell.drafting.learning.trainable import Trainable
+from foretell.drafting.learning.trainable import Trainable, TrainingBatch
 from foretell.errors import ForetellError, UsageError, check_numbers
 from foretell.files import atomic_write, complete_lines, one_line, write_errors
 from foretell.loading.catalog import current
-from foretell.train import malloc
 from foretell.train.data import Distilled, digest
 from foretell.train.evaluation import SIZES, Report, evaluate
 from foretell.train.features import Batches
 
-POOL = 512
-"""Conversations that are shuffled together, then sorted by length so that batches carry little padding."""
+POOL, POOLED_TOKENS = 512, 64
+"""Conversations that are shuffled together, at least 512 and one for every 64 tokens of a batch; then they are sorted
+by length, so that batches carry little padding."""
 MAX_HELD_OUT = 400
 """Conversations of each folder of data."""
-LOG_STEPS, LOG_SECONDS = 20, 10.0
-"""A line of the log is written after so many steps, or so many seconds if that is earlier."""
 SEEDS = "SeedSequence"
 """How seeds of batches are made; states of earlier versions, which do not name it, used Python's hash of a tuple."""
 WITHOUT_EFFECT = ("save_seconds", "started_by")
@@ -52,7 +49,7 @@ class Settings:
     """Length, learning rates and batches of a training.
 
     Attributes:
-        epochs: passes over the data.
+        epochs: passes over the data; 0 trains nothing, and measures what the training starts with.
         batch_tokens: tokens of a batch, prompts and padding included.
         accumulate: batches per step.
         learning_rate: its peak.
@@ -77,7 +74,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         ranges = (
-            ("epochs", 1e-3, 1e4), ("batch_tokens", 1, 1 << 24), ("accumulate", 1, 4096), ("learning_rate", 1e-9, 10),
+            ("epochs", 0, 1e4), ("batch_tokens", 1, 1 << 24), ("accumulate", 1, 4096), ("learning_rate", 1e-9, 10),
             ("warmup", 0, 1), ("weight_decay", 0, 10), ("clip", 1e-6, 1e6), ("held_out", 0, 0.5),
             ("save_seconds", 0, 1e6), ("seed", 0, 2**31),
         )  # fmt: skip
@@ -98,6 +95,7 @@ class Trainer:
         seconds: time spent on steps, earlier runs included.
         number_type: type that the module multiplies in, by its name in `number_types`.
         began_in: the type that the run began in.
+        updating: true inside an update, whose interruption leaves weights of no step.
     """
 
     def __init__(
@@ -116,105 +114,81 @@ class Trainer:
         self.training = sorted(set(range(len(features.data))).difference(self.held_out))
         self._data = digest(features.data)
         self.steps_per_epoch = len(self._epoch(0)) / settings.accumulate
-        self.steps = max(1, round(settings.epochs * self.steps_per_epoch))
+        self.steps = max(1, round(settings.epochs * self.steps_per_epoch)) if settings.epochs else 0
         self.groups = module.groups()
         self.optimizer = torch.optim.AdamW(
             [{"params": parameters} for parameters, _ in self.groups], lr=settings.learning_rate, betas=(0.9, 0.98),
-            weight_decay=settings.weight_decay,
+            weight_decay=settings.weight_decay, fused=True,
         )  # fmt: skip
         self.step = 0
         self.skipped = 0
         self.seconds = 0.0
         self.number_type = self.began_in = number_types.chosen(self.device)
+        self.updating = False
         self._old_seeds = False
-        self._updating = False
+        self._terms: list[dict[str, Tensor]] = []  # of the batches since the last update
+        self._logged: dict[str, list[Tensor]] = {}  # of the steps since the last line of the log
 
-    def run(
-        self,
-        progress: Callable[[int, int], None] = lambda *_: None,
-        stop: Callable[[], object] = lambda: False,
-    ) -> None:
-        """Trains to the end. An interruption saves the state first.
+    # -- one step -------------------------------------------------------------------------------------------------
 
-        Args:
-            progress: called after each step with (steps done, all steps).
-            stop: called before each step; the run ends there if the result is true.
+    @property
+    def done(self) -> float:
+        """Share of the training that is done."""
+        return self.step / max(1, self.steps)
+
+    def begin_step(self) -> None:
+        """Prepares module and learning rates for the batches of the current step."""
+        self.module.train()
+        self.module.begin(self.done)
+        for group, (_, rate) in zip(self.optimizer.param_groups, self.groups, strict=True):
+            group["lr"] = self.learning_rate(self.step) * rate(self.done)
+        self._terms = []
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def learn(self, batch: TrainingBatch) -> None:
+        """Adds the gradient of the step's next batch."""
+        with number_types.multiply_in(self.number_type):
+            torch.manual_seed(self._seed(len(self._terms)))
+            terms = self.module.losses(batch)
+            if terms:
+                (torch.stack(list(terms.values())).sum() / self.settings.accumulate).backward()
+            else:  # nothing in it was written by the model
+                self.skipped += 1
+            self._terms.append({name: term.detach() for name, term in terms.items()})
+
+    def update(self) -> None:
+        """Makes the update of a step, whose batches were learnt.
 
         Raises:
-            KeyboardInterrupt: `stop` returned something true.
-            ForetellError: the loss is no longer finite, or the state cannot be written.
+            ForetellError: the loss is not finite; the weights are as they were.
         """
-        if not self.resume():
-            self.save()  # fails now, not after hours, where the folder cannot be written
-        self._updating = False
-        malloc.keep()
-        try:
-            with number_types.multiply_in(self.number_type):
-                self._run(progress, stop)
-        finally:
-            if not self._updating:  # an update that was cut off leaves weights of no step: the saved state stays
-                self.save()
+        each = [torch.stack(list(terms.values())).sum() for terms in self._terms if terms]
+        if each:
+            if not torch.stack(each).isfinite().all():  # a device is waited for once a step, here
+                wrong = next(loss.item() for loss in each if not loss.isfinite())
+                raise ForetellError(
+                    f"The loss became {wrong} at step {self.step}; lower `learning_rate=`, with another `out=`."
+                )
+            for parameters, _ in self.groups:
+                torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
+            self.updating = True
+            self.optimizer.step()
+        for name in {name: None for terms in self._terms for name in terms}:
+            found = [terms[name] for terms in self._terms if name in terms]
+            self._logged.setdefault(name, []).append(torch.stack(found).sum() / self.settings.accumulate)
+        self.step += 1
+        self.updating = False
 
-    def _run(self, progress: Callable[[int, int], None], stop: Callable[[], object]) -> None:
-        losses: dict[str, list[float]] = {}  # of the steps since the last line of the log
-        tokens, logged, saved, timed = 0, *(time.perf_counter() for _ in range(3))
-        for batches in self._remaining():
-            if stop():
-                raise KeyboardInterrupt
-            terms = self._step(batches)
-            self.step += 1
-            self._updating = False
-            tokens += sum(len(self.features.data[i].tokens) for batch in batches for i in batch)
-            for name, value in terms.items():
-                losses.setdefault(name, []).append(value)
-            now = time.perf_counter()
-            self.seconds, timed = self.seconds + now - timed, now
-            if self.step in (1, self.steps) or self.step % LOG_STEPS == 0 or now - logged >= LOG_SECONDS:
-                self._log_steps(losses, tokens / (now - logged))
-                losses, tokens, logged = {}, 0, time.perf_counter()
-            progress(self.step, self.steps)
-            if now - saved > self.settings.save_seconds:
-                self.save()
-                saved = time.perf_counter()
-
-    def _log_steps(self, losses: dict[str, list[float]], tokens_per_second: float) -> None:
+    def log_steps(self, tokens_per_second: float) -> None:
         """One line of the log, for the steps since the last one."""
         line = {
             "step": self.step, "epoch": round(self.step / self.steps_per_epoch, 3),
-            "loss": {name: round(mean(values), 4) for name, values in losses.items()},
+            "loss": {name: round(torch.stack(each).mean().item(), 4) for name, each in self._logged.items()},
             "learning_rate": self.learning_rate(self.step), "products": self.number_type,
             "tokens_per_s": round(tokens_per_second),
         }  # fmt: skip
+        self._logged = {}
         self.log(line)
-
-    def _step(self, batches: Sequence[Sequence[int]]) -> dict[str, float]:
-        """Makes one update; returns the loss of each term, averaged over the accumulated batches."""
-        self.module.train()
-        self.module.begin(self.step / self.steps)
-        for group, (_, rate) in zip(self.optimizer.param_groups, self.groups, strict=True):
-            group["lr"] = self.learning_rate(self.step) * rate(self.step / self.steps)
-        out: dict[str, float] = {}
-        self.optimizer.zero_grad(set_to_none=True)
-        for number, indices in enumerate(batches):
-            torch.manual_seed(self._seed(number))
-            terms = self.module.losses(self.features.batch(indices).to(self.device))
-            if not terms:  # nothing in it was written by the model
-                self.skipped += 1
-                continue
-            loss = torch.stack(list(terms.values())).sum() / len(batches)
-            if not torch.isfinite(loss):
-                raise ForetellError(
-                    f"The loss became {loss.item()} at step {self.step}; lower `learning_rate=`, with another `out=`."
-                )
-            loss.backward()
-            for name, term in terms.items():
-                out[name] = out.get(name, 0.0) + term.item() / len(batches)
-        if out:
-            for parameters, _ in self.groups:
-                torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
-            self._updating = True
-            self.optimizer.step()
-        return out
 
     def _seed(self, number: int) -> int:
         """Seed of a batch of the current step, for what the module draws at random."""
@@ -238,8 +212,9 @@ class Trainer:
         rng = np.random.default_rng((self.settings.seed, epoch))
         order = [self.training[i] for i in rng.permutation(len(self.training))]
         batches: list[list[int]] = []
-        for begin in range(0, len(order), POOL):
-            pool = sorted(order[begin : begin + POOL], key=lambda i: len(self.features.data[i].tokens))
+        together = max(POOL, self.settings.batch_tokens // POOLED_TOKENS)
+        for begin in range(0, len(order), together):
+            pool = sorted(order[begin : begin + together], key=lambda i: len(self.features.data[i].tokens))
             batch: list[int] = []
             for i in pool:  # ascending: each is the longest so far, and all are padded to it
                 if batch and (len(batch) + 1) * len(self.features.data[i].tokens) > self.settings.batch_tokens:
@@ -249,11 +224,11 @@ class Trainer:
             batches.append(batch)
         return [batches[i] for i in rng.permutation(len(batches))]
 
-    def _remaining(self) -> Iterator[list[list[int]]]:
-        """Batches of each step from the current one to the last; epochs follow each other without a gap."""
+    def batches(self, step: int) -> Iterator[list[list[int]]]:
+        """Batches of each step from this one to the last; epochs follow each other without a gap."""
         accumulate = self.settings.accumulate
-        batches = islice(chain.from_iterable(map(self._epoch, count())), self.step * accumulate, None)
-        while self.step < self.steps:
+        batches = islice(chain.from_iterable(map(self._epoch, count())), step * accumulate, None)
+        for _ in range(step, self.steps):
             yield list(islice(batches, accumulate))
 
     # -- state ----------------------------------------------------------------------------------------------------
@@ -342,7 +317,7 @@ class Trainer:
 
     def evaluate(self, sizes: Sequence[int] = SIZES) -> Report:
         """Figures on the held-out conversations (all conversations, where none is held out)."""
-        self.module.begin(self.step / self.steps)
+        self.module.begin(self.done)
         with number_types.multiply_in(self.number_type):
             return evaluate(self.module, self.features, self.held_out or self.training, sizes)
 
