@@ -17,7 +17,8 @@ _OPTIONS = {each.name: f"--{each.name.replace('_', '-')}" for group in (Loading,
             for each in fields(group)}  # fmt: skip
 _OPTIONS |= {
     "batch_size": "--batch-size", "data": "--data", "keep_features": "--keep-features", "learning_rate": "--lr",
-    "other_model": "--other-model", "out": "--out", "prompts": "--prompts", "raw": "--raw", "start": "--start", "stop_ids": "--stop-id",
+    "other_model": "--other-model", "out": "--out",
+    "prompts": "--prompts", "raw": "--raw", "start": "--start", "stop_ids": "--stop-id",
 }  # fmt: skip
 """Argument -> option of a verb; an argument that is not here is an option of the drafter."""
 

@@ -19,7 +19,7 @@ backbone, most of the work, then runs once for all of them, and each learns what
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import accumulate, pairwise
@@ -29,15 +29,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foretell import api, drafters
+from foretell import api
 from foretell.api import LLM
 from foretell.backbone import Backbone
 from foretell.drafting.checkpoint import Checkpoint
 from foretell.drafting.learning.method import TrainableMethod
 from foretell.drafting.learning.trainable import Trainable
 from foretell.drafting.options import converted, migrated
-from foretell.errors import ForetellError, UsageError
-from foretell.files import read_json, sole_writer, write_errors
+from foretell.errors import UsageError
+from foretell.files import sole_writer
+from foretell.train.checks import Folders, check_data, check_out, method_class, open_data
 from foretell.train.data import ConversationStore, Distilled
 from foretell.train.evaluation import SIZES, Report
 from foretell.train.features import Batches, ComputedFeatures, FeatureStore, JoinedFeatures
@@ -51,7 +52,6 @@ MAX_REPLAYED = 40
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) of one step of the recipe."""
-Folders = str | Path | Sequence[str | Path]
 
 
 def quiet(*_: Any) -> None:
@@ -339,82 +339,6 @@ class Run:
         )
         checkpoint.save(self.out / "drafter", tensors)
         return Trained(self.out / "drafter", model, checkpoint, report, bool(trainer.held_out))
-
-
-# -- what is refused before any work --------------------------------------------------------------------------
-
-
-def trainable_methods() -> list[str]:
-    """The drafters of the table that can be trained."""
-    return [name for name in drafters.table() if hasattr(drafters.drafter_class(name), "trainable")]
-
-
-def method_class(method: str) -> type[TrainableMethod]:
-    """The drafter's class, if it can be trained."""
-    cls: Any = drafters.drafter_class(method)
-    if not hasattr(cls, "trainable"):
-        raise UsageError(
-            f"Drafter {method!r} has nothing to train; those that have are {', '.join(trainable_methods())}."
-        )
-    return cls
-
-
-def check_out(out: Path, method: str) -> None:
-    """Refuses a folder in which a drafter, or anything else, would be lost."""
-    with write_errors(out):
-        names, inside = ([path.name for path in _visible(folder)] for folder in (out, out / "drafter"))
-    found = ""
-    if "config.json" in inside:
-        with suppress(ForetellError):  # a damaged one is a drafter all the same
-            found = str(read_json(out / "drafter/config.json").get("method", ""))
-    if "run" not in names and "drafter" in names:
-        kind = f"{found} drafter" if found else "drafter"
-        raise UsageError(f"{out} holds a finished {kind}; choose another `out=`, or delete it.")
-    if "run" not in names and names:
-        some = ", ".join(names[:3]) + (", …" if names[3:] else "")
-        raise UsageError(f"{out} holds other things ({some}); choose another `out=`.")
-    if found not in ("", method):
-        raise UsageError(f"{out} holds a run of {found}; choose another `out=`.")
-    if others := sorted({*inside} - {"config.json", "model.safetensors"}):
-        raise UsageError(
-            f"{out / 'drafter'} holds {', '.join(others)}, which would be lost; move it elsewhere, or choose another "
-            "`out=`."
-        )
-
-
-def _visible(folder: Path) -> list[Path]:
-    """The contents of a folder, if it is one, without locks and what an interruption left."""
-    return sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
-
-
-def open_data(data: Folders) -> list[ConversationStore]:
-    """Opens the folders of data; refuses empty ones, and one that is named twice."""
-    folders = [Path(folder) for folder in ([data] if isinstance(data, str | Path) else data)]
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise UsageError("`data=` names a folder twice; give each once, and more `epochs=` to learn it longer.")
-    stores = [ConversationStore.open(folder) for folder in folders]
-    for store in stores:
-        if not store.conversations:
-            raise UsageError(f"{store.folder} holds no conversations; distill some first.")
-    if not stores:
-        raise UsageError("No data is given; name a folder that foretell distill wrote.")
-    return stores
-
-
-def check_data(store: ConversationStore, llm: LLM, other_model: bool) -> None:
-    """Refuses data that another model wrote, unless `other_model`, and tokens that the model does not have."""
-    model, writer, backbone = store.manifest["model"], store.manifest["fingerprint"], llm.backbone
-    if writer != backbone.fingerprint and not other_model:
-        raise UsageError(
-            f"{store.folder} was written by {model} (fingerprint {writer}), not by this model "
-            f"({backbone.fingerprint}); distill with this one, or allow it with `other_model=True`."
-        )
-    largest, vocab_size = max(max(talk.tokens) for talk in store.conversations), backbone.config.vocab
-    if largest >= vocab_size:
-        raise UsageError(
-            f"{store.folder} holds token {largest}, but this model's ids lie between 0 and {vocab_size - 1}; distill "
-            "with this model."
-        )
 
 
 # -- the modules that learn, and what they read ---------------------------------------------------------------
