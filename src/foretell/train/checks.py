@@ -14,7 +14,8 @@ from foretell.errors import ForetellError, UsageError
 from foretell.files import read_json, write_errors
 from foretell.train.data import ConversationStore
 
-Folders = str | Path | Sequence[str | Path]
+Data = str | Path | ConversationStore
+"""A folder that `foretell distill` wrote, or an open one."""
 
 
 def trainable_methods() -> list[str]:
@@ -60,12 +61,16 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
 
 
-def open_data(data: Folders) -> list[ConversationStore]:
+def open_data(data: Data | Sequence[Data]) -> list[ConversationStore]:
     """Opens the folders of data; refuses empty ones, and one that is named twice."""
-    folders = [Path(folder) for folder in ([data] if isinstance(data, str | Path) else data)]
+    given = [data] if isinstance(data, str | Path | ConversationStore) else data
+    folders = [each.folder if isinstance(each, ConversationStore) else Path(each) for each in given]
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UsageError("`data=` names a folder twice; give each once, and more `epochs=` to learn it longer.")
-    stores = [ConversationStore.open(folder) for folder in folders]
+    stores = [
+        each if isinstance(each, ConversationStore) else ConversationStore.open(folder)
+        for each, folder in zip(given, folders, strict=True)
+    ]
     for store in stores:
         if not store.conversations:
             raise UsageError(f"{store.folder} holds no conversations; distill some first.")

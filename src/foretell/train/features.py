@@ -19,6 +19,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,11 @@ class Batches(ABC):
     data: Sequence[Distilled]
     taps: tuple[int, ...]
     sets: list[range]
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of the conversations."""
+        return digest(self.data)
 
     @abstractmethod
     def prepare(self, progress: Callable[[float], None] = lambda fraction: None) -> float:

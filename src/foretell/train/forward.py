@@ -77,7 +77,7 @@ class Forward:
         highest = self.config.layers if FINAL_NORM in taps else max(taps, default=0)
         hidden_BTd = self._embedding_Vd[tokens_BT.to(self.device)].float()
         found = {0: hidden_BTd.to(self.dtype, copy=True)} if 0 in taps else {}
-        with _attention_for(self.device):
+        with attention_on(self.device):
             for index in range(highest):
                 self._run_layer(index, hidden_BTd, rotation)
                 if index + 1 in taps:
@@ -160,8 +160,8 @@ def _mask(window: int, tokens: int, device: torch.device) -> dict[str, Any]:
 
 
 @contextmanager
-def _attention_for(device: torch.device) -> Iterator[None]:
-    """On a GPU not cuDNN's attention, which makes a plan for every new length of a batch."""
+def attention_on(device: torch.device) -> Iterator[None]:
+    """Attention for batches of many lengths: on a GPU not cuDNN's, which makes a plan for every new one."""
     if device.type != "cuda":
         yield
         return

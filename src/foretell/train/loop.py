@@ -15,6 +15,7 @@ import torch
 from foretell.errors import UsageError
 from foretell.files import one_line
 from foretell.train import malloc
+from foretell.train.forward import attention_on
 from foretell.train.trainer import Trainer
 
 LOG_STEPS, LOG_SECONDS = 20, 10.0
@@ -44,7 +45,8 @@ def train(
         trainer.updating = False
     malloc.keep()
     try:
-        _run(trainers, progress, stop)
+        with attention_on(trainers[0].device):
+            _run(trainers, progress, stop)
     except torch.OutOfMemoryError as error:
         raise _too_large(trainers[0], error) from error
     finally:

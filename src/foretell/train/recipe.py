@@ -38,7 +38,7 @@ from foretell.drafting.learning.trainable import Trainable
 from foretell.drafting.options import converted, migrated
 from foretell.errors import UsageError
 from foretell.files import sole_writer
-from foretell.train.checks import Folders, check_data, check_out, method_class, open_data
+from foretell.train.checks import Data, check_data, check_out, method_class, open_data
 from foretell.train.data import ConversationStore, Distilled
 from foretell.train.evaluation import SIZES, Report
 from foretell.train.features import Batches, ComputedFeatures, FeatureStore, JoinedFeatures
@@ -102,7 +102,7 @@ class Trained:
 def run(
     method: str,
     model: LLM | str | Path,
-    data: Folders,
+    data: Data | Sequence[Data],
     out: str | Path,
     *,
     options: Mapping[str, Any] | None = None,
@@ -121,7 +121,7 @@ def run(
 def run_all(
     jobs: Sequence[Job],
     model: LLM | str | Path,
-    data: Folders,
+    data: Data | Sequence[Data],
     *,
     settings: Settings | None = None,
     keep_features: bool = False,
@@ -132,7 +132,7 @@ def run_all(
 
     Args:
         model: the model to draft for, or its name.
-        data: folders that `foretell distill` wrote.
+        data: folders that `foretell distill` wrote, or open ones.
         settings: how long and how fast they learn.
         keep_features: computes the features once and keeps them beside the data, instead of at every batch.
         other_model: accepts data that another model wrote.
@@ -156,7 +156,7 @@ def run_all(
 def begin(
     method: str,
     model: LLM | str | Path,
-    data: Folders,
+    data: Data | Sequence[Data],
     out: str | Path,
     *,
     options: Mapping[str, Any] | None = None,
@@ -172,7 +172,7 @@ def begin(
 def begin_all(
     jobs: Sequence[Job],
     model: LLM | str | Path,
-    data: Folders,
+    data: Data | Sequence[Data],
     *,
     settings: Settings | None = None,
     keep_features: bool = False,
@@ -202,8 +202,9 @@ def begin_all(
         raise UsageError("Training needs a model that foretell.load has loaded: the drafter keeps its name.")
     for store in stores:
         check_data(store, llm, other_model)
+    counts_V = token_counts((talk for store in stores for talk in store.conversations), llm.backbone.config.vocab)
     begun = [
-        _Begun.of(job, cls, options, llm, stores, settings.seed)
+        _Begun.of(job, cls, options, llm, counts_V, settings.seed)
         for job, cls, options in zip(jobs, classes, given, strict=True)
     ]
     features = features_of(llm.backbone, stores, [each.module for each in begun], keep_features)
@@ -236,12 +237,11 @@ class _Begun:
 
     @classmethod
     def of(
-        cls, job: Job, method: type[TrainableMethod], given: Mapping[str, Any], llm: LLM,
-        stores: Sequence[ConversationStore], seed: int,
-    ) -> _Begun:  # fmt: skip
+        cls, job: Job, method: type[TrainableMethod], given: Mapping[str, Any], llm: LLM, counts_V: Tensor, seed: int
+    ) -> _Begun:
         origin = read_start(job.start, llm.backbone, method) if job.start else None
         options = method.Training(**(inherited(method, origin[0]) if origin else {}) | dict(given))
-        module = new_module(method, llm, stores, options, seed, origin)
+        module = new_module(method, llm, counts_V, options, seed, origin)
         started = initialise(module, job.start, *origin) if origin else {}
         return cls(method, Path(job.out), options, module, started)
 
@@ -359,12 +359,14 @@ def features_of(
 
 
 def new_module(
-    cls: type[TrainableMethod], llm: LLM, stores: Sequence[ConversationStore], options: Any, seed: int,
-    origin: Start | None,
-) -> Trainable:  # fmt: skip
-    """A module with fresh weights, which follow from the seed."""
-    conversations = (talk for store in stores for talk in store.conversations)
-    counts_V = token_counts(conversations, llm.backbone.config.vocab)
+    cls: type[TrainableMethod], llm: LLM, counts_V: Tensor, options: Any, seed: int, origin: Start | None
+) -> Trainable:
+    """A module with fresh weights, which follow from the seed.
+
+    Args:
+        counts_V: how often the model wrote each token of the data.
+    """
+    counts_V = counts_V.clone()
     if origin:  # logits of tokens outside its draft vocabulary are untrained: keep its own
         counts_V[origin[1]["vocabulary"].long()] += counts_V.sum()
     torch.manual_seed(seed)

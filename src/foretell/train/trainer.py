@@ -29,7 +29,7 @@ from foretell.drafting.learning.trainable import Trainable, TrainingBatch
 from foretell.errors import ForetellError, UsageError, check_numbers
 from foretell.files import atomic_write, complete_lines, one_line, write_errors
 from foretell.loading.catalog import current
-from foretell.train.data import Distilled, digest
+from foretell.train.data import Distilled
 from foretell.train.evaluation import SIZES, Report, evaluate
 from foretell.train.features import Batches
 
@@ -112,7 +112,7 @@ class Trainer:
         self.settings, self.options, self.migrate = settings, options or {}, migrate
         self.held_out = [i for members in features.sets for i in _held_out(features.data, members, settings)]
         self.training = sorted(set(range(len(features.data))).difference(self.held_out))
-        self._data = digest(features.data)
+        self._data = features.digest
         self.steps_per_epoch = len(self._epoch(0)) / settings.accumulate
         self.steps = max(1, round(settings.epochs * self.steps_per_epoch)) if settings.epochs else 0
         self.groups = module.groups()
