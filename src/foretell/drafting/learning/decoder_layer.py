@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foretell.drafting.learning.number_types import product
+from foretell.drafting.learning.number_types import number_type, product
 from foretell.loading.config import ModelConfig
 from foretell.loading.tensors import ATTENTION, LAYER, bare, layer_shapes
 
@@ -49,9 +49,11 @@ class DecoderLayer(nn.Module):
             for name in "qkv"
         )
         cosine_TD, sine_TD = self.rotation(torch.arange(h_BTd.shape[1]))
+        dtype = number_type(h_BTd.device)
         mixed = F.scaled_dot_product_attention(
-            _rotated(q, cosine_TD, sine_TD), _rotated(k, cosine_TD, sine_TD), v, is_causal=True, enable_gqa=True
-        )
+            _rotated(q, cosine_TD, sine_TD).to(dtype), _rotated(k, cosine_TD, sine_TD).to(dtype), v.to(dtype),
+            is_causal=True, enable_gqa=c.heads != c.kv_heads,
+        )  # fmt: skip
         h_BTd = h_BTd + self._linear("self_attn/o_proj", mixed.transpose(1, 2).flatten(2))
         if not self.mlp:
             return h_BTd
