@@ -500,7 +500,7 @@ def test_gradients_reach_every_part_and_nothing_else(plus: bool) -> None:
 
 
 @pytest.mark.parametrize("plus", [False, True], ids=["hydra", "hydra++"])
-@pytest.mark.parametrize("options", [{}, {"acceptance": 0.9}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"acceptance": 0.9}, {"position_weights": "dynamic"}], ids=str)
 def test_a_cyclic_sequence_is_learnt_one_head_one_step_further(plus: bool, options: dict[str, Any]) -> None:
     backbone, cycle = backbone_of(), [11, 3, 42, 7, 29, 60, 18]
     tokens = [cycle[i % 7] for i in range(60)]

@@ -13,9 +13,10 @@ from test_medusa import VOCAB, backbone_of, batch_of
 from torch import Tensor
 from trainables import trainable
 
-from foretell.drafters.hydra.drafter import Hydra
+from foretell.drafters.hydra.drafter import Hydra, HydraPlus
+from foretell.drafters.medusa import Medusa
 from foretell.drafting.learning import heads, losses
-from foretell.drafting.learning.losses import CHUNK, chunk_size, draft_loss
+from foretell.drafting.learning.losses import CHUNK, SMOOTHING, chunk_size, draft_loss, dynamic_weights, probabilities
 from foretell.drafting.learning.number_types import multiply_in
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -137,7 +138,7 @@ def test_the_loss_of_a_head_is_what_the_written_token_and_the_teacher_would_reje
 
 
 @pytest.mark.usefixtures("in_float32")
-@pytest.mark.parametrize("options", [{}, {"acceptance": 0.9}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"acceptance": 0.9}, {"position_weights": "dynamic"}], ids=str)
 def test_positions_that_teach_nothing_may_be_multiplied_too(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,3 +155,89 @@ def test_positions_that_teach_nothing_may_be_multiplied_too(
     without = found()
     monkeypatch.setattr(heads, "learnt_rows", lambda p_Pm: slice(None))
     torch.testing.assert_close(found(), without, rtol=1e-5, atol=1e-6)
+
+
+# --- dynamic weights ----------------------------------------------------------------------------------------
+
+
+def accepted(p_K: Tensor, live_K: list[bool]) -> Tensor:
+    """Expected number of accepted guesses of the heads that have a token to guess."""
+    reached, total = torch.ones((), dtype=torch.double), torch.zeros((), dtype=torch.double)
+    for p, live in zip(p_K, live_K, strict=True):
+        if live:
+            reached = reached * p
+            total = total + reached
+    return total
+
+
+def slopes(p_K: list[float], live_K: list[bool]) -> list[float]:
+    """Of `accepted` in log p, as autograd finds them."""
+    logs_K = torch.tensor([SMOOTHING + (1 - SMOOTHING) * p for p in p_K], dtype=torch.double).log().requires_grad_()
+    (found,) = torch.autograd.grad(accepted(logs_K.exp(), live_K), logs_K, allow_unused=True)
+    return found.tolist()
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=6))
+def test_dynamic_weights_are_the_slopes_of_the_accepted_length(heads_K: list[tuple[float, bool]]) -> None:
+    p_K, live_K = [p for p, _ in heads_K], [live for _, live in heads_K]
+    found = dynamic_weights(torch.tensor([p_K]), torch.tensor([live_K]))[0]
+    wanted = slopes(p_K, live_K) if any(live_K) else [0.0] * len(p_K)
+    assert found.tolist() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [4, CHUNK])
+def test_the_probability_of_a_token_at_each_position(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "CHUNK", chunk)
+    x_Pd, weight_Vd, ids_Pm, *_ = numbers(11, 30, 1, 0)
+    index_P = torch.where(torch.arange(11) % 3 > 0, ids_Pm[:, 0], -1)
+    q_PV = (x_Pd.double() @ weight_Vd.double().T).softmax(-1)
+    wanted = [float(q_PV[i, token]) if token >= 0 else 0.0 for i, token in enumerate(index_P.tolist())]
+    with multiply_in("float32"):
+        assert probabilities(x_Pd, weight_Vd, index_P).tolist() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.usefixtures("in_float32")
+@pytest.mark.parametrize("method", [Medusa, Hydra, HydraPlus])
+@pytest.mark.parametrize("acceptance", [0.0, 0.9])
+def test_dynamic_weights_change_gradients_alone(method: Any, acceptance: float) -> None:
+    """The loss of each position by itself, times its weight, in float64; logged values are those of fixed weights."""
+    batch = batch_of(TOKENS, [[i > 2 and i % 9 > 1 for i in range(len(row))] for row in TOKENS])
+    options = {"heads": 3, "draft_vocab": 30, "acceptance": acceptance}
+    fixed, dynamic = (
+        trainable(method, backbone_of(), torch.arange(VOCAB), **options, position_weights=weights)
+        for weights in ("fixed", "dynamic")
+    )
+    with torch.no_grad():
+        for parameter in dynamic.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    fixed.load_state_dict(dynamic.state_dict())
+    terms, usual = dynamic.losses(batch), fixed.losses(batch)
+    assert {k: v.item() for k, v in terms.items()} == {k: v.item() for k, v in usual.items()}
+    with torch.no_grad():  # in evaluation
+        assert {k: v.item() for k, v in dynamic.losses(batch).items()} == {k: v.item() for k, v in usual.items()}
+
+    targets_PK, sources_P = losses.targets(batch, 3, dynamic.ahead)
+    x_KPd = dynamic.read(batch, sources_P)
+    index_PK = dynamic.index_V[targets_PK.clamp(min=0)]
+    q_PKV = torch.stack([(x_KPd[k].double() @ dynamic.head(k).double().T).softmax(-1) for k in range(3)], 1)
+    total = torch.zeros((), dtype=torch.double)
+    for place, source in enumerate(sources_P.tolist()):
+        live_K = (targets_PK[place] >= 0).tolist()
+        inside_K = (index_PK[place] >= 0).tolist()
+        p_K = [q_PKV[place, k, index_PK[place, k]].item() * inside_K[k] for k in range(3)]
+        for k, slope in enumerate(slopes(p_K, live_K)):
+            if live_K[k]:
+                at = source + k + dynamic.ahead - 1
+                p_V = torch.zeros(VOCAB, dtype=torch.double)
+                p_V[targets_PK[place, k]] += 0.5
+                p_V.index_add_(
+                    0, batch.teacher_ids_BTm.flatten(0, 1)[at], 0.5 * batch.teacher_p_BTm.flatten(0, 1)[at].double()
+                )
+                q_V, p_V = q_PKV[place, k], p_V[dynamic.vocabulary_V]
+                loss = -((1 - acceptance) * p_V * q_V.log() + acceptance * torch.minimum(p_V, q_V)).sum()
+                total = total + slope * loss / (targets_PK[:, k] >= 0).sum()
+    learning = [each for each in dynamic.parameters() if each.numel()]
+    ours = torch.autograd.grad(torch.stack(list(terms.values())).sum(), learning)
+    for mine, truth in zip(ours, torch.autograd.grad(total, learning), strict=True):
+        assert truth.any()
+        torch.testing.assert_close(mine, truth, rtol=1e-3, atol=1e-6)

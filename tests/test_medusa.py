@@ -258,7 +258,9 @@ def test_gradients_reach_the_heads_and_nothing_else() -> None:
         assert torch.equal(backbone.head_rows(torch.arange(VOCAB)), before)
 
 
-@pytest.mark.parametrize("options", [{}, {"acceptance": 0.9}, {"acceptance": 0.5, "soft": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"acceptance": 0.9}, {"acceptance": 0.5, "soft": 0.0, "position_weights": "dynamic"}], ids=str
+)
 def test_a_cyclic_sequence_is_learnt_one_head_one_step_further(options: dict[str, Any]) -> None:
     """Head k must say t + k + 1: off by one anywhere and it learns another rotation."""
     backbone, cycle = backbone_of(), [11, 3, 42, 7, 29, 60, 18]

@@ -394,7 +394,7 @@ def test_heads_learn_while_the_model_stays_near_what_it_was(backbone: Backbone, 
     assert near < 0.1
 
 
-@pytest.mark.parametrize("options", [{"acceptance": 0.9}], ids=str)
+@pytest.mark.parametrize("options", [{"acceptance": 0.9}, {"position_weights": "dynamic"}], ids=str)
 def test_heads_learn_by_other_losses_too(backbone: Backbone, folder: Path, options: dict[str, Any]) -> None:
     before, after, _ = cyclic(backbone, folder, hold=True, **options)
     assert before < 0.5 < 0.9 < after

@@ -45,7 +45,7 @@ from foretell.drafting.checkpoint import (
 )
 from foretell.drafting.heads import side_by_side
 from foretell.drafting.kernels import kernels_for
-from foretell.drafting.learning.heads import GuessingHeads, HeadTraining, draft_outputs, evenly_spread
+from foretell.drafting.learning.heads import GuessingHeads, SeveralHeadsTraining, draft_outputs, evenly_spread
 from foretell.drafting.learning.number_types import number_type
 from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.drafting.options import option, stored_options
@@ -145,7 +145,7 @@ class Medusa(Drafter):
         grown: bool = option(True, "Choose the most probable guesses at each step; false takes fixed trees.")
 
     @dataclass(frozen=True)
-    class Training(HeadTraining):
+    class Training(SeveralHeadsTraining):
         heads: int = option(4, "Number of heads; head k guesses the token k + 1 ahead.", low=1, high=16, stored=True)
         layers: int = option(2, "Residual blocks of each head.", low=1, high=8, stored=True)
         output: str = option(

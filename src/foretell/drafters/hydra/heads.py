@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from foretell.contracts import FINAL_NORM
 from foretell.drafting.heads import normed
 from foretell.drafting.learning.decoder_layer import DecoderLayer
-from foretell.drafting.learning.heads import GuessingHeads, HeadTraining
+from foretell.drafting.learning.heads import GuessingHeads, SeveralHeadsTraining
 from foretell.drafting.learning.number_types import product
 from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.drafting.options import option, renamed, stored_options
@@ -24,7 +24,7 @@ from foretell.errors import UsageError
 
 
 @dataclass(frozen=True)
-class HydraTraining(HeadTraining):
+class HydraTraining(SeveralHeadsTraining):
     """Training options of Hydra."""
 
     REMOVED: ClassVar[Mapping[str, Any]] = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from foretell.backbone import Backbone
-from foretell.drafting.learning.losses import chunk_size, draft_loss, targets, weighed
+from foretell.drafting.learning.losses import chunk_size, draft_loss, dynamic_weights, probabilities, targets, weighed
 from foretell.drafting.learning.number_types import product
 from foretell.drafting.learning.trainable import CALIBRATION_TOP_K, HeadGuesses, Trainable, TrainingBatch
 from foretell.drafting.options import option
@@ -36,6 +36,16 @@ class HeadTraining:
     acceptance: float = option(
         0.0, "Share of the loss that is the probability of being rejected; the rest is cross-entropy.",
         low=0, high=1, added=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SeveralHeadsTraining(HeadTraining):
+    """Options of every method with heads that guess tokens one after the other."""
+
+    position_weights: str = option(
+        "fixed", "Weights of the heads' losses: fixed by head, or dynamic by what is accepted now (D-PACE).",
+        choices=("fixed", "dynamic"), added=True,
     )  # fmt: skip
 
 
@@ -75,13 +85,14 @@ class GuessingHeads(Trainable):
     The loss of each is a cross-entropy, weighed by decay^(k + 1), against the written token and the backbone's own
     distribution at its position, or the probability that a guess is rejected by this mixture. Tokens outside the draft
     vocabulary, and those of the backbone's distribution that are not stored, are never guessed right: they have no
-    gradient. Subclasses compute the input of the output matrices.
+    gradient. Weights of `dynamic` heads follow from what is accepted at each position (`losses.dynamic_weights`).
+    Subclasses compute the input of the output matrices.
 
     Args:
         head_Vd: the backbone's output rows of the draft vocabulary.
         vocabulary_V: their token ids; vocab_size: of the backbone.
         output: whose output matrices: shared (the backbone's, frozen), tied (one copy for all heads) or own.
-        training: `soft` and `acceptance` of it are read here.
+        training: `soft`, `acceptance` and, where it has them, `position_weights` are read here.
     """
 
     decay = 1.0
@@ -96,6 +107,7 @@ class GuessingHeads(Trainable):
         super().__init__()
         self.heads, self.output = heads, output
         self.soft, self.acceptance = training.soft, training.acceptance
+        self.dynamic = isinstance(training, SeveralHeadsTraining) and training.position_weights == "dynamic"
         if output == "shared":
             self.register_buffer("head_Vd", head_Vd.float(), persistent=False)
         else:
@@ -122,15 +134,28 @@ class GuessingHeads(Trainable):
         if not len(sources_P):
             return {}
         x_KPd = self.read(batch, sources_P)
+        counts_PK = self.counts(x_KPd, targets_PK) if self.dynamic and torch.is_grad_enabled() else None
         out = {}
         for k, guessing in enumerate((targets_PK >= 0).any(0).tolist()):
-            if guessing:
-                term = self.term(batch, x_KPd[k], k, targets_PK[:, k], sources_P)
-                out[f"head {k + 1}"] = weighed(term, self.decay ** (k + 1))
+            if not guessing:
+                continue
+            counts_P = None if counts_PK is None else counts_PK[:, k]
+            term = self.term(batch, x_KPd[k], k, targets_PK[:, k], sources_P, counts_P)
+            out[f"head {k + 1}"] = term if self.dynamic else weighed(term, self.decay ** (k + 1))
         return out
 
-    def term(self, batch: TrainingBatch, x_Pd: Tensor, k: int, token_P: Tensor, sources_P: Tensor) -> Tensor:
-        """Loss of head k, averaged over the positions that have a token to guess."""
+    def counts(self, x_KPd: Tensor, targets_PK: Tensor) -> Tensor:
+        """Dynamic weights of every head at every position, [P, K]: another pass over the logits, before the losses'."""
+        live_PK = targets_PK >= 0
+        index_PK = torch.where(live_PK, self.index_V[targets_PK.clamp(min=0)], -1)
+        p_PK = torch.stack([probabilities(x_KPd[k], self.head(k), index_PK[:, k]) for k in range(self.heads)], 1)
+        return dynamic_weights(p_PK, live_PK)
+
+    def term(
+        self, batch: TrainingBatch, x_Pd: Tensor, k: int, token_P: Tensor, sources_P: Tensor,
+        counts_P: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Loss of head k, averaged over the positions that have a token to guess; `counts_P` as in `draft_loss`."""
         live_P = token_P >= 0
         places_P = (sources_P + k + self.ahead - 1).clamp(max=batch.tokens_BT.numel() - 1)
         teacher_ids_Pm, teacher_p_Pm = (
@@ -141,7 +166,8 @@ class GuessingHeads(Trainable):
         p_Pm = torch.cat([written_p_P1, self.soft * teacher_p_Pm], 1)
         p_Pm = p_Pm * ((index_Pm >= 0) & live_P[:, None])  # tokens outside the draft vocabulary are not learnt
         kept = learnt_rows(p_Pm)
-        loss = draft_loss(x_Pd[kept], self.head(k), index_Pm[kept].clamp(min=0), p_Pm[kept], self.acceptance)
+        counts_P = None if counts_P is None else counts_P[kept]
+        loss = draft_loss(x_Pd[kept], self.head(k), index_Pm[kept].clamp(min=0), p_Pm[kept], self.acceptance, counts_P)
         return loss / live_P.sum() + self.acceptance  # what cannot be accepted counts as rejected
 
     @torch.no_grad()

@@ -18,6 +18,9 @@ CHUNK = 512
 GPU_LOGITS = 8192 * 12288
 """Logits that exist at once on a GPU, 400 MB in float32: smaller products would leave much of it idle."""
 
+SMOOTHING = 0.5
+"""The α of D-PACE, as published."""
+
 
 def chunk_size(outputs: int, device: torch.device) -> int:
     """Positions whose logits, `outputs` each, exist at once on this device."""
@@ -89,6 +92,35 @@ def draft_loss(
         counts_P: how much each position counts in the gradient, as in `weighed`.
     """
     return _DraftLoss.apply(x_Pd, weight_Vd, ids_Pm, p_Pm, acceptance, counts_P)
+
+
+@torch.no_grad()
+def probabilities(x_Pd: Tensor, weight_Vd: Tensor, index_P: Tensor) -> Tensor:
+    """Returns softmax(x Wᵀ) of one token at each position; 0 where its index is -1."""
+    dtype, chunk = number_type(x_Pd.device), chunk_size(len(weight_Vd), x_Pd.device)
+    rounded_Pd, weight, at_P1 = x_Pd.to(dtype), weight_Vd.to(dtype), index_P.clamp(min=0)[:, None]
+    found = [
+        torch.log_softmax(rounded_Pd[at : at + chunk] @ weight.T, -1, dtype=torch.float32).gather(
+            -1, at_P1[at : at + chunk]
+        )
+        for at in range(0, len(x_Pd), chunk)
+    ]
+    return torch.cat(found)[:, 0].exp() * (index_P >= 0)
+
+
+def dynamic_weights(p_PK: Tensor, live_PK: Tensor) -> Tensor:
+    """Returns the weights of D-PACE (arXiv 2605.18810) for the loss of each head at each position, [P, K].
+
+    The expected number of accepted guesses is Σ_j Π_{i ≤ j} p_i; the weight of head k is its slope in log p_k, which is
+    Σ_{j ≥ k} Π_{i ≤ j} p_i. Each p is drawn towards 1 (`SMOOTHING`), so that a head behind a bad guess learns too.
+
+    Args:
+        p_PK: probabilities that the heads give the written tokens.
+        live_PK: where a head has a token to guess; elsewhere it is left out of sums and products.
+    """
+    smoothed_PK = torch.where(live_PK, SMOOTHING + (1 - SMOOTHING) * p_PK, 1.0)
+    accepted_PK = smoothed_PK.cumprod(1) * live_PK
+    return accepted_PK.flip(1).cumsum(1).flip(1) * live_PK
 
 
 def weighed(term: Tensor, weight: float) -> Tensor:
