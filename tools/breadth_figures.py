@@ -8,7 +8,8 @@ A DRAFTER is a method whose heads ship with foretell, or METHOD:FOLDER for other
 Greedy answers are plain decoding's whatever drafts them, so counts need no quiet machine, and rows of a batch take the
 steps that they would take alone. Questions are asked as the suite words them and, where it uses fixed words for a kind,
 in other words too (`rewording`). Answers that `foretell distill` would call repetitive are counted, and left out in a
-figure of their own. An interrupted run resumes after the last size that was counted.
+figure of their own; it judges longer answers than are counted here, so plain decoding writes these. An interrupted run
+resumes after the last size that was counted.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +35,30 @@ from foretell.bench.suites import Question, load_suite
 from foretell.contracts import Drafter
 from foretell.drafting import checkpoint
 from foretell.engine import SpeculativeDecoder, run
-from foretell.errors import ForetellError, UsageError
+from foretell.errors import ForetellError
 from foretell.requests import Request, SamplingParams, Statistics
 from foretell.train.distill import REPETITIVE, unfit
 
 SIDES = ("before", "after")
+JUDGED = 256
+"""Tokens of an answer by which it is called repetitive or not: as many as `distill` writes by default."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A question in one wording: as the suite has it, or `reworded`; `fixed` where it has fixed words."""
+    """A question in one wording.
+
+    Attributes:
+        fixed: whether the suite has fixed words for it.
+        reworded: whether it is asked in other words than those.
+        repetitive: whether plain decoding's answer runs in circles.
+    """
 
     kind: str
     fixed: bool
     reworded: bool
     prompt: list[int]
+    repetitive: bool = False
 
 
 @dataclass
@@ -119,7 +129,7 @@ def grouped(asked: Sequence[Asked], counted: Sequence[Counted]) -> dict[str, Any
 
 def figures(pairs: Sequence[tuple[Asked, Counted]]) -> dict[str, Any]:
     """Returns tokens per step of some answers, of those among them that are not repetitive, by kind and by depth."""
-    sound = [pair for pair in pairs if unfit(pair[1].ids) != REPETITIVE]
+    sound = [pair for pair in pairs if not pair[0].repetitive]
     kinds = dict.fromkeys(asked.kind for asked, _ in pairs)
     return {
         "tokens_per_step": tokens_per_step(pairs),
@@ -129,15 +139,14 @@ def figures(pairs: Sequence[tuple[Asked, Counted]]) -> dict[str, Any]:
     }
 
 
-def answers(asked: Sequence[Asked], counted: Sequence[Counted]) -> dict[str, Any]:
+def answers(asked: Sequence[Asked]) -> dict[str, Any]:
     """Returns the number of answers of each group and how many are repetitive, and the number of each kind."""
-    out: dict[str, Any] = {}
-    for name, belongs in GROUPS.items():
-        group = [(each, answer) for each, answer in zip(asked, counted, strict=True) if belongs(each)]
-        loops = sum(unfit(answer.ids) == REPETITIVE for _, answer in group)
-        out[name] = {"answers": len(group), "repetitive": loops}
-    kinds = [each.kind for each in asked if GROUPS["all"](each)]
-    return out | {"by_kind": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}}
+    groups = {name: [each for each in asked if belongs(each)] for name, belongs in GROUPS.items()}
+    kinds = [each.kind for each in groups["all"]]
+    return {
+        name: {"answers": len(group), "repetitive": sum(each.repetitive for each in group)}
+        for name, group in groups.items()
+    } | {"by_kind": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}}
 
 
 def tokens_per_step(pairs: Sequence[tuple[Asked, Counted]]) -> float | None:
@@ -151,7 +160,7 @@ def accepted_by_depth(each: Sequence[Statistics]) -> list[float]:
     depths = [statistics.by_depth for statistics in each]
     deepest = max(map(len, depths), default=0)
     sums = [[sum(of[at][i] for of in depths if at < len(of)) for i in (0, 1)] for at in range(deepest)]
-    return [round(kept / offered, 4) for offered, kept in sums]
+    return [round(kept / offered, 3) for offered, kept in sums]
 
 
 # -- drafters ----------------------------------------------------------------------------------------------------------
@@ -164,15 +173,15 @@ def folder_of(method: str, folder: str, backbone: Backbone) -> Path | None:
 
 def digest(folder: Path | None) -> str:
     """Returns a digest of a checkpoint, config and tensors: other trees take other steps too."""
-    files = [folder / name for name in ("config.json", "model.safetensors")] if folder else []
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16] if files else ""
+    paths = [folder / name for name in ("config.json", "model.safetensors")] if folder else []
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths if path.is_file())).hexdigest()[:16]
 
 
-def section(llm: LLM, method: str, folder: str, asked: Sequence[Asked], truth: Sequence[Counted], args: Any) -> None:
+def section(llm: LLM, method: str, folder: str, asked: Sequence[Asked], truth: Sequence[list[int]], args: Any) -> None:
     """Counts one drafter at every size, without and with lookup merged, and saves after each."""
     heads = folder_of(method, folder, llm.backbone)
     of = {
-        "model": args.model, "heads": digest(heads), "questions": args.suite.digest, "answers": answers(asked, truth),
+        "model": args.model, "heads": digest(heads), "questions": args.suite.digest, "answers": answers(asked),
         "new_tokens": args.new_tokens,
     }  # fmt: skip
     name = f"{method} {args.side}"
@@ -190,7 +199,7 @@ def section(llm: LLM, method: str, folder: str, asked: Sequence[Asked], truth: S
                 llm.backbone, drafter, [each.prompt for each in asked], args.new_tokens, args.rows,
                 shown(f"{name}, {label}", len(asked)),
             )  # fmt: skip
-            different = sum(one.ids != other.ids for one, other in zip(counted, truth, strict=True))
+            different = sum(one.ids != ids[: args.new_tokens] for one, ids in zip(counted, truth, strict=True))
             result["sizes"][label] = grouped(asked, counted) | {"different": different}
             core.save(name, result, shown=False)
             figure = result["sizes"][label]["all"]["tokens_per_step"]
@@ -228,8 +237,12 @@ def main() -> None:
     llm = foretell.load(args.model, dtype="bf16")
     asked = both_wordings(llm, args.suite.chosen(args.every, args.limit).questions)
     prompts, plain = [each.prompt for each in asked], drafters.build("plain", llm.backbone)
-    truth = count(llm.backbone, plain, prompts, args.new_tokens, 2 * args.rows, shown("plain", len(prompts)))
-    print(json.dumps(answers(asked, truth)), flush=True)
+    longest, progress = max(args.new_tokens, JUDGED), shown("plain", len(prompts))
+    truth = [each.ids for each in count(llm.backbone, plain, prompts, longest, 2 * args.rows, progress)]
+    asked = [
+        replace(each, repetitive=unfit(ids[:JUDGED]) == REPETITIVE) for each, ids in zip(asked, truth, strict=True)
+    ]
+    print(json.dumps(answers(asked)), flush=True)
     for args.side in SIDES:
         for drafter in getattr(args, args.side):
             method, _, folder = drafter.partition(":")
@@ -239,5 +252,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except UsageError as error:
+    except ForetellError as error:
         sys.exit(f"error: {error}")
