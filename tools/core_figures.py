@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -40,15 +41,26 @@ RESULTS = Path(__file__).parent.parent / "docs/results/core.json"
 MODEL = "smollm2-135m"
 
 
-def save(section: str, result: Any) -> None:
-    """Adds one section to the results, with its command, commit and machine."""
-    whole = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+def read() -> dict[str, Any]:
+    """Returns the sections measured so far."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def save(section: str, result: Any, shown: bool = True) -> None:
+    """Adds one section to the results, with its command, commit and machine, and prints it if it is to be shown."""
+    whole = read()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    command = "python " + " ".join(["tools/" + Path(sys.argv[0]).name, *(Path(a).name for a in sys.argv[1:])])
+    command = "python " + " ".join(["tools/" + Path(sys.argv[0]).name, *map(without_folders, sys.argv[1:])])
     whole[section] = {"command": command, "commit": commit, "machine": machine(), "result": result}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(whole, indent=1) + "\n")
-    print(json.dumps(result, indent=1)[:3000])
+    if shown:
+        print(json.dumps(result, indent=1)[:3000])
+
+
+def without_folders(argument: str) -> str:
+    """Returns an argument with every path in it cut to its last part, as in hydra++:FOLDER and MODEL+FOLDER."""
+    return re.sub(r"(?<![^:=+])[^:=+]*/", "", argument.rstrip("/"))
 
 
 def machine() -> str:

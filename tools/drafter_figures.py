@@ -1,24 +1,31 @@
 """Measures the drafters that ship for a model and writes their figures to docs/results/NAME.json, section by section.
 
-    python tools/drafter_figures.py SECTION [--drafters medusa hydra hydra++] [--questions FILE] [--model MODEL]
+    python tools/drafter_figures.py SECTION ... [--drafters medusa hydra hydra++] [--before hydra++:FOLDER]
+                                    [--questions FILE] [--model MODEL]
 
 Sections: sizes (tokens per step and per second by tree size: grown, one tree, with lookup merged, against plain, all in
-one run), tune (the cost of steps, and the time to measure it), exactness (ids, log-probabilities
-and cache against plain). NAME is `heads`, or what MODEL adds to the demo model.
+one run), batches (by batch size, greedy and at temperature 1, as users get them: `foretell bench`, results in
+docs/results/NAME_batches), tune (the cost of steps, and the time to measure it), exactness (ids, log-probabilities and
+cache against plain). NAME is `heads`, or what MODEL adds to the demo model. METHOD:FOLDER after --before stands for
+earlier heads, which run beside those that ship. Counts that need no quiet machine: `breadth_figures`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import subprocess
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import core_figures as core
 import torch
+from breadth_figures import accepted_by_depth
 from exactness import compared, transcript
 
 import foretell
@@ -27,7 +34,8 @@ from foretell.api import LLM
 from foretell.backbone.step_costs import StepCosts, measure
 from foretell.requests import SamplingParams, Statistics
 
-SIZES = (8, 16, 32)
+SIZES = (4, 8, 16, 32)
+BATCHES, TEMPERATURES = (1, 2, 4, 8), (0, 1)
 WARM_UP = "Hello there."
 
 
@@ -61,16 +69,17 @@ def section_sizes(args: argparse.Namespace) -> Any:
     """Measures all drafters prompt by prompt, in turns, the cost of steps before each, since the machine drifts."""
     llm = foretell.load(args.model, dtype="bf16")
     runs = {"plain": Run(llm, "plain"), "prompt_lookup": Run(llm, "prompt_lookup")}
-    for drafter in args.drafters:
-        for size in SIZES:
-            runs[f"{drafter} {size}"] = Run(llm, drafter, size)
-            runs[f"{drafter} {size} with lookup"] = Run(llm, drafter, size, lookup=True)
-            runs[f"{drafter} {size}, one tree"] = Run(llm, drafter, size, grown=False)
+    for drafter, method, options in _named(args):
+        for size in args.sizes:
+            runs[f"{drafter} {size}"] = Run(llm, method, size, **options)
+            runs[f"{drafter} {size} with lookup"] = Run(llm, method, size, lookup=True, **options)
+            if "grown" in {each.name for each in fields(drafters.drafter_class(method).Options)}:
+                runs[f"{drafter} {size}, one tree"] = Run(llm, method, size, grown=False, **options)
     rows: dict[str, list[Answer]] = {name: [] for name in runs}
     for number, question in enumerate([WARM_UP, *args.prompts]):
         ids = llm.encode(question)
         middle = len(ids) + args.new_tokens // 2
-        costs = measure(llm.backbone, rows=(1,), contexts=(middle,), nodes=(1, *SIZES), repeats=5)
+        costs = measure(llm.backbone, rows=(1,), contexts=(middle,), nodes=(1, *args.sizes), repeats=5)
         for name, run in runs.items():
             rows[name].append(run(ids, args.new_tokens, costs))
         print(number, {n: round(len(r[-1].ids) / r[-1].seconds) for n, r in rows.items()}, flush=True)
@@ -80,6 +89,19 @@ def section_sizes(args: argparse.Namespace) -> Any:
     different = [(name, i) for name, r in rows.items() for i, answer in enumerate(r) if answer.ids != plain[i].ids]
     out: dict[str, Any] = {"prompts": len(plain), "new_tokens": args.new_tokens, "different": different}
     return out | {name: _figures(answers, plain, name) for name, answers in rows.items()}
+
+
+def _named(args: argparse.Namespace) -> list[tuple[str, str, dict[str, str]]]:
+    """Returns (name in the results, method, options) of the drafters that ship, and of the earlier ones after each."""
+    earlier = [each.partition(":") for each in args.before]
+    if unknown := [method for method, _, _ in earlier if method not in args.drafters]:
+        raise SystemExit(f"error: --before has heads of {unknown[0]}, which is not among the --drafters.")
+    found: list[tuple[str, str, dict[str, str]]] = []
+    for drafter in args.drafters:
+        found.append((drafter, drafter, {}))
+        found += [(f"{drafter} before", drafter, {"checkpoint": folder}) for method, _, folder in earlier
+                  if method == drafter]  # fmt: skip
+    return found
 
 
 def _figures(answers: list[Answer], plain: list[Answer], name: str) -> dict[str, Any]:
@@ -95,7 +117,7 @@ def _figures(answers: list[Answer], plain: list[Answer], name: str) -> dict[str,
         "draft_ms": round(1e3 * sum(a.statistics.draft_seconds for a in answers) / steps, 2),
         "verify_ms": round(1e3 * sum(a.statistics.verify_seconds for a in answers) / steps, 2),
         "step_ms": round(1e3 * decoding / steps, 2),
-        "accepted_by_depth": _by_depth(answers),
+        "accepted_by_depth": accepted_by_depth([answer.statistics for answer in answers]),
     }
     if name != "prompt_lookup":  # its trees have no size of their own
         possible = sum(a.possible for a in answers)
@@ -104,12 +126,23 @@ def _figures(answers: list[Answer], plain: list[Answer], name: str) -> dict[str,
     return out
 
 
-def _by_depth(answers: list[Answer]) -> list[float]:
-    """Returns, by depth, the share of the steps with a guess there that accepted one."""
-    each = [a.statistics.by_depth for a in answers]
-    deepest = max(map(len, each), default=0)
-    sums = [[sum(d[at][i] for d in each if at < len(d)) for i in (0, 1)] for at in range(deepest)]
-    return [round(kept / offered, 3) for offered, kept in sums]
+def section_batches(args: argparse.Namespace) -> None:
+    """Runs `foretell bench` for every batch size and temperature; resumable, and its results are kept when complete."""
+    results = core.RESULTS.with_name(f"{core.RESULTS.stem}_batches")
+    working = Path(core.__file__).parents[1] / "build" / results.name
+    runs = []
+    for _, method, options in _named(args):
+        heads = ",".join(f"{key}={value}" for key, value in options.items())
+        runs += [f"{method}:{heads}".rstrip(":"), f"{method}:lookup=true,{heads}".rstrip(",")]
+    command = ["bench", "--model", args.model, "--suite", args.questions, "--every", args.every, "--out", working]
+    command += [word for batch in BATCHES for word in ("-b", batch)]
+    command += [word for temperature in TEMPERATURES for word in ("-t", temperature)]
+    command += [word for run in runs for word in ("--run", run)]
+    command += ["--max-new-tokens", args.new_tokens, *(["--limit", args.limit] if args.limit else [])]
+    subprocess.run([sys.executable, "-m", "foretell", *map(str, command)], check=True)
+    results.mkdir(exist_ok=True)
+    shutil.copy(working / "results.json", results)
+    shutil.rmtree(working)
 
 
 def section_tune(args: argparse.Namespace) -> Any:
@@ -152,19 +185,24 @@ def section_exactness(args: argparse.Namespace) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     sections = {name[8:]: f for name, f in globals().items() if name.startswith("section_")}
-    parser.add_argument("section", choices=sections)
+    parser.add_argument("sections", nargs="+", choices=sections)
     parser.add_argument("--drafters", nargs="+", default=["medusa", "hydra", "hydra++"])
+    parser.add_argument("--before", nargs="+", default=[], metavar="METHOD:FOLDER")
     parser.add_argument("--model", default=core.MODEL)
+    parser.add_argument("--sizes", nargs="+", type=int, default=SIZES)
     parser.add_argument("--questions", type=Path)
     parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"])
+    parser.add_argument("--results", type=Path, help="a trial's own file, in a folder beside docs' results")
     args = parser.parse_args()
     args.prompts = core.load_questions(args.questions, args.every, args.limit) if args.questions else []
-    core.RESULTS = core.RESULTS.with_name(f"{args.model.partition('+')[2] or 'heads'}.json")
+    core.RESULTS = args.results or core.RESULTS.with_name(f"{args.model.partition('+')[2] or 'heads'}.json")
     torch.manual_seed(0)
-    core.save(args.section, sections[args.section](args))
+    for section in args.sections:
+        if result := sections[section](args):
+            core.save(section, result)
 
 
 if __name__ == "__main__":

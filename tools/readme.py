@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import breadth_tables
 import cost_model
 import training_speed
 
@@ -124,7 +125,7 @@ def by_size(model: str, results: dict[str, Any]) -> list[str]:
         cells += [f"{each['tokens_per_step']:.2f}, {each['decode_speedup']:.2f}×" if each else "" for each in others]
         lines.append(f"| {run} | {' | '.join(cells)} |")
     lines += ["", "Of the steps with a guess at depth 1, 2, ..., the share that accepted one, 16 nodes: " + "; ".join(
-        f"{run.partition(' ')[0]} {', '.join(f'{share:.0%}' for share in sizes[run]['accepted_by_depth'])}"
+        f"{run.rpartition(' ')[0]} {', '.join(f'{share:.0%}' for share in sizes[run]['accepted_by_depth'])}"
         for run in sizes if run.endswith(" 16")
     ) + "."]  # fmt: skip
     if "tune" in results:
@@ -137,7 +138,9 @@ def by_size(model: str, results: dict[str, Any]) -> list[str]:
 def fastest(model: str, results: dict[str, Any]) -> str:
     """Returns a sentence about the fastest heads."""
     sizes = results["sizes"]["result"]
-    rows = {run: row for run, row in sizes.items() if isinstance(row, dict) and run.rpartition(" ")[0]}
+    rows = {
+        run: row for run, row in sizes.items() if isinstance(row, dict) and " " in run and " before " not in run
+    }  # fmt: skip
     run = max(rows, key=lambda run: rows[run]["decode_speedup"])
     drafter, nodes, *lookup = run.split(maxsplit=2)
     return (
@@ -357,6 +360,7 @@ def pages() -> dict[Path, str]:
         ROOT / "docs/own-layers.md": own_layers(folder),
         ROOT / "docs/training.md": [
             *head, *trained(),
+            *(breadth_tables.tables(_json(folder / "breadth.json")) if (folder / "breadth.json").exists() else []),
             *training_speed.table(_json(folder / "training.json")["medusa"], _minutes("medusa-smollm2-135m")),
             *(line for name, model in HEADS.items() if (folder / name).exists()
               for line in by_size(model, _json(folder / name))),

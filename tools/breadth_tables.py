@@ -1,0 +1,126 @@
+"""The tables of docs/results/breadth.json: heads before and after another training, by size, kind, wording and depth.
+
+A section of the file is one drafter on one side, "hydra++ before" (`breadth_figures`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+SIDES = ("before", "after")
+NODES = "16"
+"""Size of the trees in the tables by kind, wording and depth."""
+KINDS = {"qa": "questions", "rag": "retrieval", "math_reasoning": "sums (GSM8K)", "math": "mathematics"}
+"""Kind in the suite -> its name on the page, where that differs."""
+
+
+def tables(results: dict[str, Any]) -> list[str]:
+    """Returns all tables, with what is needed to read them."""
+    if not results:
+        return []
+    return [
+        *heading(results), *by_size(results), *by_kind(results), *by_wording(results), *by_depth(results),
+    ]  # fmt: skip
+
+
+def heading(results: dict[str, Any]) -> list[str]:
+    """Returns what was asked, and the commands."""
+    found = next(iter(results.values()))["result"]
+    asked, runs = found["answers"], dict[str, str]()
+    for section in results.values():
+        runs.setdefault(section["command"], section["commit"])
+    commands = "; ".join(f"`{command}`, commit {commit}" for command, commit in runs.items())
+    return [
+        f"Tokens per step of heads before and after they learnt from broader prompts: {asked['all']['answers']} "
+        f"Spec-Bench questions, {found['new_tokens']} new tokens, bfloat16, greedy ({commands}). Of these answers "
+        f"{asked['all']['repetitive']} are repetitive by the rule of `foretell distill`.",
+        "",
+    ]
+
+
+def by_size(results: dict[str, Any]) -> list[str]:
+    """Returns one row for each method and side: tokens per step by tree size, without and with lookup."""
+    every = sizes(results)
+    labels = [*every, *(f"{size} with lookup" for size in every)]
+    return [
+        f"| nodes | {' | '.join(every)} | {' | '.join(f'{size}, lookup' for size in every)} |",
+        "|---|" + "---|" * len(labels),
+        *(
+            f"| {name} | {' | '.join(number(figure(section, label)) for label in labels)} |"
+            for name, section in results.items()
+        ),
+        "",
+    ]
+
+
+def by_kind(results: dict[str, Any]) -> list[str]:
+    """Returns one row for each kind of question, and for each method its figures before and after."""
+    columns = [f"{method}{lookup}" for method in methods(results) for lookup in ("", " with lookup")]
+    kinds = next(iter(results.values()))["result"]["answers"]["by_kind"]
+    lines = [f"| {NODES} nodes | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    for kind, count in kinds.items():
+        cells = []
+        for method in methods(results):
+            for label in (NODES, f"{NODES} with lookup"):
+                sides = [results.get(f"{method} {side}") for side in SIDES]
+                shown = [number(figure(section, label, "all", "by_kind", kind)) for section in sides if section]
+                cells.append(" → ".join(filter(None, shown)))
+        lines.append(f"| {KINDS.get(kind, kind)} ({count}) | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def by_wording(results: dict[str, Any]) -> list[str]:
+    """Returns one row for each method and side: the questions with fixed words as they are and reworded; no loops."""
+    counts = next(iter(results.values()))["result"]["answers"]
+    columns = {
+        f"all {counts['all']['answers']}": ("all", "tokens_per_step"),
+        "without repetitive answers": ("all", "without_repetitive"),
+        f"{counts['fixed words']['answers']} in the suite's fixed words": ("fixed words", "tokens_per_step"),
+        "the same reworded": ("reworded", "tokens_per_step"),
+        "reworded, without repetitive answers": ("reworded", "without_repetitive"),
+        f"the other {counts['own words']['answers']}": ("own words", "tokens_per_step"),
+    }
+    lines = [f"| {NODES} nodes | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    for name, section in results.items():
+        for lookup in ("", " with lookup"):
+            if figure(section, f"{NODES}{lookup}"):
+                cells = [number(figure(section, f"{NODES}{lookup}", *path)) for path in columns.values()]
+                lines.append(f"| {name}{lookup} | {' | '.join(cells)} |")
+    return [
+        *lines, "",
+        "The suite words all its translations and summaries alike (“Translate German to English:”, “Summarize:”), and "
+        "puts a retrieval question after its passages; reworded, they keep their content "
+        "([tools/rewording.py](../tools/rewording.py)).", "",
+    ]  # fmt: skip
+
+
+def by_depth(results: dict[str, Any]) -> list[str]:
+    """Returns, for each method and side, how often a step with a guess at a depth accepted one."""
+    shares = {name: figure(section, NODES, "all", "accepted_by_depth") for name, section in results.items()}
+    each = "; ".join(
+        f"{name} {', '.join(f'{share:.0%}' for share in found)}" for name, found in shares.items() if found
+    )
+    lead = f"Of the steps with a guess at depth 1, 2, ..., the share that accepted one, {NODES} nodes: "
+    return [f"{lead}{each}.", ""] if each else []
+
+
+def figure(section: dict[str, Any], label: str, *path: str) -> Any:
+    """Returns a figure of a section at a size, by default its tokens per step; None where it was not measured."""
+    found: Any = section["result"]["sizes"].get(label, {})
+    for key in path or ("all", "tokens_per_step"):
+        found = (found or {}).get(key)
+    return found
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def methods(results: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(" ")[0] for name in results))
+
+
+def sizes(results: dict[str, Any]) -> list[str]:
+    """Returns the sizes that were measured of any drafter, in their order."""
+    labels = {label for section in results.values() for label in section["result"]["sizes"]}
+    return sorted((label for label in labels if label.isdigit()), key=int)
