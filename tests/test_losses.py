@@ -47,22 +47,24 @@ def numbers(rows: int, vocab: int, targets: int, seed: int) -> tuple[Tensor, Ten
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 1200), st.integers(1, 40), st.integers(1, 6), st.integers(0, 99),
-    st.sampled_from([0.0, 0.3, 0.9, 1.0]), st.booleans(), st.sampled_from(["float32", "bfloat16"]),
+    st.sampled_from([0.0, 0.3, 0.9, 1.0]), st.sampled_from(["float32", "bfloat16"]),
 )  # fmt: skip
 def test_the_chunked_loss_and_its_gradient_are_the_plain_ones(
-    rows: int, vocab: int, targets: int, seed: int, acceptance: float, counted: bool, number_type: str
+    rows: int, vocab: int, targets: int, seed: int, acceptance: float, number_type: str
 ) -> None:
     x, weight, ids, p, counts = numbers(rows, vocab, targets, seed)
     x2, weight2 = (t.double().requires_grad_() for t in (x, weight))
     plain = twin(x2, weight2, ids, p, acceptance)
-    ((counts if counted else 1.0) * plain * 0.5).sum().backward()
+    (counts * plain * 0.5).sum().backward()
     x.requires_grad_()
     weight.requires_grad_()
     with multiply_in(number_type):
-        loss = draft_loss(x, weight, ids, p, acceptance, counts if counted else None)
+        loss, each_P = draft_loss(x, weight, ids, p, counts, acceptance)
     (loss * 0.5).backward()
+    assert not each_P.requires_grad
     rough = number_type == "bfloat16"
-    for ours, theirs in zip((loss, x.grad, weight.grad), (plain.sum(), x2.grad, weight2.grad), strict=True):
+    expected = (plain, (counts * plain).sum(), x2.grad, weight2.grad)
+    for ours, theirs in zip((each_P, loss, x.grad, weight.grad), expected, strict=True):
         assert ours is not None
         assert theirs is not None
         # relative to the result, and for sums that cancel, to what was summed
@@ -80,7 +82,7 @@ def test_chunks_of_any_size_give_the_same(rows: int, acceptance: float, monkeypa
         x.requires_grad_()
         weight.requires_grad_()
         with multiply_in("float32"):
-            loss = draft_loss(x, weight, ids, p, acceptance, counts)
+            loss, _ = draft_loss(x, weight, ids, p, counts, acceptance)
         loss.backward()
         found.append((loss.detach(), x.grad, weight.grad))
     for other in found[1:]:
@@ -100,7 +102,7 @@ def test_the_acceptance_is_how_often_a_drawn_guess_is_accepted() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
     ids, p = torch.tensor([[0, 1, 0]]), torch.tensor([[0.1, 0.6, 0.1]])
     with multiply_in("float32"):
-        loss = draft_loss(logits, torch.eye(3), ids, p, 1.0)
+        loss, _ = draft_loss(logits, torch.eye(3), ids, p, torch.ones(1), 1.0)
     assert -loss.item() == pytest.approx(0.2 + 0.3)
 
 

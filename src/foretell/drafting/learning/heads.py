@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from foretell.backbone import Backbone
-from foretell.drafting.learning.losses import chunk_size, draft_loss, dynamic_weights, probabilities, targets, weighed
+from foretell.drafting.learning.losses import chunk_size, draft_loss, dynamic_weights, probabilities, targets
 from foretell.drafting.learning.number_types import product
 from foretell.drafting.learning.trainable import CALIBRATION_TOP_K, HeadGuesses, Trainable, TrainingBatch
 from foretell.drafting.options import option
@@ -133,42 +133,64 @@ class GuessingHeads(Trainable):
         targets_PK, sources_P = targets(batch, self.heads, self.ahead)
         if not len(sources_P):
             return {}
-        x_KPd = self.read(batch, sources_P)
-        counts_PK = self.counts(x_KPd, targets_PK) if self.dynamic and torch.is_grad_enabled() else None
-        out = {}
-        for k, guessing in enumerate((targets_PK >= 0).any(0).tolist()):
-            if not guessing:
-                continue
-            counts_P = None if counts_PK is None else counts_PK[:, k]
-            term = self.term(batch, x_KPd[k], k, targets_PK[:, k], sources_P, counts_P)
-            out[f"head {k + 1}"] = term if self.dynamic else weighed(term, self.decay ** (k + 1))
-        return out
+        x_KPd, live_KP = self.read(batch, sources_P), targets_PK.T >= 0
+        if self.dynamic and torch.is_grad_enabled():
+            weights_KP = self.dynamic_weights(x_KPd, targets_PK)
+        else:
+            weights_KP = torch.tensor([[self.decay ** (k + 1)] for k in range(self.heads)], device=live_KP.device)
+        total, means_K = self.mean_losses(batch, x_KPd, targets_PK, sources_P, weights_KP)
+        terms = [mean for mean, learns in zip(means_K, live_KP.any(1).tolist(), strict=True) if learns]
+        terms[0] = terms[0] + (total - total.detach())  # the gradient of all heads, which is computed at once
+        return {f"head {k}": term for k, term in enumerate(terms, start=1)}
 
-    def counts(self, x_KPd: Tensor, targets_PK: Tensor) -> Tensor:
-        """Dynamic weights of every head at every position, [P, K]: another pass over the logits, before the losses'."""
+    def dynamic_weights(self, x_KPd: Tensor, targets_PK: Tensor) -> Tensor:
+        """Weights of every head at every position, [K, P]: another pass over the logits, before the losses'."""
         live_PK = targets_PK >= 0
         index_PK = torch.where(live_PK, self.index_V[targets_PK.clamp(min=0)], -1)
         p_PK = torch.stack([probabilities(x_KPd[k], self.head(k), index_PK[:, k]) for k in range(self.heads)], 1)
-        return dynamic_weights(p_PK, live_PK)
+        return dynamic_weights(p_PK, live_PK).T
 
-    def term(
-        self, batch: TrainingBatch, x_Pd: Tensor, k: int, token_P: Tensor, sources_P: Tensor,
-        counts_P: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Loss of head k, averaged over the positions that have a token to guess; `counts_P` as in `draft_loss`."""
-        live_P = token_P >= 0
-        places_P = (sources_P + k + self.ahead - 1).clamp(max=batch.tokens_BT.numel() - 1)
-        teacher_ids_Pm, teacher_p_Pm = (
-            stored.flatten(0, 1)[places_P] for stored in (batch.teacher_ids_BTm, batch.teacher_p_BTm)
+    def mean_losses(
+        self, batch: TrainingBatch, x_KPd: Tensor, targets_PK: Tensor, sources_P: Tensor, weights_KP: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of each head, averaged over the positions that have a token to guess.
+
+        Heads that share an output matrix are multiplied by it at once.
+
+        Args:
+            weights_KP: how much each head counts at each position, or [K, 1].
+
+        Returns:
+            The weighted sum of all averages; the averages without weight and gradient, [K].
+        """
+        live_KP = targets_PK.T >= 0
+        counts_K = live_KP.sum(1).clamp(min=1)
+        scale_KP = (weights_KP / counts_K[:, None]).expand(live_KP.shape)
+        ids_KPm, p_KPm = self.aims(batch, targets_PK, sources_P)
+        total, losses_KP = x_KPd.new_zeros(()), torch.zeros(live_KP.shape, device=x_KPd.device)
+        for heads in [slice(k, k + 1) for k in range(self.heads)] if self.output == "own" else [slice(None)]:
+            x_Pd, ids_Pm, p_Pm, scale_P = (each[heads].flatten(0, 1) for each in (x_KPd, ids_KPm, p_KPm, scale_KP))
+            kept = learnt_rows(p_Pm)
+            part, losses_P = draft_loss(
+                x_Pd[kept], self.head(heads.start or 0), ids_Pm[kept], p_Pm[kept], scale_P[kept], self.acceptance
+            )
+            total = total + part
+            losses_KP[heads].view(-1)[kept] = losses_P
+        return total, losses_KP.sum(1) / counts_K + self.acceptance  # what cannot be accepted counts as rejected
+
+    def aims(self, batch: TrainingBatch, targets_PK: Tensor, sources_P: Tensor) -> tuple[Tensor, Tensor]:
+        """What each head should guess: ids in the draft vocabulary and their probabilities, [K, P, m]."""
+        live_KP = targets_PK.T >= 0
+        ahead_K1 = torch.arange(self.heads, device=sources_P.device)[:, None] + self.ahead - 1
+        places_KP = (sources_P + ahead_K1).clamp(max=batch.tokens_BT.numel() - 1)
+        teacher_ids_KPm, teacher_p_KPm = (
+            stored.flatten(0, 1)[places_KP] for stored in (batch.teacher_ids_BTm, batch.teacher_p_BTm)
         )
-        written_p_P1 = torch.full((len(token_P), 1), 1 - self.soft, device=token_P.device)
-        index_Pm = self.index_V[torch.cat([token_P.clamp(min=0)[:, None], teacher_ids_Pm], 1)]
-        p_Pm = torch.cat([written_p_P1, self.soft * teacher_p_Pm], 1)
-        p_Pm = p_Pm * ((index_Pm >= 0) & live_P[:, None])  # tokens outside the draft vocabulary are not learnt
-        kept = learnt_rows(p_Pm)
-        counts_P = None if counts_P is None else counts_P[kept]
-        loss = draft_loss(x_Pd[kept], self.head(k), index_Pm[kept].clamp(min=0), p_Pm[kept], self.acceptance, counts_P)
-        return loss / live_P.sum() + self.acceptance  # what cannot be accepted counts as rejected
+        index_KPm = self.index_V[torch.cat([targets_PK.T.clamp(min=0)[..., None], teacher_ids_KPm], -1)]
+        written_p_KP1 = torch.full((*live_KP.shape, 1), 1 - self.soft, device=live_KP.device)
+        p_KPm = torch.cat([written_p_KP1, self.soft * teacher_p_KPm], -1)
+        p_KPm = p_KPm * ((index_KPm >= 0) & live_KP[..., None])  # tokens outside the draft vocabulary are not learnt
+        return index_KPm.clamp(min=0), p_KPm
 
     @torch.no_grad()
     def guesses(self, batch: TrainingBatch) -> list[HeadGuesses]:

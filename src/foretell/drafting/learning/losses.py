@@ -38,37 +38,36 @@ class _DraftLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor, acceptance: float,
-        counts_P: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor, scale_P: Tensor, acceptance: float
+    ) -> tuple[Tensor, Tensor]:
         dtype, chunk = number_type(x_Pd.device), chunk_size(len(weight_Vd), x_Pd.device)
         rounded_Pd, weight = x_Pd.to(dtype), weight_Vd.to(dtype)
-        grad_x = torch.empty_like(x_Pd)
+        grad_x, losses_P = torch.empty_like(x_Pd), torch.empty_like(scale_P)
         grad_weight = torch.zeros_like(weight_Vd) if ctx.needs_input_grad[1] else None
-        total = x_Pd.new_zeros(())
         for at in range(0, len(x_Pd), chunk):
-            x, ids, p = (t[at : at + chunk] for t in (rounded_Pd, ids_Pm, p_Pm))
+            part = slice(at, at + chunk)
+            x, ids, p, scale = (each[part] for each in (rounded_Pd, ids_Pm, p_Pm, scale_P[:, None]))
             log_q = torch.log_softmax(x @ weight.T, -1, dtype=torch.float32)
             log_q_m = log_q.gather(-1, ids)
             # slope in the logits: q · mass - pull. For the cross-entropy, mass is Σ p and pull is p; for what is
             # rejected, q stands in the place of p, and 0 where q exceeds it already
-            mass, pull = p.sum(-1, keepdim=True), p
+            mass, pull, accepted = p.sum(-1, keepdim=True), p, None
             if acceptance:
                 whole, q_m = whole_p(ids, p), log_q_m.exp()
-                total -= acceptance * torch.minimum(whole, q_m).sum()
+                accepted = torch.minimum(whole, q_m).sum(-1)
                 lacking = q_m * (q_m < whole)
                 mass = (1 - acceptance) * mass + acceptance * lacking.sum(-1, keepdim=True)
                 pull = (1 - acceptance) * p + acceptance * lacking
-                p = (1 - acceptance) * p
-            total -= (p * log_q_m).sum()
-            if counts_P is not None:
-                mass, pull = (each * counts_P[at : at + chunk, None] for each in (mass, pull))
-            slope = log_q.exp_().mul_(mass).scatter_add_(-1, ids, -pull).to(dtype)
-            grad_x[at : at + chunk] = slope @ weight
+            losses_P[part] = (acceptance - 1) * (p * log_q_m).sum(-1)
+            if accepted is not None:
+                losses_P[part] -= acceptance * accepted
+            slope = log_q.exp_().mul_(mass * scale).scatter_add_(-1, ids, -pull * scale).to(dtype)
+            grad_x[part] = slope @ weight
             if grad_weight is not None:
                 grad_weight += slope.T @ x
         ctx.save_for_backward(grad_x, *(() if grad_weight is None else (grad_weight,)))
-        return total
+        ctx.mark_non_differentiable(losses_P)
+        return (losses_P * scale_P).sum(), losses_P
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -77,21 +76,21 @@ class _DraftLoss(torch.autograd.Function):
 
 
 def draft_loss(
-    x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor, acceptance: float = 0.0,
-    counts_P: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Returns -Σ ((1 - acceptance) Σ p · log q + acceptance Σ min(p, q)), q = softmax(x Wᵀ), summed over positions.
+    x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor, scale_P: Tensor, acceptance: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Returns Σ scale · loss, and the loss at each position without gradient, [P].
 
-    In float32; multiplied as `number_types` says. Σ min(p, q) is the probability that a guess drawn from q is accepted
-    where the target is p (arXiv 2602.23881); at `acceptance` 1 its gradient alone remains.
+    The loss is -((1 - acceptance) Σ p · log q + acceptance Σ min(p, q)), q = softmax(x Wᵀ), in float32; multiplied as
+    `number_types` says. Σ min(p, q) is the probability that a guess drawn from q is accepted where the target is p
+    (arXiv 2602.23881); at `acceptance` 1 its gradient alone remains.
 
     Args:
         ids_Pm, p_Pm: target tokens and their probabilities. The id of a zero probability is ignored, and of a token
             named twice the probabilities are added; if they add up to less than one, the rest of the target has no
             loss and is never accepted.
-        counts_P: how much each position counts in the gradient, as in `weighed`.
+        scale_P: how much each position counts; it has no gradient.
     """
-    return _DraftLoss.apply(x_Pd, weight_Vd, ids_Pm, p_Pm, acceptance, counts_P)
+    return _DraftLoss.apply(x_Pd, weight_Vd, ids_Pm, p_Pm, scale_P, acceptance)
 
 
 @torch.no_grad()

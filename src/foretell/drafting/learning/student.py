@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from foretell.contracts import FINAL_NORM
 from foretell.drafting.learning.finetune import causal, save
-from foretell.drafting.learning.losses import CHUNK
+from foretell.drafting.learning.losses import chunk_size
 from foretell.drafting.learning.number_types import number_type
 from foretell.drafting.learning.trainable import TrainingBatch
 
@@ -104,7 +104,7 @@ class TrainableBackbone(nn.Module):
 
 
 class _Divergence(torch.autograd.Function):
-    """Gradients are computed with each chunk's logits, as in `losses.soft_cross_entropy`."""
+    """Gradients are computed with each chunk's logits, as in `losses.draft_loss`."""
 
     @staticmethod
     def forward(ctx: Any, x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor) -> Tensor:
@@ -113,8 +113,9 @@ class _Divergence(torch.autograd.Function):
         rest_p_P = (1 - p_Pm.sum(-1)).clamp(min=MIN_PROBABILITY)
         dtype = number_type(x_Pd.device)
         weight, grad_Pd, total = weight_Vd.to(dtype), torch.empty_like(x_Pd), x_Pd.new_zeros((), dtype=torch.float32)
-        for at in range(0, len(x_Pd), CHUNK):
-            x, ids, p, rest_p = (each[at : at + CHUNK] for each in (x_Pd, ids_Pm, p_Pm, rest_p_P))
+        chunk = chunk_size(len(weight_Vd), x_Pd.device)
+        for at in range(0, len(x_Pd), chunk):
+            x, ids, p, rest_p = (each[at : at + chunk] for each in (x_Pd, ids_Pm, p_Pm, rest_p_P))
             # the teacher's tokens are multiplied in float32, as they were stored; the others may be rounded
             top = (x.float()[:, None] * weight_Vd[ids].float()).sum(-1)
             logits = (x.to(dtype) @ weight.T).float().scatter_(-1, ids, -torch.inf)
@@ -129,7 +130,7 @@ class _Divergence(torch.autograd.Function):
             of_rest = (rest - total_logits).exp() * mass - rest_p  # slope of the loss in `rest`, spread by share
             slope = shares.mul_((of_rest / sums)[:, None])
             slope.scatter_(-1, ids, (top - total_logits[:, None]).exp() * mass[:, None] - p)
-            grad_Pd[at : at + CHUNK] = slope.to(dtype) @ weight
+            grad_Pd[at : at + chunk] = slope.to(dtype) @ weight
         ctx.save_for_backward(grad_Pd)
         return total
 
