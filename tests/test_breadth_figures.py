@@ -223,8 +223,9 @@ def test_tables_show_both_sides(tools: None) -> None:
             "accepted_by_depth": [0.5, 0.25],
         }  # fmt: skip
         sizes = {"16": {"all": group, "reworded": group}, "16 with lookup": {"all": group}, "4": {"all": group}}
-        counts = {name: {"answers": 2, "repetitive": 1} for name in ("all", "fixed words", "own words")}
-        of = {"answers": counts | {"by_kind": {"qa": 1, "rag": 1}}, "new_tokens": 24, "sizes": sizes}
+        groups = ("all", "fixed words", "reworded", "own words")
+        counts = {name: {"answers": 2, "repetitive": 1} for name in groups} | {"by_kind": {"qa": 1, "rag": 1}}
+        of = {"model": "tiny", "answers": counts, "new_tokens": 24, "sizes": sizes}
         return {"command": "python x", "commit": "abc", "result": of}
 
     found = {"hydra++ before": section(2), "hydra++ after": section(3), "medusa after": section(4)}
@@ -232,7 +233,8 @@ def test_tables_show_both_sides(tools: None) -> None:
     assert "| nodes | 4 | 16 | 4, lookup | 16, lookup |" in lines
     assert "| hydra++ before | 2.00 | 2.00 |  | 2.00 |" in lines
     assert "| questions (1) | 2.00 → 3.00 | 2.00 → 3.00 | 4.00 | 4.00 |" in lines
-    assert "| retrieval (1) |  |  |  |  |" in lines
+    assert "| questions, reworded (1) | 2.00 → 3.00 |  | 4.00 |  |" in lines
+    assert not any(line.startswith("| retrieval") for line in lines)  # counted nowhere
     assert "| hydra++ after | 3.00 | 2.90 |  | 3.00 | 2.90 |  |" in lines
     assert any("hydra++ before 50%, 25%; hydra++ after 50%, 25%" in line for line in lines)
     assert breadth_tables.tables({}) == []

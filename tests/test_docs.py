@@ -45,6 +45,17 @@ def test_links_between_pages_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_benchmarks_among_the_prompts_are_named_and_never_reported() -> None:
+    pages = [(ROOT / page).read_text(encoding="utf-8") for page in ("data/BROAD_SOURCES.md", "docs/training.md")]
+    lists = [re.search(r"[Nn]ever report.*?on \**(SVAMP.*?)\**[:.]", " ".join(page.split())) for page in pages]
+    names, others = (re.split(r", | or ", found[1]) for found in lists if found)
+    assert names == others
+    assert len(names) == 9
+    for path in (ROOT / "docs/results").rglob("*.json"):
+        text = path.read_text(encoding="utf-8").lower()
+        assert not [name for name in names if re.search(rf"\b{name.lower()}\b", text)], path
+
+
 @pytest.fixture
 def house(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(ROOT / "tools"))

@@ -18,9 +18,7 @@ def tables(results: dict[str, Any]) -> list[str]:
     """Returns all tables, with what is needed to read them."""
     if not results:
         return []
-    return [
-        *heading(results), *by_size(results), *by_kind(results), *by_wording(results), *by_depth(results),
-    ]  # fmt: skip
+    return [*heading(results), *by_size(results), *by_kind(results), *by_wording(results), *by_depth(results)]
 
 
 def heading(results: dict[str, Any]) -> list[str]:
@@ -31,9 +29,11 @@ def heading(results: dict[str, Any]) -> list[str]:
         runs.setdefault(section["command"], section["commit"])
     commands = "; ".join(f"`{command}`, commit {commit}" for command, commit in runs.items())
     return [
-        f"Tokens per step of heads before and after they learnt from broader prompts: {asked['all']['answers']} "
-        f"Spec-Bench questions, {found['new_tokens']} new tokens, bfloat16, greedy ({commands}). Of these answers "
-        f"{asked['all']['repetitive']} are repetitive by the rule of `foretell distill`.",
+        "Tokens per step of heads before and after they learnt from [prompts of many kinds](#prompts-of-many-kinds): "
+        f"{asked['all']['answers']} Spec-Bench questions, {found['new_tokens']} new tokens, bfloat16, greedy "
+        f"({commands}). {found['model']} answers {asked['all']['repetitive']} of these questions repetitively by the "
+        f"rule of `foretell distill`, and {asked['reworded']['repetitive']} of the {asked['reworded']['answers']} that "
+        "were reworded.",
         "",
     ]
 
@@ -54,19 +54,24 @@ def by_size(results: dict[str, Any]) -> list[str]:
 
 
 def by_kind(results: dict[str, Any]) -> list[str]:
-    """Returns one row for each kind of question, and for each method its figures before and after."""
+    """Returns one row for each kind of question, as worded and reworded: for each method its figures before, after."""
     columns = [f"{method}{lookup}" for method in methods(results) for lookup in ("", " with lookup")]
     kinds = next(iter(results.values()))["result"]["answers"]["by_kind"]
     lines = [f"| {NODES} nodes | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     for kind, count in kinds.items():
-        cells = []
-        for method in methods(results):
-            for label in (NODES, f"{NODES} with lookup"):
-                sides = [results.get(f"{method} {side}") for side in SIDES]
-                shown = [number(figure(section, label, "all", "by_kind", kind)) for section in sides if section]
-                cells.append(" → ".join(filter(None, shown)))
-        lines.append(f"| {KINDS.get(kind, kind)} ({count}) | {' | '.join(cells)} |")
+        for group, note in (("all", ""), ("reworded", ", reworded")):
+            cells = [sides(results, column, group, kind) for column in columns]
+            if any(cells):
+                lines.append(f"| {KINDS.get(kind, kind)}{note} ({count}) | {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def sides(results: dict[str, Any], column: str, group: str, kind: str) -> str:
+    """Returns the figures of a kind before and after, as far as measured; the column is METHOD, or that with lookup."""
+    method, lookup, _ = column.partition(" with lookup")
+    sections = [results[name] for side in SIDES if (name := f"{method} {side}") in results]
+    found = [figure(section, f"{NODES}{lookup}", group, "by_kind", kind) for section in sections]
+    return " → ".join(number(value) for value in found if value is not None)
 
 
 def by_wording(results: dict[str, Any]) -> list[str]:
@@ -88,9 +93,9 @@ def by_wording(results: dict[str, Any]) -> list[str]:
                 lines.append(f"| {name}{lookup} | {' | '.join(cells)} |")
     return [
         *lines, "",
-        "The suite words all its translations and summaries alike (“Translate German to English:”, “Summarize:”), and "
-        "puts a retrieval question after its passages; reworded, they keep their content "
-        "([tools/rewording.py](../tools/rewording.py)).", "",
+        "The suite words all its translations alike (“Translate German to English:”) and all its summaries "
+        "(“Summarize:”), and puts a retrieval question after its passages. Reworded, they keep their content "
+        "([tools/rewording.py](../tools/rewording.py)); their answers are others, so compare rows, not columns.", "",
     ]  # fmt: skip
 
 

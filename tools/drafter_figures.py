@@ -4,10 +4,11 @@
                                     [--questions FILE] [--model MODEL]
 
 Sections: sizes (tokens per step and per second by tree size: grown, one tree, with lookup merged, against plain, all in
-one run), batches (by batch size, greedy and at temperature 1, as users get them: `foretell bench`, results in
-docs/results/NAME_batches), tune (the cost of steps, and the time to measure it), exactness (ids, log-probabilities and
-cache against plain). NAME is `heads`, or what MODEL adds to the demo model. METHOD:FOLDER after --before stands for
-earlier heads, which run beside those that ship. Counts that need no quiet machine: `breadth_figures`.
+one run), batches (by batch size, greedy and at temperature 1, as users get them after `foretell tune`: `foretell
+bench`, results in docs/results/NAME_batches), tune (the cost of steps, and the time to measure it), exactness (ids,
+log-probabilities and cache against plain). NAME is `heads`, or what MODEL adds to the demo model. METHOD:FOLDER after
+--before stands for earlier heads, which run beside those that ship. Counts that need no quiet machine:
+`breadth_figures`.
 """
 
 from __future__ import annotations
@@ -195,7 +196,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"])
-    parser.add_argument("--results", type=Path, help="a trial's own file, in a folder beside docs' results")
+    parser.add_argument("--results", type=Path, help="where a trial's figures go instead")
     args = parser.parse_args()
     args.prompts = core.load_questions(args.questions, args.every, args.limit) if args.questions else []
     core.RESULTS = args.results or core.RESULTS.with_name(f"{args.model.partition('+')[2] or 'heads'}.json")
