@@ -1,0 +1,240 @@
+"""Features: what the backbone computes, batch by batch or kept on disk, of these conversations and no others."""
+
+# --- features -----------------------------------------------------------------------------------------------
+
+
+def fields_of(batch: TrainingBatch) -> dict[str, Tensor]:
+    named = {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    return named | {f"states {tap}": states for tap, states in batch.states.items()}
+
+
+def assert_same_batches(ours: TrainingBatch, theirs: TrainingBatch) -> None:
+    a, b = fields_of(ours), fields_of(theirs)
+    assert len(a) == len(b) == 4 + len(ours.states)
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        assert same(a[name], b[name]), name
+
+
+def alone(backbone: Backbone, tokens: list[int]) -> tuple[dict[int, Tensor], Tensor]:
+    """The slow obvious way, token by token: tapped states [T, d] and logits [T, V]."""
+    cache = backbone.new_cache(1, len(tokens))
+    rows: dict[int, list[Tensor]] = {tap: [] for tap in TAPS}
+    for token in tokens:
+        nodes = Nodes([chain(0)], [0], [cache.lengths[0]])
+        embedded = backbone.embed(torch.tensor([token]))
+        hidden, taps = backbone.run_layers(embedded, nodes, cache, taps=[t for t in TAPS if t != FINAL_NORM])
+        cache.commit([0], [[0]])
+        for tap, states in (taps | {FINAL_NORM: backbone.norm(hidden)}).items():
+            rows[tap].append(states)
+    found = {tap: torch.cat(states) for tap, states in rows.items()}
+    return found, backbone.logits(found[FINAL_NORM])
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kernel", dict.fromkeys([KERNELS[0], "eager"]))
+def test_features_are_what_the_backbone_computes_for_each_conversation_alone(kernel: str, dtype: torch.dtype) -> None:
+    with using(kernel):
+        backbone = Model({"model_type": "llama", **DIMENSIONS}).build(kernel, dtype)
+        indices = [5, 0, 11, 3]
+        batch = ComputedFeatures(backbone, DATA, TAPS).batch(indices)
+        for row, index in enumerate(indices):
+            tokens = DATA[index].tokens
+            states, logits = alone(backbone, tokens)
+            for tap in TAPS:
+                assert same(batch.states[tap][row, : len(tokens)], states[tap].bfloat16())
+            ids, p = batch.teacher_ids_BTm[row, : len(tokens)], batch.teacher_p_BTm[row, : len(tokens)]
+            told = torch.zeros(len(tokens), dtype=torch.bool)  # the model wrote what comes next
+            for start, end in DATA[index].answers:
+                told[max(start, 1) - 1 : end - 1] = True
+            assert not ids[~told].any() and not p[~told].any()
+            ids, p, logits = ids[told], p[told], logits[told]
+            assert same(logits.gather(-1, ids), torch.sort(logits, -1, True).values[:, :TEACHER])
+            truth = logits.double().softmax(-1)
+            assert torch.allclose(p.double(), truth.gather(-1, ids), rtol=2**-8, atol=0)  # bf16 has 8 bits
+            assert (p.diff() <= 0).all()
+
+
+@pytest.mark.parametrize(("shard", "at_once"), [(1, 1), (40, 16), (64, 1000), (1 << 16, 1024)])
+def test_cached_features_are_those_made_on_the_fly(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: int, at_once: int
+) -> None:
+    fresh = ComputedFeatures(backbone, DATA, TAPS)
+    truth = {indices: fresh.batch(indices) for indices in [(0,), (11, 3, 7), (4, 4), tuple(range(12))]}
+    monkeypatch.setattr(featuring, "SHARD", shard)
+    monkeypatch.setattr(featuring, "PASS", at_once)
+    for folder in (tmp_path / "cache", tmp_path / "cache", None):  # computed, read again, computed in other passes
+        features = FeatureStore(backbone, DATA, TAPS, folder)
+        features.prepare()
+        for indices, batch in truth.items():
+            assert_same_batches(features.batch(indices), batch)
+    names = [path.name for path in sorted((tmp_path / "cache").glob("[!.]*"))]
+    assert names == [f"features-{number:05d}.safetensors" for number in range(len(names))]
+    total = sum(len(each.tokens) for each in DATA)
+    assert (len(names) == 1) == (shard > total)
+    assert len(names) <= min(len(DATA), 2 * total / shard + 1)
+
+
+def test_what_is_kept_for_other_taps_is_not_computed_again(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(featuring, "SHARD", 40)
+    backbone.fingerprint = "f00d"
+    kept = FeatureStore(backbone, DATA, (2, FINAL_NORM), tmp_path / "features-f00d-2--1")
+    kept.prepare()
+    ran: list[int] = []
+    run, read_out = backbone.run_layers, backbone.logits
+
+    def run_layers(hidden_Md: Tensor, nodes: Any, cache: Any, begin: int, end: int, **options: Any) -> Any:
+        ran.append(end)
+        return run(hidden_Md, nodes, cache, begin, end, **options)
+
+    def logits(states_Md: Tensor) -> Tensor:
+        ran.append(-1)
+        return read_out(states_Md)
+
+    monkeypatch.setattr(backbone, "run_layers", run_layers)
+    monkeypatch.setattr(backbone, "logits", logits)
+    for taps, layers in (((1,), {1}), ((), set()), ((1, 2, FINAL_NORM), set())):  # all is there by now
+        ran.clear()
+        features = FeatureStore(backbone, DATA, taps, tmp_path / f"features-f00d-{taps}")
+        features.prepare()
+        assert set(ran) == layers
+        fresh = ComputedFeatures(backbone, DATA, taps)
+        assert_same_batches(features.batch([0, 11, 3]), fresh.batch([0, 11, 3]))
+    other = FeatureStore(
+        backbone, DATA[1:], (1,), tmp_path / "features-f00d-other"
+    )  # of these conversations nothing is kept
+    other.prepare()
+    assert_same_batches(other.batch([2]), ComputedFeatures(backbone, DATA[1:], (1,)).batch([2]))
+    monkeypatch.setattr(backbone, "fingerprint", "beef")  # nor of this model
+    ran.clear()
+    FeatureStore(backbone, DATA, (1,), tmp_path / "features-beef-1").prepare()
+    assert set(ran) == {-1, backbone.config.layers}
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_several_folders_are_as_one(backbone: Backbone, tmp_path: Path, kept: bool) -> None:
+    three, fractions = [DATA[:5], DATA[5:6], DATA[6:]], list[float]()
+    joined = JoinedFeatures([
+        FeatureStore(backbone, data, TAPS, tmp_path / str(i) if kept else None) for i, data in enumerate(three)
+    ])  # fmt: skip
+    joined.prepare(fractions.append)
+    if kept:
+        assert fractions == sorted(fractions)
+        assert {1 / 3, 2 / 3, 1.0} <= set(fractions)
+        assert len(set(fractions)) > len(DATA)  # a folder may take minutes
+    else:
+        assert fractions == []
+    assert joined.data == DATA
+    assert joined.sets == [range(5), range(5, 6), range(6, 12)]
+    whole = ComputedFeatures(backbone, DATA, TAPS)
+    for indices in [(0,), (11, 3, 5, 7), (4, 4), tuple(range(12))]:
+        assert_same_batches(joined.batch(indices), whole.batch(indices))
+def test_padding_holds_nothing_and_only_answers_are_supervised(backbone: Backbone) -> None:
+    batch = ComputedFeatures(backbone, DATA, TAPS).batch(range(12))
+    longest = max(len(each.tokens) for each in DATA)
+    assert batch.tokens_BT.shape == batch.supervised_BT.shape == (12, longest)
+    for row, each in enumerate(DATA):
+        written = {position for start, end in each.answers for position in range(start, end)}
+        assert batch.supervised_BT[row].nonzero()[:, 0].tolist() == sorted(written)
+        assert batch.tokens_BT[row, : len(each.tokens)].tolist() == each.tokens
+        for tensor in fields_of(batch).values():
+            assert not tensor[row, len(each.tokens) :].any()
+
+
+class Counting(FeatureStore):
+    """Says how often each conversation was run through the backbone."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.computed = Counter[int]()
+
+    def _compute(self, data: Sequence[Distilled], *known: Any) -> Any:
+        self.computed.update(each.line for each in data)
+        return super()._compute(data, *known)
+
+
+def test_preparing_goes_on_where_it_was(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(featuring, "SHARD", 50)
+    first = Counting(backbone, DATA, TAPS, tmp_path)
+
+    def stop(fraction: float) -> None:
+        if any(tmp_path.glob("[!.]*")):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        first.prepare(stop)
+    done = list(tmp_path.glob("[!.]*"))
+    assert len(done) == 1
+    (tmp_path / ".features-00001.safetensors.partial").write_bytes(b"half")  # what a kill leaves
+    second, fractions = Counting(backbone, DATA, TAPS, tmp_path), list[float]()
+    second.prepare(fractions.append)
+    assert first.computed + second.computed == Counter(range(12))  # each once
+    assert len(fractions) > 2
+    assert fractions == sorted(fractions)
+    assert fractions[-1] == 1.0
+    third = Counting(backbone, DATA, TAPS, tmp_path)
+    third.prepare()
+    assert not third.computed
+    assert_same_batches(third.batch(range(12)), ComputedFeatures(backbone, DATA, TAPS).batch(range(12)))
+
+
+@pytest.mark.parametrize("changed", [DATA[:-1], [*DATA, *some_data(5, seed=1)], DATA[::-1], some_data(seed=2)])
+def test_features_of_other_data_are_never_read(
+    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: list[Distilled]
+) -> None:
+    """More was distilled since, a damaged line was answered again: the shards there are not of this data."""
+    monkeypatch.setattr(featuring, "SHARD", 100)
+    FeatureStore(backbone, DATA, TAPS, tmp_path).prepare()
+    features = FeatureStore(backbone, changed, TAPS, tmp_path)
+    features.prepare()
+    indices = range(len(changed))
+    assert_same_batches(features.batch(indices), ComputedFeatures(backbone, changed, TAPS).batch(indices))
+
+
+def test_features_of_another_number_type_are_never_read(tmp_path: Path) -> None:
+    for dtype in (BF16, FP32):
+        backbone = Model({"model_type": "llama", **DIMENSIONS}).build(dtype=dtype)
+        features = FeatureStore(backbone, DATA, TAPS, tmp_path)
+        features.prepare()
+        assert_same_batches(features.batch([1, 2]), ComputedFeatures(backbone, DATA, TAPS).batch([1, 2]))
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -1])
+def test_a_damaged_shard_is_made_again(backbone: Backbone, tmp_path: Path, size: int) -> None:
+    FeatureStore(backbone, DATA, TAPS, tmp_path).prepare()
+    [shard] = tmp_path.glob("[!.]*")
+    shard.write_bytes(shard.read_bytes()[:size])
+    features = FeatureStore(backbone, DATA, TAPS, tmp_path)
+    features.prepare()
+    assert_same_batches(features.batch([1, 2]), ComputedFeatures(backbone, DATA, TAPS).batch([1, 2]))
+
+
+def test_a_full_disk_leaves_no_shard(backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    def full(tensors: Any, path: Path, *_: Any) -> None:
+        path.write_bytes(b"half")
+        raise safetensors.SafetensorError(f"Error while serializing: {os.strerror(errno.ENOSPC)} (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(safetensors.torch, "save_file", full)
+        with pytest.raises(ForetellError, match="enough disk space in .*free some"):
+            FeatureStore(backbone, DATA, TAPS, tmp_path).prepare()
+    assert {path.name for path in tmp_path.iterdir()} <= {".lock"}  # half a shard would keep the disk full
+    with monkeypatch.context() as patched:
+        patched.setattr(files_of_ours, "_free_bytes", lambda folder: 10**4)
+        patched.setattr(FeatureStore, "_compute", None)
+        with pytest.raises(
+            ForetellError, match=r"0 MB are free\); free some, or keep no features, with `keep_features=False`"
+        ):
+            FeatureStore(backbone, DATA, TAPS, tmp_path).prepare()  # before any work
+    (tmp_path / "file").touch()
+    with pytest.raises(ForetellError, match="annot write to .*file"):
+        FeatureStore(backbone, DATA, TAPS, tmp_path / "file").prepare()
+
+
+def test_empty_data_is_refused(backbone: Backbone) -> None:
+    with pytest.raises(UsageError, match="holds no conversations; distill some first"):
+        ComputedFeatures(backbone, [], TAPS)

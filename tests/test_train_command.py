@@ -1,0 +1,417 @@
+"""`foretell train`: from data to a drafter that decodes, interrupted and taken up again, and every mistake one line."""
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import Foretell, Ran, ids_of
+from tiny_models import save_tiny
+from trainables import once, trainable
+
+from foretell.api import load
+from foretell.cli import main
+from foretell.drafters import drafter_class
+from foretell.drafting import checkpoint
+from foretell.drafting.checkpoint import Checkpoint
+from foretell.train import loop
+from foretell.train.data import ConversationStore, Distilled
+from foretell.train.evaluation import SIZES
+from foretell.train.features import ComputedFeatures
+from foretell.train.replay import tokens_per_step_by_size
+from foretell.train.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def other(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of the same sizes with other weights."""
+    folder = tmp_path_factory.mktemp("other")
+    shutil.copytree(tiny, folder, dirs_exist_ok=True)
+    save_tiny(folder, vocab_size=257, max_position_embeddings=512, eos_token_id=256, tie_word_embeddings=True, seed=1)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+    path.write_text("".join(json.dumps({"turns": [word, "and?"][: 1 + i % 2]}) + "\n" for i, word in enumerate(words)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def distilled(tiny: str, prompts: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder of data that the tiny model wrote."""
+    folder = tmp_path_factory.mktemp("data") / "data"
+    with pytest.raises(SystemExit) as left:
+        main(["distill", "-m", tiny, *TINY, "--prompts", prompts, "--out", str(folder), "-n", "40"])
+    assert not left.value.code
+    return str(folder)
+
+
+@pytest.fixture
+def data(distilled: str, tmp_path: Path) -> str:
+    """A copy to write features into, or to spoil."""
+    shutil.copytree(distilled, tmp_path / "data")
+    return str(tmp_path / "data")
+
+
+TINY = ("--dtype", "fp32", "--threads", "1")
+FEW = ("--epochs", "8", "--batch-tokens", "300", "--lr", "0.01", "-o", "heads=3", "-o", "draft_vocab=100")
+
+
+def command(model: str, data: str, out: Path, *more: str) -> list[str]:
+    return ["train", "medusa", "-m", model, *TINY, "--data", data, "--out", str(out), *FEW, *more]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def replayed(model: str, data: str, folder: Path) -> dict[str, float]:
+    """What a drafter earns, by tree size, in every second conversation: trees were searched in the others."""
+    llm = load(model, "medusa", dtype="fp32", threads=1, checkpoint=str(folder))
+    features = ComputedFeatures(llm.backbone, ConversationStore.open(Path(data)).conversations, llm.drafter.taps)
+    sizes = [size for size in SIZES if size <= llm.drafter.max_nodes]
+    return tokens_per_step_by_size(llm.drafter, features, range(1, len(features.data), 2), sizes, lambda done: None)
+
+
+def test_from_a_model_alone_to_a_trained_drafter(
+    foretell: Foretell, tiny: str, prompts: str, data: str, tmp_path: Path
+) -> None:
+    ran = foretell(*command(tiny, data, tmp_path / "out"))
+    assert (ran.code, ran.out) == (0, "")
+    drafter = tmp_path / "out" / "drafter"
+    assert re.search(r"head 3: \d+\.\d% first, \d+\.\d% among five\n", ran.err)
+    assert re.search(r"tokens per step on training text, for none was held out: 4 nodes [1-4]\.\d\d", ran.err)
+    words = ["foretell", "chat", "--model", tiny, "--drafter", "medusa", "-o", f"checkpoint={drafter}"]
+    assert ran.err.endswith(f"The drafter is in {drafter}; use it with {shlex.join(words)}\n")
+    used = foretell(*words[1:], *TINY, "-n", "4", stdin=b"hi\n")
+    assert (used.code, "error" in used.err) == (0, False)
+    saved, tensors = checkpoint.load(drafter)
+    assert saved.arch == {"heads": 3, "layers": 2, "output": "tied", "taps": [1, 2], "root": True}
+    assert len(tensors["vocabulary"]) == 100
+    assert saved.provenance["data"] == [ConversationStore.open(Path(data)).manifest]
+    assert len(saved.calibration) == 3
+    assert saved.tokens_per_step == replayed(tiny, data, drafter)
+    assert {str(size) for size in saved.tokens_per_step} == saved.provenance["fixed_trees"].keys()
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(Path(data).glob("features-*"))  # nothing is kept unless asked for
+    options = ["-m", tiny, *TINY, "--prompts", prompts, "-n", "40", "--json"]
+    for sampling in ([], ["-t", "0.9", "--seed", "3"]):
+        plain = foretell("generate", *options, *sampling).lines
+        for rows in ("1", "3"):
+            ours = foretell(
+                "generate",
+                *options,
+                *sampling,
+                "-b",
+                rows,
+                "-d",
+                "medusa",
+                "-o",
+                f"checkpoint={drafter}",
+                "-o",
+                "nodes=4",
+                "--no-adapt",
+            ).lines
+            assert ids_of(ours) == ids_of(plain)
+            assert all(line["drafted"] for line in ours)
+            if not sampling:
+                assert sum(line["steps"] for line in ours) < 0.9 * sum(line["steps"] for line in plain)
+
+
+def test_an_interrupted_command_ends_with_the_same_drafter(
+    foretell: Foretell, tiny: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert foretell(*command(tiny, data, tmp_path / "straight")).code == 0
+    monkeypatch.setattr(loop, "LOG_STEPS", 1)
+    for after in (3, 5):
+        with monkeypatch.context() as patched:
+            patched.setattr(Trainer, "update", once(Trainer.update, after))
+            ran = foretell(*command(tiny, data, tmp_path / "cut"))
+        assert ran.code == 130
+        assert ran.err.endswith("interrupted; the same command goes on from here\n")
+        assert "Traceback" not in ran.err
+        assert not (tmp_path / "cut" / "drafter").exists()
+    assert foretell(*command(tiny, data, tmp_path / "cut")).code == 0
+    ours, straight = files(tmp_path / "cut" / "drafter"), files(tmp_path / "straight" / "drafter")
+    assert ours["model.safetensors"] == straight["model.safetensors"]
+    assert (
+        checkpoint.load(tmp_path / "cut" / "drafter")[0].paths
+        == checkpoint.load(tmp_path / "straight/drafter")[0].paths
+    )
+    assert foretell(*command(tiny, data, tmp_path / "cut")).code == 0  # nothing is left to do
+    assert files(tmp_path / "cut" / "drafter")["model.safetensors"] == straight["model.safetensors"]
+    ran = foretell(*command(tiny, data, tmp_path / "cut", "--seed", "1"))
+    refused(ran, 2, r"holds a run with seed 0 \(not 1\); go on with the same")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: str, distilled: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of heads of Medusa for the tiny model."""
+    folder = tmp_path_factory.mktemp("trained") / "medusa"
+    with pytest.raises(SystemExit) as left:
+        main(command(tiny, distilled, folder))
+    assert not left.value.code
+    return folder
+
+
+def begun(model: str, data: str, out: Path, *more: str) -> list[str]:
+    """Hydra in one step too small to change anything."""
+    hardly = ("--epochs", "0.001", "--lr", "1e-8", "-o", "heads=3", "-o", "draft_vocab=100", "-o", "layers=2")
+    return ["train", "hydra", "-m", model, *TINY, "--data", data, "--out", str(out), *hardly, *more]
+
+
+def copied(drafter: Path, to: Path, **changes: Any) -> str:
+    """The checkpoint with other words about it."""
+    found, tensors = checkpoint.load(drafter)
+    replace(found, **changes).save(to, tensors)
+    return str(to)
+
+
+def test_hydra_may_begin_with_what_medusa_has_learnt(
+    foretell: Foretell, tiny: str, data: str, trained: Path, tmp_path: Path
+) -> None:
+    told = "foretell train medusa --seed 5"
+    start = copied(trained / "drafter", tmp_path / "start", provenance={"command": told})
+    ran = foretell(*begun(tiny, data, tmp_path / "out", "--start", start))
+    assert (ran.code, ran.out) == (0, "")
+    saved, tensors = checkpoint.load(tmp_path / "out" / "drafter")
+    digest = checkpoint.fingerprint(checkpoint.load(Path(start))[1])
+    assert (saved.provenance["start"], saved.provenance["started_by"]) == (digest, [told])
+    assert list(saved.tokens_per_step) == list(SIZES)
+    assert all(1 <= tokens <= 4 for tokens in saved.tokens_per_step.values())
+    medusa = checkpoint.load(trained / "drafter")[1]
+    for k in range(3):
+        theirs = medusa["weight.0"][k].float()
+        ours = tensors[f"first.{k}"].float()
+        torch.testing.assert_close(ours[:, : theirs.shape[1]], theirs, rtol=0, atol=1e-6)
+        assert theirs.abs().max() > 1e-3
+        assert ours[:, theirs.shape[1] :].abs().sum() <= 1e-6 * ours.numel()  # the path says nothing yet
+    torch.testing.assert_close(tensors["head"].float(), medusa["head"].float(), rtol=0, atol=1e-6)
+
+    assert foretell(*begun(tiny, data, tmp_path / "out", "--start", start)).code == 0  # nothing is left to do
+    before = files(tmp_path / "out")
+    ran = foretell(*begun(tiny, data, tmp_path / "out"))
+    refused(ran, 2, rf"holds a run with start {digest} \(not None\); go on with the same")
+    found, tensors = checkpoint.load(trained / "drafter")
+    replace(found, provenance={"command": told}).save(tmp_path / "other", tensors | {"bias": tensors["bias"] + 1})
+    ran = foretell(*begun(tiny, data, tmp_path / "out", "--start", str(tmp_path / "other")))
+    refused(ran, 2, rf"holds a run with start {digest} \(not \w+\); go on with the same")
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "start", "more", "code", "sentence"),
+    [
+        ({"fingerprint": "other"}, "{start}", [], 2, r"was trained for .* \(fingerprint other\), not for this model"),
+        ({}, "./nowhere", [], 2, "here is no folder ./nowhere"),
+        ({}, "{start}/..", [], 1, "holds no drafter"),
+        ({}, "medusa", [], 2, "No medusa drafter comes with foretell for this model"),
+        (
+            {},
+            "{start}",
+            ["-o", "layers=1"],
+            2,
+            "start has 2 blocks in each head, these would have 1 block; train with -o layers=2",
+        ),
+        ({}, "{start}", ["-o", "taps=1"], 2, "start has other inputs than these heads; train with the same"),
+        (
+            {"method": "hydra++"},
+            "{start}",
+            [],
+            2,
+            r"is a hydra\+\+ drafter, with which hydra cannot begin; begin with one of medusa, medusa2, hydra, or",
+        ),
+        ({"arch": {}}, "{start}", [], 1, "is damaged, or of another method"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_one_sentence(
+    foretell: Foretell, tiny: str, data: str, trained: Path, tmp_path: Path, changes: dict[str, Any], start: str,
+    more: list[str], code: int, sentence: str,
+) -> None:  # fmt: skip
+    where = copied(trained / "drafter", tmp_path / "start", **changes)
+    ran = foretell(*begun(tiny, data, tmp_path / "out", "--start", start.format(start=where), *more))
+    refused(ran, code, sentence)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "options"), [("hydra", {}), ("hydra++", {"linear_tail": True}), ("medusa", {"output": "own"})]
+)
+def test_what_is_not_said_of_a_start_is_as_it_has_it(
+    foretell: Foretell, tiny: str, data: str, tmp_path: Path, method: str, options: dict[str, Any]
+) -> None:
+    kind, llm = drafter_class(method), load(tiny, dtype="fp32", threads=1)
+    odd = {"heads": 2, "layers": 3, "taps": 1} | options
+    tensors, arch = trainable(
+        kind, llm.backbone, torch.ones(llm.backbone.config.vocab), draft_vocab=100, **odd
+    ).checkpoint()
+    size = {"hidden": llm.backbone.config.hidden, "vocab": llm.backbone.config.vocab}
+    made = Checkpoint(method=method, backbone=tiny, fingerprint=llm.backbone.fingerprint, arch=arch, **size)
+    made.save(tmp_path / "start", tensors)
+    hardly = ["--epochs", "0.001", "--lr", "1e-8", "-o", "draft_vocab=100", "--start", str(tmp_path / "start")]
+    given = ["train", method, "-m", tiny, *TINY, "--data", data, "--out", str(tmp_path / "out"), *hardly]
+    ran = foretell(*given)
+    assert (ran.code, ran.out) == (0, ""), ran.err
+    found = checkpoint.load(tmp_path / "out/drafter")[0]
+    assert found.arch == arch
+    assert found.provenance["options"].items() >= odd.items()
+    assert foretell(*given).code == 0  # nothing is left to do
+
+
+def test_medusa_cannot_begin_with_hydra(
+    foretell: Foretell, tiny: str, data: str, trained: Path, tmp_path: Path
+) -> None:
+    start = copied(trained / "drafter", tmp_path / "start", method="hydra")
+    ran = foretell(*command(tiny, data, tmp_path / "out", "--start", start))
+    refused(ran, 2, "start is a hydra drafter, with which medusa cannot begin; begin with one of medusa, medusa2, or")
+
+
+def test_nothing_is_lost_in_the_folder_of_a_drafter(
+    foretell: Foretell, tiny: str, prompts: str, data: str, trained: Path, tmp_path: Path
+) -> None:
+    def left_as_it_was(sentence: str, folder: Path, *arguments: str) -> None:
+        before = files(folder)
+        refused(foretell(*(arguments or command(tiny, data, folder))), 2, sentence)
+        assert files(folder) == before
+
+    left_as_it_was(r"data holds other things \(conversations.jsonl, distill.json\); choose another --out", Path(data))
+    out = shutil.copytree(trained, tmp_path / "out")
+    distilling = ("distill", "-m", tiny, *TINY, "--prompts", prompts, "--out", str(out))
+    left_as_it_was("out holds a drafter, or a run that makes one; choose another --out", out, *distilling)
+    (out / "drafter/notes.txt").touch()
+    left_as_it_was("drafter holds notes.txt, which would be lost; move it elsewhere", out)
+    (out / "drafter/notes.txt").unlink()
+    assert foretell(*command(tiny, data, out)).code == 0  # nothing is left to do
+    left_as_it_was("out holds a run of medusa; choose another --out", out, *begun(tiny, data, out))
+    shutil.rmtree(out / "run")
+    left_as_it_was("out holds a finished medusa drafter; choose another --out, or delete it", out)
+    left_as_it_was("out holds a finished medusa drafter", out, *begun(tiny, data, out))
+    (out / "drafter/config.json").write_text("{")
+    left_as_it_was("out holds a finished drafter; choose another --out, or delete it", out)
+    (tmp_path / "empty").mkdir()
+    assert foretell(*command(tiny, data, tmp_path / "empty")).code == 0
+
+
+def test_data_of_another_model(foretell: Foretell, tiny: str, other: str, data: str, tmp_path: Path) -> None:
+    ran = foretell(*command(other, data, tmp_path / "out"))
+    refused(ran, 2, f"was written by {tiny} .fingerprint .*, not by this model .*; distill with this one, or allow it")
+    assert not (tmp_path / "out").exists()
+    assert foretell(*command(other, data, tmp_path / "out", "--other-model")).code == 0
+    ran = foretell(
+        "generate", "hi", "-m", tiny, *TINY, "-d", "medusa", "-o", f"checkpoint={tmp_path / 'out' / 'drafter'}"
+    )
+    refused(ran, 2, f"was trained for {other} .*not for this model")
+
+
+def test_several_folders_are_trained_on(foretell: Foretell, tiny: str, data: str, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "more")
+    kept = ("--data", str(tmp_path / "more"), "--keep-features")
+    assert foretell(*command(tiny, data, tmp_path / "out", *kept)).code == 0
+    saved, _ = checkpoint.load(tmp_path / "out/drafter")
+    assert saved.provenance["data"] == [ConversationStore.open(Path(data)).manifest] * 2
+    for folder in (Path(data), tmp_path / "more"):
+        assert len(list(folder.glob("features-*/[!.]*"))) == 1
+    ran = foretell(*command(tiny, data, tmp_path / "twice", "--data", f"{data}/../data"))
+    refused(ran, 2, "--data names a folder twice; give each once")
+
+
+def test_data_with_tokens_the_model_has_not(foretell: Foretell, tiny: str, data: str, tmp_path: Path) -> None:
+    ConversationStore.open(Path(data)).append(99, [Distilled(99, [1, 2, 300, 4, 5], [(2, 5)])])
+    ran = foretell(*command(tiny, data, tmp_path / "out", "--other-model"))
+    refused(ran, 2, "token 300.* 256")
+    assert not (tmp_path / "out").exists()
+
+
+def refused(ran: Ran, code: int, sentence: str) -> None:
+    """One sentence on stderr, nothing on stdout, no traceback."""
+    assert ran.out == ""
+    assert re.fullmatch(rf"error: .*{sentence}.*\n", ran.err), ran.err
+    assert ran.code == code
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "code", "sentence"),
+    [
+        ("plain", [], 2, "Drafter 'plain' has nothing to train; those that have are medusa"),
+        ("medsua", [], 2, "Unknown drafter 'medsua': did you mean 'medusa'"),
+        ("medusa", ["--data", "./nowhere"], 1, "nowhere holds no distilled data"),
+        ("medusa", ["--data", "{empty}"], 2, "holds no conversations; distill some first"),
+        ("medusa", ["-m", "./nowhere"], 2, "here is no folder ./nowhere"),
+        ("medusa", ["-o", "heads"], 2, "--option 'heads' is not key=value"),
+        ("medusa", ["-o", "heads=many"], 2, "Option 'heads' of medusa training is 'many'; it must be a whole number"),
+        (
+            "medusa",
+            ["-o", "head=2"],
+            2,
+            "did you mean 'heads'. It has .*heads, layers, output",
+        ),
+        ("medusa", ["-o", "backbone=x"], 2, "edusa training has no option 'backbone'"),
+        ("medusa", ["-o", "output=mine"], 2, "output is 'mine'; it must be shared, tied or own"),
+        ("medusa", ["-o", "heads=0"], 2, "heads is 0; it must lie between 1 and 16"),
+        ("medusa", ["-o", "soft=1.5"], 2, "soft is 1.5; it must lie between 0 and 1"),
+        ("medusa", ["--epochs", "-1"], 2, "epochs is -1.0; it must lie between"),
+        ("medusa", ["--lr", "100"], 2, "learning_rate is 100.0"),
+        ("medusa", ["--lr", "nan"], 2, "learning_rate is nan"),
+        ("medusa", ["--batch-tokens", "0"], 2, "batch_tokens is 0"),
+        ("medusa", ["--held-out", "0.9"], 2, "held_out is 0.9"),
+        ("medusa", ["--out", "{file}"], 1, "annot write to .*file"),
+    ],
+)
+def test_mistakes_are_one_line(
+    foretell: Foretell, tiny: str, data: str, tmp_path: Path, cache: Path, method: str, arguments: list[str], code: int,
+    sentence: str,
+) -> None:  # fmt: skip
+    empty = ConversationStore.create(tmp_path / "empty", {"model": "m", "fingerprint": "f", "settings": {}})
+    empty.append(0, ["too long"])
+    (tmp_path / "file").touch()
+    names = {"empty": str(tmp_path / "empty"), "file": str(tmp_path / "file")}
+    before = files(Path(data))
+    given = [argument.format(**names) for argument in arguments]
+    refused(
+        foretell("train", method, "-m", tiny, *TINY, "--data", data, "--out", str(tmp_path / "out"), *given),
+        code,
+        sentence,
+    )
+    assert not (tmp_path / "out").exists()
+    assert files(Path(data)) == before  # no features were computed in vain
+
+
+def test_training_does_without_plots(
+    foretell: Foretell, tiny: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    ran = foretell(*command(tiny, data, tmp_path / "out"))
+    assert ran.code == 0
+    assert "Plots need matplotlib; pip install 'foretell[train]'" in ran.err
+    assert ran.err.endswith(f"-o checkpoint={tmp_path / 'out' / 'drafter'}\n")
+    assert not (tmp_path / "out" / "curves.png").exists()
+
+
+def test_what_learning_begins_with_keeps_its_draft_vocabulary(
+    foretell: Foretell, tiny: str, data: str, trained: Path, tmp_path: Path
+) -> None:
+    """A token that it never chose from was never pushed down either: it would take half of what is said."""
+    found, tensors = checkpoint.load(trained / "drafter")
+    rare, head = torch.arange(1, tensors["head"].shape[1], 2), tensors["head"][:, 1::2]
+    found.save(tmp_path / "rare", tensors | {"vocabulary": rare.int(), "head": head})
+    few = ("-o", f"draft_vocab={len(rare)}")
+    ran = foretell(*begun(tiny, data, tmp_path / "out", *few, "--start", str(tmp_path / "rare")))
+    assert (ran.code, ran.out) == (0, "")
+    _, ours = checkpoint.load(tmp_path / "out" / "drafter")
+    assert torch.equal(ours["vocabulary"].long(), rare)
+    torch.testing.assert_close(ours["head"].float(), head.float(), rtol=0, atol=1e-6)
+
+    found.save(tmp_path / "none", {name: each for name, each in tensors.items() if name != "vocabulary"})
+    ran = foretell(*begun(tiny, data, tmp_path / "new", "--start", str(tmp_path / "none")))
+    refused(ran, 1, "is damaged, or of another method: it lacks a draft vocabulary")
