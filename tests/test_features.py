@@ -131,6 +131,8 @@ def test_several_folders_are_as_one(backbone: Backbone, tmp_path: Path, kept: bo
     whole = ComputedFeatures(backbone, DATA, TAPS)
     for indices in [(0,), (11, 3, 5, 7), (4, 4), tuple(range(12))]:
         assert_same_batches(joined.batch(indices), whole.batch(indices))
+
+
 def test_padding_holds_nothing_and_only_answers_are_supervised(backbone: Backbone) -> None:
     batch = ComputedFeatures(backbone, DATA, TAPS).batch(range(12))
     longest = max(len(each.tokens) for each in DATA)
