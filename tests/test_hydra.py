@@ -35,7 +35,8 @@ from foretell.drafting.prefix_layer import PrefixLayer
 from foretell.errors import UsageError
 from foretell.requests import SamplingParams
 from foretell.train.data import Distilled
-from foretell.train.features import FeatureStore
+from foretell.train.features import ComputedFeatures
+from foretell.train.loop import train
 from foretell.train.trainer import Settings, Trainer
 from foretell.trees import chain
 from foretell.trees.calibration import Scale
@@ -660,16 +661,16 @@ def test_a_run_with_dropout_taken_up_again_ends_with_the_same_weights(tmp_path: 
         torch.manual_seed(7)
         module = trainable(HydraPlus, backbone, torch.ones(VOCAB), draft_vocab=0, dropout=0.3)
         settings = Settings(epochs=2, batch_tokens=40, held_out=0, save_seconds=0)
-        return Trainer(module, FeatureStore(backbone, data, module.taps), settings, tmp_path / folder)
+        return Trainer(module, ComputedFeatures(backbone, data, module.taps), settings, tmp_path / folder)
 
     straight = made("straight")
-    straight.run()
+    train([straight])
     cut = made("cut")
     with pytest.raises(KeyboardInterrupt):
-        cut.run(stop=lambda: cut.step == 3)
+        train([cut], stop=lambda: cut.step == 3)
     torch.manual_seed(99)  # whatever has been drawn in between
     final = made("cut")
-    final.run()
+    train([final])
     assert final.step == straight.step > 3
     for ours, theirs in zip(final.module.parameters(), straight.module.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -686,13 +687,13 @@ def test_a_run_of_an_earlier_version_is_resumed(method: type[Hydra], tmp_path: P
 
     def made(options: dict[str, Any]) -> Trainer:
         module = trainable(method, backbone, torch.ones(VOCAB), draft_vocab=0)
-        features, settings = FeatureStore(backbone, data, module.taps), Settings(batch_tokens=40, held_out=0)
+        features, settings = ComputedFeatures(backbone, data, module.taps), Settings(batch_tokens=40, held_out=0)
         return Trainer(module, features, settings, tmp_path, options, partial(migrated, method.Training))
 
     run = made(former)
     run.migrate = dict
     with pytest.raises(KeyboardInterrupt):
-        run.run(stop=lambda: run.step == 2)
+        train([run], stop=lambda: run.step == 2)
     present = asdict(method.Training()) | {"method": method.method}
     resumed = made(present)
     assert resumed.resume()

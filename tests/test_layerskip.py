@@ -26,7 +26,8 @@ from foretell.drafting.checkpoint import Checkpoint
 from foretell.drafting.threshold import Threshold, main_chain
 from foretell.errors import UsageError
 from foretell.requests import SamplingParams
-from foretell.train.features import FeatureStore
+from foretell.train.features import ComputedFeatures
+from foretell.train.loop import train
 from foretell.train.trainer import Settings, Trainer
 
 LAYERS = 5
@@ -434,12 +435,12 @@ def test_layers_are_dropped_as_often_as_they_should(backbone: Backbone, folder: 
 
 def test_training_makes_exits_better_and_leaves_the_text(backbone: Backbone, folder: Path, tmp_path: Path) -> None:
     module = learner(backbone, folder, dropout=0.0, period=1, rank=16, adapt="full")
-    features = FeatureStore(backbone, DATA, module.taps)
+    features = ComputedFeatures(backbone, DATA, module.taps)
     trainer = Trainer(
         module, features, Settings(epochs=30, batch_tokens=512, learning_rate=3e-3, held_out=0), tmp_path / "run"
     )
     before = trainer.evaluate().loss
-    trainer.run()
+    train([trainer])
     after = trainer.evaluate().loss
     assert all(after[f"exit {exit}"] < before[f"exit {exit}"] - 0.04 for exit in (1, 2, 3, 4))
     assert after["backbone"] < 0.01

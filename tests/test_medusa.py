@@ -30,7 +30,7 @@ from foretell.drafting.vocabulary import draft_vocabulary, index_in
 from foretell.errors import ForetellError, UsageError
 from foretell.requests import SamplingParams
 from foretell.train.data import Distilled
-from foretell.train.features import FeatureStore
+from foretell.train.features import ComputedFeatures
 from foretell.trees.search import ENDED, MISSED, nested, tree_tokens_per_step
 
 LLAMA = {"model_type": "llama", **DIMENSIONS}

@@ -35,7 +35,8 @@ from foretell.drafting.learning.trainable import Trainable, TrainingBatch
 from foretell.errors import ForetellError, UsageError
 from foretell.loading.resolve import resolve
 from foretell.train.data import Distilled
-from foretell.train.features import TEACHER, FeatureStore
+from foretell.train.features import TEACHER, ComputedFeatures
+from foretell.train.loop import train
 from foretell.train.trainer import Settings, Trainer
 
 VOCAB = DIMENSIONS["vocab_size"]
@@ -76,7 +77,7 @@ def learning(backbone: Backbone, folder: Path, seed: int = 0, **options: Any) ->
 
 
 def batch_of(backbone: Backbone, module: Trainable, data: list[Distilled] = DATA) -> TrainingBatch:
-    return FeatureStore(backbone, data, module.taps).batch(range(len(data)))
+    return ComputedFeatures(backbone, data, module.taps).batch(range(len(data)))
 
 
 def perturbed(module: JointHeads, size: float = 0.6) -> JointHeads:
@@ -406,7 +407,7 @@ def test_heads_learn_by_other_losses_too(backbone: Backbone, folder: Path, optio
 def trainer(backbone: Backbone, folder: Path, out: Path, seed: int = 0, **options: Any) -> Trainer:
     module = learning(backbone, folder, seed, **({"warm": 0.3} | options))
     settings = Settings(epochs=4, batch_tokens=60, learning_rate=0.01, held_out=0.0)
-    return Trainer(module, FeatureStore(backbone, DATA, module.taps), settings, out)
+    return Trainer(module, ComputedFeatures(backbone, DATA, module.taps), settings, out)
 
 
 @pytest.mark.parametrize(("adapt", "dropout"), [("lora", 0.0), ("lora", 0.3), ("full", 0.0)])
@@ -416,12 +417,12 @@ def test_an_interrupted_run_ends_like_a_straight_one(
     """Whatever the fresh module is like that takes it up: the state holds all that learns, and dropout is seeded."""
     options: dict[str, Any] = {"adapt": adapt, "dropout": dropout}
     straight = trainer(backbone, folder, tmp_path / "straight", **options)
-    straight.run()
+    train([straight])
     assert straight.steps > 12
     for after, seed in ((2, 0), (9, 7)):  # while the heads learn alone, and later
         cut = trainer(backbone, folder, tmp_path / "cut", seed, **options)
         with pytest.raises(KeyboardInterrupt):
-            cut.run(stop=lambda cut=cut, after=after: cut.step == after)
+            train([cut], stop=lambda cut=cut, after=after: cut.step == after)
     path = tmp_path / "cut/state.pt"
     state = torch.load(path, weights_only=True)
     former = {name.replace("student.", "pupil."): value for name, value in state["module"].items()}
@@ -429,7 +430,7 @@ def test_an_interrupted_run_ends_like_a_straight_one(
     torch.save(state | {"module": former}, path)  # as earlier versions named what learns
     final = trainer(backbone, folder, tmp_path / "cut", 9, **options)
     torch.manual_seed(99)  # whatever has been drawn in between
-    final.run()
+    train([final])
     assert final.step == straight.step == straight.steps
     ours, theirs = final.module, straight.module
     assert isinstance(ours, JointHeads)
@@ -465,10 +466,10 @@ def test_figures_of_a_finished_run_that_is_opened_again_are_the_same(
     backbone: Backbone, folder: Path, tmp_path: Path
 ) -> None:
     made = trainer(backbone, folder, tmp_path / "run")
-    made.run()
+    train([made])
     figures = made.evaluate()
     again = trainer(backbone, folder, tmp_path / "run", seed=5)
-    again.run()
+    train([again])
     assert again.evaluate() == figures
 
 
@@ -480,7 +481,7 @@ def test_what_is_saved_is_the_model_that_learnt(
     backbone: Backbone, folder: Path, cache: Path, tmp_path: Path, adapt: str
 ) -> None:
     made = trainer(backbone, folder, tmp_path / "out" / "run", adapt=adapt)
-    made.run()
+    train([made])
     module: Any = made.module.eval()
     before = {name: tensor.clone() for name, tensor in module.model.state_dict().items()}
     name = module.save_backbone(str(folder), tmp_path / "out")
@@ -593,7 +594,7 @@ def assert_lossless(foretell: Foretell, model: str, where: Path, drafter: Path) 
     options = ["-m", model, *TINY, "--cache-dir", str(where / "cache"), "--prompts", str(where / "prompts.jsonl")]
     for sampling in ([], ["-t", "0.9", "--seed", "3"]):
         plain = foretell("generate", *options, "-n", "40", "--json", *sampling).lines
-        heads = ["-d", "medusa2", "-o", f"checkpoint={drafter}", "--no-adapt", "-b", "3"]
+        heads = ["-d", "medusa2", "-o", f"checkpoint={drafter}", "-o", "nodes=4", "--no-adapt", "-b", "3"]
         ours = foretell("generate", *options, "-n", "40", "--json", *sampling, *heads).lines
         assert len(plain) == 8
         assert ids_of(ours) == ids_of(plain)

@@ -22,7 +22,8 @@ from foretell.drafting.learning import number_types
 from foretell.drafting.learning.trainable import Trainable, TrainingBatch
 from foretell.errors import ForetellError
 from foretell.train.data import Distilled
-from foretell.train.features import FeatureStore
+from foretell.train.features import ComputedFeatures
+from foretell.train.loop import train
 from foretell.train.trainer import Settings, Trainer
 
 TINY = {"dtype": "fp32", "threads": 1}
@@ -212,7 +213,7 @@ def test_a_run_keeps_its_type_unless_another_machine_is_much_slower_at_it(
     began_in = min(zip(first, number_types.TYPES, strict=True))[1]
     assert begun.number_type == began_in
     with pytest.raises(KeyboardInterrupt):
-        begun.run(stop=lambda: begun.step == 25)
+        train([begun], stop=lambda: begun.step == 25)
     before = logged(tmp_path)
     assert set(before) == {began_in}
     machine(monkeypatch, float32=then[0], bfloat16=then[1])
@@ -220,7 +221,7 @@ def test_a_run_keeps_its_type_unless_another_machine_is_much_slower_at_it(
     assert again.resume()
     assert (again.began_in, again.number_type) == (began_in, goes_on)
     with Products() as spy:
-        again.run()
+        train([again])
         again.evaluate()
     assert (torch.bfloat16 in spy.types) == (goes_on == "bfloat16")
     after = logged(tmp_path)
@@ -236,7 +237,7 @@ def test_a_run_of_an_earlier_version_multiplied_in_bfloat16(
     monkeypatch: pytest.MonkeyPatch, llm: LLM, data: list[Distilled], tmp_path: Path
 ) -> None:
     machine(monkeypatch, float32=1.0, bfloat16=1.1)
-    trainer(llm, data, tmp_path).run()
+    train([trainer(llm, data, tmp_path)])
     path = tmp_path / "state.pt"
     state = torch.load(path, weights_only=True)
     torch.save(state | {"products": "float8"}, path)
@@ -269,14 +270,14 @@ def test_a_command_says_what_it_multiplies_in_and_goes_on_elsewhere(
     ours = ["-m", tiny, "--dtype", "fp32", "--threads", "1"]
     talks, heads = str(tmp_path / "data"), tmp_path / "heads"
     assert foretell("distill", *ours, "--prompts", str(prompts), "--out", talks, "-n", "30").code == 0
-    train = ["train", "medusa", *ours, "--data", talks, "--out", str(heads), "--batch-tokens", "99", "-o", "heads=2"]
+    command = ["train", "medusa", *ours, "--data", talks, "--out", str(heads), "--batch-tokens", "99", "-o", "heads=2"]
     machine(monkeypatch, float32=1.0, bfloat16=0.25)
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "evaluate", lambda trainer: (_ for _ in ()).throw(KeyboardInterrupt))
-        ran = foretell(*train)
+        ran = foretell(*command)
     assert (ran.code, "multiplies in bfloat16, 4.0 times as fast here as float32\n" in ran.err) == (130, True)
     machine(monkeypatch, float32=1.0, bfloat16=40.0)
-    ran = foretell(*train)
+    ran = foretell(*command)
     assert ran.code == 0
     assert "the training began in bfloat16 and continues in float32, 40.0 times as fast here\n" in ran.err
     assert json.loads((heads / "drafter/config.json").read_text())["provenance"]["products"] == "float32"

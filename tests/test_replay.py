@@ -24,7 +24,7 @@ from foretell.drafting.skip_plan import Plan, PlanSearch
 from foretell.drafting.threshold import Threshold
 from foretell.requests import SamplingParams
 from foretell.train.data import Distilled
-from foretell.train.features import FeatureStore
+from foretell.train.features import ComputedFeatures
 from foretell.train.replay import Replay, replay, tokens_per_step_by_size
 from foretell.trees import TokenTree
 
@@ -142,7 +142,7 @@ def test_replay_runs_the_layers_that_drafting_runs(kind: str, lookup: bool, monk
 def test_a_drafter_that_is_always_right_and_one_that_never_is(length: int) -> None:
     """After an answer's last token comes no bonus."""
     tokens = random_tokens(4 + length)
-    stored = FeatureStore(backbone_of(), [Distilled(0, tokens, [(4, 4 + length)])], ())
+    stored = ComputedFeatures(backbone_of(), [Distilled(0, tokens, [(4, 4 + length)])], ())
     for shift, each_step in ((0, 6), (1, 1)):  # five guesses and the bonus; the bonus alone
         oracle = Oracle({tuple(tokens[:4]): tokens[4:]}, VOCAB, length=5, shift=shift)
         assert replay(oracle, stored, [0]) == Replay(-(-length // each_step), length)

@@ -24,7 +24,7 @@ FILES = [path for folder in SPEAK_PYTHON for path in sorted((ROOT / folder).rglo
         ("use `device='cpu'`.", "use --device cpu."),
         ("run once without `offline=True`, or", "run once without --offline, or"),
         ("lower `max_new_tokens=` to at most 3", "lower --max-new-tokens to at most 3"),
-        ("with `keep_features=False`, or `other_model=True`", "with --no-cache, or --other-model"),
+        ("without `keep_features=True`, or `other_model=True`", "without --keep-features, or --other-model"),
         ("choose another `out=`; lower `learning_rate=`", "choose another --out; lower --lr"),
         ("train with `linear=True`.", "train with -o linear=true."),
         ("name one in `stop_ids=`", "name one in --stop-id"),

@@ -80,7 +80,7 @@ def train(
 
 
 def _jobs(methods: list[str], out: Path, shared: list[str], start: str) -> list[Job]:
-    """What is to be trained; a method may be followed by its own options, `start` among them."""
+    """Returns a job for each method, which its own options may follow, `start` among them."""
     from foretell.drafting.options import pairs
     from foretell.train.recipe import Job
 

@@ -116,7 +116,7 @@ class ComputedFeatures(Batches):
 
     @property
     def by_decoding(self) -> bool:
-        """Whether decoding's own passes compute them, bit for bit."""
+        """True if decoding's own passes compute them, bit for bit."""
         return self.backbone.kernels in NATIVE and self.backbone.dtype == torch.bfloat16
 
     @property
@@ -167,7 +167,7 @@ class ComputedFeatures(Batches):
             yield {name: tensor[row, : len(talk.tokens)] for name, tensor in stored.items()}
 
     def _decoded(self, data: Sequence[Distilled], taps: Collection[int], teacher: bool) -> Iterator[dict[str, Tensor]]:
-        """By the passes of decoding."""
+        """Yields the same by decoding's own passes."""
         backbone, counts = self.backbone, [len(talk.tokens) for talk in data]
         layers = [tap for tap in taps if tap != FINAL_NORM]
         every = teacher or FINAL_NORM in taps

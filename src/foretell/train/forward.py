@@ -129,12 +129,14 @@ class Forward:
         for at in range(0, len(states_Pd), rows):
             x_Pd = states_Pd[at : at + rows].to(self.dtype)
             logits_PV = F.linear(x_Pd, head_Vd)
-            _, ids = most_probable(logits_PV, m)
+            rounded, ids = most_probable(logits_PV, m)
             # what is stored is multiplied in float32: a large logit is rounded by more than a few per cent
-            values = torch.einsum("pd,pmd->pm", x_Pd.float(), head_Vd[ids].float())
-            best, order = values.sort(-1, descending=True)
-            total = logits_PV.float().sub_(best[:, :1]).exp_().sum(-1, keepdim=True)
-            ids_Pm[at : at + rows], p_Pm[at : at + rows] = ids.gather(-1, order), (best - best[:, :1]).exp() / total
+            values, order = torch.einsum("pd,pmd->pm", x_Pd.float(), head_Vd[ids].float()).sort(-1, descending=True)
+            best, rounded = values[:, :1], rounded.float()
+            shares = (values - best).exp()
+            others = logits_PV.float().sub_(best).exp_().sum(-1, keepdim=True) - (rounded - best).exp().sum(-1, True)
+            ids_Pm[at : at + rows] = ids.gather(-1, order)
+            p_Pm[at : at + rows] = shares / (shares.sum(-1, keepdim=True) + others.clamp_min(0))
         return ids_Pm, p_Pm
 
 

@@ -263,6 +263,7 @@ class Together:
         """Computes the features that are to be kept and are not there yet; `progress` counts per cent."""
         progress(0, 100)
         seconds = self.runs[0].trainer.features.prepare(lambda fraction: progress(round(fraction * 100), 100))
+        progress(100, 100)
         for run in self.runs:
             run.provenance["feature_seconds"] = round(seconds)
 
@@ -347,7 +348,7 @@ class Run:
 def features_of(
     backbone: Backbone, stores: Sequence[ConversationStore], modules: Sequence[Trainable], keep: bool
 ) -> Batches:
-    """Everything that the modules read of the backbone, batch by batch or kept beside the data."""
+    """Returns what the modules read of the backbone, computed batch by batch or kept beside the data."""
     taps = tuple(sorted({tap for module in modules for tap in module.taps}))
     if not keep:
         data = [talk for store in stores for talk in store.conversations]
