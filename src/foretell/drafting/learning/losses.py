@@ -13,8 +13,9 @@ from torch import Tensor
 from foretell.drafting.learning.number_types import number_type
 from foretell.drafting.learning.trainable import TrainingBatch
 
-CHUNK = 512
-"""Positions whose logits exist at once on a processor. Another number would change the bits of a resumed run."""
+CHUNK, ROWS = 2048, 64
+"""Positions whose logits exist at once on a processor: fewer would add up the gradient of the output matrix more often.
+And positions of which the softmax is taken at once: their logits stay in its caches."""
 GPU_LOGITS = 8192 * 12288
 """Logits that exist at once on a GPU, 400 MB in float32: smaller products would leave much of it idle."""
 
@@ -33,6 +34,26 @@ def whole_p(ids_Pm: Tensor, p_Pm: Tensor) -> Tensor:
     return (same_Pmm * p_Pm[:, None]).sum(-1) * ~same_Pmm.tril(-1).any(-1)
 
 
+def _slope(
+    logits_PV: Tensor, ids_Pm: Tensor, p_Pm: Tensor, scale_P: Tensor, acceptance: float
+) -> tuple[Tensor, Tensor]:
+    """The gradient of scale · loss in the logits, [P, V] float32, and the loss at each position."""
+    q_PV = torch.softmax(logits_PV, -1, dtype=torch.float32)
+    q_Pm = q_PV.gather(-1, ids_Pm)
+    loss_P = (acceptance - 1) * (p_Pm * q_Pm.clamp(min=torch.finfo(torch.float32).tiny).log()).sum(-1)
+    # the slope is q · mass - pull. For the cross-entropy, mass is Σ p and pull is p; for what is rejected, q stands in
+    # the place of p, and 0 where q exceeds it already
+    mass_P, pull_Pm = p_Pm.sum(-1), p_Pm
+    if acceptance:
+        whole_Pm = whole_p(ids_Pm, p_Pm)
+        loss_P -= acceptance * torch.minimum(whole_Pm, q_Pm).sum(-1)
+        lacking_Pm = q_Pm * (q_Pm < whole_Pm)
+        mass_P = (1 - acceptance) * mass_P + acceptance * lacking_Pm.sum(-1)
+        pull_Pm = (1 - acceptance) * p_Pm + acceptance * lacking_Pm
+    slope_PV = q_PV.mul_((mass_P * scale_P)[:, None]).scatter_add_(-1, ids_Pm, -pull_Pm * scale_P[:, None])
+    return slope_PV, loss_P
+
+
 class _DraftLoss(torch.autograd.Function):
     """Gradients are computed with each chunk's logits."""
 
@@ -45,26 +66,18 @@ class _DraftLoss(torch.autograd.Function):
         grad_x, losses_P = torch.empty_like(x_Pd), torch.empty_like(scale_P)
         grad_weight = torch.zeros_like(weight_Vd) if ctx.needs_input_grad[1] else None
         for at in range(0, len(x_Pd), chunk):
-            part = slice(at, at + chunk)
-            x, ids, p, scale = (each[part] for each in (rounded_Pd, ids_Pm, p_Pm, scale_P[:, None]))
-            log_q = torch.log_softmax(x @ weight.T, -1, dtype=torch.float32)
-            log_q_m = log_q.gather(-1, ids)
-            # slope in the logits: q · mass - pull. For the cross-entropy, mass is Σ p and pull is p; for what is
-            # rejected, q stands in the place of p, and 0 where q exceeds it already
-            mass, pull, accepted = p.sum(-1, keepdim=True), p, None
-            if acceptance:
-                whole, q_m = whole_p(ids, p), log_q_m.exp()
-                accepted = torch.minimum(whole, q_m).sum(-1)
-                lacking = q_m * (q_m < whole)
-                mass = (1 - acceptance) * mass + acceptance * lacking.sum(-1, keepdim=True)
-                pull = (1 - acceptance) * p + acceptance * lacking
-            losses_P[part] = (acceptance - 1) * (p * log_q_m).sum(-1)
-            if accepted is not None:
-                losses_P[part] -= acceptance * accepted
-            slope = log_q.exp_().mul_(mass * scale).scatter_add_(-1, ids, -pull * scale).to(dtype)
-            grad_x[part] = slope @ weight
+            x = rounded_Pd[at : at + chunk]
+            logits = x @ weight.T
+            rows = len(x) if x.is_cuda else ROWS
+            for begin in range(0, len(x), rows):
+                part = slice(at + begin, min(at + begin + rows, len(x_Pd)))
+                slope, losses_P[part] = _slope(
+                    logits[begin : begin + rows], ids_Pm[part], p_Pm[part], scale_P[part], acceptance
+                )
+                logits[begin : begin + rows] = slope  # in their place
+            grad_x[at : at + chunk] = logits @ weight
             if grad_weight is not None:
-                grad_weight += slope.T @ x
+                grad_weight += logits.T @ x
         ctx.save_for_backward(grad_x, *(() if grad_weight is None else (grad_weight,)))
         ctx.mark_non_differentiable(losses_P)
         return (losses_P * scale_P).sum(), losses_P
