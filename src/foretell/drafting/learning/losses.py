@@ -70,7 +70,7 @@ class _DraftLoss(torch.autograd.Function):
             logits = x @ weight.T
             rows = len(x) if x.is_cuda else ROWS
             for begin in range(0, len(x), rows):
-                part = slice(at + begin, min(at + begin + rows, len(x_Pd)))
+                part = slice(at + begin, at + min(begin + rows, len(x)))
                 slope, losses_P[part] = _slope(
                     logits[begin : begin + rows], ids_Pm[part], p_Pm[part], scale_P[part], acceptance
                 )
