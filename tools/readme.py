@@ -309,7 +309,10 @@ def trained() -> list[str]:
         made, name = json.loads(config.read_text())["provenance"], config.parent.name
         data = made["data"] if isinstance(made["data"], list) else [made["data"]]  # one, at first
         written, talks = (sum(each["counts"][what] for each in data) for what in ("written", "conversations"))
-        commands = "`, `".join(each["command"] for each in data)
+        sources = ", ".join(
+            f"`{each['command']}`" if "command" in each else f"answers to [broad prompts](../{each['prompts']})"
+            for each in data
+        )
         begun = f" (started from the result of {_commands(made['started_by'])})" if "started_by" in made else ""
         heads = ", ".join(f"{head['top1']:.0%} / {head['top5']:.0%}" for head in made["accuracy"])
         minutes = [
@@ -320,10 +323,10 @@ def trained() -> list[str]:
             )
             if seconds
         ]  # fmt: skip
+        notes = "; ".join([each["note"] for each in data if "note" in each] + [made["note"]] * ("note" in made))
         lines += [
-            f"`{name}` on two cores: {written:,} tokens in {talks:,} "
-            f"conversations (`{commands}`), then `{made['command']}`{begun}: {', '.join(minutes)}"
-            f"{' (' + made['note'] + ')' if 'note' in made else ''}. Held-out accuracy "
+            f"`{name}` on {made.get('machine', 'two cores')}: {written:,} tokens in {talks:,} conversations "
+            f"({sources}), then `{made['command']}`{begun}: {', '.join(minutes)}{f' ({notes})' if notes else ''}. Held-out accuracy "
             f"by head, top 1 / top 5: {heads}.",
             "",
             f"![training curves](images/{name}.png)",
@@ -332,15 +335,9 @@ def trained() -> list[str]:
     return lines
 
 
-def _minutes(name: str) -> float:
-    """Returns the minutes that training a shipped drafter took."""
-    config = ROOT / f"src/foretell/drafters/trained/{name}/config.json"
-    return float(_json(config)["provenance"]["seconds"]) / 60
-
-
 def _commands(run: list[str]) -> str:
     """Joins commands in their order; each continued the result of the one before."""
-    return ", then ".join(f"`{each}`" for each in run)
+    return ", then ".join(f"`{each}`" if each.startswith("foretell") else each for each in run)
 
 
 def pages() -> dict[Path, str]:
@@ -361,7 +358,7 @@ def pages() -> dict[Path, str]:
         ROOT / "docs/training.md": [
             *head, *trained(),
             *(breadth_tables.tables(_json(folder / "breadth.json")) if (folder / "breadth.json").exists() else []),
-            *training_speed.table(_json(folder / "training.json")["medusa"], _minutes("medusa-smollm2-135m")),
+            *training_speed.table(_json(folder / "training.json")["learning"]),
             *(line for name, model in HEADS.items() if (folder / name).exists()
               for line in by_size(model, _json(folder / name))),
             *(quality(_json(folder / "quality.json")) if (folder / "quality.json").exists() else []),

@@ -1,9 +1,10 @@
-"""Measures how fast Medusa's heads learn in each number type and writes docs/results/training.json.
+"""Measures how fast drafters learn, features included, and writes docs/results/training.json.
 
     python tools/training_speed.py DATA
 
-On this processor as it is, and with the libraries limited to AVX2, so that its bfloat16 units are not used. With one
-thread and by processor time, so that other work on the machine does not count.
+On this processor as it is, and with the kernels and libraries limited to AVX2, so that its bfloat16 units are not used;
+methods one by one, and all at once. With one thread and by processor time, so that other work on the machine counts
+little.
 """
 
 from __future__ import annotations
@@ -15,66 +16,76 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-HELD = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+HELD = {
+    "FORETELL_KERNELS": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}  # fmt: skip
 PROCESSORS: dict[str, dict[str, str]] = {"as it is": {}, "held to AVX2": HELD}
-CONVERSATIONS, BATCH_TOKENS, SECONDS = 40, 1024, 30.0
-"""Conversations of the data; tokens of a batch; seconds of measured steps, of which there are at least two."""
+BROAD = {"draft_vocab": 12288}
+METHODS: dict[str, dict[str, Any]] = {
+    "medusa": BROAD,
+    "hydra": BROAD | {"linear_tail": True},
+    "hydra++": BROAD | {"heads": 5, "linear_tail": True, "fuse_prefix": True},
+    "kangaroo": BROAD | {"exit": 2, "mlp": True, "output": "tied"},
+}
+"""The methods and options of the heads that ship."""
+TOGETHER = "all at once"
+COUNTED, TOKENS, BATCH_TOKENS = 4000, 8192, 4096
+"""Conversations of the data that the draft vocabulary is counted on; tokens that are learnt, and those of a batch."""
 
 
-def learnt(data: Path, number_type: str) -> dict[str, Any]:
-    """Returns the tokens trained per second of core time, prompts included, and the type chosen on this processor."""
+def learnt(data: Path, methods: list[str]) -> dict[str, Any]:
+    """Returns the tokens learnt per second of core time, prompts and the backbone's passes included."""
     import core_figures as core
-    import torch
 
     import foretell
-    from foretell.drafters.medusa import Medusa
-    from foretell.drafting.learning import number_types
+    from foretell.drafters import drafter_class
     from foretell.train.data import ConversationStore
-    from foretell.train.features import FeatureStore
+    from foretell.train.features import ComputedFeatures
+    from foretell.train.loop import train
     from foretell.train.recipe import token_counts
     from foretell.train.trainer import Settings, Trainer
 
     backbone = foretell.load(core.MODEL, dtype="bf16", threads=1).backbone
-    talks = ConversationStore.open(data).conversations[:CONVERSATIONS]
-    module = Medusa.trainable(backbone, Medusa.Training(), token_counts(talks, backbone.config.vocab))
-    chosen, ends = number_types.chosen(torch.device("cpu")), list[float]()
-    with tempfile.TemporaryDirectory() as folder, number_types.multiply_in(number_type):
-        features = FeatureStore(backbone, talks, module.taps, Path(folder) / "features")
-        features.prepare()
-        run = Trainer(module, features, Settings(epochs=1000, batch_tokens=BATCH_TOKENS), Path(folder) / "run")
-        tokens = [sum(len(talks[i].tokens) for i in batch) for batch in run._epoch(0)]
-        with suppress(KeyboardInterrupt):  # raised when `stop` ends a run
-            run.run(
-                lambda *_: ends.append(time.process_time()),
-                stop=lambda: len(ends) == len(tokens) or (len(ends) > 2 and ends[-1] - ends[0] > SECONDS),
-            )
-    return {"tokens_per_s": sum(tokens[1 : len(ends)]) / (ends[-1] - ends[0]), "steps": len(ends) - 1, "chosen": chosen}
+    every = ConversationStore.open(data).conversations
+    counts_V = token_counts(every[:COUNTED], backbone.config.vocab)
+    talks, tokens = [], 0
+    while tokens < TOKENS:
+        talks.append(every[len(talks)])
+        tokens += len(talks[-1].tokens)
+    modules = []
+    for method in methods:
+        cls: Any = drafter_class(method)
+        modules.append(cls.trainable(backbone, cls.Training(**METHODS[method]), counts_V))
+    features = ComputedFeatures(backbone, talks, sorted({tap for module in modules for tap in module.taps}))
+    settings = Settings(epochs=2, batch_tokens=BATCH_TOKENS, held_out=0)
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = [Trainer(module, features, settings, Path(folder) / str(at)) for at, module in enumerate(modules)]
+        ends: list[float] = []
+        train(trainers, lambda *_: ends.append(time.process_time()))
+    warm = len(ends) // 2  # products of every shape were made once by then
+    return {"tokens_per_s": round(tokens / (ends[-1] - ends[warm - 1]), 1), "products": trainers[0].number_type}
 
 
-def table(section: dict[str, Any], minutes: float) -> list[str]:
-    """Returns the figures as Markdown, and what they predict for a training that took `minutes` here."""
+def table(section: dict[str, Any]) -> list[str]:
+    """Returns the figures as Markdown."""
     found = section["result"]
-    chosen = {processor: found[processor]["chosen"] for processor in PROCESSORS}
-    rate = {processor: found[processor][chosen[processor]] for processor in PROCESSORS}
-    longer = rate["as it is"] / rate["held to AVX2"]
+    rates = {each: {name: run["tokens_per_s"] for name, run in runs.items()} for each, runs in found.items()}
+    for of in rates.values():
+        of["one after the other"] = 1 / sum(1 / of[method] for method in METHODS)
+    rows = [(name, [rates[each][name] for each in PROCESSORS]) for name in rates["as it is"]]
     return [
-        "Training multiplies in float32 or in bfloat16, whichever is faster on the machine. Tokens per second of core "
-        f"time in training Medusa's heads, prompts included, in batches of {BATCH_TOKENS} tokens, on one core of "
-        f"{section['machine'].partition(' of ')[2]}: as it is, and with PyTorch's libraries limited to AVX2, which "
-        "stands for a processor without more (none was measured); other work ran beside (commit "
-        f"{section['commit']}, `{section['command']}`):",
+        "Training multiplies in float32 or in bfloat16, whichever is faster on the machine. Tokens learnt per second "
+        f"of core time, prompts and the model's own passes included, in batches of {BATCH_TOKENS} tokens, on one core of "
+        f"{section['machine'].partition(' of ')[2]}: as it is, and with the kernels and PyTorch's libraries limited to "
+        f"AVX2, which stands for a processor without more (commit {section['commit']}, `{section['command']}`):",
         "",
-        "| processor | float32 | bfloat16 | chosen |",
-        "|---|---|---|---|",
-        *(f"| {each} | {found[each]['float32']:,.0f} | {found[each]['bfloat16']:,.0f} | {chosen[each]} |"
-          for each in PROCESSORS),
-        "",
-        f"So the training of `medusa-smollm2-135m`, {minutes:.0f} minutes with units for bfloat16, would take about "
-        f"{minutes * longer:.0f} with AVX2 alone (calculated from the table, not measured).",
+        f"| method | {' | '.join(PROCESSORS)} |",
+        f"|---|{'---|' * len(PROCESSORS)}",
+        *(f"| {name} | {' | '.join(f'{rate:,.0f}' for rate in of)} |" for name, of in rows),
         "",
     ]  # fmt: skip
 
@@ -82,7 +93,7 @@ def table(section: dict[str, Any], minutes: float) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="a folder of data of the demo model")
-    parser.add_argument("--only", help="one number type, in this process")
+    parser.add_argument("--only", nargs="+", help="these methods at once, in this process")
     args = parser.parse_args()
     if args.only:
         print(json.dumps(learnt(args.data, args.only)))
@@ -92,15 +103,15 @@ def main() -> None:
     out: dict[str, Any] = {}
     for processor, environment in PROCESSORS.items():
         out[processor] = {}
-        for number_type in ("float32", "bfloat16"):
-            command = [sys.executable, __file__, str(args.data), "--only", number_type]
+        for name, methods in {**{method: [method] for method in METHODS}, TOGETHER: list(METHODS)}.items():
+            command = [sys.executable, __file__, str(args.data), "--only", *methods]
             ran = subprocess.run(
                 command, env=os.environ | environment, check=True, stdout=subprocess.PIPE, text=True
             ).stdout
-            one = json.loads(ran.splitlines()[-1])
-            out[processor] |= {number_type: round(one["tokens_per_s"], 1), "chosen": one["chosen"]}
+            out[processor][name] = json.loads(ran.splitlines()[-1])
+            print(processor, name, out[processor][name], flush=True)
     core.RESULTS = core.RESULTS.with_name("training.json")
-    core.save("medusa", out)
+    core.save("learning", out)
 
 
 if __name__ == "__main__":
