@@ -23,6 +23,7 @@ from foretell.cli.terminal import job_progress
 from foretell.drafters.kangaroo import Kangaroo
 from foretell.train.data import ConversationStore
 from foretell.train.features import FeatureStore
+from foretell.train.loop import train
 from foretell.train.recipe import to_replay, token_counts
 from foretell.train.replay import tokens_per_step_by_size
 from foretell.train.trainer import Settings, Trainer
@@ -42,7 +43,7 @@ def learnt(backbone: Backbone, features: FeatureStore, settings: Settings, optio
     with tempfile.TemporaryDirectory() as folder:
         run = Trainer(module, features, settings, Path(folder), options)
         with job_progress(f"exit {options['exit']}", "") as progress:
-            run.run(lambda step, steps: progress(step, steps, 0))
+            train([run], lambda step, steps: progress(step, steps, 0))
         report = run.evaluate()
     tensors, arch = module.checkpoint()
     drafter = Kangaroo(backbone, arch, tensors, lambda rows, context: NODES[0], scales=report.calibration)

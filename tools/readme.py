@@ -326,8 +326,8 @@ def trained() -> list[str]:
         notes = "; ".join([each["note"] for each in data if "note" in each] + [made["note"]] * ("note" in made))
         lines += [
             f"`{name}` on {made.get('machine', 'two cores')}: {written:,} tokens in {talks:,} conversations "
-            f"({sources}), then `{made['command']}`{begun}: {', '.join(minutes)}{f' ({notes})' if notes else ''}. Held-out accuracy "
-            f"by head, top 1 / top 5: {heads}.",
+            f"({sources}), then `{made['command']}`{begun}: {', '.join(minutes)}{f' ({notes})' if notes else ''}. "
+            f"Held-out accuracy by head, top 1 / top 5: {heads}.",
             "",
             f"![training curves](images/{name}.png)",
             "",

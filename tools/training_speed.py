@@ -79,9 +79,9 @@ def table(section: dict[str, Any]) -> list[str]:
     rows = [(name, [rates[each][name] for each in PROCESSORS]) for name in rates["as it is"]]
     return [
         "Training multiplies in float32 or in bfloat16, whichever is faster on the machine. Tokens learnt per second "
-        f"of core time, prompts and the model's own passes included, in batches of {BATCH_TOKENS} tokens, on one core of "
-        f"{section['machine'].partition(' of ')[2]}: as it is, and with the kernels and PyTorch's libraries limited to "
-        f"AVX2, which stands for a processor without more (commit {section['commit']}, `{section['command']}`):",
+        f"of core time, prompts and the model's own passes included, in batches of {BATCH_TOKENS} tokens, on one core "
+        f"of {section['machine'].partition(' of ')[2]}: as it is, and with the kernels and PyTorch's libraries limited "
+        f"to AVX2, which stands for a processor without more (commit {section['commit']}, `{section['command']}`):",
         "",
         f"| method | {' | '.join(PROCESSORS)} |",
         f"|---|{'---|' * len(PROCESSORS)}",
