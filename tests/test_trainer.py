@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -167,7 +168,7 @@ def test_a_killed_run_goes_on_from_its_last_state(
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("place", ["losses", "clip", "optimizer", "save", "batch"])
+@pytest.mark.parametrize("place", ["losses", "clip", "optimizer", "update", "save", "batch"])
 @pytest.mark.parametrize("at", [1, 4])
 def test_an_interruption_in_the_midst_of_a_step_is_no_different(
     trainer: Made, monkeypatch: pytest.MonkeyPatch, place: str, at: int, after: bool
@@ -177,7 +178,8 @@ def test_an_interruption_in_the_midst_of_a_step_is_no_different(
     made = trainer("cut", save_seconds=0.0)
     where, name = {
         "losses": (made.module, "losses"), "clip": (torch.nn.utils, "clip_grad_norm_"),
-        "optimizer": (made.optimizer, "step"), "save": (torch, "save"), "batch": (made.features, "batch"),
+        "optimizer": (made.optimizer, "step"), "update": (made, "update"), "save": (torch, "save"),
+        "batch": (made.features, "batch"),
     }[place]  # fmt: skip
     with monkeypatch.context() as patched:
         patched.setattr(where, name, once(getattr(where, name), at, after))
@@ -686,6 +688,72 @@ def test_a_folder_that_cannot_be_is_found_out_at_once(trainer: Made, tmp_path: P
     with pytest.raises(ForetellError, match="annot write to .*file/run"):
         train([trainer("file/run")], lambda step, *_: seen.append(step))
     assert not seen
+
+
+def allocated_too_much(kind: str) -> BaseException:
+    """Memory that ran out: as an accelerator says it, as a CPU does, and as Python does."""
+    if kind == "accelerator":
+        return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nGPU 0 has 1.00 MiB free")
+    if kind == "CPU":
+        with pytest.raises(RuntimeError) as caught:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        return caught.value
+    return MemoryError()
+
+
+@pytest.mark.parametrize("kind", ["accelerator", "CPU", "Python"])
+@pytest.mark.parametrize("place", ["losses", "batch", "optimizer"])
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_batch_that_does_not_fit_is_one_sentence_that_says_which_may(
+    trainer: Made, monkeypatch: pytest.MonkeyPatch, kind: str, place: str, at: int
+) -> None:
+    straight, made = trainer("straight", accumulate=2, save_seconds=0.0), trainer("cut", accumulate=2, save_seconds=0.0)
+    train([straight])
+    where, name = {
+        "losses": (made.module, "losses"), "batch": (made.features, "batch"), "optimizer": (made.optimizer, "step")
+    }[place]  # fmt: skip
+    error = allocated_too_much(kind)
+    monkeypatch.setattr(where, name, once(getattr(where, name), at, error=error))
+    with pytest.raises(UsageError) as refusal:
+        train([made])
+    assert re.fullmatch(
+        r"A batch of 60 tokens does not fit into the memory of cpu \([^\n]{6,200}\); "
+        r"train with `batch_tokens=30`, `accumulate=4` and another `out=`\.",
+        str(refusal.value),
+    )
+    if kind == "accelerator":
+        assert "(CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has 1.00 MiB free)" in str(refusal.value)
+    final = trainer("cut", accumulate=2)  # where there is more memory
+    train([final])
+    assert_same_ends(final, straight)
+
+
+def test_another_error_of_the_library_is_none_of_memory(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, error = trainer(), RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    monkeypatch.setattr(made.module, "losses", once(made.module.losses, 2, error=error))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        train([made])
+
+
+def test_no_epochs_train_nothing_and_are_measured(trainer: Made) -> None:
+    module = Paced()
+    with torch.no_grad():
+        module.table_KdV.copy_(torch.randn(module.table_KdV.shape, generator=torch.Generator().manual_seed(0)))
+    before = module.table_KdV.detach().clone()
+    made, calls = trainer(module=module, epochs=0), list[tuple[int, int]]()
+    assert made.steps == 0
+    for _ in range(2):  # and again: nothing is left to do
+        train([made], lambda *step: calls.append(step), stop=lambda: calls.append((-1, -1)))
+        assert calls == []
+        assert (made.step, made.done) == (0, 0.0)
+        assert torch.equal(table(made), before)
+        assert {path.name for path in made.folder.iterdir()} == {"state.pt"}
+        made = trainer(module=module, epochs=0)
+    told_so = trainer("told", module=Told(), data=told(*[[0] * 12] * 6), held_out=0.0, epochs=0)
+    train([told_so])
+    assert told_so.evaluate((2,)).tokens_per_step == {2: 2.0}
+    with pytest.raises(UsageError, match=r"holds a run with epochs 0 \(not 4\); go on with the same"):
+        train([trainer(module=Paced())])
 
 
 @pytest.mark.parametrize(

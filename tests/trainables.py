@@ -115,17 +115,18 @@ class Told(Toy):
         return found
 
 
-def once(function: Any, at: int, after: bool = False) -> Any:
-    """Raises at its n-th call, before or after doing what the function does, and never again."""
+def once(function: Any, at: int, after: bool = False, error: BaseException | None = None) -> Any:
+    """Raises at its n-th call, before or after doing what the function does, and never again; an interruption, or an
+    error that is given."""
     calls = count(1)
 
     def call(*args: Any, **options: Any) -> Any:
         number = next(calls)
         if number == at and not after:
-            raise KeyboardInterrupt
+            raise error or KeyboardInterrupt
         found = function(*args, **options)
         if number == at:
-            raise KeyboardInterrupt
+            raise error or KeyboardInterrupt
         return found
 
     return call

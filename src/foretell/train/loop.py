@@ -47,7 +47,9 @@ def train(
     try:
         with attention_on(trainers[0].device):
             _run(trainers, progress, stop)
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
         raise _too_large(trainers[0], error) from error
     finally:
         for trainer in trainers:
@@ -86,6 +88,11 @@ def _run(trainers: Sequence[Trainer], progress: Callable[[int, int], None], stop
             for trainer in trainers:
                 trainer.save()
             saved = time.perf_counter()
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Returns whether memory ran out; on a CPU, PyTorch has no error of its own for that."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _too_large(trainer: Trainer, error: Exception) -> UsageError:
