@@ -2,7 +2,7 @@
 
     config.json          format and method; the backbone's fingerprint and sizes; the module's shape; trees and their
                          tokens per step on held-out text; the command and the data that made it
-    model.safetensors    the tensors; matrices as they are, or in eight bits a number (`in_int8`)
+    model.safetensors    the tensors; matrices as they are, or stored small (`loading.rounded`)
 
 A drafter trained for one model drafts nonsense for another: the fingerprints must match, unless `any_backbone` is set.
 """
@@ -19,11 +19,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, int8, uint8
+from torch import Tensor, uint8
 
 from foretell.drafting.options import option
 from foretell.errors import ForetellError, UsageError
 from foretell.files import one_line, read_json, staged_folder, write_errors
+from foretell.loading import rounded
 from foretell.loading.catalog import current
 from foretell.trees import from_paths
 from foretell.trees.calibration import Scale
@@ -33,8 +34,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 SMALL = 1 << 16
-"""Tensors of at most so many numbers are not stored in eight bits."""
-SCALE = ".scale"
+"""Tensors of at most so many numbers are not rounded."""
 SHIPPED = Path(__file__).parents[1] / "drafters" / "trained"
 """Checkpoints that ship with the package, in folders of any name."""
 
@@ -73,17 +73,18 @@ class Checkpoint:
     provenance: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
-    def save(self, folder: Path, tensors: dict[str, Tensor]) -> None:
-        """Writes the folder atomically; replaces a checkpoint that was there."""
-        from safetensors.torch import save_file
+    def save(self, folder: Path, tensors: dict[str, Tensor], coarseness: float | None = None) -> None:
+        """Writes the folder atomically; replaces a checkpoint that was there.
 
+        Args:
+            coarseness: stores matrices small, rounded that coarsely (`rounded.steps`).
+        """
+        steps = {} if coarseness is None else rounding(tensors, coarseness)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         with write_errors(folder.parent, size + (1 << 16)):
             old = folder.with_name(f".{folder.name}.old")
             with staged_folder(folder) as staging:
-                save_file(
-                    {name: tensor.contiguous() for name, tensor in tensors.items()}, staging / "model.safetensors"
-                )
+                rounded.save(staging / "model.safetensors", tensors, steps)
                 (staging / "config.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
                 shutil.copymode(staging / "config.json", staging / "model.safetensors")  # the library makes it private
                 if folder.exists():
@@ -103,7 +104,6 @@ def load(folder: Path) -> Loaded:
         ForetellError: it is missing, damaged, or of a newer format.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     if not (folder / "config.json").is_file():
         raise ForetellError(f"{folder} holds no drafter (no config.json); give the folder that `foretell train` wrote.")
@@ -122,7 +122,7 @@ def load(folder: Path) -> Loaded:
         checkpoint.tokens_per_step = {
             int(n): tokens for n, tokens in checkpoint.tokens_per_step.items()
         }  # JSON has text
-        tensors = _dequantized(load_file(folder / "model.safetensors"))
+        tensors = rounded.load(folder / "model.safetensors")
     except (TypeError, KeyError, ValueError, AttributeError, RuntimeError, SafetensorError, OSError) as error:
         raise ForetellError(f"{folder} is damaged ({one_line(error)}); copy or train it again.") from error
     with damage_named(str(folder)):
@@ -163,25 +163,12 @@ def _check(c: Checkpoint, tensors: dict[str, Tensor]) -> None:
             raise ValueError(name)
 
 
-def in_int8(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors with matrices in eight bits, one scale per output row, as heads are computed."""
-    out: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if tensor.ndim < 2 or tensor.numel() <= SMALL or not tensor.is_floating_point():
-            out[name] = tensor
-            continue
-        scale = tensor.float().abs().amax(-1).clamp(min=1e-30) / 127
-        out[name] = (tensor.float() / scale[..., None]).round().to(int8)
-        out[name + SCALE] = scale
-    return out
-
-
-def _dequantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Inverts `in_int8`, in float32."""
+def rounding(tensors: dict[str, Tensor], coarseness: float) -> dict[str, Tensor]:
+    """Returns the steps by which matrices are rounded where they are stored small, one per output row."""
     return {
-        name: tensor.float() * tensors[name + SCALE][..., None] if tensor.dtype == int8 else tensor
+        name: rounded.steps(tensor, coarseness)
         for name, tensor in tensors.items()
-        if not name.endswith(SCALE)
+        if tensor.ndim > 1 and tensor.numel() > SMALL and tensor.is_floating_point()
     }
 
 

@@ -59,8 +59,6 @@ CATALOG: dict[str, Entry] = {
 
 FORMER_FINGERPRINTS = {
     "40c0c0350f69ecc8": "9ffec6b78adafd05",  # smollm2-135m
-    "b296c5b4afb9375c": "1fbd292f85672246",  # smollm2-135m+medusa2
-    "8aec602559f90b15": "0c2c4f08310910d2",  # smollm2-135m+layerskip
 }
 """Fingerprint before every tensor was covered -> fingerprint since, of the models made from the files above."""
 

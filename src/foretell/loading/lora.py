@@ -141,10 +141,11 @@ def _tensors_file(adapter: Path) -> Path:
 def _load(path: Path) -> dict[str, Tensor]:
     """Reads the tensors of a safetensors file, or of a pickle that holds nothing else."""
     import torch
-    from safetensors.torch import load_file
+
+    from foretell.loading import rounded
 
     if path.suffix != ".bin":
-        return load_file(path)
+        return rounded.load(path)
     found = torch.load(path, weights_only=True, map_location="cpu")
     if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
         raise ValueError("it holds objects that are not tensors")
