@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from random_backbones import BF16, FP32, KERNELS, Model, same, using
+from hypothesis import given
+from hypothesis import strategies as st
+from random_backbones import BF16, FP32, KERNELS, Model, examples, same, using
 from tiny_models import DIMENSIONS
 from torch import Tensor
 from trainables import DATA, some_data
@@ -357,6 +359,36 @@ def test_a_full_disk_leaves_no_shard(backbone: Backbone, tmp_path: Path, monkeyp
     (tmp_path / "file").touch()
     with pytest.raises(ForetellError, match="annot write to .*file"):
         FeatureStore(backbone, DATA, TAPS, tmp_path / "file").prepare()
+
+
+@examples(100)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 100), st.booleans())
+def test_stretches_hold_what_one_pass_may(lengths: list[int], size: int, padded: bool) -> None:
+    found = list(featuring._stretches(lengths, size, padded))
+    assert [i for begin, end in found for i in range(begin, end)] == list(range(len(lengths)))
+
+    def tokens(begin: int, end: int) -> int:
+        part = lengths[begin:end]
+        return len(part) * max(part) if padded else sum(part)
+
+    assert all(end == begin + 1 or tokens(begin, end) <= size for begin, end in found)
+    assert all(tokens(begin, end + 1) > size for begin, end in found if end < len(lengths))  # and no less
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["by decoding", "by the plain pass"])
+def test_a_pass_counts_the_padding_that_it_computes(
+    backbone: Backbone, monkeypatch: pytest.MonkeyPatch, exact: bool
+) -> None:
+    monkeypatch.setattr(ComputedFeatures, "by_decoding", exact)
+    monkeypatch.setitem(featuring.PASS, "cpu", 60)
+    sizes, pad = list[int](), featuring.side_by_side
+    monkeypatch.setattr(
+        featuring, "side_by_side", lambda data: (sizes.append(len(data)), pad(data))[1]
+    )
+    talks = [Distilled(i, [1] * length, [(1, length)]) for i, length in enumerate([30, 2, 2, 2, 2, 2, 30])]
+    made = list(ComputedFeatures(backbone, talks, TAPS).each(talks, TAPS, True))
+    assert [len(each["teacher_ids"]) for each in made] == [len(talk.tokens) for talk in talks]
+    assert sizes == ([] if exact else [2, 4, 1])
 
 
 def test_empty_data_is_refused(backbone: Backbone) -> None:

@@ -47,6 +47,16 @@ def random_adapter(backbone: Backbone, noise: float = 0.15, seed: int = 0, **opt
     return module.eval()
 
 
+def test_a_start_of_another_shape_is_refused_by_what_differs() -> None:
+    backbone = backbone_of()
+    tensors, arch = random_adapter(backbone, mlp=True).checkpoint()
+    random_adapter(backbone, mlp=True).start(arch, tensors)
+    with pytest.raises(UsageError, match=r"^It has an MLP, which this adapter would lack; train with `mlp=True`\.$"):
+        random_adapter(backbone).start(arch, tensors)
+    with pytest.raises(UsageError, match=r"^It reads the model after layer 1, not after layer 2; train with `exit=1`"):
+        random_adapter(backbone, mlp=True, exit=2).start(arch, tensors)
+
+
 def drafter_of(backbone: Backbone, module: KangarooAdapter, nodes: int = 16, **options: Any) -> Kangaroo:
     tensors, arch = module.checkpoint()
     return watched(Kangaroo(backbone, arch, tensors, lambda rows, context: nodes, **options))

@@ -269,6 +269,37 @@ def test_what_is_not_said_of_a_start_is_as_it_has_it(
     assert foretell(*given).code == 0  # nothing is left to do
 
 
+@pytest.mark.parametrize(
+    ("has", "given", "made"), [(100, None, 100), (257, None, 257), (100, 0, 257), (100, 120, 120), (100, 99, None)]
+)
+def test_a_draft_vocabulary_that_is_not_given_is_that_of_the_start(
+    foretell: Foretell, tiny: str, data: str, tmp_path: Path, has: int, given: int | None, made: int | None
+) -> None:
+    kind, llm = drafter_class("hydra++"), load(tiny, dtype="fp32", threads=1)
+    module = trainable(kind, llm.backbone, torch.ones(257), draft_vocab=has, heads=2)
+    tensors, arch = module.checkpoint()
+    about = {"method": "hydra++", "backbone": tiny, "fingerprint": llm.backbone.fingerprint, "arch": arch}
+    Checkpoint(**about, hidden=llm.backbone.config.hidden, vocab=257).save(tmp_path / "start", tensors)
+    size = [] if given is None else ["-o", f"draft_vocab={given}"]
+    hardly = ["--epochs", "0.001", "--lr", "1e-8", "--start", str(tmp_path / "start"), *size]
+    ran = foretell("train", "hydra++", "-m", tiny, *TINY, "--data", data, "--out", str(tmp_path / "out"), *hardly)
+    if made is None:
+        refused(ran, 2, "start chooses from 100 tokens, more than 99; train with -o draft_vocab=100 or more")
+        return
+    found, ours = checkpoint.load(tmp_path / "out/drafter")
+    assert len(ours["vocabulary"]) == made
+    assert found.provenance["options"]["draft_vocab"] == (0 if made == 257 else made)
+    assert set(tensors["vocabulary"].tolist()) <= set(ours["vocabulary"].tolist())
+
+
+def test_a_method_begins_with_its_own_drafters_alone(
+    foretell: Foretell, tiny: str, data: str, trained: Path, tmp_path: Path
+) -> None:
+    ours = ["-m", tiny, *TINY, "--data", data, "--out", str(tmp_path / "out"), "--start", str(trained / "drafter")]
+    ran = foretell("train", "kangaroo", *ours)
+    refused(ran, 2, "is a medusa drafter, with which kangaroo cannot begin; begin with one of kangaroo, or without")
+
+
 def test_medusa_cannot_begin_with_hydra(
     foretell: Foretell, tiny: str, data: str, trained: Path, tmp_path: Path
 ) -> None:

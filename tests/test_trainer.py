@@ -333,7 +333,9 @@ def planned(lengths: Sequence[int], **settings: Any) -> Trainer:
     data = [Distilled(i, [0] * length, [(0, length)]) for i, length in enumerate(lengths)]
     return Trainer(
         Told(),
-        SimpleNamespace(data=data, sets=[range(len(data))], backbone=SimpleNamespace(device=torch.device("cpu"))),
+        SimpleNamespace(
+            data=data, digest="", sets=[range(len(data))], backbone=SimpleNamespace(device=torch.device("cpu"))
+        ),
         Settings(**settings),
         Path("nowhere"),
     )  # type: ignore[arg-type]
@@ -516,10 +518,26 @@ def test_batches_with_nothing_to_learn_do_no_harm(trainer: Made, accumulate: int
     assert made.skipped == 6 * 6
     assert table(made).isfinite().all()
     assert table(made).any()
+    for place in ("update", "batch"):  # an interruption amidst a step counts none of it twice
+        again = trainer("again", data=data, **options)
+        where = again if place == "update" else again.features
+        setattr(where, place, once(getattr(where, place), 4))
+        with pytest.raises(KeyboardInterrupt):
+            train([again])
     again = trainer("again", data=data, **options)
-    with pytest.raises(KeyboardInterrupt):
-        train([again], stopping(1))
-    assert trainer("again", data=data, **options).resume()
+    train([again])
+    assert_same_ends(again, made)
+
+
+def test_a_term_that_some_batches_lack_is_logged_as_the_mean_of_the_others(trainer: Made) -> None:
+    data = [Distilled(i, [9] * 6, [(1, 6)] if i else []) for i in range(3)]
+    made = trainer(module=Told(), data=data, batch_tokens=1, accumulate=3, epochs=1, held_out=0.0)
+    made.module.losses = lambda batch: (  # type: ignore[method-assign]
+        Told.losses(made.module, batch) if batch.supervised_BT.any() else {}  # type: ignore[arg-type]
+    )
+    train([made])
+    [line] = [json.loads(line) for line in (made.folder / "log.jsonl").read_text().splitlines()]
+    assert line["loss"] == {"tokens": 9.0}
 
 
 def test_the_logged_loss_is_the_mean_of_its_steps(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -555,11 +573,39 @@ def test_a_loss_that_is_no_number_ends_the_run(trainer: Made, bad: float) -> Non
 
     made.module.losses = broken  # type: ignore[method-assign]
     with pytest.raises(
-        ForetellError, match=f"^The loss became {bad} at step 3; lower `learning_rate=`, with another `out=`.$"
+        ForetellError,
+        match=f"^The loss became {bad} at step 3 of {made.folder}; lower `learning_rate=`, with another `out=`.$",
     ):
         train([made])
     assert table(made).isfinite().all()
     saved = trainer()
+    assert saved.resume()
+    assert saved.step == 3
+
+
+class Rough(Words):
+    """Its fourth loss is finite, but has no finite gradient."""
+
+    calls = 0
+
+    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        self.calls += 1
+        root = {"root": (0 * self.table_KdV.sum()).sqrt()}  # 0, of slope 0 times infinity
+        return super().losses(batch) | (root if self.calls == 4 else {})
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "with another"])
+def test_a_gradient_that_is_no_number_ends_the_run(trainer: Made, alone: bool) -> None:
+    made, beside = trainer(module=Rough()), trainer("beside")
+    also = "" if alone else ", or train the others without it"
+    with pytest.raises(
+        ForetellError,
+        match=f"^The norm of the gradient became nan at step 3 of {made.folder}; lower `learning_rate=`, with another "
+        f"`out=`{also}.$",
+    ):
+        train([made] if alone else [beside, made])
+    assert table(made).isfinite().all()
+    saved = trainer(module=Rough())
     assert saved.resume()
     assert saved.step == 3
 

@@ -84,8 +84,13 @@ class KangarooAdapter(GuessingHeads):
 
     @torch.no_grad()
     def start(self, arch: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        if arch["taps"] != list(self.taps) or arch["mlp"] > self.options.mlp:
-            raise UsageError("It has another exit, or an MLP that this adapter lacks; train with the same options.")
+        if arch["taps"] != list(self.taps):
+            (exit,) = arch["taps"]
+            raise UsageError(
+                f"It reads the model after layer {exit}, not after layer {self.exit}; train with `exit={exit}`."
+            )
+        if arch["mlp"] > self.options.mlp:
+            raise UsageError("It has an MLP, which this adapter would lack; train with `mlp=True`.")
         for name, weight in self.layer.named().items():
             if f"adapter.{name}" in tensors:
                 weight.copy_(tensors[f"adapter.{name}"])

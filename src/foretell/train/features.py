@@ -40,7 +40,8 @@ TEACHER = 12
 SHARD = 1 << 16
 """Tokens of a shard, at most (a longer conversation is alone in its own)."""
 PASS = {"cpu": 1 << 10, "cuda": 1 << 14}
-"""Tokens of one pass of the backbone, likewise, where conversations are not taken batch by batch."""
+"""Tokens of one pass of the backbone, padding included, where conversations are not taken batch by batch (a longer
+conversation is alone in its own)."""
 
 _TEACHING = ("teacher_ids", "teacher_p")
 
@@ -136,7 +137,8 @@ class ComputedFeatures(Batches):
 
     def each(self, data: Sequence[Distilled], taps: Collection[int], teacher: bool) -> Iterator[dict[str, Tensor]]:
         """Yields what is asked for of each conversation, in order, by its names in a shard."""
-        for begin, end in _stretches([len(talk.tokens) for talk in data], PASS[self.backbone.device.type]):
+        lengths, size = [len(talk.tokens) for talk in data], PASS[self.backbone.device.type]
+        for begin, end in _stretches(lengths, size, padded=not self.by_decoding):
             part = data[begin:end]
             yield from self._decoded(part, taps, teacher) if self.by_decoding else self._unpadded(part, taps, teacher)
 
@@ -356,13 +358,18 @@ def _about(path: Path) -> dict[str, str]:
         return {}
 
 
-def _stretches(lengths: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
-    """Consecutive [begin, end) whose lengths add up to at most `size`; a longer one stands alone."""
-    begin = total = 0
+def _stretches(lengths: Sequence[int], size: int, padded: bool = False) -> Iterator[tuple[int, int]]:
+    """Consecutive [begin, end) whose lengths add up to at most `size`; a longer one stands alone.
+
+    Args:
+        padded: counts each as long as the longest of its stretch.
+    """
+    begin = total = longest = 0
     for i, length in enumerate(lengths):
-        if total and total + length > size:
+        longest = max(longest, length)
+        if total and ((i - begin + 1) * longest if padded else total + length) > size:
             yield begin, i
-            begin, total = i, 0
+            begin, total, longest = i, 0, length
         total += length
     yield begin, len(lengths)
 

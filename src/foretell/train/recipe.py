@@ -240,7 +240,7 @@ class _Begun:
         cls, job: Job, method: type[TrainableMethod], given: Mapping[str, Any], llm: LLM, counts_V: Tensor, seed: int
     ) -> _Begun:
         origin = read_start(job.start, llm.backbone, method) if job.start else None
-        options = method.Training(**(inherited(method, origin[0]) if origin else {}) | dict(given))
+        options = method.Training(**(inherited(method, *origin) if origin else {}) | dict(given))
         module = new_module(method, llm, counts_V, options, seed, origin)
         started = initialise(module, job.start, *origin) if origin else {}
         return cls(method, Path(job.out), options, module, started)
@@ -382,4 +382,5 @@ def token_counts(conversations: Iterable[Distilled], vocab_size: int) -> Tensor:
 
 def to_replay(held_out: Sequence[int]) -> list[int]:
     """At most `MAX_REPLAYED` of the held-out conversations, evenly spread over all folders of data."""
-    return list(held_out[:: max(1, len(held_out) // MAX_REPLAYED)][:MAX_REPLAYED])
+    count = min(MAX_REPLAYED, len(held_out))
+    return [held_out[i * len(held_out) // count] for i in range(count)]

@@ -1,7 +1,7 @@
 """Initialises a training from another drafter's weights instead of fresh ones.
 
-A method names in `STARTS` the methods whose weights its own can be initialised with. Options that are not given are
-taken from the other drafter, so that its weights fit.
+A method names in `STARTS` the methods whose weights its own can be initialised with, by default itself alone. Options
+that are not given are taken from the other drafter, so that its weights fit.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def read_start(start: str, backbone: Backbone, cls: type[TrainableMethod]) -> St
         lacks = f"No {start} drafter comes with foretell for this model" if start in drafters.table() else ""
         raise UsageError(f"{lacks or f'There is no folder {start}'}; begin with the folder of a drafter.")
     checkpoint, tensors = load(folder / "drafter" if (folder / "drafter/config.json").is_file() else folder)
-    able = getattr(cls, "STARTS", (checkpoint.method,))
+    able = getattr(cls, "STARTS", (cls.method,))
     if checkpoint.method not in able:
         raise UsageError(
             f"{start} is a {checkpoint.method} drafter, with which {cls.method} cannot begin; begin with one of "
@@ -53,13 +53,16 @@ def read_start(start: str, backbone: Backbone, cls: type[TrainableMethod]) -> St
     return checkpoint, tensors
 
 
-def inherited(cls: type[TrainableMethod], checkpoint: Checkpoint) -> dict[str, Any]:
+def inherited(cls: type[TrainableMethod], checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The options that a drafter was made with, as far as `cls` has them too."""
     names = {each.name for each in fields(cls.Training)}
     values = {name: value for name, value in renamed(cls.Training, checkpoint.arch).items() if name in names}
     taps = checkpoint.arch.get("taps", [])
     if "exit" in names and len(taps) == 1:  # of an adapter that reads one layer's stream
         values["exit"] = taps[0]
+    if "draft_vocab" in names:
+        chosen_from = len(tensors["vocabulary"])
+        values["draft_vocab"] = 0 if chosen_from == checkpoint.vocab else chosen_from
     return values | ({"taps": len(taps)} if "taps" in values else {})
 
 
@@ -67,13 +70,13 @@ def initialise(module: Trainable, start: str, checkpoint: Checkpoint, tensors: d
     """Loads another drafter's weights into the module; returns which they were and the commands that trained them.
 
     Raises:
-        UsageError: they do not fit, or know more tokens than the module will.
+        UsageError: they do not fit, or its draft vocabulary is larger than the module's.
         ForetellError: they are damaged.
     """
-    size: Tensor | None = getattr(module, "vocabulary_V", None)
-    if size is not None and len(tensors["vocabulary"]) > len(size):
+    vocabulary_V: Tensor | None = getattr(module, "vocabulary_V", None)
+    if vocabulary_V is not None and len(tensors["vocabulary"]) > len(vocabulary_V):
         raise UsageError(
-            f"{start} chooses from {len(tensors['vocabulary'])} tokens, more than draft_vocab={len(size)}; train with "
+            f"{start} chooses from {len(tensors['vocabulary'])} tokens, more than {len(vocabulary_V)}; train with "
             f"`draft_vocab={len(tensors['vocabulary'])}` or more."
         )
     try:

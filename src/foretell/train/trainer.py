@@ -1,8 +1,9 @@
 """One module in training, of any method: a `Trainable` turns a batch into loss terms, and the trainer adds them up.
 
 AdamW, warm-up, cosine decay, gradient accumulation. The batches and the random draws of a step follow from the seed and
-the step's number alone, so that a resumed run ends with exactly the weights of a run that was never interrupted. For
-the same reason it keeps the number type that it multiplied in first, unless this machine is much slower at it.
+the step's number alone, so that a resumed run ends with the weights of a run that was never interrupted: to the bit on a
+processor. For the same reason it keeps the number type that it multiplied in first, unless this machine is much slower
+at it.
 
     state.pt       weights, optimizer, step; written whole or not at all, read with weights_only
     log.jsonl      losses by term, learning rate, number type of products, tokens per second: a line for the first step,
@@ -92,7 +93,8 @@ class Trainer:
         held_out, training: indices of the conversations that are held out, and of those that are trained on.
         step: updates made so far, of `steps`.
         skipped: batches that held nothing to learn.
-        seconds: time spent on steps, earlier runs included.
+        seconds: time spent on the steps of this module, earlier runs included, and with it the passes of the backbone
+            and the work of all modules that are trained beside it.
         number_type: type that the module multiplies in, by its name in `number_types`.
         began_in: the type that the run began in.
         updating: true inside an update, whose interruption leaves weights of no step.
@@ -150,34 +152,42 @@ class Trainer:
         with number_types.multiply_in(self.number_type):
             torch.manual_seed(self._seed(len(self._terms)))
             terms = self.module.losses(batch)
-            if terms:
+            if terms:  # else nothing in it was written by the model
                 (torch.stack(list(terms.values())).sum() / self.settings.accumulate).backward()
-            else:  # nothing in it was written by the model
-                self.skipped += 1
             self._terms.append({name: term.detach() for name, term in terms.items()})
 
-    def update(self) -> None:
+    def update(self, alone: bool = True) -> None:
         """Makes the update of a step, whose batches were learnt.
 
+        Args:
+            alone: whether no others are trained beside this one.
+
         Raises:
-            ForetellError: the loss is not finite; the weights are as they were.
+            ForetellError: a loss or a gradient is not finite; the weights are as they were.
         """
-        each = [torch.stack(list(terms.values())).sum() for terms in self._terms if terms]
-        if each:
-            if not torch.stack(each).isfinite().all():  # a device is waited for once a step, here
-                wrong = next(loss.item() for loss in each if not loss.isfinite())
-                raise ForetellError(
-                    f"The loss became {wrong} at step {self.step}; lower `learning_rate=`, with another `out=`."
-                )
-            for parameters, _ in self.groups:
-                torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
+        losses = [torch.stack(list(terms.values())).sum() for terms in self._terms if terms]
+        if losses:
+            norms = [torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip) for parameters, _ in self.groups]
+            self._check_finite(losses, [norm.to(losses[0]) for norm in norms], alone)
             self.updating = True
             self.optimizer.step()
         for name in {name: None for terms in self._terms for name in terms}:
             found = [terms[name] for terms in self._terms if name in terms]
-            self._logged.setdefault(name, []).append(torch.stack(found).sum() / self.settings.accumulate)
+            self._logged.setdefault(name, []).append(torch.stack(found).mean())
+        self.skipped += sum(not terms for terms in self._terms)
         self.step += 1
         self.updating = False
+
+    def _check_finite(self, losses: list[Tensor], norms: list[Tensor], alone: bool) -> None:
+        """Refuses losses, or norms of gradients, that are not finite; their device is waited for here, once a step."""
+        if torch.stack(losses + norms).isfinite().all():
+            return
+        named = [("loss", loss) for loss in losses] + [("norm of the gradient", norm) for norm in norms]
+        name, wrong = next((name, value.item()) for name, value in named if not value.isfinite())
+        raise ForetellError(
+            f"The {name} became {wrong} at step {self.step} of {self.folder}; lower `learning_rate=`, with another "
+            f"`out=`{'' if alone else ', or train the others without it'}."
+        )
 
     def log_steps(self, tokens_per_second: float) -> None:
         """One line of the log, for the steps since the last one."""

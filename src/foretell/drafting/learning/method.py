@@ -15,7 +15,8 @@ from foretell.drafting.learning.trainable import Trainable
 class TrainableMethod(Protocol):
     """A drafter class that can be trained: what `train.recipe` uses of it.
 
-    It may also name in `STARTS` the methods whose weights its own can be initialised with (`Trainable.start`).
+    It may also name in `STARTS` the methods whose weights its own can be initialised with (`Trainable.start`), if they
+    are others than itself alone.
 
     Attributes:
         method: its name in the table of drafters.
