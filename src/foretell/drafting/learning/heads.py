@@ -179,7 +179,7 @@ class GuessingHeads(Trainable):
         return total, losses_KP.sum(1) / counts_K + self.acceptance  # what cannot be accepted counts as rejected
 
     def aims(self, batch: TrainingBatch, targets_PK: Tensor, sources_P: Tensor) -> tuple[Tensor, Tensor]:
-        """What each head should guess: ids in the draft vocabulary and their probabilities, [K, P, m]."""
+        """Returns what each head should guess: ids in the draft vocabulary and their probabilities, [K, P, m]."""
         live_KP = targets_PK.T >= 0
         ahead_K1 = torch.arange(self.heads, device=sources_P.device)[:, None] + self.ahead - 1
         places_KP = (sources_P + ahead_K1).clamp(max=batch.tokens_BT.numel() - 1)
