@@ -382,9 +382,7 @@ def test_a_pass_counts_the_padding_that_it_computes(
     monkeypatch.setattr(ComputedFeatures, "by_decoding", exact)
     monkeypatch.setitem(featuring.PASS, "cpu", 60)
     sizes, pad = list[int](), featuring.side_by_side
-    monkeypatch.setattr(
-        featuring, "side_by_side", lambda data: (sizes.append(len(data)), pad(data))[1]
-    )
+    monkeypatch.setattr(featuring, "side_by_side", lambda data: (sizes.append(len(data)), pad(data))[1])
     talks = [Distilled(i, [1] * length, [(1, length)]) for i, length in enumerate([30, 2, 2, 2, 2, 2, 30])]
     made = list(ComputedFeatures(backbone, talks, TAPS).each(talks, TAPS, True))
     assert [len(each["teacher_ids"]) for each in made] == [len(talk.tokens) for talk in talks]

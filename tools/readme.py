@@ -323,7 +323,9 @@ def trained() -> list[str]:
             )
             if seconds
         ]  # fmt: skip
-        notes = "; ".join([each["note"] for each in data if "note" in each] + [made["note"]] * ("note" in made))
+        if "together" in made:
+            minutes[-1] += f" for {', '.join(made['together'])} at once"
+        notes = "; ".join(each["note"] for each in [*data, made] if "note" in each)
         lines += [
             f"`{name}` on {made.get('machine', 'two cores')}: {written:,} tokens in {talks:,} conversations "
             f"({sources}), then `{made['command']}`{begun}: {', '.join(minutes)}{f' ({notes})' if notes else ''}. "
