@@ -19,7 +19,6 @@ from torch import Tensor
 
 from foretell.backbone import Backbone, Nodes
 from foretell.contracts import FINAL_NORM
-from foretell.drafting.learning import number_types
 from foretell.loading import Tokenizer
 from foretell.train import forward as forwarding
 from foretell.train.data import Distilled
@@ -114,8 +113,7 @@ def test_in_bfloat16_states_are_as_near_as_decodings(kernel: str, product: str) 
         rounded = {name: weight.bfloat16().float() for name, weight in model.weights().items()}
         exact, backbone = build(model.config, rounded, kernel), build(model.config, rounded, kernel, BF16)
         taps = every_tap(backbone)
-        with number_types.multiply_in(product):
-            forward = Forward(backbone)
+        forward = Forward(backbone, product)
         assert forward.dtype == getattr(torch, product)
         states = unpadded(forward.states(padded(talks), taps), talks)
         truth, decoded = ([canonical(each, tokens, taps) for tokens in talks] for each in (exact, backbone))
@@ -177,9 +175,9 @@ def test_the_most_probable_next_tokens_are_those_of_the_whole_softmax(
     }
     model, m = Model({"model_type": "llama", **sizes}, seed=seed), min(m, vocab)
     rounded = {name: weight.to(dtype).float() for name, weight in model.weights().items()}
-    with number_types.multiply_in(str(dtype).removeprefix("torch.")), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setitem(forwarding.LOGITS, "cpu", at_once)
-        forward = Forward(build(model.config, rounded, dtype=dtype))
+        forward = Forward(build(model.config, rounded, dtype=dtype), str(dtype).removeprefix("torch."))
         states_Pd = (size * torch.randn(positions, width, generator=torch.Generator().manual_seed(seed))).to(dtype)
         ids_Pm, p_Pm = forward.most_probable_next(states_Pd, m)
     head_Vd = rounded["model.embed_tokens.weight" if tied else "lm_head.weight"]
@@ -234,8 +232,7 @@ def test_the_demo_models_states_are_as_near_as_decodings(demo_folder: Path, prod
     data = real_talks(demo_folder)
     backbone, exact = backbone_of(demo_folder, "bf16"), backbone_of(demo_folder, "fp32")
     talks, taps = [talk.tokens for talk in data], [0, 1, 8, 15, 22, 29, 30, FINAL_NORM]
-    with number_types.multiply_in(product):
-        forward = Forward(backbone)
+    forward = Forward(backbone, product)
     found = unpadded(forward.states(padded(talks), taps), talks)
     truth, decoded = ([canonical(each, tokens, taps) for tokens in talks] for each in (exact, backbone))
     for tap in taps:

@@ -22,7 +22,8 @@ from foretell.drafting.learning import number_types
 from foretell.drafting.learning.trainable import Trainable, TrainingBatch
 from foretell.errors import ForetellError
 from foretell.train.data import Distilled
-from foretell.train.features import ComputedFeatures
+from foretell.train.features import ComputedFeatures, FeatureStore
+from foretell.train.forward import Forward
 from foretell.train.loop import train
 from foretell.train.trainer import Settings, Trainer
 
@@ -231,6 +232,46 @@ def test_a_run_keeps_its_type_unless_another_machine_is_much_slower_at_it(
     last = trainer(llm, data, tmp_path)  # a third time nothing changes
     assert last.resume()
     assert (last.began_in, last.number_type) == (goes_on, goes_on)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["computed", "kept"])
+def test_the_plain_pass_multiplies_in_the_type_of_the_run(
+    monkeypatch: pytest.MonkeyPatch, tiny: str, data: list[Distilled], tmp_path: Path, kept: bool
+) -> None:
+    """Whatever is the faster when it runs, and whatever is given around it: the same run ends with the same weights."""
+    llm = load(tiny, dtype="bf16", threads=1)
+    monkeypatch.setattr(ComputedFeatures, "by_decoding", False)
+    made: list[torch.dtype] = []
+    init = Forward.__init__
+
+    def noting(self: Forward, *args: Any) -> None:
+        init(self, *args)
+        made.append(self.dtype)
+
+    monkeypatch.setattr(Forward, "__init__", noting)
+
+    def begun(folder: Path) -> Trainer:
+        run = trainer(llm, data, folder)
+        if kept:
+            run.features = FeatureStore(llm.backbone, data, run.module.taps, folder / "kept")
+            run.features.multiply_in(run.number_type)
+            run.features.prepare()
+        return run
+
+    machine(monkeypatch, float32=1.0, bfloat16=0.5)
+    straight, cut = begun(tmp_path / "straight"), begun(tmp_path / "cut")
+    train([straight])
+    with pytest.raises(KeyboardInterrupt):
+        train([cut], stop=lambda: cut.step == 25)
+    machine(monkeypatch, float32=1.0, bfloat16=1.1)
+    again = trainer(llm, data, tmp_path / "cut")
+    with number_types.multiply_in("float32"):
+        train([again])
+        again.evaluate()
+    assert set(made) == {torch.bfloat16}
+    if not kept:
+        ours, theirs = again.module.state_dict(), straight.module.state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_run_of_an_earlier_version_multiplied_in_bfloat16(

@@ -762,9 +762,15 @@ def test_a_batch_that_does_not_fit_is_one_sentence_that_says_which_may(
     monkeypatch.setattr(where, name, once(getattr(where, name), at, error=error))
     with pytest.raises(UsageError) as refusal:
         train([made])
+    batches = next(made.batches((at - 1) // 2 if place != "optimizer" else at - 1))
+    sizes = [len(batch) * max(len(DATA[i].tokens) for i in batch) for batch in batches]
+    which, size = ((at - 1) % 2, sizes[(at - 1) % 2]) if place != "optimizer" else (sizes.index(max(sizes)), max(sizes))
+    if len(batches[which]) == 1:
+        what, remedy = "conversation", r"distill shorter ones \(`max_new_tokens=`\), and train on them alone"
+    else:
+        what, remedy = "batch", f"train with `batch_tokens={size // 2}`, `accumulate=4` and another `out=`"
     assert re.fullmatch(
-        r"A batch of 60 tokens does not fit into the memory of cpu \([^\n]{6,200}\); "
-        r"train with `batch_tokens=30`, `accumulate=4` and another `out=`\.",
+        rf"A {what} of {size} tokens does not fit into the memory of cpu \([^\n]{{6,200}}\); {remedy}\.",
         str(refusal.value),
     )
     if kind == "accelerator":
@@ -772,6 +778,16 @@ def test_a_batch_that_does_not_fit_is_one_sentence_that_says_which_may(
     final = trainer("cut", accumulate=2)  # where there is more memory
     train([final])
     assert_same_ends(final, straight)
+
+
+@pytest.mark.parametrize(("batch_tokens", "what"), [(1000, "A batch of"), (1, "A conversation of")])
+def test_what_does_not_fit_is_a_batch_or_one_conversation(
+    trainer: Made, monkeypatch: pytest.MonkeyPatch, batch_tokens: int, what: str
+) -> None:
+    made = trainer(batch_tokens=batch_tokens)
+    monkeypatch.setattr(made.module, "losses", once(made.module.losses, 1, error=MemoryError()))
+    with pytest.raises(UsageError, match=what):
+        train([made])
 
 
 def test_another_error_of_the_library_is_none_of_memory(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:

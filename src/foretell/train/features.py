@@ -40,8 +40,7 @@ TEACHER = 12
 SHARD = 1 << 16
 """Tokens of a shard, at most (a longer conversation is alone in its own)."""
 PASS = {"cpu": 1 << 10, "cuda": 1 << 14}
-"""Tokens of one pass of the backbone, padding included, where conversations are not taken batch by batch (a longer
-conversation is alone in its own)."""
+"""Tokens of one pass of the backbone, likewise, where conversations are not taken batch by batch; padding counts."""
 
 _TEACHING = ("teacher_ids", "teacher_p")
 
@@ -81,6 +80,10 @@ class Batches(ABC):
         """
 
     @abstractmethod
+    def multiply_in(self, number_type: str) -> None:
+        """Lets the plain pass multiply in this type (a name in `number_types`); by default, the faster one here."""
+
+    @abstractmethod
     def tensors(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
         """The states and the teacher's distribution of each conversation, by their names in a shard."""
 
@@ -110,7 +113,12 @@ class ComputedFeatures(Batches):
             raise UsageError("The data holds no conversations; distill some first.")
         self.backbone, self.data, self.taps = backbone, data, tuple(taps)
         self.sets = list(sets) or [range(len(data))]
+        self._number_type = ""
         self._forward: Forward | None = None
+
+    def multiply_in(self, number_type: str) -> None:
+        if number_type != self._number_type:
+            self._number_type, self._forward = number_type, None
 
     def prepare(self, progress: Callable[[float], None] = lambda fraction: None) -> float:
         return 0.0
@@ -124,7 +132,7 @@ class ComputedFeatures(Batches):
     def forward(self) -> Forward:
         """The pass in plain PyTorch, made when it is needed first."""
         if self._forward is None:
-            self._forward = Forward(self.backbone)
+            self._forward = Forward(self.backbone, self._number_type)
         return self._forward
 
     def batch(self, indices: Sequence[int]) -> TrainingBatch:
@@ -202,6 +210,9 @@ class FeatureStore(Batches):
         self._shards = list(_stretches([len(talk.tokens) for talk in data], SHARD))
         self._place = {i: (s, i - begin) for s, (begin, end) in enumerate(self._shards) for i in range(begin, end)}
         self._open: dict[int, dict[str, Tensor]] = {}
+
+    def multiply_in(self, number_type: str) -> None:
+        self._computed.multiply_in(number_type)
 
     def prepare(self, progress: Callable[[float], None] = lambda fraction: None) -> float:
         """Computes the shards that are missing, or of other conversations."""
@@ -294,6 +305,10 @@ class JoinedFeatures(Batches):
         self._parts, ends = parts, list(accumulate(len(part.data) for part in parts))
         self.sets = [range(end - len(part.data), end) for part, end in zip(parts, ends, strict=True)]
 
+    def multiply_in(self, number_type: str) -> None:
+        for part in self._parts:
+            part.multiply_in(number_type)
+
     def prepare(self, progress: Callable[[float], None] = lambda fraction: None) -> float:
         def share_of(index: int) -> Callable[[float], None]:
             return lambda done: progress((index + done) / len(self._parts))
@@ -334,10 +349,7 @@ def _before_written(data: Sequence[Distilled]) -> list[int]:
 def _teacher(backbone: Backbone, states_Pd: Tensor, positions: Sequence[int]) -> dict[str, Tensor]:
     """The most probable next tokens [P, m] int32 and their probabilities bf16; zeros except at `positions`."""
     m = min(TEACHER, backbone.config.vocab)
-    ids_Pm, p_Pm = (
-        torch.zeros(len(states_Pd), m, dtype=torch.int32),
-        torch.zeros(len(states_Pd), m, dtype=torch.bfloat16),
-    )
+    ids_Pm, p_Pm = (torch.zeros(len(states_Pd), m, dtype=dtype) for dtype in (torch.int32, torch.bfloat16))
     for part in torch.tensor(positions, dtype=torch.int64).split(256):
         logits_PV = backbone.logits(states_Pd[part.to(states_Pd.device)])
         values, ids = most_probable(logits_PV, m)

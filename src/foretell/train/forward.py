@@ -3,7 +3,7 @@
 Decoding must give a token the same bits whoever else is in the batch, and pays for that with attention over gathered
 paths. Training needs no bits: the states of a conversation may differ in the last places from those of decoding, by
 less than the number type rounds. So conversations are padded on the right and attend by
-`scaled_dot_product_attention`, with products in the number type that training multiplies in here.
+`scaled_dot_product_attention`, with products in the number type of the training.
 
 Legend: B conversations, T tokens of the longest, H query heads, G key/value heads, D head width, d hidden width,
 P positions, V vocabulary, m most probable tokens.
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from foretell.backbone import Backbone
 from foretell.contracts import FINAL_NORM
-from foretell.drafting.learning import number_types
+from foretell.drafting.learning.number_types import TYPES, measured
 from foretell.loading.blocks import Blocks
 from foretell.loading.tensors import LAYER
 
@@ -37,12 +37,15 @@ class Forward:
     Args:
         backbone: a loaded one, whose `read` gives its weights. They are cast for each product, which costs a hundredth
             of it.
+        number_type: of the products where the weights are bfloat16, by its name in `number_types`; by default the
+            faster one on this device. Float32 weights are multiplied in float32.
     """
 
-    def __init__(self, backbone: Backbone):
+    def __init__(self, backbone: Backbone, number_type: str = ""):
         self.backbone, self.config, self.device = backbone, backbone.config, backbone.device
-        rounded = backbone.dtype == torch.bfloat16
-        self.dtype = number_types.number_type(self.device) if rounded else torch.float32
+        self.dtype = torch.float32
+        if backbone.dtype == torch.bfloat16:
+            self.dtype = TYPES[number_type or measured(self.device.type).fastest]
         self._layers = [self._read_layer(index) for index in range(self.config.layers)]
         self._final_norm_d = self._vector("model.norm.weight")
         self._embedding_Vd = self._matrix("model.embed_tokens.weight")

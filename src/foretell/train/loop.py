@@ -1,8 +1,8 @@
 """The training loop: one pass of the backbone feeds every module that is trained at once.
 
-Each module has a trainer of its own (weights, optimizer, state, log), and learns exactly what it would learn alone: all
-see the same batches, and what one draws at random follows from its own seed. They are interrupted and resumed together;
-one that was saved a step ahead waits for the others.
+Each module has a trainer of its own (weights, optimizer, state, log), and learns what it would learn alone, to the bit on
+a processor: all see the same batches, and what one draws at random follows from its own seed. They are interrupted and
+resumed together; one whose saved state is of a later step than the others' is left as it is until they reach that step.
 """
 
 from __future__ import annotations
@@ -10,12 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-import torch
-
-from foretell.errors import UsageError
-from foretell.files import one_line
 from foretell.train import malloc
 from foretell.train.forward import attention_on
+from foretell.train.memory import fits
 from foretell.train.trainer import Trainer
 
 LOG_STEPS, LOG_SECONDS = 20, 10.0
@@ -37,20 +34,17 @@ def train(
     Raises:
         KeyboardInterrupt: `stop` returned something true.
         UsageError: the memory of the device does not suffice for a batch.
-        ForetellError: a loss is no longer finite, or a state cannot be written.
+        ForetellError: a loss or a gradient is no longer finite, or a state cannot be written.
     """
     for trainer in trainers:
         if not trainer.resume():
             trainer.save()  # fails now, not after hours, where the folder cannot be written
         trainer.updating = False
+    trainers[0].features.multiply_in(trainers[0].number_type)
     malloc.keep()
     try:
         with attention_on(trainers[0].device):
             _run(trainers, progress, stop)
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        raise _too_large(trainers[0], error) from error
     finally:
         for trainer in trainers:
             if not trainer.updating:  # an update that was cut off leaves weights of no step: the saved state stays
@@ -68,11 +62,13 @@ def _run(trainers: Sequence[Trainer], progress: Callable[[int, int], None], stop
         for trainer in due:
             trainer.begin_step()
         for indices in batches:
-            batch = features.batch(indices).to(first.device)
+            with fits(first.device, *_refusal(first, indices)):
+                batch = features.batch(indices).to(first.device)
+                for trainer in due:
+                    trainer.learn(batch)
+        with fits(first.device, *_refusal(first, max(batches, key=lambda indices: _size(first, indices)))):
             for trainer in due:
-                trainer.learn(batch)
-        for trainer in due:
-            trainer.update()
+                trainer.update(alone=len(trainers) == 1)
         step += 1
         tokens += sum(len(features.data[i].tokens) for batch in batches for i in batch)
         now = time.perf_counter()
@@ -90,15 +86,15 @@ def _run(trainers: Sequence[Trainer], progress: Callable[[int, int], None], stop
             saved = time.perf_counter()
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """Returns whether memory ran out; on a CPU, PyTorch has no error of its own for that."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _size(trainer: Trainer, indices: Sequence[int]) -> int:
+    """Tokens of a batch, padding included."""
+    return len(indices) * max(len(trainer.features.data[i].tokens) for i in indices)
 
 
-def _too_large(trainer: Trainer, error: Exception) -> UsageError:
-    """The refusal of a batch that does not fit into memory."""
-    size = trainer.settings.batch_tokens
-    return UsageError(
-        f"A batch of {size} tokens does not fit into the memory of {trainer.device} ({one_line(error)[:200]}); train "
-        f"with `batch_tokens={max(1, size // 2)}`, `accumulate={2 * trainer.settings.accumulate}` and another `out=`."
-    )
+def _refusal(trainer: Trainer, indices: Sequence[int]) -> tuple[str, str]:
+    """What a batch is called where it does not fit into memory, and the remedy."""
+    size = _size(trainer, indices)
+    if len(indices) == 1:
+        return f"A conversation of {size} tokens", "distill shorter ones (`max_new_tokens=`), and train on them alone"
+    smaller = f"`batch_tokens={size // 2}`, `accumulate={2 * trainer.settings.accumulate}` and another `out=`"
+    return f"A batch of {size} tokens", f"train with {smaller}"

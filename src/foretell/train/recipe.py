@@ -43,8 +43,9 @@ from foretell.train.data import ConversationStore, Distilled
 from foretell.train.evaluation import SIZES, Report
 from foretell.train.features import Batches, ComputedFeatures, FeatureStore, JoinedFeatures
 from foretell.train.loop import train
+from foretell.train.memory import fits
 from foretell.train.replay import tokens_per_step_by_size
-from foretell.train.start import Start, inherited, initialise, read_start
+from foretell.train.start import inherited, initialise, new_module, read_start
 from foretell.train.trainer import Settings, Trainer
 
 MAX_REPLAYED = 40
@@ -107,15 +108,22 @@ def run(
     *,
     options: Mapping[str, Any] | None = None,
     start: str = "",
-    **rest: Any,
+    settings: Settings | None = None,
+    keep_features: bool = False,
+    other_model: bool = False,
+    progress: Callable[[str, int, int], None] = quiet,
 ) -> Trained:
     """Trains a drafter. The same call resumes a run that was interrupted, and ends with the same drafter.
 
     Args:
         method, out, options, start: see `Job`.
-        model, data, rest: see `run_all`.
+        model, data, settings, keep_features, other_model, progress: see `run_all`.
     """
-    return run_all([Job(method=method, out=out, options=options or {}, start=start)], model, data, **rest)[0]
+    [trained] = run_all(
+        [Job(method=method, out=out, options=options or {}, start=start)], model, data, settings=settings,
+        keep_features=keep_features, other_model=other_model, progress=progress,
+    )  # fmt: skip
+    return trained
 
 
 def run_all(
@@ -134,7 +142,8 @@ def run_all(
         model: the model to draft for, or its name.
         data: folders that `foretell distill` wrote, or open ones.
         settings: how long and how fast they learn.
-        keep_features: computes the features once and keeps them beside the data, instead of at every batch.
+        keep_features: computes the features once and keeps them beside the data, instead of at every batch. They are
+            rounded to bfloat16, and read again whatever number type they were multiplied in.
         other_model: accepts data that another model wrote.
         progress: called with (step of the recipe, done, total).
 
@@ -161,10 +170,17 @@ def begin(
     *,
     options: Mapping[str, Any] | None = None,
     start: str = "",
-    **rest: Any,
+    settings: Settings | None = None,
+    keep_features: bool = False,
+    other_model: bool = False,
+    load: Callable[[str], LLM] | None = None,
+    command: str = "",
 ) -> Iterator[Run]:
     """Checks everything, and holds the lock of `out` while its block runs; see `run` and `begin_all`."""
-    with begin_all([Job(method=method, out=out, options=options or {}, start=start)], model, data, **rest) as begun:
+    with begin_all(
+        [Job(method=method, out=out, options=options or {}, start=start)], model, data, settings=settings,
+        keep_features=keep_features, other_model=other_model, load=load, command=command,
+    ) as begun:  # fmt: skip
         yield begun.runs[0]
 
 
@@ -188,6 +204,8 @@ def begin_all(
         command: kept with the drafters, as the command that made them.
     """
     settings = settings or Settings()
+    if not settings.epochs and not all(job.start for job in jobs):
+        raise UsageError("`epochs=0` trains nothing; name with `start=` a drafter to measure, or train longer.")
     classes = [method_class(job.method) for job in jobs]
     given = [
         converted(cls.Training, job.options, f"{job.method} training") for cls, job in zip(classes, jobs, strict=True)
@@ -262,7 +280,10 @@ class Together:
     def prepare(self, progress: Progress = quiet) -> None:
         """Computes the features that are to be kept and are not there yet; `progress` counts per cent."""
         progress(0, 100)
-        seconds = self.runs[0].trainer.features.prepare(lambda fraction: progress(round(fraction * 100), 100))
+        trainer = self.runs[0].trainer
+        trainer.features.multiply_in(trainer.number_type)
+        with fits(trainer.device, "A pass of the backbone", "free some of it, or leave out `keep_features=True`"):
+            seconds = trainer.features.prepare(lambda fraction: progress(round(fraction * 100), 100))
         progress(100, 100)
         for run in self.runs:
             run.provenance["feature_seconds"] = round(seconds)
@@ -277,9 +298,10 @@ class Together:
         """Measures the drafters on held-out text, and writes them; `progress` counts per cent."""
         found: list[Trained] = []
         for run in self.runs:
-            found.append(
-                run.publish(lambda done, total: progress((len(found) * total + done) // len(self.runs), total))
-            )
+            with fits(run.trainer.device, "The measuring of the drafter", "free some of it, and do the same again"):
+                found.append(
+                    run.publish(lambda done, total: progress((len(found) * total + done) // len(self.runs), total))
+                )
         return found
 
 
@@ -322,6 +344,7 @@ class Run:
         if (changed := module.save_backbone(model, self.out)) != model:  # its states are others now
             model, backbone = changed, self.load(changed).backbone
             features = ComputedFeatures(backbone, [features.data[i] for i in indices], module.taps)
+            features.multiply_in(trainer.number_type)
             indices = list(range(len(indices)))
         checkpoint = Checkpoint(
             method=self.cls.method, backbone=model, fingerprint=backbone.fingerprint, hidden=backbone.config.hidden,
@@ -357,21 +380,6 @@ def features_of(
     name = f"features-{backbone.fingerprint}-{'-'.join(map(str, taps)) or 'teacher'}"
     kept = [FeatureStore(backbone, store.conversations, taps, store.folder / name) for store in stores]
     return JoinedFeatures(kept) if len(kept) > 1 else kept[0]
-
-
-def new_module(
-    cls: type[TrainableMethod], llm: LLM, counts_V: Tensor, options: Any, seed: int, origin: Start | None
-) -> Trainable:
-    """A module with fresh weights, which follow from the seed.
-
-    Args:
-        counts_V: how often the model wrote each token of the data.
-    """
-    counts_V = counts_V.clone()
-    if origin:  # logits of tokens outside its draft vocabulary are untrained: keep its own
-        counts_V[origin[1]["vocabulary"].long()] += counts_V.sum()
-    torch.manual_seed(seed)
-    return cls.trainable(llm.backbone, options, counts_V, llm.folder.path if llm.folder else None)
 
 
 def token_counts(conversations: Iterable[Distilled], vocab_size: int) -> Tensor:

@@ -10,9 +10,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from foretell import drafters
+from foretell.api import LLM
 from foretell.backbone import Backbone
 from foretell.drafting.checkpoint import Checkpoint, fingerprint, load, shipped
 from foretell.drafting.learning.method import TrainableMethod
@@ -64,6 +66,21 @@ def inherited(cls: type[TrainableMethod], checkpoint: Checkpoint, tensors: dict[
         chosen_from = len(tensors["vocabulary"])
         values["draft_vocab"] = 0 if chosen_from == checkpoint.vocab else chosen_from
     return values | ({"taps": len(taps)} if "taps" in values else {})
+
+
+def new_module(
+    cls: type[TrainableMethod], llm: LLM, counts_V: Tensor, options: Any, seed: int, origin: Start | None
+) -> Trainable:
+    """A module with fresh weights, which follow from the seed.
+
+    Args:
+        counts_V: how often the model wrote each token of the data.
+    """
+    counts_V = counts_V.clone()
+    if origin:  # logits of tokens outside its draft vocabulary are untrained: keep its own
+        counts_V[origin[1]["vocabulary"].long()] += counts_V.sum()
+    torch.manual_seed(seed)
+    return cls.trainable(llm.backbone, options, counts_V, llm.folder.path if llm.folder else None)
 
 
 def initialise(module: Trainable, start: str, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from foretell.loading.catalog import current
 from foretell.train.data import Distilled
 from foretell.train.evaluation import SIZES, Report, evaluate
 from foretell.train.features import Batches
+from foretell.train.forward import attention_on
 
 POOL, POOLED_TOKENS = 512, 64
 """Conversations that are shuffled together, at least 512 and one for every 64 tokens of a batch; then they are sorted
@@ -328,7 +329,8 @@ class Trainer:
     def evaluate(self, sizes: Sequence[int] = SIZES) -> Report:
         """Figures on the held-out conversations (all conversations, where none is held out)."""
         self.module.begin(self.done)
-        with number_types.multiply_in(self.number_type):
+        self.features.multiply_in(self.number_type)
+        with number_types.multiply_in(self.number_type), attention_on(self.device):
             return evaluate(self.module, self.features, self.held_out or self.training, sizes)
 
 
