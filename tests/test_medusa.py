@@ -515,7 +515,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pyte
     folder = saved(tmp_path / "heads", backbone, random_heads(backbone, 2, 1, "tied", 20))
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    def full(tensors: dict[str, Tensor], path: Path) -> None:
+    def full(tensors: dict[str, Tensor], path: Path, about: dict[str, str]) -> None:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

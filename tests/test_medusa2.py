@@ -341,8 +341,9 @@ def test_the_heads_weight_follows_its_schedule(
     def told_and_pulls() -> list[tuple[Tensor, Tensor]]:
         terms = module.losses(batch)
         assert list(terms) == ["head 1", "head 2", "head 3", "backbone"]
-        reads = (module.bias_LKd, module.bias_LKd, module.bias_LKd, theirs)
-        pulls = [torch.autograd.grad(t, x, retain_graph=True)[0] for t, x in zip(terms.values(), reads, strict=True)]
+        of_heads, of_backbone = sum(terms[f"head {k}"] for k in (1, 2, 3)), terms["backbone"]
+        (pull_LKd,) = torch.autograd.grad(of_heads, module.bias_LKd, retain_graph=True)  # each row is one head's
+        pulls = [*pull_LKd.unbind(1), torch.autograd.grad(of_backbone, theirs, retain_graph=True)[0]]
         return list(zip(terms.values(), pulls, strict=True))
 
     module.begin(0.0)

@@ -31,7 +31,7 @@ PROGRESS: dict[str, list[str]] = {
     "convert": ["converting"],
     "answer": ["answering"],
     "distill": ["writing prompts", "answering"],
-    "train": ["features, %", "training medusa", "replaying, %"],
+    "train": ["training medusa", "replaying, %"],
     "tune": ["measuring steps, %", "measuring drafting"],
     "bench": ["measuring"],
     "sweep": ["measuring"],

@@ -54,7 +54,7 @@ def train(
         ),
     ] = "",
 ) -> None:
-    """Train drafters for a model on what the model wrote."""
+    """Train a drafter for a model, or several at once, on what the model wrote."""
     from foretell.train import recipe
 
     jobs = _jobs(methods, out, option or [], start)

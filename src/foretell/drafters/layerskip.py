@@ -116,7 +116,7 @@ class EarlyExitTraining(GuessingHeads):
         out: dict[str, Tensor] = {}
         for exit, share in zip(exits, shares, strict=True):
             x_Pd = self.student.normed(states[exit].flatten(0, 1)[sources_P]).float()
-            total, means_K = self.mean_losses(batch, x_Pd[None], targets_PK, sources_P, x_Pd.new_full((1, 1), share))
+            (total,), means_K = self.mean_losses(batch, x_Pd[None], targets_PK, sources_P, x_Pd.new_full((1, 1), share))
             out[f"exit {exit}"] = means_K[0] + (total - total.detach())
         if with_last:
             kl = self.student.kl_to_original(replace(batch, states={FINAL_NORM: states[FINAL_NORM]}))

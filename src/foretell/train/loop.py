@@ -1,8 +1,8 @@
 """The training loop: one pass of the backbone feeds every module that is trained at once.
 
-Each module has a trainer of its own (weights, optimizer, state, log), and learns what it would learn alone, to the bit on
-a processor: all see the same batches, and what one draws at random follows from its own seed. They are interrupted and
-resumed together; one whose saved state is of a later step than the others' is left as it is until they reach that step.
+Each module has a trainer of its own (weights, optimizer, state, log), and learns what it would learn alone, to the bit
+on a processor: all see the same batches, and what one draws at random follows from its own seed. They are interrupted
+and resumed together; one whose saved state is of a later step than the others' is left as it is until they reach it.
 """
 
 from __future__ import annotations

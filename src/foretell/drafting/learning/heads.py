@@ -138,10 +138,14 @@ class GuessingHeads(Trainable):
             weights_KP = self.dynamic_weights(x_KPd, targets_PK)
         else:
             weights_KP = torch.tensor([[self.decay ** (k + 1)] for k in range(self.heads)], device=live_KP.device)
-        total, means_K = self.mean_losses(batch, x_KPd, targets_PK, sources_P, weights_KP)
-        terms = [mean for mean, learns in zip(means_K, live_KP.any(1).tolist(), strict=True) if learns]
-        terms[0] = terms[0] + (total - total.detach())  # the gradient of all heads, which is computed at once
-        return {f"head {k}": term for k, term in enumerate(terms, start=1)}
+        totals, means_K = self.mean_losses(batch, x_KPd, targets_PK, sources_P, weights_KP)
+        terms = list(means_K)
+        for k, total in enumerate(
+            totals
+        ):  # one for all heads, whose gradient is computed at once; the first has targets
+            terms[k] = terms[k] + (total - total.detach())
+        learns_K = live_KP.any(1).tolist()
+        return {f"head {k}": term for k, term in enumerate(terms, start=1) if learns_K[k - 1]}
 
     def dynamic_weights(self, x_KPd: Tensor, targets_PK: Tensor) -> Tensor:
         """Weights of every head at every position, [K, P]: another pass over the logits, before the losses'."""
@@ -152,7 +156,7 @@ class GuessingHeads(Trainable):
 
     def mean_losses(
         self, batch: TrainingBatch, x_KPd: Tensor, targets_PK: Tensor, sources_P: Tensor, weights_KP: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[list[Tensor], Tensor]:
         """The loss of each head, averaged over the positions that have a token to guess.
 
         Heads that share an output matrix are multiplied by it at once.
@@ -161,22 +165,23 @@ class GuessingHeads(Trainable):
             weights_KP: how much each head counts at each position, or [K, 1].
 
         Returns:
-            The weighted sum of all averages; the averages without weight and gradient, [K].
+            The weighted averages, summed over heads that share an output matrix; the averages without weight and
+            gradient, [K].
         """
         live_KP = targets_PK.T >= 0
         counts_K = live_KP.sum(1).clamp(min=1)
         scale_KP = (weights_KP / counts_K[:, None]).expand(live_KP.shape)
         ids_KPm, p_KPm = self.aims(batch, targets_PK, sources_P)
-        total, losses_KP = x_KPd.new_zeros(()), torch.zeros(live_KP.shape, device=x_KPd.device)
+        totals, losses_KP = list[Tensor](), torch.zeros(live_KP.shape, device=x_KPd.device)
         for heads in [slice(k, k + 1) for k in range(self.heads)] if self.output == "own" else [slice(None)]:
             x_Pd, ids_Pm, p_Pm, scale_P = (each[heads].flatten(0, 1) for each in (x_KPd, ids_KPm, p_KPm, scale_KP))
             kept = learnt_rows(p_Pm)
-            part, losses_P = draft_loss(
+            total, losses_P = draft_loss(
                 x_Pd[kept], self.head(heads.start or 0), ids_Pm[kept], p_Pm[kept], scale_P[kept], self.acceptance
             )
-            total = total + part
+            totals.append(total)
             losses_KP[heads].view(-1)[kept] = losses_P
-        return total, losses_KP.sum(1) / counts_K + self.acceptance  # what cannot be accepted counts as rejected
+        return totals, losses_KP.sum(1) / counts_K + self.acceptance  # what cannot be accepted counts as rejected
 
     def aims(self, batch: TrainingBatch, targets_PK: Tensor, sources_P: Tensor) -> tuple[Tensor, Tensor]:
         """Returns what each head should guess: ids in the draft vocabulary and their probabilities, [K, P, m]."""
