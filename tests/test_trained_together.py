@@ -397,4 +397,4 @@ def test_two_processes_never_write_to_one_folder(llm: LLM, data: Path, tmp_path:
         pytest.raises(UsageError, match="Another process is writing to .*hydra; wait until it is done"),
     ):
         recipe.run_all(jobs(tmp_path, ["kangaroo", "hydra"]), llm, data, settings=SHORT)
-    recipe.run_all(jobs(tmp_path, ["hydra"]), llm, data, settings=Settings(epochs=0))
+    recipe.run_all(jobs(tmp_path, ["hydra"]), llm, data, settings=SHORT)

@@ -92,7 +92,7 @@ def _size(trainer: Trainer, indices: Sequence[int]) -> int:
 
 
 def _refusal(trainer: Trainer, indices: Sequence[int]) -> tuple[str, str]:
-    """What a batch is called where it does not fit into memory, and the remedy."""
+    """Returns what a batch is called where it does not fit into memory, and the remedy."""
     size = _size(trainer, indices)
     if len(indices) == 1:
         return f"A conversation of {size} tokens", "distill shorter ones (`max_new_tokens=`), and train on them alone"
