@@ -11,15 +11,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_medusa import VOCAB, backbone_of, batch_of
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from trainables import trainable
 
 from foretell.drafters.hydra.drafter import Hydra, HydraPlus
 from foretell.drafters.medusa import Medusa
 from foretell.drafting.learning import heads, losses
-from foretell.drafting.learning.losses import CHUNK, SMOOTHING, chunk_size, draft_loss, dynamic_weights, probabilities
+from foretell.drafting.learning.losses import (
+    MIN_CHUNK,
+    SMOOTHING,
+    chunk_size,
+    draft_loss,
+    dynamic_weights,
+    probabilities,
+)
 from foretell.drafting.learning.number_types import multiply_in
+from foretell.drafting.learning.student import divergence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Products(TorchDispatchMode):
+    """Counts products of matrices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ == "mm"
+        return func(*args, **(kwargs or {}))
 
 
 def twin(x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor, acceptance: float) -> Tensor:
@@ -73,11 +92,12 @@ def test_the_chunked_loss_and_its_gradient_are_the_plain_ones(
 
 
 @pytest.mark.parametrize("acceptance", [0.0, 0.9])
-@pytest.mark.parametrize("rows", [CHUNK - 1, CHUNK, 2 * CHUNK + 7])
+@pytest.mark.parametrize("rows", [MIN_CHUNK - 1, MIN_CHUNK, 3 * MIN_CHUNK + 7, 2048])
 def test_chunks_of_any_size_give_the_same(rows: int, acceptance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    for chunk in (CHUNK, 100, 10_000):
-        monkeypatch.setattr(losses, "CHUNK", chunk)
+    for chunk in (MIN_CHUNK, 100, 10_000):
+        monkeypatch.setitem(losses.LOGITS, "cpu", 30 * chunk)
+        assert chunk_size(30, torch.device("cpu")) == chunk
         x, weight, ids, p, counts = numbers(rows, 30, 4, 1)
         x.requires_grad_()
         weight.requires_grad_()
@@ -89,12 +109,39 @@ def test_chunks_of_any_size_give_the_same(rows: int, acceptance: float, monkeypa
         torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-4)
 
 
-def test_a_gpu_multiplies_more_positions_at_once() -> None:
+def test_logits_that_exist_at_once_are_bounded() -> None:
     gpu, processor = torch.device("cuda"), torch.device("cpu")
     assert chunk_size(12288, gpu) == 8192
     assert chunk_size(49152, gpu) == 2048
-    assert chunk_size(1 << 20, gpu) == CHUNK
-    assert chunk_size(12288, processor) == chunk_size(30, processor) == CHUNK
+    assert chunk_size(12288, processor) == 2048
+    assert chunk_size(49152, processor) == 512
+    assert chunk_size(1 << 21, gpu) == chunk_size(1 << 19, processor) == MIN_CHUNK
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.9])
+def test_nothing_is_multiplied_for_gradients_that_nobody_asks_for(
+    acceptance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, ids, p, counts = numbers(70, 30, 4, 1)
+    x.requires_grad_()
+    weight.requires_grad_()
+    with multiply_in("float32"):
+        asked = draft_loss(x, weight, ids, p, counts, acceptance)
+        kl = divergence(x, weight.detach(), ids[:, :1], p[:, :1])
+        monkeypatch.setattr(losses, "_slope", None)
+        with torch.no_grad(), Products() as spy:
+            found = draft_loss(x, weight, ids, p, counts, acceptance)
+            assert spy.count == 1
+            assert torch.equal(divergence(x, weight.detach(), ids[:, :1], p[:, :1]), kl)
+            assert spy.count == 2
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, asked, strict=True))
+
+
+@pytest.mark.usefixtures("in_float32")
+def test_a_head_without_tokens_leaves_the_names_of_the_others() -> None:
+    """Head 2 guesses the token three ahead, and the model wrote every second one."""
+    batch = batch_of([[1, 2, 3, 4, 5, 6]], [[False, False, False, True, False, True]])
+    assert list(rejecting(0.0).losses(batch)) == ["head 1", "head 3"]
 
 
 def test_the_acceptance_is_how_often_a_drawn_guess_is_accepted() -> None:
@@ -187,9 +234,10 @@ def test_dynamic_weights_are_the_slopes_of_the_accepted_length(heads_K: list[tup
     assert found.tolist() == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [4, CHUNK])
+@pytest.mark.parametrize("chunk", [4, 2048])
 def test_the_probability_of_a_token_at_each_position(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CHUNK", chunk)
+    monkeypatch.setattr(losses, "MIN_CHUNK", chunk)
+    monkeypatch.setitem(losses.LOGITS, "cpu", 1)
     x_Pd, weight_Vd, ids_Pm, *_ = numbers(11, 30, 1, 0)
     index_P = torch.where(torch.arange(11) % 3 > 0, ids_Pm[:, 0], -1)
     q_PV = (x_Pd.double() @ weight_Vd.double().T).softmax(-1)

@@ -305,7 +305,8 @@ def test_a_short_conversation_teaches_only_the_heads_that_it_reaches() -> None:
 @pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("vocabulary", [6, 40])
 def test_what_would_have_been_guessed_position_by_position(vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CHUNK", 4)
+    monkeypatch.setattr(losses, "MIN_CHUNK", 4)
+    monkeypatch.setitem(losses.LOGITS, "cpu", 1)
     module = random_heads(backbone_of(), 3, 1, "own", vocabulary)
     generator = torch.Generator().manual_seed(3)
     tokens = [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in (9, 5, 12)]

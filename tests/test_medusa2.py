@@ -28,8 +28,8 @@ from foretell.contracts import FINAL_NORM
 from foretell.drafters.medusa import Medusa
 from foretell.drafters.medusa2 import RISE, JointHeads, Medusa2
 from foretell.drafting import checkpoint
+from foretell.drafting.learning import losses
 from foretell.drafting.learning.finetune import ADAPTED, causal
-from foretell.drafting.learning.losses import CHUNK
 from foretell.drafting.learning.student import MIN_PROBABILITY, divergence
 from foretell.drafting.learning.trainable import Trainable, TrainingBatch
 from foretell.errors import ForetellError, UsageError
@@ -187,9 +187,10 @@ def test_the_backbones_loss_is_the_divergence_written_out(
     assert held(module, batch) == pytest.approx(sum(terms) / len(terms), rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize("positions", [3, CHUNK + 5])
-def test_the_divergence_has_the_gradient_that_autograd_finds(positions: int) -> None:
+@pytest.mark.parametrize("positions", [3, 2 * losses.MIN_CHUNK + 5])
+def test_the_divergence_has_the_gradient_that_autograd_finds(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own is made with the logits at hand, in bfloat16; the twin is the formula, in float64."""
+    monkeypatch.setitem(losses.LOGITS, "cpu", 1)
     torch.manual_seed(0)
     weight_Vd, x_Pd = torch.randn(VOCAB, 16), torch.randn(positions, 16)
     p_Pm, ids_Pm = (torch.randn(positions, VOCAB)).softmax(-1).topk(TEACHER)

@@ -397,6 +397,12 @@ def refused(ran: Ran, code: int, sentence: str) -> None:
         ("medusa", ["--batch-tokens", "0"], 2, "batch_tokens is 0"),
         ("medusa", ["--held-out", "0.9"], 2, "held_out is 0.9"),
         ("medusa", ["--out", "{file}"], 1, "annot write to .*file"),
+        ("medusa", ["--epochs", "0"], 2, "--epochs 0 trains nothing; name with --start a drafter to measure, or train"),
+        ("medusa", ["hydra", "medusa:heads=2"], 2, "medusa is named twice; train each method once, or once more with"),
+        ("medusa", ["hydra:heads"], 2, "'hydra:heads' has 'heads', which is not key=value; write, say, hydra:draft_v"),
+        ("medusa", ["hydra:heads=2,=3"], 2, "'hydra:heads=2,=3' has '=3', which is not key=value"),
+        ("medusa", ["hydra", "--out", "{empty}"], 2, r"empty holds other things \(conversations.jsonl, distill.json\)"),
+        ("medusa", ["hydra", "--out", "{finished}"], 2, "finished holds a drafter, or a run .*; choose another --out"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -406,7 +412,8 @@ def test_mistakes_are_one_line(
     empty = ConversationStore.create(tmp_path / "empty", {"model": "m", "fingerprint": "f", "settings": {}})
     empty.append(0, ["too long"])
     (tmp_path / "file").touch()
-    names = {"empty": str(tmp_path / "empty"), "file": str(tmp_path / "file")}
+    (tmp_path / "finished/drafter").mkdir(parents=True)
+    names = {name: str(tmp_path / name) for name in ("empty", "file", "finished")}
     before = files(Path(data))
     given = [argument.format(**names) for argument in arguments]
     refused(
@@ -416,6 +423,49 @@ def test_mistakes_are_one_line(
     )
     assert not (tmp_path / "out").exists()
     assert files(Path(data)) == before  # no features were computed in vain
+
+
+def test_what_memory_does_not_suffice_for_is_one_line(
+    foretell: Foretell, tiny: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory.")
+    given = command(tiny, data, tmp_path / "out", "--keep-features")
+    for where, name, sentence in (
+        (ComputedFeatures, "each", r"A pass of the backbone does not fit into .*; free some of it, or leave out --k"),
+        (Trainer, "learn", r"A batch of \d+ tokens does not fit into .*; train with --batch-tokens \d+, --acc"),
+        (Trainer, "evaluate", r"The measuring of the drafter does not fit into .*; free some of it, and do the same"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(where, name, once(getattr(where, name), 1, error=error))
+            ran = foretell(*given)
+        assert ran.code == 2
+        assert re.fullmatch(rf"error: {sentence}.*", ran.err.splitlines()[-1]), ran.err
+        assert "Traceback" not in ran.err
+    assert foretell(*given).code == 0
+
+
+def test_no_epochs_measure_what_training_would_start_with(
+    foretell: Foretell, tiny: str, data: str, trained: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    ours = ["-m", tiny, *TINY, "--data", data, "--out", str(tmp_path / "out"), "--epochs", "0", "--no-cache"]
+    ran = foretell("train", "medusa", *ours, "--start", str(trained / "drafter"))
+    assert ran.code == 0, ran.err
+    assert not [each for each in recwarn if "legend" in str(each.message) or "artists" in str(each.message).lower()]
+    found, tensors = checkpoint.load(tmp_path / "out/drafter")
+    before, learnt = checkpoint.load(trained / "drafter")
+    assert torch.equal(tensors["weight.0"], learnt["weight.0"])
+    assert found.tokens_per_step == before.tokens_per_step
+    assert "--no-cache" not in foretell("train", "--help").out
+
+
+def test_several_methods_share_a_folder(foretell: Foretell, tiny: str, data: str, tmp_path: Path) -> None:
+    few = ["-m", tiny, *TINY, "--data", data, "--out", str(tmp_path / "out"), "--epochs", "1", "--lr", "0.01"]
+    for methods in (["medusa:heads=2", "hydra"], ["medusa:heads=2", "hydra"], ["kangaroo:exit=1", "hydra++"]):
+        ran = foretell("train", *methods, *few)
+        assert ran.code == 0, ran.err
+    made = sorted(path.name for path in (tmp_path / "out").glob("*"))
+    assert made == ["hydra", "hydra++", "kangaroo", "medusa"]
+    assert checkpoint.load(tmp_path / "out/medusa/drafter")[0].arch["heads"] == 2
 
 
 def test_training_does_without_plots(

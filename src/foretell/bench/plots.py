@@ -36,7 +36,8 @@ def training_curves(log: Path, out: Path) -> None:
     axes[2].set(title="held-out tokens per step", xlabel="nodes of the tree", ylabel="by replay")
     for axis in axes:
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        if axis.get_legend_handles_labels()[0]:  # a training of no epochs has no steps
+            axis.legend(fontsize=7)
     figure.tight_layout()
     with write_errors(out.parent):
         figure.savefig(out, dpi=130)

@@ -11,7 +11,7 @@ import typer
 
 from foretell.cli.options import Base, Training
 from foretell.cli.terminal import command_line, interruptible, job_progress, note
-from foretell.errors import ForetellError
+from foretell.errors import ForetellError, UsageError
 
 if TYPE_CHECKING:
     from foretell.train.recipe import Job, Run, Trained
@@ -44,6 +44,9 @@ def train(
     keep_features: Annotated[
         bool,
         typer.Option("--keep-features", help="Compute the model's states once and keep them beside the data (GBs)."),
+    ] = False,
+    _no_cache: Annotated[
+        bool, typer.Option("--no-cache", hidden=True, help="Published once, and what happens without --keep-features.")
     ] = False,
     other_model: Annotated[bool, typer.Option("--other-model", help="Allow data that another model wrote.")] = False,
     start: Annotated[
@@ -82,12 +85,21 @@ def train(
 def _jobs(methods: list[str], out: Path, shared: list[str], start: str) -> list[Job]:
     """Returns a job for each method, which its own options may follow, `start` among them."""
     from foretell.drafting.options import pairs
+    from foretell.train.checks import check_shared_out
     from foretell.train.recipe import Job
 
-    jobs = []
-    for spec in methods:
-        method, _, text = spec.partition(":")
-        own = pairs(text.split(",") if text else [])
+    names, jobs = [spec.partition(":")[0] for spec in methods], list[Job]()
+    if twice := [name for at, name in enumerate(names) if name in names[:at]]:
+        raise UsageError(f"{twice[0]} is named twice; train each method once, or once more with another `out=`.")
+    if len(methods) > 1:
+        check_shared_out(out)
+    for method, spec in zip(names, methods, strict=True):
+        settings = [each for each in spec.partition(":")[2].split(",") if each]
+        if wrong := [each for each in settings if "=" not in each[1:]]:
+            raise UsageError(
+                f"{spec!r} has {wrong[0]!r}, which is not key=value; write, say, {method}:draft_vocab=8192."
+            )
+        own = pairs(settings)
         begun_with = str(own.pop("start", start))
         folder = out / method if len(methods) > 1 else out
         jobs.append(Job(method=method, out=folder, options=pairs(shared) | own, start=begun_with))

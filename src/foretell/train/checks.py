@@ -56,6 +56,16 @@ def check_out(out: Path, method: str) -> None:
         )
 
 
+def check_shared_out(out: Path) -> None:
+    """Refuses a folder for several drafters that is one drafter's own, or holds more than folders of drafters."""
+    with write_errors(out):
+        names = [path.name for path in _visible(out)]
+    if {"drafter", "run"} & {*names}:
+        raise UsageError(f"{out} holds a drafter, or a run that makes one; choose another `out=` for several methods.")
+    if others := sorted({*names}.difference(trainable_methods())):
+        raise UsageError(f"{out} holds other things ({', '.join(others[:3])}); choose another `out=`.")
+
+
 def _visible(folder: Path) -> list[Path]:
     """The contents of a folder, if it is one, without locks and what an interruption left."""
     return sorted(path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []

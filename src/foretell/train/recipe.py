@@ -9,7 +9,8 @@
 `run` takes four steps, which may be called one by one: `begin` refuses what cannot work, locks the folder and resumes a
 run that was interrupted there; `Run.prepare` computes the features that are to be kept; `Run.train` trains;
 `Run.publish` measures the drafter and writes it. `run_all` and `begin_all` train several drafters at once: the
-backbone, most of the work, then runs once for all of them, and each learns what it would learn alone.
+backbone, most of the work, then runs once for all of them, and each learns what it would learn alone, to the bit on a
+processor.
 
     heads/run                     the trainer's state and log
     heads/drafter                 the drafter (`drafting.checkpoint`)
@@ -113,7 +114,8 @@ def run(
     other_model: bool = False,
     progress: Callable[[str, int, int], None] = quiet,
 ) -> Trained:
-    """Trains a drafter. The same call resumes a run that was interrupted, and ends with the same drafter.
+    """Trains a drafter. The same call resumes a run that was interrupted, and ends with the same drafter (to the bit
+    on a processor).
 
     Args:
         method, out, options, start: see `Job`.
@@ -136,7 +138,9 @@ def run_all(
     other_model: bool = False,
     progress: Callable[[str, int, int], None] = quiet,
 ) -> list[Trained]:
-    """Trains several drafters at once, each as if it were alone. The same call resumes a run that was interrupted.
+    """Trains several drafters at once, each as if it were alone, to the bit on a processor.
+
+    The same call resumes a run that was interrupted.
 
     Args:
         model: the model to draft for, or its name.

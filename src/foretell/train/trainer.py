@@ -1,7 +1,7 @@
 """One module in training, of any method: a `Trainable` turns a batch into loss terms, and the trainer adds them up.
 
 AdamW, warm-up, cosine decay, gradient accumulation. The batches and the random draws of a step follow from the seed and
-the step's number alone, so that a resumed run ends with the weights of a run that was never interrupted: to the bit on
+the step's number alone, so that a resumed run ends with the weights of a run that was never interrupted, to the bit on
 a processor. For the same reason it keeps the number type that it multiplied in first, unless this machine is much
 slower at it.
 

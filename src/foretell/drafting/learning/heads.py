@@ -74,7 +74,7 @@ def evenly_spread(taps: int, backbone: Backbone) -> list[int]:
 def learnt_rows(p_Pm: Tensor) -> Tensor | slice:
     """Selects the positions with a target in the draft vocabulary; on a GPU all, for the others have no gradient.
 
-    It multiplies the few others sooner than the processor would know their number.
+    Counting them would wait for the GPU, which takes longer than multiplying them.
     """
     return slice(None) if p_Pm.is_cuda else p_Pm.sum(1) > 0
 
@@ -140,9 +140,7 @@ class GuessingHeads(Trainable):
             weights_KP = torch.tensor([[self.decay ** (k + 1)] for k in range(self.heads)], device=live_KP.device)
         totals, means_K = self.mean_losses(batch, x_KPd, targets_PK, sources_P, weights_KP)
         terms = list(means_K)
-        for k, total in enumerate(
-            totals
-        ):  # one for all heads, whose gradient is computed at once; the first has targets
+        for k, total in enumerate(totals):  # one of all heads that share an output matrix; the first has targets
             terms[k] = terms[k] + (total - total.detach())
         learns_K = live_KP.any(1).tolist()
         return {f"head {k}": term for k, term in enumerate(terms, start=1) if learns_K[k - 1]}

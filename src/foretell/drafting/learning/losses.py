@@ -13,11 +13,13 @@ from torch import Tensor
 from foretell.drafting.learning.number_types import number_type
 from foretell.drafting.learning.trainable import TrainingBatch
 
-CHUNK, ROWS = 2048, 64
-"""Positions whose logits exist at once on a processor: fewer would add up the gradient of the output matrix more often.
-And positions of which the softmax is taken at once: their logits stay in its caches."""
-GPU_LOGITS = 8192 * 12288
-"""Logits that exist at once on a GPU, 400 MB in float32: smaller products would leave much of it idle."""
+LOGITS = {"cpu": 2048 * 12288, "cuda": 8192 * 12288}
+"""Logits that exist at once, 100 or 400 MB in float32. With fewer, a processor would add up the gradient of the output
+matrix more often, and much of a GPU would be idle."""
+MIN_CHUNK = 64
+"""Positions whose logits exist at once, at least, however many outputs there are."""
+ROWS = 64
+"""Positions of which a processor takes the softmax at once, so that their logits stay in its caches."""
 
 SMOOTHING = 0.5
 """The α of D-PACE, as published."""
@@ -25,7 +27,7 @@ SMOOTHING = 0.5
 
 def chunk_size(outputs: int, device: torch.device) -> int:
     """Positions whose logits, `outputs` each, exist at once on this device."""
-    return max(CHUNK, GPU_LOGITS // outputs) if device.type == "cuda" else CHUNK
+    return max(MIN_CHUNK, LOGITS[device.type] // outputs)
 
 
 def whole_p(ids_Pm: Tensor, p_Pm: Tensor) -> Tensor:
@@ -34,58 +36,64 @@ def whole_p(ids_Pm: Tensor, p_Pm: Tensor) -> Tensor:
     return (same_Pmm * p_Pm[:, None]).sum(-1) * ~same_Pmm.tril(-1).any(-1)
 
 
-def _slope(
-    logits_PV: Tensor, ids_Pm: Tensor, p_Pm: Tensor, scale_P: Tensor, acceptance: float
-) -> tuple[Tensor, Tensor]:
-    """The gradient of scale · loss in the logits, [P, V] float32, and the loss at each position."""
-    q_PV = torch.softmax(logits_PV, -1, dtype=torch.float32)
+def _losses(q_PV: Tensor, ids_Pm: Tensor, p_Pm: Tensor, acceptance: float) -> Tensor:
+    """The loss at each position, [P]; see `draft_loss`."""
     q_Pm = q_PV.gather(-1, ids_Pm)
     loss_P = (acceptance - 1) * (p_Pm * q_Pm.clamp(min=torch.finfo(torch.float32).tiny).log()).sum(-1)
-    # the slope is q · mass - pull. For the cross-entropy, mass is Σ p and pull is p; for what is rejected, q stands in
-    # the place of p, and 0 where q exceeds it already
-    mass_P, pull_Pm = p_Pm.sum(-1), p_Pm
     if acceptance:
-        whole_Pm = whole_p(ids_Pm, p_Pm)
-        loss_P -= acceptance * torch.minimum(whole_Pm, q_Pm).sum(-1)
-        lacking_Pm = q_Pm * (q_Pm < whole_Pm)
-        mass_P = (1 - acceptance) * mass_P + acceptance * lacking_Pm.sum(-1)
-        pull_Pm = (1 - acceptance) * p_Pm + acceptance * lacking_Pm
-    slope_PV = q_PV.mul_((mass_P * scale_P)[:, None]).scatter_add_(-1, ids_Pm, -pull_Pm * scale_P[:, None])
-    return slope_PV, loss_P
+        loss_P -= acceptance * torch.minimum(whole_p(ids_Pm, p_Pm), q_Pm).sum(-1)
+    return loss_P
+
+
+def _slope(q_PV: Tensor, ids_Pm: Tensor, p_Pm: Tensor, scale_P: Tensor, acceptance: float) -> Tensor:
+    """The gradient of scale · loss in the logits, [P, V], in the place of the probabilities q.
+
+    In the logit of token v it is q_v Σ a - a_v. Of the cross-entropy, a is p; of -Σ min(p, q), a is q where q < p, else
+    0.
+    """
+    pull_Pm = p_Pm
+    if acceptance:
+        q_Pm = q_PV.gather(-1, ids_Pm)
+        pull_Pm = (1 - acceptance) * p_Pm + acceptance * q_Pm * (q_Pm < whole_p(ids_Pm, p_Pm))
+    pull_Pm = pull_Pm * scale_P[:, None]
+    return q_PV.mul_(pull_Pm.sum(-1, keepdim=True)).scatter_add_(-1, ids_Pm, -pull_Pm)
 
 
 class _DraftLoss(torch.autograd.Function):
-    """Gradients are computed with each chunk's logits."""
+    """Gradients are computed with each chunk's logits, if the module `learns`; inside, autograd is always disabled."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor, scale_P: Tensor, acceptance: float
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor, scale_P: Tensor, acceptance: float,
+        learns: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         dtype, chunk = number_type(x_Pd.device), chunk_size(len(weight_Vd), x_Pd.device)
         rounded_Pd, weight = x_Pd.to(dtype), weight_Vd.to(dtype)
-        grad_x, losses_P = torch.empty_like(x_Pd), torch.empty_like(scale_P)
-        grad_weight = torch.zeros_like(weight_Vd) if ctx.needs_input_grad[1] else None
+        losses_P = torch.empty_like(scale_P)
+        grad_x = torch.empty_like(x_Pd) if learns else None
+        grad_weight = torch.zeros_like(weight_Vd) if learns and ctx.needs_input_grad[1] else None
         for at in range(0, len(x_Pd), chunk):
             x = rounded_Pd[at : at + chunk]
             logits = x @ weight.T
             rows = len(x) if x.is_cuda else ROWS
             for begin in range(0, len(x), rows):
                 part = slice(at + begin, at + min(begin + rows, len(x)))
-                slope, losses_P[part] = _slope(
-                    logits[begin : begin + rows], ids_Pm[part], p_Pm[part], scale_P[part], acceptance
-                )
-                logits[begin : begin + rows] = slope  # in their place
-            grad_x[at : at + chunk] = logits @ weight
+                q_PV = torch.softmax(logits[begin : begin + rows], -1, dtype=torch.float32)
+                losses_P[part] = _losses(q_PV, ids_Pm[part], p_Pm[part], acceptance)
+                if grad_x is not None:  # the slope takes the place of the logits
+                    logits[begin : begin + rows] = _slope(q_PV, ids_Pm[part], p_Pm[part], scale_P[part], acceptance)
+            if grad_x is not None:
+                grad_x[at : at + chunk] = logits @ weight
             if grad_weight is not None:
                 grad_weight += logits.T @ x
-        ctx.save_for_backward(grad_x, *(() if grad_weight is None else (grad_weight,)))
+        ctx.save_for_backward(*(each for each in (grad_x, grad_weight) if each is not None))
         ctx.mark_non_differentiable(losses_P)
         return (losses_P * scale_P).sum(), losses_P
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, *rest = ctx.saved_tensors
-        return grads[0] * grad_x, grads[0] * rest[0] if rest else None, None, None, None, None
+        return grads[0] * grad_x, grads[0] * rest[0] if rest else None, None, None, None, None, None
 
 
 def draft_loss(
@@ -103,7 +111,7 @@ def draft_loss(
             loss and is never accepted.
         scale_P: how much each position counts; it has no gradient.
     """
-    return _DraftLoss.apply(x_Pd, weight_Vd, ids_Pm, p_Pm, scale_P, acceptance)
+    return _DraftLoss.apply(x_Pd, weight_Vd, ids_Pm, p_Pm, scale_P, acceptance, torch.is_grad_enabled())
 
 
 @torch.no_grad()

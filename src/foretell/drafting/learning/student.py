@@ -107,7 +107,7 @@ class _Divergence(torch.autograd.Function):
     """Gradients are computed with each chunk's logits, as in `losses.draft_loss`."""
 
     @staticmethod
-    def forward(ctx: Any, x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor) -> Tensor:
+    def forward(ctx: Any, x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor, learns: bool) -> Tensor:
         assert not ctx.needs_input_grad[1]  # the output matrix is frozen
         p_Pm = p_Pm.float() / p_Pm.float().sum(-1, keepdim=True).clamp(min=1.0)  # rounded, they may add up to more
         rest_p_P = (1 - p_Pm.sum(-1)).clamp(min=MIN_PROBABILITY)
@@ -120,12 +120,14 @@ class _Divergence(torch.autograd.Function):
             top = (x.float()[:, None] * weight_Vd[ids].float()).sum(-1)
             logits = (x.to(dtype) @ weight.T).float().scatter_(-1, ids, -torch.inf)
             largest = logits.amax(-1, keepdim=True)
-            shares = logits.sub_(largest).exp_()  # in place: a chunk's logits are 100 MB
+            shares = logits.sub_(largest).exp_()  # in place: a chunk's logits are large (`losses.LOGITS`)
             sums = shares.sum(-1)
             rest = largest[:, 0] + sums.log()
             total_logits = torch.logaddexp(top.logsumexp(-1), rest)
             total += (torch.xlogy(p, p) - p * (top - total_logits[:, None])).sum()
             total += (rest_p * (rest_p.log() - (rest - total_logits))).sum()
+            if not learns:
+                continue
             mass = p.sum(-1) + rest_p
             of_rest = (rest - total_logits).exp() * mass - rest_p  # slope of the loss in `rest`, spread by share
             slope = shares.mul_((of_rest / sums)[:, None])
@@ -136,7 +138,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0] * ctx.saved_tensors[0], None, None, None
+        return grads[0] * ctx.saved_tensors[0], None, None, None, None
 
 
 def divergence(x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor) -> Tensor:
@@ -145,4 +147,4 @@ def divergence(x_Pd: Tensor, weight_Vd: Tensor, ids_Pm: Tensor, p_Pm: Tensor) ->
     Args:
         ids_Pm, p_Pm: the teacher's tokens, all different, and their probabilities.
     """
-    return _Divergence.apply(x_Pd, weight_Vd, ids_Pm, p_Pm)
+    return _Divergence.apply(x_Pd, weight_Vd, ids_Pm, p_Pm, torch.is_grad_enabled())

@@ -94,7 +94,7 @@ class Trainable(nn.Module):
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """Returns named scalar terms, whose sum is minimized; {} if nothing is supervised.
 
-        A term of another weight is `losses.weighed`.
+        Terms are logged as they are; `losses.weighed` gives one another weight in the gradient alone.
         """
 
     @abstractmethod
