@@ -115,6 +115,7 @@ def test_an_append_cut_anywhere_leaves_what_was_there_before(tmp_path: Path, las
         b'{"line": 0, "tokens": [1, 2], "answers": [[2, 1]]}', b'{"line": 0, "tokens": [1, 2], "answers": [[0, 3]]}',
         b'{"line": 0, "tokens": [1, 2], "answers": [[-1, 1]]}', b'{"line": 0, "tokens": [], "answers": []}',
         b'{"line": 0, "tokens": [1.5], "answers": [[0, 1]]}', b'{"line": 0, "tokens": [-3], "answers": [[0, 1]]}',
+        b'{"line": Infinity, "tokens": [1], "answers": [[0, 1]]}', b"[" * 100_000, b'{"line": 0, "tok\xff": 1}',
         b'{"line": "x", "tokens": [1], "answers": [[0, 1]]}', b'{"line": 0, "tokens": 3, "answers": [[0, 1]]}',
     ],
 )  # fmt: skip

@@ -1,10 +1,12 @@
 """`foretell train`: from data to a drafter that decodes, interrupted and taken up again, and every mistake one line."""
 
 import json
+import lzma
 import re
 import shlex
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -466,6 +468,195 @@ def test_several_methods_share_a_folder(foretell: Foretell, tiny: str, data: str
     made = sorted(path.name for path in (tmp_path / "out").glob("*"))
     assert made == ["hydra", "hydra++", "kangaroo", "medusa"]
     assert checkpoint.load(tmp_path / "out/medusa/drafter")[0].arch["heads"] == 2
+
+
+@pytest.mark.parametrize(
+    ("methods", "more", "sentence"),
+    [
+        (["medusa", "plain"], [], "Drafter 'plain' has nothing to train"),
+        (["medusa", "hydra "], [], "Unknown drafter 'hydra ': did you mean 'hydra'"),
+        (["medusa,hydra"], [], "Unknown drafter 'medusa,hydra': did you mean 'medusa'"),
+        (["medusa", "heads=2"], [], "Unknown drafter 'heads=2'"),
+        ([":heads=2"], [], "Unknown drafter '': the drafters are"),
+        (
+            ["medusa", "hydra", "medusa"],
+            [],
+            "medusa is named twice; train each method once, or once more with another --out",
+        ),
+        (["medusa:heads=2", "medusa:heads=3"], [], "medusa is named twice"),
+        (["hydra", "medusa:heads"], [], "'heads', which is not key=value"),
+        (["hydra", "medusa:heads=2,,layers=1"], [], "'', which is not key=value"),
+        (["hydra", "medusa:head=2"], [], "medusa training has no option 'head'; did you mean 'heads'"),
+        (["hydra", "medusa:heads=2:layers=1"], [], "Option 'heads' of medusa training is '2:layers=1'; it must be a"),
+        (["medusa", "medusa2"], ["-o", "rank=2"], "medusa training has no option 'rank'"),  # -o is of all of them
+        (["hydra", "medusa:start=./nowhere"], [], "There is no folder ./nowhere; begin with the folder of a drafter"),
+        (["hydra", "medusa:start=hydra"], [], "No hydra drafter comes with foretell for this model"),
+        (
+            ["hydra", "kangaroo:start={trained}"],
+            [],
+            "is a medusa drafter, with which kangaroo cannot begin; begin with",
+        ),
+        (["hydra", "layerskip:start={trained}"], [], "is a medusa drafter, with which layerskip cannot begin"),
+        (["hydra", "medusa"], ["--out", "{file}"], "annot write to .*file"),
+        (["hydra", "medusa"], ["--out", "{trained}/.."], r"medusa/run holds a run with .*epochs 8\.0 \(not 4\.0\)"),
+    ],
+)
+def test_mistakes_in_several_methods_are_one_line(
+    foretell: Foretell, tiny: str, data: str, trained: Path, tmp_path: Path, methods: list[str], more: list[str],
+    sentence: str,
+) -> None:  # fmt: skip
+    (tmp_path / "file").touch()
+    given = [argument.format(trained=trained, file=tmp_path / "file") for argument in more]
+    several = [method.format(trained=trained) for method in methods]
+    before = files(trained)
+    ran = foretell("train", *several, "-m", tiny, *TINY, "--data", data, "--out", str(tmp_path / "out"), *given)
+    refused(ran, 1 if "file" in sentence else 2, sentence)
+    assert not (tmp_path / "out").exists()
+    assert files(trained) == before
+
+
+def test_two_methods_at_once_from_data_to_drafters_that_decode(
+    foretell: Foretell, tiny: str, prompts: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ("--epochs", "8", "--batch-tokens", "300", "--lr", "0.01", "-o", "draft_vocab=100")
+    common = ["-m", tiny, *TINY, "--data", data, *few]
+    methods = {"medusa": "heads=3", "hydra++": "heads=2,linear_tail=true,fuse_prefix=true"}
+    for method, options in methods.items():
+        assert foretell("train", f"{method}:{options}", *common, "--out", str(tmp_path / "alone" / method)).code == 0
+    several = [f"{method}:{options}" for method, options in methods.items()]
+    out = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "update", once(Trainer.update, 6))  # the second's third
+        ran = foretell("train", *several, *common, "--out", str(out))
+    assert (ran.code, ran.out) == (130, "")
+    assert ran.err.endswith("interrupted; the same command goes on from here\n")
+    ran = foretell("train", *several, *common, "--out", str(out))
+    assert (ran.code, ran.out) == (0, ""), ran.err
+    assert re.search(r"^training medusa, hydra\+\+: ", ran.err, re.MULTILINE)
+    assert sorted(path.name for path in out.iterdir()) == ["hydra++", "medusa"]
+    for method in methods:
+        drafter, alone = out / method / "drafter", tmp_path / "alone" / method / "drafter"
+        assert (drafter / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
+        saved, truth = checkpoint.load(drafter)[0], checkpoint.load(alone)[0]
+        assert (saved.paths, saved.tokens_per_step) == (truth.paths, truth.tokens_per_step)
+        assert saved.provenance["together"] == list(methods)
+        assert (out / method / "curves.png").exists()
+        words = ["foretell", "chat", "--model", tiny, "--drafter", method, "-o", f"checkpoint={drafter}"]
+        assert f"The drafter is in {drafter}; use it with {shlex.join(words)}\n" in ran.err
+        assert f"\n{method}:\n" in ran.err
+        options = ["-m", tiny, *TINY, "--prompts", prompts, "-n", "40", "--json"]
+        plain = foretell("generate", *options).lines
+        ours = foretell(
+            "generate", *options, "-d", method, "-o", f"checkpoint={drafter}", "-o", "nodes=4", "--no-adapt"
+        )
+        assert ids_of(ours.lines) == ids_of(plain)
+        assert all(line["drafted"] for line in ours.lines)
+
+
+def test_no_epochs_measure_what_a_start_gives(
+    foretell: Foretell, tiny: str, data: str, trained: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    out = tmp_path / "out"
+    given = command(tiny, data, out, "--epochs", "0", "--start", str(trained))
+    for _ in range(2):  # and again: nothing is left to do
+        ran = foretell(*given)
+        assert (ran.code, ran.out) == (0, "")
+        assert "tokens per step on training text" in ran.err
+        assert not [str(each.message) for each in recwarn if "legend" in str(each.message)]
+        saved, tensors = checkpoint.load(out / "drafter")
+        before, theirs = checkpoint.load(trained / "drafter")
+        assert all(torch.equal(tensors[name], theirs[name]) for name in tensors.keys() | theirs.keys())
+        assert (saved.paths, saved.tokens_per_step) == (before.paths, before.tokens_per_step)
+    refused(
+        foretell(*command(tiny, data, out, "--start", str(trained))), 2, r"holds a run with epochs 0\.0 \(not 8\.0\)"
+    )
+
+
+def test_a_start_that_knows_more_tokens_than_are_asked_for(
+    foretell: Foretell, tiny: str, data: str, trained: Path, tmp_path: Path
+) -> None:
+    ran = foretell(*command(tiny, data, tmp_path / "out", "-o", "draft_vocab=99", "--start", str(trained)))
+    refused(ran, 2, "chooses from 100 tokens, more than draft_vocab=99; train with -o draft_vocab=100 or more")
+    assert not (tmp_path / "out").exists()
+    for enough in ("100", "101", "0"):
+        out = str(tmp_path / enough)
+        given = ("--epochs", "0", "-o", f"draft_vocab={enough}", "--start", str(trained), "--out", out)
+        assert foretell(*command(tiny, data, tmp_path / "out", *given)).code == 0
+
+
+def cut_short(content: bytes) -> bytes:
+    """One line in the midst ends early."""
+    lines = content.splitlines(keepends=True)
+    lines[3] = lines[3][:20] + b"\n"
+    return b"".join(lines)
+
+
+def joined_lines(content: bytes) -> bytes:
+    lines = content.splitlines()
+    return b"\n".join([*lines[:3], lines[3] + lines[4], *lines[5:]]) + b"\n"
+
+
+def zeros(content: bytes) -> bytes:
+    """A block that was never written."""
+    middle = len(content) // 2
+    return content[:middle] + bytes(100) + content[middle + 100 :]
+
+
+@pytest.mark.parametrize("damage", [cut_short, joined_lines, zeros])
+def test_data_that_is_damaged_in_its_midst_is_one_line(
+    foretell: Foretell, tiny: str, data: str, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    path = Path(data) / "conversations.jsonl"
+    path.write_bytes(damage(path.read_bytes()))
+    ran = foretell(*command(tiny, data, tmp_path / "out"))
+    refused(ran, 1, r"conversations\.jsonl, line \d is damaged; delete the line, and distill will answer it again")
+    assert not (tmp_path / "out").exists()
+
+
+def truncated(packed: bytes) -> bytes:
+    return packed[: len(packed) // 2]
+
+
+def flipped(packed: bytes) -> bytes:
+    middle = len(packed) // 2
+    return packed[:middle] + bytes([packed[middle] ^ 255]) + packed[middle + 1 :]
+
+
+def emptied(packed: bytes) -> bytes:
+    return b""
+
+
+@pytest.mark.parametrize("damage", [truncated, flipped, emptied])
+def test_packed_data_that_is_damaged_is_one_line(
+    foretell: Foretell, tiny: str, data: str, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    path = Path(data) / "conversations.jsonl"
+    packed = path.with_name("conversations.jsonl.xz")
+    packed.write_bytes(lzma.compress(path.read_bytes()))
+    path.unlink()
+    assert foretell(*command(tiny, data, tmp_path / "whole", "--epochs", "0")).code == 0
+    packed.write_bytes(damage(packed.read_bytes()))
+    ran = foretell(*command(tiny, data, tmp_path / "out"))
+    refused(ran, 1, r"conversations\.jsonl\.xz is damaged \(.*\); copy it again")
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_that_runs_out_is_one_line(
+    foretell: Foretell, tiny: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "learn", once(Trainer.learn, 3, error=error))
+        ran = foretell(*command(tiny, data, tmp_path / "out"))
+    sentence = "--batch-tokens 150, --accumulate 2 and another --out"
+    assert ran.code == 2
+    assert re.search(
+        rf"^error: A batch of 300 tokens does not fit into the memory of cpu \(CUDA out .*\); train with {sentence}\.$",
+        ran.err, re.MULTILINE,
+    )  # fmt: skip
+    assert "Traceback" not in ran.err
+    smaller = ("--batch-tokens", "150", "--accumulate", "2", "--out", str(tmp_path / "smaller"))
+    assert foretell(*command(tiny, data, tmp_path / "out", *smaller)).code == 0
 
 
 def test_training_does_without_plots(

@@ -94,7 +94,7 @@ def _jobs(methods: list[str], out: Path, shared: list[str], start: str) -> list[
     if len(methods) > 1:
         check_shared_out(out)
     for method, spec in zip(names, methods, strict=True):
-        settings = [each for each in spec.partition(":")[2].split(",") if each]
+        settings = text.split(",") if (text := spec.partition(":")[2]) else []
         if wrong := [each for each in settings if "=" not in each[1:]]:
             raise UsageError(
                 f"{spec!r} has {wrong[0]!r}, which is not key=value; write, say, {method}:draft_vocab=8192."

@@ -127,7 +127,7 @@ class ConversationStore:
                     raise ValueError("answers")
                 self.conversations.append(Distilled(number, tokens, spans))
             self.lines.add(number)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ForetellError(f"{where} is damaged; delete the line, and distill will answer it again.") from error
 
     def append(self, line: int, found: Iterable[Distilled | str]) -> None:
