@@ -420,6 +420,53 @@ def test_gradients_reach_the_adapter_and_nothing_else() -> None:
     assert module.head_Vd.grad is None
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [({}, {}), ({"mlp": True}, {"mlp": True}), ({"output": "tied"}, {"output": "tied"}), ({}, {"mlp": True})],
+    ids=str,
+)
+def test_it_may_begin_with_another_of_its_kind(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """An MLP that the other lacks says nothing before it has learnt."""
+    backbone, tokens = backbone_of(), [1, 2, 3, 4, 5]
+    other = random_adapter(backbone, draft_vocab=0, **theirs)
+    tensors, arch = other.checkpoint()
+    module = random_adapter(backbone, 0.0, seed=1, draft_vocab=0, **ours)
+    before = log_probs_after(backbone, module, tokens)
+    module.start(arch, tensors)
+    made, _ = module.checkpoint()
+    assert all(torch.equal(made[name], tensors[name]) for name in tensors)
+    wanted, found = (log_probs_after(backbone, each, tokens) for each in (other, module))
+    torch.testing.assert_close(found, wanted, atol=0.05, rtol=0.05)  # a checkpoint is rounded
+    assert (before - wanted).abs().max() > 0.3
+
+
+def test_of_a_smaller_vocabulary_it_keeps_the_outputs_and_adds_the_models() -> None:
+    backbone = backbone_of()
+    tensors, arch = random_adapter(backbone, draft_vocab=20, output="tied").checkpoint()
+    module = random_adapter(backbone, 0.0, draft_vocab=40, output="tied")
+    fresh = module.checkpoint()[0]
+    module.start(arch, tensors)
+    made, few = module.checkpoint()[0], tensors["vocabulary"].tolist()
+    known = torch.tensor([token in few for token in made["vocabulary"].tolist()])
+    assert known.sum() == 20
+    theirs = [few.index(token) for token in made["vocabulary"][known].tolist()]
+    assert torch.equal(made["head"][:, known], tensors["head"][:, theirs])
+    assert torch.equal(made["head"][:, ~known], fresh["head"][:, ~known])
+    assert not torch.equal(made["head"][:, known], fresh["head"][:, known])
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [({"exit": 2}, {}), ({"mlp": True}, {"mlp": False})], ids=str)
+def test_another_of_other_parts_is_no_beginning(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    backbone = backbone_of()
+    tensors, arch = random_adapter(backbone, **theirs).checkpoint()
+    module = random_adapter(backbone, **ours)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    sentence = r"^It has another exit, or an MLP that this adapter lacks; train with the same options\.$"
+    with pytest.raises(UsageError, match=sentence):
+        module.start(arch, tensors)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
 # -- what cannot be -------------------------------------------------------------------------------------------------
 
 

@@ -174,3 +174,15 @@ def test_each_size_is_replayed_alone_and_the_drafter_is_unchanged(kind: type[Dra
         assert tokens == pytest.approx(alone.tokens_per_step, abs=1e-4)
     assert len(set(tokens_per_step.values())) > 1
     assert fractions == pytest.approx([i / 3 for i in range(1, 4)])
+
+
+def test_a_batch_is_made_once_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = backbone_of()
+    data, made = conversations(backbone), list[int]()
+    drafter = drafter_of(Medusa, backbone, data)
+    features = ComputedFeatures(backbone, data, drafter.taps)
+    batch = features.batch
+    monkeypatch.setattr(features, "batch", lambda indices: (made.extend(indices), batch(indices))[1])
+    found = tokens_per_step_by_size(drafter, features, [3, 1], [2, 4, 12])
+    assert made == [3, 1]
+    assert found == tokens_per_step_by_size(drafter, ComputedFeatures(backbone, data, drafter.taps), [3, 1], [2, 4, 12])
