@@ -576,7 +576,7 @@ def test_a_start_that_knows_more_tokens_than_are_asked_for(
     foretell: Foretell, tiny: str, data: str, trained: Path, tmp_path: Path
 ) -> None:
     ran = foretell(*command(tiny, data, tmp_path / "out", "-o", "draft_vocab=99", "--start", str(trained)))
-    refused(ran, 2, "chooses from 100 tokens, more than draft_vocab=99; train with -o draft_vocab=100 or more")
+    refused(ran, 2, "chooses from 100 tokens, more than 99; train with -o draft_vocab=100 or more")
     assert not (tmp_path / "out").exists()
     for enough in ("100", "101", "0"):
         out = str(tmp_path / enough)
@@ -634,7 +634,7 @@ def test_packed_data_that_is_damaged_is_one_line(
     packed = path.with_name("conversations.jsonl.xz")
     packed.write_bytes(lzma.compress(path.read_bytes()))
     path.unlink()
-    assert foretell(*command(tiny, data, tmp_path / "whole", "--epochs", "0")).code == 0
+    assert foretell(*command(tiny, data, tmp_path / "whole", "--epochs", "0.001")).code == 0
     packed.write_bytes(damage(packed.read_bytes()))
     ran = foretell(*command(tiny, data, tmp_path / "out"))
     refused(ran, 1, r"conversations\.jsonl\.xz is damaged \(.*\); copy it again")
@@ -648,12 +648,10 @@ def test_memory_that_runs_out_is_one_line(
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "learn", once(Trainer.learn, 3, error=error))
         ran = foretell(*command(tiny, data, tmp_path / "out"))
-    sentence = "--batch-tokens 150, --accumulate 2 and another --out"
+    refusal = r"error: A batch of [12]\d\d tokens does not fit into the memory of cpu \(CUDA out .*\)"
+    remedy = r"train with --batch-tokens \d\d\d?, --accumulate 2 and another --out"
     assert ran.code == 2
-    assert re.search(
-        rf"^error: A batch of 300 tokens does not fit into the memory of cpu \(CUDA out .*\); train with {sentence}\.$",
-        ran.err, re.MULTILINE,
-    )  # fmt: skip
+    assert re.search(rf"^{refusal}; {remedy}\.$", ran.err, re.MULTILINE)
     assert "Traceback" not in ran.err
     smaller = ("--batch-tokens", "150", "--accumulate", "2", "--out", str(tmp_path / "smaller"))
     assert foretell(*command(tiny, data, tmp_path / "out", *smaller)).code == 0

@@ -23,6 +23,7 @@ from foretell.api import LLM
 from foretell.backbone import Backbone
 from foretell.contracts import FINAL_NORM
 from foretell.drafting import checkpoint
+from foretell.drafting.checkpoint import shipped
 from foretell.drafting.learning.trainable import Trainable, TrainingBatch
 from foretell.errors import ForetellError, UsageError
 from foretell.train import loop, recipe
@@ -223,6 +224,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "medusa2": {"heads": 2, "rank": 4, "warm": 0.3},
     "layerskip": {"exit": 1, "stride": 1, "rank": 4, "period": 1},
 }
+BEGUN = ["medusa", "hydra", "hydra++", "kangaroo"]
+"""Those whose weights others of their kind may begin with, for the same model."""
 SHORT = Settings(epochs=2, batch_tokens=300, learning_rate=0.01)
 
 
@@ -355,6 +358,45 @@ def test_each_begins_with_its_own_start(llm: LLM, data: Path, alone_in: Path, tm
         for name in ("paths", "tokens_per_step", "calibration"):
             assert getattr(first.checkpoint, name) == getattr(second.checkpoint, name)
         assert first.report == second.report
+
+
+@pytest.mark.real
+def test_what_ships_can_be_begun_with(demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each drafter of the demo model, all in one pass of the backbone; and a step of training moves them all a little.
+
+    Guesses from states of the plain pass come true as often as those from decoding's.
+    """
+    llm = foretell.load(demo_folder, threads=1)
+    about = {"model": "smollm2-135m", "fingerprint": llm.backbone.fingerprint, "settings": {}}
+    store = ConversationStore.create(tmp_path / "data", about)
+    for line, question in enumerate(["Why is the sky blue?", "List five colours.", "Count from one to twenty."]):
+        prompt = llm.tokenizer.chat([{"role": "user", "content": question}])
+        answer = llm.generate(question, max_new_tokens=32, ignore_eos=True).ids
+        store.append(line, [Distilled(line, prompt + answer, [(len(prompt), len(prompt + answer))])])
+    names = shipped(llm.backbone)
+
+    def begun(out: Path) -> list[Job]:
+        return [Job(method=each, out=out / each, start=each) for each in BEGUN]
+
+    earned: list[float] = []
+    for exact in (True, False):
+        monkeypatch.setattr(ComputedFeatures, "by_decoding", exact)
+        for trained in recipe.run_all(begun(tmp_path / str(exact)), llm, store.folder, settings=Settings(epochs=0)):
+            kept, tensors = checkpoint.load(trained.folder)
+            theirs = checkpoint.load(names[kept.method])[1]
+            assert tensors.keys() == theirs.keys()
+            for name in theirs:  # what ships is kept in fewer bits, and read as float32
+                assert torch.equal(tensors[name], theirs[name].to(tensors[name].dtype)), (kept.method, name)
+            earned.append(max(kept.tokens_per_step.values()))
+    decoded, plain = earned[: len(BEGUN)], earned[len(BEGUN) :]
+    assert min(decoded) > 1.2
+    assert sum(plain) == pytest.approx(sum(decoded), rel=0.1)
+    step = Settings(epochs=0.01, batch_tokens=512, learning_rate=1e-4)
+    for trained in recipe.run_all(begun(tmp_path / "step"), llm, store.folder, settings=step):
+        _, tensors = checkpoint.load(trained.folder)
+        theirs = checkpoint.load(names[trained.checkpoint.method])[1]
+        moved = [float((tensors[name].float() - theirs[name].float()).abs().max()) for name in theirs]
+        assert 0 < max(moved) < 0.02
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------
