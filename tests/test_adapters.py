@@ -17,7 +17,7 @@ from torch import Tensor
 
 import foretell as package
 from foretell.errors import ForetellError
-from foretell.loading import lora
+from foretell.loading import lora, rounded
 from foretell.loading.cache_dir import MANIFEST, cached_models
 from foretell.loading.families import read_config
 from foretell.loading.resolve import resolve
@@ -141,6 +141,24 @@ def test_an_adapter_of_one_matrix_makes_another_model(tiny: str, cache: Path, tm
         fingerprint(read_weights(each, read_config(each)), read_config(each)) for each in (folder, Path(tiny))
     )
     assert one != other
+
+
+@pytest.mark.parametrize("coarseness", [0.0, 0.1])
+def test_a_rounded_adapter_is_the_one_that_its_numbers_stand_for(
+    tiny: str, copy: Path, cache: Path, tmp_path: Path, coarseness: float
+) -> None:
+    exact = merged(f"{tiny}+{copy}")
+    lora.store_small(copy, coarseness)
+    ours, small = merged(f"{tiny}+{copy}"), (copy / lora.TENSORS).stat().st_size
+    plain = shutil.copytree(copy, tmp_path / "plain")
+    save_file(rounded.load(copy / lora.TENSORS), plain / lora.TENSORS, {"format": "pt"})
+    assert small < (plain / lora.TENSORS).stat().st_size
+    theirs, base = merged(f"{tiny}+{plain}"), load_file(Path(tiny) / "model.safetensors")
+    assert ours.keys() == theirs.keys() == exact.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for name in (name for name in ours if not torch.equal(exact[name], base[name])):
+        change = exact[name].double() - base[name].double()
+        assert 0 < (ours[name].double() - exact[name].double()).norm() < 0.08 * change.norm(), name
 
 
 def test_a_base_in_several_files_stays_in_them(cache: Path, tmp_path: Path) -> None:

@@ -265,20 +265,29 @@ def test_padding_holds_nothing_and_only_answers_are_supervised(
             assert not tensor[row, len(each.tokens) :].any()
 
 
-class Counting(FeatureStore):
-    """Says how often each conversation was run through the backbone."""
+class CountedPasses(ComputedFeatures):
+    """Counts how often each conversation is run through the backbone."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
         self.computed = Counter[int]()
-        each = self._computed.each
 
-        def counting(data: Sequence[Distilled], *asked: Any) -> Iterator[dict[str, Tensor]]:
-            for talk, tensors in zip(data, each(data, *asked), strict=True):
-                self.computed[talk.line] += 1
-                yield tensors
+    def each(self, data: Sequence[Distilled], *asked: Any) -> Iterator[dict[str, Tensor]]:
+        for talk, tensors in zip(data, super().each(data, *asked), strict=True):
+            self.computed[talk.line] += 1
+            yield tensors
 
-        self._computed.each = counting  # type: ignore[method-assign]
+
+class Counting(FeatureStore):
+    """Says how often each conversation was run through the backbone."""
+
+    def __init__(self, backbone: Backbone, data: Sequence[Distilled], taps: Sequence[int], folder: Path):
+        super().__init__(backbone, data, taps, folder)
+        self._computed = self._counted = CountedPasses(backbone, data, taps)
+
+    @property
+    def computed(self) -> Counter[int]:
+        return self._counted.computed
 
 
 def test_preparing_goes_on_where_it_was(

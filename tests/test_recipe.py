@@ -1,6 +1,7 @@
 """The recipe of training from plain Python: a notebook trains, interrupts and resumes without the command line."""
 
 import json
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from foretell.train.data import ConversationStore
 from foretell.train.distill import distill
 from foretell.train.evaluation import SIZES
 from foretell.train.prompts import read_prompts
-from foretell.train.recipe import MAX_REPLAYED, Trained, to_replay
+from foretell.train.recipe import MAX_REPLAYED, Begun, Job, Trained, to_replay
 from foretell.train.trainer import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,6 +50,10 @@ def data(llm: LLM, tmp_path: Path) -> Path:
 
 def trained(llm: LLM | str, data: Path, out: Path, **more: Any) -> Trained:
     return recipe.run("medusa", llm, data, out, settings=FEW, options=SMALL, **more)
+
+
+def begun(method: str, llm: LLM, data: Path, out: Path, options: dict[str, Any]) -> AbstractContextManager[Begun]:
+    return recipe.begin([Job(method=method, out=out, options=options)], llm, data, settings=FEW)
 
 
 def test_a_drafter_is_trained_in_plain_python(
@@ -117,12 +122,12 @@ def test_an_interrupted_run_is_resumed_by_the_same_call(llm: LLM, data: Path, tm
 
 def test_a_step_of_the_recipe_may_be_stopped(llm: LLM, data: Path, tmp_path: Path) -> None:
     """The command line stops between two steps, so that none is lost."""
-    with recipe.begin("medusa", llm, data, tmp_path / "out", settings=FEW, options=SMALL) as run:
+    with begun("medusa", llm, data, tmp_path / "out", options=SMALL) as run:
         run.prepare()
         with pytest.raises(KeyboardInterrupt):
-            run.train(stop=lambda: run.trainer.step == 2)
-    with recipe.begin("medusa", llm, data, tmp_path / "out", settings=FEW, options=SMALL) as run:
-        assert run.trainer.step == 2
+            run.train(stop=lambda: run.runs[0].trainer.step == 2)
+    with begun("medusa", llm, data, tmp_path / "out", options=SMALL) as run:
+        assert run.runs[0].trainer.step == 2
 
 
 @pytest.mark.parametrize("method", ["hydra", "hydra++"])
@@ -136,19 +141,19 @@ def test_a_run_of_an_earlier_version_is_resumed(method: str, llm: LLM, data: Pat
         "fused": False, "dropout": 0.0, "method": method, "model": llm.backbone.fingerprint,
         "dtype": str(llm.backbone.dtype),
     }  # fmt: skip
-    with recipe.begin(method, llm, data, out, settings=FEW, options=SMALL) as run:
+    with begun(method, llm, data, out, options=SMALL) as run:
         run.prepare()
         with pytest.raises(KeyboardInterrupt):
-            run.train(stop=lambda: run.trainer.step == 2)
+            run.train(stop=lambda: run.runs[0].trainer.step == 2)
     state = torch.load(out / "run/state.pt", weights_only=True)
     torch.save(state | {"settings": saved}, out / "run/state.pt")
     for options in (SMALL, SMALL | {"layers": "0", "grounded": "true", "linear": "false"}):
-        with recipe.begin(method, llm, data, out, settings=FEW, options=options) as run:
-            assert run.trainer.step == 2
+        with begun(method, llm, data, out, options=options) as run:
+            assert run.runs[0].trainer.step == 2
     torch.save(state | {"settings": saved | {"grounded": False}}, out / "run/state.pt")
     with (
         pytest.raises(UsageError, match=r"holds a run with grounded False \(not None\); go on"),
-        recipe.begin(method, llm, data, out, settings=FEW, options=SMALL),
+        begun(method, llm, data, out, options=SMALL),
     ):
         raise AssertionError
 
@@ -170,8 +175,9 @@ def never_loaded(name: str) -> LLM:
 def test_mistakes_are_refused_before_a_model_is_loaded(
     data: Path, tmp_path: Path, changes: dict[str, Any], sentence: str
 ) -> None:
-    given = {"method": "medusa", "model": "tiny", "data": data, "out": tmp_path / "out", "load": never_loaded} | changes
-    with pytest.raises(UsageError, match=sentence), recipe.begin(**given):
+    given = {"method": "medusa", "options": {}, "data": data} | changes
+    job = Job(method=given["method"], out=tmp_path / "out", options=given["options"])
+    with pytest.raises(UsageError, match=sentence), recipe.begin([job], "tiny", given["data"], load=never_loaded):
         pass
     assert not (tmp_path / "out").exists()
 

@@ -300,7 +300,7 @@ def test_methods_learn_together_what_each_learns_alone(llm: LLM, data: Path, alo
 
 
 def stopped_at(step: int, several: list[Job], llm: LLM, data: Path) -> None:
-    with recipe.begin_all(several, llm, data, settings=SHORT) as begun, pytest.raises(KeyboardInterrupt):
+    with recipe.begin(several, llm, data, settings=SHORT) as begun, pytest.raises(KeyboardInterrupt):
         begun.train(stop=lambda: begun.runs[0].trainer.step == step)
 
 
@@ -312,7 +312,7 @@ def test_methods_that_were_interrupted_are_resumed_together_or_alone(
     assert not list(tmp_path.glob("*/drafter"))
     hydra = jobs(tmp_path, ["hydra"])
     recipe.run_all(hydra, llm, data, settings=SHORT)  # one that was begun with others goes on alone, to its end
-    with recipe.begin_all(jobs(tmp_path), llm, data, settings=SHORT) as begun:
+    with recipe.begin(jobs(tmp_path), llm, data, settings=SHORT) as begun:
         steps = {run.cls.method: run.trainer.step for run in begun.runs}
     assert steps == dict.fromkeys(JOBS, 4) | {"hydra": begun.runs[0].trainer.steps}
     recipe.run_all(jobs(tmp_path), llm, data, settings=SHORT)
@@ -435,7 +435,7 @@ def test_a_mistake_in_one_of_them_begins_none(llm: LLM, data: Path, alone_in: Pa
 
 def test_two_processes_never_write_to_one_folder(llm: LLM, data: Path, tmp_path: Path) -> None:
     with (
-        recipe.begin_all(jobs(tmp_path, ["medusa", "hydra"]), llm, data, settings=SHORT),
+        recipe.begin(jobs(tmp_path, ["medusa", "hydra"]), llm, data, settings=SHORT),
         pytest.raises(UsageError, match="Another process is writing to .*hydra; wait until it is done"),
     ):
         recipe.run_all(jobs(tmp_path, ["kangaroo", "hydra"]), llm, data, settings=SHORT)

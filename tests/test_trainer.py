@@ -476,7 +476,7 @@ def test_weight_decay_shrinks_what_learns(trainer: Made) -> None:
     torch.testing.assert_close(table(made).detach(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_the_module_knows_whether_it_learns(trainer: Made) -> None:
+def test_the_module_knows_whether_it_learns(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     module, seen = Told(), list[bool]()
     made = trainer(module=module, data=told(*[[0] * 12] * 8), epochs=1)
     losses = module.losses
@@ -486,7 +486,7 @@ def test_the_module_knows_whether_it_learns(trainer: Made) -> None:
         assert torch.is_grad_enabled() == module.training
         return losses(batch)
 
-    module.losses = spy  # type: ignore[method-assign]
+    monkeypatch.setattr(module, "losses", spy)
     made.evaluate((2,))
     assert seen == [False]
     train([made])
@@ -529,12 +529,13 @@ def test_batches_with_nothing_to_learn_do_no_harm(trainer: Made, accumulate: int
     assert_same_ends(again, made)
 
 
-def test_a_term_that_some_batches_lack_is_logged_as_the_mean_of_the_others(trainer: Made) -> None:
+def test_a_term_that_some_batches_lack_is_logged_as_the_mean_of_the_others(
+    trainer: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = [Distilled(i, [9] * 6, [(1, 6)] if i else []) for i in range(3)]
     made = trainer(module=Told(), data=data, batch_tokens=1, accumulate=3, epochs=1, held_out=0.0)
-    made.module.losses = lambda batch: (  # type: ignore[method-assign]
-        Told.losses(made.module, batch) if batch.supervised_BT.any() else {}  # type: ignore[arg-type]
-    )
+    losses = made.module.losses
+    monkeypatch.setattr(made.module, "losses", lambda batch: losses(batch) if batch.supervised_BT.any() else {})
     train([made])
     [line] = [json.loads(line) for line in (made.folder / "log.jsonl").read_text().splitlines()]
     assert line["loss"] == {"tokens": 9.0}
@@ -551,7 +552,7 @@ def test_the_logged_loss_is_the_mean_of_its_steps(trainer: Made, monkeypatch: py
         seen.append(terms["head 1"].item())
         return terms
 
-    made.module.losses = spy  # type: ignore[method-assign]
+    monkeypatch.setattr(made.module, "losses", spy)
     train([made])
     lines = [json.loads(line) for line in (made.folder / "log.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines]
@@ -563,7 +564,7 @@ def test_the_logged_loss_is_the_mean_of_its_steps(trainer: Made, monkeypatch: py
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_ends_the_run(trainer: Made, bad: float) -> None:
+def test_a_loss_that_is_no_number_ends_the_run(trainer: Made, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer()
     losses, calls = made.module.losses, Counter[str]()
 
@@ -571,7 +572,7 @@ def test_a_loss_that_is_no_number_ends_the_run(trainer: Made, bad: float) -> Non
         calls["losses"] += 1
         return {name: term * (bad if calls["losses"] == 4 else 1) for name, term in losses(batch).items()}
 
-    made.module.losses = broken  # type: ignore[method-assign]
+    monkeypatch.setattr(made.module, "losses", broken)
     with pytest.raises(
         ForetellError,
         match=f"^The loss became {bad} at step 3 of {made.folder}; lower `learning_rate=`, with another `out=`.$",

@@ -9,6 +9,7 @@ import argparse
 import shutil
 from pathlib import Path
 
+import foretell
 from foretell.drafting import checkpoint
 from foretell.loading import lora
 
@@ -26,6 +27,8 @@ def ship(folder: Path) -> Path:
         target = lora.SHIPPED / found.method
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(folder / "adapter", target)
+        lora.store_small(target, COARSENESS)
+        found.fingerprint = foretell.load(found.backbone, drafter="plain").backbone.fingerprint  # of the rounded sum
     name = f"{found.method}-{base}"
     found.save(checkpoint.SHIPPED / name, tensors, COARSENESS)
     shutil.copyfile(folder / "curves.png", IMAGES / f"{name}.png")

@@ -61,7 +61,7 @@ def train(
     from foretell.train import recipe
 
     jobs = _jobs(methods, out, option or [], start)
-    with recipe.begin_all(
+    with recipe.begin(
         jobs, base.model, data, settings=training.settings(), keep_features=keep_features, other_model=other_model,
         load=lambda name: replace(base, model=name).load(), command=command_line(),
     ) as begun:  # fmt: skip

@@ -96,6 +96,16 @@ def identity(adapter: Path) -> str:
         raise ForetellError(f"The adapter {adapter} cannot be read ({one_line(error)}); copy it again.") from error
 
 
+def store_small(adapter: Path, coarseness: float) -> None:
+    """Rounds the tensors of a peft adapter where they lie (`rounded`): a row of A and a column of B at a time, which
+    make one component of the change."""
+    from foretell.loading import rounded
+
+    tensors = rounded.load(adapter / TENSORS)
+    steps = {name: rounded.steps(each, coarseness, 1 if ".lora_A." in name else 0) for name, each in tensors.items()}
+    rounded.save(adapter / TENSORS, tensors, steps)
+
+
 def merge(base: Path, adapter: Path, target: Path, progress: Progress) -> None:
     """Writes the model folder `target`: `base` with the adapter merged in.
 

@@ -35,8 +35,8 @@ class Forward:
     """States and next-token probabilities of conversations; weights are read from the backbone's files.
 
     Args:
-        backbone: a loaded one, whose `read` gives its weights. They are cast for each product, which costs a hundredth
-            of it.
+        backbone: a loaded one, whose `read` gives its weights: a GPU holds them a second time. They are cast for each
+            product, which costs a hundredth of it.
         number_type: of the products where the weights are bfloat16, by its name in `number_types`; by default the
             faster one on this device. Float32 weights are multiplied in float32.
     """

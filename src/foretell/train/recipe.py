@@ -6,11 +6,10 @@
     trained = recipe.run("medusa", llm, "data", "heads", options={"heads": 3}, progress=print)
     llm = foretell.load(trained.model, "medusa", checkpoint=trained.folder)
 
-`run` takes four steps, which may be called one by one: `begin` refuses what cannot work, locks the folder and resumes a
-run that was interrupted there; `Run.prepare` computes the features that are to be kept; `Run.train` trains;
-`Run.publish` measures the drafter and writes it. `run_all` and `begin_all` train several drafters at once: the
-backbone, most of the work, then runs once for all of them, and each learns what it would learn alone, to the bit on a
-processor.
+`run_all` trains several drafters at once: the backbone, most of the work, then runs once for all of them, and each
+learns what it would learn alone, to the bit on a processor. It takes four steps, which may be called one by one:
+`begin` refuses what cannot work, locks the folders and resumes runs that were interrupted there; `Begun.prepare`
+computes the features that are to be kept; `Begun.train` trains; `Begun.publish` measures the drafters and writes them.
 
     heads/run                     the trainer's state and log
     heads/drafter                 the drafter (`drafting.checkpoint`)
@@ -159,7 +158,7 @@ def run_all(
     def of(step: str) -> Progress:
         return lambda done, total: progress(step, done, total)
 
-    with begin_all(jobs, model, data, settings=settings, keep_features=keep_features, other_model=other_model) as begun:
+    with begin(jobs, model, data, settings=settings, keep_features=keep_features, other_model=other_model) as begun:
         begun.prepare(of("features"))
         begun.train(of("training"))
         return begun.publish(of("replay"))
@@ -167,29 +166,6 @@ def run_all(
 
 @contextmanager
 def begin(
-    method: str,
-    model: LLM | str | Path,
-    data: Data | Sequence[Data],
-    out: str | Path,
-    *,
-    options: Mapping[str, Any] | None = None,
-    start: str = "",
-    settings: Settings | None = None,
-    keep_features: bool = False,
-    other_model: bool = False,
-    load: Callable[[str], LLM] | None = None,
-    command: str = "",
-) -> Iterator[Run]:
-    """Checks everything, and holds the lock of `out` while its block runs; see `run` and `begin_all`."""
-    with begin_all(
-        [Job(method=method, out=out, options=options or {}, start=start)], model, data, settings=settings,
-        keep_features=keep_features, other_model=other_model, load=load, command=command,
-    ) as begun:  # fmt: skip
-        yield begun.runs[0]
-
-
-@contextmanager
-def begin_all(
     jobs: Sequence[Job],
     model: LLM | str | Path,
     data: Data | Sequence[Data],
@@ -199,7 +175,7 @@ def begin_all(
     other_model: bool = False,
     load: Callable[[str], LLM] | None = None,
     command: str = "",
-) -> Iterator[Together]:
+) -> Iterator[Begun]:
     """Checks everything, and holds the locks of the folders while its block runs; see `run_all`.
 
     Args:
@@ -225,15 +201,15 @@ def begin_all(
     for store in stores:
         check_data(store, llm, other_model)
     counts_V = token_counts((talk for store in stores for talk in store.conversations), llm.backbone.config.vocab)
-    begun = [
-        _Begun.of(job, cls, options, llm, counts_V, settings.seed)
+    fresh = [
+        _Fresh.of(job, cls, options, llm, counts_V, settings.seed)
         for job, cls, options in zip(jobs, classes, given, strict=True)
     ]
-    features = features_of(llm.backbone, stores, [each.module for each in begun], keep_features)
+    features = features_of(llm.backbone, stores, [each.module for each in fresh], keep_features)
     others = {"together": [job.method for job in jobs]} if len(jobs) > 1 else {}
     with ExitStack() as locks:
         runs = []
-        for each in begun:
+        for each in fresh:
             locks.enter_context(sole_writer(each.out))
             trainer = each.trainer(llm.backbone, features, settings)
             trainer.resume()  # what cannot be resumed is refused before any work
@@ -244,11 +220,11 @@ def begin_all(
             runs.append(Run(
                 each.cls, llm, llm.folder.name, trainer, each.out, provenance, load or partial(api.load, **llm.loading)
             ))  # fmt: skip
-        yield Together(runs)
+        yield Begun(runs)
 
 
 @dataclass
-class _Begun:
+class _Fresh:
     """A module before its training, and where its weights came from."""
 
     cls: type[TrainableMethod]
@@ -260,7 +236,7 @@ class _Begun:
     @classmethod
     def of(
         cls, job: Job, method: type[TrainableMethod], given: Mapping[str, Any], llm: LLM, counts_V: Tensor, seed: int
-    ) -> _Begun:
+    ) -> _Fresh:
         origin = read_start(job.start, llm.backbone, method) if job.start else None
         options = method.Training(**(inherited(method, *origin) if origin else {}) | dict(given))
         module = new_module(method, llm, counts_V, options, seed, origin)
@@ -276,8 +252,8 @@ class _Begun:
 
 
 @dataclass
-class Together:
-    """Trainings in progress that share the passes of the backbone; made by `begin_all`."""
+class Begun:
+    """Trainings in progress that share the passes of the backbone; made by `begin`."""
 
     runs: list[Run]
 
@@ -311,7 +287,7 @@ class Together:
 
 @dataclass
 class Run:
-    """A training in progress, whose folder `out` is locked; made by `begin` and `begin_all`.
+    """A training in progress, whose folder `out` is locked; one of `Begun`.
 
     Attributes:
         model: the name of the model that is trained on.
@@ -326,14 +302,6 @@ class Run:
     out: Path
     provenance: dict[str, Any]
     load: Callable[[str], LLM]
-
-    def prepare(self, progress: Progress = quiet) -> None:
-        """See `Together.prepare`."""
-        Together([self]).prepare(progress)
-
-    def train(self, progress: Progress = quiet, stop: Callable[[], object] = never) -> None:
-        """See `Together.train`."""
-        Together([self]).train(progress, stop)
 
     def publish(self, progress: Progress = quiet) -> Trained:
         """Measures the drafter on held-out text, and writes it; `progress` counts per cent."""
