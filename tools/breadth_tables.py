@@ -18,6 +18,8 @@ def tables(results: dict[str, Any]) -> list[str]:
     """Returns all tables, with what is needed to read them."""
     if not results:
         return []
+    pairs = [f"{method} {side}" for method in methods(results) for side in SIDES]
+    results = {name: results[name] for name in pairs if name in results}
     return [*heading(results), *by_size(results), *by_kind(results), *by_wording(results), *by_depth(results)]
 
 
