@@ -1,4 +1,4 @@
-"""Tokens per step, counted in batches: as alone, by group as by hand, resumed; questions reworded, content kept."""
+"""Tokens per step, counted by replay: as decoded, by group as by hand, resumed; questions reworded, content kept."""
 
 import json
 import re
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from decoding import finish
 from random_backbones import BF16
 from test_kangaroo import drafter_of as kangaroo_of
 from test_kangaroo import random_adapter
@@ -20,10 +21,10 @@ from foretell.bench.suites import load_suite
 from foretell.drafters.hydra.drafter import Hydra, HydraPlus
 from foretell.drafters.kangaroo import Kangaroo
 from foretell.drafters.medusa import Medusa
-from foretell.drafters.plain import Plain
 from foretell.drafters.prompt_lookup import WithLookup
+from foretell.engine import SpeculativeDecoder
 from foretell.errors import ForetellError
-from foretell.requests import Statistics
+from foretell.requests import SamplingParams, Statistics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LOOP, SOUND = [1, 2, 3] * 40, list(range(30))
@@ -46,7 +47,7 @@ def tool(tools: None) -> Any:
 
 @pytest.mark.parametrize("kind", [Medusa, Hydra, HydraPlus, Kangaroo])
 @pytest.mark.parametrize("lookup", [False, True])
-def test_rows_of_a_batch_take_the_steps_that_they_take_alone(tool: Any, kind: Any, lookup: bool) -> None:
+def test_steps_are_those_of_decoding(tool: Any, kind: Any, lookup: bool) -> None:
     backbone = backbone_of(BF16)
     data = conversations(backbone)
     prompts = [talk.tokens[: talk.answers[0][0]] for talk in data]
@@ -55,31 +56,31 @@ def test_rows_of_a_batch_take_the_steps_that_they_take_alone(tool: Any, kind: An
     else:
         drafter = drafter_of(kind, backbone, data, nodes=12)
     drafter = WithLookup(drafter) if lookup else drafter
-    truth = tool.count(backbone, Plain(), prompts, 40, 2)
-    alone = tool.count(backbone, drafter, prompts, 40, 1)
     done = list[int]()
-    for rows in (2, 5):
-        together = tool.count(backbone, drafter, prompts, 40, rows, done.append)
-        for one, other, plain in zip(alone, together, truth, strict=True):
-            assert one.ids == other.ids == plain.ids
-            for figure in ("steps", "drafted", "accepted", "by_depth", "suspended_steps"):
-                assert getattr(one.statistics, figure) == getattr(other.statistics, figure)
-    assert done == 2 * [1, 2, 3, 4, 5]
-    assert sum(one.statistics.steps for one in alone) < sum(len(one.ids) for one in alone)
+    truth = tool.answered(backbone, prompts, 40, 2, done.append)
+    decoder = SpeculativeDecoder(backbone, drafter, adapt=False)
+    decoded = finish(decoder, [(prompt, SamplingParams(max_new_tokens=40)) for prompt in prompts])
+    assert [output.ids for output in decoded] == truth
+    found = tool.Answers(backbone, prompts, truth, 40, drafter.taps, done.append).steps(drafter, done.append)
+    for one, output in zip(found, decoded, strict=True):
+        for figure in ("steps", "new_tokens", "drafted", "accepted", "by_depth"):
+            assert getattr(one, figure) == getattr(output.statistics, figure)
+    assert done == 3 * [1, 2, 3, 4, 5]
+    assert sum(one.steps for one in found) < sum(map(len, truth))
 
 
 def test_a_failed_answer_ends_the_count(tool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = backbone_of(BF16)
     monkeypatch.setattr(tool.SpeculativeDecoder, "_join", lambda *_: (_ for _ in ()).throw(ForetellError("no room")))
     with pytest.raises(ForetellError, match="no room"):
-        tool.count(backbone, Plain(), [[1, 2, 3]], 8, 1)
+        tool.answered(backbone, [[1, 2, 3]], 8, 1)
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def counted(tool: Any, ids: list[int], steps: int, by_depth: list[tuple[int, int]]) -> Any:
-    return tool.Counted(ids, Statistics(steps=steps, by_depth=by_depth))
+def counted(ids: list[int], steps: int, by_depth: list[tuple[int, int]]) -> Any:
+    return Statistics(new_tokens=len(ids), steps=steps, by_depth=by_depth)
 
 
 def test_groups_are_counted_as_by_hand(tool: Any) -> None:
@@ -91,11 +92,11 @@ def test_groups_are_counted_as_by_hand(tool: Any) -> None:
         tool.Asked("translation", True, True, [5]),
     ]
     found = [
-        counted(tool, SOUND, 10, [(10, 5)]),
-        counted(tool, LOOP, 20, [(20, 20), (10, 4)]),
-        counted(tool, SOUND, 15, [(10, 1), (5, 1), (1, 0)]),
-        counted(tool, SOUND, 20, []),
-        counted(tool, SOUND, 10, []),
+        counted(SOUND, 10, [(10, 5)]),
+        counted(LOOP, 20, [(20, 20), (10, 4)]),
+        counted(SOUND, 15, [(10, 1), (5, 1), (1, 0)]),
+        counted(SOUND, 20, []),
+        counted(SOUND, 10, []),
     ]
     groups = tool.grouped(asked, found)
     assert groups["all"] == {
@@ -116,7 +117,7 @@ def test_groups_are_counted_as_by_hand(tool: Any) -> None:
 
 
 def test_a_group_without_answers_is_left_out(tool: Any) -> None:
-    only = [(tool.Asked("qa", False, False, [3], repetitive=True), counted(tool, LOOP, 60, []))]
+    only = [(tool.Asked("qa", False, False, [3], repetitive=True), counted(LOOP, 60, []))]
     groups = tool.grouped(*map(list, zip(*only, strict=True)))
     assert groups.keys() == {"all", "own words"}
     assert groups["all"]["without_repetitive"] is None
@@ -144,8 +145,10 @@ def test_a_run_is_resumed_and_other_heads_are_counted_anew(
     questions.write_text("".join(
         json.dumps({"question_id": i, "category": kind, "turns": [text]}) + "\n" for i, (kind, text) in enumerate(texts)
     ))  # fmt: skip
-    counts, count = list[int](), tool.count
-    monkeypatch.setattr(tool, "count", lambda *given: counts.append(len(given[2])) or count(*given))
+    counts, steps = list[int](), tool.Answers.steps
+    monkeypatch.setattr(
+        tool.Answers, "steps", lambda self, *given: counts.append(len(self.data)) or steps(self, *given)
+    )
     monkeypatch.setattr(tool.foretell, "load", lambda name, dtype: llm)
 
     def run(*more: str) -> dict[str, Any]:
@@ -159,19 +162,18 @@ def test_a_run_is_resumed_and_other_heads_are_counted_anew(
         return found
 
     found = run("--sizes", "4")
-    assert counts == [5, 5, 5]  # plain, without and with lookup: three questions, two of them in other words too
+    assert counts == [5, 5]  # without and with lookup: three questions, two of them in other words too
     assert found["medusa after"]["command"].endswith("--sizes 4")
     assert "--after medusa:heads " in found["medusa after"]["command"]
     result = found["medusa after"]["result"]
     assert (result["answers"]["all"]["answers"], result["answers"]["reworded"]["answers"]) == (3, 2)
-    assert result["sizes"]["4"]["different"] == 0
     resumed = run("--sizes", "4", "8")["medusa after"]["result"]
-    assert counts == [5, 5, 5]
+    assert counts == [5, 5]
     assert resumed["sizes"]["4"] == result["sizes"]["4"]
     assert list(resumed["sizes"]) == ["4", "4 with lookup", "8", "8 with lookup"]
     saved(heads, backbone, module, paths=paths[:3])  # the same tensors, another tree
     anew = run("--sizes", "4", "--before", f"medusa:{heads}")
-    assert counts == [5, 5, 5, 5, 5]
+    assert counts == [5, 5, 5, 5]
     assert list(anew["medusa after"]["result"]["sizes"]) == ["4", "4 with lookup"]
     assert anew["medusa before"]["result"] == anew["medusa after"]["result"]
 

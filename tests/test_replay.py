@@ -1,6 +1,7 @@
 """Replay: decoding over states that are known takes the very steps that the engine takes with the same drafter."""
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import decoding
@@ -22,10 +23,10 @@ from foretell.drafters.prompt_lookup import WithLookup
 from foretell.drafters.swift import Swift
 from foretell.drafting.skip_plan import Plan, PlanSearch
 from foretell.drafting.threshold import Threshold
-from foretell.requests import SamplingParams
+from foretell.requests import SamplingParams, Statistics
 from foretell.train.data import Distilled
 from foretell.train.features import ComputedFeatures
-from foretell.train.replay import Replay, replay, tokens_per_step_by_size
+from foretell.train.replay import replay, tokens_per_step_by_size
 from foretell.trees import TokenTree
 
 # features are kept in bfloat16, but the engine's drafters read float32: here nothing is rounded
@@ -92,6 +93,16 @@ def decoded(backbone: Backbone, drafter: Drafter, told: Distilled) -> list[Outpu
     return outputs
 
 
+def assert_counted(found: Statistics, outputs: Sequence[Output]) -> None:
+    """Checks that replay counted what the engine did, and that guesses came true."""
+    each = [output.statistics for output in outputs]
+    for name in ("steps", "plain_steps", "new_tokens", "drafted", "accepted"):
+        assert getattr(found, name) == sum(getattr(statistics, name) for statistics in each), name
+    depths = zip_longest(*(statistics.by_depth for statistics in each), fillvalue=(0, 0))
+    assert found.by_depth == [tuple(map(sum, zip(*depth, strict=True))) for depth in depths]
+    assert found.acceptance_length == found.new_tokens / found.steps > 1
+
+
 @pytest.mark.parametrize("lookup", [False, True], ids=["alone", "with lookup"])
 @pytest.mark.parametrize("kind", [Medusa, Hydra, HydraPlus])
 def test_replay_takes_the_steps_that_the_engine_takes(
@@ -108,9 +119,7 @@ def test_replay_takes_the_steps_that_the_engine_takes(
     done: list[int] = []
     found = replay(drafter, ComputedFeatures(backbone, data, drafter.taps), range(len(data)), done.append)
     assert drafted == by_the_engine
-    assert found.steps == sum(output.statistics.steps for output in outputs)
-    assert found.tokens == sum(output.statistics.new_tokens for output in outputs)
-    assert found.tokens_per_step == found.tokens / found.steps > 1
+    assert_counted(found, outputs)
     assert done == [1, 2, 3, 4, 5]
 
 
@@ -133,9 +142,7 @@ def test_replay_runs_the_layers_that_drafting_runs(kind: str, lookup: bool, monk
     drafted.clear()
     found = replay(drafter, ComputedFeatures(backbone, data, drafter.taps), range(len(data)))
     assert drafted == by_the_engine
-    assert found.steps == sum(output.statistics.steps for output in outputs)
-    assert found.tokens == sum(output.statistics.new_tokens for output in outputs)
-    assert found.tokens_per_step > 1
+    assert_counted(found, outputs)
 
 
 @pytest.mark.parametrize("length", [1, 2, 6, 7, 8, 13, 20])
@@ -145,7 +152,8 @@ def test_a_drafter_that_is_always_right_and_one_that_never_is(length: int) -> No
     stored = ComputedFeatures(backbone_of(), [Distilled(0, tokens, [(4, 4 + length)])], ())
     for shift, each_step in ((0, 6), (1, 1)):  # five guesses and the bonus; the bonus alone
         oracle = Oracle({tuple(tokens[:4]): tokens[4:]}, VOCAB, length=5, shift=shift)
-        assert replay(oracle, stored, [0]) == Replay(-(-length // each_step), length)
+        found = replay(oracle, stored, [0])
+        assert (found.steps, found.new_tokens) == (-(-length // each_step), length)
 
 
 def test_an_answer_without_a_prompt_is_skipped() -> None:
@@ -156,8 +164,8 @@ def test_an_answer_without_a_prompt_is_skipped() -> None:
     drafter = drafter_of(HydraPlus, backbone, stored.data)
     both, second, first = (replay(drafter, stored, [i]) for i in range(3))
     assert both == second
-    assert second.tokens == 15
-    assert (first, first.tokens_per_step) == (Replay(), 0.0)
+    assert second.new_tokens == 15
+    assert first == Statistics()
 
 
 @pytest.mark.parametrize("kind", [Medusa, Hydra])
@@ -171,7 +179,7 @@ def test_each_size_is_replayed_alone_and_the_drafter_is_unchanged(kind: type[Dra
     assert list(tokens_per_step) == [2, 4, 12]
     for size, tokens in tokens_per_step.items():
         alone = replay(drafter_of(kind, backbone, data, size), stored, [1, 3])
-        assert tokens == pytest.approx(alone.tokens_per_step, abs=1e-4)
+        assert tokens == pytest.approx(alone.acceptance_length, abs=1e-4)
     assert len(set(tokens_per_step.values())) > 1
     assert fractions == pytest.approx([i / 3 for i in range(1, 4)])
 

@@ -5,11 +5,12 @@
 A DRAFTER is a method whose heads ship with foretell, or METHOD:FOLDER for other heads of it. What is measured under
 `--before` and under `--after` stands side by side in docs/training.md, and so do runs at different times.
 
-Greedy answers are plain decoding's whatever drafts them, so counts need no quiet machine, and rows of a batch take the
-steps that they would take alone. Questions are asked as the suite words them and, where it uses fixed words for a kind,
-in other words too (`rewording`). Answers that `foretell distill` would call repetitive are counted, and left out in a
-figure of their own; it judges longer answers than are counted here, so plain decoding writes these. An interrupted run
-resumes after the last size that was counted.
+Greedy answers are plain decoding's whatever drafts them. So plain decoding writes them once, one pass gives all states
+that heads read of them, and the drafters' steps over them are counted by `replay`, which takes the steps that decoding
+takes: minutes for all drafters and sizes, and no quiet machine. Questions are asked as the suite words them and, where
+it uses fixed words for a kind, in other words too (`rewording`). Answers that `foretell distill` would call repetitive
+are counted, and left out in a figure of their own; it judges longer answers than are counted here, so plain decoding
+writes those. An interrupted run resumes after the last size that was counted.
 """
 
 from __future__ import annotations
@@ -19,25 +20,30 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import core_figures as core
+import torch
 from rewording import reworded
 
 import foretell
 from foretell import drafters
 from foretell.api import LLM
-from foretell.backbone import Backbone
+from foretell.backbone import Backbone, Nodes
 from foretell.bench.suites import Question, load_suite
-from foretell.contracts import Drafter
+from foretell.contracts import FINAL_NORM, Drafter
 from foretell.drafting import checkpoint
+from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.engine import SpeculativeDecoder, run
 from foretell.errors import ForetellError
 from foretell.requests import Request, SamplingParams, Statistics
+from foretell.train.data import Distilled
 from foretell.train.distill import REPETITIVE, unfit
+from foretell.train.features import ComputedFeatures, side_by_side
+from foretell.train.replay import replay
 
 SIDES = ("before", "after")
 JUDGED = 256
@@ -59,14 +65,6 @@ class Asked:
     reworded: bool
     prompt: list[int]
     repetitive: bool = False
-
-
-@dataclass
-class Counted:
-    """The answer to a question, and the steps that it took."""
-
-    ids: list[int]
-    statistics: Statistics
 
 
 GROUPS: dict[str, Callable[[Asked], bool]] = {
@@ -94,40 +92,84 @@ def both_wordings(llm: LLM, questions: Sequence[Question]) -> list[Asked]:
     return worded + again
 
 
-def count(
-    backbone: Backbone, drafter: Drafter, prompts: Sequence[list[int]], new_tokens: int, rows: int,
+def answered(
+    backbone: Backbone, prompts: Sequence[list[int]], new_tokens: int, rows: int,
     progress: Callable[[int], None] = lambda done: None,
-) -> list[Counted]:  # fmt: skip
-    """Answers the prompts greedily, `rows` at a time, with every guess verified: no governor holds any back.
+) -> list[list[int]]:  # fmt: skip
+    """Returns plain decoding's greedy answers to the prompts, written `rows` at a time.
 
     Raises:
         ForetellError: an answer failed.
     """
-    decoder = SpeculativeDecoder(backbone, drafter, max_rows=rows, adapt=False)
-    params, out = SamplingParams(max_new_tokens=new_tokens), [Counted([], Statistics()) for _ in prompts]
+    decoder = SpeculativeDecoder(backbone, drafters.build("plain", backbone), max_rows=rows)
+    params, out = SamplingParams(max_new_tokens=new_tokens), list[list[int]]([] for _ in prompts)
     done = 0
     for index, event in run(decoder, [Request(prompt, params) for prompt in prompts]):
         if event.error:
             raise ForetellError(event.error)
-        out[index].ids += event.tokens
-        if event.statistics:
-            out[index].statistics = event.statistics
+        out[index] += event.tokens
+        if event.finish_reason:
             done += 1
             progress(done)
     return out
 
 
+class Answers(ComputedFeatures):
+    """Answers whose states are known: decoding's own, not rounded as those that heads learn from may be.
+
+    Args:
+        ids: the answers; new_tokens: to which they were limited.
+        taps: the states that drafters read.
+    """
+
+    def __init__(
+        self, backbone: Backbone, prompts: Sequence[list[int]], ids: Sequence[list[int]], new_tokens: int,
+        taps: Collection[int], progress: Callable[[int], None] = lambda done: None,
+    ):  # fmt: skip
+        pairs = zip(prompts, ids, strict=True)
+        data = [Distilled(i, prompt + new, [(len(prompt), len(prompt + new))]) for i, (prompt, new) in enumerate(pairs)]
+        super().__init__(backbone, data, sorted(taps))
+        self.new_tokens, self._batches = new_tokens, dict[int, TrainingBatch]()
+        for index, talk in enumerate(data):
+            self._batches[index] = self._states(talk)
+            progress(index + 1)
+
+    def _states(self, talk: Distilled) -> TrainingBatch:
+        backbone, tokens_BT, written_BT = self.backbone, *side_by_side([talk])
+        nodes, cache = Nodes.chains([0], [0], [len(talk.tokens)]), backbone.new_cache(1, len(talk.tokens))
+        layers = [tap for tap in self.taps if tap != FINAL_NORM]
+        embedded = backbone.embed(tokens_BT[0])
+        hidden, states = backbone.run_layers(embedded, nodes, cache, 0, backbone.config.layers, taps=layers)
+        states[FINAL_NORM] = backbone.norm(hidden)
+        no_teacher = torch.zeros(*tokens_BT.shape, 0)
+        return TrainingBatch(
+            tokens_BT, written_BT, {tap: states[tap][None].float() for tap in self.taps}, no_teacher.long(), no_teacher
+        )
+
+    def batch(self, indices: Sequence[int]) -> TrainingBatch:
+        [index] = indices
+        return self._batches[index]
+
+    def steps(self, drafter: Drafter, progress: Callable[[int], None] = lambda done: None) -> list[Statistics]:
+        """Returns what a drafter's steps over each answer count."""
+        found = []
+        for index in range(len(self.data)):
+            found.append(replay(drafter, self, [index], new_tokens=self.new_tokens))
+            progress(index + 1)
+        return found
+
+
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def grouped(asked: Sequence[Asked], counted: Sequence[Counted]) -> dict[str, Any]:
+def grouped(asked: Sequence[Asked], counted: Sequence[Statistics]) -> dict[str, Any]:
     """Returns the figures of each group of answers."""
     pairs = list(zip(asked, counted, strict=True))
     found = {name: [pair for pair in pairs if belongs(pair[0])] for name, belongs in GROUPS.items()}
     return {name: figures(group) for name, group in found.items() if group}
 
 
-def figures(pairs: Sequence[tuple[Asked, Counted]]) -> dict[str, Any]:
+def figures(pairs: Sequence[tuple[Asked, Statistics]]) -> dict[str, Any]:
     """Returns tokens per step of some answers, of those among them that are not repetitive, by kind and by depth."""
     sound = [pair for pair in pairs if not pair[0].repetitive]
     kinds = dict.fromkeys(asked.kind for asked, _ in pairs)
@@ -135,7 +177,7 @@ def figures(pairs: Sequence[tuple[Asked, Counted]]) -> dict[str, Any]:
         "tokens_per_step": tokens_per_step(pairs),
         "without_repetitive": tokens_per_step(sound),
         "by_kind": {kind: tokens_per_step([pair for pair in pairs if pair[0].kind == kind]) for kind in kinds},
-        "accepted_by_depth": accepted_by_depth([counted.statistics for _, counted in pairs]),
+        "accepted_by_depth": accepted_by_depth([counted for _, counted in pairs]),
     }
 
 
@@ -149,10 +191,10 @@ def answers(asked: Sequence[Asked]) -> dict[str, Any]:
     } | {"by_kind": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}}
 
 
-def tokens_per_step(pairs: Sequence[tuple[Asked, Counted]]) -> float | None:
+def tokens_per_step(pairs: Sequence[tuple[Asked, Statistics]]) -> float | None:
     """Returns all tokens over all steps; None where there are no answers."""
-    steps = sum(counted.statistics.steps for _, counted in pairs)
-    return round(sum(len(counted.ids) for _, counted in pairs) / steps, 4) if steps else None
+    steps = sum(counted.steps for _, counted in pairs)
+    return round(sum(counted.new_tokens for _, counted in pairs) / steps, 4) if steps else None
 
 
 def accepted_by_depth(each: Sequence[Statistics]) -> list[float]:
@@ -177,35 +219,30 @@ def digest(folder: Path | None) -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths if path.is_file())).hexdigest()[:16]
 
 
-def section(llm: LLM, method: str, folder: str, asked: Sequence[Asked], truth: Sequence[list[int]], args: Any) -> None:
+def section(backbone: Backbone, method: str, folder: str, asked: Sequence[Asked], states: Answers, args: Any) -> None:
     """Counts one drafter at every size, without and with lookup merged, and saves after each."""
-    heads = folder_of(method, folder, llm.backbone)
     of = {
-        "model": args.model, "heads": digest(heads), "questions": args.suite.digest, "answers": answers(asked),
-        "new_tokens": args.new_tokens,
+        "model": args.model, "heads": digest(folder_of(method, folder, backbone)), "questions": args.suite.digest,
+        "answers": answers(asked), "new_tokens": args.new_tokens,
     }  # fmt: skip
     name = f"{method} {args.side}"
     before = core.read().get(name, {}).get("result", {})
     result = of | {"sizes": before["sizes"] if {key: before.get(key) for key in of} == of else {}}
-    options = {"checkpoint": folder} if folder else {}
     for size in args.sizes:
         for lookup in (False, True):
             label = f"{size} with lookup" if lookup else f"{size}"
             if label in result["sizes"]:
                 continue
-            drafter = drafters.build(method, llm.backbone, lookup=lookup, nodes=size, **options)
-            began = time.perf_counter()
-            counted = count(
-                llm.backbone, drafter, [each.prompt for each in asked], args.new_tokens, args.rows,
-                shown(f"{name}, {label}", len(asked)),
-            )  # fmt: skip
-            different = sum(one.ids != ids[: args.new_tokens] for one, ids in zip(counted, truth, strict=True))
-            result["sizes"][label] = grouped(asked, counted) | {"different": different}
+            drafter, began = built(backbone, method, folder, lookup=lookup, nodes=size), time.perf_counter()
+            counted = states.steps(drafter, shown(f"{name}, {label}", len(asked)))
+            result["sizes"][label] = grouped(asked, counted)
             core.save(name, result, shown=False)
             figure = result["sizes"][label]["all"]["tokens_per_step"]
             print(f"{name}, {label}: {figure:.3f} tokens per step, {time.perf_counter() - began:.0f} s", flush=True)
-            if different:
-                raise ForetellError(f"{different} answers of {name} are not plain decoding's.")
+
+
+def built(backbone: Backbone, method: str, folder: str, **options: Any) -> Drafter:
+    return drafters.build(method, backbone, **options, **({"checkpoint": folder} if folder else {}))
 
 
 def shown(what: str, total: int) -> Callable[[int], None]:
@@ -228,25 +265,27 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=5)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--rows", type=int, default=8, help="answers side by side")
+    parser.add_argument("--rows", type=int, default=16, help="answers written side by side")
     parser.add_argument("--results", type=Path, default=core.RESULTS.with_name("breadth.json"))
     args = parser.parse_args()
     if not args.before + args.after:
         parser.error("name a drafter: --after hydra++, or --before hydra++:FOLDER for other heads.")
     core.RESULTS, args.suite = args.results, load_suite(args.questions)
+    named = [(side, *drafter.split(":", 1), "")[:3] for side in SIDES for drafter in getattr(args, side)]
     llm = foretell.load(args.model, dtype="bf16")
+    backbone = llm.backbone
     asked = both_wordings(llm, args.suite.chosen(args.every, args.limit).questions)
-    prompts, plain = [each.prompt for each in asked], drafters.build("plain", llm.backbone)
-    longest, progress = max(args.new_tokens, JUDGED), shown("plain", len(prompts))
-    truth = [each.ids for each in count(llm.backbone, plain, prompts, longest, 2 * args.rows, progress)]
+    prompts, longest = [each.prompt for each in asked], max(args.new_tokens, JUDGED)
+    written = answered(backbone, prompts, longest, args.rows, shown("plain decoding", len(prompts)))
     asked = [
-        replace(each, repetitive=unfit(ids[:JUDGED]) == REPETITIVE) for each, ids in zip(asked, truth, strict=True)
+        replace(each, repetitive=unfit(ids[:JUDGED]) == REPETITIVE) for each, ids in zip(asked, written, strict=True)
     ]
     print(json.dumps(answers(asked)), flush=True)
-    for args.side in SIDES:
-        for drafter in getattr(args, args.side):
-            method, _, folder = drafter.partition(":")
-            section(llm, method, folder, asked, truth, args)
+    taps = {tap for _, method, folder in named for tap in built(backbone, method, folder).taps}
+    counted, progress = [ids[: args.new_tokens] for ids in written], shown("states", len(prompts))
+    states = Answers(backbone, prompts, counted, args.new_tokens, taps, progress)
+    for args.side, method, folder in named:
+        section(backbone, method, folder, asked, states, args)
 
 
 if __name__ == "__main__":

@@ -133,6 +133,17 @@ class Draft:
             if len(tree) != len(ids):
                 raise UsageError(f"A draft has {len(ids)} tokens for a tree of {len(tree)} nodes; they must be equal.")
 
+    def cut_below(self, row: int, height: int) -> None:
+        """Drops a row's guesses deeper than `height`: they could not be emitted."""
+        tree = self.trees[row]
+        if tree.height <= height:
+            return
+        kept = tree.keep(height)
+        if self.resume and kept[: self.resume.ran[row]] != list(range(self.resume.ran[row])):
+            return  # nodes that ran hold the slots after those that would be cut
+        self.trees[row] = tree.pruned(height)
+        self.tokens[row] = [self.tokens[row][node] for node in kept]
+
 
 @dataclass
 class Verdict:

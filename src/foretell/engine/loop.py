@@ -181,12 +181,7 @@ class SpeculativeDecoder:
         check_draft(draft, rows, self.drafter.max_nodes, self.backbone.config.vocab)
         for i, row in enumerate(rows):
             row.statistics.suspended_steps += draft.held and len(draft.trees[i]) == 1
-            if draft.trees[i].height >= row.budget:
-                kept = draft.trees[i].keep(row.budget - 1)
-                if draft.resume and kept[: draft.resume.ran[i]] != list(range(draft.resume.ran[i])):
-                    continue  # nodes that ran hold the slots after those that would be cut
-                draft.trees[i] = draft.trees[i].pruned(row.budget - 1)
-                draft.tokens[i] = [draft.tokens[i][node] for node in kept]
+            draft.cut_below(i, row.budget - 1)
         return draft
 
     def _verify(self, rows: list[RowState], draft: Draft) -> tuple[Pass, Verdict, list[list[TokenLogprob]]]:

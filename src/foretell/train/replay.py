@@ -11,7 +11,7 @@ Legend: T tokens of a conversation.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from foretell.backbone import KVCache, Nodes
 from foretell.contracts import Drafter, Features
 from foretell.drafting.learning.trainable import TrainingBatch
-from foretell.requests import SamplingParams
+from foretell.requests import SamplingParams, Statistics
 from foretell.train.features import Batches
 
 
@@ -36,25 +36,14 @@ class ReplayedRow:
     params: SamplingParams = field(default_factory=SamplingParams)
 
 
-@dataclass
-class Replay:
-    """Steps taken, and tokens that they emitted."""
-
-    steps: int = 0
-    tokens: int = 0
-
-    @property
-    def tokens_per_step(self) -> float:
-        return self.tokens / self.steps if self.steps else 0.0
-
-
 def replay(
     drafter: Drafter,
     features: Batches,
     conversations: Iterable[int],
     progress: Callable[[int], None] = lambda done: None,
     batches: Mapping[int, TrainingBatch] | None = None,
-) -> Replay:
+    new_tokens: int = 0,
+) -> Statistics:
     """Decodes the answers of some conversations again.
 
     Args:
@@ -62,15 +51,17 @@ def replay(
         conversations: indices of `features.data`.
         progress: called with the number of conversations that are done.
         batches: batches of one conversation each, by its index, where they were made before.
+        new_tokens: to which answers were limited; by default, none is expected beyond an answer's last token.
+
+    Returns:
+        What the engine would count, over all answers.
     """
     longest = max(len(talk.tokens) for talk in features.data)
-    cache, found = features.backbone.new_cache(1, longest + drafter.max_nodes), Replay()
+    cache, found = features.backbone.new_cache(1, longest + drafter.max_nodes), Statistics()
     drafter.bind(cache)
     for done, index in enumerate(conversations, start=1):
         batch = (batches or {}).get(index) or features.batch([index])
-        for emitted in _steps(drafter, features, cache, index, batch.to(features.backbone.device)):
-            found.steps += 1
-            found.tokens += emitted
+        _replay(drafter, features, cache, index, batch.to(features.backbone.device), new_tokens, found)
         progress(done)
     return found
 
@@ -87,7 +78,7 @@ def tokens_per_step_by_size(
     batches = {index: features.batch([index]) for index in conversations}
     for number, size in enumerate(sizes, start=1):
         drafts = replay(sized(drafter, size), features, conversations, batches=batches)
-        found[size] = round(drafts.tokens_per_step, 4)
+        found[size] = round(drafts.acceptance_length, 4)
         progress(number / len(sizes))
     return found
 
@@ -99,10 +90,11 @@ def sized(drafter: Any, nodes: int) -> Any:
     return own
 
 
-def _steps(
-    drafter: Drafter, features: Batches, cache: KVCache, conversation: int, batch: TrainingBatch
-) -> Iterator[int]:
-    """Yields how many tokens each step over a conversation emits."""
+def _replay(
+    drafter: Drafter, features: Batches, cache: KVCache, conversation: int, batch: TrainingBatch, new_tokens: int,
+    found: Statistics,
+) -> None:  # fmt: skip
+    """Takes the steps of one conversation and counts them in `found`."""
     backbone, text, row = features.backbone, features.data[conversation], ReplayedRow([], 0, 0)
     cache.rollback(0, 0)
     drafter.reset([row])
@@ -126,16 +118,17 @@ def _steps(
         row.prompt_length = start
         observe(start - 1, [])  # the last token of a prompt is the root of the first tree
         while seen + 1 < end:
-            row.budget = end - seen - 1
+            row.budget = max(end, start + new_tokens) - seen - 1
             draft = drafter.draft([row])
+            draft.cut_below(0, row.budget - 1)
             tree, tokens, node, path = draft.trees[0], draft.tokens[0], 0, [0]
             while seen + len(path) < end:
                 next_token = text.tokens[seen + len(path)]
-                accepted = [child for child in tree.children[node] if tokens[child] == next_token]
-                if not accepted:
+                right = [child for child in tree.children[node] if tokens[child] == next_token]
+                if not right:
                     break
-                node = accepted[0]
+                node = right[0]
                 path.append(node)
             emitted = min(len(path), end - seen - 1)  # no bonus follows the last token
             observe(seen + emitted, [path[:emitted]])
-            yield emitted
+            found.count(tree.height, len(tree) - 1, emitted, accepted=min(len(path) - 1, emitted))
