@@ -146,7 +146,7 @@ def fastest(model: str, results: dict[str, Any]) -> str:
     return (
         f"The fastest heads for {model}: {' '.join([drafter, *lookup])}, {nodes} nodes: "
         f"{rows[run]['tokens_per_step']:.2f} tokens per step, {rows[run]['decode_speedup']:.2f} times plain decoding's "
-        f"speed ({sizes['prompts']} of these questions, batch 1, greedy)."
+        f"speed ({sizes['prompts']} of these questions, batch 1, greedy, {results['sizes']['machine']})."
     )
 
 
