@@ -347,6 +347,26 @@ def test_data_of_another_model(foretell: Foretell, tiny: str, other: str, data: 
     refused(ran, 2, f"was trained for {other} .*not for this model")
 
 
+def test_heads_of_another_model_to_begin_with(
+    foretell: Foretell, tiny: str, other: str, data: str, trained: Path, tmp_path: Path
+) -> None:
+    """As wide a model with as many tokens may begin with them, if told so: their weights are the first ones."""
+    start = str(trained / "drafter")
+    ran = foretell(*command(other, data, tmp_path / "out", "--start", start, "--epochs", "0"))
+    refused(ran, 2, "was written by .*, not by this model")
+    arguments = command(other, data, tmp_path / "out", "--start", start, "--other-model")
+    ran = foretell(*arguments, "--epochs", "0")
+    assert ran.code == 0, ran.err
+    found, tensors = checkpoint.load(tmp_path / "out/drafter")
+    assert found.backbone == other
+    for name, tensor in checkpoint.load(trained / "drafter")[1].items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=0)
+    narrow = replace(checkpoint.load(trained / "drafter")[0], hidden=7)
+    narrow.save(tmp_path / "narrow", tensors)
+    arguments = command(other, data, tmp_path / "no", "--start", str(tmp_path / "narrow"), "--other-model")
+    refused(foretell(*arguments), 2, r"was trained for .*; begin with a drafter of this one, without --start\.")
+
+
 def test_several_folders_are_trained_on(foretell: Foretell, tiny: str, data: str, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "more")
     kept = ("--data", str(tmp_path / "more"), "--keep-features")

@@ -48,7 +48,7 @@ def train(
     _no_cache: Annotated[
         bool, typer.Option("--no-cache", hidden=True, help="Published once, and what happens without --keep-features.")
     ] = False,
-    other_model: Annotated[bool, typer.Option("--other-model", help="Allow data that another model wrote.")] = False,
+    other_model: Annotated[bool, typer.Option("--other-model", help="Allow data and starts of another model.")] = False,
     start: Annotated[
         str,
         typer.Option(

@@ -147,7 +147,7 @@ def run_all(
         settings: how long and how fast they learn.
         keep_features: computes the features once and keeps them beside the data, instead of at every batch. They are
             rounded to bfloat16, and read again whatever number type they were multiplied in.
-        other_model: accepts data that another model wrote.
+        other_model: accepts data that another model wrote, and heads of another one to begin with.
         progress: called with (step of the recipe, done, total).
 
     Raises:
@@ -202,7 +202,7 @@ def begin(
         check_data(store, llm, other_model)
     counts_V = token_counts((talk for store in stores for talk in store.conversations), llm.backbone.config.vocab)
     fresh = [
-        _Fresh.of(job, cls, options, llm, counts_V, settings.seed)
+        _Fresh.of(job, cls, options, llm, counts_V, settings.seed, other_model)
         for job, cls, options in zip(jobs, classes, given, strict=True)
     ]
     features = features_of(llm.backbone, stores, [each.module for each in fresh], keep_features)
@@ -235,9 +235,10 @@ class _Fresh:
 
     @classmethod
     def of(
-        cls, job: Job, method: type[TrainableMethod], given: Mapping[str, Any], llm: LLM, counts_V: Tensor, seed: int
-    ) -> _Fresh:
-        origin = read_start(job.start, llm.backbone, method) if job.start else None
+        cls, job: Job, method: type[TrainableMethod], given: Mapping[str, Any], llm: LLM, counts_V: Tensor, seed: int,
+        other_model: bool,
+    ) -> _Fresh:  # fmt: skip
+        origin = read_start(job.start, llm.backbone, method, other_model) if job.start else None
         options = method.Training(**(inherited(method, *origin) if origin else {}) | dict(given))
         module = new_module(method, llm, counts_V, options, seed, origin)
         started = initialise(module, job.start, *origin) if origin else {}

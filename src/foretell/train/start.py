@@ -27,8 +27,12 @@ Start = tuple[Checkpoint, dict[str, Tensor]]
 """A drafter to begin with: its checkpoint and tensors."""
 
 
-def read_start(start: str, backbone: Backbone, cls: type[TrainableMethod]) -> Start:
+def read_start(start: str, backbone: Backbone, cls: type[TrainableMethod], other_model: bool = False) -> Start:
     """Reads the drafter to begin with.
+
+    Args:
+        other_model: accepts one of another model that is as wide and has as many tokens, such as this one was before
+            an adapter changed it.
 
     Raises:
         UsageError: it is not there, of a method that `cls` cannot begin with, or of another model.
@@ -45,10 +49,13 @@ def read_start(start: str, backbone: Backbone, cls: type[TrainableMethod]) -> St
             f"{start} is a {checkpoint.method} drafter, with which {cls.method} cannot begin; begin with one of "
             f"{', '.join(able)}, or without `start=`."
         )
-    if checkpoint.fingerprint != backbone.fingerprint:
+    sizes = (checkpoint.hidden, checkpoint.vocab)
+    alike = sizes == (backbone.config.hidden, backbone.config.vocab)
+    if checkpoint.fingerprint != backbone.fingerprint and not (other_model and alike):
+        remedy = ", or allow it with `other_model=True`" if alike else ""
         raise UsageError(
             f"{start} was trained for {checkpoint.backbone} (fingerprint {checkpoint.fingerprint}), not for this model "
-            f"({backbone.fingerprint}); begin with a drafter of this one, or without `start=`."
+            f"({backbone.fingerprint}); begin with a drafter of this one, without `start=`{remedy}."
         )
     if "vocabulary" not in tensors:
         raise ForetellError(f"{start} is damaged, or of another method: it lacks a draft vocabulary.")
