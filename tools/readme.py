@@ -323,17 +323,17 @@ def trained() -> list[str]:
             )
             if seconds
         ]  # fmt: skip
+        curves = [f"![training curves](images/{name}.png)", ""] if (ROOT / f"docs/images/{name}.png").exists() else []
         if "together" in made:
             minutes[-1] += f" for {', '.join(made['together'])} at once"
+        took = f": {', '.join(minutes)}" if minutes else ""
         notes = "; ".join(each["note"] for each in [*data, made] if "note" in each)
         lines += [
             f"`{name}` on {made.get('machine', 'two cores')}: {written:,} tokens in {talks:,} conversations "
-            f"({sources}), then `{made['command']}`{begun}: {', '.join(minutes)}{f' ({notes})' if notes else ''}. "
+            f"({sources}), then `{made['command']}`{begun}{took}{f' ({notes})' if notes else ''}. "
             f"Held-out accuracy by head, top 1 / top 5: {heads}.",
-            "",
-            f"![training curves](images/{name}.png)",
-            "",
-        ]
+            "", *curves,
+        ]  # fmt: skip
     return lines
 
 
