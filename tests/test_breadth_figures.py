@@ -228,7 +228,7 @@ def test_tables_show_both_sides(tools: None) -> None:
         groups = ("all", "fixed words", "reworded", "own words")
         counts = {name: {"answers": 2, "repetitive": 1} for name in groups} | {"by_kind": {"qa": 1, "rag": 1}}
         of = {"model": "tiny", "answers": counts, "new_tokens": 24, "sizes": sizes}
-        return {"command": "python x", "commit": "abc", "result": of}
+        return {"command": "python x", "commit": "abc", "machine": "a laptop", "result": of}
 
     found = {"hydra++ before": section(2), "hydra++ after": section(3), "medusa after": section(4)}
     lines = breadth_tables.tables(found)
@@ -239,4 +239,5 @@ def test_tables_show_both_sides(tools: None) -> None:
     assert not any(line.startswith("| retrieval") for line in lines)  # counted nowhere
     assert "| hydra++ after | 3.00 | 2.90 |  | 3.00 | 2.90 |  |" in lines
     assert any("hydra++ before 50%, 25%; hydra++ after 50%, 25%" in line for line in lines)
+    assert not any("questions (1)" in line for line in breadth_tables.tables(found, brief=True))
     assert breadth_tables.tables({}) == []

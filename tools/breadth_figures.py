@@ -16,7 +16,6 @@ writes those. An interrupted run resumes after the last size that was counted.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import time
@@ -27,6 +26,7 @@ from typing import Any
 
 import core_figures as core
 import torch
+from breadth_tables import digest
 from rewording import reworded
 
 import foretell
@@ -211,12 +211,6 @@ def accepted_by_depth(each: Sequence[Statistics]) -> list[float]:
 def folder_of(method: str, folder: str, backbone: Backbone) -> Path | None:
     """Returns the folder of a method's heads: the one named, else the one that ships; None for a method without."""
     return Path(folder) if folder else checkpoint.shipped(backbone).get(method)
-
-
-def digest(folder: Path | None) -> str:
-    """Returns a digest of a checkpoint, config and tensors: other trees take other steps too."""
-    paths = [folder / name for name in ("config.json", "model.safetensors")] if folder else []
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths if path.is_file())).hexdigest()[:16]
 
 
 def section(backbone: Backbone, method: str, folder: str, asked: Sequence[Asked], states: Answers, args: Any) -> None:

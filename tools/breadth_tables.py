@@ -5,6 +5,8 @@ A section of the file is one drafter on one side, "hydra++ before" (`breadth_fig
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 SIDES = ("before", "after")
@@ -14,13 +16,14 @@ KINDS = {"qa": "questions", "rag": "retrieval", "math_reasoning": "sums (GSM8K)"
 """Kind in the suite -> its name on the page, where that differs."""
 
 
-def tables(results: dict[str, Any]) -> list[str]:
-    """Returns all tables, with what is needed to read them."""
+def tables(results: dict[str, Any], brief: bool = False) -> list[str]:
+    """Returns all tables, or in brief those by size and depth, with what is needed to read them."""
     if not results:
         return []
     pairs = [f"{method} {side}" for method in methods(results) for side in SIDES]
     results = {name: results[name] for name in pairs if name in results}
-    return [*heading(results), *by_size(results), *by_kind(results), *by_wording(results), *by_depth(results)]
+    more = [] if brief else [*by_kind(results), *by_wording(results)]
+    return [*heading(results), *by_size(results), *more, *by_depth(results)]
 
 
 def heading(results: dict[str, Any]) -> list[str]:
@@ -30,12 +33,13 @@ def heading(results: dict[str, Any]) -> list[str]:
     for section in results.values():
         runs.setdefault(section["command"], section["commit"])
     commands = "; ".join(f"`{command}`, commit {commit}" for command, commit in runs.items())
+    machines = " and ".join(dict.fromkeys(section["machine"] for section in results.values()))
     return [
         "Tokens per step of heads before and after they learnt from [prompts of many kinds](#prompts-of-many-kinds): "
         f"{asked['all']['answers']} Spec-Bench questions, {found['new_tokens']} new tokens, bfloat16, greedy "
-        f"({commands}). {found['model']} answers {asked['all']['repetitive']} of these questions repetitively by the "
-        f"rule of `foretell distill`, and {asked['reworded']['repetitive']} of the {asked['reworded']['answers']} that "
-        "were reworded.",
+        f"({commands}; {machines}). {found['model']} answers {asked['all']['repetitive']} of these questions "
+        f"repetitively by the rule of `foretell distill`, and {asked['reworded']['repetitive']} of the "
+        f"{asked['reworded']['answers']} that were reworded.",
         "",
     ]
 
@@ -109,6 +113,12 @@ def by_depth(results: dict[str, Any]) -> list[str]:
     )
     lead = f"Of the steps with a guess at depth 1, 2, ..., the share that accepted one, {NODES} nodes: "
     return [f"{lead}{each}.", ""] if each else []
+
+
+def digest(folder: Path | None) -> str:
+    """Returns a digest of a checkpoint, config and tensors: other trees take other steps too."""
+    paths = [folder / name for name in ("config.json", "model.safetensors")] if folder else []
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths if path.is_file())).hexdigest()[:16]
 
 
 def figure(section: dict[str, Any], label: str, *path: str) -> Any:

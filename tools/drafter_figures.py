@@ -26,7 +26,8 @@ from typing import Any
 
 import core_figures as core
 import torch
-from breadth_figures import accepted_by_depth
+from breadth_figures import accepted_by_depth, folder_of
+from breadth_tables import digest
 from exactness import compared, transcript
 
 import foretell
@@ -89,6 +90,7 @@ def section_sizes(args: argparse.Namespace) -> Any:
     plain = rows["plain"]
     different = [(name, i) for name, r in rows.items() for i, answer in enumerate(r) if answer.ids != plain[i].ids]
     out: dict[str, Any] = {"prompts": len(plain), "new_tokens": args.new_tokens, "different": different}
+    out["heads"] = {drafter: digest(folder_of(drafter, "", llm.backbone)) for drafter in args.drafters}
     return out | {name: _figures(answers, plain, name) for name, answers in rows.items()}
 
 

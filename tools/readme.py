@@ -11,6 +11,7 @@ from typing import Any
 import breadth_tables
 import cost_model
 import training_speed
+from breadth_tables import digest
 
 from foretell.bench.report import facts, main_table, markdown_table, sections
 from foretell.bench.results import read_results
@@ -107,8 +108,9 @@ def by_size(model: str, results: dict[str, Any]) -> list[str]:
     if "sizes" not in results:
         return []
     sizes = results["sizes"]["result"]
+    which = "come" if are_shipped(model, sizes) else "came, before those that do now,"
     lines = [
-        f"Heads that come with foretell for {model}, by tree size; {results['sizes']['machine']}; "
+        f"Heads that {which} with foretell for {model}, by tree size; {results['sizes']['machine']}; "
         f"{sizes['prompts']} Spec-Bench questions, {sizes['new_tokens']} new tokens, bfloat16, greedy, batch 1, all in "
         f"one interleaved run (commit {results['sizes']['commit']}, `{results['sizes']['command']}`). Tokens per step, "
         "and decoding speed against plain decoding's; *possible* is the share reached of the speed-up with free "
@@ -117,7 +119,8 @@ def by_size(model: str, results: dict[str, Any]) -> list[str]:
         "| nodes | grown at each step | possible | drafting | one tree | with lookup merged |",
         "|---|---|---|---|---|---|",
     ]
-    for run in [each for each in sizes if isinstance(sizes[each], dict) and "with" not in each and "tree" not in each]:
+    runs = [name for name, run in sizes.items() if isinstance(run, dict) and "tokens_per_step" in run]
+    for run in [each for each in runs if "with" not in each and "tree" not in each]:
         row, others = sizes[run], [sizes.get(f"{run}{kind}") for kind in (", one tree", " with lookup")]
         cells = [f"{row['tokens_per_step']:.2f}, {row['decode_speedup']:.2f}×"]
         cells.append(f"{row['share_of_possible']:.0%}" if "share_of_possible" in row else "")
@@ -126,7 +129,7 @@ def by_size(model: str, results: dict[str, Any]) -> list[str]:
         lines.append(f"| {run} | {' | '.join(cells)} |")
     lines += ["", "Of the steps with a guess at depth 1, 2, ..., the share that accepted one, 16 nodes: " + "; ".join(
         f"{run.rpartition(' ')[0]} {', '.join(f'{share:.0%}' for share in sizes[run]['accepted_by_depth'])}"
-        for run in sizes if run.endswith(" 16")
+        for run in runs if run.endswith(" 16")
     ) + "."]  # fmt: skip
     if "tune" in results:
         lines += ["", f"`foretell tune` measures a step's cost in {results['tune']['result']['seconds']} seconds."]
@@ -135,19 +138,29 @@ def by_size(model: str, results: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def fastest(model: str, results: dict[str, Any]) -> str:
-    """Returns a sentence about the fastest heads."""
+def are_shipped(model: str, sizes: dict[str, Any]) -> bool:
+    """Returns whether all the heads that were measured are still those that ship."""
+    shipped = ROOT / "src/foretell/drafters/trained"
+    base, measured_heads = model.partition("+")[0], sizes.get("heads", {})
+    current = {method: digest(shipped / f"{method}-{base}") for method in measured_heads}
+    return bool(measured_heads) and current == measured_heads
+
+
+def fastest(model: str, results: dict[str, Any]) -> list[str]:
+    """Returns a sentence about the fastest heads, if those that ship were measured."""
     sizes = results["sizes"]["result"]
+    if not are_shipped(model, sizes):
+        return []
     rows = {
         run: row for run, row in sizes.items() if isinstance(row, dict) and " " in run and " before " not in run
     }  # fmt: skip
     run = max(rows, key=lambda run: rows[run]["decode_speedup"])
     drafter, nodes, *lookup = run.split(maxsplit=2)
-    return (
-        f"The fastest heads for {model}: {' '.join([drafter, *lookup])}, {nodes} nodes: "
+    return [
+        f"- The fastest heads for {model}: {' '.join([drafter, *lookup])}, {nodes} nodes: "
         f"{rows[run]['tokens_per_step']:.2f} tokens per step, {rows[run]['decode_speedup']:.2f} times plain decoding's "
         f"speed ({sizes['prompts']} of these questions, batch 1, greedy, {results['sizes']['machine']})."
-    )
+    ]
 
 
 def quality(results: dict[str, Any]) -> list[str]:
@@ -350,7 +363,7 @@ def pages() -> dict[Path, str]:
     blocks = {
         ROOT / "README.md": [
             *head, *measured(folder / "bench"),
-            *(f"- {fastest(model, _json(folder / name))}" for name, model in HEADS.items()),
+            *(line for name, model in HEADS.items() for line in fastest(model, _json(folder / name))),
             "", "How each method does by tree size, and how its heads were made: [docs/training.md](docs/training.md).",
             "",
             *core(_json(folder / "core.json")),
@@ -359,7 +372,8 @@ def pages() -> dict[Path, str]:
         ROOT / "docs/own-layers.md": own_layers(folder),
         ROOT / "docs/training.md": [
             *head, *trained(),
-            *(breadth_tables.tables(_json(folder / "breadth.json")) if (folder / "breadth.json").exists() else []),
+            *breadth_tables.tables(_json(folder / "breadth.json")),
+            *breadth_tables.tables(_json(folder / "breadth_medusa2.json"), brief=True),
             *training_speed.table(_json(folder / "training.json")["learning"]),
             *(line for name, model in HEADS.items() if (folder / name).exists()
               for line in by_size(model, _json(folder / name))),
@@ -371,7 +385,7 @@ def pages() -> dict[Path, str]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def main() -> int:
