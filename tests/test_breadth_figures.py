@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,14 @@ def test_steps_are_those_of_decoding(tool: Any, kind: Any, lookup: bool) -> None
         drafter = drafter_of(kind, backbone, data, nodes=12)
     drafter = WithLookup(drafter) if lookup else drafter
     done = list[int]()
+    last = tool.answered(backbone, prompts[:1], 40, 2)[0][20]
+    backbone.config = replace(backbone.config, eos_ids=(last,))
     truth = tool.answered(backbone, prompts, 40, 2, done.append)
+    assert min(map(len, truth)) < 40  # one ends before its limit, and drafts near its end reach beyond it
     decoder = SpeculativeDecoder(backbone, drafter, adapt=False)
     decoded = finish(decoder, [(prompt, SamplingParams(max_new_tokens=40)) for prompt in prompts])
     assert [output.ids for output in decoded] == truth
-    found = tool.Answers(backbone, prompts, truth, 40, drafter.taps, done.append).steps(drafter, done.append)
+    found = tool.Answers.of(backbone, prompts, truth, 40, drafter.taps, done.append).steps(drafter, done.append)
     for one, output in zip(found, decoded, strict=True):
         for figure in ("steps", "new_tokens", "drafted", "accepted", "by_depth"):
             assert getattr(one, figure) == getattr(output.statistics, figure)
@@ -147,7 +151,7 @@ def test_a_run_is_resumed_and_other_heads_are_counted_anew(
     ))  # fmt: skip
     counts, steps = list[int](), tool.Answers.steps
     monkeypatch.setattr(
-        tool.Answers, "steps", lambda self, *given: counts.append(len(self.data)) or steps(self, *given)
+        tool.Answers, "steps", lambda self, *given: counts.append(len(self.batches)) or steps(self, *given)
     )
     monkeypatch.setattr(tool.foretell, "load", lambda name, dtype: llm)
 

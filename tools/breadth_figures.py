@@ -7,10 +7,12 @@ A DRAFTER is a method whose heads ship with foretell, or METHOD:FOLDER for other
 
 Greedy answers are plain decoding's whatever drafts them. So plain decoding writes them once, one pass gives all states
 that heads read of them, and the drafters' steps over them are counted by `replay`, which takes the steps that decoding
-takes: minutes for all drafters and sizes, and no quiet machine. Questions are asked as the suite words them and, where
-it uses fixed words for a kind, in other words too (`rewording`). Answers that `foretell distill` would call repetitive
-are counted, and left out in a figure of their own; it judges longer answers than are counted here, so plain decoding
-writes those. An interrupted run resumes after the last size that was counted.
+takes where arithmetic is canonical: minutes for all drafters and sizes, and no quiet machine.
+
+Questions are asked as the suite words them and, where it uses fixed words for a kind, in other words too (`rewording`).
+Answers that `foretell distill` would call repetitive are counted, and left out in a figure of their own; it judges
+longer answers than are counted here, so plain decoding writes those. An interrupted run resumes after the last size
+that was counted.
 """
 
 from __future__ import annotations
@@ -114,49 +116,47 @@ def answered(
     return out
 
 
-class Answers(ComputedFeatures):
-    """Answers whose states are known: decoding's own, not rounded as those that heads learn from may be.
+@dataclass(frozen=True)
+class Answers:
+    """Plain decoding's answers, and what drafters read of them: decoding's own states, not rounded ones.
 
-    Args:
-        ids: the answers; new_tokens: to which they were limited.
-        taps: the states that drafters read.
+    Attributes:
+        batches: of one conversation each, by its index in `features.data`.
+        new_tokens: to which the answers were limited.
     """
 
-    def __init__(
-        self, backbone: Backbone, prompts: Sequence[list[int]], ids: Sequence[list[int]], new_tokens: int,
+    features: ComputedFeatures
+    batches: dict[int, TrainingBatch]
+    new_tokens: int
+
+    @classmethod
+    def of(
+        cls, backbone: Backbone, prompts: Sequence[list[int]], ids: Sequence[list[int]], new_tokens: int,
         taps: Collection[int], progress: Callable[[int], None] = lambda done: None,
-    ):  # fmt: skip
-        pairs = zip(prompts, ids, strict=True)
+    ) -> Answers:  # fmt: skip
+        pairs, batches = zip(prompts, ids, strict=True), dict[int, TrainingBatch]()
         data = [Distilled(i, prompt + new, [(len(prompt), len(prompt + new))]) for i, (prompt, new) in enumerate(pairs)]
-        super().__init__(backbone, data, sorted(taps))
-        self.new_tokens, self._batches = new_tokens, dict[int, TrainingBatch]()
         for index, talk in enumerate(data):
-            self._batches[index] = self._states(talk)
+            batches[index] = states(backbone, talk, taps)
             progress(index + 1)
-
-    def _states(self, talk: Distilled) -> TrainingBatch:
-        backbone, tokens_BT, written_BT = self.backbone, *side_by_side([talk])
-        nodes, cache = Nodes.chains([0], [0], [len(talk.tokens)]), backbone.new_cache(1, len(talk.tokens))
-        layers = [tap for tap in self.taps if tap != FINAL_NORM]
-        embedded = backbone.embed(tokens_BT[0])
-        hidden, states = backbone.run_layers(embedded, nodes, cache, 0, backbone.config.layers, taps=layers)
-        states[FINAL_NORM] = backbone.norm(hidden)
-        no_teacher = torch.zeros(*tokens_BT.shape, 0)
-        return TrainingBatch(
-            tokens_BT, written_BT, {tap: states[tap][None].float() for tap in self.taps}, no_teacher.long(), no_teacher
-        )
-
-    def batch(self, indices: Sequence[int]) -> TrainingBatch:
-        [index] = indices
-        return self._batches[index]
+        return cls(ComputedFeatures(backbone, data, sorted(taps)), batches, new_tokens)
 
     def steps(self, drafter: Drafter, progress: Callable[[int], None] = lambda done: None) -> list[Statistics]:
         """Returns what a drafter's steps over each answer count."""
-        found = []
-        for index in range(len(self.data)):
-            found.append(replay(drafter, self, [index], new_tokens=self.new_tokens))
-            progress(index + 1)
-        return found
+        return replay(drafter, self.features, range(len(self.batches)), progress, self.batches, self.new_tokens)
+
+
+def states(backbone: Backbone, talk: Distilled, taps: Collection[int]) -> TrainingBatch:
+    """Returns the states of a conversation by one of decoding's own passes, and no teacher's distribution."""
+    tokens_BT, supervised_BT = side_by_side([talk])
+    nodes, cache = Nodes.chains([0], [0], [len(talk.tokens)]), backbone.new_cache(1, len(talk.tokens))
+    layers = [tap for tap in taps if tap != FINAL_NORM]
+    embedded = backbone.embed(tokens_BT[0])
+    hidden, found = backbone.run_layers(embedded, nodes, cache, 0, backbone.config.layers, taps=layers)
+    found[FINAL_NORM] = backbone.norm(hidden)
+    none_BT0 = torch.zeros(*tokens_BT.shape, 0)
+    states_of = {tap: found[tap][None].float() for tap in taps}
+    return TrainingBatch(tokens_BT, supervised_BT, states_of, none_BT0.long(), none_BT0)
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
@@ -213,13 +213,15 @@ def folder_of(method: str, folder: str, backbone: Backbone) -> Path | None:
     return Path(folder) if folder else checkpoint.shipped(backbone).get(method)
 
 
-def section(backbone: Backbone, method: str, folder: str, asked: Sequence[Asked], states: Answers, args: Any) -> None:
+def section(
+    backbone: Backbone, side: str, method: str, folder: str, asked: Sequence[Asked], known: Answers, args: Any
+) -> None:
     """Counts one drafter at every size, without and with lookup merged, and saves after each."""
     of = {
         "model": args.model, "heads": digest(folder_of(method, folder, backbone)), "questions": args.suite.digest,
         "answers": answers(asked), "new_tokens": args.new_tokens,
     }  # fmt: skip
-    name = f"{method} {args.side}"
+    name = f"{method} {side}"
     before = core.read().get(name, {}).get("result", {})
     result = of | {"sizes": before["sizes"] if {key: before.get(key) for key in of} == of else {}}
     for size in args.sizes:
@@ -228,7 +230,7 @@ def section(backbone: Backbone, method: str, folder: str, asked: Sequence[Asked]
             if label in result["sizes"]:
                 continue
             drafter, began = built(backbone, method, folder, lookup=lookup, nodes=size), time.perf_counter()
-            counted = states.steps(drafter, shown(f"{name}, {label}", len(asked)))
+            counted = known.steps(drafter, shown(f"{name}, {label}", len(asked)))
             result["sizes"][label] = grouped(asked, counted)
             core.save(name, result, shown=False)
             figure = result["sizes"][label]["all"]["tokens_per_step"]
@@ -268,6 +270,8 @@ def main() -> None:
     named = [(side, *drafter.split(":", 1), "")[:3] for side in SIDES for drafter in getattr(args, side)]
     llm = foretell.load(args.model, dtype="bf16")
     backbone = llm.backbone
+    if backbone.nondeterminism:
+        raise ForetellError(f"One pass does not give decoding's states here: {backbone.nondeterminism}.")
     asked = both_wordings(llm, args.suite.chosen(args.every, args.limit).questions)
     prompts, longest = [each.prompt for each in asked], max(args.new_tokens, JUDGED)
     written = answered(backbone, prompts, longest, args.rows, shown("plain decoding", len(prompts)))
@@ -276,10 +280,10 @@ def main() -> None:
     ]
     print(json.dumps(answers(asked)), flush=True)
     taps = {tap for _, method, folder in named for tap in built(backbone, method, folder).taps}
-    counted, progress = [ids[: args.new_tokens] for ids in written], shown("states", len(prompts))
-    states = Answers(backbone, prompts, counted, args.new_tokens, taps, progress)
-    for args.side, method, folder in named:
-        section(backbone, method, folder, asked, states, args)
+    kept, progress = [ids[: args.new_tokens] for ids in written], shown("states", len(prompts))
+    known = Answers.of(backbone, prompts, kept, args.new_tokens, taps, progress)
+    for side, method, folder in named:
+        section(backbone, side, method, folder, asked, known, args)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ A section of the file is one drafter on one side, "hydra++ before" (`breadth_fig
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +24,24 @@ def tables(results: dict[str, Any], brief: bool = False) -> list[str]:
     pairs = [f"{method} {side}" for method in methods(results) for side in SIDES]
     results = {name: results[name] for name in pairs if name in results}
     more = [] if brief else [*by_kind(results), *by_wording(results)]
-    return [*heading(results), *by_size(results), *more, *by_depth(results)]
+    return [*heading(results, reworded=not brief), *by_size(results), *more, *by_depth(results)]
 
 
-def heading(results: dict[str, Any]) -> list[str]:
+def heading(results: dict[str, Any], reworded: bool) -> list[str]:
     """Returns what was asked, and the commands."""
     found = next(iter(results.values()))["result"]
     asked, runs = found["answers"], dict[str, str]()
     for section in results.values():
         runs.setdefault(section["command"], section["commit"])
     commands = "; ".join(f"`{command}`, commit {commit}" for command, commit in runs.items())
+    again = asked["reworded"]
+    others = f", and {again['repetitive']} of the {again['answers']} that were reworded"
     machines = " and ".join(dict.fromkeys(section["machine"] for section in results.values()))
     return [
         "Tokens per step of heads before and after they learnt from [prompts of many kinds](#prompts-of-many-kinds): "
         f"{asked['all']['answers']} Spec-Bench questions, {found['new_tokens']} new tokens, bfloat16, greedy "
         f"({commands}; {machines}). {found['model']} answers {asked['all']['repetitive']} of these questions "
-        f"repetitively by the rule of `foretell distill`, and {asked['reworded']['repetitive']} of the "
-        f"{asked['reworded']['answers']} that were reworded.",
+        f"repetitively by the rule of `foretell distill`{others if reworded else ''}.",
         "",
     ]
 
@@ -116,9 +118,12 @@ def by_depth(results: dict[str, Any]) -> list[str]:
 
 
 def digest(folder: Path | None) -> str:
-    """Returns a digest of a checkpoint, config and tensors: other trees take other steps too."""
-    paths = [folder / name for name in ("config.json", "model.safetensors")] if folder else []
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths if path.is_file())).hexdigest()[:16]
+    """Returns a digest of heads and all that decoding reads with them: other trees take other steps too."""
+    if folder is None:
+        return ""
+    config = json.loads((folder / "config.json").read_text())
+    read = json.dumps({name: value for name, value in config.items() if name != "provenance"}, sort_keys=True)
+    return hashlib.sha256(read.encode() + (folder / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def figure(section: dict[str, Any], label: str, *path: str) -> Any:

@@ -67,7 +67,8 @@ def machine() -> str:
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     kinds = {"amx_bf16": "AVX512-BF16 and AMX ", "avx512_bf16": "AVX512-BF16 ", "avx512f": "AVX512 ", "avx2": "AVX2 "}
     kind = next((name for flag, name in kinds.items() if f" {flag}" in flags), "")
-    return f"{usable_cores()} cores of an {kind}{platform.machine()} server CPU, torch {torch.__version__}"
+    cores = "1 core" if usable_cores() == 1 else f"{usable_cores()} cores"
+    return f"{cores} of an {kind}{platform.machine()} server CPU, torch {torch.__version__}"
 
 
 def timed(function: Callable[[], Any], repeats: int) -> float:

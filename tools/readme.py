@@ -10,6 +10,7 @@ from typing import Any
 
 import breadth_tables
 import cost_model
+import layer_tables
 import training_speed
 from breadth_tables import digest
 
@@ -104,13 +105,13 @@ SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def by_size(model: str, results: dict[str, Any]) -> list[str]:
-    """Returns tokens per step and speed by tree size, of the heads that ship for a model."""
+    """Returns tokens per step and speed by tree size, of heads that ship or shipped for a model."""
     if "sizes" not in results:
         return []
     sizes = results["sizes"]["result"]
-    which = "come" if are_shipped(model, sizes) else "came, before those that do now,"
+    which = "that come" if are_shipped(model, sizes) else "before those that come"
     lines = [
-        f"Heads that {which} with foretell for {model}, by tree size; {results['sizes']['machine']}; "
+        f"Heads {which} with foretell for {model}, by tree size; {results['sizes']['machine']}; "
         f"{sizes['prompts']} Spec-Bench questions, {sizes['new_tokens']} new tokens, bfloat16, greedy, batch 1, all in "
         f"one interleaved run (commit {results['sizes']['commit']}, `{results['sizes']['command']}`). Tokens per step, "
         "and decoding speed against plain decoding's; *possible* is the share reached of the speed-up with free "
@@ -189,7 +190,7 @@ def own_layers(folder: Path) -> list[str]:
         lines += measured(each.parent)
         results = read_results(each.parent)
         rows = {row["contender"]: row for row in results["table"]}
-        lines += step_costs(results)
+        lines += layer_tables.step_costs(results)
         if row := rows.get("kangaroo"):
             tokens, levels = row["tokens_per_step"], row["levels_per_step"]
             lines += [
@@ -199,101 +200,12 @@ def own_layers(folder: Path) -> list[str]:
                 "", *cost_model.table(tokens, levels), "",
             ]  # fmt: skip
     if (folder / "exits.json").exists():
-        lines += exits(_json(folder / "exits.json")["exits"])
+        lines += layer_tables.exits(_json(folder / "exits.json")["exits"])
     if (folder / "layers.json").exists():
         found = _json(folder / "layers.json")
-        lines += [line for name, lines_of in (("spare", spare), ("control", control)) if name in found
-                  for line in lines_of(found[name])]  # fmt: skip
+        for name, lines_of in (("spare", layer_tables.spare), ("control", layer_tables.control)):
+            lines += lines_of(found[name]) if name in found else []
     return lines
-
-
-def step_costs(results: dict[str, Any]) -> list[str]:
-    """Returns the cost of a step of each drafter, by part, in plain steps, and the tokens that it needs to pay."""
-
-    def seconds(row: dict[str, Any], share: float = 1.0) -> float:
-        return share * row["seconds"] / row["steps"]
-
-    rows = {row["contender"]: row for row in results["table"]}
-    plain = seconds(rows["plain"], 1 - rows["plain"]["prefill_share"])
-    lines = [
-        "Steps by part. Steps in which the governor held speculation back are plain ones, and count here too. The "
-        "difference between a row with `lookup=true` and the same without is due to lookup.",
-        "",
-        "| in plain steps | drafting | verification | the rest | tokens per step to break even | held back |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        if name != "plain" and "draft_share" in row:
-            parts = [seconds(row, row[f"{part}_share"]) / plain for part in ("draft", "verify", "other")]
-            held = sum(each["suspended_steps"] for each in results["requests"] if each["contender"] == name)
-            cells = [*(f"{part:.2f}" for part in (*parts, sum(parts))), f"{held / row['steps']:.0%}"]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    return [*lines, ""]
-
-
-def exits(section: dict[str, Any]) -> list[str]:
-    """Returns the figures of Kangaroo's adapter at each exit after the same short training."""
-    r = section["result"]
-    lines = [
-        f"Kangaroo's exit from {r['model']} ({r['layers']} layers): adapters trained on {r['conversations']:,} "
-        f"conversations ({r['tokens'] / 1e3:.0f} thousand tokens, prompts included; epochs: "
-        f"{r['settings']['epochs']:g}; commit {section['commit']}, `{section['command']}`), in the "
-        "paper's form and with additions; on held-out text. Trees get a level only where it pays: fewer from deeper "
-        "exits.",
-        "",
-        "| adapter | trained parameters | top 1 | top 5 | tokens per step, 8 nodes | 16 |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, run in r.items():
-        if isinstance(run, dict) and "top1" in run:
-            tokens_per_step = " | ".join(f"{tokens:.2f}" for tokens in run["tokens_per_step"].values())
-            cells = f"{run['parameters'] / 1e6:.1f} M | {run['top1']:.1%} | {run['top5']:.1%} | {tokens_per_step}"
-            lines.append(f"| {name} | {cells} |")
-    return [*lines, ""]
-
-
-def spare(section: dict[str, Any]) -> list[str]:
-    """Returns how well the model does without some of its sublayers, which SWIFT depends on."""
-    r = section["result"]
-    alone = sorted(share for kind in r["alone"].values() for share in kind)
-    counts = (5, 10, 15, 20, 25)
-    greedy = ", ".join(
-        f"{count} {r['greedy'][count - 1]:.0%} ({r['cost'][f'{count} left out']:.0%})" for count in counts
-    )
-    lines = [
-        f"Skipped sublayers of {r['model']} (matchness on {r['tokens']:,} tokens that it wrote; commit "
-        f"{section['commit']}, `{section['command']}`): one of {r['sublayers']} sublayers skipped alone "
-        f"{alone[0]:.0%} to {alone[-1]:.0%}, half of them {alone[len(alone) // 2]:.0%} or more; greedily "
-        f"selected (and a token's cost then, as a share of a step): {greedy}. Both sublayers of every second layer, "
-        f"where the search begins: {r['every second layer']:.0%}.",
-        "",
-    ]
-    for name, plan in r["found"].items():
-        lines += [
-            f"The plan `{name}`, found by a search during decoding, skips {plan['skipped']} sublayers: matchness "
-            f"{plan['matchness_then']:.0%} on the window that selected it, {plan['matchness']:.0%} on these "
-            f"tokens, and a token costs {r['cost'][name]:.0%} of a step.",
-            "",
-        ]
-    return [*lines, "![matchness by skipped sublayers, and what pays](images/spare.png)", ""]
-
-
-def control(section: dict[str, Any]) -> list[str]:
-    """Returns the cost of DEL's statistics, by which it selects an exit."""
-    r = section["result"]
-    lines = [
-        f"The cost of DEL's statistics on {r['model']} ({r['questions']} development questions, {r['new_tokens']} new "
-        f"tokens, a plain step {r['plain_step_ms']:.1f} ms; commit {section['commit']}, `{section['command']}`), per "
-        "step: reading committed tokens at the exits (the end of a prompt not counted), and selecting one.",
-        "",
-        "| | exits | reading | selecting | of a plain step | tokens per step |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, run in r.items():
-        if isinstance(run, dict):
-            times = f"{run['observe_ms']:.2f} ms | {run['choose_ms']:.2f} ms | {run['share_of_a_plain_step']:.0%}"
-            lines.append(f"| {name} | {run['exits']} | {times} | {run['tokens_per_step']:.2f} |")
-    return [*lines, ""]
 
 
 def ablation(section: dict[str, Any]) -> list[str]:
@@ -337,7 +249,7 @@ def trained() -> list[str]:
             if seconds
         ]  # fmt: skip
         curves = [f"![training curves](images/{name}.png)", ""] if (ROOT / f"docs/images/{name}.png").exists() else []
-        if "together" in made:
+        if "together" in made and minutes:
             minutes[-1] += f" for {', '.join(made['together'])} at once"
         took = f": {', '.join(minutes)}" if minutes else ""
         notes = "; ".join(each["note"] for each in [*data, made] if "note" in each)
@@ -375,17 +287,16 @@ def pages() -> dict[Path, str]:
             *breadth_tables.tables(_json(folder / "breadth.json")),
             *breadth_tables.tables(_json(folder / "breadth_medusa2.json"), brief=True),
             *training_speed.table(_json(folder / "training.json")["learning"]),
-            *(line for name, model in HEADS.items() if (folder / name).exists()
-              for line in by_size(model, _json(folder / name))),
-            *(quality(_json(folder / "quality.json")) if (folder / "quality.json").exists() else []),
-            *(ablation(_json(folder / "ablation.json")["ablation"]) if (folder / "ablation.json").exists() else []),
+            *(line for name, model in HEADS.items() for line in by_size(model, _json(folder / name))),
+            *quality(_json(folder / "quality.json")),
+            *ablation(_json(folder / "ablation.json")["ablation"]),
         ],
     }  # fmt: skip
     return {page: "\n".join(lines).rstrip() for page, lines in blocks.items()}
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text())
 
 
 def main() -> int:

@@ -134,15 +134,17 @@ class Draft:
                 raise UsageError(f"A draft has {len(ids)} tokens for a tree of {len(tree)} nodes; they must be equal.")
 
     def cut_below(self, row: int, height: int) -> None:
-        """Drops a row's guesses deeper than `height`: they could not be emitted."""
+        """Drops a row's guesses deeper than `height` (at least 0), unless nodes that drafting ran would move."""
         tree = self.trees[row]
         if tree.height <= height:
             return
         kept = tree.keep(height)
         if self.resume and kept[: self.resume.ran[row]] != list(range(self.resume.ran[row])):
-            return  # nodes that ran hold the slots after those that would be cut
+            return  # they hold the slots after those that would be cut
         self.trees[row] = tree.pruned(height)
         self.tokens[row] = [self.tokens[row][node] for node in kept]
+        if self.probabilities:
+            self.probabilities[row] = [self.probabilities[row][node] for node in kept]
 
 
 @dataclass

@@ -43,7 +43,7 @@ def replay(
     progress: Callable[[int], None] = lambda done: None,
     batches: Mapping[int, TrainingBatch] | None = None,
     new_tokens: int = 0,
-) -> Statistics:
+) -> list[Statistics]:
     """Decodes the answers of some conversations again.
 
     Args:
@@ -51,17 +51,17 @@ def replay(
         conversations: indices of `features.data`.
         progress: called with the number of conversations that are done.
         batches: batches of one conversation each, by its index, where they were made before.
-        new_tokens: to which answers were limited; by default, none is expected beyond an answer's last token.
+        new_tokens: under which limit the answers were written, for drafts near an end; by default, each one's length.
 
     Returns:
-        What the engine would count, over all answers.
+        What the engine would count of each conversation: steps, tokens, guesses and depths, but no seconds.
     """
     longest = max(len(talk.tokens) for talk in features.data)
-    cache, found = features.backbone.new_cache(1, longest + drafter.max_nodes), Statistics()
+    cache, found = features.backbone.new_cache(1, longest + drafter.max_nodes), list[Statistics]()
     drafter.bind(cache)
     for done, index in enumerate(conversations, start=1):
         batch = (batches or {}).get(index) or features.batch([index])
-        _replay(drafter, features, cache, index, batch.to(features.backbone.device), new_tokens, found)
+        found.append(_replay(drafter, features, cache, index, batch.to(features.backbone.device), new_tokens))
         progress(done)
     return found
 
@@ -78,7 +78,7 @@ def tokens_per_step_by_size(
     batches = {index: features.batch([index]) for index in conversations}
     for number, size in enumerate(sizes, start=1):
         drafts = replay(sized(drafter, size), features, conversations, batches=batches)
-        found[size] = round(drafts.acceptance_length, 4)
+        found[size] = round(sum(each.new_tokens for each in drafts) / max(1, sum(each.steps for each in drafts)), 4)
         progress(number / len(sizes))
     return found
 
@@ -91,13 +91,13 @@ def sized(drafter: Any, nodes: int) -> Any:
 
 
 def _replay(
-    drafter: Drafter, features: Batches, cache: KVCache, conversation: int, batch: TrainingBatch, new_tokens: int,
-    found: Statistics,
-) -> None:  # fmt: skip
-    """Takes the steps of one conversation and counts them in `found`."""
+    drafter: Drafter, features: Batches, cache: KVCache, conversation: int, batch: TrainingBatch, new_tokens: int
+) -> Statistics:
+    """Takes the steps of one conversation and counts them."""
     backbone, text, row = features.backbone, features.data[conversation], ReplayedRow([], 0, 0)
     cache.rollback(0, 0)
     drafter.reset([row])
+    found = Statistics()
     seen = 0  # tokens whose states the drafter has observed: all but the newest
 
     def observe(end: int, paths: list[list[int]]) -> None:
@@ -132,3 +132,4 @@ def _replay(
             emitted = min(len(path), end - seen - 1)  # no bonus follows the last token
             observe(seen + emitted, [path[:emitted]])
             found.count(tree.height, len(tree) - 1, emitted, accepted=min(len(path) - 1, emitted))
+    return found

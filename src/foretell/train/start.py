@@ -31,8 +31,7 @@ def read_start(start: str, backbone: Backbone, cls: type[TrainableMethod], other
     """Reads the drafter to begin with.
 
     Args:
-        other_model: accepts one of another model that is as wide and has as many tokens, such as this one was before
-            an adapter changed it.
+        other_model: accepts one of another model of the same sizes, such as this one was before an adapter changed it.
 
     Raises:
         UsageError: it is not there, of a method that `cls` cannot begin with, or of another model.
@@ -52,10 +51,11 @@ def read_start(start: str, backbone: Backbone, cls: type[TrainableMethod], other
     sizes = (checkpoint.hidden, checkpoint.vocab)
     alike = sizes == (backbone.config.hidden, backbone.config.vocab)
     if checkpoint.fingerprint != backbone.fingerprint and not (other_model and alike):
-        remedy = ", or allow it with `other_model=True`" if alike else ""
+        others = "without `start=`, or allow it with `other_model=True`" if alike else "or without `start=`"
         raise UsageError(
             f"{start} was trained for {checkpoint.backbone} (fingerprint {checkpoint.fingerprint}), not for this model "
-            f"({backbone.fingerprint}); begin with a drafter of this one, without `start=`{remedy}."
+            f"({backbone.fingerprint}){'' if alike else ', which has other sizes'}; begin with a drafter of this one, "
+            f"{others}."
         )
     if "vocabulary" not in tensors:
         raise ForetellError(f"{start} is damaged, or of another method: it lacks a draft vocabulary.")
