@@ -48,7 +48,7 @@ def tool(tools: None) -> Any:
 
 @pytest.mark.parametrize("kind", [Medusa, Hydra, HydraPlus, Kangaroo])
 @pytest.mark.parametrize("lookup", [False, True])
-def test_steps_are_those_of_decoding(tool: Any, kind: Any, lookup: bool) -> None:
+def test_steps_are_those_of_decoding_whatever_the_batch(tool: Any, kind: Any, lookup: bool) -> None:
     backbone = backbone_of(BF16)
     data = conversations(backbone)
     prompts = [talk.tokens[: talk.answers[0][0]] for talk in data]
@@ -62,13 +62,14 @@ def test_steps_are_those_of_decoding(tool: Any, kind: Any, lookup: bool) -> None
     backbone.config = replace(backbone.config, eos_ids=(last,))
     truth = tool.answered(backbone, prompts, 40, 2, done.append)
     assert min(map(len, truth)) < 40  # one ends before its limit, and drafts near its end reach beyond it
-    decoder = SpeculativeDecoder(backbone, drafter, adapt=False)
-    decoded = finish(decoder, [(prompt, SamplingParams(max_new_tokens=40)) for prompt in prompts])
-    assert [output.ids for output in decoded] == truth
     found = tool.Answers.of(backbone, prompts, truth, 40, drafter.taps, done.append).steps(drafter, done.append)
-    for one, output in zip(found, decoded, strict=True):
-        for figure in ("steps", "new_tokens", "drafted", "accepted", "by_depth"):
-            assert getattr(one, figure) == getattr(output.statistics, figure)
+    for rows in (1, 2, 5):
+        decoder = SpeculativeDecoder(backbone, drafter, max_rows=rows, adapt=False)
+        decoded = finish(decoder, [(prompt, SamplingParams(max_new_tokens=40)) for prompt in prompts])
+        assert [output.ids for output in decoded] == truth
+        for one, output in zip(found, decoded, strict=True):
+            for figure in ("steps", "new_tokens", "drafted", "accepted", "by_depth", "suspended_steps"):
+                assert getattr(one, figure) == getattr(output.statistics, figure)
     assert done == 3 * [1, 2, 3, 4, 5]
     assert sum(one.steps for one in found) < sum(map(len, truth))
 

@@ -34,9 +34,9 @@ from rewording import reworded
 import foretell
 from foretell import drafters
 from foretell.api import LLM
-from foretell.backbone import Backbone, Nodes
+from foretell.backbone import Backbone
 from foretell.bench.suites import Question, load_suite
-from foretell.contracts import FINAL_NORM, Drafter
+from foretell.contracts import Drafter
 from foretell.drafting import checkpoint
 from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.engine import SpeculativeDecoder, run
@@ -44,7 +44,7 @@ from foretell.errors import ForetellError
 from foretell.requests import Request, SamplingParams, Statistics
 from foretell.train.data import Distilled
 from foretell.train.distill import REPETITIVE, unfit
-from foretell.train.features import ComputedFeatures, side_by_side
+from foretell.train.features import ComputedFeatures, decoded_states, side_by_side
 from foretell.train.replay import replay
 
 SIDES = ("before", "after")
@@ -147,16 +147,11 @@ class Answers:
 
 
 def states(backbone: Backbone, talk: Distilled, taps: Collection[int]) -> TrainingBatch:
-    """Returns the states of a conversation by one of decoding's own passes, and no teacher's distribution."""
+    """Returns the states of a conversation, and no teacher's distribution."""
     tokens_BT, supervised_BT = side_by_side([talk])
-    nodes, cache = Nodes.chains([0], [0], [len(talk.tokens)]), backbone.new_cache(1, len(talk.tokens))
-    layers = [tap for tap in taps if tap != FINAL_NORM]
-    embedded = backbone.embed(tokens_BT[0])
-    hidden, found = backbone.run_layers(embedded, nodes, cache, 0, backbone.config.layers, taps=layers)
-    found[FINAL_NORM] = backbone.norm(hidden)
     none_BT0 = torch.zeros(*tokens_BT.shape, 0)
-    states_of = {tap: found[tap][None].float() for tap in taps}
-    return TrainingBatch(tokens_BT, supervised_BT, states_of, none_BT0.long(), none_BT0)
+    found = {tap: states_Td[None].float() for tap, states_Td in decoded_states(backbone, [talk], taps).items()}
+    return TrainingBatch(tokens_BT, supervised_BT, found, none_BT0.long(), none_BT0)
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------

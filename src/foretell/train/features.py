@@ -178,20 +178,10 @@ class ComputedFeatures(Batches):
 
     def _decoded(self, data: Sequence[Distilled], taps: Collection[int], teacher: bool) -> Iterator[dict[str, Tensor]]:
         """Yields the same by decoding's own passes."""
-        backbone, counts = self.backbone, [len(talk.tokens) for talk in data]
-        layers = [tap for tap in taps if tap != FINAL_NORM]
-        every = teacher or FINAL_NORM in taps
-        cache = backbone.new_cache(len(data), max(counts))
-        nodes = Nodes.chains(list(range(len(data))), [0] * len(data), counts)
-        tokens = torch.tensor([token for talk in data for token in talk.tokens])
-        highest = backbone.config.layers if every else max(layers, default=0)
-        hidden, states = backbone.run_layers(backbone.embed(tokens), nodes, cache, 0, highest, taps=layers)
-        made: dict[str, Tensor] = {}
-        if every:
-            states[FINAL_NORM] = backbone.norm(hidden)
-        if teacher:
-            made = _teacher(backbone, states[FINAL_NORM], _before_written(data))
+        states = decoded_states(self.backbone, data, {*taps, FINAL_NORM} if teacher else taps)
+        made = _teacher(self.backbone, states[FINAL_NORM], _before_written(data)) if teacher else {}
         made |= {f"states.{tap}": states[tap].bfloat16().cpu() for tap in taps}
+        counts = [len(talk.tokens) for talk in data]
         for start, count in zip(accumulate(counts, initial=0), counts, strict=False):
             yield {name: tensor[start : start + count] for name, tensor in made.items()}
 
@@ -321,6 +311,17 @@ class JoinedFeatures(Batches):
             if own := [i for i in indices if i in members]:
                 found |= zip(own, part.tensors([i - members.start for i in own]), strict=True)
         return [found[i] for i in indices]
+
+
+def decoded_states(backbone: Backbone, data: Sequence[Distilled], taps: Collection[int]) -> dict[int, Tensor]:
+    """The states [n, d] float32 of conversations, one after the other, by one of decoding's own passes."""
+    counts, layers = [len(talk.tokens) for talk in data], [tap for tap in taps if tap != FINAL_NORM]
+    cache = backbone.new_cache(len(data), max(counts))
+    nodes = Nodes.chains(list(range(len(data))), [0] * len(data), counts)
+    tokens = torch.tensor([token for talk in data for token in talk.tokens])
+    highest = backbone.config.layers if FINAL_NORM in taps else max(layers, default=0)
+    hidden, states = backbone.run_layers(backbone.embed(tokens), nodes, cache, 0, highest, taps=layers)
+    return states | ({FINAL_NORM: backbone.norm(hidden)} if FINAL_NORM in taps else {})
 
 
 def side_by_side(data: Sequence[Distilled]) -> tuple[Tensor, Tensor]:
