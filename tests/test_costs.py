@@ -249,6 +249,20 @@ def test_whole_steps_of_the_asked_sizes_are_timed(monkeypatch: pytest.MonkeyPatc
     assert found == StepCosts({2: {9: {1: 3.0, 7: 4.0}}})  # medians
 
 
+def test_sizes_beyond_one_that_cannot_pay_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One slow step does not leave any out, a second one does; by default all are timed."""
+    times = {1: 1.0, 4: 5.0, 8: 9.0, 16: 30.0}
+    slow = [9.0]  # the first step of 4 nodes, by chance
+    monkeypatch.setattr(
+        "foretell.backbone.step_costs._step_seconds",
+        lambda backbone, cache, size, rows, context: slow.pop() if size == 4 and slow else times[size],
+    )
+    found = measure(tiny_backbone(), rows=(1,), contexts=(9,), nodes=tuple(times), repeats=1, most=8)
+    assert found.seconds == {1: {9: {1: 1.0, 4: 5.0, 8: 9.0}}}
+    assert found.of(1, 9, 16) == 17.0  # two more nodes, two more seconds
+    assert list(measure(tiny_backbone(), rows=(1,), contexts=(9,), nodes=(1, 8, 16)).seconds[1][9]) == [1, 8, 16]
+
+
 @pytest.mark.parametrize("longest", [64, 192, 600, 4096])
 def test_contexts_beyond_the_model_are_left_out(monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
     monkeypatch.setattr("foretell.backbone.step_costs._step_seconds", lambda *_: 1.0)

@@ -30,6 +30,8 @@ from foretell.trees import TokenTree
 
 ROWS, CONTEXTS, NODES = (1, 2, 4, 8), (128, 512, 1024), (1, 4, 8, 16, 24, 32, 48, 64)
 REPEATS = 9
+MOST = 8.0
+"""Plain steps that a step may cost and still pay: no tree earns as many tokens."""
 FIRST_NODES, FIRST_CONTEXT = (1, 16, 4, 8), 256
 """Sizes that a first reading times, in this order: the first two always, the others as time allows."""
 FIRST_ROUNDS, FIRST_SECONDS = 5, 0.7
@@ -184,24 +186,41 @@ def measure(
     nodes: Sequence[int] = NODES,
     repeats: int = REPEATS,
     progress: Callable[[float], None] = lambda fraction: None,
+    most: float = math.inf,
 ) -> StepCosts:
-    """Times steps over random tokens; sizes take turns, and the median of the rounds counts."""
+    """Times steps over random tokens; sizes take turns, and the median of the rounds counts.
+
+    Args:
+        most: sizes beyond one that costs more plain steps than this are left out: such costs need no precision.
+    """
     contexts = [c for c in contexts if c + max(nodes) <= backbone.config.max_positions] or [1]
     cache = backbone.new_cache(max(rows), max(contexts) + max(nodes))
     seconds: dict[int, dict[int, dict[int, float]]] = {}
     done = 0
     for count in rows:
         for context in contexts:
-            times: dict[int, list[float]] = {size: [] for size in nodes}
-            for turn in range(repeats + 1):
+
+            def step(size: int, count: int = count, context: int = context) -> float:
+                return _step_seconds(backbone, cache, size, count, context)
+
+            times: dict[int, list[float]] = {size: [] for size in _warm_up(step, nodes, most)}
+            for _ in range(repeats):
                 for size, measured in times.items():
-                    took = _step_seconds(backbone, cache, size, count, context)
-                    if turn:  # the first warms up
-                        measured.append(took)
+                    measured.append(step(size))
                 done += 1
-                progress(done / (len(rows) * len(contexts) * (repeats + 1)))
+                progress(done / (len(rows) * len(contexts) * repeats))
             seconds.setdefault(count, {})[context] = {size: median(t) for size, t in times.items()}
     return StepCosts(seconds)
+
+
+def _warm_up(step: Callable[[int], float], sizes: Sequence[int], most: float) -> list[int]:
+    """Takes a step of each size; returns those up to the first that twice costs more than `most` of the smallest."""
+    kept, first = [sizes[0]], step(sizes[0])
+    for size in sizes[1:]:
+        kept.append(size)
+        if step(size) > most * first and step(size) > most * first:
+            break
+    return kept
 
 
 def bush(size: int) -> TokenTree:

@@ -32,7 +32,7 @@ def tune(
     one given, and those that come with foretell for this model.
     """
     loading.check()
-    from foretell.backbone.step_costs import REPEATS, ROWS, StepCosts, costs_file, measure
+    from foretell.backbone.step_costs import MOST, REPEATS, ROWS, StepCosts, costs_file, measure
     from foretell.recommendation import recommend
 
     llm = loading.load()
@@ -42,6 +42,7 @@ def tune(
             rows=(1,) if quick else ROWS,
             repeats=5 if quick else REPEATS,
             progress=lambda fraction: progress(round(fraction * 100), 100, 0),
+            most=MOST,
         )
     path = costs_file(llm.backbone, loading.cache_dir)
     older, before = None, ""
@@ -95,13 +96,16 @@ def _print_table(costs: StepCosts, drafting: float, tokens_per_step: Mapping[int
     from rich.console import Console
     from rich.table import Table
 
-    sizes = list(next(iter(next(iter(costs.seconds.values())).values())))
+    sizes = sorted({size for contexts in costs.seconds.values() for seconds in contexts.values() for size in seconds})
     names = ["batch", "context", "ms", *map(str, sizes[1:]), *(["tree", "gain"] if tokens_per_step else [])]
     table = Table(*names, box=None, padding=(0, 1, 0, 0))  # narrow enough that nothing is cut in a pipe
     left_off: list[str] = []
     for rows, contexts in costs.seconds.items():
         for context, seconds in contexts.items():
-            cells = [f"{seconds[1] * 1e3:.1f}", *(f"{seconds[n] / seconds[1]:.2f}" for n in sizes[1:])]
+            cells = [
+                f"{seconds[1] * 1e3:.1f}",
+                *(f"{seconds[n] / seconds[1]:.2f}" if n in seconds else "" for n in sizes[1:]),
+            ]
             if tokens_per_step:
                 gains = {
                     nodes: rate * seconds[1]
