@@ -126,31 +126,35 @@ class Endpoint:
         refused: list[tuple[int, list[Result]]] = []  # held back until the first answer: they may be asked again
         failed: Exception | None = None
         any_answer = False
-        with self._client() as client:
-            ended = in_threads(todo, rows, lambda *talk: self._answer(client, llm, end, params, *talk))
-            with closing(ended):
-                for index, replies in ended:
-                    if isinstance(replies, Exception):
-                        failed = failed or replies
-                        continue
-                    for reply in replies:
-                        on_reply(reply)
-                    answered = replies[0].finish_reason not in REFUSED
-                    any_answer = any_answer or answered
-                    refused.append((index, replies))
-                    if any_answer:
-                        yield from refused
-                        refused.clear()
-                        if answered and not failed:
-                            self.agreement.add(llm, conversations[index].turns[0], replies[0], params.temperature)
-                            failed = self._disagreement() if self.agreement.complete else None
-                    elif len(refused) == few:
-                        failed = failed or ForetellError(
-                            f"{self.url} answers none of the first {few} prompts (the last: {replies[0].text}); fix "
-                            "what it reports, then give the same command: it asks them again."
-                        )
-                    if failed:
-                        todo.clear()
+        client = self._client()
+        ended = in_threads(todo, rows, lambda *talk: self._answer(client, llm, end, params, *talk))
+        with closing(ended):
+            for index, replies in ended:
+                if isinstance(replies, Exception):
+                    failed = failed or replies
+                    continue
+                for reply in replies:
+                    on_reply(reply)
+                answered = replies[0].finish_reason not in REFUSED
+                any_answer = any_answer or answered
+                refused.append((index, replies))
+                if any_answer:
+                    yield from refused
+                    refused.clear()
+                    if answered and not failed:
+                        self.agreement.add(llm, conversations[index].turns[0], replies[0], params.temperature)
+                        failed = self._disagreement() if self.agreement.complete else None
+                elif len(refused) == few:
+                    failed = failed or ForetellError(
+                        f"{self.url} answers none of the first {few} prompts (the last: {replies[0].text}); fix "
+                        "what it reports, then give the same command: it asks them again."
+                    )
+                if failed:
+                    todo.clear()
+        # Where this ends early, requests may be under way, and the client stays open until the last of their threads
+        # lets go of it: a socket that is closed just as a thread begins to wait for it leaves the thread waiting for
+        # whatever gets its number next.
+        client.close()
         failed = failed or self._disagreement()
         if failed:
             raise failed
