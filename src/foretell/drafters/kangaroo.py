@@ -44,6 +44,7 @@ from foretell.drafting.learning.heads import GuessingHeads, HeadTraining, draft_
 from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, check_exit, grow_in_one_call, last_of_each
 from foretell.drafting.options import option, stored_options
+from foretell.drafting.prefix_layer import MAX_WAITING
 from foretell.drafting.protocols import LowerLayerDrafting
 from foretell.drafting.tree_size import DEFAULT_NODES, no_guesses, tree_size
 from foretell.errors import UsageError
@@ -52,8 +53,6 @@ from foretell.trees.calibration import Floats, calibrated
 
 BEAM, WIDTH = 8, 10
 """Nodes of a level that are expanded, at most, and guesses of each."""
-MAX_WAITING = 256
-"""Committed states of a row that may wait until the adapter reads them with the next root."""
 OVERHEAD = 0.12
 """Cost of adapter, output matrix and calls in a level, as a share of a step."""
 

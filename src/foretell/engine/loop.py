@@ -154,8 +154,8 @@ class SpeculativeDecoder:
     # -- one step ---------------------------------------------------------------------------------------------------
 
     def _decode(self, rows: list[RowState]) -> None:
-        clock, context = Clock(rows), max(len(row.tokens) for row in rows)
-        draft = self._draft(rows, context)
+        clock = Clock(rows)
+        draft = self._draft(rows)
         clock.lap("draft_seconds")
         passed, verdict, reports = self._verify(rows, draft)
         clock.lap("verify_seconds")
@@ -166,14 +166,14 @@ class SpeculativeDecoder:
         self._observe(rows, features)
         clock.lap("draft_seconds")
         guesses, emitted = len(passed.nodes) - len(rows), sum(len(event.tokens) for event in events)
-        self.governor.record(len(rows), context, guesses, clock.seconds, emitted)
+        self.governor.record(len(rows), guesses, clock.seconds, emitted)
         for row in rows:
             if row.finished:
                 self._leave(row)
 
-    def _draft(self, rows: list[RowState], context: int) -> Draft:
+    def _draft(self, rows: list[RowState]) -> Draft:
         """The drafter's guesses, checked, and no deeper than a row's budget lets it emit."""
-        if not self.governor.speculate(len(rows), context):
+        if not self.governor.speculate(len(rows)):
             for row in rows:
                 row.statistics.suspended_steps += self.governor.suspended
             return _roots(rows)

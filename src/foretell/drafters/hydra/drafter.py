@@ -4,9 +4,9 @@ A Medusa head guesses token p + k + 2 from position p alone, whatever the tokens
 Hydra reads the path's own tokens as well, [state; E(p + 1); ...; E(p + 1 + k)], and is evaluated level by level, once
 for each node of the frontier: one batched call a level. arXiv 2402.05109.
 
-`hydra++` has a decoder layer of its own before the heads: it attends to every committed state, once a step, and its
-stream takes the place of the state. Here the layer adds to that stream and starts at zero, as all blocks do, so that a
-fresh drafter of either kind equals the output head; the paper's blocks have a matrix in the place of x in
+`hydra++` has a decoder layer of its own before the heads: it attends to every committed state, before each draft, and
+its stream takes the place of the state. Here the layer adds to that stream and starts at zero, as all blocks do, so
+that a fresh drafter of either kind equals the output head; the paper's blocks have a matrix in the place of x in
 x + SiLU(W u + b), and its layer is followed by a norm.
 
 Trees grow best first: a node is as probable as its path, and only nodes that may still be among the best are expanded
@@ -43,6 +43,7 @@ from foretell.drafting.kernels import kernels_for
 from foretell.drafting.learning.decoder_layer import DecoderLayer
 from foretell.drafting.learning.heads import draft_outputs, evenly_spread
 from foretell.drafting.options import option
+from foretell.drafting.prefix_layer import MAX_WAITING
 from foretell.drafting.protocols import LevelDrafting
 from foretell.drafting.tree_size import no_guesses, tree_size
 from foretell.trees import TokenTree, from_paths
@@ -174,8 +175,7 @@ class Hydra(Drafter):
 
     def forget(self, slots: Sequence[int]) -> None:
         if self._prefix:
-            self._prefix.cache.release(slots)
-            self._prefix.cache.trim()
+            self._prefix.forget(slots)
 
     def reset(self, rows: Sequence[Row]) -> None:
         for row in rows:
@@ -184,27 +184,21 @@ class Hydra(Drafter):
                 self._prefix.begin(row.slot, row.reused, len(row.tokens) + row.budget)
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
-        streams = [features.taps[tap] for tap in reversed(self.taps)]
-        if self._prefix:
-            slots, (states, *others) = [row.slot for row in rows], streams
-            if self._prefix.fused:
-                streams = [self._prefix(slots, features.counts, states, others, self._following(rows, features.counts))]
-            else:
-                streams[0] = self._prefix(slots, features.counts, states)
-        end = 0
-        for row, count in zip(rows, features.counts, strict=True):
-            end += count
-            self._states[row.slot] = torch.stack([stream[end - 1] for stream in streams])
+        streams = torch.stack([features.taps[tap] for tap in reversed(self.taps)])
+        of_rows = streams.split(features.counts, 1)
+        if not self._prefix:
+            self._states.update(
+                (row.slot, states[:, -1].contiguous()) for row, states in zip(rows, of_rows, strict=True)
+            )
+            return
+        waiting = [self._prefix.wait(row.slot, states) for row, states in zip(rows, of_rows, strict=True)]
+        self._read([row for row, count in zip(rows, waiting, strict=True) if count >= MAX_WAITING])
 
-    def _following(self, rows: Sequence[Row], counts: Sequence[int]) -> list[int]:
-        """The token after each newly committed state."""
-        assert self._prefix
-        tokens: list[int] = []
-        for row, count in zip(rows, counts, strict=True):
-            begin = self._prefix.length(row.slot) + 1
-            following = row.tokens[begin : begin + count]  # fewer where a stop has cut the accepted tokens
-            tokens += following + row.tokens[-1:] * (count - len(following))
-        return tokens
+    def _read(self, rows: Sequence[Row]) -> None:
+        """Runs the states of these rows that wait through the prefix layer."""
+        if self._prefix and rows:
+            slots = [row.slot for row in rows]
+            self._states.update(zip(slots, self._prefix.read(slots, [row.tokens for row in rows]), strict=True))
 
     # -- guesses ----------------------------------------------------------------------------------------------------
 
@@ -212,6 +206,8 @@ class Hydra(Drafter):
         count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), self.max_nodes) - 1
         if not count:
             return no_guesses(rows)
+        if self._prefix:
+            self._read([row for row in rows if self._prefix.waiting(row.slot)])
         if self.grown and self._grower:
             states = [self._states.get(row.slot) for row in rows]
             grown = self._grower.grow([row.tokens[-1] for row in rows], states, count, BEAM, MIN_GAIN)
