@@ -594,6 +594,12 @@ def test_tune_says_when_another_drafter_becomes_the_recommended_one(
     assert StepCosts.load(costs_file(backbone)) is not None
 
 
+def test_a_recommendation_below_plain_says_that_steps_stay_plain() -> None:
+    assert str(Recommendation("medusa", {"medusa": 0.96, "hydra": 0.9}, "measuring")) == (
+        "medusa: estimated at 0.96x plain decoding by measuring, so steps stay plain where that holds; hydra 0.90x"
+    )
+
+
 def test_tune_needs_no_chat_template(foretell: Foretell, tiny: str, cache: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(tiny, bare)
