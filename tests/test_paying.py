@@ -191,7 +191,7 @@ def test_the_command_line_says_that_it_does_not_pay(
     options = ("-m", tiny, "-n", "9", "--dtype", "fp32", "-d", "prompt_lookup")
     assert "held back" not in foretell("generate", "hello", "--stats", *options, "--no-adapt").err
 
-    def stop(governor: Governor, rows: int, context: int) -> bool:
+    def stop(governor: Governor, rows: int) -> bool:
         governor.suspended = True
         return False
 

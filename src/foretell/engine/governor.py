@@ -35,7 +35,7 @@ SHORTEST, LONGEST = 32, 1024
 
 @dataclass
 class _Batch:
-    """What is known of batches of about one size.
+    """Measurements of batches of about one size.
 
     Attributes:
         plain, speculative: seconds of the latest steps of each kind.
