@@ -44,12 +44,33 @@ class BlockType:
         return *shape[:-1], -(-shape[-1] // self.numbers) * self.items
 
 
+def _gguf_type(name: str, numbers: int, size: int) -> BlockType:
+    """Returns the row of a quantized type of GGUF files: blocks of `size` bytes."""
+
+    def decode(blocks: Tensor) -> Tensor:
+        from gguf import GGMLQuantizationType, dequantize
+
+        rows = blocks.reshape(-1, blocks.shape[-1]).contiguous().numpy()
+        floats = torch.from_numpy(dequantize(rows, GGMLQuantizationType[name]))
+        return floats.reshape(*blocks.shape[:-1], -1)
+
+    return BlockType(name, torch.uint8, numbers, size, decode)
+
+
 TYPES = {
     row.name: row
     for row in (
         BlockType("F32", torch.float32),
         BlockType("F16", torch.float16),
         BlockType("BF16", torch.bfloat16),
+        _gguf_type("Q4_0", 32, 18),
+        _gguf_type("Q4_1", 32, 20),
+        _gguf_type("Q5_0", 32, 22),
+        _gguf_type("Q5_1", 32, 24),
+        _gguf_type("Q8_0", 32, 34),
+        _gguf_type("Q4_K", 256, 144),
+        _gguf_type("Q5_K", 256, 176),
+        _gguf_type("Q6_K", 256, 210),
     )
 }
 

@@ -7,6 +7,7 @@ gate and up interleaved. A tied embedding is read back from the packed head.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -77,9 +78,20 @@ class CompiledBackbone(Backbone):
             bias = None
             if tensors[0].has_bias(c):
                 bias = join([Blocks.of(read(f"{name}.bias")).floats(torch.float32) for name in names])
-            linear = self._packed(Blocks.join(weights, join), bias)
+            linear = self._joined(weights, bias) if join is torch.cat else self._packed(Blocks.join(weights, join), bias)
             fields[part], fields[f"{part}_bias"] = linear.matrix.about, linear.bias
         return library.Layer(*(fields.get(field[0]) for field in library.Layer._fields_))
+
+    def _joined(self, weights: Sequence[Blocks], bias: Tensor | None) -> PackedLinear:
+        """Packs weights whose outputs follow one another: each as it is stored, if full panels allow it."""
+        groups = [list(group) for _, group in groupby(weights, key=lambda weight: weight.type)]
+        if any(weight.shape[0] % 32 for weight in weights):
+            groups = [list(weights)]
+        rest = None
+        first, *others = [Blocks.join(group) for group in groups]
+        for weight in reversed(others):
+            rest = PackedMatrix(weight, format_for(weight, self.dtype), self.build, rest)
+        return PackedLinear(first, bias, self.build, format_for(first, self.dtype), rest)
 
     def _packed(self, weight: Tensor | Blocks, bias: Tensor | None = None) -> PackedLinear:
         weight = Blocks.of(weight)

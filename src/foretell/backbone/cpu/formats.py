@@ -30,14 +30,14 @@ class Format:
     """A row of `FORMATS`.
 
     Attributes:
-        activations: the type that activations are rounded to before they are multiplied with it.
+        activations: the type that activations are rounded to before they are multiplied with it; None: eight bits.
         numbers: turns a weight [N, K] into what the kernels pack.
         stored: the type of `loading.blocks` that it keeps as it is, if it does.
         packed: whether it is packed into panels; otherwise it stays as it is, and its rows can only be read.
     """
 
     name: str
-    activations: torch.dtype
+    activations: torch.dtype | None
     numbers: Callable[[Blocks], Numbers]
     stored: str = ""
     packed: bool = True
@@ -53,6 +53,9 @@ def _int8(weight: Blocks) -> Numbers:
     return (weight.floats(FP32) / scale_N[:, None]).round().to(torch.int8), scale_N
 
 
+QUANTS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+"""Types of GGUF files that are multiplied as they are stored."""
+
 FORMATS = {
     row.name: row
     for row in (
@@ -60,6 +63,7 @@ FORMATS = {
         Format("fp32", FP32, _as(FP32), stored="F32"),
         Format("int8", BF16, _int8),  # widened before it is multiplied
         Format("int8_both", BF16, _int8),  # what it is multiplied with is rounded too, where the processor can
+        *(Format(name.lower(), None, lambda weight: (weight.data, None), stored=name) for name in QUANTS),
         Format("bf16_rows", BF16, _as(BF16), packed=False),
         Format("fp32_rows", FP32, _as(FP32), packed=False),
     )
@@ -89,23 +93,27 @@ def format_for(weight: Blocks, dtype: torch.dtype | None = None, packed: bool = 
     """
     dtype = dtype or weight.type.dtype
     for row in FORMATS.values():
+        if row.stored == weight.type.name and row.activations is None:  # its rows are read from its panels
+            return row
         if (row.stored, row.activations, row.packed) == (weight.type.name, dtype, packed):
             return row
     return exact_format(dtype, packed)
 
 
 class PackedMatrix:
-    """A weight [N, K] in one of `FORMATS`.
+    """A weight [N, K] in one of `FORMATS`; its outputs may be followed by those of another, the `rest`.
 
     Attributes:
+        outputs_in_all: with those of the rest.
         about: how it is described to the kernels; it keeps the memory alive.
     """
 
-    def __init__(self, weight: Tensor | Blocks, format: Format, build: Build):
+    def __init__(self, weight: Tensor | Blocks, format: Format, build: Build, rest: PackedMatrix | None = None):
         weight = Blocks.of(weight)
         check(len(weight.shape) == 2, f"A matrix has two dimensions, not the shape {weight.shape}.")
         self.format, self.build = format, build
         self.outputs, self.inputs = weight.shape
+        self.outputs_in_all = self.outputs + (rest.outputs_in_all if rest else 0)
         numbers, scale_N = format.numbers(weight)
         numbers = numbers.contiguous()
         number = require().foretell_format(build.handle, format.name.encode())
@@ -113,7 +121,7 @@ class PackedMatrix:
         scale_N = None if scale_N is None else F.pad(scale_N, (0, -self.outputs % 32))
         shape = (number, self.outputs, self.inputs)
         sizes = torch.zeros(2, dtype=torch.int64)
-        call("sizes", build, Matrix(None, None, *shape), sizes)
+        call("sizes", build, Matrix(None, None, *shape, None), sizes)
         panels, rows = sizes.tolist()
         check(
             numbers.nbytes == rows and format.packed == (panels > 0),
@@ -122,7 +130,8 @@ class PackedMatrix:
             f"reads {rows} bytes and makes panels of {panels}.",
         )
         self.blocks = torch.empty(panels, dtype=torch.uint8) if format.packed else numbers
-        self.about = Matrix(self.blocks, scale_N, *shape)
+        check(rest is None or self.outputs % 32 == 0, f"What follows {self.outputs} outputs begins within a panel.")
+        self.about = Matrix(self.blocks, scale_N, *shape, rest.about if rest else None)
         if format.packed:
             call("pack", build, numbers, self.about)
 

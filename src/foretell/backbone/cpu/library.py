@@ -81,7 +81,7 @@ def _pointers(names: str) -> list[tuple[str, type]]:
 
 
 class Matrix(Described):
-    _fields_ = [*_pointers("blocks scale"), *_numbers("format outputs inputs")]
+    _fields_ = [*_pointers("blocks scale"), *_numbers("format outputs inputs"), *_pointers("rest")]
 
 
 def _layer_fields() -> Iterator[tuple[str, type]]:

@@ -41,10 +41,11 @@ class PackedLinear:
         bias: Tensor | None = None,
         build: Build | None = None,
         format: Format | None = None,
+        rest: PackedMatrix | None = None,
     ):
         self.build = build or default()
-        self.matrix = PackedMatrix(weight, format or format_for(Blocks.of(weight)), self.build)
-        self.outputs, self.inputs = self.matrix.outputs, self.matrix.inputs
+        self.matrix = PackedMatrix(weight, format or format_for(Blocks.of(weight)), self.build, rest)
+        self.outputs, self.inputs = self.matrix.outputs_in_all, self.matrix.inputs
         self.bias = _padded(bias, self.outputs)
 
     def __call__(self, x_MK: Tensor, threads: int) -> Tensor:

@@ -13,6 +13,7 @@ struct Matrix {
     const void* blocks;
     const float* scale;  // of each output, zeros up to a multiple of 32; null where the format has none
     int64_t format, outputs, inputs;
+    const Matrix* rest;  // the outputs that follow these, full panels, in another format; or null
 };
 
 // One decoder layer; norms and biases are float32. A null pointer means "this model has none".
@@ -197,9 +198,9 @@ enum Purpose {
     // of each thread: linear layers and norms
     kWidePanel, kProduct, kNormLine,
     // shared: a step
-    kNodes, kTasks, kLead, kNormed, kMixed, kActive, kQueries, kQkv,
+    kNodes, kTasks, kLead, kNormed, kMixed, kActive, kNormedQ8, kMixedQ8, kActiveQ8, kQueries, kQkv,
     // shared: linear layers, draft heads and their best outputs
-    kOperand, kHeadInputs, kHeadStreams, kHeadOperands, kHeadInt8, kHeadInt8Rows, kBestValues, kBestIndices, kBestMass,
+    kOperand, kOperandQ8, kHeadInputs, kHeadStreams, kHeadOperands, kHeadInt8, kHeadInt8Rows, kBestValues, kBestIndices, kBestMass,
     kBestWild,
     kPurposes
 };

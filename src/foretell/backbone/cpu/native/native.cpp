@@ -244,7 +244,8 @@ static std::string call(const char* name, Result (*)(Arguments...)) {
 
 static const std::string& described() {
     static const std::string text =
-        STRUCTURE(Matrix, FIELD(blocks), FIELD(scale), FIELD(format), FIELD(outputs), FIELD(inputs)) +
+        STRUCTURE(Matrix, FIELD(blocks), FIELD(scale), FIELD(format), FIELD(outputs), FIELD(inputs),
+                  FIELD(rest)) +
         STRUCTURE(Layer, FIELD(attention_norm), FIELD(qkv), FIELD(qkv_bias), FIELD(query_norm), FIELD(key_norm),
                   FIELD(out), FIELD(out_bias), FIELD(mlp_norm), FIELD(gate_up), FIELD(gate_up_bias), FIELD(down),
                   FIELD(down_bias), FIELD(window)) +
