@@ -171,6 +171,7 @@ def load(
     *,
     lookup: bool = False,
     dtype: str | None = None,
+    weights: str | None = None,
     device: str | None = None,
     threads: int | None = None,
     kernel: str | None = None,
@@ -186,7 +187,7 @@ def load(
         drafter: a name from `foretell.drafters.table()`, "mine.py:Class", or a class; `options` are its own.
         lookup: merge candidates of prompt lookup into its trees.
         dtype, device, threads, kernel: see `foretell.backbone.assemble`.
-        cache_dir, offline: see `foretell.loading.resolve`.
+        weights, cache_dir, offline: see `foretell.loading.resolve`.
         progress: called with (stage, fraction) while files are fetched or converted.
 
     Raises:
@@ -196,12 +197,12 @@ def load(
     computing: dict[str, Any] = {
         "dtype": dtype, "device": device, "threads": threads, "kernel": kernel, "cache_dir": cache_dir,
     }  # fmt: skip
-    folder = resolve(str(model), cache_dir=cache_dir, offline=offline, progress=progress)
+    folder = resolve(str(model), weights=weights, cache_dir=cache_dir, offline=offline, progress=progress)
     backbone = assemble(folder.path, **computing)
     backbone.costs = costs_file(backbone, cache_dir)
     tokenizer = Tokenizer.from_folder(folder.path)
     ends = dict.fromkeys((*backbone.config.eos_ids, *tokenizer.ends))
     backbone.config = replace(backbone.config, eos_ids=tuple(ends))
     llm = LLM(backbone, tokenizer, drafters.build(drafter, backbone, lookup=lookup, **options), folder)
-    llm.loading = {**computing, "offline": offline}
+    llm.loading = {**computing, "weights": weights, "offline": offline}
     return llm

@@ -64,6 +64,7 @@ class Backbone(ABC):
         config: the sizes and switches it was built from.
         dtype: type of activations, keys and values: torch.float32 or torch.bfloat16.
         kernels: name of what computes, for reports ("amx", "eager", ...).
+        quantized: formats of the weights that are multiplied as they are stored ("q4_k, q6_k"); empty without any.
 
     Known only once the model is there, so `load.assemble` sets them (drafters' own layers keep the defaults):
         read: gives a weight as it is stored, by its Hugging Face name; None where there is no file to read it from.
@@ -74,6 +75,7 @@ class Backbone(ABC):
     """
 
     kernels: str = "eager"
+    quantized: str = ""
     nondeterminism: str | None = None
     probe_seconds: float = 0.0
     fingerprint: str = ""
@@ -83,6 +85,12 @@ class Backbone(ABC):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, threads: int):
         self.config, self.dtype, self.device, self.threads = config, dtype, device, threads
         self._angles = (torch.empty(0, config.head_dim // 2, device=device),) * 2
+
+    @property
+    def arithmetic(self) -> str:
+        """The types of its numbers, for reports."""
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{kind}, weights as stored ({self.quantized})" if self.quantized else kind
 
     def new_cache(self, rows: int, slots: int) -> KVCache:
         c = self.config

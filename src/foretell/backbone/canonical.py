@@ -77,7 +77,8 @@ def _verdict_file(backbone: Backbone, cache_dir: str | Path | None) -> Path:
     """Names the file of a verdict by all it depends on: these weights, this machine and the code that computes."""
     on_gpu = backbone.device.type == "cuda"
     parts = (
-        backbone.fingerprint, backbone.kernels, str(backbone.dtype), str(backbone.device), str(backbone.threads),
+        backbone.fingerprint, backbone.kernels + backbone.quantized, str(backbone.dtype), str(backbone.device),
+        str(backbone.threads),
         torch.cuda.get_device_name(backbone.device) if on_gpu else processor() or platform.machine(),
         torch.backends.cpu.get_cpu_capability(), torch.__version__, _code(),
         *(os.environ.get(name, "") for name in KERNEL_CHOICE), str(torch.backends.cuda.matmul.allow_tf32),

@@ -18,7 +18,7 @@ from foretell.backbone.eager.backbone import EagerBackbone
 from foretell.errors import UsageError
 from foretell.loading.config import ModelConfig
 from foretell.loading.families import read_config
-from foretell.loading.weights import Weights, fingerprint, read_weights
+from foretell.loading.weights import Weights, known_fingerprint, read_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}
 MAX_THREADS = 128
@@ -52,7 +52,7 @@ def assemble(
     torch.set_num_threads(count)
     config = read_config(folder)
     weights = read_weights(folder, config)
-    mark = _fingerprint_beside(weights, config)
+    mark = _fingerprint_beside(folder, weights, config)
     build = _build(kernel, where) if CompiledBackbone.supports(config) else None
     kind = _dtype(dtype, where, build is not None)
     backbone: Backbone
@@ -74,13 +74,13 @@ def usable_cores() -> int:
     return max(1, min(cores, quota or cores, MAX_THREADS))
 
 
-def _fingerprint_beside(weights: Weights, config: ModelConfig) -> Callable[[], str]:
+def _fingerprint_beside(folder: Path, weights: Weights, config: ModelConfig) -> Callable[[], str]:
     """Begins to read all weights while they are packed, which takes longer; returns what waits for the fingerprint."""
     pool = ThreadPoolExecutor(1)
     try:
-        return pool.submit(fingerprint, weights, config).result
+        return pool.submit(known_fingerprint, folder, weights, config).result
     except RuntimeError:  # this process may start no more threads
-        return partial(fingerprint, weights, config)
+        return partial(known_fingerprint, folder, weights, config)
     finally:
         pool.shutdown(wait=False)
 

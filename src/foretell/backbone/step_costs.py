@@ -131,7 +131,7 @@ class StepCosts:
 def costs_file(backbone: Backbone, cache_dir: str | Path | None = None) -> Path:
     """Returns the file for the costs of this backbone on this machine."""
     parts = (
-        platform.node(), processor(), backbone.kernels, str(backbone.dtype), str(backbone.device),
+        platform.node(), processor(), backbone.kernels + backbone.quantized, str(backbone.dtype), str(backbone.device),
         str(backbone.threads), backbone.fingerprint,
     )  # fmt: skip
     return cache_folder(cache_dir) / "costs" / f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.json"

@@ -10,6 +10,7 @@ from statistics import median
 import torch
 
 from foretell.backbone import Backbone
+from foretell.loading.blocks import Blocks
 from foretell.loading.tensors import weight_shapes
 
 BUFFER_BYTES = 256 << 20
@@ -34,7 +35,13 @@ def step_bytes(backbone: Backbone) -> int:
     shapes = weight_shapes(backbone.config)
     if not backbone.config.tied:
         del shapes["model.embed_tokens.weight"]
-    return sum(math.prod(shape) for shape in shapes.values()) * torch.empty(0, dtype=backbone.dtype).element_size()
+    itemsize = torch.empty(0, dtype=backbone.dtype).element_size()
+
+    def stored(name: str) -> int:
+        blocks = Blocks.of(backbone.read(name)) if backbone.quantized and backbone.read else None
+        return blocks.data.nbytes if blocks and blocks.type.quantized else math.prod(shapes[name]) * itemsize
+
+    return sum(map(stored, shapes))
 
 
 def read_bandwidth(backbone: Backbone, repeats: int = 9) -> float:

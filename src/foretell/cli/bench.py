@@ -200,7 +200,7 @@ def _run(
     from foretell.bench.runner import Runner
 
     settings = Settings(
-        model=base.model, fingerprint=llm.backbone.fingerprint, dtype=str(llm.backbone.dtype).removeprefix("torch."),
+        model=base.model, fingerprint=llm.backbone.fingerprint, dtype=llm.backbone.arithmetic,
         suite=suite.name, digest=suite.digest, questions=[question.id for question in suite.questions],
         systems=[system.name for system in systems], **how,
     )  # fmt: skip

@@ -170,7 +170,7 @@ def _report(sides: list[_Side]) -> bool:
     print(f"{len(plain.runs[0].ids)} tokens: " + ("the same ids both ways." if same else "the ids DIFFER."))
     print(
         f"Decoding only, {runs} each, measured now on {b.device} with {b.threads} threads, {b.kernels} kernels, "
-        f"{str(b.dtype).removeprefix('torch.')}."
+        f"{b.arithmetic}."
     )
     drafted = sides[1]
     if sentence := verdict(drafted.rate / plain.rate, drafted.runs[-1].statistics, b):

@@ -48,12 +48,13 @@ def models(
 def pull(
     cache: Cache,
     model: Annotated[str, typer.Argument(help="A catalogue name, a hub id, a .gguf file; + an adapter.")],
+    weights: Annotated[str | None, typer.Option(help="bf16 or stored, as the model will be loaded.")] = None,
 ) -> None:
     """Fetch a model, so that it loads without a network; a GGUF file is converted, an adapter is merged."""
     from foretell.loading.resolve import resolve
 
     with load_progress() as progress:
-        found = resolve(model, cache_dir=cache.cache_dir, offline=False, progress=progress)
+        found = resolve(model, weights=weights, cache_dir=cache.cache_dir, offline=False, progress=progress)
     size = sum(file.stat().st_size for file in found.path.iterdir() if file.is_file())
     note(f"{model} is ready: {size / 1e6:,.0f} MB in {found.path}")
 

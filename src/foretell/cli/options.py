@@ -60,6 +60,11 @@ class Base:
         "-m",
     )
     dtype: Literal["bf16", "fp32"] | None = flag(None, "Number type; by default the one that suits this machine.")
+    weights: Literal["bf16", "stored"] | None = flag(
+        None,
+        "Quantized weights of a GGUF file: bf16 unpacks them; stored multiplies them as they are, with activations in "
+        "eight bits. By default bf16.",
+    )
     device: str | None = flag(None, "Where to compute: cpu or cuda; by default the GPU if there is one.")
     threads: int | None = flag(None, "CPU threads; by default the cores this process may use.")
     kernel: str | None = flag(None, "Kernels: eager, or a compiled build by name; by default the best.")
@@ -79,7 +84,7 @@ class Base:
             raise UsageError(f"Unknown device {self.device!r}; use cpu, or cuda (cuda:1, ...) where there is a GPU.")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads is {self.threads}; it must be at least 1.")
-        check_name(self.model, cache_dir=self.cache_dir, offline=self.offline)
+        check_name(self.model, weights=self.weights, cache_dir=self.cache_dir, offline=self.offline)
 
     def load(self, drafter: str = "plain", lookup: bool = False, **options: Any) -> LLM:
         """Loads the model with a drafter; prints a note where exactness is limited, or kernels are missing."""
@@ -88,9 +93,9 @@ class Base:
 
         with load_progress() as progress:
             llm = foretell.load(
-                self.model, drafter, lookup=lookup, dtype=self.dtype, device=self.device, threads=self.threads,
-                kernel=self.kernel, cache_dir=self.cache_dir, offline=self.offline, progress=progress,
-                **options,
+                self.model, drafter, lookup=lookup, dtype=self.dtype, weights=self.weights, device=self.device,
+                threads=self.threads, kernel=self.kernel, cache_dir=self.cache_dir, offline=self.offline,
+                progress=progress, **options,
             )  # fmt: skip
         if llm.backbone.nondeterminism:
             note(f"note: {llm.backbone.nondeterminism}")

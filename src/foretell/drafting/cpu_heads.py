@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foretell.backbone.cpu.formats import FORMATS, exact_format
+from foretell.backbone.cpu.formats import draft_format, exact_format
 from foretell.backbone.cpu.library import Build, Heads, call, table
 from foretell.backbone.cpu.linear import PackedLinear
 from foretell.drafting.heads import DrafterHeads
@@ -21,7 +21,7 @@ from foretell.errors import check
 class PackedHeads:
     """`heads.StackedHeads` in one call: the team of threads is woken once, not at every layer of every head.
 
-    Guesses need not be exact: of bfloat16 models their matrices are in int8.
+    Guesses need not be exact: of bfloat16 models their matrices are in eight bits.
     """
 
     def __init__(
@@ -30,13 +30,13 @@ class PackedHeads:
     ):  # fmt: skip
         self.build, self.bf16 = build, int(dtype == torch.bfloat16)
 
-        def pack(weight: Tensor, bias: Tensor | None, name: str) -> PackedLinear:
-            return PackedLinear(weight, bias, build, FORMATS[name] if self.bf16 else exact_format(dtype))
+        def pack(weight: Tensor, bias: Tensor | None, output: bool) -> PackedLinear:
+            format = draft_format(weight.shape[1], build, output) if self.bf16 else exact_format(dtype)
+            return PackedLinear(weight, bias, build, format)
 
-        # int8 weights only: inputs side by side differ too much in size to share one int8 scale per row
-        layers = [[pack(weight, bias, "int8") for weight, bias in layer] for layer in blocks]
+        layers = [[pack(weight, bias, output=False) for weight, bias in layer] for layer in blocks]
         if isinstance(outputs, Sequence):
-            self._outputs = [pack(weight, None, "int8_both") for weight in outputs]
+            self._outputs = [pack(weight, None, output=True) for weight in outputs]
         else:
             if not isinstance(outputs, PackedHeads) or (outputs.build, outputs.bf16) != (build, self.bf16):
                 raise ValueError("Heads share the output matrices of heads of the same kernels and type alone.")

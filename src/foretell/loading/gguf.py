@@ -2,7 +2,8 @@
 
 GGUF is llama.cpp's format: weights in quantized blocks under names of its own, and the tokenizer as metadata.
 Each tensor is unpacked to float32 and rounded once to bfloat16, a smaller step than its quantization was;
-unquantized files keep their float type, and quantized types that have a row in `blocks.TYPES` keep their blocks.
+unquantized files keep their float type. Or, if asked for, quantized types that have a row in `blocks.TYPES` keep their
+blocks.
 The folder is then the model, for a float32 run too.
 Tensors stream through shard by shard, so memory is bounded by a shard, not by the model.
 
@@ -27,6 +28,7 @@ from foretell.loading.families import model_config
 from foretell.loading.gguf_file import GGUFFile, metadata_errors, open_gguf
 from foretell.loading.gguf_tokenizer import marks, write_tokenizer
 from foretell.loading.tensors import weight_shapes
+from foretell.loading.weights import keep_fingerprint, read_weights
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -95,8 +97,12 @@ _LAYER_NAMES = {
 }
 
 
-def convert(gguf_path: Path, folder: Path, progress: Progress) -> None:
-    """Writes the model and tokenizer of a GGUF file into an existing folder."""
+def convert(gguf_path: Path, folder: Path, progress: Progress, stored: bool = False) -> None:
+    """Writes the model and tokenizer of a GGUF file into an existing folder.
+
+    Args:
+        stored: keeps the blocks of quantized types that have a row in `blocks.TYPES`.
+    """
     progress("reading", 0.0)
     with metadata_errors(gguf_path):
         file = open_gguf(gguf_path)
@@ -109,7 +115,10 @@ def convert(gguf_path: Path, folder: Path, progress: Progress) -> None:
         (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         progress("reading the tokenizer", 0.0)
         write_tokenizer(file, folder)
-    _write_weights(file, raw, names, folder, progress)
+    _write_weights(file, raw, names, folder, progress, stored)
+    if stored:
+        config = model_config(raw)
+        keep_fingerprint(folder, read_weights(folder, config), config)
 
 
 def _config(file: GGUFFile) -> dict[str, Any]:
@@ -261,47 +270,48 @@ def _hf_names(file: GGUFFile, model_type: str, expected: dict[str, tuple[int, ..
 
 
 def _write_weights(
-    file: GGUFFile, raw: dict[str, Any], names: dict[str, str], folder: Path, progress: Progress
+    file: GGUFFile, raw: dict[str, Any], names: dict[str, str], folder: Path, progress: Progress, keep: bool
 ) -> None:
     """Saves the tensors in the file's order, in as few shards as SHARD_BYTES allows."""
     dtype = getattr(torch, raw["dtype"])
     stored = [tensor for tensor in file.tensors if tensor.name in names]
-    shards = list(_shards(stored, dtype))
+    shards = list(_shards(stored, dtype, keep))
     done, index = 0, {}
     for number, shard in enumerate(shards, start=1):
         file_name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         tensors: dict[str, Blocks] = {}
         for tensor in shard:
-            tensors[names[tensor.name]] = _stored(tensor, raw, dtype)
+            tensors[names[tensor.name]] = _stored(tensor, raw, dtype, keep)
             done += 1
             progress("converting", done / len(names))
         save(tensors, folder / file_name)
         index.update(dict.fromkeys(tensors, file_name))
     if len(shards) > 1:
-        total = sum(_bytes(tensor, dtype) for tensor in stored)
+        total = sum(_bytes(tensor, dtype, keep) for tensor in stored)
         content = {"metadata": {"total_size": total}, "weight_map": index}
         (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
-def _shards(tensors: "list[ReaderTensor]", dtype: torch.dtype) -> "Iterator[list[ReaderTensor]]":
+def _shards(tensors: "list[ReaderTensor]", dtype: torch.dtype, keep: bool) -> "Iterator[list[ReaderTensor]]":
     shard: list[ReaderTensor] = []
     size = 0
     for tensor in tensors:
-        if shard and size + _bytes(tensor, dtype) > SHARD_BYTES:
+        if shard and size + _bytes(tensor, dtype, keep) > SHARD_BYTES:
             yield shard
             shard, size = [], 0
         shard.append(tensor)
-        size += _bytes(tensor, dtype)
+        size += _bytes(tensor, dtype, keep)
     yield shard
 
 
-def _bytes(tensor: "ReaderTensor", dtype: torch.dtype) -> int:
-    return int(tensor.n_bytes if quantized(tensor.tensor_type.name) else tensor.n_elements * dtype.itemsize)
+def _bytes(tensor: "ReaderTensor", dtype: torch.dtype, keep: bool) -> int:
+    kept = keep and quantized(tensor.tensor_type.name)
+    return int(tensor.n_bytes if kept else tensor.n_elements * dtype.itemsize)
 
 
-def _stored(tensor: "ReaderTensor", raw: dict[str, Any], dtype: torch.dtype) -> Blocks:
+def _stored(tensor: "ReaderTensor", raw: dict[str, Any], dtype: torch.dtype, keep: bool) -> Blocks:
     """Returns a tensor with the rows Hugging Face expects: floats of this type, or the blocks of a quantized type."""
-    kind = quantized(tensor.tensor_type.name)
+    kind = quantized(tensor.tensor_type.name) if keep else None
     values = torch.from_numpy(tensor.data.copy()) if kind else _values(tensor).to(dtype)
     part = tensor.name.split(".")[-2]
     if raw["model_type"] == "llama" and part in ("attn_q", "attn_k"):

@@ -42,6 +42,8 @@ _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")
 # root files only: no pickles, and no second copy of the weights in a maker's own format
 _HUB_FILES = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab.txt"]
 _HUB_SKIP = ["*/*", "*.bin", "*.pt", "*.pth"]
+WEIGHTS = ("bf16", "stored")
+"""What becomes of quantized weights of GGUF files: unpacked, or multiplied as they are."""
 UNPACKED = 1.1
 """How much larger a converted GGUF has to be for a warning."""
 
@@ -59,6 +61,7 @@ class ModelFolder:
 def resolve(
     name: str,
     *,
+    weights: str | None = None,
     cache_dir: str | Path | None = None,
     offline: bool | None = None,
     progress: Progress | None = None,
@@ -67,6 +70,7 @@ def resolve(
 
     Args:
         name: a catalogue name, a hub id, a local folder, a .gguf file, or one of these + an adapter.
+        weights: of a GGUF file: "bf16" to unpack quantized ones, "stored" to keep them; by default `WEIGHTS[0]`.
         cache_dir: where conversions are kept; default FORETELL_CACHE, else ~/.cache/foretell.
         offline: fetch nothing; default FORETELL_OFFLINE=1 or HF_HUB_OFFLINE=1.
         progress: called with what is being done and how much of it is done (0 to 1).
@@ -76,19 +80,19 @@ def resolve(
         ForetellError: the model cannot be fetched, is incomplete or damaged.
     """
     report = progress or (lambda stage, fraction: None)
-    check_name(name, cache_dir=cache_dir, offline=offline)
-    cache = cache_folder(cache_dir)
+    check_name(name, weights=weights, cache_dir=cache_dir, offline=offline)
+    cache, stored = cache_folder(cache_dir), weights == "stored"
     match identify(name, cache_dir):
         case "catalog":
             entry = catalog.CATALOG[name.lower()]
-            return ModelFolder(name, _from_catalog(entry, cache, report), "catalog", entry.licence)
+            return ModelFolder(name, _from_catalog(entry, stored, cache, report), "catalog", entry.licence)
         case "adapter":
             pair = lora.split(name)
             assert pair
             base = resolve(pair[0], cache_dir=cache_dir, offline=offline, progress=progress)
             return ModelFolder(name, _with_adapter(base, pair[1], name, cache, report), "adapter", base.licence)
         case "gguf":
-            return ModelFolder(name, _from_gguf(Path(name).expanduser(), cache, report), "gguf")
+            return ModelFolder(name, _from_gguf(Path(name).expanduser(), stored, cache, report), "gguf")
         case "folder":
             return ModelFolder(name, Path(name).expanduser(), "folder")
         case source:
@@ -125,20 +129,29 @@ def identify(name: str, cache_dir: str | Path | None = None) -> str:
     raise catalog.unknown_name(name, [model.name for model in cached_models(cache_dir) if model.source == "hub"])
 
 
-def check_name(name: str, *, cache_dir: str | Path | None = None, offline: bool | None = None) -> None:
+def check_name(
+    name: str, *, weights: str | None = None, cache_dir: str | Path | None = None, offline: bool | None = None
+) -> None:
     """Refuses, without torch and without a network, a model that `resolve` could not find.
 
     Raises:
         UsageError: no model can have this name.
         ForetellError: it would have to be fetched, and offline mode forbids it.
     """
+    if weights not in (None, *WEIGHTS):
+        raise UsageError(f"weights is {weights!r}; it must be {' or '.join(WEIGHTS)}.")
     source = identify(name, cache_dir)
     if pair := lora.split(name) if source == "adapter" else None:
+        if weights == "stored":
+            raise UsageError(f'An adapter is merged into unpacked weights; give {name} without `weights="stored"`.')
         return check_name(pair[0], cache_dir=cache_dir, offline=offline)
     if not (_offline_by_environment() if offline is None else offline):
         return None
     cache = cache_folder(cache_dir)
-    if source == "catalog" and not _catalog_folder(entry := catalog.CATALOG[name.lower()], cache).is_dir():
+    if (
+        source == "catalog"
+        and not _catalog_folder(entry := catalog.CATALOG[name.lower()], weights == "stored", cache).is_dir()
+    ):
         raise ForetellError(f"{entry.name} is not in the cache {cache} {_FORBIDDEN}")
     if source == "hub" and _snapshot(*_repo(name)) is None:
         raise ForetellError(f"{_repo(name)[0]} is not complete in the hub cache {_FORBIDDEN}")
@@ -150,44 +163,45 @@ _FORBIDDEN = (
 )
 
 
-def _catalog_folder(entry: catalog.Entry, cache: Path) -> Path:
-    return _target(cache, entry.name, entry.sha256)
+def _catalog_folder(entry: catalog.Entry, stored: bool, cache: Path) -> Path:
+    return _target(cache, entry.name, entry.sha256 + " stored" * stored)
 
 
-def _from_catalog(entry: catalog.Entry, cache: Path, progress: Progress) -> Path:
+def _from_catalog(entry: catalog.Entry, stored: bool, cache: Path, progress: Progress) -> Path:
     def make(folder: Path) -> None:
         from foretell.loading import gguf
 
         download = folder / "download"
         download.mkdir()
-        gguf.convert(catalog.fetch(entry, download, progress), folder, progress)
+        gguf.convert(catalog.fetch(entry, download, progress), folder, progress, stored)
         shutil.rmtree(download)
         write_manifest(folder, entry.name, "catalog", entry.licence)
 
     needed = entry.stored_bytes + 2 * entry.download_bytes
-    return build_once(_catalog_folder(entry, cache), make, needed, progress)
+    return build_once(_catalog_folder(entry, stored, cache), make, needed, progress)
 
 
-def _from_gguf(path: Path, cache: Path, progress: Progress) -> Path:
+def _from_gguf(path: Path, stored: bool, cache: Path, progress: Progress) -> Path:
     from foretell.loading.blocks import TYPES  # PyTorch, which a listing does without
 
     stats = [part.stat() for part in parts(path) if exists(part)]
     # size and time instead of a digest: hashing tens of gigabytes would cost more than loading them
     changed = " ".join(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)
-    kept = [name for name, row in TYPES.items() if row.quantized]  # a type more makes another folder
+    kept = [name for name, row in TYPES.items() if row.quantized and stored]  # a type more makes another folder
     target = _target(cache, path.stem, " ".join([str(path.resolve()), changed, *kept]))
     packed = sum(stat.st_size for stat in stats)
 
     def make(folder: Path) -> None:
         from foretell.loading import gguf
 
-        gguf.convert(path, folder, progress)
+        gguf.convert(path, folder, progress, stored)
         write_manifest(folder, str(path.resolve()), "gguf", None)
         unpacked = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         if unpacked > UNPACKED * packed:
             warnings.warn(
                 f"{path.name} is unpacked to the 16-bit weights it is computed with: {unpacked / 1e6:,.0f} MB of disk "
-                f"and memory instead of {packed / 1e6:,.0f} MB, and the speed of 16-bit weights.",
+                f"and memory instead of {packed / 1e6:,.0f} MB, and the speed of 16-bit weights; with weights stored "
+                "(--weights stored) it stays as it is, and activations are rounded to eight bits.",
                 ForetellWarning,
                 stacklevel=2,
             )

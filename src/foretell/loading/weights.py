@@ -15,13 +15,14 @@ import torch
 from numpy.typing import NDArray
 
 from foretell.errors import ForetellError
-from foretell.files import one_line, read_json
+from foretell.files import one_line, read_json, write_json
 from foretell.loading.blocks import TYPES, Blocks, stored_type
 from foretell.loading.config import ModelConfig
 from foretell.loading.tensors import weight_shapes
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+FINGERPRINT = "fingerprint.json"
 PIECE = 1 << 22
 """Numbers that are hashed at once."""
 _BARE = ("embed_tokens", "layers", "norm", "rotary_emb")
@@ -110,21 +111,50 @@ def fingerprint(weights: Weights, config: ModelConfig) -> str:
     """Returns sixteen hex digits that identify a backbone; trained heads, cached features and costs are bound to them.
 
     They cover the dimensions and every number of every tensor that the config asks for. The same numbers are the same
-    backbone, in whatever shards and float type they are stored; a fine-tune, an adapter or another quantization is
-    another one. Reads about a gigabyte a second, without holding the interpreter's lock.
+    backbone, in whatever shards and float type they are stored; those of quantized blocks are rounded to bfloat16, so
+    that it is also the same whether a GGUF file's are kept or unpacked. A fine-tune, an adapter or another quantization
+    is another one. Reads about a gigabyte of floats a second, without holding the interpreter's lock.
     """
+    digest = hashlib.blake2b(_dimensions(config).encode(), digest_size=8)
+    for name, shape in sorted(weights.shapes.items()):
+        digest.update(f"{name} {shape}".encode())
+        blocks = weights.blocks(name)
+        for values in blocks.pieces(PIECE):
+            kind, numbers = _canonical(values.to(torch.bfloat16) if blocks.type.quantized else values)
+            digest.update(kind)
+            digest.update(numbers.data)
+    return digest.hexdigest()
+
+
+def known_fingerprint(folder: Path, weights: Weights, config: ModelConfig) -> str:
+    """Returns the fingerprint that `keep_fingerprint` wrote, while its files are unchanged; else computes it."""
+    try:
+        kept = read_json(folder / FINGERPRINT)
+    except ForetellError:
+        kept = {}
+    if kept.get("of") == _state(folder, config) and isinstance(kept.get("fingerprint"), str):
+        return str(kept["fingerprint"])
+    return fingerprint(weights, config)
+
+
+def keep_fingerprint(folder: Path, weights: Weights, config: ModelConfig) -> None:
+    """Writes the fingerprint into a model's folder: quantized blocks are slow to unpack."""
+    write_json(folder / FINGERPRINT, {"of": _state(folder, config), "fingerprint": fingerprint(weights, config)})
+
+
+def _state(folder: Path, config: ModelConfig) -> dict[str, Any]:
+    files = {path.name: path.stat() for path in sorted(folder.glob("*.safetensors"))}
+    return {"dimensions": _dimensions(config)} | {
+        name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()
+    }
+
+
+def _dimensions(config: ModelConfig) -> str:
     dimensions = (
         config.family, config.hidden, config.layers, config.heads, config.kv_heads, config.head_dim,
         config.mlp, config.vocab, config.tied,
     )  # fmt: skip
-    digest = hashlib.blake2b(repr(dimensions).encode(), digest_size=8)
-    for name, shape in sorted(weights.shapes.items()):
-        digest.update(f"{name} {shape}".encode())
-        for values in weights.blocks(name).pieces(PIECE):
-            kind, numbers = _canonical(values)
-            digest.update(kind)
-            digest.update(numbers.data)
-    return digest.hexdigest()
+    return repr(dimensions)
 
 
 def _canonical(values_N: torch.Tensor) -> tuple[bytes, NDArray[Any]]:

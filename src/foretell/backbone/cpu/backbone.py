@@ -16,7 +16,7 @@ from torch import Tensor
 
 from foretell.backbone.base import Backbone
 from foretell.backbone.cpu import library
-from foretell.backbone.cpu.formats import PackedMatrix, format_for
+from foretell.backbone.cpu.formats import Format, PackedMatrix, format_for
 from foretell.backbone.cpu.library import call, table
 from foretell.backbone.cpu.linear import PackedLinear, ThreadedLinear
 from foretell.backbone.kv_cache import KVCache
@@ -48,16 +48,18 @@ class CompiledBackbone(Backbone):
         self.build = build or library.default()
         self.kernels = self.build.name
         self.bf16 = int(dtype == torch.bfloat16)
+        self._formats = set[str]()
         layers = [self._layer(i, read) for i in range(config.layers)]
         self.norm_weight = _vector(_checked(read("model.norm.weight"), (config.hidden,)))
         self._head = self._packed(read("model.embed_tokens.weight" if config.tied else "lm_head.weight"))
         self.embedding = self._head.matrix
         if not config.tied:
             embedding = Blocks.of(read("model.embed_tokens.weight"))
-            self.embedding = PackedMatrix(embedding, format_for(embedding, dtype, packed=False), self.build)
+            self.embedding = PackedMatrix(embedding, self._format(embedding, packed=False), self.build)
         fits = self.embedding.inputs == self._head.inputs == config.hidden
         check(fits, "The embedding is as wide as the model.")
         check(config.head_dim == 2 * len(config.inv_freq), "Every pair of a head's numbers has a frequency.")
+        self.quantized = ", ".join(sorted(self._formats))
         sizes = (getattr(config, size) for size in SIZES)
         self.about = library.Model(*sizes, threads, config.eps, table(layers))
 
@@ -78,7 +80,9 @@ class CompiledBackbone(Backbone):
             bias = None
             if tensors[0].has_bias(c):
                 bias = join([Blocks.of(read(f"{name}.bias")).floats(torch.float32) for name in names])
-            linear = self._joined(weights, bias) if join is torch.cat else self._packed(Blocks.join(weights, join), bias)
+            linear = (
+                self._joined(weights, bias) if join is torch.cat else self._packed(Blocks.join(weights, join), bias)
+            )
             fields[part], fields[f"{part}_bias"] = linear.matrix.about, linear.bias
         return library.Layer(*(fields.get(field[0]) for field in library.Layer._fields_))
 
@@ -87,15 +91,21 @@ class CompiledBackbone(Backbone):
         groups = [list(group) for _, group in groupby(weights, key=lambda weight: weight.type)]
         if any(weight.shape[0] % 32 for weight in weights):
             groups = [list(weights)]
-        rest = None
         first, *others = [Blocks.join(group) for group in groups]
+        rest = None
         for weight in reversed(others):
-            rest = PackedMatrix(weight, format_for(weight, self.dtype), self.build, rest)
-        return PackedLinear(first, bias, self.build, format_for(first, self.dtype), rest)
+            rest = PackedMatrix(weight, self._format(weight), self.build, rest)
+        return PackedLinear(first, bias, self.build, self._format(first), rest)
 
     def _packed(self, weight: Tensor | Blocks, bias: Tensor | None = None) -> PackedLinear:
         weight = Blocks.of(weight)
-        return PackedLinear(weight, bias, self.build, format_for(weight, self.dtype))
+        return PackedLinear(weight, bias, self.build, self._format(weight))
+
+    def _format(self, weight: Blocks, packed: bool = True) -> Format:
+        format = format_for(weight, self.dtype, packed)
+        if format.activations is None:
+            self._formats.add(format.name)
+        return format
 
     def embed(self, tokens_M: Tensor) -> Tensor:
         return self.embedding.rows(tokens_M)

@@ -53,6 +53,20 @@ def _int8(weight: Blocks) -> Numbers:
     return (weight.floats(FP32) / scale_N[:, None]).round().to(torch.int8), scale_N
 
 
+def _stored(weight: Blocks) -> Numbers:
+    return weight.data, None
+
+
+def _q8_0(weight: Blocks) -> Numbers:
+    """Keeps blocks, and rounds floats to blocks: 32 numbers in eight bits each, and their scale in float16."""
+    if weight.type.quantized:
+        return weight.data, None
+    numbers_NB32 = weight.floats(FP32).unflatten(1, (-1, 32))
+    scale_NB1 = (numbers_NB32.abs().amax(2, keepdim=True) / 127).half()
+    multiples = (numbers_NB32 / scale_NB1.float().clamp(min=1e-30)).round().clamp(-127, 127).to(torch.int8)
+    return torch.cat([scale_NB1.view(torch.uint8), multiples.view(torch.uint8)], 2).flatten(1), None
+
+
 QUANTS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 """Types of GGUF files that are multiplied as they are stored."""
 
@@ -63,11 +77,15 @@ FORMATS = {
         Format("fp32", FP32, _as(FP32), stored="F32"),
         Format("int8", BF16, _int8),  # widened before it is multiplied
         Format("int8_both", BF16, _int8),  # what it is multiplied with is rounded too, where the processor can
-        *(Format(name.lower(), None, lambda weight: (weight.data, None), stored=name) for name in QUANTS),
+        *(Format(name.lower(), None, _q8_0 if name == "Q8_0" else _stored, stored=name) for name in QUANTS),
         Format("bf16_rows", BF16, _as(BF16), packed=False),
         Format("fp32_rows", FP32, _as(FP32), packed=False),
     )
 }
+
+
+WITH_INT8 = ("amx", "avx512bf16")
+"""Builds that multiply four bytes at once, so that a scale for each 32 would cost more than it saves."""
 
 
 def exact_format(dtype: torch.dtype, packed: bool = True) -> Format:
@@ -80,6 +98,18 @@ def exact_format(dtype: torch.dtype, packed: bool = True) -> Format:
     if dtype not in names:
         raise TypeError(f"packed weights are bfloat16 or float32, not {dtype}")
     return FORMATS[names[dtype] + ("" if packed else "_rows")]
+
+
+def draft_format(inputs: int, build: Build, output: bool) -> Format:
+    """Returns the format in which a build multiplies a draft head's matrix fastest: its guesses need not be exact.
+
+    Args:
+        output: whether it is an output matrix; the others read inputs side by side, which differ too much in size to
+            share one scale a row.
+    """
+    if build.name in WITH_INT8:
+        return FORMATS["int8_both" if output else "int8"]
+    return FORMATS["int8" if inputs % 32 else "q8_0"]
 
 
 def format_for(weight: Blocks, dtype: torch.dtype | None = None, packed: bool = True) -> Format:
@@ -113,7 +143,7 @@ class PackedMatrix:
         check(len(weight.shape) == 2, f"A matrix has two dimensions, not the shape {weight.shape}.")
         self.format, self.build = format, build
         self.outputs, self.inputs = weight.shape
-        self.outputs_in_all = self.outputs + (rest.outputs_in_all if rest else 0)
+        self.outputs_in_all: int = self.outputs + (rest.outputs_in_all if rest else 0)
         numbers, scale_N = format.numbers(weight)
         numbers = numbers.contiguous()
         number = require().foretell_format(build.handle, format.name.encode())
@@ -131,7 +161,7 @@ class PackedMatrix:
         )
         self.blocks = torch.empty(panels, dtype=torch.uint8) if format.packed else numbers
         check(rest is None or self.outputs % 32 == 0, f"What follows {self.outputs} outputs begins within a panel.")
-        self.about = Matrix(self.blocks, scale_N, *shape, rest.about if rest else None)
+        self.about: Matrix = Matrix(self.blocks, scale_N, *shape, rest.about if rest else None)
         if format.packed:
             call("pack", build, numbers, self.about)
 

@@ -200,7 +200,7 @@ enum Purpose {
     // shared: a step
     kNodes, kTasks, kLead, kNormed, kMixed, kActive, kNormedQ8, kMixedQ8, kActiveQ8, kQueries, kQkv,
     // shared: linear layers, draft heads and their best outputs
-    kOperand, kOperandQ8, kHeadInputs, kHeadStreams, kHeadOperands, kHeadInt8, kHeadInt8Rows, kBestValues, kBestIndices, kBestMass,
+    kOperand, kOperandQ8, kHeadInputs, kHeadStreams, kHeadOperands, kHeadOperandsQ8, kHeadInt8, kHeadInt8Rows, kBestValues, kBestIndices, kBestMass,
     kBestWild,
     kPurposes
 };
