@@ -134,7 +134,7 @@ class PackedMatrix:
     """A weight [N, K] in one of `FORMATS`; its outputs may be followed by those of another, the `rest`.
 
     Attributes:
-        outputs_in_all: with those of the rest.
+        outputs_in_all: with those of the rest; activations: what the floats among both are multiplied with.
         about: how it is described to the kernels; it keeps the memory alive.
     """
 
@@ -143,6 +143,7 @@ class PackedMatrix:
         check(len(weight.shape) == 2, f"A matrix has two dimensions, not the shape {weight.shape}.")
         self.format, self.build = format, build
         self.outputs, self.inputs = weight.shape
+        self.activations: torch.dtype | None = format.activations or (rest.activations if rest else None)
         self.outputs_in_all: int = self.outputs + (rest.outputs_in_all if rest else 0)
         numbers, scale_N = format.numbers(weight)
         numbers = numbers.contiguous()

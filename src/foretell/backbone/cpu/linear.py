@@ -81,7 +81,7 @@ class PackedLinear:
     ) -> None:  # fmt: skip
         check(x_MK.dtype == torch.float32, f"A packed linear reads float32, not {x_MK.dtype}.", TypeError)
         check(x_MK.shape[1:] == (self.inputs,), f"A packed linear reads {self.inputs} numbers a row.")
-        bf16 = int(self.matrix.format.activations == torch.bfloat16)
+        bf16 = int(self.matrix.activations == torch.bfloat16)
         call(
             "linear", self.build, x_MK.contiguous(), len(x_MK), self.matrix.about, self.bias, y_MN, count, values,
             best, strict, threads, bf16,
