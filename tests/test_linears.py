@@ -6,16 +6,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from quantized import rounded
 from random_backbones import BF16, COMPILED, DTYPES, FP32, KERNELS, Model, build, check, examples, models, same, using
 from tiny_models import DIMENSIONS
 
 from foretell.backbone.cpu import library
-from foretell.backbone.cpu.formats import FORMATS, PackedMatrix
+from foretell.backbone.cpu.formats import FORMATS, WITH_INT8, PackedMatrix, draft_format
 from foretell.backbone.cpu.linear import PackedLinear
 from foretell.backbone.eager.linear import Linear
 from foretell.drafting.cpu_heads import PackedHeads
 from foretell.drafting.kernels import kernels_for
-from foretell.loading.blocks import Blocks
+from foretell.loading.blocks import TYPES, Blocks
 
 LLAMA = {"model_type": "llama", **DIMENSIONS}
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
@@ -161,12 +162,12 @@ def test_weights_that_are_not_contiguous_are_packed_as_their_copies(kernel: str,
     with using(kernel):
         best = library.default()
         for _ in range(3):
-            for row in FORMATS.values():
+            for row in (row for row in FORMATS.values() if row.activations):
                 assert same(PackedMatrix(turned, row, best).blocks, PackedMatrix(turned.contiguous(), row, best).blocks)
 
 
 @compiled_only
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [name for name, row in FORMATS.items() if row.activations])  # others: test_quants
 def test_a_format_gives_back_its_numbers_and_multiplies_them(kernel: str, name: str) -> None:
     row, by_itself = FORMATS[name], name not in ("bf16_rows", "fp32_rows", "int8_both")
 
@@ -191,14 +192,21 @@ def test_a_format_gives_back_its_numbers_and_multiplies_them(kernel: str, name: 
     check(kernel, 20, holds, st.integers(1, 80), sizes, sizes, st.booleans(), st.integers(1, 3))
 
 
-MEETING = ("amx", "avx512bf16")
-"""Kernels that round to int8 what an output matrix in int8 reads."""
-
-
 def in_int8(weight: torch.Tensor) -> torch.Tensor:
     """The nearest of 255 even steps of each output's own size."""
     step = weight.float().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
     return (weight.float() / step).round() * step
+
+
+def multiplied(x: torch.Tensor, weight: torch.Tensor, kernel: str, output: bool) -> torch.Tensor:
+    """What draft heads make of x and a weight: of bfloat16 models in one of three roundings."""
+    if weight.dtype == FP32 or kernel == "eager":
+        return x.to(weight.dtype).float() @ weight.float().T
+    format = draft_format(weight.shape[1], library.default(), output)
+    if format.name == "q8_0":
+        return (rounded(x) @ Blocks(TYPES["Q8_0"], format.numbers(Blocks.of(weight))[0]).floats().double().T).float()
+    met = in_int8(x) if format.name == "int8_both" and kernel in WITH_INT8 else x.to(weight.dtype).float()
+    return met @ in_int8(weight).T
 
 
 @every_kernel
@@ -237,22 +245,21 @@ def test_heads_side_by_side_are_their_blocks_one_after_the_other(kernel: str) ->
         count = min(count, choices)
         together = kernels_for(backbone).heads(blocks, outputs, linear)
         values, ids = (t.contiguous() for t in together.top(store_Nd, which, count))
-        kept = in_int8 if dtype == BF16 and kernel != "eager" else torch.Tensor.float
         for k in range(heads):
             x = x_BI
             for i, layer in enumerate(blocks):
-                y = x.to(dtype).float() @ kept(layer[k][0]).T + layer[k][1]
+                y = multiplied(x, layer[k][0], kernel, output=False) + layer[k][1]
                 x = x[:, :hidden] + (y if linear and i + 1 == layers else torch.nn.functional.silu(y))
-            met = in_int8(x) if kept is in_int8 and kernel in MEETING else x.to(dtype).float()
-            truth = (met @ kept(outputs[k if own else 0]).T).log_softmax(-1)
+            truth = multiplied(x, outputs[k if own else 0], kernel, output=True).log_softmax(-1)
             near = {"rtol": 1e-4, "atol": 1e-4} if dtype == FP32 else {"rtol": 2e-2, "atol": 5e-2}
             torch.testing.assert_close(values[:, k], truth.topk(count).values, **near)
             torch.testing.assert_close(values[:, k], truth.gather(1, ids[:, k]), **near)
             assert all(len(set(row)) == count for row in ids[:, k].tolist())
-        if kept is in_int8:
+        if dtype == BF16 and kernel != "eager":
             assert isinstance(together, PackedHeads)
-            assert {each.matrix.format.name for each in together._blocks} == ({"int8"} if layers else set())
-            assert {each.matrix.format.name for each in together._outputs} == {"int8_both"}
+            for packed, output in ((together._blocks, False), (together._outputs, True)):
+                for each in packed:
+                    assert each.matrix.format == draft_format(each.inputs, library.default(), output)
         if kernel != "eager":
             alone = [together.top(store_Nd, which[i : i + 1], count) for i in range(rows)]
             assert same(torch.cat([each[0] for each in alone]), values)

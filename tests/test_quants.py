@@ -13,6 +13,8 @@ from tiny_gguf import write_gguf
 from tiny_models import DIMENSIONS, opened, tiny_model
 from toy_drafters import RandomTrees
 
+from foretell import drafters
+from foretell.api import load
 from foretell.backbone.cpu import library
 from foretell.backbone.cpu.backbone import CompiledBackbone
 from foretell.backbone.cpu.formats import FORMATS, PackedMatrix, format_for
@@ -24,6 +26,7 @@ from foretell.loading.blocks import TYPES, Blocks
 from foretell.loading.families import model_config, read_config
 from foretell.loading.resolve import resolve
 from foretell.loading.weights import FINGERPRINT, fingerprint, known_fingerprint
+from foretell.requests import SamplingParams
 from foretell.testing import random_weights
 
 compiled_only = pytest.mark.parametrize("kernel", COMPILED)
@@ -229,3 +232,30 @@ def test_what_cannot_be_kept_is_refused(cache: Path, tmp_path: Path) -> None:
         resolve(f"{path}+{tmp_path / 'lora'}", weights="stored")
     with pytest.raises(ForetellError):
         resolve(str(tmp_path / "none.gguf"), weights="stored")
+
+
+@pytest.mark.real
+def test_the_demo_model_as_it_is_stored_drafts_and_verifies_exactly() -> None:
+    """Four- and eight-bit weights, trained heads that fit by fingerprint, batches, sampling, prompt lookup."""
+    llm = load(weights="stored")
+    assert isinstance(llm.backbone, CompiledBackbone) or not COMPILED
+    assert llm.backbone.quantized == ("q4_1, q8_0" if COMPILED else "")
+    said = [
+        "Why is the sky blue?",
+        "Write a haiku about rain.",
+        "def add(a, b):",
+        "List three fruits, then list them again.",
+    ]
+    requests = [
+        (llm.encode(text), SamplingParams(max_new_tokens=48, temperature=0.8 * (i % 2), seed=i, logprobs=1))
+        for i, text in enumerate(said)
+    ]
+    truth = plainly(llm.backbone, requests)
+    for rows, (name, lookup) in enumerate(
+        (("hydra++", True), ("medusa", False), ("hydra", False), ("kangaroo", True)), 1
+    ):
+        drafter = drafters.build(name, llm.backbone, lookup=lookup, nodes=12)
+        outputs = finish(decoder_of(llm.backbone, drafter, max_rows=rows), requests)
+        assert_same(outputs, truth, name)
+        accepted = sum(len(output.ids) for output in outputs) / sum(output.statistics.steps for output in outputs)
+        assert accepted > 1.4, name

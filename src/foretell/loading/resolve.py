@@ -187,7 +187,7 @@ def _from_gguf(path: Path, stored: bool, cache: Path, progress: Progress) -> Pat
     stats = [part.stat() for part in parts(path) if exists(part)]
     # size and time instead of a digest: hashing tens of gigabytes would cost more than loading them
     changed = " ".join(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)
-    kept = [name for name, row in TYPES.items() if row.quantized and stored]  # a type more makes another folder
+    kept = sorted(name for name, row in TYPES.items() if row.quantized and stored)  # a type more makes another folder
     target = _target(cache, path.stem, " ".join([str(path.resolve()), changed, *kept]))
     packed = sum(stat.st_size for stat in stats)
 
