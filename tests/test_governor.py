@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -44,9 +45,9 @@ def always(tokens: int) -> Callable[[], int]:
     return lambda: tokens
 
 
-def varied(mean: float) -> Callable[[], int]:
+def varied(mean: float, seed: int) -> Callable[[], int]:
     """Tokens of a step of five guesses, each accepted by the same chance if all before it are: `mean` on average."""
-    rng, chance = random.Random(0), brentq(lambda p: sum(p**k for k in range(6)) - mean, 0.0, 1.0)
+    rng, chance = random.Random(seed), brentq(lambda p: sum(p**k for k in range(6)) - mean, 0.0, 1.0)
     return lambda: 1 + next((k for k in range(5) if rng.random() > chance), 5)
 
 
@@ -61,39 +62,65 @@ def test_the_governor_speculates_while_that_wins() -> None:
 
 def test_the_governor_stops_where_speculation_loses_and_tries_it_rarely() -> None:
     clear = Machine(1.0, 2.0, always(1)).run(Governor(), 1000)
-    pause = CLEAR_TRIAL * (2 - 1) * 100  # a hundredth of the time
+    pause = PLAIN + CLEAR_TRIAL * (2 - 1) * 50  # a fiftieth of the time
     trial = [True] * CLEAR_TRIAL
-    expected = [False] * PLAIN + (trial + [False] * pause) * 3
+    expected = [False] * PLAIN + (trial + [False] * pause) * 5
     assert clear == expected[:1000]
-    assert Machine(1.0, 9.0, always(1)).run(Governor(), 1100).count(True) == 2 * CLEAR_TRIAL, f"{LONGEST} steps at most"
-    near = Machine(0.95, 1.0, always(1)).run(Governor(), 200)  # judged after a whole trial, and soon again
-    assert near[: PLAIN + TRIAL + SHORTEST + 1] == [False] * PLAIN + [True] * TRIAL + [False] * SHORTEST + [True]
+    long = Machine(1.0, 9.0, always(1)).run(Governor(), 1100)
+    assert long.count(True) == 2 * CLEAR_TRIAL, f"{LONGEST} steps at most"
+    near = Machine(0.99, 1.0, always(1)).run(Governor(), 200)  # judged after a whole trial, and soon again
+    pause = [False] * (PLAIN + SHORTEST)
+    assert near[: PLAIN + TRIAL + len(pause) + 1] == [False] * PLAIN + [True] * TRIAL + pause + [True]
 
 
 @pytest.mark.parametrize("cost", [1.1, 1.5, 2.0, 4.0])
 @pytest.mark.parametrize("mean", [1.3, 1.7, 2.0, 2.2, 2.6, 4.0])
 def test_it_is_nearly_as_fast_as_the_better_of_both(cost: float, mean: float) -> None:
-    machine = Machine(1.0, cost, varied(mean))
-    machine.run(Governor(), 6000)
+    rates = []
+    for seed in range(10):
+        machine = Machine(1.0, cost, varied(mean, seed))
+        machine.run(Governor(), 3000)
+        rates.append(machine.emitted / machine.seconds)
     best = max(1.0, mean / cost)
-    assert machine.emitted / machine.seconds > (0.98 if best == 1 else 0.95 * best)
+    assert fmean(rates) > (0.97 if best == 1 else 0.95 * best)
 
 
-@pytest.mark.parametrize("faster", [0.5, 2.0])
-def test_a_machine_that_becomes_faster_or_slower_deceives_nobody(faster: float) -> None:
+@pytest.mark.parametrize("slower", [3.0, 1 / 3])
+@pytest.mark.parametrize("after", [0, 4, 20, 50, 200])
+def test_a_machine_that_becomes_slower_or_faster_deceives_nobody(slower: float, after: int) -> None:
     """Steps that are compared were taken one after the other."""
-    for tokens, wins in ((1, False), (2, True)):
+    for tokens, share in ((1, 0.8), (2, 0.85)):  # of the better way's speed, over the next 300 steps
         governor = Governor()
-        Machine(1.0, 1.5, always(tokens)).run(governor, PLAIN)
-        later = Machine(1.0 / faster, 1.5 / faster, always(tokens))
-        later.run(governor, 2000)
-        assert later.run(governor, 1000).count(True) > 960 if wins else later.run(governor, 1000).count(True) < 60
+        Machine(1.0, 1.5, always(tokens)).run(governor, PLAIN + after)
+        later = Machine(slower, 1.5 * slower, always(tokens))
+        later.run(governor, 300)
+        assert later.emitted / later.seconds * slower > share * max(1.0, tokens / 1.5)
+
+
+def test_a_machine_that_is_busy_now_and_then_deceives_nobody() -> None:
+    governor, seconds, emitted = Governor(), 0.0, 0
+    for turn in range(60):
+        slower = 1.0 + 2 * (turn % 2)
+        machine = Machine(slower, 1.5 * slower, always(2))
+        machine.run(governor, 20)
+        seconds, emitted = seconds + machine.seconds / slower, emitted + machine.emitted
+    assert emitted / seconds > 0.9 * 2 / 1.5
+
+
+def test_batches_of_a_size_that_comes_back_are_timed_anew() -> None:
+    governor = Governor()
+    Machine(20.0, 25.0, always(2)).run(governor, 100)
+    Machine(1.0, 1.0, always(1)).run(governor, 50, rows=8)
+    assert Machine(60.0, 75.0, always(2)).run(governor, 300).count(True) > 270  # at a long context
 
 
 def test_the_governor_comes_back_when_speculation_wins_again() -> None:
     governor = Governor()
     Machine(1.0, 2.0, always(1)).run(governor, 300)
-    assert all(Machine(1.0, 1.0, always(3)).run(governor, 600)[-50:])
+    assert Machine(1.0, 1.0, always(3)).run(governor, 600)[-50:].count(True) > 45
+    governor = Governor()
+    Machine(1.0, 2.0, always(1)).run(governor, 20_000)
+    assert Machine(1.0, 2.0, always(3)).run(governor, 2000).count(True) > 1000, "after the pause of its last trial"
 
 
 def test_the_governor_judges_each_size_of_batch_by_itself_and_can_be_switched_off() -> None:
@@ -121,11 +148,21 @@ def test_one_slow_step_decides_nothing() -> None:
 
 def test_steps_without_guesses_are_plain_ones() -> None:
     """A drafter that rarely guesses has them timed without asking."""
+    governor, refused = Governor(), 0
+    for step in range(2000):
+        speculates = governor.speculate(1) and step % 4 == 0
+        refused += not governor.speculate(1)
+        governor.record(1, 5 if speculates else 0, 1.2 if speculates else 1.0, 3 if speculates else 1)
+    assert refused == PLAIN
+    for step in range(2000):
+        speculates = governor.speculate(1) and step % 4 == 0
+        governor.record(1, 5 if speculates else 0, 4.0 if speculates else 1.0, 1)
+    assert governor.suspended
+
+
+def test_a_clock_that_stands_still_decides_nothing() -> None:
     governor = Governor()
-    for step in range(400):
-        governor.speculate(1)
-        governor.record(1, 0 if step % 4 else 5, 1.0 if step % 4 else 1.2, 1 if step % 4 else 3)
-    assert not governor.suspended
+    assert all(Machine(0.0, 0.0, always(1)).run(governor, 100)[PLAIN:])
 
 
 def test_the_governor_never_changes_a_token(monkeypatch: pytest.MonkeyPatch) -> None:

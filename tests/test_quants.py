@@ -1,9 +1,11 @@
 """Quantized weights are multiplied as they are stored: by any build, in any company, the same bits for the same row."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import Foretell
 from decoding import answers, assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly
 from hypothesis import strategies as st
 from quantized import QUANTS, dequantized, quantizable, random_blocks, rounded
@@ -21,11 +23,13 @@ from foretell.backbone.cpu.formats import FORMATS, PackedMatrix, format_for
 from foretell.backbone.cpu.linear import PackedLinear
 from foretell.backbone.load import assemble
 from foretell.backbone.probe import probe
-from foretell.errors import ForetellError, UsageError
-from foretell.loading.blocks import TYPES, Blocks
+from foretell.drafting.learning.finetune import trainable_model
+from foretell.errors import UsageError
+from foretell.loading.blocks import TYPES, Blocks, save
 from foretell.loading.families import model_config, read_config
+from foretell.loading.lora import merge
 from foretell.loading.resolve import resolve
-from foretell.loading.weights import FINGERPRINT, fingerprint, known_fingerprint
+from foretell.loading.weights import FINGERPRINT, fingerprint, keeps_blocks, known_fingerprint
 from foretell.requests import SamplingParams
 from foretell.testing import random_weights
 
@@ -230,8 +234,41 @@ def test_what_cannot_be_kept_is_refused(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "lora/adapter_config.json").write_text("{}")
     with pytest.raises(UsageError, match="merged into unpacked weights"):
         resolve(f"{path}+{tmp_path / 'lora'}", weights="stored")
-    with pytest.raises(ForetellError):
-        resolve(str(tmp_path / "none.gguf"), weights="stored")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_fingerprint_rounds_blocks_as_unpacking_does(tmp_path: Path, dtype: str) -> None:
+    weights = {name: Blocks.of(weight) for name, weight in quantizable(random_weights(CONFIG, 0), MIXED).items()}
+    floats = {name: Blocks.of(weight.floats(getattr(torch, dtype))) for name, weight in weights.items()}
+    kept = floats | {name: weight for name, weight in weights.items() if weight.type.quantized}
+    marks = []
+    for name, stored in (("kept", kept), ("unpacked", floats)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES, "dtype": dtype}))
+        save(stored, folder / "model.safetensors")
+        marks.append(fingerprint(opened(folder), read_config(folder)))
+        assert keeps_blocks(folder) == (name == "kept")
+    assert marks[0] == marks[1]
+
+
+def test_who_cannot_read_blocks_says_so(cache: Path, tmp_path: Path) -> None:
+    folder = resolve(tiny_file(tmp_path), weights="stored").path
+    with pytest.raises(UsageError, match="keeps quantized weights, and adapters are merged into unpacked ones"):
+        merge(folder, tmp_path, tmp_path / "out", lambda stage, fraction: None)
+    with pytest.raises(UsageError, match="keeps quantized weights, which cannot be trained"):
+        trainable_model(folder, "full", 0, 0.0)
+
+
+def test_a_listing_tells_what_is_kept_from_what_is_unpacked(foretell: Foretell, cache: Path, tmp_path: Path) -> None:
+    path = tiny_file(tmp_path)
+    for weights in ("stored", "bf16"):
+        assert foretell("pull", path, "--weights", weights).code == 0
+    rows = [json.loads(line) for line in foretell("models", "--json").out.splitlines()]
+    assert sorted(row["source"] for row in rows if row["path"]) == ["gguf", "gguf, --weights stored"]
+    ran = foretell("generate", "hello", "-m", path, "-n", "3", "--weights", "stored", "--kernel", "eager")
+    assert ran.code == 0
+    assert "no weights of this model are multiplied as they are stored" in " ".join(ran.err.split())
 
 
 @pytest.mark.real

@@ -35,7 +35,7 @@ class Recommendation:
             return f"{self.name}: no trained drafter comes with foretell for this model"
         others = ", ".join(f"{name} {gain:.2f}x" for name, gain in self.gains.items() if name != self.name)
         best = f"{self.name}: estimated at {self.gains[self.name]:.2f}x plain decoding by {self.source}"
-        off = ", so steps stay plain where that holds" if self.gains[self.name] < 1 else ""
+        off = ", so steps stay plain where that holds" if self.gains[self.name] < 0.995 else ""
         return best + off + (f"; {others}" if others else "")
 
 

@@ -102,10 +102,13 @@ def _rows(cache_dir: Path | None) -> list[_Row]:
     from foretell.loading.catalog import CATALOG, shipped_adapters
 
     stored = [
-        _Row(model.name, model.bytes, model.licence, model.source, not model.problem, str(model.path), model.problem)
+        _Row(
+            model.name, model.bytes, model.licence, model.source + ", --weights stored" * bool(model.weights),
+            not model.problem, str(model.path), model.problem,
+        )
         for model in stored_models(cache_dir)
-    ]
-    here = {row.name for row in stored if row.cached}
+    ]  # fmt: skip
+    here = {row.name for row in stored if row.cached and "stored" not in row.source}
     bases = {name: (name, "catalog") for name in CATALOG} | {
         f"{base}+{adapter}": (base, "catalog, with an adapter") for adapter, base in shipped_adapters().items()
     }
@@ -114,7 +117,7 @@ def _rows(cache_dir: Path | None) -> list[_Row]:
         for name, (base, source) in bases.items()
         if name not in here
     ]
-    return sorted(stored + absent, key=lambda row: (row.source != "catalog", row.name))
+    return sorted(stored + absent, key=lambda row: (not row.source.startswith("catalog"), row.name))
 
 
 def _print(rows: list[_Row]) -> None:

@@ -99,6 +99,10 @@ class Base:
             )  # fmt: skip
         if llm.backbone.nondeterminism:
             note(f"note: {llm.backbone.nondeterminism}")
+        if self.weights == "stored" and not llm.backbone.quantized:
+            note(
+                "note: no weights of this model are multiplied as they are stored, with these kernels; all are floats."
+            )
         if llm.backbone.kernels == "eager" and llm.backbone.device.type == "cpu" and self.kernel is None:
             note(
                 "note: no compiled kernels here, so this is slow; install foretell again where there is a C++ compiler."

@@ -63,7 +63,7 @@ class PrefixLayer:
 
     def wait(self, row: int, streams_SMd: Tensor) -> int:
         """Keeps newly committed states of a row until they are read; returns how many wait."""
-        self._waiting.setdefault(row, []).append(streams_SMd)
+        self._waiting.setdefault(row, []).append(streams_SMd.clone())  # a view of all rows' would keep them all
         return self.waiting(row)
 
     def waiting(self, row: int) -> int:
@@ -93,7 +93,7 @@ class PrefixLayer:
             after = text[self._read(row) + 1 :][:count]  # fewer where a stop has cut the accepted tokens
             following += [*after, *([text[-1]] * (count - len(after)))]
         fused = (others, following) if self.fused else ((), ())
-        newest = [out_Nd[-1:] for out_Nd in self(rows, counts, states_Md, *fused).split(counts)]
+        newest = [out_Nd[-1:].clone() for out_Nd in self(rows, counts, states_Md, *fused).split(counts)]
         for row in rows:
             del self._waiting[row]
         if self.fused:

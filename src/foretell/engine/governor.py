@@ -4,7 +4,7 @@ A step with guesses costs more than one without, and emits more tokens. Speculat
 exceed its cost: the seconds of its latest steps over those of plain steps taken just before or after, so that neither
 another process nor a growing context deceives anybody. Where it does not pay, steps stay plain for a while before the
 next trial; where it does, a few plain steps renew the comparison now and then. How often either happens follows from
-what it loses: measuring may cost a hundredth of the time. Steps in which the drafter had nothing to guess count as
+what it loses: measuring may cost a fiftieth of the time. Steps in which the drafter had nothing to guess count as
 plain ones.
 
 Tokens never depend on its decisions: both kinds of step emit the same ones.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 
 PLAIN = 3
 """Plain steps that begin, and renew, a comparison."""
@@ -22,12 +22,15 @@ CLEAR_TRIAL, TRIAL = 4, 12
 """Speculative steps after which a trial may end that clearly loses, and after which any may."""
 CLEAR = 0.75
 """Speculation clearly loses below this share of the plain rate."""
-RECENT, PRIOR, LONG = 32, 16, 128
-"""Speculative steps of this stretch whose tokens count; as how many the mean of former ones counts; and over how many
-that is taken. Lengths of steps vary, so that a trial alone would often decide by chance."""
+RECENT = 32
+"""Latest speculative steps, of this trial on, whose tokens count."""
+PRIOR = 8
+"""As how many steps the long mean counts beside them: lengths vary, and a short trial alone would decide by chance."""
+LONG = 128
+"""Steps over which the long mean is taken."""
 LATEST = 8
 """Steps of each kind whose median is compared."""
-TRIAL_SHARE, RENEWAL_SHARE = 0.01, 0.005
+TRIAL_SHARE, RENEWAL_SHARE = 0.02, 0.005
 """Shares of the time that trials that lose, and plain steps where speculation wins, may cost."""
 SHORTEST, LONGEST = 32, 1024
 """Steps from one measurement to the next."""
@@ -38,11 +41,18 @@ class _Batch:
     """Measurements of batches of about one size.
 
     Attributes:
-        plain, speculative: seconds of the latest steps of each kind.
-        tokens: a row, of the speculative steps of this stretch.
-        mean: of the tokens a row of former steps as well; seen: how many.
-        run: speculative steps of this stretch.
-        plain_left: plain steps until speculation goes on; held: because it loses, not to measure.
+        plain: seconds of the latest plain steps.
+        speculative: seconds of the latest speculative steps.
+        tokens: a row, of the latest speculative steps since the trial began.
+        mean: of the tokens a row, over trials.
+        seen: speculative steps that are in the mean, up to `LONG`.
+        run: speculative steps since the last decision.
+        since_plain: speculative steps since the last plain one.
+        patience: most of these before plain steps are timed again; doubled each time.
+        plain_left: plain steps until speculation goes on.
+        doubted: how many speculative steps found that it loses; plain steps taken just after them confirm it, or not.
+        held: whether plain steps are taken because it loses, not to measure.
+        last: number of the last step.
     """
 
     plain: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST))
@@ -51,12 +61,33 @@ class _Batch:
     mean: float = 0.0
     seen: int = 0
     run: int = 0
+    since_plain: int = 0
+    patience: int = SHORTEST
     plain_left: int = PLAIN
+    doubted: int = 0
     held: bool = False
+    last: int = 0
+
+    def enter(self, step: int) -> None:
+        """Forgets timings that are not of the steps just before: batches of another size came between."""
+        if step - self.last > TRIAL:
+            self.plain.clear()
+            self.speculative.clear()
+            self.plain_left = max(self.plain_left, PLAIN)
+        self.last = step
 
     def add_plain(self, seconds: float) -> None:
         self.plain.append(seconds)
-        self.plain_left = max(0, self.plain_left - 1)
+        self.since_plain = 0
+        if not self.plain_left:
+            return
+        self.plain_left -= 1
+        if self.doubted and not self.plain_left:
+            earned, cost = self._rates()
+            if earned < cost:
+                lost = self.doubted * (cost - min(earned, self.mean))  # in plain steps, by a trial as long as this
+                self.held, self.plain_left, self.patience = True, _bounded(lost / TRIAL_SHARE), SHORTEST
+            self.doubted = 0
 
     def add_speculative(self, seconds: float, tokens: float) -> None:
         if self.held:  # the first step of a trial
@@ -66,26 +97,30 @@ class _Batch:
         self.speculative.append(seconds)
         self.tokens.append(tokens)
         self.run += 1
+        self.since_plain += 1
         self.seen = min(self.seen + 1, LONG)
         self.mean += (tokens - self.mean) / self.seen
 
     def decide(self) -> None:
-        """Ends a stretch of speculative steps where it loses, or where plain steps have to be timed again."""
-        if len(self.plain) < PLAIN or self.run < CLEAR_TRIAL:
+        """Ends a stretch of speculative steps where it seems to lose, or where plain steps have to be timed again."""
+        if len(self.plain) < PLAIN or self.run < CLEAR_TRIAL or not min(median(self.plain), median(self.speculative)):
             return
-        cost = median(self.speculative) / median(self.plain)
+        earned, cost = self._rates()
+        clear = earned < CLEAR * cost and fmean(self.tokens) < cost
+        if clear or (earned < cost and self.run % TRIAL == 0):
+            self.doubted = min(self.run, TRIAL)
+        elif self.since_plain >= min(self.patience, _bounded(PLAIN * (earned / cost - 1) / (earned * RENEWAL_SHARE))):
+            self.patience *= 2
+        else:
+            return
+        self.plain.clear()
+        self.plain_left, self.run = PLAIN, 0
+
+    def _rates(self) -> tuple[float, float]:
+        """Returns tokens of a speculative step, and its seconds in plain steps."""
         prior = PRIOR if self.seen > len(self.tokens) else 0
         earned = (sum(self.tokens) + prior * self.mean) / (len(self.tokens) + prior)
-        if earned < CLEAR * cost or (earned < cost and self.run % TRIAL == 0):
-            self.held = True
-            self._take_plain(CLEAR_TRIAL * (cost - min(earned, self.mean)) / TRIAL_SHARE)
-        elif self.run >= _bounded(PLAIN * (earned / cost - 1) / (earned * RENEWAL_SHARE)):
-            self.plain.clear()
-            self._take_plain(PLAIN)
-
-    def _take_plain(self, steps: float) -> None:
-        self.plain_left = _bounded(steps) if self.held else PLAIN
-        self.run = 0
+        return earned, median(self.speculative) / (median(self.plain) or 1.0)
 
 
 def _bounded(steps: float) -> int:
@@ -103,6 +138,7 @@ class Governor:
         self.enabled = enabled
         self.suspended = False
         self._batches: dict[int, _Batch] = defaultdict(_Batch)
+        self._steps = 0
 
     def speculate(self, rows: int) -> bool:
         """True if the next step of so many rows should carry guesses."""
@@ -121,6 +157,8 @@ class Governor:
             tokens: emitted over all rows.
         """
         batch = self._batches[rows.bit_length()]
+        self._steps += 1
+        batch.enter(self._steps)
         if guesses:
             batch.add_speculative(seconds, tokens / rows)
             batch.decide()

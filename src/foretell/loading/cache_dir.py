@@ -35,6 +35,7 @@ class CachedModel:
         bytes: size on disk.
         source: "catalog", "gguf", "adapter" or "hub".
         problem: why it does not load; empty if it does.
+        weights: "stored" if it loads with `weights="stored"` alone.
     """
 
     name: str
@@ -43,6 +44,7 @@ class CachedModel:
     licence: str | None
     source: str
     problem: str = ""
+    weights: str = ""
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
@@ -81,9 +83,10 @@ def build_once(target: Path, make: Callable[[Path], None], needed_bytes: int, pr
     return target
 
 
-def write_manifest(folder: Path, name: str, source: str, licence: str | None) -> None:
+def write_manifest(folder: Path, name: str, source: str, licence: str | None, weights: str = "") -> None:
     """Writes what the folder holds into it, for `cached_models`."""
     manifest = {"name": name, "source": source, "licence": licence, "converter": CONVERTER_VERSION}
+    manifest |= {"weights": weights} if weights else {}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
@@ -149,7 +152,8 @@ def _converted(cache: Path) -> Iterator[CachedModel]:
         folder = manifest_file.parent
         name, source = str(manifest.get("name", folder.name)), str(manifest.get("source", "gguf"))
         problem = "" if current else "outdated: converted by an earlier version"
-        yield CachedModel(name, folder, _folder_bytes(folder), manifest.get("licence"), source, problem)
+        weights = str(manifest.get("weights", ""))
+        yield CachedModel(name, folder, _folder_bytes(folder), manifest.get("licence"), source, problem, weights)
 
 
 def _in_hub(hub: Path) -> Iterator[CachedModel]:

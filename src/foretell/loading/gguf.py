@@ -118,6 +118,7 @@ def convert(gguf_path: Path, folder: Path, progress: Progress, stored: bool = Fa
     _write_weights(file, raw, names, folder, progress, stored)
     if stored:
         config = model_config(raw)
+        progress("reading it back", 0.0)
         keep_fingerprint(folder, read_weights(folder, config), config)
 
 

@@ -114,8 +114,12 @@ def merge(base: Path, adapter: Path, target: Path, progress: Progress) -> None:
     """
     from safetensors.torch import load_file, save_file
 
-    from foretell.loading.weights import standard_name
+    from foretell.loading.weights import keeps_blocks, standard_name
 
+    if keeps_blocks(base):
+        raise UsageError(
+            f"{base} keeps quantized weights, and adapters are merged into unpacked ones; unpack it first."
+        )
     changes = _Changes(adapter)
     files = sorted(base.glob("model*.safetensors"))
     for number, path in enumerate(files):

@@ -175,7 +175,7 @@ def _from_catalog(entry: catalog.Entry, stored: bool, cache: Path, progress: Pro
         download.mkdir()
         gguf.convert(catalog.fetch(entry, download, progress), folder, progress, stored)
         shutil.rmtree(download)
-        write_manifest(folder, entry.name, "catalog", entry.licence)
+        write_manifest(folder, entry.name, "catalog", entry.licence, "stored" * stored)
 
     needed = entry.stored_bytes + 2 * entry.download_bytes
     return build_once(_catalog_folder(entry, stored, cache), make, needed, progress)
@@ -195,13 +195,13 @@ def _from_gguf(path: Path, stored: bool, cache: Path, progress: Progress) -> Pat
         from foretell.loading import gguf
 
         gguf.convert(path, folder, progress, stored)
-        write_manifest(folder, str(path.resolve()), "gguf", None)
+        write_manifest(folder, str(path.resolve()), "gguf", None, "stored" * stored)
         unpacked = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        if unpacked > UNPACKED * packed:
+        if unpacked > UNPACKED * packed and not stored:
             warnings.warn(
                 f"{path.name} is unpacked to the 16-bit weights it is computed with: {unpacked / 1e6:,.0f} MB of disk "
                 f"and memory instead of {packed / 1e6:,.0f} MB, and the speed of 16-bit weights; with weights stored "
-                "(--weights stored) it stays as it is, and activations are rounded to eight bits.",
+                "(--weights stored) what can be multiplied as it is stays so, by activations in eight bits.",
                 ForetellWarning,
                 stacklevel=2,
             )

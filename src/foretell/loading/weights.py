@@ -6,6 +6,7 @@ costs its headers, and a tensor is read when it is asked for. `fingerprint` read
 
 import hashlib
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from foretell.errors import ForetellError
 from foretell.files import one_line, read_json, write_json
-from foretell.loading.blocks import TYPES, Blocks, stored_type
+from foretell.loading.blocks import TYPES, Blocks, quantized, stored_type
 from foretell.loading.config import ModelConfig
 from foretell.loading.tensors import weight_shapes
 
@@ -111,16 +112,17 @@ def fingerprint(weights: Weights, config: ModelConfig) -> str:
     """Returns sixteen hex digits that identify a backbone; trained heads, cached features and costs are bound to them.
 
     They cover the dimensions and every number of every tensor that the config asks for. The same numbers are the same
-    backbone, in whatever shards and float type they are stored; those of quantized blocks are rounded to bfloat16, so
-    that it is also the same whether a GGUF file's are kept or unpacked. A fine-tune, an adapter or another quantization
-    is another one. Reads about a gigabyte of floats a second, without holding the interpreter's lock.
+    backbone, in whatever shards and float type they are stored; a fine-tune, an adapter or another quantization is
+    another one. Numbers of quantized blocks are rounded as they are when a GGUF file is unpacked, so that a file kept
+    as it is and the same file unpacked are one backbone. Reads about a gigabyte of floats a second, without holding
+    the interpreter's lock.
     """
-    digest = hashlib.blake2b(_dimensions(config).encode(), digest_size=8)
+    digest, unpacked = hashlib.blake2b(_dimensions(config).encode(), digest_size=8), getattr(torch, config.dtype)
     for name, shape in sorted(weights.shapes.items()):
         digest.update(f"{name} {shape}".encode())
         blocks = weights.blocks(name)
         for values in blocks.pieces(PIECE):
-            kind, numbers = _canonical(values.to(torch.bfloat16) if blocks.type.quantized else values)
+            kind, numbers = _canonical(values.to(unpacked) if blocks.type.quantized else values)
             digest.update(kind)
             digest.update(numbers.data)
     return digest.hexdigest()
@@ -128,22 +130,32 @@ def fingerprint(weights: Weights, config: ModelConfig) -> str:
 
 def known_fingerprint(folder: Path, weights: Weights, config: ModelConfig) -> str:
     """Returns the fingerprint that `keep_fingerprint` wrote, while its files are unchanged; else computes it."""
-    try:
+    if not keeps_blocks(folder):
+        return fingerprint(weights, config)
+    with suppress(ForetellError):  # there is none, or it is damaged
         kept = read_json(folder / FINGERPRINT)
-    except ForetellError:
-        kept = {}
-    if kept.get("of") == _state(folder, config) and isinstance(kept.get("fingerprint"), str):
-        return str(kept["fingerprint"])
+        if kept.get("of") == _state(folder, config) and isinstance(kept.get("fingerprint"), str):
+            return str(kept["fingerprint"])
+    with suppress(ForetellError):  # where nothing may be written, the next load computes it again
+        return keep_fingerprint(folder, weights, config)
     return fingerprint(weights, config)
 
 
-def keep_fingerprint(folder: Path, weights: Weights, config: ModelConfig) -> None:
-    """Writes the fingerprint into a model's folder: quantized blocks are slow to unpack."""
-    write_json(folder / FINGERPRINT, {"of": _state(folder, config), "fingerprint": fingerprint(weights, config)})
+def keep_fingerprint(folder: Path, weights: Weights, config: ModelConfig) -> str:
+    """Returns the fingerprint, and writes it into the model's folder: quantized blocks are slow to unpack."""
+    mark = fingerprint(weights, config)
+    write_json(folder / FINGERPRINT, {"of": _state(folder, config), "fingerprint": mark}, shared=True)
+    return mark
+
+
+def keeps_blocks(folder: Path) -> bool:
+    """Returns whether a folder holds quantized blocks, which other libraries cannot read."""
+    files = map(_open, folder.glob("model*.safetensors"))
+    return any(quantized(kind) for file in files for kind in (file.metadata() or {}).values())
 
 
 def _state(folder: Path, config: ModelConfig) -> dict[str, Any]:
-    files = {path.name: path.stat() for path in sorted(folder.glob("*.safetensors"))}
+    files = {path.name: path.stat() for path in sorted(folder.glob("model*.safetensors"))}
     return {"dimensions": _dimensions(config)} | {
         name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()
     }

@@ -151,9 +151,9 @@ class Endpoint:
                     )
                 if failed:
                     todo.clear()
-        # Where this ends early, requests may be under way, and the client stays open until the last of their threads
-        # lets go of it: a socket that is closed just as a thread begins to wait for it leaves the thread waiting for
-        # whatever gets its number next.
+        # Closed only here, where no request is under way. Where this ends early, the client stays open until the last
+        # thread lets go of it: a socket that is closed just as a thread begins to wait for it leaves the thread waiting
+        # for whatever gets its number next.
         client.close()
         failed = failed or self._disagreement()
         if failed:

@@ -237,7 +237,8 @@ class FeatureStore(Batches):
 
     def _wanted(self, number: int) -> dict[str, str]:
         """Metadata of a shard that is up to date."""
-        return {"data": digest(self.data[slice(*self._shards[number])]), "dtype": str(self.backbone.dtype)}
+        numbers = str(self.backbone.dtype) + self.backbone.quantized
+        return {"data": digest(self.data[slice(*self._shards[number])]), "dtype": numbers}
 
     def _stale(self) -> list[int]:
         """Shards that are missing, or of other data."""

@@ -245,7 +245,11 @@ class _Fresh:
         return cls(method, Path(job.out), options, module, started)
 
     def trainer(self, backbone: Backbone, features: Batches, settings: Settings) -> Trainer:
-        identity = {"method": self.cls.method, "model": backbone.fingerprint, "dtype": str(backbone.dtype)}
+        identity = {
+            "method": self.cls.method,
+            "model": backbone.fingerprint,
+            "dtype": str(backbone.dtype) + backbone.quantized,
+        }
         return Trainer(
             self.module, features, settings, self.out / "run", asdict(self.options) | identity | self.started,
             partial(migrated, self.cls.Training),

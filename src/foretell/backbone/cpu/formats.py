@@ -85,7 +85,9 @@ FORMATS = {
 
 
 WITH_INT8 = ("amx", "avx512bf16")
-"""Builds that multiply four bytes at once, so that a scale for each 32 would cost more than it saves."""
+"""Builds that multiply four bytes at once, and so have the products of "int8_both"."""
+WITH_BLOCKS = ("avx512", "avx2")
+"""Builds that multiply blocks of eight bits faster than numbers widened to bfloat16."""
 
 
 def exact_format(dtype: torch.dtype, packed: bool = True) -> Format:
@@ -107,9 +109,9 @@ def draft_format(inputs: int, build: Build, output: bool) -> Format:
         output: whether it is an output matrix; the others read inputs side by side, which differ too much in size to
             share one scale a row.
     """
-    if build.name in WITH_INT8:
-        return FORMATS["int8_both" if output else "int8"]
-    return FORMATS["int8" if inputs % 32 else "q8_0"]
+    if build.name in WITH_BLOCKS and inputs % 32 == 0:
+        return FORMATS["q8_0"]
+    return FORMATS["int8_both" if output else "int8"]
 
 
 def format_for(weight: Blocks, dtype: torch.dtype | None = None, packed: bool = True) -> Format:
@@ -161,7 +163,9 @@ class PackedMatrix:
             f"reads {rows} bytes and makes panels of {panels}.",
         )
         self.blocks = torch.empty(panels, dtype=torch.uint8) if format.packed else numbers
-        check(rest is None or self.outputs % 32 == 0, f"What follows {self.outputs} outputs begins within a panel.")
+        if rest:
+            check(self.outputs % 32 == 0, f"What follows {self.outputs} outputs begins within a panel.")
+            check((rest.inputs, rest.build) == (self.inputs, build), "Matrices in a row read the same, in one build.")
         self.about: Matrix = Matrix(self.blocks, scale_N, *shape, rest.about if rest else None)
         if format.packed:
             call("pack", build, numbers, self.about)

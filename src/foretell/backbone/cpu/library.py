@@ -240,7 +240,7 @@ def call(name: str, build: Build, *arguments: Any) -> None:
 
 @dataclass(frozen=True)
 class Build:
-    """The kernels for one instruction set; all share one packed layout but that of the format "int8_both"."""
+    """The kernels for one instruction set; panels of floats are laid out alike in all."""
 
     name: str
     handle: int

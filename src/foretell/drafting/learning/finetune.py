@@ -17,6 +17,7 @@ from torch import nn
 from foretell.errors import UsageError
 from foretell.files import staged_folder, write_errors
 from foretell.loading.lora import copy_beside
+from foretell.loading.weights import keeps_blocks
 
 ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTATIONS = ("lora", "full")
@@ -36,6 +37,8 @@ def trainable_model(folder: Path, adapt: str, rank: int, dropout: float) -> nn.M
             raise UsageError(
                 "Adapters need peft (pip install 'foretell[train]'); without it use `adapt='full'`."
             ) from error
+    if keeps_blocks(folder):
+        raise UsageError(f'{folder} keeps quantized weights, which cannot be trained; leave `weights="stored"` out.')
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
