@@ -112,6 +112,11 @@ def test_batches_of_a_size_that_comes_back_are_timed_anew() -> None:
     Machine(20.0, 25.0, always(2)).run(governor, 100)
     Machine(1.0, 1.0, always(1)).run(governor, 50, rows=8)
     assert Machine(60.0, 75.0, always(2)).run(governor, 300).count(True) > 270  # at a long context
+    for steps in range(1, 40):  # wherever it was left, in the midst of a verdict too
+        governor = Governor()
+        Machine(1.0, 3.0, always(1)).run(governor, steps)
+        Machine(1.0, 1.0, always(1)).run(governor, 50, rows=8)
+        assert Machine(1.0, 3.0, always(1)).run(governor, 300).count(True) < 3 * TRIAL
 
 
 def test_the_governor_comes_back_when_speculation_wins_again() -> None:

@@ -73,7 +73,7 @@ class _Batch:
         if step - self.last > TRIAL:
             self.plain.clear()
             self.speculative.clear()
-            self.plain_left = max(self.plain_left, PLAIN)
+            self.plain_left, self.doubted, self.run = max(self.plain_left, PLAIN), 0, 0
         self.last = step
 
     def add_plain(self, seconds: float) -> None:
