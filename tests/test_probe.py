@@ -16,6 +16,7 @@ from torch import Tensor
 
 from foretell.backbone import Backbone, Nodes, canonical
 from foretell.backbone.canonical import settle
+from foretell.backbone.cpu import library
 from foretell.backbone.eager.backbone import EagerBackbone
 from foretell.backbone.load import assemble
 from foretell.backbone.probe import ROWS, TREE, TWINS, probe
@@ -242,7 +243,7 @@ def test_a_verdict_holds_for_what_it_was_found_for(tmp_path: Path, monkeypatch: 
         with monkeypatch.context() as changed:
             changed.setattr(backbone, name, value)
             assert [asked(), asked()] == [1, 0], name
-    for place, name in ((canonical, "processor"), (canonical, "_code"), (torch.backends.cpu, "get_cpu_capability")):
+    for place, name in ((canonical, "processor"), (canonical, "code"), (torch.backends.cpu, "get_cpu_capability")):
         with monkeypatch.context() as changed:
             changed.setattr(place, name, lambda: "another")
             assert [asked(), asked()] == [1, 0], name
@@ -287,8 +288,9 @@ def test_a_model_that_is_loaded_is_probed(tiny: str, tmp_path: Path, monkeypatch
 
 def test_another_compilation_is_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "kernels.so").write_bytes(b"one")
-    monkeypatch.setattr(canonical, "LIBRARY", tmp_path / "kernels.so")
-    before = canonical._code.__wrapped__()
-    assert canonical._code.__wrapped__() == before
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "kernels.so")
+    monkeypatch.setattr(canonical, "digest", library.digest.__wrapped__)
+    before = canonical.code.__wrapped__()
+    assert canonical.code.__wrapped__() == before
     (tmp_path / "kernels.so").write_bytes(b"two")
-    assert canonical._code.__wrapped__() != before
+    assert canonical.code.__wrapped__() != before

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from foretell.backbone.base import Backbone
-from foretell.backbone.cpu.library import LIBRARY
+from foretell.backbone.cpu.library import digest
 from foretell.backbone.eager.linear import MAX_ROWS, MIN_ROWS
 from foretell.backbone.probe import probe
 from foretell.backbone.step_costs import processor
@@ -80,7 +80,7 @@ def _verdict_file(backbone: Backbone, cache_dir: str | Path | None) -> Path:
         backbone.fingerprint, backbone.kernels + backbone.quantized, str(backbone.dtype), str(backbone.device),
         str(backbone.threads),
         torch.cuda.get_device_name(backbone.device) if on_gpu else processor() or platform.machine(),
-        torch.backends.cpu.get_cpu_capability(), torch.__version__, _code(),
+        torch.backends.cpu.get_cpu_capability(), torch.__version__, code(),
         *(os.environ.get(name, "") for name in KERNEL_CHOICE), str(torch.backends.cuda.matmul.allow_tf32),
     )  # fmt: skip
     name = hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
@@ -88,10 +88,10 @@ def _verdict_file(backbone: Backbone, cache_dir: str | Path | None) -> Path:
 
 
 @cache
-def _code() -> str:
-    """Digest of the kernels and of the modules beside and below this one: a verdict holds for one version."""
-    files = [*sorted(Path(__file__).parent.rglob("*.py")), *([LIBRARY] if LIBRARY.exists() else [])]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+def code() -> str:
+    """Returns a digest of the kernels and the modules from here down: what is kept on disk holds for one version."""
+    modules = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py")))
+    return hashlib.sha256(modules + digest().encode()).hexdigest()
 
 
 def _stored(path: Path) -> Probed | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,14 +12,15 @@ from pathlib import Path
 import torch
 
 from foretell.backbone.base import Backbone
-from foretell.backbone.canonical import settle
+from foretell.backbone.canonical import code, settle
 from foretell.backbone.cpu import library
 from foretell.backbone.cpu.backbone import CompiledBackbone
+from foretell.backbone.cpu.panel_file import PanelFile
 from foretell.backbone.eager.backbone import EagerBackbone
 from foretell.errors import UsageError
 from foretell.loading.config import ModelConfig
 from foretell.loading.families import read_config
-from foretell.loading.weights import Weights, known_fingerprint, read_weights
+from foretell.loading.weights import Weights, keeps_blocks, known_fingerprint, read_weights, state
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}
 MAX_THREADS = 128
@@ -57,7 +59,10 @@ def assemble(
     kind = _dtype(dtype, where, build is not None)
     backbone: Backbone
     if build:
-        backbone = CompiledBackbone(config, weights.blocks, kind, count, build)
+        panels = _panel_file(folder, config, kind, build)
+        backbone = CompiledBackbone(config, weights.blocks, kind, count, build, panels)
+        if panels:
+            panels.keep()
     else:
         backbone = EagerBackbone(config, weights.blocks, kind, where, count)
     backbone.read = weights.blocks
@@ -65,6 +70,14 @@ def assemble(
     verdict = settle(backbone, cache_dir)
     backbone.nondeterminism, backbone.probe_seconds = verdict.nondeterminism, verdict.seconds
     return backbone
+
+
+def _panel_file(folder: Path, config: ModelConfig, dtype: torch.dtype, build: library.Build) -> PanelFile | None:
+    """Returns the file beside weights that are kept as they are stored; others are packed at each load."""
+    if not keeps_blocks(folder):
+        return None
+    source = json.dumps([code(), state(folder, config)])
+    return PanelFile(folder / f"panels-{build.name}-{str(dtype).removeprefix('torch.')}.safetensors", source)
 
 
 def usable_cores() -> int:

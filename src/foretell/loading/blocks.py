@@ -123,6 +123,32 @@ class Blocks:
         yield from map(self.type.decode, self.data.flatten().split(items))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Joined:
+    """One weight with the rows of several, put together when its blocks are asked for: see `Blocks.join`."""
+
+    weights: Sequence[Blocks]
+    rows: Callable[[list[Tensor]], Tensor] = torch.cat
+
+    @classmethod
+    def of(cls, weight: Tensor | Blocks | Joined) -> Joined:
+        """Returns one weight as such, and several as they are."""
+        return weight if isinstance(weight, Joined) else cls([Blocks.of(weight)])
+
+    @property
+    def type(self) -> BlockType:
+        types = {weight.type for weight in self.weights}
+        return types.pop() if len(types) == 1 else TYPES["F32"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        numbers = self.weights[0].shape[1:]
+        return len(self.rows([torch.empty(len(weight.data), 1) for weight in self.weights])), *numbers
+
+    def blocks(self) -> Blocks:
+        return self.weights[0] if len(self.weights) == 1 else Blocks.join(self.weights, self.rows)
+
+
 def quantized(name: str) -> BlockType | None:
     """Returns the quantized type of this name, if there is one: its blocks are kept where floats may be rounded."""
     row = TYPES.get(name)

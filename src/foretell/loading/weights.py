@@ -134,7 +134,7 @@ def known_fingerprint(folder: Path, weights: Weights, config: ModelConfig) -> st
         return fingerprint(weights, config)
     with suppress(ForetellError):  # there is none, or it is damaged
         kept = read_json(folder / FINGERPRINT)
-        if kept.get("of") == _state(folder, config) and isinstance(kept.get("fingerprint"), str):
+        if kept.get("of") == state(folder, config) and isinstance(kept.get("fingerprint"), str):
             return str(kept["fingerprint"])
     with suppress(ForetellError):  # where nothing may be written, the next load computes it again
         return keep_fingerprint(folder, weights, config)
@@ -144,7 +144,7 @@ def known_fingerprint(folder: Path, weights: Weights, config: ModelConfig) -> st
 def keep_fingerprint(folder: Path, weights: Weights, config: ModelConfig) -> str:
     """Returns the fingerprint, and writes it into the model's folder: quantized blocks are slow to unpack."""
     mark = fingerprint(weights, config)
-    write_json(folder / FINGERPRINT, {"of": _state(folder, config), "fingerprint": mark}, shared=True)
+    write_json(folder / FINGERPRINT, {"of": state(folder, config), "fingerprint": mark}, shared=True)
     return mark
 
 
@@ -154,7 +154,8 @@ def keeps_blocks(folder: Path) -> bool:
     return any(quantized(kind) for file in files for kind in (file.metadata() or {}).values())
 
 
-def _state(folder: Path, config: ModelConfig) -> dict[str, Any]:
+def state(folder: Path, config: ModelConfig) -> dict[str, Any]:
+    """Returns what changes whenever the weights do, without reading them: sizes and times of their files."""
     files = {path.name: path.stat() for path in sorted(folder.glob("model*.safetensors"))}
     return {"dimensions": _dimensions(config)} | {
         name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()

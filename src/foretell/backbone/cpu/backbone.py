@@ -19,10 +19,11 @@ from foretell.backbone.cpu import library
 from foretell.backbone.cpu.formats import Format, PackedMatrix, format_for
 from foretell.backbone.cpu.library import call, table
 from foretell.backbone.cpu.linear import PackedLinear, ThreadedLinear
+from foretell.backbone.cpu.panel_file import PanelFile
 from foretell.backbone.kv_cache import KVCache
 from foretell.backbone.nodes import Nodes
 from foretell.errors import check
-from foretell.loading.blocks import Blocks
+from foretell.loading.blocks import Blocks, Joined
 from foretell.loading.config import ModelConfig
 from foretell.loading.tensors import SIZES, parts
 
@@ -33,6 +34,9 @@ Reader = Callable[[str], Tensor | Blocks]
 class CompiledBackbone(Backbone):
     """The compiled backbone; `read` is called once per weight.
 
+    Args:
+        file: keeps the packed weights, or has kept them.
+
     Attributes:
         build: the kernels; bf16: 1 if `dtype` is bfloat16, else 0.
         about: the layers, as they are described to the kernels.
@@ -41,7 +45,13 @@ class CompiledBackbone(Backbone):
     """
 
     def __init__(
-        self, config: ModelConfig, read: Reader, dtype: torch.dtype, threads: int, build: library.Build | None = None
+        self,
+        config: ModelConfig,
+        read: Reader,
+        dtype: torch.dtype,
+        threads: int,
+        build: library.Build | None = None,
+        file: PanelFile | None = None,
     ):
         super().__init__(config, dtype, torch.device("cpu"), threads)
         check(self.supports(config), f"{config.heads} query heads over {config.kv_heads} are too many for the kernels.")
@@ -49,13 +59,14 @@ class CompiledBackbone(Backbone):
         self.kernels = self.build.name
         self.bf16 = int(dtype == torch.bfloat16)
         self._formats = set[str]()
+        self._file = file
         layers = [self._layer(i, read) for i in range(config.layers)]
         self.norm_weight = _vector(_checked(read("model.norm.weight"), (config.hidden,)))
-        self._head = self._packed(read("model.embed_tokens.weight" if config.tied else "lm_head.weight"))
+        self._head = self._packed(Joined.of(read("model.embed_tokens.weight" if config.tied else "lm_head.weight")))
         self.embedding = self._head.matrix
         if not config.tied:
-            embedding = Blocks.of(read("model.embed_tokens.weight"))
-            self.embedding = PackedMatrix(embedding, self._format(embedding, packed=False), self.build)
+            embedding = Joined.of(read("model.embed_tokens.weight"))
+            self.embedding = PackedMatrix(embedding, self._format(embedding, packed=False), self.build, file=file)
         fits = self.embedding.inputs == self._head.inputs == config.hidden
         check(fits, "The embedding is as wide as the model.")
         check(config.head_dim == 2 * len(config.inv_freq), "Every pair of a head's numbers has a frequency.")
@@ -80,9 +91,7 @@ class CompiledBackbone(Backbone):
             bias = None
             if tensors[0].has_bias(c):
                 bias = join([Blocks.of(read(f"{name}.bias")).floats(torch.float32) for name in names])
-            linear = (
-                self._joined(weights, bias) if join is torch.cat else self._packed(Blocks.join(weights, join), bias)
-            )
+            linear = self._joined(weights, bias) if join is torch.cat else self._packed(Joined(weights, join), bias)
             fields[part], fields[f"{part}_bias"] = linear.matrix.about, linear.bias
         return library.Layer(*(fields.get(field[0]) for field in library.Layer._fields_))
 
@@ -91,17 +100,16 @@ class CompiledBackbone(Backbone):
         groups = [list(group) for _, group in groupby(weights, key=lambda weight: weight.type)]
         if any(weight.shape[0] % 32 for weight in weights):
             groups = [list(weights)]
-        first, *others = [Blocks.join(group) for group in groups]
+        first, *others = [Joined(group) for group in groups]
         rest = None
         for weight in reversed(others):
-            rest = PackedMatrix(weight, self._format(weight), self.build, rest)
-        return PackedLinear(first, bias, self.build, self._format(first), rest)
+            rest = PackedMatrix(weight, self._format(weight), self.build, rest, self._file)
+        return PackedLinear(first, bias, self.build, self._format(first), rest, self._file)
 
-    def _packed(self, weight: Tensor | Blocks, bias: Tensor | None = None) -> PackedLinear:
-        weight = Blocks.of(weight)
-        return PackedLinear(weight, bias, self.build, self._format(weight))
+    def _packed(self, weight: Joined, bias: Tensor | None = None) -> PackedLinear:
+        return PackedLinear(weight, bias, self.build, self._format(weight), file=self._file)
 
-    def _format(self, weight: Blocks, packed: bool = True) -> Format:
+    def _format(self, weight: Joined, packed: bool = True) -> Format:
         format = format_for(weight, self.dtype, packed)
         if format.activations is None:
             self._formats.add(format.name)
@@ -159,7 +167,8 @@ class CompiledBackbone(Backbone):
         return self._head.argmax(states_Md, self.threads)
 
     def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> ThreadedLinear:
-        return ThreadedLinear(self._packed(weight_NK, bias_N), self.threads)
+        format = format_for(Joined.of(weight_NK), self.dtype)
+        return ThreadedLinear(PackedLinear(weight_NK, bias_N, self.build, format), self.threads)
 
     def _alike(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> CompiledBackbone:
         return CompiledBackbone(config, weights.__getitem__, self.dtype, self.threads, self.build)

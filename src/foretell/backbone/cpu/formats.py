@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from foretell.backbone.base import check_ids
 from foretell.backbone.cpu.library import Build, Matrix, call, require
+from foretell.backbone.cpu.panel_file import PanelFile
 from foretell.errors import check
-from foretell.loading.blocks import Blocks
+from foretell.loading.blocks import Blocks, Joined
 
 BF16, FP32 = torch.bfloat16, torch.float32
 Numbers = tuple[Tensor, Tensor | None]
@@ -114,7 +115,7 @@ def draft_format(inputs: int, build: Build, output: bool) -> Format:
     return FORMATS["int8_both" if output else "int8"]
 
 
-def format_for(weight: Blocks, dtype: torch.dtype | None = None, packed: bool = True) -> Format:
+def format_for(weight: Blocks | Joined, dtype: torch.dtype | None = None, packed: bool = True) -> Format:
     """Returns the format of a weight in a model of this type: one that keeps its blocks, else floats of that type.
 
     Args:
@@ -135,40 +136,61 @@ def format_for(weight: Blocks, dtype: torch.dtype | None = None, packed: bool = 
 class PackedMatrix:
     """A weight [N, K] in one of `FORMATS`; its outputs may be followed by those of another, the `rest`.
 
+    Args:
+        file: gives memory for the panels; where it is mapped they are packed already, and no number is read.
+
     Attributes:
         outputs_in_all: with those of the rest; activations: what the floats among both are multiplied with.
         about: how it is described to the kernels; it keeps the memory alive.
     """
 
-    def __init__(self, weight: Tensor | Blocks, format: Format, build: Build, rest: PackedMatrix | None = None):
-        weight = Blocks.of(weight)
+    def __init__(
+        self,
+        weight: Tensor | Blocks | Joined,
+        format: Format,
+        build: Build,
+        rest: PackedMatrix | None = None,
+        file: PanelFile | None = None,
+    ):
+        weight = Joined.of(weight)
         check(len(weight.shape) == 2, f"A matrix has two dimensions, not the shape {weight.shape}.")
         self.format, self.build = format, build
         self.outputs, self.inputs = weight.shape
         self.activations: torch.dtype | None = format.activations or (rest.activations if rest else None)
         self.outputs_in_all: int = self.outputs + (rest.outputs_in_all if rest else 0)
-        numbers, scale_N = format.numbers(weight)
-        numbers = numbers.contiguous()
         number = require().foretell_format(build.handle, format.name.encode())
         check(number >= 0, f"The kernels have no weight format {format.name!r}.")
-        scale_N = None if scale_N is None else F.pad(scale_N, (0, -self.outputs % 32))
-        shape = (number, self.outputs, self.inputs)
-        sizes = torch.zeros(2, dtype=torch.int64)
-        call("sizes", build, Matrix(None, None, *shape, None), sizes)
-        panels, rows = sizes.tolist()
-        check(
-            numbers.nbytes == rows and format.packed == (panels > 0),
-            f"The rows {format.name!r} of formats.py and formats.inc differ: of a weight of shape {weight.shape}, one "
-            f"makes {numbers.nbytes} bytes {'to be packed' if format.packed else 'that stay as they are'}, the other "
-            f"reads {rows} bytes and makes panels of {panels}.",
-        )
-        self.blocks = torch.empty(panels, dtype=torch.uint8) if format.packed else numbers
         if rest:
             check(self.outputs % 32 == 0, f"What follows {self.outputs} outputs begins within a panel.")
             check((rest.inputs, rest.build) == (self.inputs, build), "Matrices in a row read the same, in one build.")
-        self.about: Matrix = Matrix(self.blocks, scale_N, *shape, rest.about if rest else None)
+        self._shape, self._rest = (number, self.outputs, self.inputs), rest.about if rest else None
+        sizes = torch.zeros(2, dtype=torch.int64)
+        call("sizes", build, Matrix(None, None, *self._shape, None), sizes)
+        panels, rows = sizes.tolist()
+        name = f"{format.name} {self.outputs} {self.inputs}"
+        if file and file.mapped and panels:
+            self.blocks = file.take(name, panels)
+            self.about: Matrix = Matrix(self.blocks, None, *self._shape, self._rest)
+        else:
+            memory = file.take(name, panels) if file and panels else torch.empty(panels, dtype=torch.uint8)
+            self._pack(weight.blocks(), memory, rows)
+
+    def _pack(self, weight: Blocks, memory: Tensor, row_bytes: int) -> None:
+        """Packs the weight into memory; rows that stay as they are take none of it."""
+        format = self.format
+        numbers, scale_N = format.numbers(weight)
+        numbers = numbers.contiguous()
+        check(
+            numbers.nbytes == row_bytes and format.packed == (len(memory) > 0),
+            f"The rows {format.name!r} of formats.py and formats.inc differ: of a weight of shape {weight.shape}, one "
+            f"makes {numbers.nbytes} bytes {'to be packed' if format.packed else 'that stay as they are'}, the other "
+            f"reads {row_bytes} bytes and makes panels of {len(memory)}.",
+        )
+        scale_N = None if scale_N is None else F.pad(scale_N, (0, -self.outputs % 32))
+        self.blocks = memory if format.packed else numbers
+        self.about = Matrix(self.blocks, scale_N, *self._shape, self._rest)
         if format.packed:
-            call("pack", build, numbers, self.about)
+            call("pack", self.build, numbers, self.about)
 
     def rows(self, ids_M: Tensor) -> Tensor:
         """Returns rows of the weight [M, K] as float32.

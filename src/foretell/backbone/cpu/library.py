@@ -12,6 +12,7 @@ native code relies on is checked before, with `errors.check`.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from ctypes import Array, Structure, c_double, c_int, c_int64, c_uint64, c_void_p
@@ -195,6 +196,12 @@ CALLS = {
     "attention": "ppppppni",
 }  # fmt: skip
 """The arguments of the exported functions that `call` reaches."""
+
+
+@cache
+def digest() -> str:
+    """Returns what changes whenever the library does; empty where it was not built."""
+    return hashlib.sha256(LIBRARY.read_bytes()).hexdigest() if LIBRARY.exists() else ""
 
 
 @cache

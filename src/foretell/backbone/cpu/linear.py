@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from foretell.backbone.cpu.formats import Format, PackedMatrix, format_for
 from foretell.backbone.cpu.library import Build, call, default
+from foretell.backbone.cpu.panel_file import PanelFile
 from foretell.errors import check
-from foretell.loading.blocks import Blocks
+from foretell.loading.blocks import Blocks, Joined
 
 
 def _padded(bias: Tensor | None, outputs: int) -> Tensor | None:
@@ -33,18 +34,20 @@ class PackedLinear:
 
     Args:
         format: of W; by default the one that keeps its bits.
+        rest, file: see `PackedMatrix`.
     """
 
     def __init__(
         self,
-        weight: Tensor | Blocks,
+        weight: Tensor | Blocks | Joined,
         bias: Tensor | None = None,
         build: Build | None = None,
         format: Format | None = None,
         rest: PackedMatrix | None = None,
+        file: PanelFile | None = None,
     ):
         self.build = build or default()
-        self.matrix = PackedMatrix(weight, format or format_for(Blocks.of(weight)), self.build, rest)
+        self.matrix = PackedMatrix(weight, format or format_for(Joined.of(weight)), self.build, rest, file)
         self.outputs, self.inputs = self.matrix.outputs_in_all, self.matrix.inputs
         self.bias = _padded(bias, self.outputs)
 
