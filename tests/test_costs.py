@@ -5,9 +5,11 @@ No test asserts how long something takes; the clock is only asked that it runs.
 
 import json
 import math
+import random
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_backbones import BF16, FP32, Model, examples
 from tiny_models import DIMENSIONS
+from toy_drafters import RandomTrees
 from trainables import trainable
 
 import foretell as package
@@ -31,14 +34,17 @@ from foretell.backbone.step_costs import (
     _step_seconds,
     costs_file,
     first_reading,
+    known_costs,
     measure,
     step_costs,
 )
 from foretell.contracts import Draft
 from foretell.drafters.medusa import Medusa
+from foretell.drafters.prompt_lookup import prices_of
 from foretell.drafting import checkpoint
 from foretell.drafting.checkpoint import Checkpoint
 from foretell.drafting.tree_size import DEFAULT_NODES, tree_size
+from foretell.engine.cost_learning import CostLearning
 from foretell.errors import ForetellError, UsageError
 from foretell.recommendation import Recommendation, recommend
 from foretell.requests import SamplingParams
@@ -414,6 +420,149 @@ def test_processes_that_read_at_once_leave_one_whole_file(tmp_path: Path, monkey
     StepCosts(TABLE, first=True).save(path)
     assert StepCosts.load(path) == StepCosts(TABLE, first=True)
     assert [each.name for each in tmp_path.iterdir()] == ["costs.json"]
+
+
+# --- what decoding adds to a first reading ------------------------------------------------------------------
+
+
+def wrong_reading() -> StepCosts:
+    """Says that sixteen nodes cost 1.3 plain steps."""
+    return StepCosts({1: {256: {1: 0.01, 4: 0.011, 8: 0.012, 16: 0.013}}}, first=True)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("context", [40, 256, 1500])
+def test_costs_come_near_those_of_the_steps_taken(rows: int, context: int) -> None:
+    costs, noise = wrong_reading(), random.Random(0)
+    truth = {4: 1.4, 8: 2.1, 16: 3.8}
+    for _ in range(300):
+        nodes = noise.choice(list(truth))
+        disturbed = 8.0 if noise.random() < 0.05 else noise.uniform(0.85, 1.15)
+        costs.learn(rows, context, nodes, truth[nodes] * disturbed, 0.4 * disturbed, "hydra")
+    for nodes, step in truth.items():
+        assert costs.of(rows, context, nodes) / costs.of(rows, context, 1) == pytest.approx(step, rel=0.2)
+    assert costs.learnt == 300
+    if rows == 1:
+        assert costs.drafting["hydra"] / costs.of(1, context, 1) == pytest.approx(0.4, rel=0.2)
+    else:
+        assert not costs.drafting  # of one row
+
+
+def test_a_step_between_two_sizes_teaches_both_and_a_larger_one_the_largest() -> None:
+    costs, before = wrong_reading(), wrong_reading()
+    costs.learn(1, 256, 12, 4.0)
+    changed = {n: costs.of(1, 256, n) > before.of(1, 256, n) for n in (1, 4, 8, 16)}
+    assert changed == {1: False, 4: False, 8: True, 16: True}
+    costs, before = wrong_reading(), wrong_reading()
+    costs.learn(1, 256, 40, 40.0)
+    assert [n for n in (1, 4, 8, 16) if costs.of(1, 256, n) != before.of(1, 256, n)] == [16]
+
+
+@examples(50)
+@given(st.integers(1, 9), st.integers(0, 5000), st.floats(1, 64), st.floats(1e-3, 1e3), st.floats(0, 1e3))
+def test_whatever_a_step_says_costs_can_be_saved(
+    rows: int, context: int, nodes: float, step: float, drafting: float
+) -> None:
+    costs = wrong_reading()
+    for _ in range(3):
+        costs.learn(rows, context, nodes, step, drafting, "hydra")
+    assert all(0 < s < math.inf for y in costs.seconds.values() for x in y.values() for s in x.values())
+    with tempfile.TemporaryDirectory() as folder:
+        costs.save(Path(folder) / "costs.json")
+        assert StepCosts.load(Path(folder) / "costs.json") == costs
+
+
+def test_what_tune_measured_is_left_alone() -> None:
+    tuned = StepCosts(TABLE, {"hydra": 1.0})
+    tuned.learn(1, 128, 8, 9.0, 9.0, "hydra")
+    assert tuned == StepCosts(TABLE, {"hydra": 1.0})
+    assert not tuned.learnt
+
+
+class OneStepInTwo:
+    """A backbone and its drafter, on a machine where a step of n nodes takes n seconds and drafting half a second."""
+
+    def __init__(self, path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("foretell.backbone.step_costs._readings", {})
+        self.backbone = tiny_backbone()
+        self.backbone.costs = path
+        wrong_reading().save(path)
+        drafter = RandomTrees(1)
+        drafter.method = "hydra"
+        self.learning = CostLearning(self.backbone, drafter)
+
+    def steps(self, rows: int, nodes: int, count: int, slowness: float = 1.0) -> None:
+        for _ in range(count):
+            self.learning.record(rows, 256, nodes * rows, slowness * nodes, 0.5 * slowness if nodes > 1 else 0.0)
+
+
+def test_steps_are_compared_with_plain_ones_just_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = OneStepInTwo(tmp_path / "costs.json", monkeypatch)
+    machine.steps(1, 1, 3)
+    machine.steps(1, 8, 50)
+    assert known_costs(machine.backbone) is None  # nobody chooses by them: nothing is read for this
+    costs = step_costs(machine.backbone)
+    assert costs is not None
+    machine.steps(1, 8, 50)
+    assert not costs.learnt  # too long after plain ones
+    for slowness in (1.0, 3.0, 0.5) * 20:  # the machine changes, the relation does not
+        machine.steps(1, 1, 3, slowness)
+        machine.steps(1, 8, 20, slowness)
+    assert costs.learnt == 60 * 16
+    assert costs.of(1, 256, 8) / costs.of(1, 256, 1) == pytest.approx(8.0, rel=1e-3)
+    assert costs.drafting["hydra"] / costs.of(1, 256, 1) == pytest.approx(0.5, rel=1e-3)
+    machine.steps(2, 8, 20)  # no plain steps of two rows
+    assert costs.learnt == 60 * 16
+
+
+def test_another_process_begins_with_what_was_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = OneStepInTwo(tmp_path / "costs.json", monkeypatch)
+    costs = step_costs(machine.backbone)
+    assert costs is not None
+    for _ in range(20):
+        machine.steps(1, 1, 3)
+        machine.steps(1, 16, 16)
+    assert step_costs(machine.backbone) is costs  # writing it did not replace it
+    monkeypatch.setattr("foretell.backbone.step_costs._readings", {})
+    other = step_costs(machine.backbone)
+    assert other is not None
+    assert other.first
+    assert other.of(1, 256, 16) / other.of(1, 256, 1) == pytest.approx(16.0, rel=0.01)
+    StepCosts(TABLE).save(tmp_path / "costs.json")  # `foretell tune`
+    assert step_costs(machine.backbone) == StepCosts(TABLE)
+
+
+def test_a_tree_thought_not_to_pay_is_tried_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foretell.backbone.step_costs._readings", {})
+    for first, sizes in ((True, [1] * 255 + [4]), (False, [1] * 256)):
+        backbone = tiny_backbone()
+        backbone.costs = tmp_path / f"{first}.json"
+        StepCosts({1: {256: {1: 1.0, 4: 4.0, 16: 16.0}}}, first=first).save(backbone.costs)
+        size = tree_size(backbone, 0, TOKENS_PER_STEP, "medusa", 0.1, 64)
+        assert [size(1, 100 + step) for step in range(512)] == sizes * 2
+
+
+def test_trees_follow_what_is_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = OneStepInTwo(tmp_path / "costs.json", monkeypatch)
+    size = tree_size(machine.backbone, 0, {4: 1.9, 8: 2.3, 16: 2.8}, "hydra", 0.1, 64)
+    prices = prices_of(machine.backbone)
+    assert prices is not None
+    assert size(1, 256) == 16
+    assert prices(1, 256)[15] == pytest.approx(0.013)
+    for _ in range(20):
+        machine.steps(1, 1, 3)
+        machine.steps(1, 16, 16)
+    assert size(1, 256) == 8  # sixteen plain steps for sixteen nodes; eight were never taken
+    assert prices(1, 256)[15] == pytest.approx(0.16, rel=0.01)
+
+
+def test_an_engine_learns_what_its_steps_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = OneStepInTwo(tmp_path / "costs.json", monkeypatch)
+    drafter = drafters.build("prompt_lookup", machine.backbone)
+    costs = step_costs(machine.backbone)
+    assert costs is not None
+    finish(decoder_of(machine.backbone, drafter), [([1, 2, 3] * 5, SamplingParams(max_new_tokens=64, ignore_eos=True))])
+    assert costs.learnt
 
 
 # --- the tree that follows ----------------------------------------------------------------------------------

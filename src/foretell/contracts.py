@@ -195,6 +195,7 @@ class Drafter(ABC):
         cuts: layers after which `at_cut` may add rows to the verification pass.
         lossless: whether the output equals plain decoding's under exact verification.
         depth: layers of the backbone that drafting runs, in the engine's cache (see `bind`).
+        method: its name among measured costs of drafting; empty where these do not choose its trees.
         usual_cost: cost of drafting as a share of a plain step, used until it is measured on this machine.
         parameters: number of parameters that it adds to the model.
         tokens_per_step: number of nodes of a tree -> tokens per step on held-out text, where that was measured.
@@ -206,6 +207,7 @@ class Drafter(ABC):
     cuts: tuple[int, ...] = ()
     lossless: bool = True
     depth: int = 0
+    method: str = ""
     usual_cost: float = 0.15
     parameters: int = 0
     tokens_per_step: Mapping[int, float] = MappingProxyType({})

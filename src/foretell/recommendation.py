@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from statistics import median
 
 from foretell.backbone import Backbone
 from foretell.backbone.step_costs import StepCosts, step_costs
@@ -43,7 +44,7 @@ def recommend(backbone: Backbone) -> Recommendation:
     """Chooses the best drafter that needs nothing but foretell: one that ships for this backbone, else prompt lookup.
 
     Of several, takes the one with the highest estimated tokens per second. Step costs are those measured here, else
-    typical ones; drafting costs are those of `foretell tune` if it measured all of the drafters, else typical ones.
+    typical ones; so are drafting costs, and where some are measured, those of the others are scaled alike.
     """
     folders = shipped(backbone)
     if not folders:
@@ -51,9 +52,9 @@ def recommend(backbone: Backbone) -> Recommendation:
     known = step_costs(backbone)
     costs = known or StepCosts({1: {CONTEXT: USUAL}})
     plain = costs.of(1, CONTEXT, 1)
-    drafting = {method: drafter_class(method).usual_cost * plain for method in folders}
-    if costs.drafting.keys() >= folders.keys():
-        drafting = costs.drafting
+    usual = {method: drafter_class(method).usual_cost * plain for method in folders}
+    slower = median([costs.drafting[method] / usual[method] for method in folders if method in costs.drafting] or [1.0])
+    drafting = {method: costs.drafting.get(method, slower * usual[method]) for method in folders}
 
     def gain(method: str) -> float:
         rates = costs.rates(1, CONTEXT, tokens_per_step(folders[method]), drafting[method])

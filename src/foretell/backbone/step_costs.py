@@ -2,7 +2,8 @@
 
 A larger tree accepts more and costs more; how much more depends on the processor, the batch and the context, and can
 only be measured. `foretell tune` measures it once per machine, model and number type; drafters read it back. Until it
-has, a first reading of less than a second stands in: sixteen nodes may cost 1.3 plain steps or more than four.
+has, a first reading of less than a second stands in, and steps taken while decoding refine it: sixteen nodes may cost
+1.3 plain steps or more than four.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ FIRST_NODES, FIRST_CONTEXT = (1, 16, 4, 8), 256
 """Sizes that a first reading times, in this order: the first two always, the others as time allows."""
 FIRST_ROUNDS, FIRST_SECONDS = 5, 0.7
 """Rounds of a first reading, and the seconds after which it stops."""
+LEARNT, FACTOR = 0.1, 2.0
+"""Share of what a step tells beyond what is known, and the most that one step may tell: others disturb it."""
+SAVED = 8
+"""The file is written after so many steps, and whenever there are twice as many."""
 
 
 @dataclass
@@ -45,12 +50,14 @@ class StepCosts:
     Attributes:
         seconds: of a step: rows -> context -> nodes a row -> seconds.
         drafting: seconds that drafting for one row takes besides, by drafter.
-        first: True for a first reading only, which `foretell tune` replaces.
+        first: True for a first reading, which `learn` refines and `foretell tune` replaces.
+        learnt: steps that it was refined by in this process.
     """
 
     seconds: dict[int, dict[int, dict[int, float]]]
     drafting: dict[str, float] = field(default_factory=dict)
     first: bool = False
+    learnt: int = field(default=0, compare=False)
 
     def of(self, rows: int, context: int, nodes: float) -> float:
         """Returns seconds of a step of `nodes` a row: interpolated between sizes, extrapolated beyond the last two.
@@ -90,6 +97,44 @@ class StepCosts:
     def rate(self, rows: int, context: int, nodes: int, tokens: float, drafting: float = 0.0) -> float:
         """Returns tokens per second of a row, given tokens per step and seconds of drafting per step."""
         return tokens / (self.of(rows, context, nodes) + drafting)
+
+    def learn(
+        self, rows: int, context: int, nodes: float, step: float, drafting: float = 0.0, method: str = ""
+    ) -> None:
+        """Refines a first reading by a step with guesses.
+
+        Seconds stay those of the machine as it was first read: only relations to plain steps are learnt, for those
+        hold while other processes come and go.
+
+        Args:
+            nodes: of a row. step, drafting: in plain steps of as many rows, taken just before. method: the drafter.
+        """
+        if not self.first or nodes <= 1:
+            return
+        sizes = self._cell(rows, context)
+        below = max((n for n in sizes if n <= nodes), default=min(sizes))
+        above = min((n for n in sizes if n >= nodes), default=max(sizes))
+        share = (nodes - below) / (above - below) if above > below else 1.0
+        told = step * sizes[1] / self.of(rows, context, nodes)
+        told = min(FACTOR, max(1 / FACTOR, told)) ** LEARNT
+        for size, weight in ((below, 1 - share), (above, share)):
+            if size > 1:
+                sizes[size] *= told**weight
+        if method and rows == 1:
+            seconds = drafting * sizes[1]
+            known = self.drafting.get(method, seconds)
+            self.drafting[method] = known + (min(seconds, FACTOR * known) - known) * LEARNT
+        self.learnt += 1
+
+    def _cell(self, rows: int, context: int) -> dict[int, float]:
+        """Returns the sizes at the power of two nearest to a context; new ones begin as `of` estimates them."""
+        near = 1 << round(math.log2(max(context, FIRST_CONTEXT // 2)))
+        known = self.seconds.get(rows, {}).get(near)
+        if known is None:
+            sizes = (1, *(size for size in sorted(FIRST_NODES) if size > 1))
+            known = {size: self.of(rows, context, size) for size in sizes}
+            self.seconds.setdefault(rows, {})[near] = known
+        return known
 
     def over(self, older: StepCosts | None) -> StepCosts:
         """Returns these costs, and the older ones of other batch sizes and drafters."""
@@ -148,16 +193,47 @@ def step_costs(backbone: Backbone) -> StepCosts | None:
     path = backbone.costs
     if path is None:
         return None
-    found = StepCosts.load(path) or _readings.get(path)
+    if known := known_costs(backbone):
+        return known
+    found = StepCosts.load(path)
     if found is None:
-        found = _readings[path] = first_reading(backbone)
-        with suppress(ForetellError):  # where nothing may be written, the next process reads again
-            found.save(path)
+        return _keep(path, first_reading(backbone))
+    _readings[path] = found, _state(path)
     return found
 
 
-_readings: dict[Path, StepCosts] = {}
-"""The readings of this process."""
+def known_costs(backbone: Backbone) -> StepCosts | None:
+    """Returns the costs by which this process chooses trees, if it does; one object for all of its drafters."""
+    path = backbone.costs
+    if path is None or path not in _readings:
+        return None
+    found, state = _readings[path]
+    return found if state == _state(path) else None  # `foretell tune` has replaced them
+
+
+def save_learnt(backbone: Backbone, costs: StepCosts) -> None:
+    """Writes refined costs now and then, for other processes to begin with."""
+    if backbone.costs and costs.learnt >= SAVED and not costs.learnt & (costs.learnt - 1):
+        _keep(backbone.costs, costs)
+
+
+def _keep(path: Path, costs: StepCosts) -> StepCosts:
+    with suppress(ForetellError):  # where nothing may be written, the next process reads again
+        costs.save(path)
+    _readings[path] = costs, _state(path)
+    return costs
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """Returns what changes whenever a file is replaced; nothing if there is none."""
+    with suppress(OSError):
+        stat = path.stat()
+        return stat.st_ino, stat.st_mtime_ns, stat.st_size
+    return ()
+
+
+_readings: dict[Path, tuple[StepCosts, tuple[int, ...]]] = {}
+"""The costs that this process has read, by their files, and the state of those."""
 
 
 def first_reading(backbone: Backbone) -> StepCosts:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -205,11 +205,11 @@ def prices_of(backbone: Backbone) -> Prices | None:
     if costs is None:
         return None
 
-    @cache
-    def of(rows: int, context: int) -> Sequence[float]:
+    @lru_cache
+    def of(rows: int, context: int, learnt: int) -> Sequence[float]:
         return [costs.of(rows, context, nodes) for nodes in range(1, NODES + 1)]
 
-    return lambda rows, context: of(rows, context // 64 * 64)
+    return lambda rows, context: of(rows, context // 64 * 64, costs.learnt)
 
 
 def with_lookup(drafter: Drafter, prices: Prices | None = None) -> Drafter:
@@ -230,6 +230,7 @@ class WithLookup(Drafter):
         self._cache: KVCache | None = None
         self.taps, self.cuts, self.lossless, self.depth = inner.taps, inner.cuts, inner.lossless, inner.depth
         self.parameters, self.tokens_per_step = inner.parameters, inner.tokens_per_step
+        self.method = inner.method
 
     @property
     def max_nodes(self) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import lru_cache
+from itertools import count
 
 from foretell.backbone import Backbone
 from foretell.backbone.step_costs import step_costs
@@ -14,6 +15,8 @@ from foretell.trees.tree import ROOT
 DEFAULT_NODES = 16
 MODEST = {4: 1.5, 8: 1.7, 16: 1.85}
 """Tree size -> tokens per step assumed of a drafter that was not measured: as few as the worst measured one has."""
+PROBED = 256
+"""Of so many steps in which no tree is thought to pay, one has a small one, by which costs are learnt."""
 
 
 def tree_size(
@@ -22,7 +25,8 @@ def tree_size(
     """Returns a rule (rows, context) -> nodes of the tree to draft, root included.
 
     The size is `nodes` if given, else the one with the most tokens per second at the step costs of this machine, and 1
-    if no size pays. Where step costs cannot be known, it is 16 (one tile of the kernels).
+    if no size pays; while these are a first reading, which may be wrong, a small tree is drafted now and then all the
+    same. Where step costs cannot be known, it is 16 (one tile of the kernels).
 
     Args:
         tokens_per_step: of each size; if empty, modest figures are assumed, and some tree is always drafted.
@@ -41,15 +45,21 @@ def tree_size(
         return lambda rows, context: DEFAULT_NODES
     modest = {min(size, max_nodes): tokens for size, tokens in MODEST.items()}
 
-    @cache
-    def best(rows: int, context: int) -> int:
+    @lru_cache
+    def best(rows: int, context: int, learnt: int) -> int:
         drafting = costs.drafting.get(method, usual_cost * costs.of(rows, context, 1))
         if tokens_per_step:
             return costs.best_size(rows, context, tokens_per_step, drafting)
         rates = costs.rates(rows, context, modest, drafting)
         return max(rates, key=rates.__getitem__)
 
-    return lambda rows, context: best(rows, context // 64 * 64)
+    held = count(1)
+
+    def size(rows: int, context: int) -> int:
+        nodes = best(rows, context // 64 * 64, costs.learnt)
+        return min(modest) if nodes == 1 and costs.first and next(held) % PROBED == 0 else nodes
+
+    return size
 
 
 def no_guesses(rows: Sequence[Row]) -> Draft:

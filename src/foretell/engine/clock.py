@@ -25,13 +25,14 @@ class Clock:
         self._rows = rows
         self._began = self._lap = time.perf_counter()
 
-    def lap(self, part: Part | None = None) -> None:
-        """Ends a lap, and adds it to `part` of the statistics if one is given."""
+    def lap(self, part: Part | None = None) -> float:
+        """Ends a lap, and adds it to `part` of the statistics if one is given; returns its seconds."""
         now = time.perf_counter()
+        seconds, self._lap = now - self._lap, now
         if part:
             for row in self._rows:
-                setattr(row.statistics, part, getattr(row.statistics, part) + now - self._lap)
-        self._lap = now
+                setattr(row.statistics, part, getattr(row.statistics, part) + seconds)
+        return seconds
 
     @property
     def seconds(self) -> float:

@@ -26,6 +26,7 @@ from foretell.backbone import Backbone, Nodes
 from foretell.contracts import FINAL_NORM, Draft, Drafter, Features, Verdict
 from foretell.engine.checks import check_draft, check_request
 from foretell.engine.clock import Clock
+from foretell.engine.cost_learning import CostLearning
 from foretell.engine.governor import Governor
 from foretell.engine.passes import Pass, run_pass
 from foretell.engine.row_state import RowState
@@ -72,6 +73,7 @@ class SpeculativeDecoder:
         self.cache = backbone.new_cache(max_rows, 0)
         self.drafter = drafter.attached(self.cache)
         self.governor = Governor(adapt and drafter.lossless and rule is None)
+        self._costs = CostLearning(backbone, drafter)
         self._waiting: deque[RowState] = deque()
         self._rows: list[RowState] = []
         self._parked: dict[int, list[int]] = {}  # slot of a finished request -> tokens that its cache holds
@@ -156,17 +158,19 @@ class SpeculativeDecoder:
     def _decode(self, rows: list[RowState]) -> None:
         clock = Clock(rows)
         draft = self._draft(rows)
-        clock.lap("draft_seconds")
+        drafting = clock.lap("draft_seconds")
+        context = sum(self.cache.lengths[row.slot] for row in rows) // len(rows)
         passed, verdict, reports = self._verify(rows, draft)
-        clock.lap("verify_seconds")
+        verifying = clock.lap("verify_seconds")
         events = [self._emit(row, passed.draft, verdict, i, reports[i]) for i, row in enumerate(rows)]
         self.cache.commit([row.slot for row in rows], verdict.paths)
         features = passed.features(verdict.paths)
         clock.lap()
         self._observe(rows, features)
-        clock.lap("draft_seconds")
+        drafting += clock.lap("draft_seconds")
         guesses, emitted = len(passed.nodes) - len(rows), sum(len(event.tokens) for event in events)
         self.governor.record(len(rows), guesses, clock.seconds, emitted)
+        self._costs.record(len(rows), context, len(passed.nodes), verifying, 0.0 if draft.held else drafting)
         for row in rows:
             if row.finished:
                 self._leave(row)

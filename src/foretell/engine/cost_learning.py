@@ -1,0 +1,49 @@
+"""Costs of steps, refined while decoding: a step with guesses is compared with plain steps taken just before it.
+
+The governor takes some plain steps whenever it compares. Those that follow within a few steps ran on the same machine,
+however busy it was, so that their relation can be learnt where seconds could not.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+
+from foretell.backbone import Backbone
+from foretell.backbone.step_costs import known_costs, save_learnt
+from foretell.contracts import Drafter
+
+PLAIN, NEAR = 3, 16
+"""Plain steps that are compared with, and steps after the last of them that are."""
+
+
+class CostLearning:
+    """Passes what steps cost to the table by which this process chooses trees, if it does."""
+
+    def __init__(self, backbone: Backbone, drafter: Drafter):
+        self._backbone, self._drafter = backbone, drafter
+        self._rows = 0  # of the batch
+        self._plain: deque[float] = deque(maxlen=PLAIN)
+        self._since = 0  # steps since the last plain one
+
+    def record(self, rows: int, context: int, nodes: int, verifying: float, drafting: float) -> None:
+        """Records a step.
+
+        Args:
+            context: the mean of the rows. nodes: of all rows. verifying, drafting: seconds; 0 drafting teaches nothing.
+        """
+        if rows != self._rows:
+            self._rows = rows
+            self._plain.clear()
+        if nodes == rows:
+            self._since = 0
+            self._plain.append(verifying)
+            return
+        self._since += 1
+        costs = known_costs(self._backbone)
+        if costs is None or len(self._plain) < PLAIN or self._since > NEAR:
+            return
+        unit = median(self._plain)
+        method = self._drafter.method if drafting else ""
+        costs.learn(rows, context, nodes / rows, verifying / unit, drafting / unit, method)
+        save_learnt(self._backbone, costs)
