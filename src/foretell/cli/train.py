@@ -134,6 +134,7 @@ def _note_figures(trained: Trained) -> None:
 def _note_command(base: Base, trained: Trained) -> None:
     """The command that uses the drafter."""
     words = ["foretell", "chat", *(["--model", trained.model] if trained.model != Base.model else [])]
+    words += ["--weights", base.weights] if base.weights else []
     words += ["--cache-dir", str(base.cache_dir)] if base.cache_dir else []
     words += ["--drafter", trained.checkpoint.method, "-o", f"checkpoint={trained.folder}"]
     note(f"The drafter is in {trained.folder}; use it with {shlex.join(words)}")

@@ -19,6 +19,8 @@ from foretell.bench.memory import group, peak_bytes, reset_peak
 from foretell.bench.peers import HERE, Kind, MissingPeerError, environment, find
 from foretell.bench.systems import Answer
 from foretell.errors import UsageError
+from foretell.loading.resolve import resolve
+from foretell.loading.weights import keeps_blocks
 from foretell.requests import SamplingParams
 
 PATIENCE = 3600.0
@@ -46,15 +48,16 @@ class Peer:
             raise MissingPeerError(f"{peer} is not installed; foretell bench setup {peer} installs it.")
         backbone = llm.backbone
         assert llm.folder is not None
-        if backbone.quantized and not kind.gguf:
-            raise UsageError(f'{peer} reads unpacked weights; compare with it without `weights="stored"`.')
+        folder = llm.folder
+        if keeps_blocks(folder.path) and not kind.gguf:  # it reads unpacked weights only
+            folder = resolve(folder.name, weights="bf16", cache_dir=cache_dir)
         config: dict[str, Any] = {
-            "model": str(llm.folder.path), "dtype": "bf16" if "bfloat16" in str(backbone.dtype) else "fp32",
+            "model": str(folder.path), "dtype": "bf16" if "bfloat16" in str(backbone.dtype) else "fp32",
             "device": str(backbone.device), "threads": backbone.threads, "rows": rows,
             "context": backbone.config.max_positions, "options": options,
         }  # fmt: skip
         if kind.gguf:
-            config["gguf"] = str(gguf_file(llm.folder, kind.gguf[variant], cache_dir))
+            config["gguf"] = str(gguf_file(folder, kind.gguf[variant], cache_dir))
         self.name, self.peer, self._ends = name, peer, sorted(backbone.config.eos_ids)
         self._peak, self._device = 0, backbone.device
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the process lives)
