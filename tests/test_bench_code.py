@@ -5,6 +5,8 @@ import hashlib
 import json
 import re
 import socket
+import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Iterator
@@ -189,7 +191,7 @@ RIGHT, WRONG = "def double(x: int) -> int:\n    return x + x\n", "def double(x):
         (f"from __future__ import annotations\n\n{RIGHT}", True),
         (f'{RIGHT}\n\nif __name__ == "__main__":\n    print(double(int(input())))\n', True),
         ("def double(x):\n    return sys.maxsize and 2 * x", False),  # a name that only our own code imported
-        (f'{RIGHT}\n"""', False),  # swallows no tests
+        (f'{RIGHT}\n"""', False),  # a string left open
         (f"{RIGHT}\ndef check(candidate):\n    pass\n", True),
         (f"{WRONG}\ndef check(candidate):\n    pass\n", False),
         ("I cannot", False),
@@ -254,6 +256,16 @@ def test_what_leaves_its_limits_does_not_finish(code: str) -> None:
 
 
 @pytest.mark.usefixtures("quickly")
+def test_the_limits_are_the_kernels() -> None:
+    """What Python or the clock refuses anyway is limited a second time."""
+    limits = {"CPU": 1, "AS": sandbox.MEMORY_BYTES, "FSIZE": sandbox.FILE_BYTES, "NPROC": 0, "CORE": 0}
+    for name, most in limits.items():
+        assert sandbox.finishes(
+            (f"import resource\nassert resource.getrlimit(resource.RLIMIT_{name}) == {most, most}",)
+        )
+
+
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize(
     "code",
     [
@@ -296,8 +308,10 @@ def test_equal_programs_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("alone", [True, False])
 def test_the_kernel_cuts_off_the_network(alone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With nothing refused in Python, code reaches this process only if it shares our network."""
-    if not sandbox.without_network():
+    leave = "import ctypes, sys\nsys.exit(ctypes.CDLL(None).unshare(0x50000000))"
+    if subprocess.run([sys.executable, "-c", leave], check=False).returncode:
         pytest.skip("this system lets no process leave the network")
+    assert sandbox.without_network()
     source = Path(sandbox.__file__).read_text().replace("    sys.addaudithook(refuse)\n", "")
     if not alone:
         source = source.replace("unshare(_NEW_USER | _NEW_NETWORK)", "pass")
