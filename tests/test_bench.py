@@ -14,7 +14,7 @@ from foretell.bench.metrics import figures, gaps, histogram, table
 from foretell.bench.peers.protocol import Clock
 from foretell.bench.report import tokens_per_step
 from foretell.bench.results import read_results
-from foretell.bench.suites import CODE, QUICK_QUESTIONS, SHIPPED, SUMS, Question, load_suite
+from foretell.bench.suites import QUICK_QUESTIONS, SHIPPED, SUMS, Question, load_suite
 from foretell.errors import ForetellError, UsageError
 from foretell.loading.catalog import FORMER_FINGERPRINTS
 
@@ -66,24 +66,6 @@ def test_gsm8k_is_read(tmp_path: Path) -> None:
     ]
 
 
-HUMAN_EVAL = {
-    "task_id": "HumanEval/0",
-    "prompt": 'from typing import List\n\ndef double(x: int) -> int:\n    """Twice x."""\n',
-    "entry_point": "double", "canonical_solution": "    return 2 * x\n",
-    "test": "def check(candidate):\n    assert candidate(4) == 8\n",
-}  # fmt: skip
-
-
-def test_human_eval_is_read_compressed(tmp_path: Path) -> None:
-    path = tmp_path / "HumanEval.jsonl.gz"
-    path.write_bytes(gzip.compress(json.dumps(HUMAN_EVAL).encode()))
-    suite = load_suite(str(path))
-    assert suite.name == "HumanEval"
-    question = suite.questions[0]
-    assert (question.id, question.task) == ("HumanEval/0", "code")
-    assert question.turns == (CODE.format(prompt=HUMAN_EVAL["prompt"]),)
-
-
 def test_text_is_prompts_with_blank_lines_between_them(tmp_path: Path) -> None:
     suite = load_suite(written(tmp_path, "one\nmore\n\n\ntwo\n", "prompts.txt"))
     assert [question.turns for question in suite.questions] == [("one\nmore",), ("two",)]
@@ -101,7 +83,6 @@ def test_text_is_prompts_with_blank_lines_between_them(tmp_path: Path) -> None:
         ('{"question": "a", "answer": "b"}', "line 1: `answer` does not end with ####"),
         ('{"question": "a", "answer": "b #### yes"}', "line 1: `answer` does not end with #### and a number"),
         ('{"question": "a", "answer": "#### 1"}\n{"question": 3, "answer": "#### 1"}', "line 2: `question` is 3"),
-        (json.dumps(HUMAN_EVAL | {"test": ""}), "line 1: `test` is ''; it must be a text"),
         ("\n \n", "holds no questions"),
     ],
 )
@@ -249,39 +230,6 @@ def test_a_histogram_has_every_step() -> None:
 )  # fmt: skip
 def test_numbers_are_compared_as_numbers(answer: str, reference: str, right: bool) -> None:
     assert quality.judge("number", [answer], [reference]) == {"exact_match": float(right)}
-
-
-HELPED = "def twice(x):\n    return 2 * x\n\n\n"
-REFERENCE = {
-    "prompt": HUMAN_EVAL["prompt"].replace("def double", HELPED + "def double"),
-    "test": HUMAN_EVAL["test"],
-    "entry": "double",
-}
-
-
-@pytest.mark.parametrize(
-    ("answer", "passes"),
-    [
-        ("Here it is:\n```python\ndef double(x: int) -> int:\n    return x + x\n```\nDone.", True),
-        ("    return 2 * x\n", True),  # the body alone
-        ("```\ndef double(x: List[int]):\n    return 2 * x", True),  # never closed; names of the prompt's imports
-        ("def double(x):\n    return x", False),
-        ("def double(x):\n    while True: pass", False),
-        ("def double(x):\n    return len(bytearray(1 << 33))", False),
-        ("def double(x):\n    import os\n    os.fork()\n    return 8", False),
-        ("def double(x):\n    open('big', 'wb').write(bytes(1 << 22))\n    return 8", False),
-        ("def double(x):\n    return 0\nimport sys\nsys.exit(0)", False),  # before any test
-        ("def double(x):\n    import os\n    os._exit(0)", False),
-        ("def double(x):\n    open('../found', 'w').write('x')\n    return 8", False),
-        ("def double(x):\n    import os\n    os.remove(__file__)\n    return 8", False),
-        ("def double(x):\n    return sys.maxsize and 2 * x", False),  # a name that only our own code imported
-        ("def double(x):\n    return twice(x)", True),  # a function of the prompt's
-        ("I cannot", False),
-    ],
-)
-def test_code_is_run_within_limits(answer: str, passes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "SECONDS", 1)
-    assert quality.judge("code", [answer], [REFERENCE]) == {"pass_at_1": float(passes)}
 
 
 def test_texts_are_judged_by_known_measures() -> None:

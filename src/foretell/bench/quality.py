@@ -9,19 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-import secrets
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from foretell.bench.sandbox import finishes
 from foretell.errors import ForetellError
-
-SECONDS, MEMORY_BYTES, FILE_BYTES = 10, 1 << 30, 1 << 20
-"""Limits of a program that a model wrote: processor time, memory, size of a file."""
 
 
 def judge(task: str, answers: Sequence[str], references: Sequence[Any]) -> dict[str, float]:
@@ -78,67 +71,27 @@ def _rouge(answers: Sequence[str], references: Sequence[str]) -> float:
 
 # -- code --------------------------------------------------------------------------------------------------------------
 
+_BLOCK = re.compile(r"^[ \t]*```[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+
 
 def code(answers: Sequence[str], references: Sequence[dict[str, str]]) -> dict[str, float]:
-    return {"pass_at_1": mean(passes(answer, reference) for answer, reference in zip(answers, references, strict=True))}
+    pairs = zip(answers, references, strict=True)
+    return {"pass_at_1": mean(finishes(program(answer, reference)) for answer, reference in pairs)}
 
 
-def program(answer: str, reference: dict[str, str]) -> str:
-    """Returns the function in an answer, behind the prompt where only a body is given, followed by the tests."""
-    block = re.search(r"```(?:python|py)?\s*\n(.*?)(?:```|\Z)", answer, re.DOTALL | re.IGNORECASE)
-    written = block[1] if block else answer
-    if not re.search(rf"^\s*def\s+{re.escape(reference['entry'])}\b", written, re.MULTILINE):
-        written = reference["prompt"] + written
-    before = re.split(rf"^def\s+{re.escape(reference['entry'])}\b", reference["prompt"], flags=re.MULTILINE)[0]
-    return f"{before}\n{written}\n\n{reference['test']}\n\ncheck({reference['entry']})\n"
+def program(answer: str, reference: dict[str, str]) -> tuple[str, ...]:
+    """Returns what is run: the code before the question's function, the function as answered, its tests, their call.
 
-
-def passes(answer: str, reference: dict[str, str]) -> bool:
-    """Runs the tests in a process with an empty environment and limited time, memory and disk.
-
-    It may start no process, open no connection, and write only in its own folder. That stops accidents, not an
-    attacker: hence only on demand. It has passed if, after the tests, it prints a random word chosen for this run.
+    Args:
+        answer: the function is taken from the first block of code that defines it. One that no block defines is read as
+            its body alone.
     """
-    end = secrets.token_hex(8)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "program.py"
-        path.write_text(
-            _LIMITED.format(memory=MEMORY_BYTES, seconds=SECONDS, file=FILE_BYTES)
-            + program(answer, reference)
-            + f"\nprint('\\n{end}')\n"
-        )
-        try:
-            done = subprocess.run(
-                [sys.executable, "-I", str(path)], cwd=folder, env={}, stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=2 * SECONDS, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return False
-        return done.returncode == 0 and done.stdout.rstrip().endswith(end.encode())
+    prompt, test, entry = reference["prompt"], reference["test"], reference["entry"]
+    definition = re.compile(rf"^def\s+{re.escape(entry)}\b", re.MULTILINE)
+    blocks = _BLOCK.findall(answer) or [answer]
+    written = next((block for block in blocks if definition.search(block)), prompt + blocks[0])
+    return definition.split(prompt)[0], written, test, f"check({entry})"
 
-
-_LIMITED = """
-def _limit():
-    import os, resource, sys
-    resource.setrlimit(resource.RLIMIT_AS, ({memory}, {memory}))
-    resource.setrlimit(resource.RLIMIT_CPU, ({seconds}, {seconds}))
-    resource.setrlimit(resource.RLIMIT_FSIZE, ({file}, {file}))
-    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-    home, inside, writing = os.getcwd(), os.path.abspath, os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-    forbidden = (
-        "os.fork", "os.exec", "os.posix_spawn", "os.system", "os.kill", "os.remove", "os.rename", "os.rmdir",
-        "os.truncate", "os.chmod", "os.link", "os.symlink", "shutil.", "subprocess.", "socket.", "ctypes.",
-    )
-    def deny(event, arguments):
-        if event.startswith(forbidden):
-            raise PermissionError(event)
-        if event == "open" and isinstance(arguments[0], str) and arguments[2] & writing:
-            if not inside(arguments[0]).startswith(home):
-                raise PermissionError(event)
-    sys.addaudithook(deny)
-_limit()
-del _limit
-"""
 
 JUDGES: dict[str, Callable[[Sequence[str], Sequence[Any]], dict[str, float]]] = {
     "number": numbers, "text": texts, "code": code,

@@ -9,6 +9,8 @@ from foretell.bench import plots
 from foretell.files import atomic_write
 
 Row = dict[str, Any]
+RIGHT = {"exact_match": "exact match", "pass_at_1": "pass@1"}
+"""Scores that are shares of right answers, and what they are called; they stand beside the speed."""
 
 
 def write_report(folder: Path, results: dict[str, Any]) -> None:
@@ -74,7 +76,8 @@ def tables(rows: list[Row], limits: dict[str, Any]) -> list[Table]:
 
 def main_table(rows: list[Row], limits: dict[str, Any]) -> Table:
     head = ["", "tokens/s", "decoding only", "against plain (quartiles)", "tokens per step", "same ids", "of its limit"]
-    return head, [
+    right = [name for name in RIGHT if any(name in row["quality"] for row in rows)]
+    return [*head, *(RIGHT[name] for name in right)], [
         [
             row["contender"],
             f"{row['tokens_per_s']:.1f}",
@@ -83,6 +86,7 @@ def main_table(rows: list[Row], limits: dict[str, Any]) -> Table:
             tokens_per_step(row),
             same(row),
             limit_share(row, limits),
+            *(f"{row['quality'][name]:.1%}" if name in row["quality"] else "" for name in right),
         ]
         for row in rows
     ]
@@ -110,8 +114,8 @@ def detail_table(rows: list[Row]) -> Table:
 
 
 def quality_table(rows: list[Row]) -> list[Table]:
-    """Returns a table of scores, or none without scores."""
-    names = list(dict.fromkeys(name for row in rows for name in row["quality"]))
+    """Returns a table of the scores that the main table does not have, or none without any."""
+    names = list(dict.fromkeys(name for row in rows for name in row["quality"] if name not in RIGHT))
     body = [
         [row["contender"], *(f"{row['quality'][n]:.3f}" if n in row["quality"] else "" for n in names)] for row in rows
     ]

