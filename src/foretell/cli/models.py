@@ -69,20 +69,23 @@ def rm(
     Models in the hub's cache are shared with other programs and stay; so does every folder and file of yours.
     """
     from foretell.loading.cache_dir import cache_folder, remove, stored_models
+    from foretell.loading.catalog import CATALOG, here
 
     names = {model, model.lower(), str(Path(model).expanduser().resolve())}
     named = [stored for stored in stored_models(cache.cache_dir) if stored.name in names]
-    here = [stored for stored in named if stored.source != "hub"]
-    if not here:
+    ours = [stored for stored in named if stored.source != "hub"]
+    if not ours:
         raise UsageError(_why_not(model, bool(named), cache_folder(cache.cache_dir)))
-    size = f"{sum(stored.bytes for stored in here) / 1e6:,.0f} MB"
+    size = f"{sum(stored.bytes for stored in ours) / 1e6:,.0f} MB"
     if not yes:
         if not sys.stdin.isatty():
             raise UsageError(f"Deleting {model} ({size}) needs a yes; give --yes.")
-        typer.confirm(f"Delete {model} ({size}) from {here[0].path.parent}?", abort=True, err=True)
-    for stored in here:
+        typer.confirm(f"Delete {model} ({size}) from {ours[0].path.parent}?", abort=True, err=True)
+    for stored in ours:
         remove(stored)
     note(f"{model} is deleted: {size} are free again.")
+    if (entry := CATALOG.get(model.lower())) and (gguf := here(entry, cache_folder(cache.cache_dir))):
+        note(f"The GGUF file that it was converted from stays: {gguf}")
 
 
 def _why_not(model: str, in_hub: bool, cache: Path) -> str:
@@ -113,7 +116,7 @@ def _rows(cache_dir: Path | None) -> list[_Row]:
         f"{base}+{adapter}": (base, "catalog, with an adapter") for adapter, base in shipped_adapters().items()
     }
     absent = [
-        _Row(name, CATALOG[base].stored_bytes, CATALOG[base].licence, source, False, None)
+        _Row(name, CATALOG[base].unpacked_bytes, CATALOG[base].licence, source, False, None)
         for name, (base, source) in bases.items()
         if name not in here
     ]

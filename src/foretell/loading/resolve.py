@@ -2,7 +2,7 @@
 
 Five kinds of names, told apart without touching a network:
 
-    smollm2-135m              the catalogue: downloaded by pip, converted into the cache
+    smollm2-135m              the catalogue: downloaded by pip or from the hub, converted into the cache
     Qwen/Qwen3-0.6B[@rev]     the hub: a snapshot in the hub's own cache, used as it is once it is complete
     ./my-model                a folder with config.json, safetensors and a tokenizer
     ./my-model.gguf           a GGUF file (of several, the first), converted into the cache
@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from foretell.errors import ForetellError, ForetellWarning, UsageError
-from foretell.files import disk_full, exists, is_disk_full, one_line
-from foretell.loading import catalog, lora
+from foretell.files import exists
+from foretell.loading import catalog, hub, lora
 from foretell.loading.cache_dir import (
     CONVERTER_VERSION,
     Progress,
@@ -32,16 +32,11 @@ from foretell.loading.cache_dir import (
     cache_folder,
     cached_models,
     has_weights,
-    hub_folder,
-    lacks,
     write_manifest,
 )
 from foretell.loading.gguf_file import parts
 
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")
-# root files only: no pickles, and no second copy of the weights in a maker's own format
-_HUB_FILES = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab.txt"]
-_HUB_SKIP = ["*/*", "*.bin", "*.pt", "*.pth"]
 WEIGHTS = ("bf16", "stored")
 """What becomes of quantized weights of GGUF files: unpacked, or multiplied as they are."""
 UNPACKED = 1.1
@@ -96,7 +91,8 @@ def resolve(
         case "folder":
             return ModelFolder(name, Path(name).expanduser(), "folder")
         case source:
-            return ModelFolder(name, _from_hub(name), source)
+            # a complete snapshot is used as it is, so a model never changes under the heads trained for it
+            return ModelFolder(name, hub.model_here(*_repo(name)) or hub.fetch_model(*_repo(name)), source)
 
 
 def identify(name: str, cache_dir: str | Path | None = None) -> str:
@@ -148,12 +144,11 @@ def check_name(
     if not is_offline(offline):
         return None
     cache = cache_folder(cache_dir)
-    if (
-        source == "catalog"
-        and not _catalog_folder(entry := catalog.CATALOG[name.lower()], weights == "stored", cache).is_dir()
-    ):
-        raise ForetellError(f"{entry.name} is not in the cache {cache} {_FORBIDDEN}")
-    if source == "hub" and _snapshot(*_repo(name)) is None:
+    if source == "catalog":
+        entry = catalog.CATALOG[name.lower()]
+        if not _catalog_folder(entry, weights == "stored", cache).is_dir() and not catalog.here(entry, cache):
+            raise ForetellError(f"{entry.name} is not in the cache {cache} {_FORBIDDEN}")
+    if source == "hub" and hub.model_here(*_repo(name)) is None:
         raise ForetellError(f"{_repo(name)[0]} is not complete in the hub cache {_FORBIDDEN}")
     return None
 
@@ -173,12 +168,11 @@ def _from_catalog(entry: catalog.Entry, stored: bool, cache: Path, progress: Pro
 
         download = folder / "download"
         download.mkdir()
-        gguf.convert(catalog.fetch(entry, download, progress), folder, progress, stored)
+        gguf.convert(catalog.fetch(entry, cache, download, progress), folder, progress, stored)
         shutil.rmtree(download)
         write_manifest(folder, entry.name, "catalog", entry.licence, "stored" * stored)
 
-    needed = entry.stored_bytes + 2 * entry.download_bytes
-    return build_once(_catalog_folder(entry, stored, cache), make, needed, progress)
+    return build_once(_catalog_folder(entry, stored, cache), make, catalog.room(entry, cache, stored), progress)
 
 
 def _from_gguf(path: Path, stored: bool, cache: Path, progress: Progress) -> Path:
@@ -236,52 +230,6 @@ def _repo(name: str) -> tuple[str, str | None]:
     match = _HUB_ID.fullmatch(name)
     assert match
     return match[1], match[2]
-
-
-def _snapshot(repo: str, revision: str | None) -> Path | None:
-    """The complete snapshot in the hub cache, if there is one; without huggingface_hub, which is slow to import."""
-    base = hub_folder() / f"models--{repo.replace('/', '--')}"
-    try:
-        commit = (base / "refs" / (revision or "main")).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        commit = revision or ""
-    folder = base / "snapshots" / commit
-    return folder if commit and lacks(folder) is None else None
-
-
-def _from_hub(name: str) -> Path:
-    """A complete snapshot is used as it is, so a model never changes under the heads trained for it."""
-    repo, revision = _repo(name)
-    if cached := _snapshot(repo, revision):
-        return cached
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIP))
-    except HFValidationError as error:  # not a name the hub would accept
-        raise UsageError(f"{repo} is neither a local folder nor a hub id: {one_line(error)}.") from error
-    except GatedRepoError as error:
-        raise ForetellError(
-            f"{repo} is gated: accept its terms on the hub and log in with `hf auth login`, then try again."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ForetellError(
-            f"The hub has no model {repo}, or it is private; check the spelling, or log in with `hf auth login`."
-        ) from error
-    except Exception as error:  # every transport has its own; the remedy is the same
-        if is_disk_full(error):
-            raise disk_full(hub_folder(), "it ran out while downloading") from error
-        raise ForetellError(
-            f"Could not fetch {repo} from the hub ({one_line(error, 80)}); "
-            "connect to the network, or name a local model folder or .gguf file."
-        ) from error
-    if missing := lacks(folder):
-        raise ForetellError(
-            f"{repo} has no {missing} on the hub; convert it once with transformers "
-            "(from_pretrained, then save_pretrained, of model and tokenizer) and name that folder."
-        )
-    return folder
 
 
 def is_offline(offline: bool | None) -> bool:
