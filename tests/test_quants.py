@@ -228,7 +228,7 @@ def test_a_kept_fingerprint_holds_for_unchanged_files(cache: Path, tmp_path: Pat
 
 def test_what_cannot_be_kept_is_refused(cache: Path, tmp_path: Path) -> None:
     path = tiny_file(tmp_path)
-    with pytest.raises(UsageError, match="weights is 'q9'; it must be bf16 or stored"):
+    with pytest.raises(UsageError, match="weights is 'q9'; it must be bf16, stored, q8_0, q4_k or fp32"):
         resolve(path, weights="q9")
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora/adapter_config.json").write_text("{}")

@@ -187,7 +187,9 @@ def load(
         drafter: a name from `foretell.drafters.table()`, "mine.py:Class", or a class; `options` are its own.
         lookup: merge candidates of prompt lookup into its trees.
         dtype, device, threads, kernel: see `foretell.backbone.assemble`.
-        weights, cache_dir, offline: see `foretell.loading.resolve`.
+        weights: what becomes of them: "bf16" (the default), "stored", "q8_0", "q4_k" or "fp32"; see
+            `foretell.loading.choices`.
+        cache_dir, offline: see `foretell.loading.resolve`.
         progress: called with (stage, fraction) while files are fetched or converted.
 
     Raises:

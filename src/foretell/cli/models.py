@@ -13,6 +13,8 @@ import typer
 from foretell.cli.options import Cache
 from foretell.cli.terminal import load_progress, note
 from foretell.errors import UsageError
+from foretell.loading.cache_dir import CachedModel
+from foretell.loading.choices import WEIGHTS
 
 Name = Annotated[str, typer.Argument(help="A name from `foretell models`.")]
 
@@ -48,9 +50,11 @@ def models(
 def pull(
     cache: Cache,
     model: Annotated[str, typer.Argument(help="A catalogue name, a hub id, a .gguf file; + an adapter.")],
-    weights: Annotated[str | None, typer.Option(help="bf16 or stored, as the model will be loaded.")] = None,
+    weights: Annotated[str | None, typer.Option(help=f"{', '.join(WEIGHTS)}: as the model will be loaded.")] = None,
 ) -> None:
-    """Fetch a model, so that it loads without a network; a GGUF file is converted, an adapter is merged."""
+    """Fetch a model, so that it loads without a network; a GGUF file is converted, an adapter is merged, and float
+    weights are quantized if --weights says so.
+    """
     from foretell.loading.resolve import resolve
 
     with load_progress() as progress:
@@ -73,7 +77,7 @@ def rm(
 
     names = {model, model.lower(), str(Path(model).expanduser().resolve())}
     named = [stored for stored in stored_models(cache.cache_dir) if stored.name in names]
-    ours = [stored for stored in named if stored.source != "hub"]
+    ours = [stored for stored in named if not stored.shared]
     if not ours:
         raise UsageError(_why_not(model, bool(named), cache_folder(cache.cache_dir)))
     size = f"{sum(stored.bytes for stored in ours) / 1e6:,.0f} MB"
@@ -104,14 +108,12 @@ def _rows(cache_dir: Path | None) -> list[_Row]:
     from foretell.loading.cache_dir import stored_models
     from foretell.loading.catalog import CATALOG, shipped_adapters
 
+    found = stored_models(cache_dir)
     stored = [
-        _Row(
-            model.name, model.bytes, model.licence, model.source + ", --weights stored" * bool(model.weights),
-            not model.problem, str(model.path), model.problem,
-        )
-        for model in stored_models(cache_dir)
-    ]  # fmt: skip
-    here = {row.name for row in stored if row.cached and "stored" not in row.source}
+        _Row(model.name, model.bytes, model.licence, _source(model), not model.problem, str(model.path), model.problem)
+        for model in found
+    ]
+    here = {model.name for model in found if not model.problem and model.weights == WEIGHTS[0]}
     bases = {name: (name, "catalog") for name in CATALOG} | {
         f"{base}+{adapter}": (base, "catalog, with an adapter") for adapter, base in shipped_adapters().items()
     }
@@ -121,6 +123,10 @@ def _rows(cache_dir: Path | None) -> list[_Row]:
         if name not in here
     ]
     return sorted(stored + absent, key=lambda row: (not row.source.startswith("catalog"), row.name))
+
+
+def _source(model: CachedModel) -> str:
+    return model.source + (f", --weights {model.weights}" if model.weights != WEIGHTS[0] else "")
 
 
 def _print(rows: list[_Row]) -> None:

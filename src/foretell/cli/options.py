@@ -25,6 +25,7 @@ from foretell import drafters
 from foretell.cli.defaults import of_drafter
 from foretell.cli.terminal import load_progress, note
 from foretell.errors import UsageError
+from foretell.loading.choices import QUANTIZED
 from foretell.requests import SamplingParams, numbers
 
 if TYPE_CHECKING:
@@ -60,10 +61,11 @@ class Base:
         "-m",
     )
     dtype: Literal["bf16", "fp32"] | None = flag(None, "Number type; by default the one that suits this machine.")
-    weights: Literal["bf16", "stored"] | None = flag(
+    weights: Literal["bf16", "stored", "q8_0", "q4_k", "fp32"] | None = flag(
         None,
-        "Quantized weights of a GGUF file: bf16 unpacks them; stored multiplies them as they are, with activations in "
-        "eight bits. By default bf16.",
+        "Of a quantized GGUF file, bf16 unpacks the weights, and fp32 exactly; stored multiplies them as they are, "
+        "with activations in eight bits. q8_0 and q4_k quantize float weights of any model, and multiply them so. By "
+        "default bf16.",
     )
     device: str | None = flag(None, "Where to compute: cpu or cuda; by default the GPU if there is one.")
     threads: int | None = flag(None, "CPU threads; by default the cores this process may use.")
@@ -99,7 +101,7 @@ class Base:
             )  # fmt: skip
         if llm.backbone.nondeterminism:
             note(f"note: {llm.backbone.nondeterminism}")
-        if self.weights == "stored" and not llm.backbone.quantized:
+        if self.weights in ("stored", *QUANTIZED) and not llm.backbone.quantized:
             note(
                 "note: no weights of this model are multiplied as they are stored, with these kernels; all are floats."
             )

@@ -1,4 +1,4 @@
-"""A name becomes checked tensors: found, fetched, converted and read, with no arithmetic on them."""
+"""A name becomes checked tensors: found, fetched, converted and read."""
 
 from foretell.loading.config import ModelConfig
 from foretell.loading.resolve import ModelFolder, resolve

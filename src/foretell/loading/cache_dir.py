@@ -18,6 +18,7 @@ from pathlib import Path
 
 from foretell.errors import ForetellError
 from foretell.files import read_json, staged_folder, write_errors
+from foretell.loading.choices import QUANTIZED, WEIGHTS
 from foretell.loading.families import FAMILIES
 
 Progress = Callable[[str, float], None]  # (what is being done, how much of it: 0 to 1)
@@ -35,7 +36,7 @@ class CachedModel:
         bytes: size on disk.
         source: "catalog", "gguf", "adapter" or "hub".
         problem: why it does not load; empty if it does.
-        weights: "stored" if it loads with `weights="stored"` alone.
+        weights: what became of them, and the choice that loads it: see `choices`.
     """
 
     name: str
@@ -44,7 +45,12 @@ class CachedModel:
     licence: str | None
     source: str
     problem: str = ""
-    weights: str = ""
+    weights: str = WEIGHTS[0]
+
+    @property
+    def shared(self) -> bool:
+        """Returns whether it lies in the hub's cache; a quantized copy of a hub's model does not."""
+        return self.source == "hub" and self.weights not in QUANTIZED
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
@@ -83,10 +89,11 @@ def build_once(target: Path, make: Callable[[Path], None], needed_bytes: int, pr
     return target
 
 
-def write_manifest(folder: Path, name: str, source: str, licence: str | None, weights: str = "") -> None:
+def write_manifest(folder: Path, name: str, source: str, licence: str | None, weights: str) -> None:
     """Writes what the folder holds into it, for `cached_models`."""
-    manifest = {"name": name, "source": source, "licence": licence, "converter": CONVERTER_VERSION}
-    manifest |= {"weights": weights} if weights else {}
+    manifest = {
+        "name": name, "source": source, "licence": licence, "weights": weights, "converter": CONVERTER_VERSION
+    }  # fmt: skip
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
@@ -152,7 +159,7 @@ def _converted(cache: Path) -> Iterator[CachedModel]:
         folder = manifest_file.parent
         name, source = str(manifest.get("name", folder.name)), str(manifest.get("source", "gguf"))
         problem = "" if current else "outdated: converted by an earlier version"
-        weights = str(manifest.get("weights", ""))
+        weights = str(manifest.get("weights", WEIGHTS[0]))
         yield CachedModel(name, folder, _folder_bytes(folder), manifest.get("licence"), source, problem, weights)
 
 

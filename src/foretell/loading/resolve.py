@@ -6,7 +6,9 @@ Five kinds of names, told apart without touching a network:
     Qwen/Qwen3-0.6B[@rev]     the hub: a snapshot in the hub's own cache, used as it is once it is complete
     ./my-model                a folder with config.json, safetensors and a tokenizer
     ./my-model.gguf           a GGUF file (of several, the first), converted into the cache
-    BASE+ADAPTER              any of these with a LoRA adapter, merged into the cache (`adapters`)
+    BASE+ADAPTER              any of these with a LoRA adapter, merged into the cache (`lora`)
+
+Float weights can be quantized on the way (`quantize`): another folder in the cache.
 
 Everything after that (`read_config`, `read_weights`, `Tokenizer.from_folder`) reads plain files. torch is imported
 only where something is converted: a name that cannot be loaded is refused at once.
@@ -19,14 +21,15 @@ import os
 import re
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from foretell.errors import ForetellError, ForetellWarning, UsageError
-from foretell.files import exists
+from foretell.files import exists, read_json
 from foretell.loading import catalog, hub, lora
 from foretell.loading.cache_dir import (
     CONVERTER_VERSION,
+    MANIFEST,
     Progress,
     build_once,
     cache_folder,
@@ -34,11 +37,10 @@ from foretell.loading.cache_dir import (
     has_weights,
     write_manifest,
 )
+from foretell.loading.choices import QUANTIZED, WEIGHTS, chosen, of_base, quantized_already
 from foretell.loading.gguf_file import parts
 
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")
-WEIGHTS = ("bf16", "stored")
-"""What becomes of quantized weights of GGUF files: unpacked, or multiplied as they are."""
 UNPACKED = 1.1
 """How much larger a converted GGUF has to be for a warning."""
 
@@ -51,6 +53,7 @@ class ModelFolder:
     path: Path
     source: str  # "catalog", "hub", "folder", "gguf" or "adapter"
     licence: str | None = None
+    weights: str = "bf16"  # what became of them: see `choices`
 
 
 def resolve(
@@ -65,34 +68,38 @@ def resolve(
 
     Args:
         name: a catalogue name, a hub id, a local folder, a .gguf file, or one of these + an adapter.
-        weights: of a GGUF file: "bf16" to unpack quantized ones, "stored" to keep them; by default `WEIGHTS[0]`.
+        weights: "bf16", "stored", "q8_0", "q4_k" or "fp32", see `loading.choices`; by default the first.
         cache_dir: where conversions are kept; default FORETELL_CACHE, else ~/.cache/foretell.
         offline: fetch nothing; default FORETELL_OFFLINE=1 or HF_HUB_OFFLINE=1.
         progress: called with what is being done and how much of it is done (0 to 1).
 
     Raises:
-        UsageError: no model can have this name.
+        UsageError: no model can have this name, or its weights are quantized already.
         ForetellError: the model cannot be fetched, is incomplete or damaged.
     """
     report = progress or (lambda stage, fraction: None)
     check_name(name, weights=weights, cache_dir=cache_dir, offline=offline)
-    cache, stored = cache_folder(cache_dir), weights == "stored"
+    cache, choice = cache_folder(cache_dir), chosen(weights)
     match identify(name, cache_dir):
         case "catalog":
             entry = catalog.CATALOG[name.lower()]
-            return ModelFolder(name, _from_catalog(entry, stored, cache, report), "catalog", entry.licence)
+            return ModelFolder(name, _from_catalog(entry, choice, cache, report), "catalog", entry.licence, choice)
+        case "gguf":
+            path = _from_gguf(Path(name).expanduser(), choice, cache, report)
+            return ModelFolder(name, path, "gguf", None, choice)
         case "adapter":
             pair = lora.split(name)
             assert pair
-            base = resolve(pair[0], cache_dir=cache_dir, offline=offline, progress=progress)
-            return ModelFolder(name, _with_adapter(base, pair[1], name, cache, report), "adapter", base.licence)
-        case "gguf":
-            return ModelFolder(name, _from_gguf(Path(name).expanduser(), stored, cache, report), "gguf")
+            into = of_base(choice)
+            base = resolve(pair[0], weights=into, cache_dir=cache_dir, offline=offline, progress=progress)
+            path = _with_adapter(base, pair[1], name, cache, report)
+            found = ModelFolder(name, path, "adapter", base.licence, base.weights)
         case "folder":
-            return ModelFolder(name, Path(name).expanduser(), "folder")
+            found = ModelFolder(name, Path(name).expanduser(), "folder")
         case source:
             # a complete snapshot is used as it is, so a model never changes under the heads trained for it
-            return ModelFolder(name, hub.model_here(*_repo(name)) or hub.fetch_model(*_repo(name)), source)
+            found = ModelFolder(name, hub.model_here(*_repo(name)) or hub.fetch_model(*_repo(name)), source)
+    return _quantized(found, choice, cache, report) if choice in QUANTIZED else found
 
 
 def identify(name: str, cache_dir: str | Path | None = None) -> str:
@@ -122,7 +129,7 @@ def identify(name: str, cache_dir: str | Path | None = None) -> str:
         return "hub"
     if os.sep in name or name.startswith((".", "~")):
         raise UsageError(f"There is no folder {name}; check the path, or give a hub id (org/name).")
-    raise catalog.unknown_name(name, [model.name for model in cached_models(cache_dir) if model.source == "hub"])
+    raise catalog.unknown_name(name, [model.name for model in cached_models(cache_dir) if model.shared])
 
 
 def check_name(
@@ -131,22 +138,22 @@ def check_name(
     """Refuses, without torch and without a network, a model that `resolve` could not find.
 
     Raises:
-        UsageError: no model can have this name.
+        UsageError: no model can have this name, or its weights are quantized already.
         ForetellError: it would have to be fetched, and offline mode forbids it.
     """
-    if weights not in (None, *WEIGHTS):
-        raise UsageError(f"weights is {weights!r}; it must be {' or '.join(WEIGHTS)}.")
-    source = identify(name, cache_dir)
+    choice, source = chosen(weights), identify(name, cache_dir)
     if pair := lora.split(name) if source == "adapter" else None:
-        if weights == "stored":
+        if choice == "stored":
             raise UsageError(f'An adapter is merged into unpacked weights; give {name} without `weights="stored"`.')
-        return check_name(pair[0], cache_dir=cache_dir, offline=offline)
+        return check_name(pair[0], weights=of_base(choice), cache_dir=cache_dir, offline=offline)
+    if source == "catalog" and choice in QUANTIZED and catalog.CATALOG[name.lower()].quantized:
+        raise quantized_already(name)
     if not is_offline(offline):
         return None
     cache = cache_folder(cache_dir)
     if source == "catalog":
         entry = catalog.CATALOG[name.lower()]
-        if not _catalog_folder(entry, weights == "stored", cache).is_dir() and not catalog.here(entry, cache):
+        if not _catalog_folder(entry, choice, cache).is_dir() and not catalog.here(entry, cache):
             raise ForetellError(f"{entry.name} is not in the cache {cache} {_FORBIDDEN}")
     if source == "hub" and hub.model_here(*_repo(name)) is None:
         raise ForetellError(f"{_repo(name)[0]} is not complete in the hub cache {_FORBIDDEN}")
@@ -158,40 +165,47 @@ _FORBIDDEN = (
 )
 
 
-def _catalog_folder(entry: catalog.Entry, stored: bool, cache: Path) -> Path:
-    return _target(cache, entry.name, entry.sha256 + " stored" * stored)
+def _catalog_folder(entry: catalog.Entry, choice: str, cache: Path) -> Path:
+    return _target(cache, entry.name, " ".join([entry.sha256, *_named(choice)]))
 
 
-def _from_catalog(entry: catalog.Entry, stored: bool, cache: Path, progress: Progress) -> Path:
+def _named(choice: str) -> list[str]:
+    """Returns the choice as a part of a key; that of the default came first and has none."""
+    return [] if choice == WEIGHTS[0] else [choice]
+
+
+def _from_catalog(entry: catalog.Entry, choice: str, cache: Path, progress: Progress) -> Path:
     def make(folder: Path) -> None:
         from foretell.loading import gguf
 
         download = folder / "download"
         download.mkdir()
-        gguf.convert(catalog.fetch(entry, cache, download, progress), folder, progress, stored)
+        gguf.convert(catalog.fetch(entry, cache, download, progress), folder, progress, choice)
         shutil.rmtree(download)
-        write_manifest(folder, entry.name, "catalog", entry.licence, "stored" * stored)
+        write_manifest(folder, entry.name, "catalog", entry.licence, choice)
 
-    return build_once(_catalog_folder(entry, stored, cache), make, catalog.room(entry, cache, stored), progress)
+    room = catalog.room(entry, cache, choice == "stored")
+    return build_once(_catalog_folder(entry, choice, cache), make, room, progress)
 
 
-def _from_gguf(path: Path, stored: bool, cache: Path, progress: Progress) -> Path:
+def _from_gguf(path: Path, choice: str, cache: Path, progress: Progress) -> Path:
     from foretell.loading.blocks import TYPES  # PyTorch, which a listing does without
 
     stats = [part.stat() for part in parts(path) if exists(part)]
     # size and time instead of a digest: hashing tens of gigabytes would cost more than loading them
     changed = " ".join(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)
-    kept = sorted(name for name, row in TYPES.items() if row.quantized and stored)  # a type more makes another folder
+    kinds = sorted(name for name, row in TYPES.items() if row.quantized)  # a type more makes another folder
+    kept = kinds if choice == "stored" else _named(choice)
     target = _target(cache, path.stem, " ".join([str(path.resolve()), changed, *kept]))
     packed = sum(stat.st_size for stat in stats)
 
     def make(folder: Path) -> None:
         from foretell.loading import gguf
 
-        gguf.convert(path, folder, progress, stored)
-        write_manifest(folder, str(path.resolve()), "gguf", None, "stored" * stored)
+        gguf.convert(path, folder, progress, choice)
+        write_manifest(folder, str(path.resolve()), "gguf", None, choice)
         unpacked = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        if unpacked > UNPACKED * packed and not stored:
+        if unpacked > UNPACKED * packed and choice == "bf16":
             warnings.warn(
                 f"{path.name} is unpacked to the 16-bit weights it is computed with: {unpacked / 1e6:,.0f} MB of disk "
                 f"and memory instead of {packed / 1e6:,.0f} MB, and the speed of 16-bit weights; with weights stored "
@@ -215,9 +229,30 @@ def _with_adapter(base: ModelFolder, adapter: Path, name: str, cache: Path, prog
 
     def make(folder: Path) -> None:
         lora.merge(base.path, adapter, folder, progress)
-        write_manifest(folder, name, "adapter", base.licence)
+        write_manifest(folder, name, "adapter", base.licence, base.weights)
 
     return build_once(target, make, weights, progress)
+
+
+def _quantized(base: ModelFolder, choice: str, cache: Path, progress: Progress) -> ModelFolder:
+    """Returns the model quantized: a folder in the cache for each state of the files and each choice."""
+    stats = {path.name: path.stat() for path in sorted(base.path.iterdir()) if path.is_file()}
+    state = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()]
+    known_as = base.name  # so it can be typed anywhere
+    if base.source == "folder":
+        known_as = str(base.path.resolve())
+    elif base.source == "adapter":
+        known_as = str(read_json(base.path / MANIFEST)["name"])
+    target = _target(cache, Path(known_as).name, f"{base.path.resolve()} {state} {choice}")
+
+    def make(folder: Path) -> None:
+        from foretell.loading.quantize import quantize_folder
+
+        quantize_folder(base.path, folder, choice, progress)
+        write_manifest(folder, known_as, base.source, base.licence, choice)
+
+    weights = sum(stat.st_size for name, stat in stats.items() if name.endswith(".safetensors"))
+    return replace(base, path=build_once(target, make, weights // 4, progress), weights=choice)
 
 
 def _target(cache: Path, name: str, identity: str) -> Path:

@@ -68,6 +68,13 @@ class Weights:
         """Returns a tensor as it is stored."""
         return self._stored[self._source(name)].blocks()
 
+    def files(self) -> list[list[str]]:
+        """Returns the names of its tensors, file by file."""
+        found: dict[Path, list[str]] = {}
+        for name in self.shapes:
+            found.setdefault(self._stored[name].path, []).append(name)
+        return list(found.values())
+
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._source(name) in self.shapes
 

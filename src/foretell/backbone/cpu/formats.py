@@ -19,7 +19,8 @@ from foretell.backbone.base import check_ids
 from foretell.backbone.cpu.library import Build, Matrix, call, require
 from foretell.backbone.cpu.panel_file import PanelFile
 from foretell.errors import check
-from foretell.loading.blocks import Blocks, Joined
+from foretell.loading.blocks import TYPES, Blocks, Joined
+from foretell.loading.quantize import quantize
 
 BF16, FP32 = torch.bfloat16, torch.float32
 Numbers = tuple[Tensor, Tensor | None]
@@ -59,13 +60,10 @@ def _stored(weight: Blocks) -> Numbers:
 
 
 def _q8_0(weight: Blocks) -> Numbers:
-    """Keeps blocks, and rounds floats to blocks: 32 numbers in eight bits each, and their scale in float16."""
+    """Keeps blocks, and rounds floats to blocks."""
     if weight.type.quantized:
         return weight.data, None
-    numbers_NB32 = weight.floats(FP32).unflatten(1, (-1, 32))
-    scale_NB1 = (numbers_NB32.abs().amax(2, keepdim=True) / 127).half()
-    multiples = (numbers_NB32 / scale_NB1.float().clamp(min=1e-30)).round().clamp(-127, 127).to(torch.int8)
-    return torch.cat([scale_NB1.view(torch.uint8), multiples.view(torch.uint8)], 2).flatten(1), None
+    return quantize(weight.floats(), TYPES["Q8_0"]).data, None
 
 
 QUANTS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")

@@ -38,9 +38,7 @@ def trainable_model(folder: Path, adapt: str, rank: int, dropout: float) -> nn.M
                 "Adapters need peft (pip install 'foretell[train]'); without it use `adapt='full'`."
             ) from error
     if keeps_blocks(folder):
-        raise UsageError(
-            f'{folder} keeps quantized weights, which cannot be trained; unpack them with `weights="bf16"`.'
-        )
+        raise UsageError(f'{folder} keeps quantized weights, which cannot be trained; give `weights="bf16"`.')
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
