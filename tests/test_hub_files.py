@@ -77,8 +77,8 @@ def test_a_file_is_fetched_once_for_both_kinds_of_weights(cache: Path, hub: Hub)
     opened(found.path)
     assert (found.source, found.licence, hub.asked) == ("catalog", "MIT", 1)
     assert not list(found.path.rglob("*.gguf"))
-    stored = resolve("tiny-coder", weights="stored", offline=True)
-    assert (stored.path != found.path, hub.asked) == (True, 1)
+    unpacked = resolve("tiny-coder", weights="bf16", offline=True)
+    assert (unpacked.path != found.path, hub.asked) == (True, 1)
     assert resolve("tiny-coder", offline=True, progress=raising(AssertionError())).path == found.path
 
 
@@ -136,15 +136,15 @@ def test_the_disk_is_looked_at_before_the_download(
 ) -> None:
     free(monkeypatch, {"models": 11, "hub": 100})  # the conversion alone would fit
     with pytest.raises(ForetellError, match="not enough disk space in .*models .about 12 MB are needed, 11 MB"):
-        resolve("tiny-coder")
+        resolve("tiny-coder", weights="bf16")
     free(monkeypatch, {"models": 12, "hub": 4})
     with pytest.raises(ForetellError, match="disk space in .*hub .about 5 MB are needed, 4 MB.*HF_HUB_CACHE"):
-        resolve("tiny-coder")
+        resolve("tiny-coder", weights="bf16")
     assert hub.asked == 0
     free(monkeypatch, {"models": 10, "hub": 5})
     resolve("tiny-coder", weights="stored")
     free(monkeypatch, {"models": 7, "hub": 0})
-    resolve("tiny-coder")  # the file is here by now
+    resolve("tiny-coder", weights="bf16")  # the file is here by now
     assert hub.asked == 1
 
 
@@ -176,7 +176,7 @@ def test_models_pull_and_rm(foretell: Foretell, cache: Path, hub: Hub) -> None:
     def row() -> dict[str, Any]:
         return next(row for row in foretell("models", "--json").lines if row["name"] == "tiny-coder")
 
-    absent = {"bytes": 7_000_000, "licence": "MIT", "source": "catalog", "cached": False, "path": None, "problem": ""}
+    absent = {"bytes": 5_000_000, "licence": "MIT", "source": "catalog", "cached": False, "path": None, "problem": ""}
     assert row() == {"name": "tiny-coder"} | absent
     refused(foretell("rm", "tiny-coder", "--yes"), 2, "tiny-coder is not in")
     ran = foretell("pull", "tiny-coder")

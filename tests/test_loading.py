@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 from tiny_gguf import write_gguf
 from tiny_models import opened, raising, save_tiny, tiny_model
 
-from foretell.errors import ForetellError, ForetellWarning, UsageError
+from foretell.errors import ForetellError, UsageError
 from foretell.files import staged_folder
 from foretell.loading import cache_dir, catalog, wheels
 from foretell.loading.cache_dir import cached_models
@@ -257,17 +256,6 @@ def test_any_interruption_leaves_nothing_and_the_next_run_succeeds(
     opened(resolve(str(path)).path)
 
 
-def test_a_packed_gguf_says_what_it_becomes(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # as large as it was: nothing to say
-        resolve(str(path))
-    os.utime(path, (1, 1))  # another file
-    monkeypatch.setattr(sys.modules["foretell.loading.resolve"], "UNPACKED", 0.1)
-    with pytest.warns(ForetellWarning, match=r"tiny.gguf is unpacked to .*16-bit.* \d+ MB .*instead of \d+ MB"):
-        resolve(str(path))
-
-
 def test_a_removed_model_is_gone_and_nothing_else(cache: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         resolve(str(write_gguf(tmp_path / f"{name}.gguf", tiny_model("llama"))))
@@ -384,6 +372,7 @@ def test_a_catalog_model_is_fetched_once(cache: Path, tiny_entry: catalog.Entry)
         "reading",
         "reading the tokenizer",
         "converting",
+        "reading it back",
     ]
     assert not (found.path / "download").exists()
     assert resolve("tiny-1", offline=True, progress=raising(AssertionError())).path == found.path

@@ -340,5 +340,5 @@ def test_the_command_line_loads_quantized_weights(foretell: Foretell, cache: Pat
     ran = foretell("generate", "hello", "-m", "smollm2-135m", "--weights", "q4_k")
     refused(ran, 2, "smollm2-135m holds quantized weights.*load it with --weights stored")
     refused(
-        foretell("pull", source, "--weights", "q9"), 2, "weights is 'q9'; it must be bf16, stored, q8_0, q4_k or fp32"
+        foretell("pull", source, "--weights", "q9"), 2, "weights is 'q9'; it must be stored, bf16, fp32, q8_0 or q4_k"
     )

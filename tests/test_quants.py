@@ -200,7 +200,7 @@ def tiny_file(folder: Path, **changes: int) -> str:
 def test_a_file_is_one_backbone_kept_or_unpacked(cache: Path, tmp_path: Path) -> None:
     path = tiny_file(tmp_path)
     kept, unpacked = (resolve(path, weights=weights).path for weights in ("stored", "bf16"))
-    assert kept != unpacked == resolve(path).path
+    assert unpacked != kept == resolve(path).path
     marks = [fingerprint(opened(folder), read_config(folder)) for folder in (kept, unpacked)]
     assert marks[0] == marks[1]
     backbones = [assemble(folder, threads=1, dtype="bf16") for folder in (kept, unpacked)]
@@ -228,7 +228,7 @@ def test_a_kept_fingerprint_holds_for_unchanged_files(cache: Path, tmp_path: Pat
 
 def test_what_cannot_be_kept_is_refused(cache: Path, tmp_path: Path) -> None:
     path = tiny_file(tmp_path)
-    with pytest.raises(UsageError, match="weights is 'q9'; it must be bf16, stored, q8_0, q4_k or fp32"):
+    with pytest.raises(UsageError, match="weights is 'q9'; it must be stored, bf16, fp32, q8_0 or q4_k"):
         resolve(path, weights="q9")
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora/adapter_config.json").write_text("{}")
@@ -265,7 +265,7 @@ def test_a_listing_tells_what_is_kept_from_what_is_unpacked(foretell: Foretell, 
     for weights in ("stored", "bf16"):
         assert foretell("pull", path, "--weights", weights).code == 0
     rows = [json.loads(line) for line in foretell("models", "--json").out.splitlines()]
-    assert sorted(row["source"] for row in rows if row["path"]) == ["gguf", "gguf, --weights stored"]
+    assert sorted(row["source"] for row in rows if row["path"]) == ["gguf", "gguf, --weights bf16"]
     ran = foretell("generate", "hello", "-m", path, "-n", "3", "--weights", "stored", "--kernel", "eager")
     assert ran.code == 0
     assert "no weights of this model are multiplied as they are stored" in " ".join(ran.err.split())

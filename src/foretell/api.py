@@ -18,6 +18,7 @@ from typing import Any, cast, overload
 
 from foretell import drafters
 from foretell.backbone import Backbone, assemble
+from foretell.backbone.load import default_weights
 from foretell.backbone.step_costs import costs_file
 from foretell.contracts import Drafter
 from foretell.engine import SpeculativeDecoder, run
@@ -187,7 +188,7 @@ def load(
         drafter: a name from `foretell.drafters.table()`, "mine.py:Class", or a class; `options` are its own.
         lookup: merge candidates of prompt lookup into its trees.
         dtype, device, threads, kernel: see `foretell.backbone.assemble`.
-        weights: what becomes of them: "bf16" (the default), "stored", "q8_0", "q4_k" or "fp32"; see
+        weights: what becomes of them: "stored" (the default), "bf16", "fp32", "q8_0" or "q4_k"; see
             `foretell.loading.choices`.
         cache_dir, offline: see `foretell.loading.resolve`.
         progress: called with (stage, fraction) while files are fetched or converted.
@@ -199,7 +200,8 @@ def load(
     computing: dict[str, Any] = {
         "dtype": dtype, "device": device, "threads": threads, "kernel": kernel, "cache_dir": cache_dir,
     }  # fmt: skip
-    folder = resolve(str(model), weights=weights, cache_dir=cache_dir, offline=offline, progress=progress)
+    choice = weights or default_weights(device, kernel)
+    folder = resolve(str(model), weights=choice, cache_dir=cache_dir, offline=offline, progress=progress)
     backbone = assemble(folder.path, **computing)
     backbone.costs = costs_file(backbone, cache_dir)
     tokenizer = Tokenizer.from_folder(folder.path)

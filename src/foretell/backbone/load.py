@@ -80,6 +80,11 @@ def _panel_file(folder: Path, config: ModelConfig, dtype: torch.dtype, build: li
     return PanelFile(folder / f"panels-{build.name}-{str(dtype).removeprefix('torch.')}.safetensors", source)
 
 
+def default_weights(device: str | None, kernel: str | None) -> str | None:
+    """Returns "bf16" where nothing multiplies quantized weights, which would be unpacked at every load; else None."""
+    return None if _build(kernel, _device(device)) else "bf16"
+
+
 def usable_cores() -> int:
     """Cores this process may use: its affinity, cut down by a cgroup quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

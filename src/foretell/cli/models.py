@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,7 +14,10 @@ from foretell.cli.options import Cache
 from foretell.cli.terminal import load_progress, note
 from foretell.errors import UsageError
 from foretell.loading.cache_dir import CachedModel
-from foretell.loading.choices import WEIGHTS
+from foretell.loading.choices import WEIGHTS, chosen
+
+if TYPE_CHECKING:
+    from foretell.loading.catalog import Entry
 
 Name = Annotated[str, typer.Argument(help="A name from `foretell models`.")]
 
@@ -113,20 +116,30 @@ def _rows(cache_dir: Path | None) -> list[_Row]:
         _Row(model.name, model.bytes, model.licence, _source(model), not model.problem, str(model.path), model.problem)
         for model in found
     ]
-    here = {model.name for model in found if not model.problem and model.weights == WEIGHTS[0]}
+    here = {model.name for model in found if not model.problem and _usual(model)}
     bases = {name: (name, "catalog") for name in CATALOG} | {
         f"{base}+{adapter}": (base, "catalog, with an adapter") for adapter, base in shipped_adapters().items()
     }
     absent = [
-        _Row(name, CATALOG[base].unpacked_bytes, CATALOG[base].licence, source, False, None)
+        _Row(name, _bytes(CATALOG[base], name), CATALOG[base].licence, source, False, None)
         for name, (base, source) in bases.items()
         if name not in here
     ]
     return sorted(stored + absent, key=lambda row: (not row.source.startswith("catalog"), row.name))
 
 
+def _bytes(entry: Entry, name: str) -> int:
+    """Returns about how large a model of the catalogue will be: an adapter is merged into unpacked weights."""
+    return entry.download_bytes if name == entry.name else entry.unpacked_bytes
+
+
+def _usual(model: CachedModel) -> bool:
+    """Returns whether it loads without `--weights`."""
+    return model.weights == chosen(None, model.source)
+
+
 def _source(model: CachedModel) -> str:
-    return model.source + (f", --weights {model.weights}" if model.weights != WEIGHTS[0] else "")
+    return model.source + ("" if _usual(model) else f", --weights {model.weights}")
 
 
 def _print(rows: list[_Row]) -> None:

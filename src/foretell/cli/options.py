@@ -61,11 +61,11 @@ class Base:
         "-m",
     )
     dtype: Literal["bf16", "fp32"] | None = flag(None, "Number type; by default the one that suits this machine.")
-    weights: Literal["bf16", "stored", "q8_0", "q4_k", "fp32"] | None = flag(
+    weights: Literal["stored", "bf16", "fp32", "q8_0", "q4_k"] | None = flag(
         None,
-        "Of a quantized GGUF file, bf16 unpacks the weights, and fp32 exactly; stored multiplies them as they are, "
-        "with activations in eight bits. q8_0 and q4_k quantize float weights of any model, and multiply them so. By "
-        "default bf16.",
+        "Of a quantized GGUF file, stored multiplies the weights as they are, with activations in eight bits; bf16 "
+        "unpacks them, and fp32 exactly. q8_0 and q4_k quantize float weights of any model, and multiply them so. By "
+        "default stored; bf16 with an adapter, on a GPU and without compiled kernels.",
     )
     device: str | None = flag(None, "Where to compute: cpu or cuda; by default the GPU if there is one.")
     threads: int | None = flag(None, "CPU threads; by default the cores this process may use.")

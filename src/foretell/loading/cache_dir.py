@@ -159,7 +159,7 @@ def _converted(cache: Path) -> Iterator[CachedModel]:
         folder = manifest_file.parent
         name, source = str(manifest.get("name", folder.name)), str(manifest.get("source", "gguf"))
         problem = "" if current else "outdated: converted by an earlier version"
-        weights = str(manifest.get("weights", WEIGHTS[0]))
+        weights = str(manifest.get("weights", "bf16"))
         yield CachedModel(name, folder, _folder_bytes(folder), manifest.get("licence"), source, problem, weights)
 
 

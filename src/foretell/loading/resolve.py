@@ -20,11 +20,10 @@ import hashlib
 import os
 import re
 import shutil
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from foretell.errors import ForetellError, ForetellWarning, UsageError
+from foretell.errors import ForetellError, UsageError
 from foretell.files import exists, read_json
 from foretell.loading import catalog, hub, lora
 from foretell.loading.cache_dir import (
@@ -37,12 +36,10 @@ from foretell.loading.cache_dir import (
     has_weights,
     write_manifest,
 )
-from foretell.loading.choices import QUANTIZED, WEIGHTS, chosen, of_base, quantized_already
+from foretell.loading.choices import QUANTIZED, chosen, of_base, quantized_already
 from foretell.loading.gguf_file import parts
 
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")
-UNPACKED = 1.1
-"""How much larger a converted GGUF has to be for a warning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +65,7 @@ def resolve(
 
     Args:
         name: a catalogue name, a hub id, a local folder, a .gguf file, or one of these + an adapter.
-        weights: "bf16", "stored", "q8_0", "q4_k" or "fp32", see `loading.choices`; by default the first.
+        weights: "stored", "bf16", "fp32", "q8_0" or "q4_k"; see `loading.choices`.
         cache_dir: where conversions are kept; default FORETELL_CACHE, else ~/.cache/foretell.
         offline: fetch nothing; default FORETELL_OFFLINE=1 or HF_HUB_OFFLINE=1.
         progress: called with what is being done and how much of it is done (0 to 1).
@@ -79,8 +76,9 @@ def resolve(
     """
     report = progress or (lambda stage, fraction: None)
     check_name(name, weights=weights, cache_dir=cache_dir, offline=offline)
-    cache, choice = cache_folder(cache_dir), chosen(weights)
-    match identify(name, cache_dir):
+    source = identify(name, cache_dir)
+    cache, choice = cache_folder(cache_dir), chosen(weights, source)
+    match source:
         case "catalog":
             entry = catalog.CATALOG[name.lower()]
             return ModelFolder(name, _from_catalog(entry, choice, cache, report), "catalog", entry.licence, choice)
@@ -141,7 +139,8 @@ def check_name(
         UsageError: no model can have this name, or its weights are quantized already.
         ForetellError: it would have to be fetched, and offline mode forbids it.
     """
-    choice, source = chosen(weights), identify(name, cache_dir)
+    source = identify(name, cache_dir)
+    choice = chosen(weights, source)
     if pair := lora.split(name) if source == "adapter" else None:
         if choice == "stored":
             raise UsageError(f'An adapter is merged into unpacked weights; give {name} without `weights="stored"`.')
@@ -170,8 +169,8 @@ def _catalog_folder(entry: catalog.Entry, choice: str, cache: Path) -> Path:
 
 
 def _named(choice: str) -> list[str]:
-    """Returns the choice as a part of a key; that of the default came first and has none."""
-    return [] if choice == WEIGHTS[0] else [choice]
+    """Returns the choice as a part of a key; "bf16" came first and has none."""
+    return [] if choice == "bf16" else [choice]
 
 
 def _from_catalog(entry: catalog.Entry, choice: str, cache: Path, progress: Progress) -> Path:
@@ -204,15 +203,6 @@ def _from_gguf(path: Path, choice: str, cache: Path, progress: Progress) -> Path
 
         gguf.convert(path, folder, progress, choice)
         write_manifest(folder, str(path.resolve()), "gguf", None, choice)
-        unpacked = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        if unpacked > UNPACKED * packed and choice == "bf16":
-            warnings.warn(
-                f"{path.name} is unpacked to the 16-bit weights it is computed with: {unpacked / 1e6:,.0f} MB of disk "
-                f"and memory instead of {packed / 1e6:,.0f} MB, and the speed of 16-bit weights; with weights stored "
-                "(--weights stored) what can be multiplied as it is stays so, by activations in eight bits.",
-                ForetellWarning,
-                stacklevel=2,
-            )
 
     return build_once(target, make, packed, progress)  # at least; unpacked it is larger
 
