@@ -33,6 +33,7 @@ def write_gguf(
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
     extra: dict[str, Any] | None = None,
     extra_tensors: dict[str, np.ndarray] | None = None,
+    blocks: dict[str, gguf.GGMLQuantizationType] | None = None,
     skip: str | None = None,
     tokenizer: Callable[[gguf.GGUFWriter, int], None] | None = None,
     **options: Any,
@@ -41,6 +42,7 @@ def write_gguf(
 
     Args:
         extra: metadata to add or to change; None leaves a key out.
+        blocks: stores tensors of these GGUF names as random blocks of small numbers, of types it could not round to.
         skip: leaves out one tensor of that GGUF name; "all" leaves out every one.
         tokenizer: adds the tokenizer for a vocabulary of this size.
         options: of the writer, such as `split_max_tensors`.
@@ -71,6 +73,12 @@ def write_gguf(
         if family == "llama" and ("q_proj" in name or "k_proj" in name):
             values = _permute(values, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
         if skip in (gguf_name, "all"):
+            continue
+        if other := (blocks or {}).get(gguf_name):
+            shape = gguf.quant_shape_to_byte_shape(values.shape, other)
+            # a scale of bytes below 32 is less than 2 ** -7
+            data = np.random.default_rng(0).integers(0, 32, shape, np.uint8)
+            writer.add_tensor(gguf_name, data, raw_dtype=other)
             continue
         stored = kind if values.ndim > 1 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(gguf_name, gguf.quantize(values, stored), raw_dtype=stored)

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -48,13 +50,23 @@ def _gguf_type(name: str, numbers: int, size: int) -> BlockType:
     """Returns the row of a quantized type of GGUF files: blocks of `size` bytes."""
 
     def decode(blocks: Tensor) -> Tensor:
-        from gguf import GGMLQuantizationType, dequantize
-
         rows = blocks.reshape(-1, blocks.shape[-1]).contiguous().numpy()
-        floats = torch.from_numpy(dequantize(rows, GGMLQuantizationType[name]))
-        return floats.reshape(*blocks.shape[:-1], -1)
+        return torch.from_numpy(unpacked(rows, name)).reshape(*blocks.shape[:-1], -1)
 
     return BlockType(name, torch.uint8, numbers, size, decode)
+
+
+def unpacked(data: NDArray[Any], name: str) -> NDArray[np.float32]:
+    """Returns the numbers of blocks of any type of GGUF files.
+
+    Raises:
+        NotImplementedError: the gguf library cannot unpack this type.
+    """
+    from gguf import GGMLQuantizationType, dequantize
+
+    with np.errstate(all="ignore"):  # the scales of a damaged file; its logits are not finite, and loading says so
+        floats: NDArray[np.float32] = dequantize(data, GGMLQuantizationType[name])
+    return floats
 
 
 TYPES = {

@@ -14,15 +14,17 @@ the model computes are translated or refused by name: an overlooked key would lo
 
 import json
 import math
+import re
 import reprlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from foretell.errors import ForetellError
-from foretell.loading.blocks import Blocks, quantized, save
+from foretell.errors import ForetellError, ForetellWarning
+from foretell.loading.blocks import TYPES, Blocks, BlockType, quantized, save, unpacked
 from foretell.loading.cache_dir import Progress
 from foretell.loading.choices import QUANTIZED, quantized_already
 from foretell.loading.families import model_config
@@ -51,6 +53,7 @@ _CONFIG_KEYS = {
     "rope_theta": "rope.freq_base",
 }
 _FRACTIONS = ("rms_norm_eps", "rope_theta")
+_WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 _OPTIONAL = ("num_key_value_heads", "head_dim", "rope_theta")  # llama.cpp insists on the others too
 _READ = {  # keys read elsewhere, and those that change nothing
     *_CONFIG_KEYS.values(), "attention.value_length", "attention.scale", "rope.dimension_count",
@@ -98,6 +101,8 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate_inp|\w+exps?|\w+\.\d+)\.")
+"""Tensors of mixtures of experts; older files number the experts instead of stacking them."""
 
 
 def convert(gguf_path: Path, folder: Path, progress: Progress, choice: str) -> None:
@@ -109,6 +114,7 @@ def convert(gguf_path: Path, folder: Path, progress: Progress, choice: str) -> N
     progress("reading", 0.0)
     with metadata_errors(gguf_path):
         file = open_gguf(gguf_path)
+        _refuse_tensors(file)
         raw = _config(file)
         try:
             shapes = weight_shapes(model_config(raw))
@@ -122,6 +128,8 @@ def convert(gguf_path: Path, folder: Path, progress: Progress, choice: str) -> N
         progress("reading the tokenizer", 0.0)
         write_tokenizer(file, folder)
     _write_weights(file, raw, names, folder, progress, choice)
+    if choice == "stored":
+        _tell_unpacked(file, raw["dtype"])
     if choice in QUANTIZED:
         warn_of_exceptions(shapes, choice)
     if choice == "stored" or choice in QUANTIZED:
@@ -130,27 +138,58 @@ def convert(gguf_path: Path, folder: Path, progress: Progress, choice: str) -> N
         keep_fingerprint(folder, read_weights(folder, config), config)
 
 
+def _refuse_tensors(file: GGUFFile) -> None:
+    """Refuses experts, and types that cannot be unpacked: one tensor of each type is tried."""
+    for tensor in file.tensors:
+        if _EXPERTS.match(tensor.name):
+            raise ForetellError(
+                f"{file.path} has the tensor {tensor.name} of a mixture of experts, which is not supported yet; "
+                "use a dense model."
+            )
+    for kind, tensor in {tensor.tensor_type.name: tensor for tensor in reversed(file.tensors)}.items():
+        try:
+            unpacked(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], kind)
+        except NotImplementedError as error:
+            raise ForetellError(
+                f"{file.path} stores {tensor.name} as {kind}, which the gguf library cannot unpack; "
+                "use a file quantized another way."
+            ) from error
+
+
+def _tell_unpacked(file: GGUFFile, dtype: str) -> None:
+    """Warns of tensors whose type has no row in `TYPES`, so that they are not kept as they are stored."""
+    kinds = [tensor.tensor_type.name for tensor in file.tensors if tensor.tensor_type.name not in TYPES]
+    if kinds:
+        types = " or ".join(sorted(set(kinds)))
+        warnings.warn(
+            f"{len(kinds)} of {len(file.tensors)} tensors of {file.path.name} are stored as {types}, "
+            f"which cannot be multiplied as it is: they are unpacked to {dtype}, with its size and speed.",
+            ForetellWarning,
+            stacklevel=2,
+        )
+
+
 def _config(file: GGUFFile) -> dict[str, Any]:
     """The config.json that the metadata describe."""
     architecture = file.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ForetellError(
-            f"{file.path} holds a model of architecture {architecture!r}; "
+            f"{file.path} holds a model of architecture {reprlib.repr(architecture)}; "
             f"the supported ones are {', '.join(ARCHITECTURES)}."
         )
     tensors = {tensor.name: tensor for tensor in file.tensors}
     if "token_embd.weight" not in tensors:
         raise ForetellError(f"{file.path} has no tensor token_embd.weight, so it is not a whole language model.")
     dimensions = _dimensions(file, architecture)
-    head_dim = dimensions.get("head_dim") or dimensions["hidden_size"] // dimensions["num_attention_heads"]
+    head_dim = dimensions.get("head_dim") or max(1, dimensions["hidden_size"] // dimensions["num_attention_heads"])
     _refuse_unsupported_keys(file, architecture, head_dim)
-    rotated = file.get(f"{architecture}.rope.dimension_count")
-    if rotated not in (None, head_dim):
-        dimensions["partial_rotary_factor"] = rotated / head_dim
+    rotated = f"{architecture}.rope.dimension_count"
+    if file.get(rotated) is not None and _positive(file, rotated) != head_dim:
+        dimensions["partial_rotary_factor"] = file.get(rotated) / head_dim
     if rope := _rope(file, architecture, head_dim, dimensions["max_position_embeddings"]):
         dimensions["rope_scaling"] = rope
     embedding, ids = tensors["token_embd.weight"], marks(file)
-    tokens, rows = len(file.get("tokenizer.ggml.tokens", ())), int(embedding.shape[1])
+    tokens, rows = len(file.strings("tokenizer.ggml.tokens")), int(embedding.shape[-1])
     if tokens > rows:
         raise ForetellError(
             f"{file.path} has {tokens} tokens but an embedding of {rows} rows; use the original safetensors checkpoint."
@@ -180,17 +219,21 @@ def _dimensions(file: GGUFFile, architecture: str) -> dict[str, Any]:
             continue
         found[hf_key] = _positive(file, f"{architecture}.{key}", fraction=hf_key in _FRACTIONS)
     found.setdefault("num_key_value_heads", found["num_attention_heads"])
+    room = dict.fromkeys(_WIDTHS, max(int(max(tensor.shape)) for tensor in file.tensors))
+    for hf_key, most in (room | {"num_hidden_layers": len(file.tensors)}).items():
+        if found.get(hf_key, 0) > most:  # a config of this size would fill the memory before it were compared
+            raise ForetellError(
+                f"{file.path} has {architecture}.{_CONFIG_KEYS[hf_key]} = {found[hf_key]}, more than its tensors have "
+                "room for; fetch it again."
+            )
     return found
 
 
 def _positive(file: GGUFFile, key: str, fraction: bool = False) -> Any:
     value = file.get(key)
     kinds = (int, float) if fraction else (int,)
-    if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:
-        raise ForetellError(
-            f"{file.path} has {key} = {reprlib.repr(value)} where one positive number is needed; "
-            "use the original safetensors checkpoint."
-        )
+    if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise file.wrong(key, value, "one positive number")
     return value
 
 
@@ -221,7 +264,7 @@ def _rope(file: GGUFFile, architecture: str, head_dim: int, context: int) -> dic
         kind = "none"
     odd = [f"the tensor {name}" for name in sorted(names) if name.startswith("rope_factors_")]
     if kind not in ("none", "linear", "yarn") or (divided and kind != "none"):
-        odd.append(f"{prefix}.type = {kind!r}" + f" beside {_ROPE_DIVISORS}" * divided)
+        odd.append(f"{prefix}.type = {reprlib.repr(kind)}" + f" beside {_ROPE_DIVISORS}" * divided)
     if odd:
         raise ForetellError(
             f"{file.path} has {odd[0]}, a scaling of the rope that is not supported; "
@@ -315,13 +358,17 @@ def _shards(tensors: "list[ReaderTensor]", dtype: torch.dtype, keep: bool) -> "I
 
 
 def _bytes(tensor: "ReaderTensor", dtype: torch.dtype, keep: bool) -> int:
-    kept = keep and quantized(tensor.tensor_type.name)
-    return int(tensor.n_bytes if kept else tensor.n_elements * dtype.itemsize)
+    return int(tensor.n_bytes if _kept(tensor, keep) else tensor.n_elements * dtype.itemsize)
+
+
+def _kept(tensor: "ReaderTensor", keep: bool) -> BlockType | None:
+    """The type whose blocks are kept. Those of a vector are not: some vectors are put into another order."""
+    return quantized(tensor.tensor_type.name) if keep and len(tensor.shape) > 1 else None
 
 
 def _stored(tensor: "ReaderTensor", raw: dict[str, Any], dtype: torch.dtype, keep: bool) -> Blocks:
     """Returns a tensor with the rows Hugging Face expects: floats of this type, or the blocks of a quantized type."""
-    kind = quantized(tensor.tensor_type.name) if keep else None
+    kind = _kept(tensor, keep)
     values = torch.from_numpy(tensor.data.copy()) if kind else _values(tensor).to(dtype)
     part = tensor.name.split(".")[-2]
     if raw["model_type"] == "llama" and part in ("attn_q", "attn_k"):
@@ -333,12 +380,4 @@ def _stored(tensor: "ReaderTensor", raw: dict[str, Any], dtype: torch.dtype, kee
 
 
 def _values(tensor: "ReaderTensor") -> torch.Tensor:
-    from gguf import dequantize
-
-    try:
-        return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-    except NotImplementedError as error:
-        raise ForetellError(
-            f"{tensor.name} is stored as {tensor.tensor_type.name}, which the gguf library cannot unpack; "
-            "use a file quantized another way."
-        ) from error
+    return torch.from_numpy(unpacked(tensor.data, tensor.tensor_type.name).copy())

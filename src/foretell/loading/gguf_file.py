@@ -4,6 +4,7 @@ Large models come in parts (`x-00001-of-00003.gguf`): the first has all the meta
 """
 
 import re
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,9 +35,46 @@ class GGUFFile:
     readers: "list[GGUFReader]"
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a metadata key."""
+        """The value of a metadata key.
+
+        Raises:
+            ForetellError: it holds text that cannot be read.
+        """
         found = self.readers[0].get_field(key)
-        return default if found is None else found.contents()
+        try:
+            return default if found is None else found.contents()
+        except UnicodeDecodeError as error:
+            raise ForetellError(
+                f"{self.path} has {key} in another encoding than UTF-8 ({one_line(error)}); fetch it again."
+            ) from error
+
+    def text(self, key: str) -> str | None:
+        """The text of a metadata key; anything else is a ForetellError, here and below."""
+        value = self.get(key)
+        if value is not None and not isinstance(value, str):
+            raise self.wrong(key, value, "a text")
+        return value
+
+    def strings(self, key: str) -> list[str]:
+        """The strings of a metadata key; none where it is absent."""
+        return self._list(key, str, "a list of strings")
+
+    def numbers(self, key: str) -> list[Any]:
+        """The numbers of a metadata key; none where it is absent."""
+        return self._list(key, (int, float), "a list of numbers")
+
+    def _list(self, key: str, kinds: type | tuple[type, ...], needed: str) -> list[Any]:
+        values = self.get(key, [])
+        if not isinstance(values, list) or not all(isinstance(value, kinds) for value in values):
+            raise self.wrong(key, values, needed)
+        return values
+
+    def wrong(self, key: str, value: Any, needed: str) -> ForetellError:
+        """Makes the error for a value of the wrong kind."""
+        return ForetellError(
+            f"{self.path} has {key} = {reprlib.repr(value)} where {needed} is needed; "
+            "use the original safetensors checkpoint."
+        )
 
     def keys(self, prefix: str) -> list[str]:
         """The metadata keys that begin with `prefix`, without it."""
@@ -111,11 +149,15 @@ def open_gguf(path: Path) -> GGUFFile:
 
 
 def _read(path: Path) -> "GGUFReader":
-    from gguf import GGUFEndian, GGUFReader
+    from gguf import GGUFEndian
+
+    from foretell.loading.gguf_reader import Reader
 
     try:
-        reader = GGUFReader(path)
-    except Exception as error:  # a truncated file fails anywhere in the parser, with any exception
+        reader = Reader(path)
+    except ForetellError:
+        raise
+    except Exception as error:  # a damaged file fails anywhere in the parser, with any exception
         raise ForetellError(
             f"{path} is not a readable GGUF file ({one_line(error)}); delete it and fetch it again."
         ) from error

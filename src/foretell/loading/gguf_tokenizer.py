@@ -6,13 +6,14 @@ refused. The families supported here use two kinds: byte-level BPE ("gpt2") and 
 """
 
 import json
+import reprlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foretell.errors import ForetellError
+from foretell.errors import ForetellError, is_number
 from foretell.files import one_line
 from foretell.loading.gguf_file import GGUFFile
 from foretell.loading.tokenizer import ENDS
@@ -91,7 +92,7 @@ def write_tokenizer(file: GGUFFile, folder: Path) -> None:
         backend, start_mark = _sentencepiece(file, tokens), True
     else:
         raise ForetellError(
-            f"{file.path} has a tokenizer of the kind {kind!r}; the kinds are 'gpt2' and 'llama', "
+            f"{file.path} has a tokenizer of the kind {reprlib.repr(kind)}; the kinds are 'gpt2' and 'llama', "
             "so use the original safetensors checkpoint."
         )
     _add_special_tokens(backend, file, tokens, ids)
@@ -103,11 +104,11 @@ def write_tokenizer(file: GGUFFile, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         **{f"{name}_token": tokens[ids[name]] for name in ("bos", "eos", "unk", "pad") if name in ids},
     }
-    if template := file.get("tokenizer.chat_template"):
+    if template := file.text("tokenizer.chat_template"):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-    elif named := file.get("tokenizer.chat_templates"):
+    elif named := file.strings("tokenizer.chat_templates"):
         settings["chat_template"] = [
-            {"name": name, "template": file.get(f"tokenizer.chat_template.{name}", "")} for name in named
+            {"name": name, "template": file.text(f"tokenizer.chat_template.{name}") or ""} for name in named
         ]
     content = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     (folder / "tokenizer_config.json").write_text(content, encoding="utf-8")
@@ -126,37 +127,37 @@ def splitter(rule: SplitRule) -> "tokenizers.pre_tokenizers.PreTokenizer":
 
 def marks(file: GGUFFile) -> dict[str, int]:
     """Returns the ids of the marks that the file names: bos, eos, eot, eom, unk and pad."""
-    count = len(file.get("tokenizer.ggml.tokens", ()))
+    count = len(_tokens(file))
     defaults: Mapping[str, int] = _SPM_MARKS if file.get("tokenizer.ggml.model") == "llama" else {}
     found: dict[str, int] = {}
     for name, key in _MARKS.items():
         token = file.get(f"tokenizer.ggml.{key}_token_id", defaults.get(name))
         if token is None:
             continue
-        if not isinstance(token, int) or not 0 <= token < count:
+        if not is_number(token, whole=True) or not 0 <= token < count:
             raise ForetellError(
-                f"{file.path} has tokenizer.ggml.{key}_token_id = {token!r}, but its tokens are 0 to {count - 1}; "
-                "use the original safetensors checkpoint."
+                f"{file.path} has tokenizer.ggml.{key}_token_id = {reprlib.repr(token)}, but its tokens are 0 to "
+                f"{count - 1}; use the original safetensors checkpoint."
             )
         found[name] = token
     return found
 
 
 def _tokens(file: GGUFFile) -> list[str]:
-    tokens = file.get("tokenizer.ggml.tokens")
+    tokens = file.strings("tokenizer.ggml.tokens")
     if not tokens:
         raise ForetellError(f"{file.path} has no tokens (tokenizer.ggml.tokens); use the original checkpoint.")
     if len(set(tokens)) < len(tokens):
         twice = Counter(tokens).most_common(1)[0][0]
         raise ForetellError(
-            f"{file.path} has the token {twice!r} twice, so text has no one spelling in ids; "
+            f"{file.path} has the token {reprlib.repr(twice)} twice, so text has no one spelling in ids; "
             "use the original safetensors checkpoint."
         )
     return tokens
 
 
 def _types(file: GGUFFile, tokens: list[str]) -> list[int]:
-    types = file.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    types = file.numbers("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     if len(types) != len(tokens):
         raise ForetellError(
             f"{file.path} has {len(types)} token types for {len(tokens)} tokens; fetch it again, or use the original "
@@ -175,7 +176,7 @@ def _vocabulary(file: GGUFFile, tokens: list[str]) -> dict[str, int]:
 
 
 def _split_rule(file: GGUFFile) -> SplitRule:
-    name = file.get("tokenizer.ggml.pre")
+    name = file.text("tokenizer.ggml.pre")
     if name is None or name == "default":
         raise ForetellError(
             f"{file.path} does not say how its tokenizer splits text (tokenizer.ggml.pre is {name or 'missing'}), and "
@@ -183,8 +184,8 @@ def _split_rule(file: GGUFFile) -> SplitRule:
         )
     if name not in SPLIT_RULES:
         raise ForetellError(
-            f"{file.path} splits text by the rule {name!r} (tokenizer.ggml.pre), which is not known here, and a wrong "
-            "split changes the ids; use the original safetensors checkpoint."
+            f"{file.path} splits text by the rule {reprlib.repr(name)} (tokenizer.ggml.pre), which is not known here, "
+            "and a wrong split changes the ids; use the original safetensors checkpoint."
         )
     return SPLIT_RULES[name]
 
@@ -192,10 +193,16 @@ def _split_rule(file: GGUFFile) -> SplitRule:
 def _byte_level(file: GGUFFile, tokens: list[str], rule: SplitRule) -> "tokenizers.Tokenizer":
     from tokenizers import decoders, normalizers
 
-    merges = file.get("tokenizer.ggml.merges")
-    if merges is None:
+    merges = file.strings("tokenizer.ggml.merges")
+    if not merges and file.get("tokenizer.ggml.merges") is None:
         raise ForetellError(f"{file.path} has no merges (tokenizer.ggml.merges); use the original checkpoint.")
-    cuts = [merge.index(" ", 1) for merge in merges]
+    cuts = [merge.find(" ", 1) for merge in merges]
+    if -1 in cuts:
+        odd = reprlib.repr(merges[cuts.index(-1)])
+        raise ForetellError(
+            f"{file.path} has {odd} among its merges (tokenizer.ggml.merges), which is not two tokens and a space "
+            "between them; use the original safetensors checkpoint."
+        )
     pairs = [(merge[:cut], merge[cut + 1 :]) for merge, cut in zip(merges, cuts, strict=True)]
     backend = _bpe(file, _vocabulary(file, tokens), pairs, ignore_merges=rule.whole_words)
     if rule.normal_form:
@@ -243,7 +250,7 @@ def _bpe(
 
 def _merges(file: GGUFFile, tokens: list[str], vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
     """Turns scores into merges: sentencepiece joins the pair whose token scores best, so pairs come best first."""
-    scores = file.get("tokenizer.ggml.scores") or ()
+    scores = file.numbers("tokenizer.ggml.scores")
     ordinary = [i for i, kind in enumerate(_types(file, tokens)) if kind == NORMAL and tokens[i] in vocabulary]
     if len(scores) != len(tokens) or len({scores[i] for i in ordinary}) < 2:
         raise ForetellError(
@@ -251,9 +258,11 @@ def _merges(file: GGUFFile, tokens: list[str], vocabulary: Mapping[str, int]) ->
             "tokens; use the original safetensors checkpoint."
         )
     ordinary.sort(key=lambda i: -scores[i])
+    lengths = set(map(len, vocabulary))  # a token as long as a book is not copied once for each of its letters
     merges: list[tuple[str, str]] = []
     for token in (tokens[i] for i in ordinary):
-        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        cuts = [cut for cut in range(1, len(token)) if cut in lengths and len(token) - cut in lengths]
+        pairs = [(token[:cut], token[cut:]) for cut in cuts]
         pairs = [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]
         merges += sorted(pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
     return merges
