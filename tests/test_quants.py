@@ -23,6 +23,8 @@ from foretell.backbone.cpu.formats import FORMATS, PackedMatrix, format_for
 from foretell.backbone.cpu.linear import PackedLinear
 from foretell.backbone.load import assemble
 from foretell.backbone.probe import probe
+from foretell.drafters.medusa import Medusa
+from foretell.drafters.medusa2 import Medusa2
 from foretell.drafting.learning.finetune import trainable_model
 from foretell.errors import UsageError
 from foretell.loading.blocks import TYPES, Blocks, save
@@ -32,6 +34,7 @@ from foretell.loading.resolve import resolve
 from foretell.loading.weights import FINGERPRINT, fingerprint, keeps_blocks, known_fingerprint
 from foretell.requests import SamplingParams
 from foretell.testing import random_weights
+from foretell.train.start import new_module
 
 compiled_only = pytest.mark.parametrize("kernel", COMPILED)
 MIXED = ("Q4_K", "Q6_K", "Q5_0", "Q8_0", "Q4_1", "Q5_K", "Q4_0", "Q5_1")
@@ -258,6 +261,19 @@ def test_who_cannot_read_blocks_says_so(cache: Path, tmp_path: Path) -> None:
         merge(folder, tmp_path, tmp_path / "out", lambda stage, fraction: None)
     with pytest.raises(UsageError, match="keeps quantized weights, which cannot be trained"):
         trainable_model(folder, "full", 0, 0.0)
+
+
+def test_a_method_that_adapts_the_model_gets_unpacked_weights(cache: Path, tmp_path: Path) -> None:
+    llm = load(tiny_file(tmp_path), threads=1)
+    assert llm.folder is not None
+    assert keeps_blocks(llm.folder.path)
+    counts_V = torch.ones(llm.backbone.config.vocab)
+    for method in (Medusa2, Medusa):
+        options = method.Training(heads=1, draft_vocab=0)
+        module = new_module(method, llm, counts_V, options, 0, None)
+        assert sum(each.numel() for each in module.parameters())
+    kept, unpacked = sorted(folder.name for folder in (cache / "models").iterdir() if not folder.name.startswith("."))
+    assert kept != unpacked
 
 
 def test_a_listing_tells_what_is_kept_from_what_is_unpacked(foretell: Foretell, cache: Path, tmp_path: Path) -> None:

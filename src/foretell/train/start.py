@@ -22,6 +22,8 @@ from foretell.drafting.learning.trainable import Trainable
 from foretell.drafting.options import renamed
 from foretell.errors import ForetellError, UsageError
 from foretell.files import one_line
+from foretell.loading.resolve import resolve
+from foretell.loading.weights import keeps_blocks
 
 Start = tuple[Checkpoint, dict[str, Tensor]]
 """A drafter to begin with: its checkpoint and tensors."""
@@ -87,7 +89,17 @@ def new_module(
     if origin:  # logits of tokens outside its draft vocabulary are untrained: keep its own
         counts_V[origin[1]["vocabulary"].long()] += counts_V.sum()
     torch.manual_seed(seed)
-    return cls.trainable(llm.backbone, options, counts_V, llm.folder.path if llm.folder else None)
+    return cls.trainable(llm.backbone, options, counts_V, _folder(cls, llm))
+
+
+def _folder(cls: type[TrainableMethod], llm: LLM) -> Path | None:
+    """Returns the model's folder; for a method that adapts the model, one with weights that can be trained."""
+    if llm.folder is None:
+        return None
+    if "adapt" in {each.name for each in fields(cls.Training)} and keeps_blocks(llm.folder.path):
+        where = {name: llm.loading.get(name) for name in ("cache_dir", "offline")}
+        return resolve(llm.folder.name, weights="bf16", **where).path
+    return llm.folder.path
 
 
 def initialise(module: Trainable, start: str, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:
