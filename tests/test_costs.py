@@ -30,6 +30,7 @@ from foretell.backbone import Backbone
 from foretell.backbone.step_costs import (
     CONTEXTS,
     NODES,
+    ROWS,
     StepCosts,
     _step_seconds,
     costs_file,
@@ -448,6 +449,27 @@ def test_costs_come_near_those_of_the_steps_taken(rows: int, context: int) -> No
         assert not costs.drafting  # of one row
 
 
+@pytest.mark.parametrize("context", [186, 740, 1500])
+def test_a_context_between_two_is_learnt_where_it_is_kept(context: int) -> None:
+    costs = wrong_reading()
+    for _ in range(300):
+        costs.learn(1, context, 16, 1.6)
+    assert max(sizes[16] / sizes[1] for sizes in costs.seconds[1].values()) == pytest.approx(1.6, rel=0.01)
+
+
+def test_a_batch_that_is_learnt_changes_no_other() -> None:
+    costs = wrong_reading()
+    for _ in range(100):
+        costs.learn(8, 256, 16, 9.0)
+    assert set(costs.seconds) == set(ROWS)
+    for rows in (1, 2, 4):
+        relative = costs.of(rows, 256, 16) / costs.of(rows, 256, 1)
+        assert relative == pytest.approx(wrong_reading().of(rows, 256, 16) / wrong_reading().of(rows, 256, 1))
+    assert costs.of(8, 256, 16) / costs.of(8, 256, 1) == pytest.approx(9.0, rel=0.01)
+    costs.learn(64, 256, 16, 9.0)  # larger than any that is kept
+    assert set(costs.seconds) == set(ROWS)
+
+
 def test_a_step_between_two_sizes_teaches_both_and_a_larger_one_the_largest() -> None:
     costs, before = wrong_reading(), wrong_reading()
     costs.learn(1, 256, 12, 4.0)
@@ -512,6 +534,9 @@ def test_steps_are_compared_with_plain_ones_just_before(tmp_path: Path, monkeypa
     assert costs.of(1, 256, 8) / costs.of(1, 256, 1) == pytest.approx(8.0, rel=1e-3)
     assert costs.drafting["hydra"] / costs.of(1, 256, 1) == pytest.approx(0.5, rel=1e-3)
     machine.steps(2, 8, 20)  # no plain steps of two rows
+    machine.steps(1, 1, 3)
+    for context in (100, 2000):  # of another request
+        machine.learning.record(1, context, 8, 8.0, 0.5)
     assert costs.learnt == 60 * 16
 
 
@@ -529,7 +554,8 @@ def test_another_process_begins_with_what_was_learnt(tmp_path: Path, monkeypatch
     assert other.first
     assert other.of(1, 256, 16) / other.of(1, 256, 1) == pytest.approx(16.0, rel=0.01)
     StepCosts(TABLE).save(tmp_path / "costs.json")  # `foretell tune`
-    assert step_costs(machine.backbone) == StepCosts(TABLE)
+    assert step_costs(machine.backbone) is other  # drafters that hold it follow
+    assert other == StepCosts(TABLE)
 
 
 def test_a_tree_thought_not_to_pay_is_tried_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

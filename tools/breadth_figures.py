@@ -263,7 +263,7 @@ def main() -> None:
         parser.error("name a drafter: --after hydra++, or --before hydra++:FOLDER for other heads.")
     core.RESULTS, args.suite = args.results, load_suite(args.questions)
     named = [(side, *drafter.split(":", 1), "")[:3] for side in SIDES for drafter in getattr(args, side)]
-    llm = foretell.load(args.model, dtype="bf16")
+    llm = foretell.load(args.model, dtype="bf16", weights="bf16")
     backbone = llm.backbone
     if backbone.nondeterminism:
         raise ForetellError(f"One pass does not give decoding's states here: {backbone.nondeterminism}.")

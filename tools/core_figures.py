@@ -97,7 +97,7 @@ def read_bandwidth() -> float:
 
 
 def section_machine(_: argparse.Namespace) -> Any:
-    backbone = assemble(resolve(MODEL).path, dtype="bf16")
+    backbone = assemble(resolve(MODEL, weights="bf16").path, dtype="bf16")
     weights = 2 * 134_515_008
     bandwidth = max(read_bandwidth() for _ in range(3))
     seconds = measure(backbone, (1,), (100,), (1,), repeats=60).of(1, 100, 1)
@@ -115,7 +115,7 @@ def section_step(_: argparse.Namespace) -> Any:
     """Measures the cost of a step by nodes and keys, relative to one node; sizes take turns, medians of rounds."""
     out: dict[str, Any] = {}
     for dtype in ("bf16", "fp32"):
-        backbone = assemble(resolve(MODEL).path, dtype=dtype)
+        backbone = assemble(resolve(MODEL, weights="bf16").path, dtype=dtype)
         costs = measure(backbone, (1,), (100, 200, 300, 600), (1, 2, 4, 8, 16, 32, 64), repeats=81)
         for keys, seconds in costs.seconds[1].items():
             out.setdefault(dtype, {})[keys] = {
@@ -147,7 +147,7 @@ def section_attention(_: argparse.Namespace) -> Any:
 
 def attention_microseconds(canonical: bool) -> None:
     """Prints {"K keys, N nodes": microseconds a layer} of one of the two."""
-    backbone: Any = assemble(resolve(MODEL).path, dtype="bf16")
+    backbone: Any = assemble(resolve(MODEL, weights="bf16").path, dtype="bf16")
     cache, layers, out = backbone.new_cache(1, 1024), 30, {}
     backbone.forward(torch.arange(700), Nodes.chains([0], [0], [700]), cache)
     for keys in (100, 300, 600):
@@ -197,7 +197,7 @@ class Transformers:
     def __init__(self, dtype: torch.dtype, **options: Any):
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(resolve(MODEL).path, dtype=dtype).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(resolve(MODEL, weights="bf16").path, dtype=dtype).eval()
         self.options = options
 
     def __call__(self, ids: list[int], new: int) -> tuple[list[int], float, float, int]:
@@ -212,7 +212,7 @@ class Transformers:
 
 def section_batch(args: argparse.Namespace) -> Any:
     """Measures 32 prompts in one batch, 256 tokens each (end of sequence ignored), three interleaved repeats."""
-    llm = foretell.load(MODEL, dtype="bf16")
+    llm = foretell.load(MODEL, dtype="bf16", weights="bf16")
     prompts = [llm.encode(q) for q in (args.prompts * 32)[:32]]
     peer = Transformers(torch.bfloat16).model
     longest = max(map(len, prompts))
@@ -254,7 +254,7 @@ def section_startup(_: argparse.Namespace) -> Any:
     beyond = """import time, torch; t = time.perf_counter(); import foretell; foretell.load; foretell.SamplingParams
 print(time.perf_counter() - t)"""
     first = """import time; t = time.perf_counter(); import foretell, resource, json
-llm = foretell.load("smollm2-135m")
+llm = foretell.load("smollm2-135m", weights="bf16")
 next(llm.stream("Why is the sky blue?")); first = time.perf_counter() - t
 llm.generate("Tell me a long story.", max_new_tokens=256)
 print(json.dumps([first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))"""
@@ -269,7 +269,7 @@ print(json.dumps([first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 10
 
 def section_reference(args: argparse.Namespace) -> Any:
     """Compares plain decoding in float32 with transformers' greedy search in float32."""
-    llm, peer = foretell.load(MODEL, dtype="fp32"), Transformers(torch.float32)
+    llm, peer = foretell.load(MODEL, dtype="fp32", weights="bf16"), Transformers(torch.float32)
     plain, differences, tokens = ForetellSystem(llm, "plain"), [], 0
     for number, question in enumerate(args.prompts):
         ids = llm.encode(question)
@@ -292,7 +292,7 @@ def section_exactness(args: argparse.Namespace) -> Any:
     before = json.loads(RESULTS.read_text()).get("exactness", {}).get("result", {}) if RESULTS.exists() else {}
     out = dict(before)
     for dtype in args.dtypes:
-        llm = foretell.load(MODEL, dtype=dtype)
+        llm = foretell.load(MODEL, dtype=dtype, weights="bf16")
         prompts = [llm.encode(q) for q in args.prompts]
         for temperature in (0.0, 1.0):
             params = SamplingParams(max_new_tokens=args.new_tokens, temperature=temperature, seed=7, logprobs=0)

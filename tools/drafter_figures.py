@@ -69,7 +69,7 @@ class Run:
 
 def section_sizes(args: argparse.Namespace) -> Any:
     """Measures all drafters prompt by prompt, in turns, the cost of steps before each, since the machine drifts."""
-    llm = foretell.load(args.model, dtype="bf16")
+    llm = foretell.load(args.model, dtype="bf16", weights="bf16")
     runs = {"plain": Run(llm, "plain"), "prompt_lookup": Run(llm, "prompt_lookup")}
     for drafter, method, options in _named(args):
         for size in args.sizes:
@@ -150,7 +150,7 @@ def section_batches(args: argparse.Namespace) -> None:
 
 def section_tune(args: argparse.Namespace) -> Any:
     """Measures the costs that `foretell tune` does, and the time that takes."""
-    llm = foretell.load(args.model, dtype="bf16")
+    llm = foretell.load(args.model, dtype="bf16", weights="bf16")
     began = time.perf_counter()
     costs = measure(llm.backbone)
     seconds = time.perf_counter() - began
@@ -166,7 +166,7 @@ def section_exactness(args: argparse.Namespace) -> Any:
     """Compares trained heads with plain decoding in every setting; resumable, as in core_figures."""
     out = json.loads(core.RESULTS.read_text()).get("exactness", {}).get("result", {}) if core.RESULTS.exists() else {}
     for dtype in args.dtypes:
-        llm = foretell.load(args.model, dtype=dtype)
+        llm = foretell.load(args.model, dtype=dtype, weights="bf16")
         prompts = [llm.encode(q) for q in args.prompts]
         for temperature in (0.0, 1.0):
             runs = {

@@ -67,7 +67,7 @@ def main() -> None:
     exits = [int(each) for each in args.exits.split(",")]
     if args.varied not in exits:
         parser.error(f"--varied {args.varied} is not one of the exits {args.exits}")
-    backbone = foretell.load(core.MODEL, dtype="bf16").backbone
+    backbone = foretell.load(core.MODEL, dtype="bf16", weights="bf16").backbone
     store = ConversationStore.open(args.data)
     name = f"features-{backbone.fingerprint}-{'-'.join(map(str, exits))}-{args.conversations}"
     features = FeatureStore(backbone, store.conversations[: args.conversations], exits, store.folder / name)

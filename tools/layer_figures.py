@@ -103,7 +103,7 @@ def pass_costs(backbone: Backbone, plans: dict[str, Plan], context: int = 300, r
 
 
 def section_spare(args: argparse.Namespace) -> Any:
-    backbone = foretell.load(args.model, dtype="bf16").backbone
+    backbone = foretell.load(args.model, dtype="bf16", weights="bf16").backbone
     matchness, layers = Matchness(backbone, args.path), backbone.config.layers
     sublayers = [(kind, layer) for kind in ("attention", "mlp") for layer in range(1, layers - 1)]
     alone = {each: matchness(plan_of([each])) for each in sublayers}
@@ -180,7 +180,7 @@ class Timed:
 
 def section_control(args: argparse.Namespace) -> Any:
     """Measures DEL's statistics (`observe`) and its choice of an exit, interleaved question by question."""
-    llm = foretell.load(args.model, dtype="bf16")
+    llm = foretell.load(args.model, dtype="bf16", weights="bf16")
     backbone = llm.backbone
     ids_V, arch, _ = candidates(backbone, "", False)
     every, size = list(range(1, backbone.config.layers)), lambda rows, context: 16

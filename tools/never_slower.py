@@ -51,7 +51,9 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
     import foretell
 
     llm = foretell.load(args.model, weights=args.weights, kernel=args.kernel or None)
-    costs_file(llm.backbone).unlink(missing_ok=True)
+    costs = costs_file(llm.backbone)
+    tuned = costs.read_bytes() if costs.exists() else b""
+    costs.unlink(missing_ok=True)
     working = RESULTS.parents[2] / "build/never_slower"
     command = ["bench", "-m", args.model, "--weights", args.weights, "--suite", args.questions, "--every", args.every]
     command += ["--limit", args.limit, "--max-new-tokens", args.new_tokens, "--out", working]
@@ -59,7 +61,11 @@ def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
     command += [word for batch in args.batches for word in ("-b", batch)]
     command += [word for temperature in args.temperatures for word in ("-t", f"{temperature:g}")]
     command += [word for run in [CONTROL, *args.runs] for word in ("--run", run)]
-    subprocess.run([sys.executable, "-m", "foretell", *map(str, command)], check=True)
+    try:
+        subprocess.run([sys.executable, "-m", "foretell", *map(str, command)], check=True)
+    finally:
+        if tuned:
+            costs.write_bytes(tuned)
     records = [record for line in (working / ROUNDS).read_text().splitlines() for record in json.loads(line)]
     shutil.rmtree(working)
     return table(records)

@@ -66,7 +66,7 @@ def main() -> None:
     core.RESULTS = core.RESULTS.with_name("quality.json")
     base = args.base
     questions = load_suite(str(args.questions)).questions
-    models = {name: foretell.load(name, dtype="bf16") for name in (base, args.model)}
+    models = {name: foretell.load(name, dtype="bf16", weights="bf16") for name in (base, args.model)}
     llm = models[base]
     prompts = [llm.encode(each.turns[0]) for each in questions[:: args.every]]
     answers = llm.generate(prompts, max_new_tokens=args.new_tokens)

@@ -49,7 +49,7 @@ def learnt(data: Path, methods: list[str]) -> dict[str, Any]:
     from foretell.train.recipe import token_counts
     from foretell.train.trainer import Settings, Trainer
 
-    backbone = foretell.load(core.MODEL, dtype="bf16", threads=1).backbone
+    backbone = foretell.load(core.MODEL, dtype="bf16", weights="bf16", threads=1).backbone
     every = ConversationStore.open(data).conversations
     counts_V = token_counts(every[:COUNTED], backbone.config.vocab)
     talks, tokens = [], 0

@@ -24,6 +24,7 @@ from foretell.contracts import Drafter
 from foretell.engine import SpeculativeDecoder, run
 from foretell.errors import ForetellError, UsageError
 from foretell.loading import ModelFolder, Tokenizer, resolve
+from foretell.loading.resolve import is_offline
 from foretell.requests import Event, Request, SamplingParams
 from foretell.results import Result
 from foretell.verify import Typical
@@ -200,7 +201,7 @@ def load(
     computing: dict[str, Any] = {
         "dtype": dtype, "device": device, "threads": threads, "kernel": kernel, "cache_dir": cache_dir,
     }  # fmt: skip
-    choice = weights or default_weights(device, kernel)
+    choice = weights or (None if is_offline(offline) else default_weights(device, kernel))
     folder = resolve(str(model), weights=choice, cache_dir=cache_dir, offline=offline, progress=progress)
     backbone = assemble(folder.path, **computing)
     backbone.costs = costs_file(backbone, cache_dir)

@@ -89,8 +89,9 @@ def _verdict_file(backbone: Backbone, cache_dir: str | Path | None) -> Path:
 
 @cache
 def code() -> str:
-    """Returns a digest of the kernels and the modules from here down: what is kept on disk holds for one version."""
-    modules = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.rglob("*.py")))
+    """Returns a digest of the kernels and of the code around them: what is kept on disk holds for one version."""
+    here = Path(__file__).parent
+    modules = b"".join(file.read_bytes() for file in sorted([*here.rglob("*.py"), *here.parent.glob("loading/*.py")]))
     return hashlib.sha256(modules + digest().encode()).hexdigest()
 
 

@@ -68,14 +68,7 @@ class StepCosts:
         if rows > most:
             rows, nodes = most, nodes * rows / most
         at = self.seconds[min(self.seconds, key=lambda r: abs(r - rows))]
-        sizes = at[min(at, key=lambda c: abs(c - context))]
-        below = max((n for n in sizes if n <= nodes), default=min(sizes))
-        above = min((n for n in sizes if n >= nodes), default=max(sizes))
-        if nodes > above and len(sizes) > 1:
-            before, last = sorted(sizes)[-2:]
-            return sizes[last] + max(0.0, sizes[last] - sizes[before]) * (nodes - last) / (last - before)
-        share = (nodes - below) / (above - below) if above > below else 0.0
-        return sizes[below] * (1 - share) + sizes[above] * share
+        return _between(at[min(at, key=lambda c: abs(c - context))], nodes)
 
     def best_size(self, rows: int, context: int, tokens_per_step: Mapping[int, float], drafting: float = 0.0) -> int:
         """Returns the tree size of the most tokens per second, given the tokens per step of each size.
@@ -109,32 +102,32 @@ class StepCosts:
         Args:
             nodes: of a row. step, drafting: in plain steps of as many rows, taken just before. method: the drafter.
         """
-        if not self.first or nodes <= 1:
+        if not self.first or nodes <= 1 or rows > max(ROWS):
             return
-        sizes = self._cell(rows, context)
+        # tables are replaced, not changed: threads may be reading them
+        seconds = self.seconds if len(self.seconds) > 1 else {r: self._estimated(r) for r in ROWS}
+        rows = min(seconds, key=lambda r: abs(r - rows))
+        near = 1 << round(math.log2(max(context, FIRST_CONTEXT // 2)))
+        sizes = dict(seconds[rows].get(near) or {size: self.of(rows, near, size) for size in sorted(FIRST_NODES)})
         below = max((n for n in sizes if n <= nodes), default=min(sizes))
         above = min((n for n in sizes if n >= nodes), default=max(sizes))
         share = (nodes - below) / (above - below) if above > below else 1.0
-        told = step * sizes[1] / self.of(rows, context, nodes)
-        told = min(FACTOR, max(1 / FACTOR, told)) ** LEARNT
+        plain = _between(sizes, 1)
+        told = min(FACTOR, max(1 / FACTOR, step * plain / _between(sizes, nodes))) ** LEARNT
         for size, weight in ((below, 1 - share), (above, share)):
             if size > 1:
                 sizes[size] *= told**weight
+        self.seconds = {**seconds, rows: {**seconds[rows], near: sizes}}
         if method and rows == 1:
-            seconds = drafting * sizes[1]
-            known = self.drafting.get(method, seconds)
-            self.drafting[method] = known + (min(seconds, FACTOR * known) - known) * LEARNT
+            known = self.drafting.get(method, drafting * plain)
+            learnt = known + (min(drafting * plain, FACTOR * known) - known) * LEARNT
+            self.drafting = {**self.drafting, method: learnt}
         self.learnt += 1
 
-    def _cell(self, rows: int, context: int) -> dict[int, float]:
-        """Returns the sizes at the power of two nearest to a context; new ones begin as `of` estimates them."""
-        near = 1 << round(math.log2(max(context, FIRST_CONTEXT // 2)))
-        known = self.seconds.get(rows, {}).get(near)
-        if known is None:
-            sizes = (1, *(size for size in sorted(FIRST_NODES) if size > 1))
-            known = {size: self.of(rows, context, size) for size in sizes}
-            self.seconds.setdefault(rows, {})[near] = known
-        return known
+    def _estimated(self, rows: int) -> dict[int, dict[int, float]]:
+        """Returns what `of` says of a batch, at the contexts of the smallest one that was measured."""
+        first = self.seconds[min(self.seconds)]
+        return {context: {size: self.of(rows, context, size) for size in sizes} for context, sizes in first.items()}
 
     def over(self, older: StepCosts | None) -> StepCosts:
         """Returns these costs, and the older ones of other batch sizes and drafters."""
@@ -195,20 +188,31 @@ def step_costs(backbone: Backbone) -> StepCosts | None:
         return None
     if known := known_costs(backbone):
         return known
-    found = StepCosts.load(path)
+    state, found = _state(path), StepCosts.load(path)
     if found is None:
         return _keep(path, first_reading(backbone))
-    _readings[path] = found, _state(path)
+    _readings[path] = found, state
     return found
 
 
 def known_costs(backbone: Backbone) -> StepCosts | None:
-    """Returns the costs by which this process chooses trees, if it does; one object for all of its drafters."""
+    """Returns the costs by which this process chooses trees, if it does: one object for all of its drafters.
+
+    Where another process has written the file since, that object takes its costs over.
+
+    Raises:
+        ForetellError: the file is damaged.
+    """
     path = backbone.costs
     if path is None or path not in _readings:
         return None
-    found, state = _readings[path]
-    return found if state == _state(path) else None  # `foretell tune` has replaced them
+    found, known = _readings[path]
+    if (state := _state(path)) != known:
+        if written := StepCosts.load(path):
+            found.seconds, found.drafting, found.first = written.seconds, written.drafting, written.first
+            found.learnt += 1
+        _readings[path] = found, state
+    return found
 
 
 def save_learnt(backbone: Backbone, costs: StepCosts) -> None:
@@ -297,6 +301,17 @@ def _warm_up(step: Callable[[int], float], sizes: Sequence[int], most: float) ->
         if step(size) > most * first and step(size) > most * first:
             break
     return kept
+
+
+def _between(sizes: Mapping[int, float], nodes: float) -> float:
+    """Returns the seconds of a size between those that are known, or beyond them as between the last two."""
+    below = max((n for n in sizes if n <= nodes), default=min(sizes))
+    above = min((n for n in sizes if n >= nodes), default=max(sizes))
+    if nodes > above and len(sizes) > 1:
+        before, last = sorted(sizes)[-2:]
+        return sizes[last] + max(0.0, sizes[last] - sizes[before]) * (nodes - last) / (last - before)
+    share = (nodes - below) / (above - below) if above > below else 0.0
+    return sizes[below] * (1 - share) + sizes[above] * share
 
 
 def bush(size: int) -> TokenTree:

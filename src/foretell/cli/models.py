@@ -58,10 +58,17 @@ def pull(
     """Fetch a model, so that it loads without a network; a GGUF file is converted, an adapter is merged, and float
     weights are quantized if --weights says so.
     """
+    from foretell.backbone.load import default_weights
     from foretell.loading.resolve import resolve
 
     with load_progress() as progress:
-        found = resolve(model, weights=weights, cache_dir=cache.cache_dir, offline=False, progress=progress)
+        found = resolve(
+            model,
+            weights=weights or default_weights(None, None),
+            cache_dir=cache.cache_dir,
+            offline=False,
+            progress=progress,
+        )
     size = sum(file.stat().st_size for file in found.path.iterdir() if file.is_file())
     note(f"{model} is ready: {size / 1e6:,.0f} MB in {found.path}")
 

@@ -42,6 +42,9 @@ def flag(default: Any, help: str, *short: str, hidden: bool = False) -> Any:
 CACHE = "Where fetched models are kept; by default FORETELL_CACHE, else ~/.cache/foretell."
 
 
+Weights = Literal["stored", "bf16", "fp32", "q8_0", "q4_k"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cache:
     """The cache folder, for verbs that load no model."""
@@ -61,7 +64,7 @@ class Base:
         "-m",
     )
     dtype: Literal["bf16", "fp32"] | None = flag(None, "Number type; by default the one that suits this machine.")
-    weights: Literal["stored", "bf16", "fp32", "q8_0", "q4_k"] | None = flag(
+    weights: Weights | None = flag(
         None,
         "Of a quantized GGUF file, stored multiplies the weights as they are, with activations in eight bits; bf16 "
         "unpacks them, and fp32 exactly. q8_0 and q4_k quantize float weights of any model, and multiply them so. By "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from foretell.cli.options import Base, Training
+from foretell.cli.options import Base, Training, Weights
 from foretell.cli.terminal import command_line, interruptible, job_progress, note
 from foretell.errors import ForetellError, UsageError
 
@@ -63,7 +63,7 @@ def train(
     jobs = _jobs(methods, out, option or [], start)
     with recipe.begin(
         jobs, base.model, data, settings=training.settings(), keep_features=keep_features, other_model=other_model,
-        load=lambda name: replace(base, model=name).load(), command=command_line(),
+        load=lambda name: replace(base, model=name, weights=_weights(base, name)).load(), command=command_line(),
     ) as begun:  # fmt: skip
         _note_number_type(begun.runs[0])
         if keep_features:
@@ -80,6 +80,11 @@ def train(
         _draw(Path(job.out))
         _note_figures(trained)
         _note_command(base, trained)
+
+
+def _weights(base: Base, model: str) -> Weights | None:
+    """Returns the choice for a model: an adapter that was trained is merged into unpacked weights."""
+    return base.weights if model == base.model else None
 
 
 def _jobs(methods: list[str], out: Path, shared: list[str], start: str) -> list[Job]:
@@ -134,7 +139,7 @@ def _note_figures(trained: Trained) -> None:
 def _note_command(base: Base, trained: Trained) -> None:
     """The command that uses the drafter."""
     words = ["foretell", "chat", *(["--model", trained.model] if trained.model != Base.model else [])]
-    words += ["--weights", base.weights] if base.weights else []
+    words += ["--weights", weights] if (weights := _weights(base, trained.model)) else []
     words += ["--cache-dir", str(base.cache_dir)] if base.cache_dir else []
     words += ["--drafter", trained.checkpoint.method, "-o", f"checkpoint={trained.folder}"]
     note(f"The drafter is in {trained.folder}; use it with {shlex.join(words)}")

@@ -10,11 +10,13 @@ from collections import deque
 from statistics import median
 
 from foretell.backbone import Backbone
-from foretell.backbone.step_costs import known_costs, save_learnt
+from foretell.backbone.step_costs import FIRST_CONTEXT, known_costs, save_learnt
 from foretell.contracts import Drafter
 
 PLAIN, NEAR = 3, 16
 """Plain steps that are compared with, and steps after the last of them that are."""
+ALIKE = 0.2
+"""Steps are not compared where their contexts differ by more than this share: another request's may."""
 
 
 class CostLearning:
@@ -22,7 +24,7 @@ class CostLearning:
 
     def __init__(self, backbone: Backbone, drafter: Drafter):
         self._backbone, self._drafter = backbone, drafter
-        self._rows = 0  # of the batch
+        self._rows = self._context = 0  # of the plain steps
         self._plain: deque[float] = deque(maxlen=PLAIN)
         self._since = 0  # steps since the last plain one
 
@@ -32,18 +34,16 @@ class CostLearning:
         Args:
             context: the mean of the rows. nodes: of all rows. verifying, drafting: seconds; 0 drafting teaches nothing.
         """
-        if rows != self._rows:
-            self._rows = rows
+        if rows != self._rows or abs(context - self._context) > ALIKE * (self._context + FIRST_CONTEXT):
             self._plain.clear()
         if nodes == rows:
-            self._since = 0
+            self._since, self._rows, self._context = 0, rows, context
             self._plain.append(verifying)
             return
         self._since += 1
         costs = known_costs(self._backbone)
-        if costs is None or len(self._plain) < PLAIN or self._since > NEAR:
+        if costs is None or len(self._plain) < PLAIN or self._since > NEAR or not (unit := median(self._plain)):
             return
-        unit = median(self._plain)
         method = self._drafter.method if drafting else ""
         costs.learn(rows, context, nodes / rows, verifying / unit, drafting / unit, method)
         save_learnt(self._backbone, costs)

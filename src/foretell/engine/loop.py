@@ -170,7 +170,8 @@ class SpeculativeDecoder:
         drafting += clock.lap("draft_seconds")
         guesses, emitted = len(passed.nodes) - len(rows), sum(len(event.tokens) for event in events)
         self.governor.record(len(rows), guesses, clock.seconds, emitted)
-        self._costs.record(len(rows), context, len(passed.nodes), verifying, 0.0 if draft.held else drafting)
+        if draft.resume is None:  # else a part of the pass came before
+            self._costs.record(len(rows), context, len(passed.nodes), verifying, 0.0 if draft.held else drafting)
         for row in rows:
             if row.finished:
                 self._leave(row)

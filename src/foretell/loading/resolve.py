@@ -77,7 +77,8 @@ def resolve(
     report = progress or (lambda stage, fraction: None)
     check_name(name, weights=weights, cache_dir=cache_dir, offline=offline)
     source = identify(name, cache_dir)
-    cache, choice = cache_folder(cache_dir), chosen(weights, source)
+    cache = cache_folder(cache_dir)
+    choice = _choice(name, source, weights, cache, offline)
     match source:
         case "catalog":
             entry = catalog.CATALOG[name.lower()]
@@ -140,7 +141,7 @@ def check_name(
         ForetellError: it would have to be fetched, and offline mode forbids it.
     """
     source = identify(name, cache_dir)
-    choice = chosen(weights, source)
+    choice = _choice(name, source, weights, cache_folder(cache_dir), offline)
     if pair := lora.split(name) if source == "adapter" else None:
         if choice == "stored":
             raise UsageError(f'An adapter is merged into unpacked weights; give {name} without `weights="stored"`.')
@@ -157,6 +158,15 @@ def check_name(
     if source == "hub" and hub.model_here(*_repo(name)) is None:
         raise ForetellError(f"{_repo(name)[0]} is not complete in the hub cache {_FORBIDDEN}")
     return None
+
+
+def _choice(name: str, source: str, weights: str | None, cache: Path, offline: bool | None) -> str:
+    """Returns what becomes of the weights; offline, of those that nothing is said of, what has become of them."""
+    choice = chosen(weights, source)
+    if weights is None and source == "catalog" and is_offline(offline):
+        entry = catalog.CATALOG[name.lower()]
+        return next((each for each in (choice, "bf16") if _catalog_folder(entry, each, cache).is_dir()), choice)
+    return choice
 
 
 _FORBIDDEN = (

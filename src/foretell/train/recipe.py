@@ -218,7 +218,8 @@ def begin(
                 "options": asdict(each.options), **each.started, **others,
             }  # fmt: skip
             runs.append(Run(
-                each.cls, llm, llm.folder.name, trainer, each.out, provenance, load or partial(api.load, **llm.loading)
+                each.cls, llm, llm.folder.name, trainer, each.out, provenance,
+                load or partial(api.load, **llm.loading | {"weights": None}),
             ))  # fmt: skip
         yield Begun(runs)
 

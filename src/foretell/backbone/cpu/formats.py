@@ -161,6 +161,7 @@ class PackedMatrix:
         if rest:
             check(self.outputs % 32 == 0, f"What follows {self.outputs} outputs begins within a panel.")
             check((rest.inputs, rest.build) == (self.inputs, build), "Matrices in a row read the same, in one build.")
+        self._kept = file is not None
         self._shape, self._rest = (number, self.outputs, self.inputs), rest.about if rest else None
         sizes = torch.zeros(2, dtype=torch.int64)
         call("sizes", build, Matrix(None, None, *self._shape, None), sizes)
@@ -184,6 +185,7 @@ class PackedMatrix:
             f"makes {numbers.nbytes} bytes {'to be packed' if format.packed else 'that stay as they are'}, the other "
             f"reads {row_bytes} bytes and makes panels of {len(memory)}.",
         )
+        check(scale_N is None or not self._kept, "A file of panels has no room for scales.")
         scale_N = None if scale_N is None else F.pad(scale_N, (0, -self.outputs % 32))
         self.blocks = memory if format.packed else numbers
         self.about = Matrix(self.blocks, scale_N, *self._shape, self._rest)

@@ -11,6 +11,7 @@ A file is used by the very code that packed it, and while the weights are unchan
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -87,3 +88,5 @@ def _write(path: Path, panels: Mapping[str, Tensor], source: str) -> None:
         out.write(len(text).to_bytes(8, "little") + text)
         for tensor in panels.values():
             out.write(tensor.numpy().data)
+        out.flush()
+        os.fsync(out.fileno())  # or a crash might leave the name, and zeros

@@ -51,6 +51,8 @@ class Peer:
         folder = llm.folder
         if keeps_blocks(folder.path) and not kind.gguf:  # it reads unpacked weights only
             folder = resolve(folder.name, weights="bf16", cache_dir=cache_dir)
+            if keeps_blocks(folder.path):
+                raise UsageError(f"{peer} reads unpacked weights; compare with it by the GGUF file of {folder.name}.")
         config: dict[str, Any] = {
             "model": str(folder.path), "dtype": "bf16" if "bfloat16" in str(backbone.dtype) else "fp32",
             "device": str(backbone.device), "threads": backbone.threads, "rows": rows,
