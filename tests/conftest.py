@@ -59,7 +59,7 @@ def demo_folder() -> Path:
     """The folder of SmolLM2-135M-Instruct: config.json, bfloat16 safetensors, tokenizer."""
     from foretell.loading.resolve import resolve
 
-    return resolve("smollm2-135m").path
+    return resolve("smollm2-135m", weights="bf16").path
 
 
 @pytest.fixture(scope="module")
