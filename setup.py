@@ -22,19 +22,44 @@ COMMON = ["-O3", "-std=c++20", "-fPIC", "-ffp-contract=fast", "-fno-math-errno",
 COMMON += ["-I", str(NATIVE)]
 AVX2 = "-mavx2 -mfma -mf16c"
 AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
-FLAGS = {
+X86 = {
     "kernels_avx2": AVX2,
+    "kernels_avxvnni": f"{AVX2} -mavxvnni",
     "kernels_avx512": AVX512,
     "kernels_avx512bf16": f"{AVX512} -mavx512vnni -mavx512bf16",
     "kernels_amx": f"{AVX512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16",
 }
-"""Of the translation units that are compiled for one instruction set of x86-64."""
+ARM = {
+    "kernels_generic": "-ffp-contract=off",  # it rounds as on x86-64, where it has no fused products either
+    "kernels_neon": "",
+    "kernels_dotprod": "-march=armv8.2-a+dotprod",
+    "kernels_i8mm": "-march=armv8.2-a+dotprod+i8mm",
+}
+BUILDS = {"x86_64": X86, "AMD64": X86, "aarch64": ARM, "arm64": ARM}
+"""The translation units that are compiled for one instruction set of a machine, and their flags."""
 
 
-def units() -> list[Path]:
-    """Every source file that this machine's compiler can compile."""
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    return [path for path in sorted(NATIVE.rglob("*.cpp")) if x86 or path.stem not in FLAGS]
+def units(machine: str) -> dict[Path, list[str]]:
+    """Every source file that a machine's compiler can compile, and the flags for it."""
+    flags = BUILDS.get(machine, {})
+    others = {*X86, *ARM} - {*flags, "kernels_generic"}
+    return {p: flags.get(p.stem, "").split() for p in sorted(NATIVE.rglob("*.cpp")) if p.stem not in others}
+
+
+def compile_objects(tool: list[str], machine: str, folder: Path) -> list[Path]:
+    """Compiles the units, all at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    running, objects = [], []
+    for unit, flags in units(machine).items():
+        if "ziglang" in tool:  # for which an architecture is an extension of a processor
+            flags = [flag.replace("-march=armv8.2-a", "-mcpu=generic+v8_2a") for flag in flags]
+        objects.append(folder / f"{unit.stem}.o")
+        command = [*tool, *COMMON, *flags, "-c", str(unit), "-o", str(objects[-1])]
+        running.append((command, subprocess.Popen(command)))
+    for command, process in running:
+        if process.wait():
+            raise subprocess.CalledProcessError(process.returncode, command[0] + " " + command[-3])
+    return objects
 
 
 def compiler() -> list[str] | None:
@@ -60,18 +85,8 @@ class BuildKernels(build_ext):
         tool = compiler()
         if tool is None or sys.platform == "win32":
             raise OSError("no C++ compiler was found")
-        objects, folder = [], Path(self.build_temp)
-        folder.mkdir(parents=True, exist_ok=True)
+        objects = map(str, compile_objects(tool, platform.machine(), Path(self.build_temp)))
         library.parent.mkdir(parents=True, exist_ok=True)
-        running = []
-        for unit in units():
-            objects.append(str(folder / f"{unit.stem}.o"))
-            flags = FLAGS.get(unit.stem, "").split()
-            command = [*tool, *COMMON, *flags, "-c", str(unit), "-o", objects[-1]]
-            running.append((command, subprocess.Popen(command)))
-        for command, process in running:
-            if process.wait():
-                raise subprocess.CalledProcessError(process.returncode, command[0] + " " + command[-3])
         subprocess.run([*tool, "-shared", "-s", "-o", f"{library}.new", *objects, "-lpthread"], check=True)
         os.replace(f"{library}.new", library)
 

@@ -40,6 +40,26 @@ def random_blocks(name: str, shape: tuple[int, int], size: float = 1.0, seed: in
     return Blocks(row, torch.from_numpy(data.reshape(outputs, -1)))
 
 
+def whole_numbers(name: str) -> tuple[Blocks, Tensor]:
+    """A weight [70, K] whose scales are one, and activations [M, K] whose steps are: their products are whole numbers.
+
+    Each row has one block of activations, with zeros elsewhere: of more, sums would pass 2^24.
+    """
+    row = TYPES[name]
+    weight = random_blocks(name, (70, 2 * row.numbers), seed=5)
+    data = weight.data.numpy().reshape(70, 2, row.items)
+    one, none = (np.array([number], dtype=np.float16).view(np.uint8) for number in (1.0, 0.0))
+    at = _SCALE_AT.get(name, 0)
+    data[:, :, at : at + 2] = one
+    if name in _LEAST:
+        data[:, :, 2:4] = none
+    blocks = 2 * row.numbers // 32
+    x = torch.randint(-127, 128, (3, blocks, 32)).float()
+    x[0, :, 0] = 127.0  # a step of one
+    x[1], x[2] = 127.0, -127.0  # the largest sums that there are
+    return weight, (x[:, :, None] * torch.eye(blocks)[None, :, :, None]).reshape(3 * blocks, -1)
+
+
 def quantizable(weights: dict[str, Tensor], kinds: tuple[str, ...]) -> dict[str, Tensor | Blocks]:
     """These weights with matrices of about the same numbers in quantized types, in turn."""
     out: dict[str, Tensor | Blocks] = dict(weights)

@@ -80,13 +80,28 @@ def test_every_exported_call_is_compared_with_its_twin_in_c() -> None:
     assert exported == set(library.CALLS)
 
 
-def test_one_wheel_serves_every_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library is reached with ctypes: the wheel names the platform, and no interpreter."""
-    setuptools, given = pytest.importorskip("setuptools"), dict[str, Any]()
-    monkeypatch.setattr(setuptools, "setup", given.update)
+@pytest.fixture
+def setup(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What setup.py defines, and what it gives to `setuptools.setup`."""
+    given = dict[str, Any]()
+    monkeypatch.setattr(pytest.importorskip("setuptools"), "setup", given.update)
     monkeypatch.chdir(Path(__file__).parents[1])
-    runpy.run_path("setup.py")
-    wheel = given["cmdclass"]["bdist_wheel"](setuptools.Distribution({"ext_modules": given["ext_modules"]}))
+    return runpy.run_path("setup.py") | given
+
+
+def test_every_machine_compiles_its_builds(setup: dict[str, Any]) -> None:
+    def builds(machine: str) -> set[str]:
+        return {path.stem.removeprefix("kernels_") for path in setup["units"](machine) if "kernels_" in path.stem}
+
+    assert builds("x86_64") | builds("aarch64") == set(library.BUILDS)
+    assert builds("x86_64") & builds("aarch64") == builds("riscv64") == {"generic"}
+    assert (builds("AMD64"), builds("arm64")) == (builds("x86_64"), builds("aarch64"))
+
+
+def test_one_wheel_serves_every_python(setup: dict[str, Any]) -> None:
+    """The library is reached with ctypes: the wheel names the platform, and no interpreter."""
+    setuptools = pytest.importorskip("setuptools")
+    wheel = setup["cmdclass"]["bdist_wheel"](setuptools.Distribution({"ext_modules": setup["ext_modules"]}))
     wheel.ensure_finalized()
     python, abi, platform = wheel.get_tag()
     assert (python, abi) == ("py3", "none")

@@ -8,7 +8,7 @@ import torch
 from command_line import Foretell
 from decoding import answers, assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly
 from hypothesis import strategies as st
-from quantized import QUANTS, dequantized, quantizable, random_blocks, rounded
+from quantized import QUANTS, dequantized, quantizable, random_blocks, rounded, whole_numbers
 from random_backbones import BF16, COMPILED, FP32, build, check, same, using
 from test_engine import mixed_requests
 from tiny_gguf import write_gguf
@@ -72,19 +72,7 @@ def test_a_type_gives_back_its_numbers_and_multiplies_them(kernel: str, name: st
 @pytest.mark.parametrize("name", QUANTS)
 def test_whole_numbers_are_the_same_in_every_build(name: str) -> None:
     """With steps and scales of one, all is exact: the builds' sums are those of integers, bit for bit."""
-    row = TYPES[name]
-    weight = random_blocks(name, (70, 2 * row.numbers), seed=5)
-    data = weight.data.numpy().reshape(70, 2, row.items)
-    one, none = (torch.tensor([number], dtype=torch.float16).view(torch.uint8).numpy() for number in (1.0, 0.0))
-    at = 208 if name == "Q6_K" else 0
-    data[:, :, at : at + 2] = one
-    if name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K"):
-        data[:, :, 2:4] = none
-    blocks = 2 * row.numbers // 32  # a row for each, with zeros elsewhere: of more the sums would pass 2^24
-    x = torch.randint(-127, 128, (3, blocks, 32)).float()
-    x[0, :, 0] = 127.0  # a step of one
-    x[1], x[2] = 127.0, -127.0  # the largest sums that there are
-    x = (x[:, :, None] * torch.eye(blocks)[None, :, :, None]).reshape(3 * blocks, -1)
+    weight, x = whole_numbers(name)
     truth = x.double() @ dequantized(weight).double().T
     for kernel in COMPILED:
         assert same(linear(weight, kernel)(x, 1).double(), truth)

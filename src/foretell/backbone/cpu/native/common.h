@@ -174,7 +174,11 @@ struct Kernels {
 const Kernels* kernels_amx();
 const Kernels* kernels_avx512bf16();
 const Kernels* kernels_avx512();
+const Kernels* kernels_avxvnni();
 const Kernels* kernels_avx2();
+const Kernels* kernels_i8mm();
+const Kernels* kernels_dotprod();
+const Kernels* kernels_neon();
 const Kernels* kernels_generic();
 
 void run_prefix_layer(const Kernels& build, const Model& model, const Cache& cache, const PrefixRequest& request,

@@ -1,5 +1,6 @@
 // The C face of the kernels: picks the best build for this processor and takes plain pointers, so that Python reaches it
 // with ctypes and no header of PyTorch or Python is needed.
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdio>
@@ -17,6 +18,10 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace foretell {
@@ -27,6 +32,8 @@ void ran(const char* build) { last = build; }
 
 // ---- Instruction sets.
 
+using Builds = std::array<const Kernels*, 6>;  // those that this processor can run, the best one first; null for others
+
 #if defined(__x86_64__)
 static unsigned long long xgetbv0() {
     unsigned low, high;
@@ -35,13 +42,17 @@ static unsigned long long xgetbv0() {
 }
 
 static bool tiles_allowed() {  // Linux hands out tile registers on request
+#if defined(__linux__)
     constexpr int kRequest = 0x1023, kTileData = 18;
     return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+    return false;
+#endif
 }
 
-static const Kernels* find(const char* wanted) {
+static Builds builds() {
     unsigned a, b, c, d;
-    bool avx2 = false, avx512 = false, quads = false, dot = false, tiles = false;
+    bool avx2 = false, vnni = false, avx512 = false, dot = false, tiles = false;
     if (__get_cpuid(1, &a, &b, &c, &d) && (c >> 27 & 1)) {
         unsigned long long state = xgetbv0();
         bool fma3 = c >> 12 & 1, f16c = c >> 29 & 1;
@@ -49,27 +60,53 @@ static const Kernels* find(const char* wanted) {
             bool wide = (state & 0xe6) == 0xe6;
             avx2 = (state & 6) == 6 && (b >> 5 & 1) && fma3 && f16c;
             avx512 = avx2 && wide && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);
-            quads = c >> 11 & 1;
-            bool amx = (d >> 22 & 1) && (d >> 24 & 1) && (state >> 17 & 3) == 3;
-            if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) dot = avx512 && quads && (a >> 5 & 1);
+            bool quads = c >> 11 & 1, amx = (d >> 22 & 1) && (d >> 24 & 1) && (state >> 17 & 3) == 3;
+            if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) {
+                vnni = avx2 && (a >> 4 & 1);
+                dot = avx512 && quads && (a >> 5 & 1);
+            }
             tiles = dot && amx;
         }
     }
-    const Kernels* builds[] = {tiles ? kernels_amx() : nullptr, dot ? kernels_avx512bf16() : nullptr,
-                               avx512 ? kernels_avx512() : nullptr, avx2 ? kernels_avx2() : nullptr, kernels_generic()};
-    for (const Kernels* build : builds) {
+    return {tiles ? kernels_amx() : nullptr, dot ? kernels_avx512bf16() : nullptr, avx512 ? kernels_avx512() : nullptr,
+            vnni ? kernels_avxvnni() : nullptr, avx2 ? kernels_avx2() : nullptr, kernels_generic()};
+}
+#elif defined(__aarch64__)
+#if defined(__linux__)
+static bool has_dots() { return getauxval(AT_HWCAP) >> 20 & 1; }
+static bool has_i8mm() { return getauxval(AT_HWCAP2) >> 13 & 1; }
+#elif defined(__APPLE__)
+static bool has(const char* feature) {
+    int found = 0;
+    size_t size = sizeof found;
+    return sysctlbyname(feature, &found, &size, nullptr, 0) == 0 && found;
+}
+static bool has_dots() { return has("hw.optional.arm.FEAT_DotProd"); }
+static bool has_i8mm() { return has("hw.optional.arm.FEAT_I8MM"); }
+#else
+static bool has_dots() { return false; }
+static bool has_i8mm() { return false; }
+#endif
+
+static Builds builds() {
+    bool dots = has_dots();
+    return {dots && has_i8mm() ? kernels_i8mm() : nullptr, dots ? kernels_dotprod() : nullptr, kernels_neon(),
+            kernels_generic()};
+}
+#else
+static Builds builds() { return {kernels_generic()}; }
+#endif
+
+static const Kernels* find(const char* wanted) {
+    for (const Kernels* build : builds()) {
         if (!build || (wanted && *wanted && strcmp(wanted, build->name))) continue;
+#if defined(__x86_64__)
         if (!strcmp(build->name, "amx") && !tiles_allowed()) continue;
+#endif
         return build;
     }
     return nullptr;
 }
-#else
-static const Kernels* find(const char* wanted) {
-    const Kernels* build = kernels_generic();
-    return wanted && *wanted && strcmp(wanted, build->name) ? nullptr : build;
-}
-#endif
 
 }  // namespace foretell
 

@@ -29,6 +29,8 @@ static void wait_while(const std::atomic<Number>& value, Number old) {
         if (value.load(std::memory_order_acquire) != old) return;
 #if defined(__x86_64__)
         __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        __asm__ volatile("isb");  // takes about as long as x86's pause; `yield` takes none on most processors
 #endif
     }
     value.wait(old, std::memory_order_acquire);
