@@ -18,7 +18,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -288,33 +288,37 @@ def section_reference(args: argparse.Namespace) -> Any:
 
 
 def section_exactness(args: argparse.Namespace) -> Any:
-    """Compares ids, log-probabilities and cache bytes of three drafters with plain decoding's, in every setting."""
-    before = json.loads(RESULTS.read_text()).get("exactness", {}).get("result", {}) if RESULTS.exists() else {}
-    out = dict(before)
     for dtype in args.dtypes:
         llm = foretell.load(MODEL, dtype=dtype, weights="bf16")
-        prompts = [llm.encode(q) for q in args.prompts]
-        for temperature in (0.0, 1.0):
-            params = SamplingParams(max_new_tokens=args.new_tokens, temperature=temperature, seed=7, logprobs=0)
-            truth = transcript(llm, drafters.build("plain", llm.backbone), prompts, 1, params)
-            for name in ("prompt_lookup", "random", "forced", "plain"):
-                for rows in (1, 4):
-                    setting = f"{name} {dtype} T={temperature:g} batch {rows}"
-                    if setting in out or (name == "plain" and rows == 1):
-                        continue
-                    drafter: Drafter
-                    if name == "random":
-                        drafter = RandomTrees()
-                    elif name == "forced":
-                        drafter = ForcedTrees()
-                        drafter.answers = {tuple(p): t[0] for p, t in zip(prompts, truth, strict=True)}
-                    else:
-                        drafter = drafters.build(name, llm.backbone)
-                    began = time.perf_counter()
-                    got = transcript(llm, drafter, prompts, rows, params)
-                    out[setting] = compared(truth, got)
-                    print(setting, out[setting], f"{time.perf_counter() - began:.0f} s", flush=True)
-                    save("exactness", out)
+        out = exactness("exactness", args, llm, dtype, ("prompt_lookup", "random", "forced", "plain"))
+    return out
+
+
+def exactness(section: str, args: argparse.Namespace, llm: Any, dtype: str, names: Sequence[str]) -> dict[str, Any]:
+    """Compares ids, log-probabilities and cache bytes of drafters with plain decoding's; goes on where it was left."""
+    out: dict[str, Any] = dict(read().get(section, {}).get("result", {}))
+    prompts = [llm.encode(q) for q in args.prompts]
+    for temperature in (0.0, 1.0):
+        params = SamplingParams(max_new_tokens=args.new_tokens, temperature=temperature, seed=7, logprobs=0)
+        truth = transcript(llm, drafters.build("plain", llm.backbone), prompts, 1, params)
+        for name in names:
+            for rows in (1, 4):
+                setting = f"{name} {dtype} T={temperature:g} batch {rows}"
+                if setting in out or (name == "plain" and rows == 1):
+                    continue
+                drafter: Drafter
+                if name == "random":
+                    drafter = RandomTrees()
+                elif name == "forced":
+                    drafter = ForcedTrees()
+                    drafter.answers = {tuple(p): t[0] for p, t in zip(prompts, truth, strict=True)}
+                else:
+                    drafter = drafters.build(name, llm.backbone)
+                began = time.perf_counter()
+                got = transcript(llm, drafter, prompts, rows, params)
+                out[setting] = compared(truth, got)
+                print(setting, out[setting], f"{time.perf_counter() - began:.0f} s", flush=True)
+                save(section, out, shown=False)
     return out
 
 

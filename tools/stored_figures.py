@@ -1,0 +1,200 @@
+"""Measures what weights multiplied as they are stored cost and what they keep; writes docs/results/stored.json.
+
+    python tools/stored_figures.py steps|start|heads|exactness|quality MODEL [--questions FILE] [--every 5]
+
+steps: the cost of a step by nodes and keys. start: seconds to the first token and memory, in fresh processes. heads:
+tokens per step of the shipped heads, against the unpacked weights. exactness: ids, log-probabilities and cache bytes of
+drafters against plain decoding's. quality: perplexity of human texts (the references in FILE), and how often the most
+probable token is that of float32; with llama.cpp's on the same file, where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import core_figures as core
+import torch
+
+import foretell
+from foretell import drafters
+from foretell.api import LLM
+from foretell.backbone import assemble
+from foretell.backbone.base import Backbone
+from foretell.backbone.nodes import Nodes
+from foretell.backbone.step_costs import measure
+from foretell.bench.gguf_files import gguf_file
+from foretell.bench.peers import environment
+from foretell.engine import SpeculativeDecoder
+from foretell.loading import resolve
+from foretell.requests import SamplingParams
+
+RESULTS = Path(core.__file__).parents[1] / "docs/results/stored.json"
+HEADS = ("medusa", "hydra", "hydra++", "kangaroo")
+
+
+def section_steps(args: argparse.Namespace) -> Any:
+    """Sizes take turns; medians of rounds."""
+    backbone = assemble(resolve(args.model, weights="stored").path, dtype="bf16")
+    costs = measure(backbone, (1,), (100, 300, 1000, 2000), (1, 2, 4, 8, 16, 32), repeats=args.repeats)
+    return {
+        "arithmetic": f"{backbone.kernels}, {backbone.quantized}",
+        "steps": {
+            keys: {
+                "ms": {size: round(value * 1e3, 2) for size, value in seconds.items()},
+                "relative": {size: round(value / seconds[1], 2) for size, value in seconds.items()},
+            }
+            for keys, seconds in costs.seconds[1].items()
+        },
+    }
+
+
+def section_start(args: argparse.Namespace) -> Any:
+    """A warm start (the packed weights lie in their file) to the first token, and memory after 500 tokens."""
+    code = f"""import json, resource, time, torch; began = time.perf_counter(); import foretell
+llm = foretell.load({args.model!r}); loaded = time.perf_counter()
+next(llm.stream("Why is the sky blue?")); first = time.perf_counter()
+llm.generate("Write a long story.", max_new_tokens=500, ignore_eos=True)
+held = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+print(json.dumps([loaded - began, first - began, held, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))"""
+
+    def run() -> list[float]:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        result: list[float] = json.loads(done.stdout.splitlines()[-1])
+        return result
+
+    run()
+    loaded, first, held, peak = (median(values) for values in zip(*(run() for _ in range(3)), strict=True))
+    return {
+        "loaded_seconds_beyond_torch": round(loaded, 2), "first_token_seconds_beyond_torch": round(first, 2),
+        "resident_mb_after_500_tokens": round(held / 1e6), "peak_resident_mb": round(peak / 1e6),
+    }  # fmt: skip
+
+
+def section_heads(args: argparse.Namespace) -> Any:
+    params, steps = SamplingParams(max_new_tokens=args.new_tokens), dict[str, dict[str, float]]()
+    for weights in ("bf16", "stored"):
+        llm = foretell.load(args.model, weights=weights)
+        prompts = [llm.encode(question) for question in args.prompts]
+        for name in HEADS:
+            steps.setdefault(name, {})[weights] = round(tokens_per_step(llm, name, prompts, params), 4)
+            print(weights, name, steps[name][weights], flush=True)
+    return {name: each | {"ratio": round(each["stored"] / each["bf16"], 4)} for name, each in steps.items()}
+
+
+def tokens_per_step(llm: LLM, name: str, prompts: list[list[int]], params: SamplingParams) -> float:
+    """Decodes with trees of 16 nodes, whatever they cost."""
+    decoder = SpeculativeDecoder(
+        llm.backbone, drafters.build(f"{name}:nodes=16", llm.backbone), llm.tokenizer, adapt=False
+    )
+    tokens = steps = 0
+    for prompt in prompts:
+        decoder.submit(prompt, params)
+        while decoder.busy:
+            for event in decoder.step():
+                tokens += len(event.tokens)
+                if event.statistics:
+                    steps += event.statistics.steps
+    return tokens / steps
+
+
+def section_exactness(args: argparse.Namespace) -> Any:
+    heads = HEADS if args.model == core.MODEL else ()
+    names = ("prompt_lookup", "random", "forced", "plain", *heads)
+    return core.exactness(f"exactness {args.model}", args, foretell.load(args.model), "stored", names)
+
+
+# -- quality ---------------------------------------------------------------------------------------------------------
+
+LISTED = 1000
+LLAMA_CPP = """import json, sys, xllamacpp
+gguf, threads, context, listed, texts = json.load(sys.stdin)
+params = xllamacpp.CommonParams()
+params.model.path, params.n_parallel, params.n_ctx = gguf, 1, context
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+params.verbosity = -1
+server = xllamacpp.Server(params)
+for tokens, start in texts:
+    for end in range(start, len(tokens)):
+        kept = []
+        server.handle_completions({"prompt": tokens[:end], "max_tokens": 1, "temperature": 0, "cache_prompt": True,
+                                   "n_probs": listed, "stream": False, "verbose": True}, kept.append)
+        found = kept[0]["__verbose"]["completion_probabilities"][0]["top_logprobs"]
+        log_p = {each["id"]: each["logprob"] for each in found}
+        print(json.dumps([log_p.get(tokens[end]), max(log_p, key=log_p.get)]), flush=True)
+"""
+
+
+def section_quality(args: argparse.Namespace) -> Any:
+    """Every text's first `--new-tokens` tokens; with llama.cpp, the `LISTED` most probable ones count."""
+    llm = foretell.load(args.model, weights="stored")
+    records = [json.loads(line) for line in args.questions.read_text().splitlines()]
+    references = [text for record in records for text in (record.get("reference") or [])[:1] if isinstance(text, str)]
+    texts = [llm.encode(text, raw=True)[: args.new_tokens] for text in references if len(text) > 200]
+    texts = texts[:: args.every][: args.limit]
+    found = {"stored": scored(llm.backbone, texts)}
+    found["float32"] = scored(assemble(resolve(args.model, weights="fp32").path, dtype="fp32"), texts)
+    if environment("llama.cpp").exists():
+        found["llama.cpp"] = scored_by_llama_cpp(args.model, llm, texts)
+        counted = [log_p is not None for log_p, _ in found["llama.cpp"]]
+        found = {
+            name: [pair for pair, counts in zip(each, counted, strict=True) if counts] for name, each in found.items()
+        }
+    best = [token for _, token in found["float32"]]
+    return {"tokens": len(best), "texts": len(texts)} | {
+        name: {
+            "perplexity": round(math.exp(-sum(log_p for log_p, _ in each) / len(each)), 4),
+            "agrees_with_float32": round(sum(a == b for (_, a), b in zip(each, best, strict=True)) / len(best), 4),
+        }
+        for name, each in found.items()
+    }
+
+
+def scored(backbone: Backbone, texts: list[list[int]]) -> list[tuple[float, int]]:
+    """Returns for every token but a text's first its log-probability, and the most probable one."""
+    out = []
+    for tokens in texts:
+        nodes = Nodes.chains([0], [0], [len(tokens) - 1])
+        states_Md = backbone.forward(torch.tensor(tokens[:-1]), nodes, backbone.new_cache(1, len(tokens)))
+        log_p_MV = backbone.logits(states_Md).log_softmax(-1)
+        told_M = log_p_MV.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+        out += list(zip(told_M.tolist(), log_p_MV.argmax(1).tolist(), strict=True))
+    return out
+
+
+def scored_by_llama_cpp(model: str, llm: LLM, texts: list[list[int]]) -> list[tuple[float, int]]:
+    gguf = gguf_file(llm.folder, "q4_1")
+    asked = [str(gguf), llm.backbone.threads, 1024, LISTED, [(tokens, 1) for tokens in texts]]
+    with subprocess.Popen(
+        [environment("llama.cpp"), "-c", LLAMA_CPP], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as peer:
+        assert peer.stdin and peer.stdout
+        json.dump(asked, peer.stdin)
+        peer.stdin.close()
+        return [tuple(json.loads(line)) for line in peer.stdout if line.startswith("[")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sections = {name[8:]: function for name, function in globals().items() if name.startswith("section_")}
+    parser.add_argument("section", choices=sections)
+    parser.add_argument("model")
+    parser.add_argument("--questions", type=Path)
+    parser.add_argument("--every", type=int, default=5)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=25)
+    args = parser.parse_args()
+    args.prompts = core.load_questions(args.questions, args.every, args.limit) if args.questions else []
+    core.RESULTS = RESULTS
+    core.save(f"{args.section} {args.model}", sections[args.section](args))
+
+
+if __name__ == "__main__":
+    main()
