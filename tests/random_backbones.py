@@ -260,3 +260,21 @@ def prefilled(backbone: Backbone, tokens: Tensor | list[int]) -> tuple[KVCache, 
 def same(a: Tensor, b: Tensor) -> bool:
     """Equal bits; NaN equals nothing."""
     return a.shape == b.shape and bool((a == b).all())
+
+
+def nodes_compute_what_they_do_alone(
+    kernel: str, model: Model, dtype: torch.dtype, batch: Batch, chunk: int, threads: int
+) -> None:
+    """Asserts that each node of a batch of trees leaves the bits that it leaves token by token, in a row of its own."""
+    backbone, single = model.build(kernel, dtype, threads), model.build(kernel, dtype, 1)
+    cache, hidden = batch.together(backbone, chunk)
+    logits = [backbone.logits(backbone.norm(states)) for states in hidden]
+    for row, slot in enumerate(batch.slots):
+        length = batch.lengths[row]
+        for path, alone, streams in batch.alone(single, row):
+            assert same(hidden[row][path], streams)
+            assert same(logits[row][path[-1]], single.logits(single.norm(streams[-1:]))[0])
+            seats = [*range(length), *(length + node for node in path)]
+            keys, values = cache.room(slot)
+            assert same(keys[:, :, seats], alone.read(0)[0])
+            assert same(values[:, :, seats], alone.read(0)[1])

@@ -28,6 +28,7 @@ from random_backbones import (
     build,
     check,
     models,
+    nodes_compute_what_they_do_alone,
     one_by_one,
     prefilled,
     run,
@@ -55,21 +56,19 @@ LLAMA = Model({"model_type": "llama", **DIMENSIONS})
 @every_kernel
 def test_a_node_in_a_batch_of_trees_computes_what_it_does_alone(kernel: str) -> None:
     def holds(model: Model, dtype: torch.dtype, batch: Batch, chunk: int, threads: int) -> None:
-        backbone, single = model.build(kernel, dtype, threads), model.build(kernel, dtype, 1)
-        cache, hidden = batch.together(backbone, chunk)
-        logits = [backbone.logits(backbone.norm(states)) for states in hidden]
-        for row, slot in enumerate(batch.slots):
-            length = batch.lengths[row]
-            for path, alone, streams in batch.alone(single, row):
-                assert same(hidden[row][path], streams)
-                assert same(logits[row][path[-1]], single.logits(single.norm(streams[-1:]))[0])
-                seats = [*range(length), *(length + node for node in path)]
-                keys, values = cache.room(slot)
-                assert same(keys[:, :, seats], alone.read(0)[0])
-                assert same(values[:, :, seats], alone.read(0)[1])
+        nodes_compute_what_they_do_alone(kernel, model, dtype, batch, chunk, threads)
 
     chunks = st.sampled_from([1, 3, 16, 33, 1000])
     check(kernel, 30, holds, models(), DTYPES, batches(), chunks, st.sampled_from([1, 2]))
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_tree_may_be_deeper_than_the_window(kernel: str, dtype: torch.dtype, threads: int) -> None:
+    model = Model({"model_type": "mistral", **DIMENSIONS, "sliding_window": 1})
+    tree = TokenTree((-1, 0, 0, *range(2, 36)))  # below node 2 no key that is seen lies at the index of its slot
+    nodes_compute_what_they_do_alone(kernel, model, dtype, Batch([tree], [30], [0]), 1000, threads)
 
 
 @every_kernel

@@ -288,6 +288,7 @@ def section_reference(args: argparse.Namespace) -> Any:
 
 
 def section_exactness(args: argparse.Namespace) -> Any:
+    """Three drafters, in every number type."""
     for dtype in args.dtypes:
         llm = foretell.load(MODEL, dtype=dtype, weights="bf16")
         out = exactness("exactness", args, llm, dtype, ("prompt_lookup", "random", "forced", "plain"))

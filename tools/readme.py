@@ -14,6 +14,7 @@ import layer_tables
 import training_speed
 from breadth_tables import digest
 
+from foretell.bench.peers import PEERS
 from foretell.bench.report import facts, main_table, markdown_table, sections
 from foretell.bench.results import read_results
 
@@ -33,7 +34,20 @@ def measured(folder: Path) -> list[str]:
         lines += [f"{title}:", ""]
         lines += [*markdown_table(*main_table(rows, results["limits"])), ""]
         lines += drafting(rows)
-    return lines
+    return lines + reading(results)
+
+
+def reading(results: dict[str, Any]) -> list[str]:
+    """Returns how fast prompts were read, where a peer says so too."""
+    read: dict[str, list[float]] = {}
+    for answer in results["requests"]:
+        if answer["contender"] in ("plain", *PEERS) and answer.get("prefill_seconds"):
+            tokens, seconds = read.setdefault(answer["contender"], [0, 0])
+            read[answer["contender"]] = [tokens + answer["prompt_tokens"], seconds + answer["prefill_seconds"]]
+    if len(read) < 2:
+        return []
+    rates = (f"{name} {tokens / seconds:,.0f}" for name, (tokens, seconds) in read.items())
+    return [f"Prompts are read at so many tokens a second, at batch 1 and all together: {', '.join(rates)}.", ""]
 
 
 def drafting(rows: list[dict[str, Any]]) -> list[str]:
@@ -97,6 +111,57 @@ def startup(r: dict[str, Any]) -> str:
     first, peak = r["first_token_seconds_from_process_start"], r["peak_memory_gb"]
     return f"From process start to the first token {first} s; peak memory {peak} GB."
 
+
+def stored(results: dict[str, Any]) -> list[str]:
+    """Returns the figures of weights that are multiplied as they are stored, model by model."""
+    lines = []
+    for name in dict.fromkeys(key.split()[1] for key in results):
+        found = {key.split()[0]: value["result"] for key, value in results.items() if key.split()[1] == name}
+        parts = [STORED[key](found[key]) for key in STORED if key in found]
+        lines.append(f"- {name}: {' '.join(parts)}")
+    machines = dict.fromkeys(value["machine"] for value in results.values())
+    return [
+        f"Weights as stored, on {'; '.join(machines)} (docs/results/stored.json has commands and commits):",
+        "",
+        *lines,
+        "",
+    ]
+
+
+def stored_start(r: dict[str, Any]) -> str:
+    return (
+        f"The first token comes {r['first_token_seconds_beyond_torch']} s after PyTorch is imported; "
+        f"{r['resident_mb_after_500_tokens']:,} MB are resident after 500 tokens."
+    )
+
+
+def stored_steps(r: dict[str, Any]) -> str:
+    costs = (
+        f"{keys} keys " + ", ".join(f"{size} nodes {each['relative'][size]}" for size in ("4", "8", "16"))
+        for keys, each in r["steps"].items()
+    )
+    return f"A step relative to one node: {'; '.join(costs)}."
+
+
+def stored_quality(r: dict[str, Any]) -> str:
+    return (
+        f"Perplexity of {r['tokens']} tokens of human texts: {r['stored']['perplexity']:.2f}, in float32 "
+        f"{r['float32']['perplexity']:.2f}, llama.cpp's {r['llama.cpp']['perplexity']:.2f}; "
+        f"{r['stored']['agrees_with_float32']:.1%} of the most probable tokens are those of float32 "
+        f"(llama.cpp: {r['llama.cpp']['agrees_with_float32']:.1%})."
+    )
+
+
+def stored_heads(r: dict[str, Any]) -> str:
+    kept = ", ".join(f"{name} {each['ratio']:.3f}" for name, each in r.items())
+    return f"Tokens per step of heads trained on the unpacked model, against those on it: {kept}."
+
+
+STORED: dict[str, Callable[[dict[str, Any]], str]] = {
+    "start": stored_start, "steps": stored_steps, "quality": stored_quality, "heads": stored_heads,
+    "exactness": exactness,
+}  # fmt: skip
+"""Section of stored.json -> its sentence."""
 
 SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
     "exactness": exactness, "machine": plain_step, "step": step, "batch": batch, "startup": startup,
@@ -274,7 +339,8 @@ def pages() -> dict[Path, str]:
     every = sorted(path.parent for path in folder.glob("*/results.json"))
     blocks = {
         ROOT / "README.md": [
-            *head, *measured(folder / "bench"),
+            *head, *(line for name in ("stored", "stored_coder") for line in measured(folder / name)),
+            *stored(_json(folder / "stored.json")),
             *(line for name, model in HEADS.items() for line in fastest(model, _json(folder / name))),
             "", "How each method does by tree size, and how its heads were made: [docs/training.md](docs/training.md).",
             "",

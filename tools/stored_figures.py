@@ -191,6 +191,8 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=25)
     args = parser.parse_args()
+    if args.section in ("heads", "exactness", "quality") and not args.questions:
+        parser.error(f"{args.section} needs --questions FILE.")
     args.prompts = core.load_questions(args.questions, args.every, args.limit) if args.questions else []
     core.RESULTS = RESULTS
     core.save(f"{args.section} {args.model}", sections[args.section](args))
