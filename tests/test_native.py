@@ -387,3 +387,19 @@ thread.join()
 print(same(batch.together(backbone)[1][0], before))
 """)
     assert found.split() == ["0"] * 5 + ["True"]
+
+
+def test_threads_that_share_a_core_become_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two on one core hold each other up at every barrier; alone, one of them computes the same."""
+    monkeypatch.delenv("FORETELL_ALL_THREADS")
+    shown = outcome("""
+from foretell.backbone.cpu import library
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+backbone, ids = model(num_hidden_layers=8).build(threads=2), torch.arange(40)
+before, steps = prefilled(backbone, ids)[1], 0
+while library.require().foretell_room() > 1 and steps < 20_000:
+    prefilled(backbone, ids)
+    steps += 1
+print(library.require().foretell_room(), same(prefilled(backbone, ids)[1], before))
+""")
+    assert shown.split() == ["1", "True"]

@@ -152,6 +152,13 @@ def stored_quality(r: dict[str, Any]) -> str:
     )
 
 
+def stored_busy(r: dict[str, Any]) -> str:
+    return (
+        f"Beside a process that keeps a core busy a plain step takes {r['busy']} of its time "
+        f"({r['busy_with_all_threads']} if no thread gives way)."
+    )
+
+
 def stored_heads(r: dict[str, Any]) -> str:
     kept = ", ".join(f"{name} {each['ratio']:.3f}" for name, each in r.items())
     return f"Tokens per step of heads trained on the unpacked model, against those on it: {kept}."
@@ -159,7 +166,7 @@ def stored_heads(r: dict[str, Any]) -> str:
 
 STORED: dict[str, Callable[[dict[str, Any]], str]] = {
     "start": stored_start, "steps": stored_steps, "quality": stored_quality, "heads": stored_heads,
-    "exactness": exactness,
+    "busy": stored_busy, "exactness": exactness,
 }  # fmt: skip
 """Section of stored.json -> its sentence."""
 

@@ -1,11 +1,12 @@
 """Measures what weights multiplied as they are stored cost and what they keep; writes docs/results/stored.json.
 
-    python tools/stored_figures.py steps|start|heads|exactness|quality MODEL [--questions FILE] [--every 5]
+    python tools/stored_figures.py steps|start|busy|heads|exactness|quality MODEL [--questions FILE] [--every 5]
 
-steps: the cost of a step by nodes and keys. start: seconds to the first token and memory, in fresh processes. heads:
-tokens per step of the shipped heads, against the unpacked weights. exactness: ids, log-probabilities and cache bytes of
-drafters against plain decoding's. quality: perplexity of human texts (the references in FILE), and how often the most
-probable token is that of float32; with llama.cpp's on the same file, where it is installed.
+steps: the cost of a step by nodes and keys. start: seconds to the first token and memory, in fresh processes. busy:
+what a step takes beside another process, relative to a quiet one. heads: tokens per step of the shipped heads, against the
+unpacked weights. exactness: ids, log-probabilities and cache bytes of drafters against plain decoding's. quality:
+perplexity of human texts (the references in FILE), and how often the most probable token is that of float32; with
+llama.cpp's on the same file, where it is installed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +76,41 @@ print(json.dumps([loaded - began, first - began, held, resource.getrusage(resour
     return {
         "loaded_seconds_beyond_torch": round(loaded, 2), "first_token_seconds_beyond_torch": round(first, 2),
         "resident_mb_after_500_tokens": round(held / 1e6), "peak_resident_mb": round(peak / 1e6),
+    }  # fmt: skip
+
+
+def section_busy(args: argparse.Namespace) -> Any:
+    """Plain steps at 300 keys beside a process that keeps a core busy: with threads that give way, and with all."""
+    code = f"""import statistics, time, torch
+from foretell.backbone import Nodes, assemble
+from foretell.loading import resolve
+backbone = assemble(resolve({args.model!r}, weights="stored").path, dtype="bf16")
+cache, seconds = backbone.new_cache(1, 400), []
+backbone.forward(torch.arange(300), Nodes.chains([0], [0], [300]), cache)
+cache.commit([0], [range(300)])
+for _ in range(300):
+    began = time.perf_counter()
+    backbone.argmax(backbone.norm(backbone.forward(torch.tensor([5]), Nodes.chains([0], [300], [1]), cache)))
+    seconds.append(time.perf_counter() - began)
+print(statistics.mean(seconds))"""
+
+    def run(busy: bool, **variables: str) -> float:
+        other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | variables
+            )
+        finally:
+            if other:
+                other.kill()
+                other.wait()
+        return float(done.stdout)
+
+    runs = [(run(False), run(True), run(True, FORETELL_ALL_THREADS="1")) for _ in range(3)]
+    quiet, busy, all_threads = (median(each) for each in zip(*runs, strict=True))
+    return {
+        "quiet_ms": round(quiet * 1e3, 2), "busy": round(busy / quiet, 2),
+        "busy_with_all_threads": round(all_threads / quiet, 2),
     }  # fmt: skip
 
 

@@ -217,6 +217,7 @@ def loaded() -> ctypes.CDLL | None:
     lib.foretell_name.restype, lib.foretell_name.argtypes = ctypes.c_char_p, [c_void_p]
     lib.foretell_format.restype, lib.foretell_format.argtypes = c_int64, [c_void_p, ctypes.c_char_p]
     lib.foretell_message.restype = lib.foretell_last_build.restype = ctypes.c_char_p
+    lib.foretell_room.restype = ctypes.c_int64
     for name, kinds in CALLS.items():
         getattr(lib, f"foretell_{name}").argtypes = [KINDS[kind] for kind in kinds]
     return lib

@@ -186,8 +186,10 @@ void run_prefix_layer(const Kernels& build, const Model& model, const Cache& cac
 void grow(const Kernels& build, const LevelDrafting& drafting, const LevelRequest& request, int bf16);
 void grow_through_layers(const Kernels& build, const LowerLayers& lower, const DraftRequest& request, int bf16);
 
-// How many of so many threads there are: fewer where the system starts no more. Never more than kMaxThreads - 1.
+// How many of so many threads there are: fewer where the system starts no more, or has no room for them at present. Never
+// more than kMaxThreads - 1.
 int64_t recruit(int64_t threads);
+int64_t room();
 // Runs body(context, thread) on `threads` threads, which `recruit` has promised, and waits; `wait` inside a body is a
 // barrier of all of them. What a body throws ends the other bodies at their next barrier, and is thrown again here.
 void parallel(int64_t threads, void (*body)(void*, int64_t), void* context);

@@ -156,6 +156,8 @@ int64_t foretell_format(const Kernels* build, const char* name) { return build->
 // The name of the build whose code the last call ran: for tests.
 const char* foretell_last_build() { return last; }
 const char* foretell_message() { return message; }
+// How many threads the machine has room for at present: for tests.
+int64_t foretell_room() { return room(); }
 
 // All others return what `guarded` says, and may have written anything to their outputs where that is not 0.
 

@@ -5,12 +5,14 @@
 // nothing in a step may call on it.
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <csignal>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <new>
 #include <pthread.h>
+#include <sys/resource.h>
 #include <system_error>
 #include <thread>
 #include <utility>
@@ -63,7 +65,41 @@ void wait(int64_t threads) {
     rounds.notify_all();
 }
 
+// How often this thread had to leave its core to another.
+static int64_t times_lost() {
+#ifdef RUSAGE_THREAD
+    rusage used;
+    if (!getrusage(RUSAGE_THREAD, &used)) return used.ru_nivcsw;
+#endif
+    return 0;
+}
+
+// How many threads the machine has room for. Where another process runs, one of the team has no core to itself: the others
+// wait for it at every barrier, and all are slower than one thread less would be. So threads that lose their cores often are
+// fewer from then on; after a while one more is tried, at first after a second, then after twice as long each time.
+struct Room {
+    static constexpr double kWindow = 0.02, kOften = 500, kLongest = 64;  // seconds; times a second; seconds
+
+    std::atomic<int64_t> most{kMaxThreads}, lost{0};
+    double seconds = 0, kept = 0, pause = 0.5;
+    const bool fixed = getenv("FORETELL_ALL_THREADS") != nullptr;
+
+    void add(int64_t count, double took) {
+        seconds += took;
+        if (fixed || count > most || seconds < kWindow) return;
+        bool crowded = lost.exchange(0) > kOften * seconds;
+        kept += std::exchange(seconds, 0.0);
+        if (crowded && count > 1)
+            most = count - 1, pause = std::min(2 * pause, kLongest), kept = 0;
+        else if (count == most && kept > pause)
+            most = most + 1, kept = 0;
+        else if (count < most && kept > pause)
+            pause = 0.5;
+    }
+};
+
 struct Team {
+    Room room;
     // `round` counts in steps of kMaxThreads; the rest is how many threads the round wants. One number, so that a
     // thread that wakes late for a round that went on without it cannot take the next round's threads for this one's;
     // of 64 bits, so that it never comes round to what a sleeping thread saw last.
@@ -77,8 +113,10 @@ struct Team {
 
     // No exception may leave a thread. Those of the others waiting at the barrier follow from the first, which counts.
     void run_body(int id) {
+        int64_t before = times_lost();
         try {
             body(context, id);
+            room.lost += times_lost() - before;
         } catch (...) {
             {
                 std::lock_guard<std::mutex> lock(failing);
@@ -143,13 +181,20 @@ std::mutex one_call;           // see threads.h
     });
 
 int64_t recruit(int64_t threads) {
-    return threads <= 1 ? 1 : team->recruit((int)std::min<int64_t>(threads, kMaxThreads - 1));
+    threads = std::min<int64_t>({threads, room(), kMaxThreads - 1});
+    return threads <= 1 ? 1 : team->recruit((int)threads);
 }
 
 void parallel(int64_t threads, void (*body)(void*, int64_t), void* context) {
-    if (threads == 1) return body(context, 0);
-    team->run((int)threads, body, context);
+    auto began = std::chrono::steady_clock::now();
+    if (threads == 1)
+        body(context, 0);
+    else
+        team->run((int)threads, body, context);
+    team->room.add(threads, std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
 }
+
+int64_t room() { return team->room.most; }
 
 void* scratch(int64_t thread, Purpose purpose, int64_t bytes) {
     static struct { void* data; int64_t bytes; } blocks[kMaxThreads][kPurposes];
