@@ -3,8 +3,8 @@
     python tools/stored_figures.py steps|start|busy|heads|exactness|quality MODEL [--questions FILE] [--every 5]
 
 steps: the cost of a step by nodes and keys. start: seconds to the first token and memory, in fresh processes. busy:
-what a step takes beside another process, relative to a quiet one. heads: tokens per step of the shipped heads, against the
-unpacked weights. exactness: ids, log-probabilities and cache bytes of drafters against plain decoding's. quality:
+what a step takes beside another process, relative to a quiet one. heads: tokens per step of the shipped heads, against
+the unpacked weights. exactness: ids, log-probabilities and cache bytes of drafters against plain decoding's. quality:
 perplexity of human texts (the references in FILE), and how often the most probable token is that of float32; with
 llama.cpp's on the same file, where it is installed.
 """
