@@ -127,9 +127,7 @@ def section_heads(args: argparse.Namespace) -> Any:
 
 def tokens_per_step(llm: LLM, name: str, prompts: list[list[int]], params: SamplingParams) -> float:
     """Decodes with trees of 16 nodes, whatever they cost."""
-    decoder = SpeculativeDecoder(
-        llm.backbone, drafters.build(f"{name}:nodes=16", llm.backbone), llm.tokenizer, adapt=False
-    )
+    decoder = SpeculativeDecoder(llm.backbone, drafters.build(name, llm.backbone, nodes=16), llm.tokenizer, adapt=False)
     tokens = steps = 0
     for prompt in prompts:
         decoder.submit(prompt, params)
