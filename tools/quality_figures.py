@@ -25,13 +25,19 @@ from foretell.bench.quality import judge
 from foretell.bench.suites import SUMS, load_suite
 
 
-def log_p_and_best(backbone: Backbone, tokens: list[int], start: int) -> tuple[float, int]:
-    """Returns the sum of the log-probabilities of tokens[start:], and how many of them are the most probable ones."""
+def scored(backbone: Backbone, tokens: list[int], start: int = 1) -> list[tuple[float, int]]:
+    """Returns for each of tokens[start:] its log-probability, and the most probable token in its place."""
     nodes = Nodes.chains([0], [0], [len(tokens) - 1])
     states_Md = backbone.forward(torch.tensor(tokens[:-1]), nodes, backbone.new_cache(1, len(tokens)))
     log_p_PV = backbone.logits(states_Md[start - 1 :]).log_softmax(-1)
     told_P = torch.tensor(tokens[start:], device=log_p_PV.device)
-    return float(log_p_PV.gather(1, told_P[:, None]).sum()), int((log_p_PV.argmax(1) == told_P).sum())
+    return list(zip(log_p_PV.gather(1, told_P[:, None])[:, 0].tolist(), log_p_PV.argmax(1).tolist(), strict=True))
+
+
+def log_p_and_best(backbone: Backbone, tokens: list[int], start: int) -> tuple[float, int]:
+    """Returns the sum of the log-probabilities of tokens[start:], and how many of them are the most probable ones."""
+    found = scored(backbone, tokens, start)
+    return math.fsum(log_p for log_p, _ in found), sum(a == b for (_, a), b in zip(found, tokens[start:], strict=True))
 
 
 def figures(llm: LLM, texts: dict[str, list[tuple[list[int], int]]]) -> dict[str, float]:

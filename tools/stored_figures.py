@@ -22,14 +22,12 @@ from statistics import median
 from typing import Any
 
 import core_figures as core
-import torch
+from quality_figures import scored
 
 import foretell
 from foretell import drafters
 from foretell.api import LLM
 from foretell.backbone import assemble
-from foretell.backbone.base import Backbone
-from foretell.backbone.nodes import Nodes
 from foretell.backbone.step_costs import measure
 from foretell.bench.gguf_files import gguf_file
 from foretell.bench.peers import environment
@@ -155,8 +153,8 @@ params.model.path, params.n_parallel, params.n_ctx = gguf, 1, context
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
 params.verbosity = -1
 server = xllamacpp.Server(params)
-for tokens, start in texts:
-    for end in range(start, len(tokens)):
+for tokens in texts:
+    for end in range(1, len(tokens)):
         kept = []
         server.handle_completions({"prompt": tokens[:end], "max_tokens": 1, "temperature": 0, "cache_prompt": True,
                                    "n_probs": listed, "stream": False, "verbose": True}, kept.append)
@@ -173,10 +171,13 @@ def section_quality(args: argparse.Namespace) -> Any:
     references = [text for record in records for text in (record.get("reference") or [])[:1] if isinstance(text, str)]
     texts = [llm.encode(text, raw=True)[: args.new_tokens] for text in references if len(text) > 200]
     texts = texts[:: args.every][: args.limit]
-    found = {"stored": scored(llm.backbone, texts)}
-    found["float32"] = scored(assemble(resolve(args.model, weights="fp32").path, dtype="fp32"), texts)
+    exact = assemble(resolve(args.model, weights="fp32").path, dtype="fp32")
+    found = {
+        name: [pair for tokens in texts for pair in scored(backbone, tokens)]
+        for name, backbone in (("stored", llm.backbone), ("float32", exact))
+    }
     if environment("llama.cpp").exists():
-        found["llama.cpp"] = scored_by_llama_cpp(args.model, llm, texts)
+        found["llama.cpp"] = scored_by_llama_cpp(llm, texts)
         counted = [log_p is not None for log_p, _ in found["llama.cpp"]]
         found = {
             name: [pair for pair, counts in zip(each, counted, strict=True) if counts] for name, each in found.items()
@@ -191,21 +192,9 @@ def section_quality(args: argparse.Namespace) -> Any:
     }
 
 
-def scored(backbone: Backbone, texts: list[list[int]]) -> list[tuple[float, int]]:
-    """Returns for every token but a text's first its log-probability, and the most probable one."""
-    out = []
-    for tokens in texts:
-        nodes = Nodes.chains([0], [0], [len(tokens) - 1])
-        states_Md = backbone.forward(torch.tensor(tokens[:-1]), nodes, backbone.new_cache(1, len(tokens)))
-        log_p_MV = backbone.logits(states_Md).log_softmax(-1)
-        told_M = log_p_MV.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
-        out += list(zip(told_M.tolist(), log_p_MV.argmax(1).tolist(), strict=True))
-    return out
-
-
-def scored_by_llama_cpp(model: str, llm: LLM, texts: list[list[int]]) -> list[tuple[float, int]]:
+def scored_by_llama_cpp(llm: LLM, texts: list[list[int]]) -> list[tuple[float, int]]:
     gguf = gguf_file(llm.folder, "q4_1")
-    asked = [str(gguf), llm.backbone.threads, 1024, LISTED, [(tokens, 1) for tokens in texts]]
+    asked = [str(gguf), llm.backbone.threads, 1024, LISTED, texts]
     with subprocess.Popen(
         [environment("llama.cpp"), "-c", LLAMA_CPP], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as peer:
