@@ -31,13 +31,18 @@ texts = st.lists(st.integers(0, 3), min_size=1, max_size=40)
 
 
 def places(tokens: list[int], longest: int, shortest: int, count: int) -> list[tuple[int, int]]:
-    """(where to copy from, tokens that match before it): longest matches first, then the latest."""
+    """(where to copy from, tokens that match before it): longest matches first, then the latest.
+
+    Matches are told apart as far as the table does, but for the choice of places as far as `longest` alone.
+    """
     found = []
     for at in range(1, len(tokens)):
-        match = next((n for n in range(min(at, longest), 0, -1) if tokens[at - n : at] == tokens[-n:]), 0)
+        lengths = (n for n in range(min(at, len(FOLLOWS)), 0, -1) if tokens[at - n : at] == tokens[-n:])
+        match = next(lengths, 0)
         if match >= shortest:
             found.append((at, match))
-    return sorted(found, key=lambda each: (-each[1], -each[0]))[:count]
+    chosen = sorted(found, key=lambda each: (-min(each[1], longest), -each[0]))[:count]
+    return sorted(chosen, key=lambda each: -each[1])
 
 
 def every_guess(tokens: list[int], lookup: PromptLookup) -> dict[tuple[int, ...], float]:

@@ -90,11 +90,12 @@ def test_where_no_tree_pays_lookup_still_guesses() -> None:
 
 
 def test_as_many_guesses_as_earn_the_most_tokens_for_their_price() -> None:
-    values = [1.0, 0.8, 0.6, 0.5, 0.1]
-    assert most_paying(values, [1.0] * 5) == 5
-    assert most_paying(values, [1.0, 1.1, 1.3, 1.7, 2.0]) == 3  # 1.8 / 1.1, 2.4 / 1.3, 2.9 / 1.7
-    assert most_paying(values, [1.0, 2.0, 3.0, 4.0, 5.0]) == 1
-    assert most_paying([1.0], [1.0]) == 1
+    values = [0.8, 0.6, 0.5, 0.1]
+    assert most_paying(1, values, [1.0] * 5) == 4
+    assert most_paying(1, values, [1.0, 1.1, 1.3, 1.7, 2.0]) == 2  # 1.8 / 1.1, 2.4 / 1.3, 2.9 / 1.7
+    assert most_paying(1, values, [1.0, 2.0, 3.0, 4.0, 5.0]) == 0
+    assert most_paying(4, values, [1.0, 1.1, 1.3, 1.7, 2.0]) == 1  # of four rows: 4.8 / 1.1, 5.4 / 1.3
+    assert most_paying(1, [], [1.0]) == 0
 
 
 @pytest.mark.parametrize(
@@ -129,6 +130,18 @@ def test_a_larger_batch_pays_for_fewer_guesses(cache: Path) -> None:
     assert drafted == sorted(drafted, reverse=True)
     assert drafted[0] == 5
     assert drafted[-1] == 0
+
+
+def test_a_row_that_repeats_itself_has_the_guesses_of_those_that_do_not() -> None:
+    def drafted(*texts: Sequence[int]) -> list[int]:
+        lookup = PromptLookup(prices=lambda rows, context: [1.0] * 6 + [9.0] * 60)
+        lines = [Line(list(text), slot=slot) for slot, text in enumerate(texts)]
+        lookup.reset(lines)
+        return [len(tokens) - 1 for tokens in lookup.draft(lines).tokens]
+
+    silent = range(30, 42)
+    assert drafted(TEXT, TEXT, TEXT, TEXT) == [2, 1, 1, 1]
+    assert drafted(silent, TEXT, silent, silent) == [0, 5, 0, 0]
 
 
 def test_a_merged_tree_is_as_large_as_what_pays_of_either() -> None:

@@ -53,8 +53,10 @@ def recommend(backbone: Backbone) -> Recommendation:
     costs = known or StepCosts({1: {CONTEXT: USUAL}})
     plain = costs.of(1, CONTEXT, 1)
     usual = {method: drafter_class(method).usual_cost * plain for method in folders}
-    slower = median([costs.drafting[method] / usual[method] for method in folders if method in costs.drafting] or [1.0])
-    drafting = {method: costs.drafting.get(method, slower * usual[method]) for method in folders}
+    measured = {method: costs.drafting_of(method, 1, CONTEXT) for method in folders}
+    drafting = {method: seconds for method, seconds in measured.items() if seconds is not None}
+    slower = median([seconds / usual[method] for method, seconds in drafting.items()] or [1.0])
+    drafting = {method: slower * usual[method] for method in folders} | drafting
 
     def gain(method: str) -> float:
         rates = costs.rates(1, CONTEXT, tokens_per_step(folders[method]), drafting[method])

@@ -37,6 +37,8 @@ FIRST_NODES, FIRST_CONTEXT = (1, 16, 4, 8), 256
 """Sizes that a first reading times, in this order: the first two always, the others as time allows."""
 FIRST_ROUNDS, FIRST_SECONDS = 5, 0.7
 """Rounds of a first reading, and the seconds after which it stops."""
+SMALL = 4
+"""Nodes a row by which drafting for batches is compared."""
 LEARNT, FACTOR = 0.1, 2.0
 """Share of what a step tells beyond what is known, and the most that one step may tell: others disturb it."""
 SAVED = 8
@@ -49,26 +51,38 @@ class StepCosts:
 
     Attributes:
         seconds: of a step: rows -> context -> nodes a row -> seconds.
-        drafting: seconds that drafting for one row takes besides, by drafter.
+        drafting: seconds that drafting takes besides, by drafter and rows.
         first: True for a first reading, which `learn` refines and `foretell tune` replaces.
         learnt: steps that it was refined by in this process.
     """
 
     seconds: dict[int, dict[int, dict[int, float]]]
-    drafting: dict[str, float] = field(default_factory=dict)
+    drafting: dict[str, dict[int, float]] = field(default_factory=dict)
     first: bool = False
     learnt: int = field(default=0, compare=False)
 
     def of(self, rows: int, context: int, nodes: float) -> float:
         """Returns seconds of a step of `nodes` a row: interpolated between sizes, extrapolated beyond the last two.
 
-        Contexts and batches are the nearest measured; beyond the largest batch, the nodes of all rows count.
+        Contexts are the nearest measured. Batches are interpolated; beyond the largest, the nodes of all rows count.
         """
         most = max(self.seconds)
         if rows > most:
             rows, nodes = most, nodes * rows / most
-        at = self.seconds[min(self.seconds, key=lambda r: abs(r - rows))]
-        return _between(at[min(at, key=lambda c: abs(c - context))], nodes)
+        around = _around(self.seconds, rows)
+        return sum(share * _between(_nearest(self.seconds[r], context), nodes) for r, share in around)
+
+    def drafting_of(self, method: str, rows: int, context: int) -> float | None:
+        """Returns seconds that a drafter takes for so many rows; None if nothing is known of it.
+
+        A batch that was not measured takes more than the nearest one as a step of small trees does: both multiply
+        some nodes of every row with the same matrices.
+        """
+        known = self.drafting.get(method)
+        if not known:
+            return None
+        nearest = min(known, key=lambda r: abs(r - rows))
+        return known[nearest] * self.of(rows, context, SMALL) / self.of(nearest, context, SMALL)
 
     def best_size(self, rows: int, context: int, tokens_per_step: Mapping[int, float], drafting: float = 0.0) -> int:
         """Returns the tree size of the most tokens per second, given the tokens per step of each size.
@@ -105,23 +119,25 @@ class StepCosts:
         if not self.first or nodes <= 1 or rows > max(ROWS):
             return
         # tables are replaced, not changed: threads may be reading them
-        seconds = self.seconds if len(self.seconds) > 1 else {r: self._estimated(r) for r in ROWS}
-        rows = min(seconds, key=lambda r: abs(r - rows))
+        seconds = dict(self.seconds if len(self.seconds) > 1 else {r: self._estimated(r) for r in ROWS})
         near = 1 << round(math.log2(max(context, FIRST_CONTEXT // 2)))
-        sizes = dict(seconds[rows].get(near) or {size: self.of(rows, near, size) for size in sorted(FIRST_NODES)})
-        below = max((n for n in sizes if n <= nodes), default=min(sizes))
-        above = min((n for n in sizes if n >= nodes), default=max(sizes))
-        share = (nodes - below) / (above - below) if above > below else 1.0
-        plain = _between(sizes, 1)
-        told = min(FACTOR, max(1 / FACTOR, step * plain / _between(sizes, nodes))) ** LEARNT
-        for size, weight in ((below, 1 - share), (above, share)):
-            if size > 1:
-                sizes[size] *= told**weight
-        self.seconds = {**seconds, rows: {**seconds[rows], near: sizes}}
-        if method and rows == 1:
-            known = self.drafting.get(method, drafting * plain)
-            learnt = known + (min(drafting * plain, FACTOR * known) - known) * LEARNT
-            self.drafting = {**self.drafting, method: learnt}
+        for r in seconds:
+            sizes = {size: self.of(r, near, size) for size in sorted(FIRST_NODES)}
+            seconds[r] = {**seconds[r], near: dict(seconds[r].get(near) or sizes)}
+        known = StepCosts(seconds, self.drafting)
+        plain = known.of(rows, near, 1)
+        told = min(FACTOR, max(1 / FACTOR, step * plain / known.of(rows, near, nodes))) ** LEARNT
+        for r, of_batch in _around(seconds, rows):
+            sizes = seconds[r][near]
+            for size, of_size in _around(sizes, nodes):
+                if size > 1:
+                    sizes[size] *= told ** (of_batch * of_size)
+        self.seconds = seconds
+        if method:
+            taken = drafting * plain
+            before = known.drafting_of(method, rows, near) or taken
+            learnt = before + (min(taken, FACTOR * before) - before) * LEARNT
+            self.drafting = {**self.drafting, method: {**self.drafting.get(method, {}), rows: learnt}}
         self.learnt += 1
 
     def _estimated(self, rows: int) -> dict[int, dict[int, float]]:
@@ -154,12 +170,15 @@ class StepCosts:
                 int(r): {int(c): {int(n): float(s) for n, s in x.items()} for c, x in y.items()}
                 for r, y in raw["seconds"].items()
             }
-            drafting = {str(name): float(s) for name, s in raw.get("drafting", {}).items()}
+            drafting = {
+                str(name): {int(r): float(s) for r, s in (of if isinstance(of, dict) else {1: of}).items()}
+                for name, of in raw.get("drafting", {}).items()  # older files have one row's seconds alone
+            }
             if not seconds or not all(y and all(y.values()) for y in seconds.values()):
                 raise ValueError("nothing was measured")
             if not all(0 < s < math.inf for y in seconds.values() for x in y.values() for s in x.values()):
                 raise ValueError("no time")
-            if not all(0 <= s < math.inf for s in drafting.values()):
+            if not all(0 <= s < math.inf for x in drafting.values() for s in x.values()):
                 raise ValueError("no time")
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ForetellError(f"{path} is damaged; delete it and run foretell tune again.") from error
@@ -303,15 +322,27 @@ def _warm_up(step: Callable[[int], float], sizes: Sequence[int], most: float) ->
     return kept
 
 
+def _nearest(contexts: Mapping[int, dict[int, float]], context: int) -> dict[int, float]:
+    return contexts[min(contexts, key=lambda c: abs(c - context))]
+
+
+def _around(known: Mapping[int, object], number: float) -> list[tuple[int, float]]:
+    """Returns the known numbers on both sides of one, and their shares in it; beyond them all the nearest alone."""
+    below = max((n for n in known if n <= number), default=min(known))
+    above = min((n for n in known if n >= number), default=max(known))
+    if below == above:
+        return [(below, 1.0)]
+    share = (number - below) / (above - below)
+    return [(below, 1 - share), (above, share)]
+
+
 def _between(sizes: Mapping[int, float], nodes: float) -> float:
     """Returns the seconds of a size between those that are known, or beyond them as between the last two."""
-    below = max((n for n in sizes if n <= nodes), default=min(sizes))
-    above = min((n for n in sizes if n >= nodes), default=max(sizes))
-    if nodes > above and len(sizes) > 1:
-        before, last = sorted(sizes)[-2:]
+    last = max(sizes)
+    if nodes > last and len(sizes) > 1:
+        before = sorted(sizes)[-2]
         return sizes[last] + max(0.0, sizes[last] - sizes[before]) * (nodes - last) / (last - before)
-    share = (nodes - below) / (above - below) if above > below else 0.0
-    return sizes[below] * (1 - share) + sizes[above] * share
+    return sum(share * sizes[size] for size, share in _around(sizes, nodes))
 
 
 def bush(size: int) -> TokenTree:

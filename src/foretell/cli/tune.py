@@ -78,7 +78,7 @@ def _measure_drafting(llm: LLM, loading: Loading, costs: StepCosts) -> float:
                 runs.append(_drafting(llm, drafter))
                 progress(i * RUNS + run + 1, len(timed) * RUNS, 0)
             seconds = median(runs)
-            costs.drafting.setdefault(name, seconds)  # where two are of one method, what ships counts
+            costs.drafting.setdefault(name, {1: seconds})  # where two are of one method, what ships counts
     return seconds
 
 
@@ -96,10 +96,12 @@ def _print_table(costs: StepCosts, drafting: float, tokens_per_step: Mapping[int
     from rich.console import Console
     from rich.table import Table
 
+    from foretell.backbone.step_costs import StepCosts
+
     sizes = sorted({size for contexts in costs.seconds.values() for seconds in contexts.values() for size in seconds})
     names = ["batch", "context", "ms", *map(str, sizes[1:]), *(["tree", "gain"] if tokens_per_step else [])]
     table = Table(*names, box=None, padding=(0, 1, 0, 0))  # narrow enough that nothing is cut in a pipe
-    left_off: list[str] = []
+    left_off, own = list[str](), StepCosts(costs.seconds, {"own": {1: drafting}})
     for rows, contexts in costs.seconds.items():
         for context, seconds in contexts.items():
             cells = [
@@ -107,10 +109,8 @@ def _print_table(costs: StepCosts, drafting: float, tokens_per_step: Mapping[int
                 *(f"{seconds[n] / seconds[1]:.2f}" if n in seconds else "" for n in sizes[1:]),
             ]
             if tokens_per_step:
-                gains = {
-                    nodes: rate * seconds[1]
-                    for nodes, rate in costs.rates(rows, context, tokens_per_step, drafting).items()
-                }
+                rates = costs.rates(rows, context, tokens_per_step, own.drafting_of("own", rows, context) or 0.0)
+                gains = {nodes: rate * seconds[1] for nodes, rate in rates.items()}
                 best = max(gains, key=gains.__getitem__)
                 if gains[best] <= 1:
                     left_off.append(
@@ -123,7 +123,7 @@ def _print_table(costs: StepCosts, drafting: float, tokens_per_step: Mapping[int
     if tokens_per_step:
         note(
             "tree: the number of nodes that pays most; gain: tokens per second with them, relative to plain decoding; "
-            f"drafting, {drafting * 1e3:.1f} ms a step, is counted as for one row."
+            f"drafting, {drafting * 1e3:.1f} ms a step of one row, is counted for batches as their small trees cost."
         )
     if left_off:
         note("Where the best tree gains nothing, speculation is left off and plain steps are taken:")

@@ -3,7 +3,8 @@
 The newest tokens are looked up in prompt and output; the tokens after earlier occurrences of the longest matches are
 candidates. The probability that a guess comes true depends on how many tokens before it match (each guess further
 along a candidate matches one more) and on how many better candidates differ from it: both were counted once, in texts
-that a model wrote. The most probable guesses make the tree, as many of them as pay at the step costs of this machine.
+that a model wrote. The most probable guesses of a batch make its trees: as many as pay at the step costs of this
+machine.
 
 It needs no parameters and no training; it wins where the answer quotes the question (summaries, edits, code). Prompt
 lookup: Saxena 2023; chains as in transformers' `prompt_lookup_num_tokens`, here the best of several in one tree.
@@ -12,6 +13,7 @@ lookup: Saxena 2023; chains as in transformers' `prompt_lookup_num_tokens`, here
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from foretell.backbone import Backbone, KVCache
 
 Prices = Callable[[int, int], Sequence[float]]
-"""(rows, context) -> cost of a step of 1, 2, ... nodes a row."""
+"""(rows, context) -> cost of a step with 0, 1, 2, ... guesses, over all rows."""
 NODES = 16
 """The largest tree by default."""
 
@@ -70,14 +72,23 @@ class _Index:
         self.seen = max(self.seen, len(tokens) - 1)
 
     def continuations(self, tokens: list[int], count: int) -> dict[int, int]:
-        """Up to `count` positions to copy from -> length of the match there: longer matches first, then later ones."""
+        """Up to `count` positions to copy from -> length of the match there: longer matches first, then later ones.
+
+        Tokens before the longest n-gram are compared as well, as far as `FOLLOWS` tells matches apart.
+        """
         positions: dict[int, int] = {}
         for n in range(min(self.longest, len(tokens)), self.shortest - 1, -1):
             for end in reversed(self.ends.get(tuple(tokens[-n:]), ())):
                 positions.setdefault(end, n)
                 if len(positions) == count:
-                    return positions
-        return positions
+                    break
+            if len(positions) == count:
+                break
+        for end, n in positions.items():
+            while n >= self.longest and n < min(end, len(FOLLOWS)) and tokens[end - n - 1] == tokens[-n - 1]:
+                n += 1
+            positions[end] = n
+        return dict(sorted(positions.items(), key=lambda pair: -pair[1]))
 
 
 class PromptLookup(Drafter):
@@ -88,7 +99,7 @@ class PromptLookup(Drafter):
         candidates: occurrences looked at.
         nodes: the largest tree, root included.
         min_probability: a guess less probable than this is left out.
-        prices: of up to `nodes` nodes; guesses that do not pay are left out. Without prices all stay.
+        prices: of guesses; those that do not pay are left out. Without prices all stay.
     """
 
     @dataclass(frozen=True)
@@ -144,15 +155,18 @@ class PromptLookup(Drafter):
         return Draft([g.tree for g in found], [g.tokens for g in found], [g.probabilities for g in found])
 
     def all_guesses(self, rows: Sequence[Row]) -> list[Guesses]:
-        """Guesses for each row, as many as pay if the other rows' trees are as large."""
-        prices = self.prices(len(rows), max(len(row.tokens) for row in rows)) if self.prices else ()
-        return [self.guesses(row, prices) for row in rows]
+        """Guesses for each row. With prices, the batch's most probable ones: as many as earn most tokens per cost."""
+        found = [self.guesses(row) for row in rows]
+        if not self.prices:
+            return found
+        pooled = [(value, row) for row, guesses in enumerate(found) for value in guesses.paths()[1:]]
+        pooled.sort(key=lambda pair: -pair[0])  # of equals the first row's, and a row's own stay in their order
+        prices = self.prices(len(rows), max(len(row.tokens) for row in rows))
+        kept = Counter(row for _, row in pooled[: most_paying(len(rows), [value for value, _ in pooled], prices)])
+        return [guesses.first(1 + kept[row]) for row, guesses in enumerate(found)]
 
-    def guesses(self, row: Row, prices: Sequence[float] = ()) -> Guesses:
-        """Returns the most probable continuations of a row: the likeliest open guess is taken next, again and again.
-
-        With prices, their number is the one with the most tokens per cost.
-        """
+    def guesses(self, row: Row) -> Guesses:
+        """Returns the most probable continuations of a row: the likeliest open guess is taken next, again and again."""
         index, tokens = self._indexes[row.slot], row.tokens
         index.extend(tokens)
         parents, ids, probabilities = [-1], [tokens[-1]], [1.0]
@@ -175,16 +189,13 @@ class PromptLookup(Drafter):
                     order += 1
 
         open_after(0, 1.0, list(index.continuations(tokens, self.candidates).items()))
-        values = [1.0]
         while heap and len(parents) < self.nodes:
             value, _, parent, token, p, positions = heapq.heappop(heap)
             parents.append(parent)
             ids.append(token)
             probabilities.append(p)
-            values.append(-value)
             open_after(len(parents) - 1, -value, positions)
-        kept = most_paying(values, prices) if prices else len(values)
-        return Guesses(TokenTree(tuple(parents[:kept])) if kept > 1 else ROOT, ids[:kept], probabilities[:kept])
+        return Guesses(TokenTree(tuple(parents)) if len(parents) > 1 else ROOT, ids, probabilities)
 
 
 def follows(match: int, better: int) -> float:
@@ -193,10 +204,10 @@ def follows(match: int, better: int) -> float:
     return row[min(better, len(row) - 1)]
 
 
-def most_paying(values: Sequence[float], prices: Sequence[float]) -> int:
-    """Returns the number of these nodes, most probable first, with the most tokens per cost of a step."""
-    tokens = list(accumulate(values))  # of a step: a node's token is emitted as often as its path comes true
-    return max(range(1, min(len(values), len(prices)) + 1), key=lambda nodes: tokens[nodes - 1] / prices[nodes - 1])
+def most_paying(rows: int, values: Sequence[float], prices: Sequence[float]) -> int:
+    """Returns how many of a batch's guesses, most probable first, give the most tokens per cost of a step."""
+    tokens = list(accumulate(values, initial=rows))  # of a step: a guess's token as often as its path comes true
+    return max(range(min(len(tokens), len(prices))), key=lambda guesses: tokens[guesses] / prices[guesses])
 
 
 def prices_of(backbone: Backbone) -> Prices | None:
@@ -207,7 +218,7 @@ def prices_of(backbone: Backbone) -> Prices | None:
 
     @lru_cache
     def of(rows: int, context: int, learnt: int) -> Sequence[float]:
-        return [costs.of(rows, context, nodes) for nodes in range(1, NODES + 1)]
+        return [costs.of(rows, context, nodes / rows) for nodes in range(rows, rows * NODES + 1)]
 
     return lambda rows, context: of(rows, context // 64 * 64, costs.learnt)
 

@@ -47,7 +47,9 @@ def tree_size(
 
     @lru_cache
     def best(rows: int, context: int, learnt: int) -> int:
-        drafting = costs.drafting.get(method, usual_cost * costs.of(rows, context, 1))
+        drafting = costs.drafting_of(method, rows, context)
+        if drafting is None:
+            drafting = usual_cost * costs.of(rows, context, 1)
         if tokens_per_step:
             return costs.best_size(rows, context, tokens_per_step, drafting)
         rates = costs.rates(rows, context, modest, drafting)

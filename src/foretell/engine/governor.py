@@ -47,6 +47,7 @@ class _Batch:
         mean: of the tokens a row, over trials.
         seen: speculative steps that are in the mean, up to `LONG`.
         run: speculative steps since the last decision.
+        opening: seconds of the first of them: the drafter reads what was committed since it drafted last.
         since_plain: speculative steps since the last plain one.
         patience: most of these before plain steps are timed again; doubled each time.
         plain_left: plain steps until speculation goes on.
@@ -61,6 +62,7 @@ class _Batch:
     mean: float = 0.0
     seen: int = 0
     run: int = 0
+    opening: float = 0.0
     since_plain: int = 0
     patience: int = SHORTEST
     plain_left: int = PLAIN
@@ -85,7 +87,9 @@ class _Batch:
         if self.doubted and not self.plain_left:
             earned, cost = self._rates()
             if earned < cost:
-                lost = self.doubted * (cost - min(earned, self.mean))  # in plain steps, by a trial as long as this
+                # in plain steps, by a trial as long as this
+                lost = self.doubted * (cost - min(earned, self.mean))
+                lost += max(0.0, self.opening / (median(self.plain) or 1.0) - cost)
                 self.held, self.plain_left, self.patience = True, _bounded(lost / TRIAL_SHARE), SHORTEST
             self.doubted = 0
 
@@ -94,6 +98,8 @@ class _Batch:
             self.held = False
             self.speculative.clear()
             self.tokens.clear()
+        if not self.run:
+            self.opening = seconds
         self.speculative.append(seconds)
         self.tokens.append(tokens)
         self.run += 1

@@ -118,6 +118,18 @@ class Guesses:
     tokens: list[int]
     probabilities: list[float]
 
+    def paths(self) -> list[float]:
+        """Returns the probability of each node's path from the root: how often a step emits its token."""
+        found = [1.0]
+        for parent, probability in zip(self.tree.parents[1:], self.probabilities[1:], strict=True):
+            found.append(found[parent] * probability)
+        return found
+
+    def first(self, nodes: int) -> Guesses:
+        """Returns the first nodes alone, the root among them."""
+        tree = TokenTree(self.tree.parents[:nodes]) if nodes > 1 else ROOT
+        return Guesses(tree, self.tokens[:nodes], self.probabilities[:nodes])
+
 
 def most_probable(one: Guesses, other: Guesses, size: int) -> Guesses:
     """Returns the `size` most probable nodes of the union of two trees over one root, the most probable first.
