@@ -619,7 +619,7 @@ TOKENS_PER_STEP = {4: 1.6, 8: 1.8, 16: 2.2}
 def test_a_drafter_takes_the_size_that_pays_most(cache: Path) -> None:
     backbone = tiny_backbone()
     assert tree_size(backbone, 0, TOKENS_PER_STEP, "medusa", 0.15, 64)(1, 128) == DEFAULT_NODES  # costs cannot be known
-    step = StepCosts(TABLE, {"medusa": 0.0})
+    step = StepCosts(TABLE, {"medusa": {1: 0.0}})
     backbone.costs = costs_file(backbone)
     step.save(backbone.costs)
     size = tree_size(backbone, 0, TOKENS_PER_STEP, "medusa", 0.15, 64)

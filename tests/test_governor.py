@@ -21,13 +21,18 @@ from foretell.requests import SamplingParams
 
 @dataclass
 class Machine:
-    """A made-up machine and text: seconds of a step of either kind, tokens a row of a speculative one."""
+    """A made-up machine and text: seconds of a step of either kind, tokens a row of a speculative one.
+
+    With `reading`, a draft reads what was committed since the last one: so many seconds for each of 40 steps at most.
+    """
 
     plain: float
     speculative: float
     tokens: Callable[[], int]
+    reading: float = 0.0
     seconds: float = 0.0
     emitted: int = 0
+    unread: int = 0
 
     def run(self, governor: Governor, steps: int, rows: int = 1) -> list[bool]:
         """Returns which steps speculated."""
@@ -35,6 +40,8 @@ class Machine:
         for _ in range(steps):
             speculates = governor.speculate(rows)
             seconds, tokens = (self.speculative, self.tokens() * rows) if speculates else (self.plain, rows)
+            seconds += self.reading * min(self.unread, 40) if speculates else 0.0
+            self.unread = 0 if speculates else self.unread + 1
             governor.record(rows, 5 if speculates else 0, seconds, tokens)
             self.seconds, self.emitted = self.seconds + seconds, self.emitted + tokens
             chosen.append(speculates)
@@ -62,7 +69,7 @@ def test_the_governor_speculates_while_that_wins() -> None:
 
 def test_the_governor_stops_where_speculation_loses_and_tries_it_rarely() -> None:
     clear = Machine(1.0, 2.0, always(1)).run(Governor(), 1000)
-    pause = PLAIN + CLEAR_TRIAL * (2 - 1) * 50  # a fiftieth of the time
+    pause = PLAIN + CLEAR_TRIAL * (2 - 1) * 100  # a hundredth of the time
     trial = [True] * CLEAR_TRIAL
     expected = [False] * PLAIN + (trial + [False] * pause) * 5
     assert clear == expected[:1000]
@@ -83,6 +90,12 @@ def test_it_is_nearly_as_fast_as_the_better_of_both(cost: float, mean: float) ->
         rates.append(machine.emitted / machine.seconds)
     best = max(1.0, mean / cost)
     assert fmean(rates) > (0.97 if best == 1 else 0.95 * best)
+
+
+def test_what_a_drafter_reads_before_a_trial_is_part_of_its_price() -> None:
+    machine = Machine(1.0, 1.05, always(1), reading=0.25)
+    machine.run(Governor(), 5000)
+    assert machine.emitted / machine.seconds > 0.96
 
 
 @pytest.mark.parametrize("slower", [3.0, 1 / 3])

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -10,12 +11,15 @@ import threading
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from random_backbones import COMPILED
 from tiny_gguf import write_gguf
 from tiny_models import opened, raising, save_tiny, tiny_model
 
+import foretell as package
 from foretell.errors import ForetellError, UsageError
 from foretell.files import staged_folder
 from foretell.loading import cache_dir, catalog, wheels
@@ -378,6 +382,21 @@ def test_a_catalog_model_is_fetched_once(cache: Path, tiny_entry: catalog.Entry)
     assert resolve("tiny-1", offline=True, progress=raising(AssertionError())).path == found.path
     [listed] = cached_models()
     assert (listed.name, listed.source, listed.licence) == ("tiny-1", "catalog", "MIT")
+
+
+def test_a_load_that_takes_long_says_what_it_does(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hours = itertools.repeat(0)
+    monkeypatch.setattr(cache_dir, "time", SimpleNamespace(monotonic=lambda: 3600.0 * next(hours)))
+    package.load(tiny, cache_dir=tmp_path / "quick", progress=raising(AssertionError("no time has passed")))
+    hours = itertools.count()
+    stages: dict[str, list[float]] = {}
+    package.load(
+        tiny, cache_dir=tmp_path / "slow", progress=lambda name, done: stages.setdefault(name, []).append(done)
+    )
+    assert list(stages) == ["packing weights"] * bool(COMPILED) + ["checking arithmetic"]
+    for fractions in stages.values():
+        assert fractions == sorted(fractions)
+        assert 0 <= fractions[0] < fractions[-1] == 1
 
 
 def test_a_wheel_with_another_file_is_refused(

@@ -314,7 +314,9 @@ def exactness(section: str, args: argparse.Namespace, llm: Any, dtype: str, name
                     drafter = ForcedTrees()
                     drafter.answers = {tuple(p): t[0] for p, t in zip(prompts, truth, strict=True)}
                 else:
-                    drafter = drafters.build(name, llm.backbone, **({} if name == "plain" else {"nodes": 16}))
+                    # heads guess whether that pays or not
+                    options = {} if name in ("plain", "prompt_lookup") else {"nodes": 16}
+                    drafter = drafters.build(name, llm.backbone, **options)
                 began = time.perf_counter()
                 got = transcript(llm, drafter, prompts, rows, params)
                 out[setting] = compared(truth, got)

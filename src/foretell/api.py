@@ -192,7 +192,8 @@ def load(
         weights: what becomes of them: "stored" (the default), "bf16", "fp32", "q8_0" or "q4_k"; see
             `foretell.loading.choices`.
         cache_dir, offline: see `foretell.loading.resolve`.
-        progress: called with (stage, fraction) while files are fetched or converted.
+        progress: called with (stage, fraction) while files are fetched or converted, and by what takes long in loading
+            them: packing weights and checking arithmetic, mostly the first time.
 
     Raises:
         ForetellError, UsageError: one sentence with the remedy.
@@ -203,7 +204,7 @@ def load(
     }  # fmt: skip
     choice = weights or (None if is_offline(offline) else default_weights(device, kernel))
     folder = resolve(str(model), weights=choice, cache_dir=cache_dir, offline=offline, progress=progress)
-    backbone = assemble(folder.path, **computing)
+    backbone = assemble(folder.path, **computing, progress=progress)
     backbone.costs = costs_file(backbone, cache_dir)
     tokenizer = Tokenizer.from_folder(folder.path)
     ends = dict.fromkeys((*backbone.config.eos_ids, *tokenizer.ends))

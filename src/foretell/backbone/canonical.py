@@ -20,7 +20,7 @@ from foretell.backbone.probe import probe
 from foretell.backbone.step_costs import processor
 from foretell.errors import ForetellError, is_number
 from foretell.files import read_json, write_json
-from foretell.loading.cache_dir import cache_folder
+from foretell.loading.cache_dir import StageProgress, cache_folder
 
 KERNEL_CHOICE = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "NVIDIA_TF32_OVERRIDE")
 """Environment variables that make libraries choose other kernels on the same machine."""
@@ -43,7 +43,9 @@ class Probed:
     seconds: float
 
 
-def settle(backbone: Backbone, cache_dir: str | Path | None = None) -> Probed:
+def settle(
+    backbone: Backbone, cache_dir: str | Path | None = None, progress: StageProgress = lambda fraction: None
+) -> Probed:
     """Probes a backbone, and pads its calls if a library computes one row differently from many.
 
     A verdict that took long is stored, and read from the cache at the next load. Padding costs time in every pass:
@@ -56,7 +58,7 @@ def settle(backbone: Backbone, cache_dir: str | Path | None = None) -> Probed:
     path = _verdict_file(backbone, cache_dir)
     verdict = _stored(path)
     if verdict is None:
-        verdict = _probed(backbone)
+        verdict = _probed(backbone, progress)
         if verdict.seconds > MIN_STORED_SECONDS:
             with suppress(ForetellError):  # without a writable cache the next load probes again
                 write_json(path, asdict(verdict), shared=True)
@@ -64,12 +66,13 @@ def settle(backbone: Backbone, cache_dir: str | Path | None = None) -> Probed:
     return verdict
 
 
-def _probed(backbone: Backbone) -> Probed:
+def _probed(backbone: Backbone, progress: StageProgress) -> Probed:
     began = time.perf_counter()
-    nondeterminism, rows = probe(backbone), MIN_ROWS
+    nondeterminism, rows = probe(backbone, progress), MIN_ROWS
     for padded in (16, MAX_ROWS):
         if nondeterminism and backbone.pad_rows(padded) and probe(backbone) is None:
             nondeterminism, rows = None, padded
+    progress(1.0)
     return Probed(nondeterminism, rows, time.perf_counter() - began)
 
 

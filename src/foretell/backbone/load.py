@@ -18,6 +18,7 @@ from foretell.backbone.cpu.backbone import CompiledBackbone
 from foretell.backbone.cpu.panel_file import PanelFile
 from foretell.backbone.eager.backbone import EagerBackbone
 from foretell.errors import UsageError
+from foretell.loading.cache_dir import Progress, when_slow
 from foretell.loading.config import ModelConfig
 from foretell.loading.families import read_config
 from foretell.loading.weights import Weights, keeps_blocks, known_fingerprint, read_weights, state
@@ -35,6 +36,7 @@ def assemble(
     threads: int | None = None,
     kernel: str | None = None,
     cache_dir: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> Backbone:
     """Loads the model in `folder`.
 
@@ -44,10 +46,12 @@ def assemble(
         threads: CPU threads; by default the cores this process may use.
         kernel: "eager", or one of `library.BUILDS`; by default the best compiled build, eager on a GPU.
         cache_dir: where the probe's verdict is kept, if it took long; see `canonical.settle`.
+        progress: called with (stage, fraction) by what takes long.
 
     Raises:
         ForetellError, UsageError: what cannot be loaded, and the remedy.
     """
+    progress = progress or (lambda stage, fraction: None)
     where = _device(device)
     count = _threads(threads)
     # For the whole process: PyTorch has no other setting, and its idle threads would spin on the kernels' cores.
@@ -60,14 +64,16 @@ def assemble(
     backbone: Backbone
     if build:
         panels = _panel_file(folder, config, kind, build)
-        backbone = CompiledBackbone(config, weights.blocks, kind, count, build, panels)
+        packing = when_slow(progress, "packing weights")
+        backbone = CompiledBackbone(config, weights.blocks, kind, count, build, panels, packing)
         if panels:
             panels.keep()
+        packing(1.0)
     else:
         backbone = EagerBackbone(config, weights.blocks, kind, where, count)
     backbone.read = weights.blocks
     backbone.fingerprint = mark()  # part of the name under which the verdict is stored
-    verdict = settle(backbone, cache_dir)
+    verdict = settle(backbone, cache_dir, when_slow(progress, "checking arithmetic"))
     backbone.nondeterminism, backbone.probe_seconds = verdict.nondeterminism, verdict.seconds
     return backbone
 

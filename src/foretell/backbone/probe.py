@@ -26,6 +26,7 @@ from foretell.backbone.eager.linear import MAX_ROWS
 from foretell.backbone.kv_cache import KVCache
 from foretell.backbone.nodes import Nodes
 from foretell.errors import ForetellError
+from foretell.loading.cache_dir import StageProgress
 from foretell.trees import TokenTree, chain
 
 ROWS = (*range(1, 17), 24, 32, 48, MAX_ROWS)
@@ -68,15 +69,18 @@ COMPANIES: tuple[tuple[Part, ...], ...] = (
 )
 
 
-def probe(backbone: Backbone) -> str | None:
+def probe(backbone: Backbone, progress: StageProgress = lambda fraction: None) -> str | None:
     """Returns None if all bits agree, else one sentence on what differs and where that was seen.
+
+    Args:
+        progress: called with the fraction that is done.
 
     Raises:
         ForetellError: the logits are not finite.
     """
     tokens_N = torch.randint(backbone.config.vocab, (len(PROMPT),), generator=torch.Generator().manual_seed(0))
     streams_Nd, where = _model(backbone, tokens_N)
-    where = where or _head(backbone, streams_Nd[:3]) or _layers(backbone, tokens_N)
+    where = where or _head(backbone, streams_Nd[:3]) or _layers(backbone, tokens_N, progress)
     if where is None:
         return None
     return (
@@ -124,7 +128,7 @@ def _head(backbone: Backbone, streams_Sd: Tensor) -> str | None:
     return None
 
 
-def _layers(backbone: Backbone, tokens_N: Tensor) -> str | None:
+def _layers(backbone: Backbone, tokens_N: Tensor, progress: StageProgress) -> str | None:
     """Runs every company through each chosen layer; what enters it are embedded tokens."""
     c, inputs_Nd = backbone.config, backbone.embed(tokens_N)
     room = max(1, c.max_positions - len(PROMPT))
@@ -132,7 +136,9 @@ def _layers(backbone: Backbone, tokens_N: Tensor) -> str | None:
     lengths = 0, min(AFTER, room), min(max(FAR_AFTER, widest + AFTER), room)
     kv = backbone.new_cache(2, lengths[FAR] + MAX_ROWS)
     windows = {c.windows.index(window) for window in c.windows}
-    for layer in sorted({0, c.layers // 2, c.layers - 1} | windows):
+    layers = sorted({0, c.layers // 2, c.layers - 1} | windows)
+    for i, layer in enumerate(layers):
+        progress(i / len(layers))
         if where := _Layer(backbone, layer, inputs_Nd, lengths, kv).differs():
             return f"layer {layer} with {where}"
     return None

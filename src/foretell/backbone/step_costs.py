@@ -38,7 +38,7 @@ FIRST_NODES, FIRST_CONTEXT = (1, 16, 4, 8), 256
 FIRST_ROUNDS, FIRST_SECONDS = 5, 0.7
 """Rounds of a first reading, and the seconds after which it stops."""
 SMALL = 4
-"""Nodes a row by which drafting for batches is compared."""
+"""Nodes of a small tree."""
 LEARNT, FACTOR = 0.1, 2.0
 """Share of what a step tells beyond what is known, and the most that one step may tell: others disturb it."""
 SAVED = 8
@@ -66,17 +66,18 @@ class StepCosts:
 
         Contexts are the nearest measured. Batches are interpolated; beyond the largest, the nodes of all rows count.
         """
-        most = max(self.seconds)
+        seconds = self.seconds  # another thread may replace it
+        most = max(seconds)
         if rows > most:
             rows, nodes = most, nodes * rows / most
-        around = _around(self.seconds, rows)
-        return sum(share * _between(_nearest(self.seconds[r], context), nodes) for r, share in around)
+        around = _around(seconds, rows)
+        return sum(share * _between(_nearest(seconds[r], context), nodes) for r, share in around)
 
     def drafting_of(self, method: str, rows: int, context: int) -> float | None:
         """Returns seconds that a drafter takes for so many rows; None if nothing is known of it.
 
-        A batch that was not measured takes more than the nearest one as a step of small trees does: both multiply
-        some nodes of every row with the same matrices.
+        Where only another batch was measured, drafting is taken to grow from that one to this as a step of small trees
+        does: both multiply some nodes of every row with the same matrices.
         """
         known = self.drafting.get(method)
         if not known:
@@ -106,8 +107,9 @@ class StepCosts:
         return tokens / (self.of(rows, context, nodes) + drafting)
 
     def learn(
-        self, rows: int, context: int, nodes: float, step: float, drafting: float = 0.0, method: str = ""
-    ) -> None:
+        self, rows: int, context: int, nodes: float, step: float, drafting: float = 0.0, method: str = "",
+        usual: float = 0.0,
+    ) -> None:  # fmt: skip
         """Refines a first reading by a step with guesses.
 
         Seconds stay those of the machine as it was first read: only relations to plain steps are learnt, for those
@@ -115,13 +117,14 @@ class StepCosts:
 
         Args:
             nodes: of a row. step, drafting: in plain steps of as many rows, taken just before. method: the drafter.
+            usual: its `Drafter.usual_cost`, where nothing is known of it.
         """
         if not self.first or nodes <= 1 or rows > max(ROWS):
             return
         # tables are replaced, not changed: threads may be reading them
         seconds = dict(self.seconds if len(self.seconds) > 1 else {r: self._estimated(r) for r in ROWS})
         near = 1 << round(math.log2(max(context, FIRST_CONTEXT // 2)))
-        for r in seconds:
+        for r, _ in _around(seconds, rows):
             sizes = {size: self.of(r, near, size) for size in sorted(FIRST_NODES)}
             seconds[r] = {**seconds[r], near: dict(seconds[r].get(near) or sizes)}
         known = StepCosts(seconds, self.drafting)
@@ -135,7 +138,7 @@ class StepCosts:
         self.seconds = seconds
         if method:
             taken = drafting * plain
-            before = known.drafting_of(method, rows, near) or taken
+            before = known.drafting_of(method, rows, near) or usual * plain or taken
             learnt = before + (min(taken, FACTOR * before) - before) * LEARNT
             self.drafting = {**self.drafting, method: {**self.drafting.get(method, {}), rows: learnt}}
         self.learnt += 1

@@ -67,9 +67,9 @@ def command_line() -> str:
 
 @contextmanager
 def load_progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar per stage of fetching and converting a model; plain lines where no bar can be drawn.
+    """A bar per stage of fetching, converting and loading a model; plain lines where no bar can be drawn.
 
-    Nothing appears, and rich is not imported, when there is nothing to fetch.
+    Nothing appears, and rich is not imported, when there is nothing to fetch and the model loads quickly.
     """
     bar: Progress | None = None
     tasks: dict[str, int] = {}

@@ -123,7 +123,7 @@ def _print_table(costs: StepCosts, drafting: float, tokens_per_step: Mapping[int
     if tokens_per_step:
         note(
             "tree: the number of nodes that pays most; gain: tokens per second with them, relative to plain decoding; "
-            f"drafting, {drafting * 1e3:.1f} ms a step of one row, is counted for batches as their small trees cost."
+            f"drafting, {drafting * 1e3:.1f} ms a step at batch 1, is taken to grow with the batch as small trees do."
         )
     if left_off:
         note("Where the best tree gains nothing, speculation is left off and plain steps are taken:")

@@ -44,9 +44,9 @@ from foretell.drafting.learning.heads import GuessingHeads, HeadTraining, draft_
 from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, check_exit, grow_in_one_call, last_of_each
 from foretell.drafting.options import option, stored_options
-from foretell.drafting.prefix_layer import MAX_WAITING
 from foretell.drafting.protocols import LowerLayerDrafting
 from foretell.drafting.tree_size import DEFAULT_NODES, no_guesses, tree_size
+from foretell.drafting.waiting import WaitingStates
 from foretell.errors import UsageError
 from foretell.loading.config import ModelConfig
 from foretell.trees.calibration import Floats, calibrated
@@ -165,7 +165,7 @@ class Kangaroo(Drafter):
         self.parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
         self._cache: KVCache | None = None
         self._own = self._adapter.new_cache(1, 1)
-        self._waiting: dict[int, list[Tensor]] = {}  # slot -> committed states that the adapter has not read
+        self._waiting = WaitingStates()
         self._lost: set[int] = set()  # slots whose row was not observed from its beginning
 
     @classmethod
@@ -200,11 +200,11 @@ class Kangaroo(Drafter):
 
     def bind(self, cache: KVCache) -> None:
         self._cache, self._own = cache, self._adapter.new_cache(cache.rows, 0)
-        self._waiting, self._lost = {}, set(range(cache.rows))
+        self._waiting, self._lost = WaitingStates(), set(range(cache.rows))
 
     def _known(self, slot: int) -> int:
         """Committed states of a slot, read by the adapter or waiting."""
-        return self._own.lengths[slot] + sum(map(len, self._waiting.get(slot, [])))
+        return self._own.lengths[slot] + self._waiting.count(slot)
 
     def reusable_tokens(self, slot: int, tokens: int) -> int:
         """None after an interruption that lost states."""
@@ -212,7 +212,7 @@ class Kangaroo(Drafter):
 
     def forget(self, slots: Sequence[int]) -> None:
         for slot in slots:
-            self._waiting.pop(slot, None)
+            self._waiting.forget(slot)
         self._own.release(slots)
         self._own.trim()
 
@@ -220,19 +220,16 @@ class Kangaroo(Drafter):
         for row in rows:
             length, reused = self._own.lengths[row.slot], min(row.reused, self._known(row.slot))
             self._lost.discard(row.slot)
-            waiting = self._waiting.pop(row.slot, None)
             self._own.rollback(row.slot, min(length, reused))
             if not reused:
                 self._own.release([row.slot])
             self._own.reserve({row.slot: len(row.tokens) + row.budget + MAX_TREE_NODES})
-            if waiting and reused > length:
-                self._waiting[row.slot] = [torch.cat(waiting)[: reused - length]]
+            self._waiting.keep(row.slot, max(0, reused - length))
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
         for row, states_Pd in zip(rows, features.taps[self.exit].split(features.counts), strict=True):
-            self._waiting[row.slot] = waiting = [*self._waiting.get(row.slot, []), states_Pd]
-            if sum(map(len, waiting)) > MAX_WAITING:
-                self._read([row.slot], [torch.cat(waiting)])
+            if self._waiting.add(row.slot, states_Pd[None]):
+                self._read([row.slot], [self._waiting.of(row.slot)[0]])
 
     def _read(self, slots: Sequence[int], states: Sequence[Tensor]) -> Tensor:
         """Runs committed states through the adapter and into its cache; returns its streams [P, d]."""
@@ -243,7 +240,7 @@ class Kangaroo(Drafter):
         stream_Pd = self._attend(torch.cat(list(states)), Nodes.chains(slots, lengths, counts))
         self._own.commit(slots, [range(count) for count in counts])
         for slot in slots:
-            self._waiting.pop(slot, None)
+            self._waiting.keep(slot, 0)
         return stream_Pd
 
     def _attend(self, states_Pd: Tensor, nodes: Nodes) -> Tensor:
@@ -264,8 +261,8 @@ class Kangaroo(Drafter):
             return EarlyExitTrees(self._backbone, self._cache, rows).grow(
                 self.exit, self._guesses, count, self.steps, **how
             )
-        waiting = [self._waiting.get(row.slot) if row.budget > 1 else None for row in rows]
-        states = [None if of_row is None else torch.cat(of_row) for of_row in waiting]
+        waiting = [row.budget > 1 and self._waiting.count(row.slot) > 0 for row in rows]
+        states = [self._waiting.of(row.slot)[0] if some else None for row, some in zip(rows, waiting, strict=True)]
         known = [
             self._own.lengths[row.slot] + (0 if new is None else len(new))
             for row, new in zip(rows, states, strict=True)
@@ -276,15 +273,17 @@ class Kangaroo(Drafter):
         )
         for row in rows:
             if row.budget > 1:
-                self._waiting.pop(row.slot, None)
+                self._waiting.keep(row.slot, 0)
         return draft
 
     def _guesses(self, hidden_Fd: Tensor, nodes: Nodes) -> tuple[Floats, list[list[int]]]:
         """Log-probabilities and tokens of the guesses after nodes that have passed the lower layers, best first."""
         slots = nodes.cache_rows.tolist()
         if not any(nodes.first):  # roots: the adapter reads them together with the states committed since
-            new = [[*self._waiting.get(slot, []), h] for slot, h in zip(slots, hidden_Fd.split(1), strict=True)]
-            states = [torch.cat(of_row) for of_row in new]
+            states = [
+                torch.cat([self._waiting.of(slot)[0], h_1d]) if self._waiting.count(slot) else h_1d
+                for slot, h_1d in zip(slots, hidden_Fd.split(1), strict=True)
+            ]
             stream_Fd = last_of_each(self._read(slots, states), list(map(len, states)))
             for slot in slots:  # the root is not committed yet
                 self._own.rollback(slot, self._own.lengths[slot] - 1)

@@ -20,6 +20,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from foretell.backbone.step_costs import step_costs
@@ -159,7 +160,7 @@ class PromptLookup(Drafter):
         found = [self.guesses(row) for row in rows]
         if not self.prices:
             return found
-        pooled = [(value, row) for row, guesses in enumerate(found) for value in guesses.paths()[1:]]
+        pooled = [(value, row) for row, guesses in enumerate(found) for value in guesses.path_probabilities()[1:]]
         pooled.sort(key=lambda pair: -pair[0])  # of equals the first row's, and a row's own stay in their order
         prices = self.prices(len(rows), max(len(row.tokens) for row in rows))
         kept = Counter(row for _, row in pooled[: most_paying(len(rows), [value for value, _ in pooled], prices)])
@@ -218,7 +219,9 @@ def prices_of(backbone: Backbone) -> Prices | None:
 
     @lru_cache
     def of(rows: int, context: int, learnt: int) -> Sequence[float]:
-        return [costs.of(rows, context, nodes / rows) for nodes in range(rows, rows * NODES + 1)]
+        of_a_row = range(1, NODES + 1)
+        known = [costs.of(rows, context, nodes) for nodes in of_a_row]
+        return np.interp(np.arange(rows, rows * NODES + 1) / rows, of_a_row, known).tolist()
 
     return lambda rows, context: of(rows, context // 64 * 64, costs.learnt)
 
@@ -241,7 +244,7 @@ class WithLookup(Drafter):
         self._cache: KVCache | None = None
         self.taps, self.cuts, self.lossless, self.depth = inner.taps, inner.cuts, inner.lossless, inner.depth
         self.parameters, self.tokens_per_step = inner.parameters, inner.tokens_per_step
-        self.method = inner.method
+        self.method, self.usual_cost = inner.method, inner.usual_cost
 
     @property
     def max_nodes(self) -> int:

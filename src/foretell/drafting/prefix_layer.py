@@ -18,9 +18,7 @@ from torch import Tensor
 from foretell.backbone.base import Backbone
 from foretell.backbone.nodes import Nodes
 from foretell.drafting.heads import normed
-
-MAX_WAITING = 256
-"""Committed states of a row that may wait until the next draft."""
+from foretell.drafting.waiting import WaitingStates
 
 
 class PrefixLayer:
@@ -36,38 +34,36 @@ class PrefixLayer:
         self.layer, self._embed = layer, backbone.embed
         self._fuse = None if fuse_dP is None else backbone.linear(fuse_dP, None)
         self.fused, self.cache = fuse_dP is not None, layer.new_cache(1, 1)
-        self._waiting: dict[int, list[Tensor]] = {}  # row -> committed states that it has not read [streams, M, d]
+        self._waiting = WaitingStates()
 
     def attached(self, rows: int) -> PrefixLayer:
         """Returns the same layer with an empty cache of its own."""
         own = copy.copy(self)
-        own.cache, own._waiting = self.layer.new_cache(rows, 0), {}
+        own.cache, own._waiting = self.layer.new_cache(rows, 0), WaitingStates()
         return own
 
     def begin(self, row: int, reused: int, room: int) -> None:
         """Keeps at most `reused` states of a row (after an interruption it has fewer), and reserves `room` in all."""
-        read, waiting = self._read(row), self._waiting.pop(row, [])
+        read = self._read(row)
         if not min(reused, read) and row < self.cache.rows:
             self.cache.release([row])
         self.cache.reserve({row: room})
         self.cache.rollback(row, min(reused, read))
-        if waiting and reused > read:
-            self._waiting[row] = [torch.cat(waiting, 1)[:, : reused - read]]
+        self._waiting.keep(row, max(0, reused - read))
 
     def forget(self, rows: Sequence[int]) -> None:
         """Frees the memory of these rows."""
         for row in rows:
-            self._waiting.pop(row, None)
+            self._waiting.forget(row)
         self.cache.release(rows)
         self.cache.trim()
 
-    def wait(self, row: int, streams_SMd: Tensor) -> int:
-        """Keeps newly committed states of a row until they are read; returns how many wait."""
-        self._waiting.setdefault(row, []).append(streams_SMd.clone())  # a view of all rows' would keep them all
-        return self.waiting(row)
+    def wait(self, row: int, streams_SMd: Tensor) -> bool:
+        """Keeps newly committed states of a row until they are read; returns whether it is time to read them."""
+        return self._waiting.add(row, streams_SMd)
 
     def waiting(self, row: int) -> int:
-        return sum(streams.shape[1] for streams in self._waiting.get(row, ()))
+        return self._waiting.count(row)
 
     def length(self, row: int) -> int:
         """Returns the number of states of a row that were read, or wait."""
@@ -85,7 +81,7 @@ class PrefixLayer:
         Returns:
             The streams at the newest state of each row [streams, d]: the layer's output, then those that are not fused.
         """
-        waiting = [torch.cat(self._waiting[row], 1) for row in rows]
+        waiting = list(map(self._waiting.of, rows))
         counts = [streams.shape[1] for streams in waiting]
         states_Md, *others = torch.cat(waiting, 1)
         following = list[int]()  # the token after each state
@@ -95,7 +91,7 @@ class PrefixLayer:
         fused = (others, following) if self.fused else ((), ())
         newest = [out_Nd[-1:].clone() for out_Nd in self(rows, counts, states_Md, *fused).split(counts)]
         for row in rows:
-            del self._waiting[row]
+            self._waiting.keep(row, 0)
         if self.fused:
             return newest
         return [torch.cat([out_1d, streams[1:, -1]]) for out_1d, streams in zip(newest, waiting, strict=True)]

@@ -44,6 +44,8 @@ class CostLearning:
         costs = known_costs(self._backbone)
         if costs is None or len(self._plain) < PLAIN or self._since > NEAR or not (unit := median(self._plain)):
             return
-        method = self._drafter.method if drafting else ""
-        costs.learn(rows, context, nodes / rows, verifying / unit, drafting / unit, method)
+        # the first draft after plain steps reads all that was committed meanwhile
+        method = self._drafter.method if drafting and self._since > 1 else ""
+        usual = self._drafter.usual_cost
+        costs.learn(rows, context, nodes / rows, verifying / unit, drafting / unit, method, usual)
         save_learnt(self._backbone, costs)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,17 @@ from foretell.loading.choices import QUANTIZED, WEIGHTS
 from foretell.loading.families import FAMILIES
 
 Progress = Callable[[str, float], None]  # (what is being done, how much of it: 0 to 1)
+StageProgress = Callable[[float], None]  # the same of one stage
+SLOW = 3.0  # seconds after which a load says what it is doing
 MANIFEST = "foretell.json"
 CONVERTER_VERSION = 2  # part of the cache key: raise it when what a conversion writes changes
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any one of them makes a tokenizer
+
+
+def when_slow(progress: Progress, stage: str) -> StageProgress:
+    """Returns what reports a stage of loading once it has taken `SLOW` seconds: most end sooner."""
+    began = time.monotonic()
+    return lambda fraction: progress(stage, fraction) if time.monotonic() - began > SLOW else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,7 +118,7 @@ class Guesses:
     tokens: list[int]
     probabilities: list[float]
 
-    def paths(self) -> list[float]:
+    def path_probabilities(self) -> list[float]:
         """Returns the probability of each node's path from the root: how often a step emits its token."""
         found = [1.0]
         for parent, probability in zip(self.tree.parents[1:], self.probabilities[1:], strict=True):

@@ -24,6 +24,7 @@ from foretell.backbone.kv_cache import KVCache
 from foretell.backbone.nodes import Nodes
 from foretell.errors import check
 from foretell.loading.blocks import Blocks, Joined
+from foretell.loading.cache_dir import StageProgress
 from foretell.loading.config import ModelConfig
 from foretell.loading.tensors import SIZES, parts
 
@@ -36,6 +37,7 @@ class CompiledBackbone(Backbone):
 
     Args:
         file: keeps the packed weights, or has kept them.
+        progress: called with the fraction that is packed, layer by layer.
 
     Attributes:
         build: the kernels; bf16: 1 if `dtype` is bfloat16, else 0.
@@ -52,6 +54,7 @@ class CompiledBackbone(Backbone):
         threads: int,
         build: library.Build | None = None,
         file: PanelFile | None = None,
+        progress: StageProgress = lambda fraction: None,
     ):
         super().__init__(config, dtype, torch.device("cpu"), threads)
         check(self.supports(config), f"{config.heads} query heads over {config.kv_heads} are too many for the kernels.")
@@ -60,7 +63,10 @@ class CompiledBackbone(Backbone):
         self.bf16 = int(dtype == torch.bfloat16)
         self._formats = set[str]()
         self._file = file
-        layers = [self._layer(i, read) for i in range(config.layers)]
+        layers = []
+        for i in range(config.layers):
+            layers.append(self._layer(i, read))
+            progress((i + 1) / (config.layers + 1))
         self.norm_weight = _vector(_checked(read("model.norm.weight"), (config.hidden,)))
         self._head = self._packed(Joined.of(read("model.embed_tokens.weight" if config.tied else "lm_head.weight")))
         self.embedding = self._head.matrix

@@ -43,7 +43,6 @@ from foretell.drafting.kernels import kernels_for
 from foretell.drafting.learning.decoder_layer import DecoderLayer
 from foretell.drafting.learning.heads import draft_outputs, evenly_spread
 from foretell.drafting.options import option
-from foretell.drafting.prefix_layer import MAX_WAITING
 from foretell.drafting.protocols import LevelDrafting
 from foretell.drafting.tree_size import no_guesses, tree_size
 from foretell.trees import TokenTree, from_paths
@@ -191,8 +190,8 @@ class Hydra(Drafter):
                 (row.slot, states[:, -1].contiguous()) for row, states in zip(rows, of_rows, strict=True)
             )
             return
-        waiting = [self._prefix.wait(row.slot, states) for row, states in zip(rows, of_rows, strict=True)]
-        self._read([row for row, count in zip(rows, waiting, strict=True) if count >= MAX_WAITING])
+        waiting = zip(rows, of_rows, strict=True)
+        self._read([row for row, states in waiting if self._prefix.wait(row.slot, states)])
 
     def _read(self, rows: Sequence[Row]) -> None:
         """Runs the states of these rows that wait through the prefix layer."""

@@ -1,0 +1,51 @@
+"""States that wait until a drafter reads them, against a twin that keeps lists; and drafters that let many wait."""
+
+import pytest
+import torch
+from decoding import assert_same, decoder_of, finish, plainly
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_backbones import Model
+from test_paying import MADE
+from tiny_models import DIMENSIONS
+
+from foretell.drafting import waiting
+from foretell.drafting.waiting import WaitingStates
+from foretell.requests import SamplingParams
+
+calls = st.tuples(st.sampled_from(["add", "keep", "forget"]), st.integers(0, 2), st.integers(1, 100))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(calls, max_size=30))
+def test_states_wait_in_the_order_in_which_they_came(made: list[tuple[str, int, int]]) -> None:
+    states, twin = WaitingStates(), [torch.empty(2, 0, 3) for _ in range(3)]
+    for call, row, number in made:
+        if call == "add":
+            new = torch.rand(2, number, 3)
+            states.add(row, new)
+            twin[row] = torch.cat([twin[row], new], 1)
+        else:
+            getattr(states, call)(*((row, number) if call == "keep" else (row,)))
+            twin[row] = twin[row][:, : number if call == "keep" else 0]
+        for each, held in enumerate(twin):
+            assert states.count(each) == held.shape[1]
+            assert not held.shape[1] or states.of(each).equal(held)
+
+
+@pytest.mark.parametrize("method", ["hydra++", "kangaroo"])
+def test_many_states_are_read_though_no_draft_needs_them(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = Model({"model_type": "llama", **DIMENSIONS}).build()
+    monkeypatch.setattr(waiting, "MOST_BYTES", 20 * 4 * backbone.config.hidden)
+    drafter = MADE[method](backbone, lambda rows, context: 6 if context > 60 else 1)
+    decoder = decoder_of(backbone, drafter, max_rows=2)
+    requests = [([1 + i, 2, 3], SamplingParams(max_new_tokens=80, ignore_eos=True)) for i in range(3)]
+    most = 0
+    for prompt, params in requests:
+        decoder.submit(prompt, params)
+    while decoder.busy:
+        decoder.step()
+        held = decoder.drafter._waiting if method == "kangaroo" else decoder.drafter._prefix._waiting
+        most = max(most, *(held.count(row) for row in range(2)))
+    assert 5 <= most <= 20  # of one stream or several
+    assert_same(finish(decoder, requests), plainly(backbone, requests))
