@@ -44,7 +44,7 @@ from foretell.drafters.medusa import Medusa
 from foretell.drafters.prompt_lookup import prices_of
 from foretell.drafting import checkpoint
 from foretell.drafting.checkpoint import Checkpoint
-from foretell.drafting.tree_size import DEFAULT_NODES, tree_size
+from foretell.drafting.tree_size import DEFAULT_NODES, PROBED, tree_size
 from foretell.engine.cost_learning import CostLearning
 from foretell.errors import ForetellError, UsageError
 from foretell.recommendation import Recommendation, recommend
@@ -580,12 +580,13 @@ def test_another_process_begins_with_what_was_learnt(tmp_path: Path, monkeypatch
 
 def test_a_tree_thought_not_to_pay_is_tried_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("foretell.backbone.step_costs._readings", {})
-    for first, sizes in ((True, [1] * 255 + [4]), (False, [1] * 256)):
+    for first, sizes in ((True, [1] * (PROBED - 1) + [4]), (False, [1] * PROBED)):
         backbone = tiny_backbone()
         backbone.costs = tmp_path / f"{first}.json"
         StepCosts({1: {256: {1: 1.0, 4: 4.0, 16: 16.0}}}, first=first).save(backbone.costs)
         size = tree_size(backbone, 0, TOKENS_PER_STEP, "medusa", 0.1, 64)
-        assert [size(1, 100 + step) for step in range(512)] == sizes * 2
+        assert [size(1, 100 + step) for step in range(2 * PROBED)] == sizes * 2
+        assert {size(2, 100) for _ in range(2 * PROBED)} == {1}  # more rows have more to read for it
 
 
 def test_trees_follow_what_is_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

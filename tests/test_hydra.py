@@ -115,8 +115,8 @@ def after_some_steps(backbone: Backbone, drafter: Hydra) -> Row:
 
 
 def waiting(drafter: Hydra, rows: Sequence[Row]) -> list[Row]:
-    """The rows of which the prefix layer has not read all."""
-    return [row for row in rows if drafter._prefix and drafter._prefix.waiting(row.slot)]
+    """The rows of which the drafter has not read all."""
+    return drafter._unread(rows)
 
 
 def states_of(backbone: Backbone, tokens: list[int], taps: tuple[int, ...]) -> dict[int, Tensor]:

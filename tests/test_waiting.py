@@ -13,7 +13,7 @@ from foretell.drafting import waiting
 from foretell.drafting.waiting import WaitingStates
 from foretell.requests import SamplingParams
 
-calls = st.tuples(st.sampled_from(["add", "keep", "forget"]), st.integers(0, 2), st.integers(1, 100))
+calls = st.tuples(st.sampled_from(["add", "add", "keep"]), st.integers(0, 2), st.integers(0, 100))
 
 
 @settings(max_examples=100, deadline=None)
@@ -22,12 +22,12 @@ def test_states_wait_in_the_order_in_which_they_came(made: list[tuple[str, int, 
     states, twin = WaitingStates(), [torch.empty(2, 0, 3) for _ in range(3)]
     for call, row, number in made:
         if call == "add":
-            new = torch.rand(2, number, 3)
-            states.add(row, new)
-            twin[row] = torch.cat([twin[row], new], 1)
+            streams = list(torch.rand(2, number + 7, 3))
+            states.add(row, streams, 4, number)
+            twin[row] = torch.cat([twin[row], torch.stack(streams)[:, 4 : 4 + number]], 1)
         else:
-            getattr(states, call)(*((row, number) if call == "keep" else (row,)))
-            twin[row] = twin[row][:, : number if call == "keep" else 0]
+            states.keep(row, number)
+            twin[row] = twin[row][:, :number]
         for each, held in enumerate(twin):
             assert states.count(each) == held.shape[1]
             assert not held.shape[1] or states.of(each).equal(held)

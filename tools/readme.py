@@ -143,6 +143,17 @@ def stored_steps(r: dict[str, Any]) -> str:
     return f"A step relative to one node: {'; '.join(costs)}."
 
 
+def stored_floats(r: dict[str, Any]) -> str:
+    kinds = (
+        f"{kind} " + ", ".join(f"{size} nodes {each['relative'][size]}" for size in ("4", "8", "16")) + "; a "
+        f"plain step reads at {each['plain_reads_of_bandwidth']:.0%} of the bandwidth, one of 16 multiplies "
+        f"{each['gmac_per_s_at_16']:.0f} billion numbers a second (PyTorch's largest product of float32: "
+        f"{each['gmac_per_s_of_pytorch']:.0f})"
+        for kind, each in r.items()
+    )
+    return f"Unpacked, relative to one node at 300 keys: {'; '.join(kinds)}."
+
+
 def stored_quality(r: dict[str, Any]) -> str:
     return (
         f"Perplexity of {r['tokens']} tokens of human texts: {r['stored']['perplexity']:.2f}, in float32 "
@@ -165,8 +176,8 @@ def stored_heads(r: dict[str, Any]) -> str:
 
 
 STORED: dict[str, Callable[[dict[str, Any]], str]] = {
-    "start": stored_start, "steps": stored_steps, "quality": stored_quality, "heads": stored_heads,
-    "busy": stored_busy, "exactness": exactness,
+    "start": stored_start, "steps": stored_steps, "floats": stored_floats, "quality": stored_quality,
+    "heads": stored_heads, "busy": stored_busy, "exactness": exactness,
 }  # fmt: skip
 """Section of stored.json -> its sentence."""
 

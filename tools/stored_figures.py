@@ -1,8 +1,9 @@
 """Measures what weights multiplied as they are stored cost and what they keep; writes docs/results/stored.json.
 
-    python tools/stored_figures.py steps|start|busy|heads|exactness|quality MODEL [--questions FILE] [--every 5]
+    python tools/stored_figures.py steps|floats|start|busy|heads|exactness|quality MODEL [--questions FILE] [--every 5]
 
-steps: the cost of a step by nodes and keys. start: seconds to the first token and memory, in fresh processes. busy:
+steps: the cost of a step by nodes and keys. floats: that of unpacked weights, beside what bounds it: reading them, and
+multiplications a second. start: seconds to the first token and memory, in fresh processes. busy:
 what a step takes beside another process, relative to a quiet one. heads: tokens per step of the shipped heads, against
 the unpacked weights. exactness: ids, log-probabilities and cache bytes of drafters against plain decoding's. quality:
 perplexity of human texts (the references in FILE), and how often the most probable token is that of float32; with
@@ -17,11 +18,13 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import core_figures as core
+import torch
 from quality_figures import scored
 
 import foretell
@@ -30,6 +33,7 @@ from foretell.api import LLM
 from foretell.backbone import assemble
 from foretell.backbone.step_costs import measure
 from foretell.bench.gguf_files import gguf_file
+from foretell.bench.limits import read_bandwidth, step_bytes
 from foretell.bench.peers import environment
 from foretell.engine import SpeculativeDecoder
 from foretell.loading import resolve
@@ -53,6 +57,31 @@ def section_steps(args: argparse.Namespace) -> Any:
             for keys, seconds in costs.seconds[1].items()
         },
     }
+
+
+def section_floats(args: argparse.Namespace) -> Any:
+    """Sizes take turns at 300 keys; PyTorch's largest product of float32 says how fast this machine multiplies."""
+    a, out = torch.rand(2048, 2048), dict[str, Any]()
+    for kind in ("bf16", "fp32"):
+        backbone = assemble(resolve(args.model, weights=kind).path, dtype=kind)
+        seconds = measure(backbone, (1,), (300,), (1, 4, 8, 16, 32), repeats=args.repeats).seconds[1][300]
+        torch.mm(a, a)
+        products = []
+        for _ in range(args.repeats):
+            began = time.perf_counter()
+            torch.mm(a, a)
+            products.append(time.perf_counter() - began)
+        weights = step_bytes(backbone)
+        products_in_all = 16 * weights / (2 if kind == "bf16" else 4)
+        out[kind] = {
+            "arithmetic": backbone.kernels,
+            "ms": {size: round(value * 1e3, 2) for size, value in seconds.items()},
+            "relative": {size: round(value / seconds[1], 2) for size, value in seconds.items()},
+            "plain_reads_of_bandwidth": round(weights / seconds[1] / read_bandwidth(backbone), 2),
+            "gmac_per_s_at_16": round(products_in_all / seconds[16] / 1e9, 1),
+            "gmac_per_s_of_pytorch": round(2048**3 / median(products) / 1e9, 1),
+        }
+    return out
 
 
 def section_start(args: argparse.Namespace) -> Any:

@@ -212,7 +212,7 @@ class Kangaroo(Drafter):
 
     def forget(self, slots: Sequence[int]) -> None:
         for slot in slots:
-            self._waiting.forget(slot)
+            self._waiting.keep(slot, 0)
         self._own.release(slots)
         self._own.trim()
 
@@ -227,9 +227,11 @@ class Kangaroo(Drafter):
             self._waiting.keep(row.slot, max(0, reused - length))
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
-        for row, states_Pd in zip(rows, features.taps[self.exit].split(features.counts), strict=True):
-            if self._waiting.add(row.slot, states_Pd[None]):
+        begin = 0
+        for row, count in zip(rows, features.counts, strict=True):
+            if self._waiting.add(row.slot, [features.taps[self.exit]], begin, count):
                 self._read([row.slot], [self._waiting.of(row.slot)[0]])
+            begin += count
 
     def _read(self, slots: Sequence[int], states: Sequence[Tensor]) -> Tensor:
         """Runs committed states through the adapter and into its cache; returns its streams [P, d]."""

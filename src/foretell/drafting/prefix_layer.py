@@ -54,13 +54,13 @@ class PrefixLayer:
     def forget(self, rows: Sequence[int]) -> None:
         """Frees the memory of these rows."""
         for row in rows:
-            self._waiting.forget(row)
+            self._waiting.keep(row, 0)
         self.cache.release(rows)
         self.cache.trim()
 
-    def wait(self, row: int, streams_SMd: Tensor) -> bool:
+    def wait(self, row: int, streams_SNd: Sequence[Tensor], begin: int, count: int) -> bool:
         """Keeps newly committed states of a row until they are read; returns whether it is time to read them."""
-        return self._waiting.add(row, streams_SMd)
+        return self._waiting.add(row, streams_SNd, begin, count)
 
     def waiting(self, row: int) -> int:
         return self._waiting.count(row)

@@ -15,8 +15,8 @@ from foretell.trees.tree import ROOT
 DEFAULT_NODES = 16
 MODEST = {4: 1.5, 8: 1.7, 16: 1.85}
 """Tree size -> tokens per step assumed of a drafter that was not measured: as few as the worst measured one has."""
-PROBED = 256
-"""Of so many steps in which no tree is thought to pay, one has a small one, by which costs are learnt."""
+PROBED = 512
+"""Of so many steps of one row in which no tree is thought to pay, one has a small one, by which costs are learnt."""
 
 
 def tree_size(
@@ -25,8 +25,8 @@ def tree_size(
     """Returns a rule (rows, context) -> nodes of the tree to draft, root included.
 
     The size is `nodes` if given, else the one with the most tokens per second at the step costs of this machine, and 1
-    if no size pays; while these are a first reading, which may be wrong, a small tree is drafted now and then all the
-    same. Where step costs cannot be known, it is 16 (one tile of the kernels).
+    if no size pays; while these are a first reading, which may be wrong, a small tree is drafted for a single row now
+    and then all the same. Where step costs cannot be known, it is 16 (one tile of the kernels).
 
     Args:
         tokens_per_step: of each size; if empty, modest figures are assumed, and some tree is always drafted.
@@ -59,7 +59,8 @@ def tree_size(
 
     def size(rows: int, context: int) -> int:
         nodes = best(rows, context // 64 * 64, costs.learnt)
-        return min(modest) if nodes == 1 and costs.first and next(held) % PROBED == 0 else nodes
+        probes = nodes == 1 and rows == 1 and costs.first and next(held) % PROBED == 0
+        return min(modest) if probes else nodes
 
     return size
 

@@ -1,51 +1,45 @@
 """Committed states that a drafter has not read yet: while steps are plain they pile up, and cost next to nothing.
 
-Legend: S streams (states of several layers), M newly committed states, d hidden width.
+Legend: S streams (states of several layers), N states of all rows of a step, M waiting states of a row, d hidden width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 MOST_BYTES = 8 << 20
 """Of a row; then they are read, though no draft needs them."""
-FIRST = 64
-"""States that a row has room for at first."""
 
 
 class WaitingStates:
-    """The waiting states of each row, in the order of their tokens."""
+    """The waiting states of each row, in the order of their tokens: they are copied when they are read."""
 
     def __init__(self) -> None:
-        self._rows: dict[int, tuple[Tensor, int]] = {}  # row -> room [S, ..., d], and how many states are in it
+        # row -> (streams of a step, the row's first state there, how many, how many wait with these)
+        self._rows: dict[int, list[tuple[Sequence[Tensor], int, int, int]]] = {}
 
-    def add(self, row: int, states_SMd: Tensor) -> bool:
-        """Adds newly committed states; returns whether a row has more than shall wait."""
-        count, more = self.count(row), states_SMd.shape[1]
-        room = self._rows[row][0] if row in self._rows else states_SMd[:, :0]
-        if count + more > room.shape[1]:
-            streams, _, width = states_SMd.shape
-            larger = states_SMd.new_empty(streams, max(FIRST, 2 * room.shape[1], count + more), width)
-            larger[:, :count] = room[:, :count]
-            room = larger
-        room[:, count : count + more] = states_SMd
-        self._rows[row] = room, count + more
-        return (count + more) * states_SMd[:, :1].nbytes >= MOST_BYTES
+    def add(self, row: int, streams_SNd: Sequence[Tensor], begin: int, count: int) -> bool:
+        """Adds newly committed states, `count` of each stream from `begin` on; returns whether too many wait now."""
+        waiting = self.count(row) + count
+        self._rows.setdefault(row, []).append((streams_SNd, begin, count, waiting))
+        return waiting * sum(stream_Nd[:1].nbytes for stream_Nd in streams_SNd) >= MOST_BYTES
 
     def count(self, row: int) -> int:
-        return self._rows[row][1] if row in self._rows else 0
+        steps = self._rows.get(row)
+        return steps[-1][-1] if steps else 0
 
     def of(self, row: int) -> Tensor:
-        """Returns the states of a row that has some [S, M, d]; they hold until more are added."""
-        room, count = self._rows[row]
-        return room[:, :count]
+        """Returns the states of a row that has some [S, M, d]."""
+        steps = self._rows[row]
+        streams = range(len(steps[0][0]))
+        return torch.stack([torch.cat([step[i][begin : begin + n] for step, begin, n, _ in steps]) for i in streams])
 
     def keep(self, row: int, count: int) -> None:
         """Keeps the first `count` states of a row."""
-        if row in self._rows:
-            room, before = self._rows[row]
-            self._rows[row] = room, min(before, count)
-
-    def forget(self, row: int) -> None:
-        """Drops the states of a row, and frees their memory."""
-        self._rows.pop(row, None)
+        if count >= self.count(row):
+            return
+        kept = self.of(row)[:, :count] if count else ()
+        self._rows[row] = [(kept, 0, count, count)] if count else []

@@ -35,6 +35,8 @@ class Pass:
     def features(self, paths: list[list[int]]) -> Features:
         """The states of the accepted paths, for `Drafter.observe`."""
         kept = [start + node for start, path in zip(self.nodes.starts(), paths, strict=True) for node in path]
+        if len(kept) == len(self.nodes):  # all, and in order, for parents come before their children
+            return Features([len(path) for path in paths], self.taps, self.inserted, paths)
         index_K = torch.tensor(kept, device=self.states_Md.device)
         taps = {tap: states_Md.index_select(0, index_K) for tap, states_Md in self.taps.items()}
         return Features([len(path) for path in paths], taps, self.inserted, paths)

@@ -130,6 +130,7 @@ class Hydra(Drafter):
         self._prefix = kernels_for(backbone).prefix_layer(layer, fuse) if arch["prefix"] else None
         self.parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
         self._states: dict[int, Tensor] = {}  # slot -> of the newest token but one: state, then streams [S, d]
+        self._newest: dict[int, tuple[list[Tensor], int]] = {}  # slot -> streams that hold it, and where; not yet read
 
     @classmethod
     def build(cls, backbone: Backbone, options: Options, loaded: Loaded | None = None) -> Hydra:
@@ -165,7 +166,7 @@ class Hydra(Drafter):
     def bind(self, cache: KVCache) -> None:
         if self._prefix:
             self._prefix = self._prefix.attached(cache.rows)
-        self._states = {}
+        self._states, self._newest = {}, {}
 
     def reusable_tokens(self, slot: int, tokens: int) -> int:
         """Returns fewer after an interruption: states are missing, and a fused layer read the last one with another
@@ -179,25 +180,34 @@ class Hydra(Drafter):
     def reset(self, rows: Sequence[Row]) -> None:
         for row in rows:
             self._states.pop(row.slot, None)
+            self._newest.pop(row.slot, None)
             if self._prefix:
                 self._prefix.begin(row.slot, row.reused, len(row.tokens) + row.budget)
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
-        streams = torch.stack([features.taps[tap] for tap in reversed(self.taps)])
-        of_rows = streams.split(features.counts, 1)
-        if not self._prefix:
-            self._states.update(
-                (row.slot, states[:, -1].contiguous()) for row, states in zip(rows, of_rows, strict=True)
-            )
-            return
-        waiting = zip(rows, of_rows, strict=True)
-        self._read([row for row, states in waiting if self._prefix.wait(row.slot, states)])
+        streams, begin, full = [features.taps[tap] for tap in reversed(self.taps)], 0, list[Row]()
+        for row, count in zip(rows, features.counts, strict=True):
+            if not self._prefix:
+                self._newest[row.slot] = streams, begin + count - 1
+            elif self._prefix.wait(row.slot, streams, begin, count):
+                full.append(row)
+            begin += count
+        self._read(full)
+
+    def _unread(self, rows: Sequence[Row]) -> list[Row]:
+        """Returns the rows of which committed states wait."""
+        prefix = self._prefix
+        return [row for row in rows if (prefix.waiting(row.slot) if prefix else row.slot in self._newest)]
 
     def _read(self, rows: Sequence[Row]) -> None:
-        """Runs the states of these rows that wait through the prefix layer."""
+        """Reads the states of these rows that wait: through the prefix layer, or the newest alone."""
+        slots = [row.slot for row in rows]
         if self._prefix and rows:
-            slots = [row.slot for row in rows]
             self._states.update(zip(slots, self._prefix.read(slots, [row.tokens for row in rows]), strict=True))
+        if not self._prefix:
+            for slot in slots:
+                streams, at = self._newest.pop(slot)
+                self._states[slot] = torch.stack([stream_Nd[at] for stream_Nd in streams])
 
     # -- guesses ----------------------------------------------------------------------------------------------------
 
@@ -205,8 +215,7 @@ class Hydra(Drafter):
         count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), self.max_nodes) - 1
         if not count:
             return no_guesses(rows)
-        if self._prefix:
-            self._read([row for row in rows if self._prefix.waiting(row.slot)])
+        self._read(self._unread(rows))
         if self.grown and self._grower:
             states = [self._states.get(row.slot) for row in rows]
             grown = self._grower.grow([row.tokens[-1] for row in rows], states, count, BEAM, MIN_GAIN)
