@@ -580,7 +580,7 @@ def test_another_process_begins_with_what_was_learnt(tmp_path: Path, monkeypatch
 
 def test_a_tree_thought_not_to_pay_is_tried_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("foretell.backbone.step_costs._readings", {})
-    for first, sizes in ((True, [1] * (PROBED - 1) + [4]), (False, [1] * PROBED)):
+    for first, sizes in ((True, [1] * (PROBED - 2) + [4, 4]), (False, [1] * PROBED)):
         backbone = tiny_backbone()
         backbone.costs = tmp_path / f"{first}.json"
         StepCosts({1: {256: {1: 1.0, 4: 4.0, 16: 16.0}}}, first=first).save(backbone.costs)

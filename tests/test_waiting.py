@@ -1,4 +1,4 @@
-"""States that wait until a drafter reads them, against a twin that keeps lists; and drafters that let many wait."""
+"""States that wait until a drafter reads them, against a twin that copies all at once; and drafters with many."""
 
 import pytest
 import torch
@@ -17,8 +17,14 @@ calls = st.tuples(st.sampled_from(["add", "add", "keep"]), st.integers(0, 2), st
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(calls, max_size=30))
-def test_states_wait_in_the_order_in_which_they_came(made: list[tuple[str, int, int]]) -> None:
+@given(st.lists(calls, max_size=30), st.integers(2, 9))
+def test_states_wait_in_the_order_in_which_they_came(made: list[tuple[str, int, int]], steps: int) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(waiting, "STEPS", steps)
+        check_waiting(made)
+
+
+def check_waiting(made: list[tuple[str, int, int]]) -> None:
     states, twin = WaitingStates(), [torch.empty(2, 0, 3) for _ in range(3)]
     for call, row, number in made:
         if call == "add":

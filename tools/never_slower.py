@@ -2,38 +2,72 @@
 
     python tools/never_slower.py --questions FILE [--model M] [--weights W] [--kernel K] [--runs R ...] [--batches B]
 
-One `foretell bench` that knows nothing of the machine's costs when it begins. A control, plain decoding once more, says
-how far apart equal things lie in that run. A cell (run, batch, temperature) holds if its median gain over plain
-decoding, question by question, is at least `GATE` of the control's.
+Nothing is known of the machine's costs at first. All runs decode the same questions at once, a step of each in turn, so
+that whatever slows the machine slows all of them: on a busy one, answers timed one after the other differ by a tenth. A
+control, plain decoding once more, says how far apart equal things lie. A cell (run, batch, temperature) holds if its
+median gain over plain decoding, group by group of questions, is at least `GATE` of the control's.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
-import subprocess
-import sys
+import math
+import time
 from pathlib import Path
+from random import Random
+from statistics import median
 from typing import Any
 
 import core_figures as core
 
+import foretell
+from foretell import drafters
+from foretell.api import LLM
 from foretell.backbone.step_costs import costs_file
-from foretell.bench.metrics import table
-from foretell.bench.run_folder import ROUNDS
+from foretell.engine import SpeculativeDecoder
+from foretell.requests import SamplingParams
 
 RESULTS = Path(core.__file__).parents[1] / "docs/results/never_slower.json"
-CONTROL, GATE = "plain:adapt=false", 0.97
+PLAIN, CONTROL, GATE = "plain", "control", 0.97
 HEADS = ("medusa", "hydra", "hydra++", "kangaroo")
-RUNS = ["prompt_lookup", *HEADS, *(f"{name}:lookup=true" for name in HEADS)]
+GROUPS = 6
+"""Of questions, at least, in each cell: a batch of eight would be judged by two otherwise."""
+RUNS = ["prompt_lookup", *HEADS, *(f"{name}:lookup" for name in HEADS)]
+WARM_UP, PROMPT = 24, "Tell me something about the weather."
+
+
+class Run:
+    """One way of decoding: its seconds, tokens and steps in a group of questions."""
+
+    def __init__(self, llm: LLM, name: str, rows: int):
+        method, _, lookup = name.partition(":")
+        drafter = drafters.build(PLAIN if name == CONTROL else method, llm.backbone, lookup=bool(lookup))
+        self.decoder = SpeculativeDecoder(llm.backbone, drafter, llm.tokenizer, max_rows=rows)
+        self.tokens = self.steps = 0
+
+    def begin(self, prompts: list[list[int]], params: SamplingParams) -> None:
+        self.decoder.forget()
+        self.ids: dict[int, list[int]] = {}
+        self.seconds, self._first = 0.0, self.decoder.submit(prompts[0], params, key=0)
+        for key, prompt in enumerate(prompts[1:], start=1):
+            self.decoder.submit(prompt, params, key=key)
+
+    def step(self) -> None:
+        began = time.perf_counter()
+        events = self.decoder.step()
+        self.seconds += time.perf_counter() - began
+        for event in events:
+            self.ids.setdefault(event.request - self._first, []).extend(event.tokens)
+            if event.statistics:
+                self.steps += event.statistics.steps
+                self.tokens += event.statistics.new_tokens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--questions", type=Path, required=True)
-    parser.add_argument("--every", type=int, default=15)
-    parser.add_argument("--limit", type=int, default=16)
+    parser.add_argument("--every", type=int, default=5)
+    parser.add_argument("--least", type=int, default=12, help="questions of each cell")
     parser.add_argument("--model", default=core.MODEL)
     parser.add_argument("--weights", default="stored")
     parser.add_argument("--kernel", default="")
@@ -43,53 +77,64 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     args = parser.parse_args()
     core.RESULTS = RESULTS
-    core.save(f"{args.model} {args.weights} {args.kernel or 'best build'}", cells(measured(args)))
-
-
-def measured(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs the bench, or what is left of it; returns its figures."""
-    import foretell
-
+    section = f"{args.model} {args.weights} {args.kernel or 'best build'}"
     llm = foretell.load(args.model, weights=args.weights, kernel=args.kernel or None)
-    costs = costs_file(llm.backbone)
-    tuned = costs.read_bytes() if costs.exists() else b""
-    costs.unlink(missing_ok=True)
-    working = RESULTS.parents[2] / "build/never_slower"
-    command = ["bench", "-m", args.model, "--weights", args.weights, "--suite", args.questions, "--every", args.every]
-    command += ["--limit", args.limit, "--max-new-tokens", args.new_tokens, "--out", working]
-    command += ["--kernel", args.kernel] if args.kernel else []
-    command += [word for batch in args.batches for word in ("-b", batch)]
-    command += [word for temperature in args.temperatures for word in ("-t", f"{temperature:g}")]
-    command += [word for run in [CONTROL, *args.runs] for word in ("--run", run)]
+    llm.backbone.costs = costs_file(llm.backbone).with_suffix(".untuned")
+    llm.backbone.costs.unlink(missing_ok=True)
+    cells: dict[str, Any] = {}
     try:
-        subprocess.run([sys.executable, "-m", "foretell", *map(str, command)], check=True)
+        for temperature in args.temperatures:
+            for batch in args.batches:
+                cells |= measured(llm, args, batch, temperature)
+                core.save(section, judged(cells), shown=False)
     finally:
-        if tuned:
-            costs.write_bytes(tuned)
-    records = [record for line in (working / ROUNDS).read_text().splitlines() for record in json.loads(line)]
-    shutil.rmtree(working)
-    return table(records)
+        llm.backbone.costs.unlink(missing_ok=True)
+    core.save(section, judged(cells))
 
 
-def cells(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns each cell's gain over plain decoding, relative to the control's, and those below the gate."""
-    gains = [
-        ((row["temperature"], row["batch"]), row["speedup"]["median"]) for row in rows if row["contender"] == CONTROL
-    ]
-    control = dict(gains)
-    found: dict[str, Any] = {}
-    for row in rows:
-        setting = row["temperature"], row["batch"]
-        if row["contender"] in ("plain", CONTROL):
-            continue
-        found[f"{row['contender']} T={setting[0]:g} batch {setting[1]}"] = {
-            "gain": round(row["speedup"]["median"], 3),
-            "of_control": round(row["speedup"]["median"] / control[setting], 3),
-            "tokens_per_step": round(row["tokens_per_step"], 2),
-        }  # fmt: skip
-    below = [name for name, cell in found.items() if cell["of_control"] < GATE]
-    controls = {f"T={t:g} batch {b}": round(gain, 3) for (t, b), gain in control.items()}
-    return {"control": controls, "gate": GATE, "below": below, "cells": found}
+def measured(llm: LLM, args: argparse.Namespace, batch: int, temperature: float) -> dict[str, Any]:
+    """Returns the gains of all runs at one batch size and temperature, group by group."""
+    runs = {name: Run(llm, name, batch) for name in (PLAIN, CONTROL, *args.runs)}
+    params = SamplingParams(max_new_tokens=args.new_tokens, temperature=temperature, seed=7)
+    warm_up = SamplingParams(max_new_tokens=WARM_UP, temperature=temperature, seed=7)
+    together(list(runs.values()), [llm.encode(PROMPT)] * batch, warm_up)
+    prompts = [llm.encode(question) for question in core.load_questions(args.questions, args.every, None)]
+    gains: dict[str, list[float]] = {name: [] for name in runs if name != PLAIN}
+    for run in runs.values():
+        run.tokens = run.steps = 0
+    groups = max(GROUPS, math.ceil(args.least / batch))
+    for begin in range(0, min(len(prompts), groups * batch) - batch + 1, batch):
+        together(list(runs.values()), prompts[begin : begin + batch], params)
+        for name, run in runs.items():
+            assert run.ids == runs[PLAIN].ids, f"{name} wrote other tokens than plain decoding"
+            if name != PLAIN:
+                gains[name].append(runs[PLAIN].seconds / run.seconds)
+        print(f"T={temperature:g} batch {batch}", {n: round(g[-1], 2) for n, g in gains.items()}, flush=True)
+    return {
+        f"{name} T={temperature:g} batch {batch}": {
+            "gain": round(median(of_run), 3), "of_control": round(median(of_run) / median(gains[CONTROL]), 3),
+            "lowest": round(min(of_run), 3), "groups": len(of_run),
+            "tokens_per_step": round(runs[name].tokens / runs[name].steps, 2),
+        }
+        for name, of_run in gains.items()
+    }  # fmt: skip
+
+
+def together(runs: list[Run], prompts: list[list[int]], params: SamplingParams) -> None:
+    """Decodes the prompts in all runs, which take a step each in turn, in another order every time."""
+    for run in runs:
+        run.begin(prompts, params)
+    order = Random(7)
+    while busy := [run for run in runs if run.decoder.busy]:
+        order.shuffle(busy)
+        for run in busy:
+            run.step()
+
+
+def judged(cells: dict[str, Any]) -> dict[str, Any]:
+    """Returns the cells, and the names of those below the gate."""
+    below = [name for name, cell in cells.items() if cell["of_control"] < GATE]
+    return {"gate": GATE, "below": below, "cells": cells}
 
 
 if __name__ == "__main__":

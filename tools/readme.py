@@ -147,7 +147,7 @@ def stored_floats(r: dict[str, Any]) -> str:
     kinds = (
         f"{kind} " + ", ".join(f"{size} nodes {each['relative'][size]}" for size in ("4", "8", "16")) + "; a "
         f"plain step reads at {each['plain_reads_of_bandwidth']:.0%} of the bandwidth, one of 16 multiplies "
-        f"{each['gmac_per_s_at_16']:.0f} billion numbers a second (PyTorch's largest product of float32: "
+        f"{each['gmac_per_s_at_16']:.0f} billion pairs of numbers a second (PyTorch's largest product of float32: "
         f"{each['gmac_per_s_of_pytorch']:.0f})"
         for kind, each in r.items()
     )

@@ -165,7 +165,7 @@ class Features:
 
     Attributes:
         counts: committed nodes of each row, the old root first; their tokens are known to the rows.
-        taps: tap -> hidden states [sum of counts, d] float32, in committed order.
+        taps: tap -> hidden states [sum of counts, d] float32, in committed order; they may be kept, not modified.
         extra: final-norm output of the rows that `at_cut` inserted, float32 [rows inserted, d], or None.
         paths: the accepted path of each row (empty while a prompt is prefilled).
     """

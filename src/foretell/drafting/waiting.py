@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 MOST_BYTES = 8 << 20
-"""Of a row; then they are read, though no draft needs them."""
+"""Bytes of a row's waiting states after which they are read, though no draft needs them."""
+STEPS = 64
+"""Steps whose states may wait as they are; then they are copied, for a step's tensors hold the other rows' states too."""
 
 
 class WaitingStates:
-    """The waiting states of each row, in the order of their tokens: they are copied when they are read."""
+    """The waiting states of each row, in the order of their tokens; few are copied before they are read."""
 
     def __init__(self) -> None:
         # row -> (streams of a step, the row's first state there, how many, how many wait with these)
@@ -24,7 +26,10 @@ class WaitingStates:
     def add(self, row: int, streams_SNd: Sequence[Tensor], begin: int, count: int) -> bool:
         """Adds newly committed states, `count` of each stream from `begin` on; returns whether too many wait now."""
         waiting = self.count(row) + count
-        self._rows.setdefault(row, []).append((streams_SNd, begin, count, waiting))
+        steps = self._rows.setdefault(row, [])
+        steps.append((streams_SNd, begin, count, waiting))
+        if len(steps) == STEPS:
+            self._rows[row] = [(self.of(row), 0, waiting, waiting)]
         return waiting * sum(stream_Nd[:1].nbytes for stream_Nd in streams_SNd) >= MOST_BYTES
 
     def count(self, row: int) -> int:
@@ -32,7 +37,7 @@ class WaitingStates:
         return steps[-1][-1] if steps else 0
 
     def of(self, row: int) -> Tensor:
-        """Returns the states of a row that has some [S, M, d]."""
+        """Returns a copy of a row's states [S, M, d]; it must have some."""
         steps = self._rows[row]
         streams = range(len(steps[0][0]))
         return torch.stack([torch.cat([step[i][begin : begin + n] for step, begin, n, _ in steps]) for i in streams])

@@ -27,6 +27,7 @@ class CostLearning:
         self._rows = self._context = 0  # of the plain steps
         self._plain: deque[float] = deque(maxlen=PLAIN)
         self._since = 0  # steps since the last plain one
+        self._drafted = False  # whether the drafter drafted in the step before
 
     def record(self, rows: int, context: int, nodes: int, verifying: float, drafting: float) -> None:
         """Records a step.
@@ -34,6 +35,7 @@ class CostLearning:
         Args:
             context: the mean of the rows. nodes: of all rows. verifying, drafting: seconds; 0 drafting teaches nothing.
         """
+        drafted, self._drafted = self._drafted, nodes > rows and drafting > 0
         if rows != self._rows or abs(context - self._context) > ALIKE * (self._context + FIRST_CONTEXT):
             self._plain.clear()
         if nodes == rows:
@@ -44,8 +46,8 @@ class CostLearning:
         costs = known_costs(self._backbone)
         if costs is None or len(self._plain) < PLAIN or self._since > NEAR or not (unit := median(self._plain)):
             return
-        # the first draft after plain steps reads all that was committed meanwhile
-        method = self._drafter.method if drafting and self._since > 1 else ""
+        # a first draft reads all that was committed since the drafter drafted last
+        method = self._drafter.method if drafting and drafted else ""
         usual = self._drafter.usual_cost
         costs.learn(rows, context, nodes / rows, verifying / unit, drafting / unit, method, usual)
         save_learnt(self._backbone, costs)

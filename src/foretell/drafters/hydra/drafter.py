@@ -129,8 +129,8 @@ class Hydra(Drafter):
         fuse = tensors["fuse"] if arch["fuse_prefix"] else None
         self._prefix = kernels_for(backbone).prefix_layer(layer, fuse) if arch["prefix"] else None
         self.parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
-        self._states: dict[int, Tensor] = {}  # slot -> of the newest token but one: state, then streams [S, d]
-        self._newest: dict[int, tuple[list[Tensor], int]] = {}  # slot -> streams that hold it, and where; not yet read
+        self._states: dict[int, Tensor] = {}  # slot -> what the heads read: state, then streams [S, d]
+        self._newest: dict[int, tuple[list[Tensor], int]] = {}  # slot -> streams and a place in them: unread
 
     @classmethod
     def build(cls, backbone: Backbone, options: Options, loaded: Loaded | None = None) -> Hydra:
@@ -174,6 +174,9 @@ class Hydra(Drafter):
         return max(0, min(tokens - self._prefix.fused, self._prefix.length(slot))) if self._prefix else tokens
 
     def forget(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self._states.pop(slot, None)
+            self._newest.pop(slot, None)
         if self._prefix:
             self._prefix.forget(slots)
 
@@ -195,7 +198,7 @@ class Hydra(Drafter):
         self._read(full)
 
     def _unread(self, rows: Sequence[Row]) -> list[Row]:
-        """Returns the rows of which committed states wait."""
+        """Returns the rows with unread states."""
         prefix = self._prefix
         return [row for row in rows if (prefix.waiting(row.slot) if prefix else row.slot in self._newest)]
 
@@ -206,8 +209,9 @@ class Hydra(Drafter):
             self._states.update(zip(slots, self._prefix.read(slots, [row.tokens for row in rows]), strict=True))
         if not self._prefix:
             for slot in slots:
-                streams, at = self._newest.pop(slot)
+                streams, at = self._newest[slot]
                 self._states[slot] = torch.stack([stream_Nd[at] for stream_Nd in streams])
+                del self._newest[slot]
 
     # -- guesses ----------------------------------------------------------------------------------------------------
 
