@@ -15,7 +15,7 @@ from toy_drafters import Checker, RandomTrees
 
 from foretell.contracts import Draft
 from foretell.drafters.plain import Plain
-from foretell.engine.governor import CLEAR_TRIAL, LONGEST, PLAIN, SHORTEST, TRIAL, Governor
+from foretell.engine.governor import CLEAR_TRIAL, LONGEST, PLAIN, SHORTEST, TRIAL, TRIAL_SHARE, Governor
 from foretell.requests import SamplingParams
 
 
@@ -69,7 +69,7 @@ def test_the_governor_speculates_while_that_wins() -> None:
 
 def test_the_governor_stops_where_speculation_loses_and_tries_it_rarely() -> None:
     clear = Machine(1.0, 2.0, always(1)).run(Governor(), 1000)
-    pause = PLAIN + CLEAR_TRIAL * (2 - 1) * 100  # a hundredth of the time
+    pause = PLAIN + round(CLEAR_TRIAL * (2 - 1) / TRIAL_SHARE)
     trial = [True] * CLEAR_TRIAL
     expected = [False] * PLAIN + (trial + [False] * pause) * 5
     assert clear == expected[:1000]

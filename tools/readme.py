@@ -11,6 +11,7 @@ from typing import Any
 import breadth_tables
 import cost_model
 import layer_tables
+import never_slower_table
 import training_speed
 from breadth_tables import digest
 
@@ -359,12 +360,16 @@ def pages() -> dict[Path, str]:
         ROOT / "README.md": [
             *head, *(line for name in ("stored", "stored_coder") for line in measured(folder / name)),
             *stored(_json(folder / "stored.json")),
+            never_slower_table.sentence(_json(folder / "never_slower.json")), "",
             *(line for name, model in HEADS.items() for line in fastest(model, _json(folder / name))),
             "", "How each method does by tree size, and how its heads were made: [docs/training.md](docs/training.md).",
             "",
             *core(_json(folder / "core.json")),
         ],
-        ROOT / "docs/benchmarks.md": [*head, *(line for each in every for line in measured(each))],
+        ROOT / "docs/benchmarks.md": [
+            *head, *(line for each in every for line in measured(each)),
+            *never_slower_table.table(_json(folder / "never_slower.json")),
+        ],
         ROOT / "docs/own-layers.md": own_layers(folder),
         ROOT / "docs/training.md": [
             *head, *trained(),

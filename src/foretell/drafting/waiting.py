@@ -13,7 +13,7 @@ from torch import Tensor
 MOST_BYTES = 8 << 20
 """Bytes of a row's waiting states after which they are read, though no draft needs them."""
 STEPS = 64
-"""Steps whose states may wait as they are; then they are copied, for a step's tensors hold the other rows' states too."""
+"""Steps whose states may wait as they are; then they are copied: a step's tensors hold the other rows' states too."""
 
 
 class WaitingStates:
