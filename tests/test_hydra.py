@@ -429,11 +429,13 @@ def test_one_call_is_the_layer_verb_by_verb(kernel: str, dtype: torch.dtype, tie
         assert module.prefix
         tensors = {name: each.to(dtype) for name, each in module.prefix.named().items()}
         fuse = module.fuse.to(dtype) if module.fuse is not None else None
-        ours, alone = (kernels_for(backbone).prefix_layer(tensors, fuse) for _ in range(2))
-        twin = PrefixLayer(backbone, backbone.layer(tensors), fuse)
+        kernels = kernels_for(backbone)
+        ours, alone = (kernels.prefix_layer(tensors, fuse) for _ in range(2))
+        twin = PrefixLayer(backbone, kernels.layer(tensors), None if fuse is None else kernels._rounded(fuse))
+        unrounded = PrefixLayer(backbone, backbone.layer(tensors), fuse)
         assert type(ours) is not PrefixLayer
         generator = torch.Generator().manual_seed(3)
-        for layer in (ours, alone, twin):
+        for layer in (ours, alone, twin, unrounded):
             layer.cache = layer.layer.new_cache(2, 4)
         for rows, counts in (([1], [5]), ([4, 1], [3, 1]), ([1, 4, 0], [2, 1, 7]), ([0, 1], [1, 1])):
             total = sum(counts)
@@ -449,6 +451,8 @@ def test_one_call_is_the_layer_verb_by_verb(kernel: str, dtype: torch.dtype, tie
             truth = twin(rows, counts, states, others, following)
             # bfloat16 rounds what the norms give a last bit apart
             torch.testing.assert_close(found, truth, **({} if dtype == FP32 else {"rtol": 2e-2, "atol": 2e-2}))
+            difference = found - unrounded(rows, counts, states, others, following)
+            assert difference.norm() < 0.03 * found.norm()
             assert [ours.length(row) for row in range(5)] == [twin.length(row) for row in range(5)]
         for layer in (ours, twin):
             layer.begin(1, 3, 4)

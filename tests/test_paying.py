@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from command_line import Foretell
 from decoding import assert_same, decoder_of, finish, plainly
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from random_backbones import Model
 from test_lookup import TEXT, Line, Says
 from tiny_models import DIMENSIONS
@@ -24,7 +27,7 @@ from foretell.drafters.hydra.drafter import Hydra, HydraPlus
 from foretell.drafters.kangaroo import Kangaroo
 from foretell.drafters.layerskip import LayerSkip
 from foretell.drafters.medusa import Medusa
-from foretell.drafters.prompt_lookup import PromptLookup, WithLookup, most_paying, prices_of
+from foretell.drafters.prompt_lookup import PromptLookup, WithLookup, least_paying, most_paying, prices_of
 from foretell.engine.governor import Governor
 from foretell.requests import SamplingParams, Statistics
 from foretell.trees import chain
@@ -130,6 +133,16 @@ def test_a_larger_batch_pays_for_fewer_guesses(cache: Path) -> None:
     assert drafted == sorted(drafted, reverse=True)
     assert drafted[0] == 5
     assert drafted[-1] == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 4), st.lists(st.floats(0, 1), max_size=12), st.lists(st.floats(0.01, 2), min_size=12, max_size=12)
+)
+def test_no_guess_below_the_least_that_pays_is_ever_kept(rows: int, values: list[float], steps: list[float]) -> None:
+    prices, values = list(accumulate(steps, initial=1.0)), sorted(values, reverse=True)
+    kept = most_paying(rows, values, prices)
+    assert all(value >= least_paying(rows, prices) * (1 - 1e-9) for value in values[:kept])
 
 
 def test_a_row_that_repeats_itself_has_the_guesses_of_those_that_do_not() -> None:

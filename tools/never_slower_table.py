@@ -24,13 +24,14 @@ def table(results: dict[str, Any]) -> list[str]:
     for name, section in results.items():
         cells = section["result"]["cells"]
         columns = list(dict.fromkeys(key.partition(" ")[2] for key in cells))
+        gate = section["result"]["gate"]
         lines += [
-            f"{name}, {section['machine']}, `{section['command']}`, commit {section['commit']}: speed over plain decoding's "
-            f"of runs that know nothing of the machine at first; below {section['result']['gate']} of the control's in bold.",
+            f"{name}, {section['machine']}, `{section['command']}`, commit {section['commit']}: speed over plain "
+            f"decoding's, of runs that know nothing of the machine at first. Below {gate} of the control's it is bold.",
             "", f"| | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}",
         ]  # fmt: skip
         for run in dict.fromkeys(key.partition(" ")[0] for key in cells):
-            shown = [_shown(cells.get(f"{run} {column}"), section["result"]["gate"]) for column in columns]
+            shown = [_shown(cells.get(f"{run} {column}"), gate) for column in columns]
             lines.append(f"| {run} | {' | '.join(shown)} |")
         lines.append("")
     return lines

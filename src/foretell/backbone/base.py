@@ -174,13 +174,13 @@ class Backbone(ABC):
         """Returns the logits [M, V] float32 of normed states."""
 
     @abstractmethod
-    def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> LinearLayer:
+    def linear(self, weight_NK: Tensor | Blocks, bias_N: Tensor | None) -> LinearLayer:
         """Returns a linear layer of a drafter, computed by this backbone's kernels.
 
         The weight is cast to the backbone's type and packed once.
         """
 
-    def layer(self, tensors: Mapping[str, Tensor], norm_d: Tensor | None = None) -> Backbone:
+    def layer(self, tensors: Mapping[str, Tensor | Blocks], norm_d: Tensor | None = None) -> Backbone:
         """Returns a layer of this backbone's shape and kernels with other weights, as a backbone of one layer.
 
         Args:
@@ -196,14 +196,14 @@ class Backbone(ABC):
         if found != shapes or norm_d.shape != (c.hidden,):
             raise UsageError("The drafter's own layer has not this model's shape; train a drafter for this model.")
         config = replace(bare(c), layers=1, vocab=32, tied=True, windows=(0,), mlp=c.mlp if mlp else 32)
-        weights = {f"model.layers.0.{name}": tensor for name, tensor in tensors.items()}
+        weights: dict[str, Tensor | Blocks] = {f"model.layers.0.{name}": tensor for name, tensor in tensors.items()}
         weights["model.norm.weight"] = norm_d
         for name, shape in weight_shapes(config).items():  # the rest is not used, but must exist, and is small
             weights.setdefault(name, torch.zeros(shape))
         return self._alike(config, weights)
 
     @abstractmethod
-    def _alike(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> Backbone:
+    def _alike(self, config: ModelConfig, weights: Mapping[str, Tensor | Blocks]) -> Backbone:
         """Returns another model with this backbone's type, threads and kernels."""
 
     @abstractmethod

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,13 +72,16 @@ class _Index:
                 self.ends.setdefault(tuple(tokens[end - n : end]), []).append(end)
         self.seen = max(self.seen, len(tokens) - 1)
 
-    def continuations(self, tokens: list[int], count: int) -> dict[int, int]:
+    def continuations(self, tokens: list[int], count: int, least: float = 0.0) -> dict[int, int]:
         """Up to `count` positions to copy from -> length of the match there: longer matches first, then later ones.
 
-        Tokens before the longest n-gram are compared as well, as far as `FOLLOWS` tells matches apart.
+        Tokens before the longest n-gram are compared as well, as far as `FOLLOWS` tells matches apart. Matches after
+        which even the best guess is less probable than `least` are left out.
         """
         positions: dict[int, int] = {}
         for n in range(min(self.longest, len(tokens)), self.shortest - 1, -1):
+            if follows(n, 0) < least:
+                break
             for end in reversed(self.ends.get(tuple(tokens[-n:]), ())):
                 positions.setdefault(end, n)
                 if len(positions) == count:
@@ -157,17 +160,21 @@ class PromptLookup(Drafter):
 
     def all_guesses(self, rows: Sequence[Row]) -> list[Guesses]:
         """Guesses for each row. With prices, the batch's most probable ones: as many as earn most tokens per cost."""
-        found = [self.guesses(row) for row in rows]
         if not self.prices:
-            return found
+            return [self.guesses(row) for row in rows]
+        prices = self.prices(len(rows), max(len(row.tokens) for row in rows))
+        found = [self.guesses(row, least_paying(len(rows), prices)) for row in rows]
         pooled = [(value, row) for row, guesses in enumerate(found) for value in guesses.path_probabilities()[1:]]
         pooled.sort(key=lambda pair: -pair[0])  # of equals the first row's, and a row's own stay in their order
-        prices = self.prices(len(rows), max(len(row.tokens) for row in rows))
         kept = Counter(row for _, row in pooled[: most_paying(len(rows), [value for value, _ in pooled], prices)])
         return [guesses.first(1 + kept[row]) for row, guesses in enumerate(found)]
 
-    def guesses(self, row: Row) -> Guesses:
-        """Returns the most probable continuations of a row: the likeliest open guess is taken next, again and again."""
+    def guesses(self, row: Row, least: float = 0.0) -> Guesses:
+        """Returns the most probable continuations of a row: the likeliest open guess is taken next, again and again.
+
+        Those less probable than `least` are left out.
+        """
+        least = max(least, self.min_probability)
         index, tokens = self._indexes[row.slot], row.tokens
         index.extend(tokens)
         parents, ids, probabilities = [-1], [tokens[-1]], [1.0]
@@ -184,12 +191,12 @@ class PromptLookup(Drafter):
                     following.setdefault(tokens[position], []).append((position, match))
             for better, (token, where) in enumerate(following.items()):
                 p = follows(where[0][1], better)
-                if value * p >= self.min_probability:
+                if value * p >= least:
                     further = [(position + 1, match + 1) for position, match in where]
                     heapq.heappush(heap, (-value * p, order, node, token, p, further))
                     order += 1
 
-        open_after(0, 1.0, list(index.continuations(tokens, self.candidates).items()))
+        open_after(0, 1.0, list(index.continuations(tokens, self.candidates, least).items()))
         while heap and len(parents) < self.nodes:
             value, _, parent, token, p, positions = heapq.heappop(heap)
             parents.append(parent)
@@ -209,6 +216,12 @@ def most_paying(rows: int, values: Sequence[float], prices: Sequence[float]) -> 
     """Returns how many of a batch's guesses, most probable first, give the most tokens per cost of a step."""
     tokens = list(accumulate(values, initial=rows))  # of a step: a guess's token as often as its path comes true
     return max(range(min(len(tokens), len(prices))), key=lambda guesses: tokens[guesses] / prices[guesses])
+
+
+def least_paying(rows: int, prices: Sequence[float]) -> float:
+    """Returns a probability below which no guess pays: tokens come as cheaply without it, at its least price."""
+    cheapest = min((more - less for less, more in pairwise(prices)), default=0.0)
+    return cheapest * rows / prices[0]
 
 
 def prices_of(backbone: Backbone) -> Prices | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from foretell.backbone.base import Backbone, check_ids
 from foretell.backbone.cpu import library
 from foretell.backbone.cpu.backbone import CompiledBackbone
+from foretell.backbone.cpu.formats import draft_format
 from foretell.backbone.cpu.library import call, table
 from foretell.backbone.cpu.linear import ThreadedLinear
 from foretell.backbone.kv_cache import KVCache
@@ -24,6 +25,8 @@ from foretell.drafting.heads import DrafterHeads
 from foretell.drafting.prefix_layer import PrefixLayer
 from foretell.drafting.protocols import DraftedTrees, DraftRequest, LevelDrafting, LowerLayerDrafting
 from foretell.errors import check
+from foretell.loading.blocks import TYPES, Blocks
+from foretell.loading.quantize import quantize
 
 Integers = NDArray[np.int64]
 Trees = list[tuple[list[int], list[int], list[float]]]
@@ -48,14 +51,25 @@ class CpuKernels:
     def lower_layers(self, drafting: LowerLayerDrafting) -> CpuLowerLayerDrafter:
         return CpuLowerLayerDrafter(self.backbone, drafting)
 
+    def layer(self, tensors: Mapping[str, Tensor], norm_d: Tensor | None = None) -> Backbone:
+        return self.backbone.layer({name: self._rounded(tensor) for name, tensor in tensors.items()}, norm_d)
+
     def prefix_layer(self, tensors: Mapping[str, Tensor], fuse_dP: Tensor | None) -> CpuPrefixLayer:
-        return CpuPrefixLayer(self.backbone, self.backbone.layer(tensors), fuse_dP)
+        fuse = None if fuse_dP is None else self._rounded(fuse_dP)
+        return CpuPrefixLayer(self.backbone, self.layer(tensors), fuse)
+
+    def _rounded(self, weight: Tensor) -> Tensor | Blocks:
+        """Rounds a matrix to blocks of eight bits where these are multiplied faster; guesses need not be exact."""
+        build, bf16 = self.backbone.build, self.backbone.dtype == torch.bfloat16
+        if not bf16 or weight.dim() != 2 or draft_format(weight.shape[1], build, output=False).stored != "Q8_0":
+            return weight
+        return quantize(weight, TYPES["Q8_0"])
 
 
 class CpuPrefixLayer(PrefixLayer):
     """`PrefixLayer` in one call of the kernels."""
 
-    def __init__(self, backbone: CompiledBackbone, layer: Backbone, fuse_dP: Tensor | None):
+    def __init__(self, backbone: CompiledBackbone, layer: Backbone, fuse_dP: Tensor | Blocks | None):
         super().__init__(backbone, layer, fuse_dP)
         if not isinstance(layer, CompiledBackbone):
             raise TypeError("A compiled prefix layer needs a compiled layer.")

@@ -30,5 +30,8 @@ class EagerKernels:
     def lower_layers(self, drafting: LowerLayerDrafting) -> None:
         return None
 
+    def layer(self, tensors: Mapping[str, Tensor], norm_d: Tensor | None = None) -> Backbone:
+        return self.backbone.layer(tensors, norm_d)
+
     def prefix_layer(self, tensors: Mapping[str, Tensor], fuse_dP: Tensor | None) -> PrefixLayer:
         return PrefixLayer(self.backbone, self.backbone.layer(tensors), fuse_dP)

@@ -19,6 +19,7 @@ from foretell.backbone.base import Backbone
 from foretell.backbone.nodes import Nodes
 from foretell.drafting.heads import normed
 from foretell.drafting.waiting import WaitingStates
+from foretell.loading.blocks import Blocks
 
 
 class PrefixLayer:
@@ -30,7 +31,7 @@ class PrefixLayer:
         fuse_dP: W [d, P·d] of a fused layer, else None.
     """
 
-    def __init__(self, backbone: Backbone, layer: Backbone, fuse_dP: Tensor | None):
+    def __init__(self, backbone: Backbone, layer: Backbone, fuse_dP: Tensor | Blocks | None):
         self.layer, self._embed = layer, backbone.embed
         self._fuse = None if fuse_dP is None else backbone.linear(fuse_dP, None)
         self.fused, self.cache = fuse_dP is not None, layer.new_cache(1, 1)

@@ -154,6 +154,10 @@ class DraftKernels(Protocol):
         """Returns a drafter through lower layers; None if running them level by level is as fast."""
         ...
 
+    def layer(self, tensors: Mapping[str, Tensor], norm_d: Tensor | None = None) -> Backbone:
+        """Returns a drafter's own layer, see `Backbone.layer`; its matrices may be rounded to eight bits."""
+        ...
+
     def prefix_layer(self, tensors: Mapping[str, Tensor], fuse_dP: Tensor | None) -> PrefixLayer:
         """Returns a drafter's own layer over the committed states.
 

@@ -21,7 +21,7 @@ class WaitingStates:
 
     def __init__(self) -> None:
         # row -> (streams of a step, the row's first state there, how many, how many wait with these)
-        self._rows: dict[int, list[tuple[Sequence[Tensor], int, int, int]]] = {}
+        self._rows: dict[int, list[tuple[Sequence[Tensor] | Tensor, int, int, int]]] = {}
 
     def add(self, row: int, streams_SNd: Sequence[Tensor], begin: int, count: int) -> bool:
         """Adds newly committed states, `count` of each stream from `begin` on; returns whether too many wait now."""
@@ -46,5 +46,4 @@ class WaitingStates:
         """Keeps the first `count` states of a row."""
         if count >= self.count(row):
             return
-        kept = self.of(row)[:, :count] if count else ()
-        self._rows[row] = [(kept, 0, count, count)] if count else []
+        self._rows[row] = [(self.of(row)[:, :count], 0, count, count)] if count else []

@@ -172,11 +172,11 @@ class CompiledBackbone(Backbone):
     def argmax(self, states_Md: Tensor) -> Tensor:
         return self._head.argmax(states_Md, self.threads)
 
-    def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> ThreadedLinear:
+    def linear(self, weight_NK: Tensor | Blocks, bias_N: Tensor | None) -> ThreadedLinear:
         format = format_for(Joined.of(weight_NK), self.dtype)
         return ThreadedLinear(PackedLinear(weight_NK, bias_N, self.build, format), self.threads)
 
-    def _alike(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> CompiledBackbone:
+    def _alike(self, config: ModelConfig, weights: Mapping[str, Tensor | Blocks]) -> CompiledBackbone:
         return CompiledBackbone(config, weights.__getitem__, self.dtype, self.threads, self.build)
 
     def head_rows(self, ids_N: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class EagerBackbone(Backbone):
         self._head.min_rows = rows
         return True
 
-    def _alike(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> EagerBackbone:
+    def _alike(self, config: ModelConfig, weights: Mapping[str, Tensor | Blocks]) -> EagerBackbone:
         return EagerBackbone(config, weights.__getitem__, self.dtype, self.device, self.threads, packed=self._packed)
 
     def embed(self, tokens_M: Tensor) -> Tensor:
@@ -176,9 +176,9 @@ class EagerBackbone(Backbone):
     def logits(self, states_Md: Tensor) -> Tensor:
         return self._head(states_Md)
 
-    def linear(self, weight_NK: Tensor, bias_N: Tensor | None) -> Linear:
+    def linear(self, weight_NK: Tensor | Blocks, bias_N: Tensor | None) -> Linear:
         bias_N = None if bias_N is None else bias_N.to(self.device)
-        return Linear(weight_NK.to(self.device, self.dtype), bias_N, packed=self._packed)
+        return Linear(Blocks.of(weight_NK).floats().to(self.device, self.dtype), bias_N, packed=self._packed)
 
     def head_rows(self, ids_N: Tensor) -> Tensor:
         check_ids(ids_N, self.config.vocab)
