@@ -157,6 +157,17 @@ def test_a_row_that_repeats_itself_has_the_guesses_of_those_that_do_not() -> Non
     assert drafted(silent, TEXT, silent, silent) == [0, 5, 0, 0]
 
 
+def test_a_row_that_copies_at_length_is_guessed_however_dear_guesses_are() -> None:
+    """Matches longer than any n-gram that is looked up are surer than those: 0.96 a guess."""
+    lookup, line = PromptLookup(prices=lambda rows, context: [1 + 0.9 * n for n in range(16)]), Line([*range(20)] * 2)
+    lookup.reset([line])
+    assert 0.84 < least_paying(1, lookup.prices(1, 40)) < 0.96
+    assert lookup.draft([line]).tokens[0][:2] == [19, 0]
+    short = Line([*range(20), *range(40, 50), *range(16, 20)])  # four tokens match
+    lookup.reset([short])
+    assert lookup.draft([short]).tokens == [[19]]
+
+
 def test_a_merged_tree_is_as_large_as_what_pays_of_either() -> None:
     def merged(inner: Drafter, prices: Any) -> list[int]:
         drafter, line = WithLookup(inner, prices=prices), Line(TEXT)

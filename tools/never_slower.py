@@ -2,10 +2,11 @@
 
     python tools/never_slower.py --questions FILE [--model M] [--weights W] [--kernel K] [--runs R ...] [--batches B]
 
-Nothing is known of the machine's costs at first. All runs decode the same questions at once, a step of each in turn, so
-that whatever slows the machine slows all of them: on a busy one, answers timed one after the other differ by a tenth. A
-control, plain decoding once more, says how far apart equal things lie. A cell (run, batch, temperature) holds if its
-median gain over plain decoding, group by group of questions, is at least `GATE` of the control's.
+Nothing is known of the machine's costs at first; all runs learn one table, as drafters in one process do. They decode
+the same questions at once, a step of each in turn, so that whatever slows the machine slows all of them: on a busy one,
+answers timed one after the other differ by a tenth. A control, plain decoding once more, says how far apart equal
+things lie. A cell (run, batch, temperature) holds if its median gain over plain decoding, group by group of questions,
+is at least `GATE` of the control's.
 """
 
 from __future__ import annotations
@@ -98,12 +99,14 @@ def measured(llm: LLM, args: argparse.Namespace, batch: int, temperature: float)
     params = SamplingParams(max_new_tokens=args.new_tokens, temperature=temperature, seed=7)
     warm_up = SamplingParams(max_new_tokens=WARM_UP, temperature=temperature, seed=7)
     together(list(runs.values()), [llm.encode(PROMPT)] * batch, warm_up)
-    prompts = [llm.encode(question) for question in core.load_questions(args.questions, args.every, None)]
+    groups = max(GROUPS, math.ceil(args.least / batch))
+    questions = core.load_questions(args.questions, args.every, None)
+    spread = questions[:: max(1, len(questions) // (groups * batch))]  # files are ordered by kind
+    prompts = [llm.encode(question) for question in spread[: groups * batch]]
     gains: dict[str, list[float]] = {name: [] for name in runs if name != PLAIN}
     for run in runs.values():
         run.tokens = run.steps = 0
-    groups = max(GROUPS, math.ceil(args.least / batch))
-    for begin in range(0, min(len(prompts), groups * batch) - batch + 1, batch):
+    for begin in range(0, len(prompts) - batch + 1, batch):
         together(list(runs.values()), prompts[begin : begin + batch], params)
         for name, run in runs.items():
             assert run.ids == runs[PLAIN].ids, f"{name} wrote other tokens than plain decoding"

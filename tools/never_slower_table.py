@@ -27,7 +27,7 @@ def table(results: dict[str, Any]) -> list[str]:
         gate = section["result"]["gate"]
         lines += [
             f"{name}, {section['machine']}, `{section['command']}`, commit {section['commit']}: speed over plain "
-            f"decoding's, of runs that know nothing of the machine at first. Below {gate} of the control's it is bold.",
+            f"decoding's, of runs that begin untuned and learn one table. Below {gate} of the control's it is bold.",
             "", f"| | {' | '.join(columns)} |", f"|---|{'---:|' * len(columns)}",
         ]  # fmt: skip
         for run in dict.fromkeys(key.partition(" ")[0] for key in cells):

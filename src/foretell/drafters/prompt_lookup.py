@@ -80,7 +80,8 @@ class _Index:
         """
         positions: dict[int, int] = {}
         for n in range(min(self.longest, len(tokens)), self.shortest - 1, -1):
-            if follows(n, 0) < least:
+            longest = len(FOLLOWS) if n == self.longest else n  # of these matches
+            if follows(longest, 0) < least:
                 break
             for end in reversed(self.ends.get(tuple(tokens[-n:]), ())):
                 positions.setdefault(end, n)
@@ -219,7 +220,7 @@ def most_paying(rows: int, values: Sequence[float], prices: Sequence[float]) -> 
 
 
 def least_paying(rows: int, prices: Sequence[float]) -> float:
-    """Returns a probability below which no guess pays: tokens come as cheaply without it, at its least price."""
+    """Returns a probability below which no guess pays, even at the least price of one: plain steps are cheaper."""
     cheapest = min((more - less for less, more in pairwise(prices)), default=0.0)
     return cheapest * rows / prices[0]
 

@@ -32,6 +32,10 @@ Integers = NDArray[np.int64]
 Trees = list[tuple[list[int], list[int], list[float]]]
 
 
+LARGEST = 127 * 65504
+"""Number whose block has the largest scale in float16."""
+
+
 class CpuKernels:
     """See `protocols.DraftKernels`."""
 
@@ -62,6 +66,10 @@ class CpuKernels:
         """Rounds a matrix to blocks of eight bits where these are multiplied faster; guesses need not be exact."""
         build, bf16 = self.backbone.build, self.backbone.dtype == torch.bfloat16
         if not bf16 or weight.dim() != 2 or draft_format(weight.shape[1], build, output=False).stored != "Q8_0":
+            return weight
+        if not (
+            weight.is_floating_point() and weight.numel() and weight.abs().max() < LARGEST
+        ):  # damaged: refused later
             return weight
         return quantize(weight, TYPES["Q8_0"])
 
