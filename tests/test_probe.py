@@ -199,7 +199,7 @@ class Probes:
     def __init__(self, needed: int = 0):
         self.needed, self.asked = needed, 0
 
-    def __call__(self, backbone: Any) -> str | None:
+    def __call__(self, backbone: Any, *_: object) -> str | None:
         self.asked += 1
         return None if backbone.layers[0].down.min_rows >= self.needed else "It depends."
 
