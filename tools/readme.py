@@ -12,8 +12,10 @@ import breadth_tables
 import cost_model
 import layer_tables
 import never_slower_table
+import stored_table
 import training_speed
 from breadth_tables import digest
+from stored_table import exactness
 
 from foretell.bench.peers import PEERS
 from foretell.bench.report import facts, main_table, markdown_table, sections
@@ -79,18 +81,6 @@ def core(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def exactness(settings: dict[str, Any]) -> str:
-    same = list(settings.values())
-    agreed = all(v["same_ids"] == v["same_cache"] == v["same_logprobs"] == v["prompts"] for v in same)
-    verdict = (
-        "equal plain decoding's in every one" if agreed else "differ from plain decoding's somewhere: see the file"
-    )
-    return (
-        f"Exactness: {len(same)} settings of drafter or random trees, number type, temperature and batch size, "
-        f"{sum(v['tokens'] for v in same):,} tokens: ids, log-probabilities and cache bytes {verdict}."
-    )
-
-
 def plain_step(r: dict[str, Any]) -> str:
     return (
         f"A plain step takes {r['plain_ms_per_step_at_100_keys']} ms; reading the weights once at the measured "
@@ -112,75 +102,6 @@ def startup(r: dict[str, Any]) -> str:
     first, peak = r["first_token_seconds_from_process_start"], r["peak_memory_gb"]
     return f"From process start to the first token {first} s; peak memory {peak} GB."
 
-
-def stored(results: dict[str, Any]) -> list[str]:
-    """Returns the figures of weights that are multiplied as they are stored, model by model."""
-    lines = []
-    for name in dict.fromkeys(key.split()[1] for key in results):
-        found = {key.split()[0]: value["result"] for key, value in results.items() if key.split()[1] == name}
-        parts = [STORED[key](found[key]) for key in STORED if key in found]
-        lines.append(f"- {name}: {' '.join(parts)}")
-    machines = dict.fromkeys(value["machine"] for value in results.values())
-    return [
-        f"Weights as stored, on {'; '.join(machines)} (docs/results/stored.json has commands and commits):",
-        "",
-        *lines,
-        "",
-    ]
-
-
-def stored_start(r: dict[str, Any]) -> str:
-    return (
-        f"The first token comes {r['first_token_seconds_beyond_torch']} s after PyTorch is imported; "
-        f"{r['resident_mb_after_500_tokens']:,} MB are resident after 500 tokens."
-    )
-
-
-def stored_steps(r: dict[str, Any]) -> str:
-    costs = (
-        f"{keys} keys " + ", ".join(f"{size} nodes {each['relative'][size]}" for size in ("4", "8", "16"))
-        for keys, each in r["steps"].items()
-    )
-    return f"A step relative to one node: {'; '.join(costs)}."
-
-
-def stored_floats(r: dict[str, Any]) -> str:
-    kinds = (
-        f"{kind} " + ", ".join(f"{size} nodes {each['relative'][size]}" for size in ("4", "8", "16")) + "; a "
-        f"plain step reads at {each['plain_reads_of_bandwidth']:.0%} of the bandwidth, one of 16 multiplies "
-        f"{each['gmac_per_s_at_16']:.0f} billion pairs of numbers a second (PyTorch's largest product of float32: "
-        f"{each['gmac_per_s_of_pytorch']:.0f})"
-        for kind, each in r.items()
-    )
-    return f"Unpacked, relative to one node at 300 keys: {'; '.join(kinds)}."
-
-
-def stored_quality(r: dict[str, Any]) -> str:
-    return (
-        f"Perplexity of {r['tokens']} tokens of human texts: {r['stored']['perplexity']:.2f}, in float32 "
-        f"{r['float32']['perplexity']:.2f}, llama.cpp's {r['llama.cpp']['perplexity']:.2f}; "
-        f"{r['stored']['agrees_with_float32']:.1%} of the most probable tokens are those of float32 "
-        f"(llama.cpp: {r['llama.cpp']['agrees_with_float32']:.1%})."
-    )
-
-
-def stored_busy(r: dict[str, Any]) -> str:
-    return (
-        f"Beside a process that keeps a core busy a plain step takes {r['busy']} of its time "
-        f"({r['busy_with_all_threads']} if no thread gives way)."
-    )
-
-
-def stored_heads(r: dict[str, Any]) -> str:
-    kept = ", ".join(f"{name} {each['ratio']:.3f}" for name, each in r.items())
-    return f"Tokens per step of heads trained on the unpacked model, against those on it: {kept}."
-
-
-STORED: dict[str, Callable[[dict[str, Any]], str]] = {
-    "start": stored_start, "steps": stored_steps, "floats": stored_floats, "quality": stored_quality,
-    "heads": stored_heads, "busy": stored_busy, "exactness": exactness,
-}  # fmt: skip
-"""Section of stored.json -> its sentence."""
 
 SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
     "exactness": exactness, "machine": plain_step, "step": step, "batch": batch, "startup": startup,
@@ -359,7 +280,7 @@ def pages() -> dict[Path, str]:
     blocks = {
         ROOT / "README.md": [
             *head, *(line for name in ("stored", "stored_coder") for line in measured(folder / name)),
-            *stored(_json(folder / "stored.json")),
+            *stored_table.sentences(_json(folder / "stored.json")),
             never_slower_table.sentence(_json(folder / "never_slower.json")), "",
             *(line for name, model in HEADS.items() for line in fastest(model, _json(folder / name))),
             "", "How each method does by tree size, and how its heads were made: [docs/training.md](docs/training.md).",

@@ -67,11 +67,8 @@ class CpuKernels:
         build, bf16 = self.backbone.build, self.backbone.dtype == torch.bfloat16
         if not bf16 or weight.dim() != 2 or draft_format(weight.shape[1], build, output=False).stored != "Q8_0":
             return weight
-        if not (
-            weight.is_floating_point() and weight.numel() and weight.abs().max() < LARGEST
-        ):  # damaged: refused later
-            return weight
-        return quantize(weight, TYPES["Q8_0"])
+        sound = weight.is_floating_point() and weight.numel() and weight.abs().max() < LARGEST
+        return quantize(weight, TYPES["Q8_0"]) if sound else weight  # what is damaged is refused where it is packed
 
 
 class CpuPrefixLayer(PrefixLayer):

@@ -120,15 +120,20 @@ class Guesses:
 
     def path_probabilities(self) -> list[float]:
         """Returns the probability of each node's path from the root: how often a step emits its token."""
-        found = [1.0]
-        for parent, probability in zip(self.tree.parents[1:], self.probabilities[1:], strict=True):
-            found.append(found[parent] * probability)
-        return found
+        return _path_probabilities(self.tree.parents, self.probabilities)
 
     def first(self, nodes: int) -> Guesses:
         """Returns the first nodes alone, the root among them."""
         tree = TokenTree(self.tree.parents[:nodes]) if nodes > 1 else ROOT
         return Guesses(tree, self.tokens[:nodes], self.probabilities[:nodes])
+
+
+def _path_probabilities(parents: Sequence[int], probabilities: Sequence[float]) -> list[float]:
+    """See `Guesses.path_probabilities`; parents come before their children."""
+    found = [1.0]
+    for parent, probability in zip(parents[1:], probabilities[1:], strict=True):
+        found.append(found[parent] * probability)
+    return found
 
 
 def most_probable(one: Guesses, other: Guesses, size: int) -> Guesses:
@@ -169,9 +174,7 @@ def merged(one: Guesses, other: Guesses, size: int, first: int) -> tuple[Guesses
             if source is one and index != node:  # a duplicate sibling: nodes from here on have other numbers
                 first = min(first, node)
     first = min(first, len(one.tokens))
-    values = [1.0]
-    for node in range(1, len(parents)):
-        values.append(values[parents[node]] * probabilities[node])
+    values = _path_probabilities(parents, probabilities)
     chosen = [0, *sorted(range(1, len(parents)), key=lambda node: -values[node])[: size - 1]]
     kept = sorted(node for node in chosen if node < first)
     chosen = kept + [node for node in chosen if node >= first]
