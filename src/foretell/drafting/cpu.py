@@ -68,7 +68,7 @@ class CpuKernels:
         if not bf16 or weight.dim() != 2 or draft_format(weight.shape[1], build, output=False).stored != "Q8_0":
             return weight
         sound = weight.is_floating_point() and weight.numel() and weight.abs().max() < LARGEST
-        return quantize(weight, TYPES["Q8_0"]) if sound else weight  # what is damaged is refused where it is packed
+        return quantize(weight, TYPES["Q8_0"]) if sound else weight  # else damaged, or too large for a scale
 
 
 class CpuPrefixLayer(PrefixLayer):
