@@ -613,7 +613,7 @@ def test_from_a_model_alone_to_a_changed_one_with_heads(
     assert tensors.keys() == {"weight.0", "weight.1", "bias", "head", "vocabulary"}
     assert saved.tokens_per_step
     assert saved.provenance["loss"].keys() == {"head 1", "head 2", "head 3", "backbone"}
-    base = assemble(Path(tiny), dtype="fp32", threads=1)
+    base = assemble(Path(tiny), dtype="fp32", threads=1, cache_dir=trained / "cache")
     assert saved.fingerprint not in ("", base.fingerprint)
     assert sorted(path.name for path in (out / "adapter").iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors",

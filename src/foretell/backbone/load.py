@@ -51,7 +51,7 @@ def assemble(
     Raises:
         ForetellError, UsageError: what cannot be loaded, and the remedy.
     """
-    progress = progress or (lambda stage, fraction: None)
+    report = when_slow(progress)
     where = _device(device)
     count = _threads(threads)
     # For the whole process: PyTorch has no other setting, and its idle threads would spin on the kernels' cores.
@@ -64,7 +64,7 @@ def assemble(
     backbone: Backbone
     if build:
         panels = _panel_file(folder, config, kind, build)
-        packing = when_slow(progress, "packing weights")
+        packing = partial(report, "packing weights")
         backbone = CompiledBackbone(config, weights.blocks, kind, count, build, panels, packing)
         if panels:
             panels.keep()
@@ -73,7 +73,7 @@ def assemble(
         backbone = EagerBackbone(config, weights.blocks, kind, where, count)
     backbone.read = weights.blocks
     backbone.fingerprint = mark()  # part of the name under which the verdict is stored
-    verdict = settle(backbone, cache_dir, when_slow(progress, "checking arithmetic"))
+    verdict = settle(backbone, cache_dir, partial(report, "checking arithmetic"))
     backbone.nondeterminism, backbone.probe_seconds = verdict.nondeterminism, verdict.seconds
     return backbone
 

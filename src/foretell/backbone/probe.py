@@ -33,6 +33,8 @@ ROWS = (*range(1, 17), 24, 32, 48, MAX_ROWS)
 """Nodes that share a pass."""
 SEED = TokenTree((-1, 0, 1, 2, 3, 0, 1, 5, 0, 2, 6, 7, 1, 0, 3, 10, 9))
 """As heads draft it: a chain at first, then branches of all lengths."""
+HEAD_SHARE = 0.4
+"""Of the time of a small model's probe."""
 PROMPT = chain(33)
 """Longer than a block of keys."""
 START, NEAR, FAR = range(3)
@@ -80,7 +82,7 @@ def probe(backbone: Backbone, progress: StageProgress = lambda fraction: None) -
     """
     tokens_N = torch.randint(backbone.config.vocab, (len(PROMPT),), generator=torch.Generator().manual_seed(0))
     streams_Nd, where = _model(backbone, tokens_N)
-    where = where or _head(backbone, streams_Nd[:3]) or _layers(backbone, tokens_N, progress)
+    where = where or _head(backbone, streams_Nd[:3], progress) or _layers(backbone, tokens_N, progress)
     if where is None:
         return None
     return (
@@ -106,7 +108,7 @@ def _model(backbone: Backbone, tokens_N: Tensor) -> tuple[Tensor, str | None]:
     return together_Nd, None
 
 
-def _head(backbone: Backbone, streams_Sd: Tensor) -> str | None:
+def _head(backbone: Backbone, streams_Sd: Tensor, progress: StageProgress) -> str | None:
     """Runs final norm, logits and argmax over some streams alone, then over all rows, filled with them in turn."""
     alone = []
     for stream_1d in streams_Sd.split(1):
@@ -116,6 +118,7 @@ def _head(backbone: Backbone, streams_Sd: Tensor) -> str | None:
             return "the choice of the most probable token"
         alone.append((state_1d, logits_1V, best))
     for rows in ROWS:
+        progress(HEAD_SHARE * rows / MAX_ROWS)
         states_Md = backbone.norm(streams_Sd[torch.arange(rows) % len(alone)])
         logits_MV, best_M = backbone.logits(states_Md), backbone.argmax(states_Md)
         for first, (state_1d, logits_1V, best) in enumerate(alone):
@@ -138,8 +141,11 @@ def _layers(backbone: Backbone, tokens_N: Tensor, progress: StageProgress) -> st
     windows = {c.windows.index(window) for window in c.windows}
     layers = sorted({0, c.layers // 2, c.layers - 1} | windows)
     for i, layer in enumerate(layers):
-        progress(i / len(layers))
-        if where := _Layer(backbone, layer, inputs_Nd, lengths, kv).differs():
+
+        def done(share: float, i: int = i) -> None:
+            progress(HEAD_SHARE + (1 - HEAD_SHARE) * (i + share) / len(layers))
+
+        if where := _Layer(backbone, layer, inputs_Nd, lengths, kv).differs(done):
             return f"layer {layer} with {where}"
     return None
 
@@ -160,9 +166,10 @@ class _Layer:
             for committed_GTD in self._held(context, 0, lengths[context]):
                 committed_GTD.copy_(torch.randn(committed_GTD.shape, generator=generator))
 
-    def differs(self) -> str | None:
+    def differs(self, progress: StageProgress) -> str | None:
         """Returns the first combination of rows that changes a node's bits; None if there is none."""
-        for company in COMPANIES:
+        for done, company in enumerate(COMPANIES):
+            progress(done / len(COMPANIES))
             alone = [self._run_alone(context, tree) for context, tree, _ in company]
             lengths = [self.lengths[context] for context, *_ in company]
             twins = [TWINS[tree][:count] for _, tree, count in company]

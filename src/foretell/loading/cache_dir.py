@@ -24,16 +24,16 @@ from foretell.loading.families import FAMILIES
 
 Progress = Callable[[str, float], None]  # (what is being done, how much of it: 0 to 1)
 StageProgress = Callable[[float], None]  # the same of one stage
-SLOW = 3.0  # seconds after which a load says what it is doing
+SLOW = 2.0  # seconds after which a load says what it is doing
 MANIFEST = "foretell.json"
 CONVERTER_VERSION = 2  # part of the cache key: raise it when what a conversion writes changes
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any one of them makes a tokenizer
 
 
-def when_slow(progress: Progress, stage: str) -> StageProgress:
-    """Returns what reports a stage of loading once it has taken `SLOW` seconds: most end sooner."""
+def when_slow(progress: Progress | None) -> Progress:
+    """Returns what reports stages of loading once `SLOW` seconds have passed: most models load sooner."""
     began = time.monotonic()
-    return lambda fraction: progress(stage, fraction) if time.monotonic() - began > SLOW else None
+    return lambda stage, fraction: progress(stage, fraction) if progress and time.monotonic() - began > SLOW else None
 
 
 @dataclass(frozen=True, slots=True)
