@@ -837,7 +837,7 @@ def test_mistakes_are_one_line(
     last = ran.err.splitlines(keepends=True)[-1]  # what was measured before is reported
     refused(Ran(ran.code, ran.out, last), code, sentence)
     assert "Traceback" not in ran.err
-    assert not list(cache.rglob("*.json"))
+    assert not list(cache.glob("costs/*"))  # a slow probe may have kept its verdict
 
 
 def test_damaged_costs_are_one_line_wherever_they_are_read(
