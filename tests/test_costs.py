@@ -634,6 +634,21 @@ def test_a_drafter_takes_the_size_that_pays_most(cache: Path) -> None:
     assert tree_size(backbone, 24, TOKENS_PER_STEP, "medusa", 0.15, 64)(1, 128) == 24  # who says how many gets as many
 
 
+def test_few_tokens_are_not_worth_reading_a_long_prompt_for(tmp_path: Path) -> None:
+    """A state costs a layer's share of a node, and a token saves the difference of the rates."""
+    backbone = tiny_backbone()
+    backbone.costs = tmp_path / "costs.json"
+    StepCosts({1: {256: {1: 1.0, 4: 1.6, 16: 4.0}}}).save(backbone.costs)
+    size = tree_size(backbone, 0, {4: 3.2}, "hydra++", 0.4, 64)
+    state, saved = 0.2 / backbone.config.layers, 1 - 2.0 / 3.2
+    for left in (1, 10, 100):
+        enough = int(left * saved / state)
+        assert [size(1, 256, unread, left) for unread in (0, enough, enough + 1)] == [4, 4, 1]
+    assert size(1, 256, 10**6) == 4
+    for always in (tree_size(backbone, 8, {}, "hydra++", 0.4, 64), tree_size(tiny_backbone(), 0, {}, "", 0.4, 64)):
+        assert always(1, 256, 10**6, 1) == always(1, 256)  # who says how many gets as many
+
+
 @pytest.mark.parametrize(
     ("relative", "known", "unknown"),
     [

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from foretell.errors import UsageError
 from foretell.trees import from_paths
-from foretell.trees.growing import Candidates, GrowingTree
+from foretell.trees.growing import Candidates, GrowingTree, reachable
 
 ranks = st.integers(1, 3).flatmap(
     lambda heads: st.tuples(
@@ -47,6 +47,26 @@ def test_the_most_probable_paths_make_the_tree(
         assert set(path_of[1:]) <= set(paths)
         assert len(set(path_of)) == len(tree) == min(nodes, len(paths) + 1)
         assert sorted((value[path] for path in path_of[1:]), reverse=True) == pytest.approx(best, abs=1e-3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(ranks, st.integers(2, 20), st.integers(0, 2**32 - 1))
+def test_paths_that_are_out_of_reach_are_never_grown(some: tuple[int, list[list[int]]], nodes: int, seed: int) -> None:
+    heads, chosen = some
+    paths = sorted({tuple(path[: n + 1]) for path in chosen for n in range(len(path))})
+    log_probs_BKR = -np.sort(np.random.default_rng(seed).exponential(size=(3, heads, 4)), axis=2)
+    within = Candidates(reachable(paths, nodes))
+    assert within.grow(log_probs_BKR, nodes) == Candidates(paths).grow(log_probs_BKR, nodes)
+
+
+def test_a_small_tree_asks_for_few_guesses() -> None:
+    paths = [path for depth in (1, 2, 3) for path in product(range(4), repeat=depth)]
+    assert reachable(paths, 1) == []
+    assert reachable(paths, 2) == [(0,)]
+    assert reachable(paths, 3) == [(0,), (1,), (0, 0)]
+    assert reachable(paths, 4) == [(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0)]
+    assert len(reachable(paths, 1000)) == len(paths)
+    assert reachable([(0,), (3,)], 3) == [(0,), (3,)]  # a tree that names no ranks between
 
 
 def test_whatever_the_heads_say_a_tree_is_a_tree() -> None:

@@ -66,7 +66,9 @@ def drafter_of(
 ) -> Hydra:  # fmt: skip
     tensors, arch = module.checkpoint()
     grown = paths is None
-    return watched(Hydra(backbone, arch, tensors, paths or [], lambda rows, context: nodes, grown=grown, scales=scales))
+    return watched(
+        Hydra(backbone, arch, tensors, paths or [], lambda rows, context, *_: nodes, grown=grown, scales=scales)
+    )
 
 
 # -- exactness ------------------------------------------------------------------------------------------------------
@@ -96,7 +98,7 @@ def test_however_far_heads_are_believed_no_token_changes() -> None:
     module, medusas = random_hydra(backbone), random_heads(backbone, 3, 1, "tied", 40)
     tensors, arch = medusas.checkpoint()
     for scales in ODD:
-        medusa = Medusa(backbone, arch, tensors, some_paths(3, 6, 0), lambda rows, context: 12, scales=scales)
+        medusa = Medusa(backbone, arch, tensors, some_paths(3, 6, 0), lambda rows, context, *_: 12, scales=scales)
         for drafter in (drafter_of(backbone, module, scales=scales), medusa):
             for each in (drafter, WithLookup(drafter)):
                 assert_same(finish(decoder_of(backbone, each, max_rows=3), requests()), truth)
@@ -288,7 +290,7 @@ def test_what_is_drafted_in_one_call_is_what_is_drafted_level_by_level(
             monkeypatch.setattr(hydra, "MIN_GAIN", least)
             monkeypatch.setattr(hydra, "BEAM", beam)
             for count in (1, 9, 40):
-                drafter.size = lambda rows, context, size=count + 1: size
+                drafter.size = lambda *_, size=count + 1: size
                 ours, slow = drafter.draft(decoder._rows), drafter._by_level(decoder._rows, count)
                 assert (ours.trees, ours.tokens) == (slow.trees, slow.tokens)
                 for one, other in zip(ours.probabilities or [], slow.probabilities or [], strict=True):
@@ -632,7 +634,7 @@ def test_a_checkpoint_of_an_earlier_version_is_read(options: dict[str, Any]) -> 
     backbone = backbone_of()
     module = random_hydra(backbone, **options)
     tensors, arch = module.checkpoint()
-    drafters = [Hydra(backbone, each, tensors, [], lambda rows, context: 9) for each in (arch, former(arch))]
+    drafters = [Hydra(backbone, each, tensors, [], lambda rows, context, *_: 9) for each in (arch, former(arch))]
     rows = [after_some_steps(backbone, drafter) for drafter in drafters]
     assert drafters[0].draft([rows[0]]) == drafters[1].draft([rows[1]])
     fresh = random_hydra(backbone, seed=5, **options)
@@ -646,7 +648,7 @@ def test_a_checkpoint_of_an_option_that_is_gone_says_so(name: str) -> None:
     tensors, arch = random_hydra(backbone).checkpoint()
     other = former(arch, **{name: "own" if name == "output" else not FORMER[name]})
     with pytest.raises(UsageError, match=f"^It was trained with {name}=(own|true|false), which this version no longer"):
-        Hydra(backbone, other, tensors, [], lambda rows, context: 9)
+        Hydra(backbone, other, tensors, [], lambda rows, context, *_: 9)
 
 
 @pytest.mark.parametrize(
@@ -814,7 +816,7 @@ def test_rows_that_come_and_go_keep_what_their_own_layer_read(fused: bool) -> No
     backbone = backbone_of(FP32)
     module = random_hydra(backbone, plus=True, fuse_prefix=fused)
     drafter = drafter_of(backbone, module, nodes=6)
-    drafter.size = lambda rows, context: 1 if context // 5 % 2 else 6
+    drafter.size = lambda rows, context, *_: 1 if context // 5 % 2 else 6
     waited = 0
     decoder = decoder_of(backbone, drafter, max_rows=3)
     for i in range(5):
@@ -854,7 +856,7 @@ def test_what_cannot_be_is_one_sentence(tmp_path: Path) -> None:
         ([(0, 1)], "lacks its prefix"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=sentence):
-            Hydra(backbone, arch, tensors, paths, lambda rows, context: 8)
+            Hydra(backbone, arch, tensors, paths, lambda rows, context, *_: 8)
     mistakes: list[tuple[dict[str, Any], str]] = [
         ({"chained": True}, "no longer has the option 'chained'"), ({"heads": 0}, "heads is 0"),
             ({"soft": 2}, "soft is 2"),

@@ -59,7 +59,7 @@ def test_a_start_of_another_shape_is_refused_by_what_differs() -> None:
 
 def drafter_of(backbone: Backbone, module: KangarooAdapter, nodes: int = 16, **options: Any) -> Kangaroo:
     tensors, arch = module.checkpoint()
-    return watched(Kangaroo(backbone, arch, tensors, lambda rows, context: nodes, **options))
+    return watched(Kangaroo(backbone, arch, tensors, lambda rows, context, *_: nodes, **options))
 
 
 # -- exactness ------------------------------------------------------------------------------------------------------

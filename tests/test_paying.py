@@ -64,7 +64,7 @@ def test_where_no_tree_pays_a_drafter_guesses_nothing_and_the_statistics_say_so(
     requests = [([3, 1, 4], SamplingParams(max_new_tokens=12, ignore_eos=True)),
                 ([2, 7], SamplingParams(max_new_tokens=12, ignore_eos=True))]  # fmt: skip
     truth = plainly(backbone, requests)
-    for size, held in ((lambda rows, context: 1, 12), (lambda rows, context: 1 if context < 10 else 4, 7)):
+    for size, held in ((lambda rows, context, *_: 1, 12), (lambda rows, context, *_: 1 if context < 10 else 4, 7)):
         drafter = MADE[method](backbone, size)
         outputs = finish(decoder_of(backbone, drafter, max_rows=2), requests)
         assert_same(outputs, truth, method)

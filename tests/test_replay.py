@@ -66,7 +66,7 @@ def drafter_of(kind: Any, backbone: Backbone, data: Sequence[Distilled], nodes: 
         for parameter in module.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
     tensors, arch = module.checkpoint()
-    return kind(backbone, arch, tensors, some_paths(3, 6, 1), lambda rows, context: nodes)
+    return kind(backbone, arch, tensors, some_paths(3, 6, 1), lambda rows, context, *_: nodes)
 
 
 def watched(drafter: Drafter, monkeypatch: pytest.MonkeyPatch) -> Drafted:
@@ -140,7 +140,7 @@ def test_replay_runs_the_layers_that_drafting_runs(kind: str, lookup: bool, monk
     data = conversations(backbone)
     own: dict[str, Any] = {
         "kangaroo": lambda: kangaroo_of(backbone, random_adapter(backbone, draft_vocab=0), steps=3),
-        "layerskip": lambda: LayerSkip(backbone, None, 3, lambda rows, context: 12, chain=True, steps=4),
+        "layerskip": lambda: LayerSkip(backbone, None, 3, lambda rows, context, *_: 12, chain=True, steps=4),
         "swift": lambda: Swift(backbone, PlanSearch(4, plan=Plan((), (2,)), enabled=False), steps=4, threshold=SURE),
     }
     drafter: Drafter = own[kind]()

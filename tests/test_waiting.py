@@ -43,7 +43,7 @@ def check_waiting(made: list[tuple[str, int, int]]) -> None:
 def test_many_states_are_read_though_no_draft_needs_them(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = Model({"model_type": "llama", **DIMENSIONS}).build()
     monkeypatch.setattr(waiting, "MOST_BYTES", 20 * 4 * backbone.config.hidden)
-    drafter = MADE[method](backbone, lambda rows, context: 6 if context > 60 else 1)
+    drafter = MADE[method](backbone, lambda rows, context, *_: 6 if context > 60 else 1)
     decoder = decoder_of(backbone, drafter, max_rows=2)
     requests = [([1 + i, 2, 3], SamplingParams(max_new_tokens=80, ignore_eos=True)) for i in range(3)]
     most = 0

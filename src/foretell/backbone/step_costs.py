@@ -73,6 +73,10 @@ class StepCosts:
         around = _around(seconds, rows)
         return sum(share * _between(_nearest(seconds[r], context), nodes) for r, share in around)
 
+    def node(self, rows: int, context: int) -> float:
+        """Returns the seconds that each node of a small tree adds to a step."""
+        return (self.of(rows, context, SMALL) - self.of(rows, context, 1)) / (rows * (SMALL - 1))
+
     def drafting_of(self, method: str, rows: int, context: int) -> float | None:
         """Returns seconds that a drafter takes for so many rows; None if nothing is known of it.
 

@@ -45,7 +45,7 @@ from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, check_exit, grow_in_one_call, last_of_each
 from foretell.drafting.options import option, stored_options
 from foretell.drafting.protocols import LowerLayerDrafting
-from foretell.drafting.tree_size import DEFAULT_NODES, no_guesses, tree_size
+from foretell.drafting.tree_size import DEFAULT_NODES, TreeSize, no_guesses, tree_size
 from foretell.drafting.waiting import WaitingStates
 from foretell.errors import UsageError
 from foretell.loading.config import ModelConfig
@@ -139,7 +139,7 @@ class Kangaroo(Drafter):
         mlp: bool = option(False, "Whether an MLP follows the adapter's attention; not in the paper.", stored=True)
 
     def __init__(
-        self, backbone: Backbone, arch: dict[str, Any], tensors: dict[str, Tensor], size: Callable[[int, int], int],
+        self, backbone: Backbone, arch: dict[str, Any], tensors: dict[str, Tensor], size: TreeSize,
         tokens_per_step: dict[int, float] | None = None, chain: bool = False, steps: int = 6, threshold: float = 0.6,
         scales: Sequence[Sequence[float]] = (),
     ):  # fmt: skip
@@ -255,7 +255,9 @@ class Kangaroo(Drafter):
         self._lost |= {row.slot for row in rows if self._known(row.slot) != self._cache.lengths[row.slot]}
         count, how = self.steps, dict[str, Any]({"thresholds": [self.threshold] * len(rows)})
         if not self.chain:
-            count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), MAX_TREE_NODES) - 1
+            unread = sum(self._waiting.count(row.slot) for row in rows)
+            context, left = max(len(row.tokens) for row in rows), max(row.budget for row in rows)
+            count = min(self.size(len(rows), context, unread, left), MAX_TREE_NODES) - 1
             how = {"beam": BEAM, "min_gain": self._min_gain}
             if not count:
                 return no_guesses(rows)

@@ -51,7 +51,7 @@ from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.drafting.options import option, stored_options
 from foretell.drafting.tree_size import no_guesses, tree_size
 from foretell.errors import UsageError
-from foretell.trees.growing import Candidates
+from foretell.trees.growing import Candidates, reachable
 from foretell.trees.published import published
 from foretell.trees.tree import ROOT, TokenTree
 
@@ -178,7 +178,7 @@ class Medusa(Drafter):
         self._embed = backbone.embed if arch["root"] else None
         self._vocabulary_V = tensors["vocabulary"].numpy().astype(np.int64)
         check_tree(self.paths, arch["heads"], len(self._vocabulary_V))
-        self._candidates = {0: Candidates(self.paths)}
+        self._candidates: dict[tuple[int, bool], Candidates] = {}
         blocks = [
             list(zip(tensors[f"weight.{layer}"], tensors["bias"][layer].float(), strict=True))
             for layer in range(arch["layers"])
@@ -251,9 +251,9 @@ class Medusa(Drafter):
 
     def _candidates_for(self, nodes: int) -> Candidates:
         """Candidates for trees of `nodes` nodes."""
-        key = 0 if self.grown else nodes
+        key = nodes, self.grown
         if key not in self._candidates:
-            self._candidates[key] = Candidates(self.paths[: nodes - 1] if key else self.paths)
+            self._candidates[key] = Candidates(reachable(self.paths, nodes) if self.grown else self.paths[: nodes - 1])
         return self._candidates[key]
 
     def _guesses(self, read_BSd: Tensor, width: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import count
+from typing import Protocol
 
 from foretell.backbone import Backbone
 from foretell.backbone.step_costs import step_costs
@@ -20,14 +22,26 @@ PROBED = 512
 learnt: the second tells what drafting takes."""
 
 
+class TreeSize(Protocol):
+    def __call__(self, rows: int, context: int, unread: int = 0, left: float = math.inf) -> int:
+        """Returns the nodes of the tree to draft, root included.
+
+        Args:
+            unread: committed states of all rows that the drafter reads first, through a layer of its own.
+            left: tokens that the longest row may still emit.
+        """
+        ...
+
+
 def tree_size(
     backbone: Backbone, nodes: int, tokens_per_step: Mapping[int, float], method: str, usual_cost: float, max_nodes: int
-) -> Callable[[int, int], int]:
-    """Returns a rule (rows, context) -> nodes of the tree to draft, root included.
+) -> TreeSize:
+    """Returns the rule by which a drafter chooses how large its trees are.
 
     The size is `nodes` if given, else the one with the most tokens per second at the step costs of this machine, and 1
-    if no size pays; while these are a first reading, which may be wrong, a small tree is drafted for a single row now
-    and then all the same. Where step costs cannot be known, it is 16 (one tile of the kernels).
+    if no size pays, or not for the few tokens left: a long prompt must be read before its first draft. While the costs
+    are a first reading, which may be wrong, a small tree is drafted for a single row now and then all the same. Where
+    step costs cannot be known, it is 16 (one tile of the kernels).
 
     Args:
         tokens_per_step: of each size; if empty, modest figures are assumed, and some tree is always drafted.
@@ -40,26 +54,31 @@ def tree_size(
     if nodes:
         if not is_number(nodes, whole=True) or not 2 <= nodes <= max_nodes:
             raise UsageError(f"Its trees have 2 to {max_nodes} nodes, not {nodes}; choose another `nodes=`.")
-        return lambda rows, context: nodes
+        return lambda rows, context, unread=0, left=math.inf: nodes
     costs = step_costs(backbone)
     if costs is None:
-        return lambda rows, context: DEFAULT_NODES
+        return lambda rows, context, unread=0, left=math.inf: DEFAULT_NODES
     modest = {min(size, max_nodes): tokens for size, tokens in MODEST.items()}
 
     @lru_cache
-    def best(rows: int, context: int, learnt: int) -> int:
+    def best(rows: int, context: int, learnt: int) -> tuple[int, float]:
+        """The best size, and how many tokens it must be used for to make up for a state that is read before."""
         drafting = costs.drafting_of(method, rows, context)
         if drafting is None:
             drafting = usual_cost * costs.of(rows, context, 1)
+        rates = costs.rates(rows, context, tokens_per_step or modest, drafting)
+        nodes = max(rates, key=rates.__getitem__)
         if tokens_per_step:
-            return costs.best_size(rows, context, tokens_per_step, drafting)
-        rates = costs.rates(rows, context, modest, drafting)
-        return max(rates, key=rates.__getitem__)
+            nodes = costs.best_size(rows, context, tokens_per_step, drafting)
+        saved = 1 / costs.rate(rows, context, 1, 1.0) - 1 / rates[nodes] if nodes > 1 else 0.0  # seconds a token
+        return nodes, costs.node(rows, context) / backbone.config.layers / saved if saved > 0 else 0.0
 
     held = count()
 
-    def size(rows: int, context: int) -> int:
-        nodes = best(rows, context // 64 * 64, costs.learnt)
+    def size(rows: int, context: int, unread: int = 0, left: float = math.inf) -> int:
+        nodes, tokens_per_state = best(rows, context // 64 * 64, costs.learnt)
+        if nodes > 1 and unread * tokens_per_state > left:
+            return 1
         probes = nodes == 1 and rows == 1 and costs.first and next(held) % PROBED >= PROBED - 2
         return min(modest) if probes else nodes
 

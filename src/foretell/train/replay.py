@@ -86,7 +86,7 @@ def tokens_per_step_by_size(
 def sized(drafter: Any, nodes: int) -> Any:
     """A drafter that shares the weights of `drafter` and always drafts trees of `nodes` nodes, root included."""
     own = copy.copy(drafter)
-    own.size = lambda rows, context: nodes
+    own.size = lambda rows, context, *_: nodes
     return own
 
 

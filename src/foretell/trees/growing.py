@@ -23,6 +23,20 @@ RankedTree = tuple[TokenTree, list[tuple[int, int]], list[float]]
 """A tree, (head, rank) of each node but the root, and the probability of each node given its parent."""
 
 
+def reachable(paths: Sequence[tuple[int, ...]], nodes: int) -> list[tuple[int, ...]]:
+    """Returns those that may be among the `nodes - 1` most probable: prefixes and likelier siblings come before them.
+
+    Heads need not be asked for more guesses than these name.
+    """
+    known = set(paths)
+
+    def before(path: tuple[int, ...]) -> int:
+        """Paths that are at least as probable, itself included."""
+        return sum((*path[:depth], rank) in known for depth, last in enumerate(path) for rank in range(last + 1))
+
+    return [path for path in paths if before(path) < nodes]
+
+
 class Candidates:
     """Rank paths from which every tree is chosen.
 

@@ -17,7 +17,7 @@ Legend: B rows, K heads, d hidden width, P positions, T tokens, V draft vocabula
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -44,7 +44,7 @@ from foretell.drafting.learning.decoder_layer import DecoderLayer
 from foretell.drafting.learning.heads import draft_outputs, evenly_spread
 from foretell.drafting.options import option
 from foretell.drafting.protocols import LevelDrafting
-from foretell.drafting.tree_size import no_guesses, tree_size
+from foretell.drafting.tree_size import TreeSize, no_guesses, tree_size
 from foretell.trees import TokenTree, from_paths
 from foretell.trees.calibration import Floats, calibrated
 from foretell.trees.growing import GrowingTree
@@ -92,7 +92,7 @@ class Hydra(Drafter):
         arch: dict[str, Any],
         tensors: dict[str, Tensor],
         paths: Sequence[Sequence[int]],
-        size: Callable[[int, int], int],
+        size: TreeSize,
         tokens_per_step: dict[int, float] | None = None,
         grown: bool = True,
         scales: Sequence[Sequence[float]] = (),
@@ -216,7 +216,9 @@ class Hydra(Drafter):
     # -- guesses ----------------------------------------------------------------------------------------------------
 
     def draft(self, rows: Sequence[Row]) -> Draft:
-        count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), self.max_nodes) - 1
+        unread = sum(self._prefix.waiting(row.slot) for row in rows) if self._prefix else 0
+        context, left = max(len(row.tokens) for row in rows), max(row.budget for row in rows)
+        count = min(self.size(len(rows), context, unread, left), self.max_nodes) - 1
         if not count:
             return no_guesses(rows)
         self._read(self._unread(rows))
