@@ -74,6 +74,32 @@ def test_where_no_tree_pays_a_drafter_guesses_nothing_and_the_statistics_say_so(
         assert outputs[0].statistics.plain_steps >= held
 
 
+@pytest.mark.parametrize("kind", [SamplingParams(temperature=1.0), SamplingParams(repetition_penalty=1.2)])
+def test_guesses_are_worth_what_they_prove_to_be(kind: SamplingParams) -> None:
+    """Of rows that copy less they stop to pay, and pay again when these copy; greedy rows are judged by themselves."""
+    lookup = PromptLookup(prices=lambda rows, context: [1.0 + 0.5 * guesses for guesses in range(17)])
+
+    def drafted(params: SamplingParams, copies: bool, steps: int) -> list[bool]:
+        """Whether each step of a text that repeats itself, or only seems to, has guesses."""
+        line, found = Line([1, 2, 3, 4, 5, 6, 7] * 3, params=params), []
+        lookup.reset([line])
+        for step in range(steps):
+            found.append(len(lookup.draft([line]).tokens[0]) > 1)
+            line.tokens = [*line.tokens, line.tokens[-7] if copies else 100 + step, *([] if copies else [1, 2, 3, 4])]
+        return found
+
+    greedy = SamplingParams()
+    assert all(drafted(greedy, copies=True, steps=100))
+    assert all(drafted(kind, copies=True, steps=100))
+    fooled = drafted(kind, copies=False, steps=400)
+    assert all(fooled[:20])
+    assert not any(fooled[200:])
+    assert all(drafted(greedy, copies=True, steps=1))
+    again = drafted(kind, copies=True, steps=400)
+    assert not again[0]
+    assert all(again[300:])
+
+
 def test_where_no_tree_pays_lookup_still_guesses() -> None:
     backbone, line = Model({"model_type": "llama", **DIMENSIONS}).build(), Line(TEXT)
     drafter = WithLookup(MADE["medusa"](backbone, lambda rows, context: 1), prices=lambda rows, context: [1.0] * 16)
@@ -142,7 +168,7 @@ def test_a_larger_batch_pays_for_fewer_guesses(cache: Path) -> None:
 def test_no_guess_below_the_least_that_pays_is_ever_kept(rows: int, values: list[float], steps: list[float]) -> None:
     prices, values = list(accumulate(steps, initial=1.0)), sorted(values, reverse=True)
     kept = most_paying(rows, values, prices)
-    assert all(value >= least_paying(rows, prices) * (1 - 1e-9) for value in values[:kept])
+    assert all(value >= least_paying(rows, tuple(prices)) * (1 - 1e-9) for value in values[:kept])
 
 
 def test_a_row_that_repeats_itself_has_the_guesses_of_those_that_do_not() -> None:
@@ -161,7 +187,7 @@ def test_a_row_that_copies_at_length_is_guessed_however_dear_guesses_are() -> No
     """Matches longer than any n-gram that is looked up are surer than those: 0.96 a guess."""
     lookup, line = PromptLookup(prices=lambda rows, context: [1 + 0.9 * n for n in range(16)]), Line([*range(20)] * 2)
     lookup.reset([line])
-    assert 0.84 < least_paying(1, lookup.prices(1, 40)) < 0.96
+    assert 0.84 < least_paying(1, tuple(lookup.prices(1, 40))) < 0.96
     assert lookup.draft([line]).tokens[0][:2] == [19, 0]
     short = Line([*range(20), *range(40, 50), *range(16, 20)])  # four tokens match
     lookup.reset([short])

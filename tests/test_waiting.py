@@ -55,3 +55,21 @@ def test_many_states_are_read_though_no_draft_needs_them(method: str, monkeypatc
         most = max(most, *(held.count(row) for row in range(2)))
     assert 5 <= most <= 20  # of one stream or several
     assert_same(finish(decoder, requests), plainly(backbone, requests))
+
+
+@pytest.mark.parametrize("method", ["hydra++", "kangaroo"])
+def test_the_size_of_a_tree_depends_on_what_must_be_read_and_what_is_left(method: str) -> None:
+    """Where a long prompt is not worth reading for the few tokens that are left, it stays unread."""
+    backbone, asked = Model({"model_type": "llama", **DIMENSIONS}).build(), list[tuple[int, int, float]]()
+
+    def size(rows: int, context: int, unread: int = 0, left: float = 0) -> int:
+        asked.append((rows, unread, left))
+        return 1 if len(asked) < 4 else 6
+
+    requests = [([*range(1, 21)], SamplingParams(max_new_tokens=16, ignore_eos=True))]
+    outputs = finish(decoder_of(backbone, MADE[method](backbone, size)), requests)
+    assert_same(outputs, plainly(backbone, requests))
+    assert asked[:4] == [(1, 19 + step, 16 - step) for step in range(4)]
+    for (_, unread, left), (_, _, before) in zip(asked[4:], asked[3:], strict=False):
+        assert unread == before - left
+    assert outputs[0].statistics.suspended_steps == 3

@@ -13,6 +13,7 @@ lookup: Saxena 2023; chains as in transformers' `prompt_lookup_num_tokens`, here
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -53,7 +54,10 @@ FOLLOWS: tuple[tuple[float, ...], ...] = (
     (0.96, 0.25, 0.07, 0.05),
 )
 """[tokens that match - 1][better candidates]: how often a guess came true (the last of a row or column stands for all
-beyond). Counted by tools/lookup_table.py in conversations that SmolLM2-135M-Instruct wrote."""
+beyond). Counted by tools/lookup_table.py in conversations that SmolLM2-135M-Instruct wrote, token by token the most
+probable one."""
+LEARNT = 0.05
+"""By how much the log-odds of guesses follow a guess that came true, or not: more than a hundred tokens tell."""
 
 
 @dataclass
@@ -72,16 +76,16 @@ class _Index:
                 self.ends.setdefault(tuple(tokens[end - n : end]), []).append(end)
         self.seen = max(self.seen, len(tokens) - 1)
 
-    def continuations(self, tokens: list[int], count: int, least: float = 0.0) -> dict[int, int]:
+    def continuations(self, tokens: list[int], count: int, least: float = 0.0, odds: float = 1.0) -> dict[int, int]:
         """Up to `count` positions to copy from -> length of the match there: longer matches first, then later ones.
 
         Tokens before the longest n-gram are compared as well, as far as `FOLLOWS` tells matches apart. Matches after
-        which even the best guess is less probable than `least` are left out.
+        which even the best guess is less probable than `least`, at these `odds` (see `follows`), are left out.
         """
         positions: dict[int, int] = {}
         for n in range(min(self.longest, len(tokens)), self.shortest - 1, -1):
             longest = len(FOLLOWS) if n == self.longest else n  # of these matches
-            if follows(longest, 0) < least:
+            if follows(longest, 0, odds) < least:
                 break
             for end in reversed(self.ends.get(tuple(tokens[-n:]), ())):
                 positions.setdefault(end, n)
@@ -104,7 +108,8 @@ class PromptLookup(Drafter):
         candidates: occurrences looked at.
         nodes: the largest tree, root included.
         min_probability: a guess less probable than this is left out.
-        prices: of guesses; those that do not pay are left out. Without prices all stay.
+        prices: of guesses; those that do not pay are left out. Without prices all stay. With them, what guesses are
+            worth follows how often they come true: text that is sampled, or penalized for repetition, copies less.
     """
 
     @dataclass(frozen=True)
@@ -131,6 +136,8 @@ class PromptLookup(Drafter):
         self.longest, self.shortest = longest, shortest
         self.candidates, self.nodes, self.min_probability, self.prices = candidates, nodes, min_probability, prices
         self._indexes: dict[int, _Index] = {}
+        self._odds = {True: 1.0, False: 1.0}  # of plain greedy rows, of others
+        self._expected: dict[int, tuple[int, int, float]] = {}  # slot -> a place, the best guess for it, probability
 
     @classmethod
     def build(cls, backbone: Backbone, options: Options) -> PromptLookup:
@@ -145,7 +152,7 @@ class PromptLookup(Drafter):
         return self.nodes
 
     def bind(self, cache: KVCache) -> None:
-        self._indexes = {}
+        self._indexes, self._expected = {}, {}
 
     def forget(self, slots: Sequence[int]) -> None:
         for slot in slots:
@@ -154,6 +161,7 @@ class PromptLookup(Drafter):
     def reset(self, rows: Sequence[Row]) -> None:
         for row in rows:
             self._indexes[row.slot] = _Index(self.longest, self.shortest)
+            self._expected.pop(row.slot, None)
 
     def draft(self, rows: Sequence[Row]) -> Draft:
         found = self.all_guesses(rows)
@@ -164,7 +172,10 @@ class PromptLookup(Drafter):
         if not self.prices:
             return [self.guesses(row) for row in rows]
         prices = self.prices(len(rows), max(len(row.tokens) for row in rows))
-        found = [self.guesses(row, least_paying(len(rows), prices)) for row in rows]
+        least = least_paying(len(rows), tuple(prices))
+        found = [self.guesses(row, least) for row in rows]
+        if all(guesses.tree is ROOT for guesses in found):  # as in most steps, which must cost no more than plain ones
+            return found
         pooled = [(value, row) for row, guesses in enumerate(found) for value in guesses.path_probabilities()[1:]]
         pooled.sort(key=lambda pair: -pair[0])  # of equals the first row's, and a row's own stay in their order
         kept = Counter(row for _, row in pooled[: most_paying(len(rows), [value for value, _ in pooled], prices)])
@@ -175,7 +186,7 @@ class PromptLookup(Drafter):
 
         Those less probable than `least` are left out.
         """
-        least = max(least, self.min_probability)
+        least, odds = max(least, self.min_probability), self._learnt_odds(row)
         index, tokens = self._indexes[row.slot], row.tokens
         index.extend(tokens)
         parents, ids, probabilities = [-1], [tokens[-1]], [1.0]
@@ -191,13 +202,16 @@ class PromptLookup(Drafter):
                 if position < len(tokens):
                     following.setdefault(tokens[position], []).append((position, match))
             for better, (token, where) in enumerate(following.items()):
-                p = follows(where[0][1], better)
+                p = follows(where[0][1], better, odds)
+                if node == better == 0:
+                    self._expected[row.slot] = len(tokens), token, p
                 if value * p >= least:
                     further = [(position + 1, match + 1) for position, match in where]
                     heapq.heappush(heap, (-value * p, order, node, token, p, further))
                     order += 1
 
-        open_after(0, 1.0, list(index.continuations(tokens, self.candidates, least).items()))
+        # guesses that would pay if they came true as often as usual are watched, so that odds can rise again
+        open_after(0, 1.0, list(index.continuations(tokens, self.candidates, least, max(1.0, odds)).items()))
         while heap and len(parents) < self.nodes:
             value, _, parent, token, p, positions = heapq.heappop(heap)
             parents.append(parent)
@@ -206,11 +220,24 @@ class PromptLookup(Drafter):
             open_after(len(parents) - 1, -value, positions)
         return Guesses(TokenTree(tuple(parents)) if len(parents) > 1 else ROOT, ids, probabilities)
 
+    def _learnt_odds(self, row: Row) -> float:
+        """Returns how the odds of such a row's guesses relate to the table's, after the guess that was watched."""
+        kind, tokens = row.params.plain_greedy, row.tokens
+        place, guess, p = self._expected.pop(row.slot, (0, 0, 0.0))
+        if self.prices and 0 < place < len(tokens):
+            self._odds[kind] *= math.exp(LEARNT * ((tokens[place] == guess) - p))
+        return self._odds[kind]
 
-def follows(match: int, better: int) -> float:
-    """Probability of a guess with `match` matching tokens before it and `better` better guesses that differ."""
+
+def follows(match: int, better: int, odds: float = 1.0) -> float:
+    """Probability of a guess with `match` matching tokens before it and `better` better guesses that differ.
+
+    Args:
+        odds: factor of the odds of all guesses.
+    """
     row = FOLLOWS[min(match, len(FOLLOWS)) - 1]
-    return row[min(better, len(row) - 1)]
+    p = row[min(better, len(row) - 1)]
+    return p * odds / (1 - p + p * odds)
 
 
 def most_paying(rows: int, values: Sequence[float], prices: Sequence[float]) -> int:
@@ -219,7 +246,8 @@ def most_paying(rows: int, values: Sequence[float], prices: Sequence[float]) -> 
     return max(range(min(len(tokens), len(prices))), key=lambda guesses: tokens[guesses] / prices[guesses])
 
 
-def least_paying(rows: int, prices: Sequence[float]) -> float:
+@lru_cache
+def least_paying(rows: int, prices: tuple[float, ...]) -> float:
     """Returns a probability below which no guess pays, even at the least price of one: plain steps are cheaper."""
     cheapest = min((more - less for less, more in pairwise(prices)), default=0.0)
     return cheapest * rows / prices[0]
@@ -232,10 +260,10 @@ def prices_of(backbone: Backbone) -> Prices | None:
         return None
 
     @lru_cache
-    def of(rows: int, context: int, learnt: int) -> Sequence[float]:
+    def of(rows: int, context: int, learnt: int) -> tuple[float, ...]:
         of_a_row = range(1, NODES + 1)
         known = [costs.of(rows, context, nodes) for nodes in of_a_row]
-        return np.interp(np.arange(rows, rows * NODES + 1) / rows, of_a_row, known).tolist()
+        return tuple(np.interp(np.arange(rows, rows * NODES + 1) / rows, of_a_row, known).tolist())
 
     return lambda rows, context: of(rows, context // 64 * 64, costs.learnt)
 
@@ -290,8 +318,11 @@ class WithLookup(Drafter):
         return self.inner.at_cut(layer, hidden_Md, nodes)
 
     def draft(self, rows: Sequence[Row]) -> Draft:
-        draft, found, kept = self.inner.draft(rows), list[Guesses](), list[list[int]]()
-        for i, looked_up in enumerate(self.lookup.all_guesses(rows)):
+        draft, looked_up_by_row = self.inner.draft(rows), self.lookup.all_guesses(rows)
+        if all(looked_up.tree is ROOT for looked_up in looked_up_by_row):
+            return draft
+        found, kept = list[Guesses](), list[list[int]]()
+        for i, looked_up in enumerate(looked_up_by_row):
             probabilities = draft.probabilities[i] if draft.probabilities else None
             ran = max(1, draft.resume.ran[i]) if draft.resume else 1
             both, remaining = self._merged(draft.trees[i], draft.tokens[i], probabilities, looked_up, ran)
