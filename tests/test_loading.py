@@ -399,6 +399,15 @@ def test_a_load_that_takes_long_says_what_it_does(tiny: str, tmp_path: Path, mon
         assert 0 <= fractions[0] < fractions[-1] == 1
 
 
+def test_many_short_stages_make_a_long_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, told = [0.0], list[tuple[str, float]]()
+    monkeypatch.setattr(cache_dir, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    report = cache_dir.when_slow(lambda *stage: told.append(stage))
+    for now[0], stage in ((cache_dir.SLOW - 0.1, "packing weights"), (cache_dir.SLOW + 0.1, "checking arithmetic")):
+        report(stage, 0.5)
+    assert told == [("checking arithmetic", 0.5)]
+
+
 def test_a_wheel_with_another_file_is_refused(
     cache: Path, tiny_entry: catalog.Entry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,7 +113,8 @@ def merged(inner: Says, tokens: list[int], **lookup: Any) -> Guesses:
     drafter, line = WithLookup(inner, **lookup), Line(tokens)
     drafter.reset([line])
     draft = drafter.draft([line])
-    if draft.probabilities is None:  # nothing was looked up
+    if draft.probabilities is None:
+        assert draft.tokens == inner.draft([line]).tokens, "nothing was looked up"
         draft.probabilities = [[1.0] * len(ids) for ids in draft.tokens]
     return Guesses(draft.trees[0], draft.tokens[0], draft.probabilities[0])
 

@@ -46,7 +46,7 @@ def learnt(backbone: Backbone, features: FeatureStore, settings: Settings, optio
             train([run], lambda step, steps: progress(step, steps, 0))
         report = run.evaluate()
     tensors, arch = module.checkpoint()
-    drafter = Kangaroo(backbone, arch, tensors, lambda rows, context: NODES[0], scales=report.calibration)
+    drafter = Kangaroo(backbone, arch, tensors, lambda *_: NODES[0], scales=report.calibration)
     tokens_per_step = tokens_per_step_by_size(drafter, features, to_replay(report.replayed), NODES, lambda done: None)
     return {
         "options": options, "parameters": sum(each.numel() for each in module.parameters()),

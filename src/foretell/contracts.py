@@ -119,7 +119,7 @@ class Draft:
         probabilities: per row how probable each node is given its parent (1 for the root), or None where that is
             not known. Verification never needs them; trees that are merged or cut keep the most probable guesses.
         resume: given when the drafter has already run lower layers over some of the nodes.
-        held: whether the drafter guessed nothing because no tree pays at what steps cost here.
+        held: whether the drafter guessed nothing because no tree pays at what steps cost here, or for what is left.
     """
 
     trees: list[TokenTree]

@@ -106,7 +106,7 @@ class Kangaroo(Drafter):
 
     Args:
         arch, tensors: as `KangarooAdapter.checkpoint` gave them.
-        size: (rows, context) -> nodes of a tree, root included; 1 drafts nothing.
+        size: nodes of a tree, root included; 1 drafts nothing.
         tokens_per_step: tree size -> tokens per step on held-out text.
         chain: whether drafts are chains, as published.
         steps: γ, most tokens of a chain and levels of a tree.

@@ -3,8 +3,8 @@
 The newest tokens are looked up in prompt and output; the tokens after earlier occurrences of the longest matches are
 candidates. The probability that a guess comes true depends on how many tokens before it match (each guess further
 along a candidate matches one more) and on how many better candidates differ from it: both were counted once, in texts
-that a model wrote. The most probable guesses of a batch make its trees: as many as pay at the step costs of this
-machine.
+that a model wrote, and the odds of all are corrected while decoding. The most probable guesses of a batch make its
+trees: as many as pay at the step costs of this machine.
 
 It needs no parameters and no training; it wins where the answer quotes the question (summaries, edits, code). Prompt
 lookup: Saxena 2023; chains as in transformers' `prompt_lookup_num_tokens`, here the best of several in one tree.
@@ -57,7 +57,7 @@ FOLLOWS: tuple[tuple[float, ...], ...] = (
 beyond). Counted by tools/lookup_table.py in conversations that SmolLM2-135M-Instruct wrote, token by token the most
 probable one."""
 LEARNT = 0.05
-"""By how much the log-odds of guesses follow a guess that came true, or not: more than a hundred tokens tell."""
+"""By how much the log-odds of guesses follow a guess that came true, or not: more than a hundred of them tell."""
 
 
 @dataclass
@@ -136,7 +136,8 @@ class PromptLookup(Drafter):
         self.longest, self.shortest = longest, shortest
         self.candidates, self.nodes, self.min_probability, self.prices = candidates, nodes, min_probability, prices
         self._indexes: dict[int, _Index] = {}
-        self._odds = {True: 1.0, False: 1.0}  # of plain greedy rows, of others
+        # of plain greedy rows, of others; engines share them, as they share the costs of steps
+        self._odds = {True: 1.0, False: 1.0}
         self._expected: dict[int, tuple[int, int, float]] = {}  # slot -> a place, the best guess for it, probability
 
     @classmethod

@@ -44,7 +44,7 @@ def tree_size(
     step costs cannot be known, it is 16 (one tile of the kernels).
 
     Args:
-        tokens_per_step: of each size; if empty, modest figures are assumed, and some tree is always drafted.
+        tokens_per_step: of each size; if empty, modest figures are assumed, and that no tree pays is not believed.
         method: its measured drafting time counts too; usual_cost: in plain steps, until it is measured.
         max_nodes: the largest tree.
 
@@ -62,7 +62,10 @@ def tree_size(
 
     @lru_cache
     def best(rows: int, context: int, learnt: int) -> tuple[int, float]:
-        """The best size, and how many tokens it must be used for to make up for a state that is read before."""
+        """The best size, and how many tokens it must be used for to make up for a state that is read before.
+
+        Where nothing is known to be saved, reading is not held against it: what nobody has measured gets its try.
+        """
         drafting = costs.drafting_of(method, rows, context)
         if drafting is None:
             drafting = usual_cost * costs.of(rows, context, 1)
@@ -77,8 +80,7 @@ def tree_size(
 
     def size(rows: int, context: int, unread: int = 0, left: float = math.inf) -> int:
         nodes, tokens_per_state = best(rows, context // 64 * 64, costs.learnt)
-        if nodes > 1 and unread * tokens_per_state > left:
-            return 1
+        nodes = nodes if unread * tokens_per_state <= left else 1
         probes = nodes == 1 and rows == 1 and costs.first and next(held) % PROBED >= PROBED - 2
         return min(modest) if probes else nodes
 
@@ -86,5 +88,5 @@ def tree_size(
 
 
 def no_guesses(rows: Sequence[Row]) -> Draft:
-    """Returns the draft of a drafter whose trees do not pay here: roots alone."""
+    """Returns the draft of a drafter whose trees do not pay here, or no more for the tokens left: roots alone."""
     return Draft([ROOT] * len(rows), [[row.tokens[-1]] for row in rows], [[1.0] for _ in rows], held=True)

@@ -66,7 +66,7 @@ class Hydra(Drafter):
     Args:
         arch, tensors: as `HydraHeads.checkpoint` gave them.
         paths: rank paths of static trees, prefixes first.
-        size: (rows, context) -> nodes of the tree to draft, root included; 1 drafts nothing.
+        size: nodes of the tree to draft, root included; 1 drafts nothing.
         tokens_per_step: tree size -> tokens per step on held-out text.
         grown: whether trees grow best first; else they are static.
         scales: calibration of each head.
