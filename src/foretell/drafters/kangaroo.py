@@ -45,7 +45,7 @@ from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, check_exit, grow_in_one_call, last_of_each
 from foretell.drafting.options import option, stored_options
 from foretell.drafting.protocols import LowerLayerDrafting
-from foretell.drafting.tree_size import DEFAULT_NODES, TreeSize, no_guesses, tree_size
+from foretell.drafting.tree_size import DEFAULT_NODES, TreeSize, no_guesses, size_for, tree_size
 from foretell.drafting.waiting import WaitingStates
 from foretell.errors import UsageError
 from foretell.loading.config import ModelConfig
@@ -256,8 +256,7 @@ class Kangaroo(Drafter):
         count, how = self.steps, dict[str, Any]({"thresholds": [self.threshold] * len(rows)})
         if not self.chain:
             unread = sum(self._waiting.count(row.slot) for row in rows)
-            context, left = max(len(row.tokens) for row in rows), max(row.budget for row in rows)
-            count = min(self.size(len(rows), context, unread, left), MAX_TREE_NODES) - 1
+            count = min(size_for(self.size, rows, unread), MAX_TREE_NODES) - 1
             how = {"beam": BEAM, "min_gain": self._min_gain}
             if not count:
                 return no_guesses(rows)

@@ -87,6 +87,11 @@ def tree_size(
     return size
 
 
+def size_for(size: TreeSize, rows: Sequence[Row], unread: int) -> int:
+    """Returns the size of the trees of a batch whose drafter has `unread` states to read first."""
+    return size(len(rows), max(len(row.tokens) for row in rows), unread, max(row.budget for row in rows))
+
+
 def no_guesses(rows: Sequence[Row]) -> Draft:
     """Returns the draft of a drafter whose trees do not pay here, or no more for the tokens left: roots alone."""
     return Draft([ROOT] * len(rows), [[row.tokens[-1]] for row in rows], [[1.0] for _ in rows], held=True)

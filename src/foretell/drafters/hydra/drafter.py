@@ -44,7 +44,7 @@ from foretell.drafting.learning.decoder_layer import DecoderLayer
 from foretell.drafting.learning.heads import draft_outputs, evenly_spread
 from foretell.drafting.options import option
 from foretell.drafting.protocols import LevelDrafting
-from foretell.drafting.tree_size import TreeSize, no_guesses, tree_size
+from foretell.drafting.tree_size import TreeSize, no_guesses, size_for, tree_size
 from foretell.trees import TokenTree, from_paths
 from foretell.trees.calibration import Floats, calibrated
 from foretell.trees.growing import GrowingTree
@@ -217,8 +217,7 @@ class Hydra(Drafter):
 
     def draft(self, rows: Sequence[Row]) -> Draft:
         unread = sum(self._prefix.waiting(row.slot) for row in rows) if self._prefix else 0
-        context, left = max(len(row.tokens) for row in rows), max(row.budget for row in rows)
-        count = min(self.size(len(rows), context, unread, left), self.max_nodes) - 1
+        count = min(size_for(self.size, rows, unread), self.max_nodes) - 1
         if not count:
             return no_guesses(rows)
         self._read(self._unread(rows))
