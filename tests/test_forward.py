@@ -28,7 +28,7 @@ from foretell.train.forward import Forward, most_probable
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NOISE = 2.0**-9
-"""Largest relative error of a number that is rounded to bfloat16."""
+"""Relative error of numbers that are rounded to bfloat16, at most on average; of a single one it may be twice that."""
 
 Talks = list[list[int]]
 
@@ -182,7 +182,7 @@ def test_the_most_probable_next_tokens_are_those_of_the_whole_softmax(
         ids_Pm, p_Pm = forward.most_probable_next(states_Pd, m)
     head_Vd = rounded["model.embed_tokens.weight" if tied else "lm_head.weight"]
     logits_PV = states_Pd.double() @ head_Vd.double().T
-    off = float(logits_PV.abs().max()) * (NOISE if dtype == BF16 else 1e-5) + 1e-6
+    off = float(logits_PV.abs().max()) * (2 * NOISE if dtype == BF16 else 1e-5) + 1e-6
     assert ids_Pm.dtype == torch.int64
     assert p_Pm.dtype == FP32
     assert ids_Pm.shape == p_Pm.shape == (positions, m)
