@@ -28,7 +28,7 @@ from foretell.train.forward import Forward, most_probable
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NOISE = 2.0**-9
-"""Relative error of numbers that are rounded to bfloat16, at most on average; of a single one it may be twice that."""
+"""The mean relative error of rounding to bfloat16 is at most this, a single number's at most twice this."""
 
 Talks = list[list[int]]
 
