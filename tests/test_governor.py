@@ -143,15 +143,28 @@ def test_the_governor_comes_back_when_speculation_wins_again() -> None:
 
 def test_the_governor_judges_each_size_of_batch_by_itself_and_can_be_switched_off() -> None:
     governor = Governor()
-    Machine(1.0, 2.0, always(1)).run(governor, 100)
-    assert not governor.speculate(1)
-    assert governor.suspended
+    Machine(1.0, 1.0, always(2)).run(governor, 100)
     for _ in range(PLAIN):
         assert not governor.speculate(8)
         assert not governor.suspended  # it measures
         governor.record(8, 0, 1.0, 8)
     assert governor.speculate(8)
+    Machine(1.0, 2.0, always(1)).run(governor, 100, rows=8)
+    assert not governor.speculate(8)
+    assert governor.suspended
+    assert Machine(1.0, 1.0, always(2)).run(governor, 100).count(True) > 90
     assert all(Machine(1.0, 2.0, always(1)).run(Governor(enabled=False), 200))
+
+
+def test_a_batch_of_a_new_size_waits_with_the_one_before_it() -> None:
+    """Rows that leave one by one do not make each size pay for a trial of its own."""
+    governor = Governor()
+    Machine(1.0, 2.0, always(1)).run(governor, 50, rows=8)
+    for rows in (7, 3, 1):
+        assert not any(Machine(1.0, 2.0, always(1)).run(governor, 40, rows=rows))
+        assert governor.suspended
+    assert Machine(1.0, 1.0, always(3)).run(governor, 1000).count(True) > 700, "it has its trial in the end"
+    assert governor.speculate(7) is False, "which says nothing about the others"
 
 
 def test_one_slow_step_decides_nothing() -> None:

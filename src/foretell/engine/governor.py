@@ -5,14 +5,14 @@ exceed its cost: the seconds of its latest steps over those of plain steps taken
 another process nor a growing context deceives anybody. Where it does not pay, steps stay plain for a while before the
 next trial; where it does, a few plain steps renew the comparison now and then. How often either happens follows from
 what it loses: measuring may cost a sixtieth of the time. Steps in which the drafter had nothing to guess count as
-plain ones.
+plain ones. Batches of each size are judged by themselves; one that is new waits as long as the one before it still does.
 
 Tokens never depend on its decisions: both kinds of step emit the same ones.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
 from dataclasses import dataclass, field
 from statistics import fmean, median
 
@@ -143,14 +143,14 @@ class Governor:
     def __init__(self, enabled: bool = True):
         self.enabled = enabled
         self.suspended = False
-        self._batches: dict[int, _Batch] = defaultdict(_Batch)
+        self._batches: dict[int, _Batch] = {}
         self._steps = 0
 
     def speculate(self, rows: int) -> bool:
         """True if the next step of so many rows should carry guesses."""
         if not self.enabled:
             return True
-        batch = self._batches[rows.bit_length()]
+        batch = self._batch_of(rows)
         self.suspended = batch.held and batch.plain_left > 0
         return not batch.plain_left
 
@@ -162,7 +162,7 @@ class Governor:
             seconds: its duration.
             tokens: emitted over all rows.
         """
-        batch = self._batches[rows.bit_length()]
+        batch = self._batch_of(rows)
         self._steps += 1
         batch.enter(self._steps)
         if guesses:
@@ -170,3 +170,16 @@ class Governor:
             batch.decide()
         else:
             batch.add_plain(seconds)
+
+    def _batch_of(self, rows: int) -> _Batch:
+        """Measurements of batches of about so many rows.
+
+        Rows join and leave one by one, and a trial at each size that they pass would cost more than the text is worth:
+        where the last batch waits for its next trial, one of a size that is new waits with it.
+        """
+        size = rows.bit_length()
+        if size not in self._batches:
+            last = max(self._batches.values(), key=lambda batch: batch.last, default=_Batch())
+            waits = last.held and last.plain_left > PLAIN
+            self._batches[size] = _Batch(held=waits, plain_left=last.plain_left if waits else PLAIN)
+        return self._batches[size]
