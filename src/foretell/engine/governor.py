@@ -5,7 +5,8 @@ exceed its cost: the seconds of its latest steps over those of plain steps taken
 another process nor a growing context deceives anybody. Where it does not pay, steps stay plain for a while before the
 next trial; where it does, a few plain steps renew the comparison now and then. How often either happens follows from
 what it loses: measuring may cost a sixtieth of the time. Steps in which the drafter had nothing to guess count as
-plain ones. Batches of each size are judged by themselves; one that is new waits as long as the one before it still does.
+plain ones. Batches of each size are judged by themselves; one of a new size waits as long as the one before it still
+does.
 
 Tokens never depend on its decisions: both kinds of step emit the same ones.
 """
