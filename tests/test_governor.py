@@ -15,7 +15,7 @@ from toy_drafters import Checker, RandomTrees
 
 from foretell.contracts import Draft
 from foretell.drafters.plain import Plain
-from foretell.engine.governor import CLEAR_TRIAL, LONGEST, PLAIN, SHORTEST, TRIAL, TRIAL_SHARE, Governor
+from foretell.engine.governor import CLEAR_TRIAL, LONGEST, LONGEST_SHARED, PLAIN, SHORTEST, TRIAL, TRIAL_SHARE, Governor
 from foretell.requests import SamplingParams
 
 
@@ -165,6 +165,17 @@ def test_a_batch_of_a_new_size_waits_with_the_one_before_it() -> None:
         assert governor.suspended
     assert Machine(1.0, 1.0, always(3)).run(governor, 1000).count(True) > 700, "it has its trial in the end"
     assert governor.speculate(7) is False, "which says nothing about the others"
+
+
+def test_what_wins_in_a_smaller_batch_waits_not_long() -> None:
+    governor = Governor()
+    Machine(1.0, 20.0, always(1)).run(governor, 50, rows=8)
+    assert not any(Machine(1.0, 20.0, always(1)).run(governor, LONGEST - 50, rows=8))
+    assert governor.speculate(8) is False, f"it waits for {LONGEST} steps"
+    governor = Governor()
+    Machine(1.0, 20.0, always(1)).run(governor, 50, rows=8)
+    chosen = Machine(1.0, 1.0, always(3)).run(governor, 1000)
+    assert chosen.index(True) == LONGEST_SHARED
 
 
 def test_one_slow_step_decides_nothing() -> None:

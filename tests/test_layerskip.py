@@ -39,7 +39,7 @@ def deep(dtype: torch.dtype = FP32) -> Backbone:
 
 
 def always(nodes: int) -> Any:
-    return lambda rows, context: nodes
+    return lambda *_: nodes
 
 
 def skipping(backbone: Backbone, exit: int, nodes: int = 16, **options: Any) -> LayerSkip:

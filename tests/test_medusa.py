@@ -64,7 +64,7 @@ def random_heads(
 
 def drafter_of(backbone: Backbone, module: MedusaHeads, paths: list[tuple[int, ...]], nodes: int = 64) -> Medusa:
     tensors, arch = module.checkpoint()
-    return watched(Medusa(backbone, arch, tensors, paths, lambda rows, context: nodes))
+    return watched(Medusa(backbone, arch, tensors, paths, lambda *_: nodes))
 
 
 def some_paths(heads: int, width: int, seed: int, count: int = 40) -> list[tuple[int, ...]]:

@@ -102,7 +102,7 @@ def test_guesses_are_worth_what_they_prove_to_be(kind: SamplingParams) -> None:
 
 def test_where_no_tree_pays_lookup_still_guesses() -> None:
     backbone, line = Model({"model_type": "llama", **DIMENSIONS}).build(), Line(TEXT)
-    drafter = WithLookup(MADE["medusa"](backbone, lambda rows, context: 1), prices=lambda rows, context: [1.0] * 16)
+    drafter = WithLookup(MADE["medusa"](backbone, lambda *_: 1), prices=lambda rows, context: [1.0] * 16)
     drafter.reset([line])
     draft = drafter.draft([line])
     assert draft.tokens == [[7, 8, 9, 5, 6, 7]]

@@ -183,7 +183,7 @@ def section_control(args: argparse.Namespace) -> Any:
     llm = foretell.load(args.model, dtype="bf16", weights="bf16")
     backbone = llm.backbone
     ids_V, arch, _ = candidates(backbone, "", False)
-    every, size = list(range(1, backbone.config.layers)), lambda rows, context: 16
+    every, size = list(range(1, backbone.config.layers)), lambda *_: 16
     kinds: dict[str, Drafter] = {
         "the exits that learnt, every fourth step": DEL(backbone, ids_V, arch["exits"], size),
         "the same, every step": DEL(backbone, ids_V, arch["exits"], size, every=1),

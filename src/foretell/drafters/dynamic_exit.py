@@ -20,7 +20,7 @@ Legend: B rows, C candidate exits, S slots, T committed positions of all rows, d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +34,7 @@ from foretell.drafting.checkpoint import CheckpointOptions
 from foretell.drafting.early_exit import OVERHEAD, EarlyExitDrafter, trained_exits
 from foretell.drafting.lower_layers import MAX_TREE_NODES, check_exit
 from foretell.drafting.options import option
-from foretell.drafting.tree_size import DEFAULT_NODES, tree_size
+from foretell.drafting.tree_size import DEFAULT_NODES, TreeSize, tree_size
 from foretell.errors import UsageError
 from foretell.trees.calibration import Floats
 
@@ -159,7 +159,7 @@ class DEL(EarlyExitDrafter):
         )
 
     def __init__(
-        self, backbone: Backbone, ids_V: Tensor | None, exits: Sequence[int], size: Callable[[int, int], int],
+        self, backbone: Backbone, ids_V: Tensor | None, exits: Sequence[int], size: TreeSize,
         chain: bool = True, steps: int = MAX_CHAIN, every: int = EVERY,
     ):  # fmt: skip
         super().__init__(backbone, ids_V, size, chain, steps)

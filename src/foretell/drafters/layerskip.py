@@ -19,7 +19,7 @@ Legend: B conversations, T tokens, P positions, d hidden width, V (draft) vocabu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.drafting.lower_layers import MAX_TREE_NODES, check_exit
 from foretell.drafting.options import option
 from foretell.drafting.threshold import AcceptanceTracker, Threshold
-from foretell.drafting.tree_size import DEFAULT_NODES, tree_size
+from foretell.drafting.tree_size import DEFAULT_NODES, TreeSize, tree_size
 from foretell.errors import ForetellError, UsageError
 
 SHAPES, CURRICULA = ("uniform", "cumulative"), ("rotational", "gradual")
@@ -179,7 +179,7 @@ class LayerSkip(EarlyExitDrafter):
         )  # fmt: skip
 
     def __init__(
-        self, backbone: Backbone, ids_V: Tensor | None, exit: int, size: Callable[[int, int], int],
+        self, backbone: Backbone, ids_V: Tensor | None, exit: int, size: TreeSize,
         tokens_per_step: dict[int, float] | None = None, chain: bool = False, steps: int = 6,
         threshold: Threshold | None = None,
     ):  # fmt: skip

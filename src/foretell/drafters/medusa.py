@@ -49,7 +49,7 @@ from foretell.drafting.learning.heads import GuessingHeads, SeveralHeadsTraining
 from foretell.drafting.learning.number_types import number_type
 from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.drafting.options import option, stored_options
-from foretell.drafting.tree_size import no_guesses, tree_size
+from foretell.drafting.tree_size import TreeSize, no_guesses, size_for, tree_size
 from foretell.errors import UsageError
 from foretell.trees.growing import Candidates, reachable
 from foretell.trees.published import published
@@ -161,7 +161,7 @@ class Medusa(Drafter):
         arch: dict[str, Any],
         tensors: dict[str, Tensor],
         paths: Sequence[Sequence[int]],
-        size: Callable[[int, int], int],
+        size: TreeSize,
         tokens_per_step: dict[int, float] | None = None,
         grown: bool = True,
         scales: Sequence[Sequence[float]] = (),
@@ -229,7 +229,7 @@ class Medusa(Drafter):
             self._states[row.slot] = [features.taps[tap][end - 1] for tap in reversed(self.taps)]
 
     def draft(self, rows: Sequence[Row]) -> Draft:
-        nodes = self.size(len(rows), max(len(row.tokens) for row in rows))
+        nodes = size_for(self.size, rows)
         if nodes == 1:
             return no_guesses(rows)
         trees: list[TokenTree] = [ROOT] * len(rows)

@@ -7,7 +7,7 @@ Legend: V (draft) vocabulary, F frontier nodes, R guesses of a node, d hidden wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from foretell.drafting.checkpoint import Loaded, damage_named, find, shipped
 from foretell.drafting.kernels import kernels_for
 from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, check_exit, grow_in_one_call
 from foretell.drafting.protocols import LowerLayerDrafting
-from foretell.drafting.tree_size import no_guesses
+from foretell.drafting.tree_size import TreeSize, no_guesses, size_for
 from foretell.trees.calibration import Floats
 
 BEAM, WIDTH = 8, 10
@@ -43,9 +43,7 @@ class EarlyExitDrafter(Drafter):
 
     usual_cost = 0.5
 
-    def __init__(
-        self, backbone: Backbone, ids_V: Tensor | None, size: Callable[[int, int], int], chain: bool, steps: int
-    ):
+    def __init__(self, backbone: Backbone, ids_V: Tensor | None, size: TreeSize, chain: bool, steps: int):
         self._backbone, self.size, self.chain, self.steps = backbone, size, chain, steps
         ids_V = torch.arange(backbone.config.vocab) if ids_V is None else ids_V.long()
         self._vocabulary_V = ids_V.numpy()
@@ -67,7 +65,7 @@ class EarlyExitDrafter(Drafter):
         assert self._cache is not None, "the engine binds its cache first"
         count, how = self.steps, dict[str, Any](thresholds=thresholds)
         if not self.chain:
-            count = min(self.size(len(rows), max(len(row.tokens) for row in rows)), MAX_TREE_NODES) - 1
+            count = min(size_for(self.size, rows), MAX_TREE_NODES) - 1
             if not count:
                 return no_guesses(rows)
             min_gain = 2 * (exit / self._backbone.config.layers + OVERHEAD)  # at two tokens per step

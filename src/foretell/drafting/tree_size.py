@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import count
+from statistics import fmean
 from typing import Protocol
 
 from foretell.backbone import Backbone
@@ -17,18 +18,23 @@ from foretell.trees.tree import ROOT
 DEFAULT_NODES = 16
 MODEST = {4: 1.5, 8: 1.7, 16: 1.85}
 """Tree size -> tokens per step assumed of a drafter that was not measured: as few as the worst measured one has."""
+SAMPLED = 0.55
+"""Sampling at temperature T leaves 1 - 0.55 T² of what guesses add to a greedy step: measured of Medusa's and Hydra++'s
+heads, 0.95 to 0.97 at 0.4, 0.68 to 0.87 at 0.7 and 0.36 to 0.47 at 1 (docs/log.md)."""
 PROBED = 512
 """Of so many steps of one row in which no tree is thought to pay, the last two have small ones, by which costs are
 learnt: the second tells what drafting takes."""
 
 
 class TreeSize(Protocol):
-    def __call__(self, rows: int, context: int, unread: int = 0, left: float = math.inf) -> int:
-        """Returns the nodes of the tree to draft, root included.
+    def __call__(self, rows: int, context: int, unread: int = 0, left: float = math.inf, share: float = 1.0) -> int:
+        """Returns the nodes of each row's tree, root included.
 
         Args:
+            context: tokens of the longest row.
             unread: committed states of all rows that the drafter reads first, through a layer of its own.
             left: tokens that the longest row may still emit.
+            share: what sampling leaves of the tokens that guesses add to a greedy step.
         """
         ...
 
@@ -44,7 +50,7 @@ def tree_size(
     step costs cannot be known, it is 16 (one tile of the kernels).
 
     Args:
-        tokens_per_step: of each size; if empty, modest figures are assumed, and that no tree pays is not believed.
+        tokens_per_step: of each size, greedy; if empty, modest ones are assumed, and that no tree pays is not believed.
         method: its measured drafting time counts too; usual_cost: in plain steps, until it is measured.
         max_nodes: the largest tree.
 
@@ -54,14 +60,14 @@ def tree_size(
     if nodes:
         if not is_number(nodes, whole=True) or not 2 <= nodes <= max_nodes:
             raise UsageError(f"Its trees have 2 to {max_nodes} nodes, not {nodes}; choose another `nodes=`.")
-        return lambda rows, context, unread=0, left=math.inf: nodes
+        return lambda rows, context, unread=0, left=math.inf, share=1.0: nodes
     costs = step_costs(backbone)
     if costs is None:
-        return lambda rows, context, unread=0, left=math.inf: DEFAULT_NODES
+        return lambda rows, context, unread=0, left=math.inf, share=1.0: DEFAULT_NODES
     modest = {min(size, max_nodes): tokens for size, tokens in MODEST.items()}
 
     @lru_cache
-    def best(rows: int, context: int, learnt: int) -> tuple[int, float]:
+    def best(rows: int, context: int, share: float, learnt: int) -> tuple[int, float]:
         """The best size, and how many tokens it must be used for to make up for a state that is read before.
 
         Where nothing is known to be saved, reading is not held against it: what nobody has measured gets its try.
@@ -69,17 +75,18 @@ def tree_size(
         drafting = costs.drafting_of(method, rows, context)
         if drafting is None:
             drafting = usual_cost * costs.of(rows, context, 1)
-        rates = costs.rates(rows, context, tokens_per_step or modest, drafting)
+        tokens = {size: 1 + share * (greedy - 1) for size, greedy in (tokens_per_step or modest).items()}
+        rates = costs.rates(rows, context, tokens, drafting)
         nodes = max(rates, key=rates.__getitem__)
         if tokens_per_step:
-            nodes = costs.best_size(rows, context, tokens_per_step, drafting)
+            nodes = costs.best_size(rows, context, tokens, drafting)
         saved = 1 / costs.rate(rows, context, 1, 1.0) - 1 / rates[nodes] if nodes > 1 else 0.0  # seconds a token
         return nodes, costs.node(rows, context) / backbone.config.layers / saved if saved > 0 else 0.0
 
     held = count()
 
-    def size(rows: int, context: int, unread: int = 0, left: float = math.inf) -> int:
-        nodes, tokens_per_state = best(rows, context // 64 * 64, costs.learnt)
+    def size(rows: int, context: int, unread: int = 0, left: float = math.inf, share: float = 1.0) -> int:
+        nodes, tokens_per_state = best(rows, context // 64 * 64, round(share, 2), costs.learnt)
         nodes = nodes if unread * tokens_per_state <= left else 1
         probes = nodes == 1 and rows == 1 and costs.first and next(held) % PROBED >= PROBED - 2
         return min(modest) if probes else nodes
@@ -87,9 +94,10 @@ def tree_size(
     return size
 
 
-def size_for(size: TreeSize, rows: Sequence[Row], unread: int) -> int:
+def size_for(size: TreeSize, rows: Sequence[Row], unread: int = 0) -> int:
     """Returns the size of the trees of a batch whose drafter has `unread` states to read first."""
-    return size(len(rows), max(len(row.tokens) for row in rows), unread, max(row.budget for row in rows))
+    share = fmean(max(0.0, 1 - SAMPLED * row.params.temperature**2) for row in rows)
+    return size(len(rows), max(len(row.tokens) for row in rows), unread, max(row.budget for row in rows), share)
 
 
 def no_guesses(rows: Sequence[Row]) -> Draft:

@@ -5,8 +5,7 @@ exceed its cost: the seconds of its latest steps over those of plain steps taken
 another process nor a growing context deceives anybody. Where it does not pay, steps stay plain for a while before the
 next trial; where it does, a few plain steps renew the comparison now and then. How often either happens follows from
 what it loses: measuring may cost a sixtieth of the time. Steps in which the drafter had nothing to guess count as
-plain ones. Batches of each size are judged by themselves; one of a new size waits as long as the one before it still
-does.
+plain ones. Batches of each size are judged by themselves; one of a new size waits with the one before it, for a while.
 
 Tokens never depend on its decisions: both kinds of step emit the same ones.
 """
@@ -35,6 +34,8 @@ TRIAL_SHARE, RENEWAL_SHARE = 0.015, 0.005
 """Shares of the time that trials that lose, and plain steps where speculation wins, may cost."""
 SHORTEST, LONGEST = 32, 1024
 """Steps from one measurement to the next."""
+LONGEST_SHARED = 256
+"""Steps that a batch of a new size waits at most with the one before it: what loses there may win here."""
 
 
 @dataclass
@@ -176,11 +177,12 @@ class Governor:
         """Measurements of batches of about so many rows.
 
         Rows join and leave one by one, and a trial at each size that they pass would cost more than the text is worth:
-        where the last batch waits for its next trial, one of a size that is new waits with it.
+        where the last batch waits for its next trial, one of a size that is new waits with it for a while.
         """
         size = rows.bit_length()
         if size not in self._batches:
             last = max(self._batches.values(), key=lambda batch: batch.last, default=_Batch())
             waits = last.held and last.plain_left > PLAIN
-            self._batches[size] = _Batch(held=waits, plain_left=last.plain_left if waits else PLAIN)
+            left = min(last.plain_left, LONGEST_SHARED) if waits else PLAIN
+            self._batches[size] = _Batch(held=waits, plain_left=left)
         return self._batches[size]
