@@ -682,13 +682,19 @@ def test_rows_that_sample_get_smaller_trees(tmp_path: Path) -> None:
     )
     size = tree_size(backbone, 0, {4: 2.0, 16: 3.4}, "hydra", 0.1, 64)
 
-    def of(*temperatures: float) -> int:
-        rows = [Line([5] * 256, params=SamplingParams(temperature=temperature)) for temperature in temperatures]
-        return size_for(size, rows)
+    def of(*temperatures: float, **truncation: Any) -> int:
+        sampled = [SamplingParams(temperature=temperature, **truncation) for temperature in temperatures]
+        return size_for(size, [Line([5] * 256, params=params) for params in sampled])
 
     # four nodes make 1 + share tokens in 1.35 plain steps, sixteen 1 + 2.4 share in 2.1
     assert [size(1, 256, share=share) for share in (0.34, 0.36, 0.65, 0.67, 1.0)] == [1, 4, 4, 16, 16]
     assert [of(temperature) for temperature in (0.0, 0.6, 1.0, 2.0)] == [16, 16, 4, 1]
+    assert [of(1.0, **each) for each in ({"top_p": 0.8}, {"top_k": 5}, {"min_p": 0.1}, {"top_k": 400})] == [
+        16,
+        16,
+        16,
+        4,
+    ]
     assert [of(0.0, 1.0), of(0.0, 2.0), of(2.0, 2.0)] == [16, 4, 1]  # of a batch the mean counts
     assert (
         size_for(tree_size(backbone, 8, {}, "hydra", 0.1, 64), [Line([5], params=SamplingParams(temperature=9))]) == 8
