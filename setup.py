@@ -26,6 +26,7 @@ X86 = {
     "kernels_avx2": AVX2,
     "kernels_avxvnni": f"{AVX2} -mavxvnni",
     "kernels_avx512": AVX512,
+    "kernels_avx512vnni": f"{AVX512} -mavx512vnni",
     "kernels_avx512bf16": f"{AVX512} -mavx512vnni -mavx512bf16",
     "kernels_amx": f"{AVX512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16",
 }

@@ -29,7 +29,7 @@ from foretell.errors import ForetellError, UsageError, check
 from foretell.loading.tensors import SIZES, parts
 
 LIBRARY = Path(__file__).with_name("_kernels.so")
-BUILDS = ("amx", "avx512bf16", "avx512", "avxvnni", "avx2", "i8mm", "dotprod", "neon", "generic")
+BUILDS = ("amx", "avx512bf16", "avx512vnni", "avx512", "avxvnni", "avx2", "i8mm", "dotprod", "neon", "generic")
 """The best first; a library has those of its architecture, and "generic"."""
 FULL = "The kernels found too little memory; use fewer threads, a smaller batch or a shorter prompt."
 

@@ -173,6 +173,7 @@ struct Kernels {
 
 const Kernels* kernels_amx();
 const Kernels* kernels_avx512bf16();
+const Kernels* kernels_avx512vnni();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avxvnni();
 const Kernels* kernels_avx2();

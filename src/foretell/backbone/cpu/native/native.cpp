@@ -32,7 +32,7 @@ void ran(const char* build) { last = build; }
 
 // ---- Instruction sets.
 
-using Builds = std::array<const Kernels*, 6>;  // those that this processor can run, the best one first; null for others
+using Builds = std::array<const Kernels*, 7>;  // those that this processor can run, the best one first; null for others
 
 #if defined(__x86_64__)
 static unsigned long long xgetbv0() {
@@ -52,7 +52,7 @@ static bool tiles_allowed() {  // Linux hands out tile registers on request
 
 static Builds builds() {
     unsigned a, b, c, d;
-    bool avx2 = false, vnni = false, avx512 = false, dot = false, tiles = false;
+    bool avx2 = false, vnni = false, avx512 = false, quads = false, dot = false, tiles = false;
     if (__get_cpuid(1, &a, &b, &c, &d) && (c >> 27 & 1)) {
         unsigned long long state = xgetbv0();
         bool fma3 = c >> 12 & 1, f16c = c >> 29 & 1;
@@ -60,15 +60,17 @@ static Builds builds() {
             bool wide = (state & 0xe6) == 0xe6;
             avx2 = (state & 6) == 6 && (b >> 5 & 1) && fma3 && f16c;
             avx512 = avx2 && wide && (b >> 16 & 1) && (b >> 17 & 1) && (b >> 30 & 1) && (b >> 31 & 1);
-            bool quads = c >> 11 & 1, amx = (d >> 22 & 1) && (d >> 24 & 1) && (state >> 17 & 3) == 3;
+            quads = avx512 && (c >> 11 & 1);
+            bool amx = (d >> 22 & 1) && (d >> 24 & 1) && (state >> 17 & 3) == 3;
             if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) {
                 vnni = avx2 && (a >> 4 & 1);
-                dot = avx512 && quads && (a >> 5 & 1);
+                dot = quads && (a >> 5 & 1);
             }
             tiles = dot && amx;
         }
     }
-    return {tiles ? kernels_amx() : nullptr, dot ? kernels_avx512bf16() : nullptr, avx512 ? kernels_avx512() : nullptr,
+    return {tiles ? kernels_amx() : nullptr, dot ? kernels_avx512bf16() : nullptr,
+            quads ? kernels_avx512vnni() : nullptr, avx512 ? kernels_avx512() : nullptr,
             vnni ? kernels_avxvnni() : nullptr, avx2 ? kernels_avx2() : nullptr, kernels_generic()};
 }
 #elif defined(__aarch64__)
