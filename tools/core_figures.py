@@ -65,7 +65,8 @@ def without_folders(argument: str) -> str:
 
 def machine() -> str:
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    kinds = {"amx_bf16": "AVX512-BF16 and AMX ", "avx512_bf16": "AVX512-BF16 ", "avx512f": "AVX512 ", "avx2": "AVX2 "}
+    kinds = {"amx_bf16": "AVX512-BF16 and AMX ", "avx512_bf16": "AVX512-BF16 "}
+    kinds |= {"avx512_vnni": "AVX512-VNNI ", "avx512f": "AVX512 ", "avx2": "AVX2 "}
     kind = next((name for flag, name in kinds.items() if f" {flag}" in flags), "")
     cores = "1 core" if usable_cores() == 1 else f"{usable_cores()} cores"
     return f"{cores} of an {kind}{platform.machine()} server CPU, torch {torch.__version__}"

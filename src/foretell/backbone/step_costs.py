@@ -273,7 +273,7 @@ def first_reading(backbone: Backbone) -> StepCosts:
     """
     most = max(FIRST_NODES)
     context = FIRST_CONTEXT if FIRST_CONTEXT + most <= backbone.config.max_positions else 1
-    cache = backbone.new_cache(1, context + most)
+    cache = _cache_of_zeros(backbone, 1, context + most)
     times: dict[int, list[float]] = {size: [] for size in FIRST_NODES}
     spent = _step_seconds(backbone, cache, 1, 1, context)  # warms up
     for size in chain.from_iterable(repeat(FIRST_NODES, FIRST_ROUNDS)):
@@ -300,7 +300,7 @@ def measure(
         most: sizes beyond one that costs more plain steps than this are left out: such costs need no precision.
     """
     contexts = [c for c in contexts if c + max(nodes) <= backbone.config.max_positions] or [1]
-    cache = backbone.new_cache(max(rows), max(contexts) + max(nodes))
+    cache = _cache_of_zeros(backbone, max(rows), max(contexts) + max(nodes))
     seconds: dict[int, dict[int, dict[int, float]]] = {}
     done = 0
     for count in rows:
@@ -355,6 +355,14 @@ def _between(sizes: Mapping[int, float], nodes: float) -> float:
 def bush(size: int) -> TokenTree:
     """Returns a tree of the shape that heads draft: four children a node."""
     return TokenTree((-1, *((i - 1) // 4 for i in range(1, size))))
+
+
+def _cache_of_zeros(backbone: Backbone, rows: int, slots: int) -> KVCache:
+    """Returns a cache whose slots can be read unwritten: what else lies there may be no numbers, which take longer."""
+    cache = backbone.new_cache(rows, slots)
+    cache.keys.zero_()
+    cache.values.zero_()
+    return cache
 
 
 def _step_seconds(backbone: Backbone, cache: KVCache, size: int, rows: int, context: int) -> float:
