@@ -169,7 +169,7 @@ def tokens_per_step(llm: LLM, name: str, prompts: list[list[int]], params: Sampl
 def section_exactness(args: argparse.Namespace) -> Any:
     heads = HEADS if args.model == core.MODEL else ()
     names = ("prompt_lookup", "random", "forced", "plain", *heads)
-    return core.exactness(f"exactness {args.model}", args, foretell.load(args.model), "stored", names)
+    return core.exactness(args.name, args, foretell.load(args.model), "stored", names)
 
 
 # -- quality ---------------------------------------------------------------------------------------------------------
@@ -243,12 +243,14 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--label", default="", help="keeps the section beside the one of another machine")
     args = parser.parse_args()
     if args.section in ("heads", "exactness", "quality") and not args.questions:
         parser.error(f"{args.section} needs --questions FILE.")
     args.prompts = core.load_questions(args.questions, args.every, args.limit) if args.questions else []
     core.RESULTS = RESULTS
-    core.save(f"{args.section} {args.model}", sections[args.section](args))
+    args.name = f"{args.section} {args.model} {args.label}".rstrip()
+    core.save(args.name, sections[args.section](args))
 
 
 if __name__ == "__main__":

@@ -7,19 +7,16 @@ from typing import Any
 
 
 def sentences(results: dict[str, Any]) -> list[str]:
-    """Returns the figures of weights that are multiplied as they are stored, model by model."""
-    of_models = []
-    for name in dict.fromkeys(key.split()[1] for key in results):
-        found = {key.split()[0]: value["result"] for key, value in results.items() if key.split()[1] == name}
-        parts = [STORED[key](found[key]) for key in STORED if key in found]
-        of_models.append(f"- {name}: {' '.join(parts)}")
-    machines = dict.fromkeys(value["machine"] for value in results.values())
-    return [
-        f"Weights as stored, on {'; '.join(machines)} (docs/results/stored.json has commands and commits):",
-        "",
-        *of_models,
-        "",
-    ]
+    """Returns the figures of weights that are multiplied as they are stored, machine by machine and model by model."""
+    lines = []
+    for machine in dict.fromkeys(value["machine"] for value in results.values()):
+        here = {key: value["result"] for key, value in results.items() if value["machine"] == machine}
+        lines += [f"Weights as stored, on {machine} (docs/results/stored.json has commands and commits):", ""]
+        for name in dict.fromkeys(key.split()[1] for key in here):
+            found = {key.split()[0]: result for key, result in here.items() if key.split()[1] == name}
+            lines.append(f"- {name}: {' '.join(STORED[key](found[key]) for key in STORED if key in found)}")
+        lines.append("")
+    return lines
 
 
 def start(r: dict[str, Any]) -> str:

@@ -358,7 +358,8 @@ def bush(size: int) -> TokenTree:
 
 
 def _cache_of_zeros(backbone: Backbone, rows: int, slots: int) -> KVCache:
-    """Returns a cache whose slots can be read unwritten: what else lies there may be no numbers, which take longer."""
+    """Returns a cache whose slots can be read unwritten. From what else may lie there come logits that are no numbers, and
+    looking for the greatest of those takes longer."""
     cache = backbone.new_cache(rows, slots)
     cache.keys.zero_()
     cache.values.zero_()

@@ -83,8 +83,8 @@ FORMATS = {
 }
 
 
-WITH_INT8 = ("amx", "avx512bf16")
-"""Builds that multiply four bytes at once, and so have the products of "int8_both"."""
+WITH_INT8 = ("amx", "avx512bf16", "avx512vnni")
+"""Builds with AVX512-VNNI, which have the products of "int8_both"."""
 WITH_BLOCKS = ("avx512vnni", "avx512", "avxvnni", "avx2", "i8mm", "dotprod", "neon")
 """Builds that multiply blocks of eight bits faster than numbers widened to bfloat16."""
 

@@ -7,21 +7,19 @@
 #include <atomic>
 #include <chrono>
 #include <csignal>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <new>
 #include <pthread.h>
-#include <sched.h>
 #include <sys/resource.h>
 #include <system_error>
 #include <thread>
-#include <unistd.h>
 #include <utility>
 #include <vector>
 
 #include "common.h"
+#include "room.h"
 #include "threads.h"
 
 namespace foretell {
@@ -48,7 +46,7 @@ struct Broken : std::exception {};
 
 static void break_barrier() {
     broken.store(true, std::memory_order_release);
-    rounds.fetch_add(1, std::memory_order_acq_rel);
+    rounds.fetch_add(1);
     rounds.notify_all();
 }
 
@@ -64,7 +62,7 @@ void wait(int64_t threads) {
         return;
     }
     arrived.store(0, std::memory_order_relaxed);
-    rounds.store(now + 1);  // in order with what notify_all reads, who sleeps on it: else a sleeper may be missed
+    rounds.store(now + 1);  // sequentially consistent: notify_all reads then whether anybody sleeps, and may not miss it
     rounds.notify_all();
 }
 
@@ -77,96 +75,9 @@ static int64_t times_lost() {
     return 0;
 }
 
-// Which cores are idle, as far as the system tells.
-class Cores {
-    std::vector<double> before;  // seconds that each had been idle, when `look` was called last; 0 for those of others
-    std::chrono::steady_clock::time_point looked;
-
-    static std::vector<double> idle_seconds() {
-        std::vector<double> seconds;
-#ifdef __linux__
-        cpu_set_t ours;
-        FILE* stat = sched_getaffinity(0, sizeof ours, &ours) ? nullptr : fopen("/proc/stat", "r");
-        char line[256];
-        while (stat && fgets(line, sizeof line, stat) && !strncmp(line, "cpu", 3)) {
-            int core;
-            double idle, waiting;
-            if (line[3] == ' ' || sscanf(line, "cpu%d %*s %*s %*s %lf %lf", &core, &idle, &waiting) != 3) continue;
-            seconds.resize(std::max((int)seconds.size(), core + 1));
-            if (core < CPU_SETSIZE && CPU_ISSET(core, &ours)) seconds[core] = (idle + waiting) / (double)sysconf(_SC_CLK_TCK);
-        }
-        if (stat) fclose(stat);
-#endif
-        return seconds;
-    }
-
-  public:
-    static constexpr int kNone = -1, kUnknown = -2;
-
-    void look() { looked = std::chrono::steady_clock::now(), before = idle_seconds(); }
-    // A core that has been idle most of the time since `look`.
-    int idle() const {
-        std::vector<double> now = idle_seconds();
-        double most = 0.5 * std::chrono::duration<double>(std::chrono::steady_clock::now() - looked).count();
-        int found = now.empty() || before.empty() ? kUnknown : kNone;
-        for (size_t core = 0; core < std::min(now.size(), before.size()); core++)
-            if (now[core] - before[core] > most) most = now[core] - before[core], found = (int)core;
-        return found;
-    }
-};
-
-// Moves a thread, which may leave again.
-static void move_to([[maybe_unused]] pthread_t thread, [[maybe_unused]] int core) {
-#ifdef __linux__
-    cpu_set_t before, one;
-    if (pthread_getaffinity_np(thread, sizeof before, &before)) return;
-    CPU_ZERO(&one);
-    CPU_SET(core, &one);
-    pthread_setaffinity_np(thread, sizeof one, &one);
-    pthread_setaffinity_np(thread, sizeof before, &before);
-#endif
-}
-
-// How many threads the machine has room for. Where another process runs, one of the team has no core to itself: the others
-// wait for it at every barrier, and all are slower than one thread less would be. So threads that keep losing their cores
-// are fewer from then on, and one more is tried when a core is idle: first after a second, then after twice as long each
-// time. But some systems gather threads on one core while another is idle: then one of them is to move there.
-struct Room {
-    static constexpr double kWindow = 0.02, kOften = 200, kLongest = 64;  // seconds; times a second; seconds
-    static constexpr int kWindows = 4;                                    // crowded ones in a row
-
-    std::atomic<int64_t> most{kMaxThreads}, lost{0};
-    double seconds = 0, kept = 0, pause = 0.5;
-    int crowded = 0;
-    Cores cores;
-
-    // Returns the core that a thread should move to, or a negative number.
-    int add(int64_t count, double took) {
-        static const bool fixed = getenv("FORETELL_ALL_THREADS");
-        seconds += took;
-        if (count > most || seconds < kWindow) return Cores::kNone;
-        crowded = lost.exchange(0) > kOften * seconds && count > 1 ? crowded + 1 : 0;
-        kept += std::exchange(seconds, 0.0);
-        if (crowded == 1) cores.look();
-        if (crowded == kWindows) {
-            crowded = 0;
-            int idle = cores.idle();
-            if (idle >= 0 || fixed) return idle;
-            most = count - 1, pause = std::min(2 * pause, kLongest), kept = 0;
-            cores.look();
-        } else if (count == most && kept > pause) {
-            if (cores.idle() != Cores::kNone) most = most + 1;
-            kept = 0;
-            cores.look();
-        } else if (count < most && kept > pause) {
-            pause = 0.5;
-        }
-        return Cores::kNone;
-    }
-};
-
 struct Team {
     Room room;
+    Cores cores;
     // `round` counts in steps of kMaxThreads; the rest is how many threads the round wants. One number, so that a
     // thread that wakes late for a round that went on without it cannot take the next round's threads for this one's;
     // of 64 bits, so that it never comes round to what a sleeping thread saw last.
@@ -175,17 +86,17 @@ struct Team {
     void (*body)(void*, int64_t) = nullptr;
     void* context = nullptr;
     std::vector<std::thread> threads;
-    std::atomic<int64_t> lost[kMaxThreads]{};  // times that each lost its core
+    std::atomic<int> wanted[kMaxThreads]{};  // the core that each thread is to move to, counted from 1; 0 for none
     std::mutex failing;
     std::exception_ptr failure;  // the first of this round
 
     // No exception may leave a thread. Those of the others waiting at the barrier follow from the first, which counts.
     void run_body(int id) {
         int64_t before = times_lost();
+        if (int core = wanted[id].exchange(0)) move_to(core - 1);
         try {
             body(context, id);
-            int64_t times = times_lost() - before;
-            room.lost += times, lost[id] += times;
+            room.lost[id] += times_lost() - before;
         } catch (...) {
             {
                 std::lock_guard<std::mutex> lock(failing);
@@ -200,7 +111,7 @@ struct Team {
             seen = round.load(std::memory_order_acquire);
             if (id >= seen % kMaxThreads) continue;
             run_body(id);
-            if (running.fetch_sub(1, std::memory_order_acq_rel) == 1) running.notify_one();
+            if (running.fetch_sub(1) == 1) running.notify_one();
         }
     }
     // Starts threads until there are `count` with the caller, or the system gives no more; returns how many there are.
@@ -234,13 +145,10 @@ struct Team {
         mend_barrier();
         std::rethrow_exception(std::exchange(failure, nullptr));
     }
-    // Moves the thread to an idle core that loses its own most often, the caller's excepted.
     void make_room(int64_t count, double took) {
-        int core = room.add(count, took);
-        if (core < 0) return;
-        int64_t worst = std::max_element(lost + 1, lost + count) - lost;
-        move_to(threads[worst - 1].native_handle(), core);
-        for (auto& each : lost) each = 0;
+        static const bool all_threads = getenv("FORETELL_ALL_THREADS");
+        Room::Move move = room.add(count, took, cores, all_threads);
+        if (move.core >= 0) wanted[move.thread] = move.core + 1;
     }
 };
 
