@@ -62,7 +62,7 @@ def test_the_size_of_a_tree_depends_on_what_must_be_read_and_what_is_left(method
     """Where a long prompt is not worth reading for the few tokens that are left, it stays unread."""
     backbone, asked = Model({"model_type": "llama", **DIMENSIONS}).build(), list[tuple[int, int, float]]()
 
-    def size(rows: int, context: int, unread: int = 0, left: float = 0) -> int:
+    def size(rows: int, context: int, unread: int = 0, left: float = 0, share: float = 1) -> int:
         asked.append((rows, unread, left))
         return 1 if len(asked) < 4 else 6
 

@@ -30,7 +30,8 @@ class WaitingStates:
         steps.append((streams_SNd, begin, count, waiting))
         if len(steps) == STEPS:
             self._rows[row] = [(self.of(row), 0, waiting, waiting)]
-        return waiting * sum(stream_Nd[:1].nbytes for stream_Nd in streams_SNd) >= MOST_BYTES
+        first_Nd = streams_SNd[0]
+        return waiting * len(streams_SNd) * first_Nd.shape[-1] * first_Nd.element_size() >= MOST_BYTES
 
     def count(self, row: int) -> int:
         steps = self._rows.get(row)

@@ -4,7 +4,7 @@ A step with guesses costs more than one without, and emits more tokens. Speculat
 exceed its cost: the seconds of its latest steps over those of plain steps taken just before or after, so that neither
 another process nor a growing context deceives anybody. Where it does not pay, steps stay plain for a while before the
 next trial; where it does, a few plain steps renew the comparison now and then. How often either happens follows from
-what it loses: measuring may cost a sixtieth of the time. Steps in which the drafter had nothing to guess count as
+what it loses: losing trials may cost a hundredth of the time. Steps in which the drafter had nothing to guess count as
 plain ones. Batches of each size are judged by themselves; one of a new size waits with the one before it, for a while.
 
 Tokens never depend on its decisions: both kinds of step emit the same ones.
@@ -30,7 +30,7 @@ LONG = 128
 """Steps over which the long mean is taken."""
 LATEST = 8
 """Steps of each kind whose median is compared."""
-TRIAL_SHARE, RENEWAL_SHARE = 0.015, 0.005
+TRIAL_SHARE, RENEWAL_SHARE = 0.01, 0.005
 """Shares of the time that trials that lose, and plain steps where speculation wins, may cost."""
 SHORTEST, LONGEST = 32, 1024
 """Steps from one measurement to the next."""
