@@ -358,8 +358,10 @@ def bush(size: int) -> TokenTree:
 
 
 def _cache_of_zeros(backbone: Backbone, rows: int, slots: int) -> KVCache:
-    """Returns a cache whose slots can be read unwritten. From what else may lie there come logits that are no numbers, and
-    looking for the greatest of those takes longer."""
+    """Returns a cache whose slots can be read unwritten.
+
+    From what else may lie there come logits that are no numbers, and looking for the greatest of those takes longer.
+    """
     cache = backbone.new_cache(rows, slots)
     cache.keys.zero_()
     cache.values.zero_()

@@ -101,8 +101,8 @@ def size_for(size: TreeSize, rows: Sequence[Row], unread: int = 0) -> int:
 def left_by_sampling(params: SamplingParams) -> float:
     """Returns the share that sampling leaves of the tokens that guesses add to a greedy step, by experience.
 
-    Fitted to what Medusa, Hydra++ and Kangaroo keep at temperature 1, with truncation and without (docs/log.md); below it,
-    two of them keep more. Typical acceptance, whose rule has a temperature of its own, keeps more as well.
+    Fitted to what Medusa, Hydra++ and Kangaroo keep at temperature 1, with truncation and without (docs/log.md); below
+    it, two of them keep more. Typical acceptance, whose rule has a temperature of its own, keeps more as well.
     """
     lost = 0.55 * params.temperature**2 * params.top_p**3 / (1 + 25 * params.min_p)
     if params.top_k:
