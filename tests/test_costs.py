@@ -27,7 +27,7 @@ from trainables import trainable
 
 import foretell as package
 from foretell import drafters
-from foretell.backbone import Backbone
+from foretell.backbone import Backbone, KVCache
 from foretell.backbone.step_costs import (
     CONTEXTS,
     NODES,
@@ -611,6 +611,28 @@ def test_an_engine_learns_what_its_steps_cost(tmp_path: Path, monkeypatch: pytes
     assert costs is not None
     finish(decoder_of(machine.backbone, drafter), [([1, 2, 3] * 5, SamplingParams(max_new_tokens=64, ignore_eos=True))])
     assert costs.learnt
+
+
+def test_costs_are_read_from_a_cache_that_holds_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody wrote may hold none, and those cost more."""
+    backbone, seen = tiny_backbone(), set[bool]()
+    new_cache = backbone.new_cache
+
+    def unwritten(rows: int, slots: int) -> KVCache:
+        cache = new_cache(rows, slots)
+        for tensor in (cache.keys, cache.values):
+            tensor.fill_(math.nan)
+        return cache
+
+    def seconds(backbone: Backbone, cache: KVCache, *_: int) -> float:
+        seen.add(bool(cache.keys.isfinite().all() and cache.values.isfinite().all()))
+        return 0.01
+
+    monkeypatch.setattr(backbone, "new_cache", unwritten)
+    monkeypatch.setattr("foretell.backbone.step_costs._step_seconds", seconds)
+    first_reading(backbone)
+    measure(backbone, (1, 2), (128,), (1, 4), repeats=1)
+    assert seen == {True}
 
 
 # --- the tree that follows ----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch
 from random_backbones import COMPILED
 
 from foretell.backbone.cpu import library
-from foretell.backbone.cpu.formats import FORMATS, PackedMatrix
+from foretell.backbone.cpu.formats import FORMATS, WITH_INT8, PackedMatrix
 from foretell.errors import ForetellError
 
 pytestmark = [
@@ -96,6 +96,12 @@ def test_every_machine_compiles_its_builds(setup: dict[str, Any]) -> None:
     assert builds("x86_64") | builds("aarch64") == set(library.BUILDS)
     assert builds("x86_64") & builds("aarch64") == builds("riscv64") == {"generic"}
     assert (builds("AMD64"), builds("arm64")) == (builds("x86_64"), builds("aarch64"))
+
+
+def test_builds_with_products_of_eight_bits_on_both_sides_are_known(setup: dict[str, Any]) -> None:
+    assert {name.removeprefix("kernels_") for name, flags in setup["X86"].items() if "-mavx512vnni" in flags} == set(
+        WITH_INT8
+    )
 
 
 def test_one_wheel_serves_every_python(setup: dict[str, Any]) -> None:
