@@ -21,7 +21,9 @@ from decoding import (
     finish,
     held_like_a_fresh_prefill,
     plainly,
+    put,
     shared,
+    watched,
 )
 from hypothesis import strategies as st
 from random_backbones import BF16, DTYPES, FP32, KERNELS, Model, check, models, using
@@ -502,6 +504,22 @@ def test_a_lossy_drafter_is_not_governed_by_the_clock() -> None:
     assert not decoder_of(tiny(), Lossy(64), adapt=True).governor.enabled
     assert not decoder_of(tiny(), RandomTrees(64), adapt=True, rule=Typical()).governor.enabled
     assert decoder_of(tiny(), RandomTrees(64), adapt=True).governor.enabled
+
+
+def test_rows_of_typical_acceptance_are_greedy_ones_to_drafters() -> None:
+    """Whether its temperature is named in the request or not: trees, and so texts, are the same."""
+    drafter, seen = watched(RandomTrees(64)), set[float]()
+    draft = drafter.draft
+
+    def spy(rows: Any) -> Draft:
+        seen.update(row.params.temperature for row in rows)
+        return draft(rows)
+
+    put(drafter, "draft", spy)
+    rule = Typical(temperature=0.7)
+    asked = [SamplingParams(max_new_tokens=8, ignore_eos=True, temperature=temperature) for temperature in (0.0, 0.7)]
+    finish(decoder_of(tiny(), drafter, rule=rule), [([3, 1, 4], params) for params in asked])
+    assert seen == {0.0}
 
 
 def test_results_say_whether_they_are_exact() -> None:

@@ -102,7 +102,7 @@ def left_by_sampling(params: SamplingParams) -> float:
     """Returns the share that sampling leaves of the tokens that guesses add to a greedy step, by experience.
 
     Fitted to what Medusa, Hydra++ and Kangaroo keep at temperature 1, with truncation and without (docs/log.md); below
-    it, two of them keep more. Typical acceptance, whose rule has a temperature of its own, keeps more as well.
+    it, two of them keep more.
     """
     lost = 0.55 * params.temperature**2 * params.top_p**3 / (1 + 25 * params.min_p)
     if params.top_k:

@@ -17,6 +17,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 
@@ -91,13 +92,15 @@ class SpeculativeDecoder:
 
     def submit(self, prompt: Sequence[int], params: SamplingParams, key: int | None = None) -> int:
         self.check(prompt, params)
+        # typical acceptance draws nothing: its rows are greedy ones, to drafters as well
+        params = params.seeded() if self.rule is None else replace(params, temperature=0.0)
         ends = frozenset(params.stop_ids) | frozenset(() if params.ignore_eos else self.backbone.config.eos_ids)
         stream_of = partial(TextStream, self.tokenizer, params.stop, list(prompt))
         with self._lock:
             request = self._requests
             self._requests += 1
             key = request if key is None else key
-            self._waiting.append(RowState(request, key, list(prompt), params.seeded(), stream_of, ends))
+            self._waiting.append(RowState(request, key, list(prompt), params, stream_of, ends))
         return request
 
     def cancel(self, request: int) -> None:
