@@ -25,6 +25,8 @@ ROOT = Path(__file__).parent.parent
 BEGIN = "<!-- figures: written by tools/readme.py from docs/results -->"
 HEADS = {"heads.json": "smollm2-135m", "medusa2.json": "smollm2-135m+medusa2"}
 """Results of tools/drafter_figures.py -> the model that they draft for."""
+STORED = ("stored", "stored_coder_small", "stored_coder")
+"""Results of `foretell bench` on weights as they are stored, which the README shows."""
 END = "<!-- end of figures -->"
 
 
@@ -279,7 +281,7 @@ def pages() -> dict[Path, str]:
     every = sorted(path.parent for path in folder.glob("*/results.json"))
     blocks = {
         ROOT / "README.md": [
-            *head, *(line for name in ("stored", "stored_coder") for line in measured(folder / name)),
+            *head, *(line for name in STORED for line in measured(folder / name)),
             *stored_table.sentences(_json(folder / "stored.json")),
             never_slower_table.sentence(_json(folder / "never_slower.json")), "",
             *(line for name, model in HEADS.items() for line in fastest(model, _json(folder / name))),

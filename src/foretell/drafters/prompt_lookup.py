@@ -27,6 +27,7 @@ from torch import Tensor
 from foretell.backbone.step_costs import step_costs
 from foretell.contracts import Draft, Drafter, Features, Row
 from foretell.drafting.options import option
+from foretell.drafting.tree_size import left_by_sampling
 from foretell.errors import UsageError
 from foretell.trees import Guesses, TokenTree
 from foretell.trees.tree import ROOT, merged
@@ -222,12 +223,15 @@ class PromptLookup(Drafter):
         return Guesses(TokenTree(tuple(parents)) if len(parents) > 1 else ROOT, ids, probabilities)
 
     def _learnt_odds(self, row: Row) -> float:
-        """Returns how the odds of such a row's guesses relate to the table's, after the guess that was watched."""
+        """Returns how the odds of such a row's guesses relate to the table's, after the guess that was watched.
+
+        They begin as low as sampling leaves those of heads: what is learnt is how they differ from that.
+        """
         kind, tokens = row.params.plain_greedy, row.tokens
         place, guess, p = self._expected.pop(row.slot, (0, 0, 0.0))
         if self.prices and 0 < place < len(tokens):
             self._odds[kind] *= math.exp(LEARNT * ((tokens[place] == guess) - p))
-        return self._odds[kind]
+        return self._odds[kind] * (left_by_sampling(row.params) if self.prices else 1.0)
 
 
 def follows(match: int, better: int, odds: float = 1.0) -> float:

@@ -15,36 +15,45 @@ MOST_BYTES = 8 << 20
 STEPS = 64
 """Steps whose states may wait as they are; then they are copied: a step's tensors hold the other rows' states too."""
 
+Part = tuple[Sequence[Tensor] | Tensor, int, int]
+"""States of a row: streams [S, N, d] that hold them, the first one's place there, and how many."""
+
 
 class WaitingStates:
     """The waiting states of each row, in the order of their tokens; few are copied before they are read."""
 
     def __init__(self) -> None:
-        # row -> (streams of a step, the row's first state there, how many, how many wait with these)
-        self._rows: dict[int, list[tuple[Sequence[Tensor] | Tensor, int, int, int]]] = {}
+        self._copied: dict[int, list[Part]] = {}  # row -> blocks of its own
+        self._steps: dict[int, list[Part]] = {}  # row -> its share of the steps since
+        self._counts: dict[int, int] = {}
 
     def add(self, row: int, streams_SNd: Sequence[Tensor], begin: int, count: int) -> bool:
         """Adds newly committed states, `count` of each stream from `begin` on; returns whether too many wait now."""
-        waiting = self.count(row) + count
-        steps = self._rows.setdefault(row, [])
-        steps.append((streams_SNd, begin, count, waiting))
+        self._counts[row] = waiting = self.count(row) + count
+        steps = self._steps.setdefault(row, [])
+        steps.append((streams_SNd, begin, count))
         if len(steps) == STEPS:
-            self._rows[row] = [(self.of(row), 0, waiting, waiting)]
+            block_SMd = _joined(steps)
+            self._copied.setdefault(row, []).append((block_SMd, 0, block_SMd.shape[1]))
+            self._steps[row] = []
         first_Nd = streams_SNd[0]
         return waiting * len(streams_SNd) * first_Nd.shape[-1] * first_Nd.element_size() >= MOST_BYTES
 
     def count(self, row: int) -> int:
-        steps = self._rows.get(row)
-        return steps[-1][-1] if steps else 0
+        return self._counts.get(row, 0)
 
     def of(self, row: int) -> Tensor:
         """Returns a copy of a row's states [S, M, d]; it must have some."""
-        steps = self._rows[row]
-        streams = range(len(steps[0][0]))
-        return torch.stack([torch.cat([step[i][begin : begin + n] for step, begin, n, _ in steps]) for i in streams])
+        return _joined([*self._copied.get(row, ()), *self._steps.get(row, ())])
 
     def keep(self, row: int, count: int) -> None:
         """Keeps the first `count` states of a row."""
         if count >= self.count(row):
             return
-        self._rows[row] = [(self.of(row)[:, :count], 0, count, count)] if count else []
+        self._copied[row] = [(self.of(row)[:, :count], 0, count)] if count else []
+        self._steps[row], self._counts[row] = [], count
+
+
+def _joined(parts: Sequence[Part]) -> Tensor:
+    streams = range(len(parts[0][0]))
+    return torch.stack([torch.cat([part[i][begin : begin + n] for part, begin, n in parts]) for i in streams])
