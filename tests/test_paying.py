@@ -27,7 +27,7 @@ from foretell.drafters.hydra.drafter import Hydra, HydraPlus
 from foretell.drafters.kangaroo import Kangaroo
 from foretell.drafters.layerskip import LayerSkip
 from foretell.drafters.medusa import Medusa
-from foretell.drafters.prompt_lookup import PromptLookup, WithLookup, least_paying, most_paying, prices_of
+from foretell.drafters.prompt_lookup import MOST_LEARNT, PromptLookup, WithLookup, least_paying, most_paying, prices_of
 from foretell.engine.governor import Governor
 from foretell.requests import SamplingParams, Statistics
 from foretell.trees import chain
@@ -111,6 +111,18 @@ def test_sampled_text_is_expected_to_copy_less() -> None:
 
     assert drafted() == drafted(temperature=0.3) == drafted(temperature=1.0, top_p=0.5) == 1
     assert drafted(temperature=1.0) == 0
+
+
+def test_text_that_copies_is_guessed_at_any_temperature_and_nothing_runs_away() -> None:
+    lookup = PromptLookup(prices=lambda rows, context: [1.0 + 0.5 * guesses for guesses in range(17)])
+    line, found = Line([1, 2, 3, 4, 5, 6, 7] * 3, params=SamplingParams(temperature=2.0)), list[bool]()
+    lookup.reset([line])
+    for _ in range(300):
+        found.append(len(lookup.draft([line]).tokens[0]) > 1)
+        line.tokens = [*line.tokens, line.tokens[-7]]
+    assert all(found[200:])
+    assert 1 < lookup._odds[False] <= MOST_LEARNT
+    assert lookup._odds[True] == 1
 
 
 def test_where_no_tree_pays_lookup_still_guesses() -> None:

@@ -1,5 +1,7 @@
 """States that wait until a drafter reads them, against a twin that copies all at once; and drafters with many."""
 
+import weakref
+
 import pytest
 import torch
 from decoding import assert_same, decoder_of, finish, plainly
@@ -37,6 +39,25 @@ def check_waiting(made: list[tuple[str, int, int]]) -> None:
         for each, held in enumerate(twin):
             assert states.count(each) == held.shape[1]
             assert not held.shape[1] or states.of(each).equal(held)
+
+
+def test_tensors_of_a_step_are_let_go_and_copies_are_not_copied_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "STEPS", 4)
+    states, steps, copied = WaitingStates(), list[weakref.ref[torch.Tensor]](), list[int]()
+    joined = waiting._joined
+    monkeypatch.setattr(waiting, "_joined", lambda parts: copied.append(sum(n for *_, n, _ in parts)) or joined(parts))
+    for _ in range(23):
+        streams = list(torch.rand(2, 5, 3))
+        steps += map(weakref.ref, streams)
+        states.add(0, streams, 1, 2)
+        del streams
+    assert [step() is None for step in steps] == [True] * 2 * 20 + [False] * 2 * 3
+    assert copied == [8] * 5
+    whole = states.of(0)
+    states.keep(0, 3)
+    kept, _ = states._rows[0]
+    assert states.of(0).equal(whole[:, :3])
+    assert kept[0][0].untyped_storage().nbytes() == 2 * 3 * 3 * 4  # and not all that waited
 
 
 @pytest.mark.parametrize("method", ["hydra++", "kangaroo"])

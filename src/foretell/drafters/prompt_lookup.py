@@ -59,6 +59,8 @@ beyond). Counted by tools/lookup_table.py in conversations that SmolLM2-135M-Ins
 probable one."""
 LEARNT = 0.05
 """By how much the log-odds of guesses follow a guess that came true, or not: more than a hundred of them tell."""
+LEAST_SHARE, MOST_LEARNT = 0.1, 100.0
+"""Share of the table's odds that sampling leaves at least, and the largest factor that is learnt, either way."""
 
 
 @dataclass
@@ -225,13 +227,17 @@ class PromptLookup(Drafter):
     def _learnt_odds(self, row: Row) -> float:
         """Returns how the odds of such a row's guesses relate to the table's, after the guess that was watched.
 
-        They begin as low as sampling leaves those of heads: what is learnt is how they differ from that.
+        Of sampled text they are lower from the start, by the share that sampling leaves of heads' guesses; what is
+        learnt is how they differ from that.
         """
         kind, tokens = row.params.plain_greedy, row.tokens
         place, guess, p = self._expected.pop(row.slot, (0, 0, 0.0))
-        if self.prices and 0 < place < len(tokens):
-            self._odds[kind] *= math.exp(LEARNT * ((tokens[place] == guess) - p))
-        return self._odds[kind] * (left_by_sampling(row.params) if self.prices else 1.0)
+        if not self.prices:
+            return 1.0
+        if 0 < place < len(tokens):
+            learnt = self._odds[kind] * math.exp(LEARNT * ((tokens[place] == guess) - p))
+            self._odds[kind] = min(MOST_LEARNT, max(1 / MOST_LEARNT, learnt))
+        return self._odds[kind] * max(LEAST_SHARE, left_by_sampling(row.params))
 
 
 def follows(match: int, better: int, odds: float = 1.0) -> float:
