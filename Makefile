@@ -9,7 +9,7 @@ NATIVE := $(wildcard $(addprefix src/foretell/backbone/cpu/native/,* */*))
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
 # Every test runs the best build of the kernels that the processor has, and some run each of them. These run the best one
-# only, so `make builds` runs them once more with each lower build in its place.
+# only, so `make builds` runs them once more with each lower build in its place. Rules and trees multiply nothing.
 LOWER := from foretell.backbone.cpu.library import BUILDS, find; print(*[name for name in BUILDS if find(name)][1:])
 EXACT := $(patsubst %,tests/test_%.py,engine engine_faults native cache breadth medusa hydra kangaroo layerskip swift replay)
 
