@@ -216,7 +216,7 @@ def test_what_is_kept_for_other_taps_is_not_computed_again(
         monkeypatch.setattr(where, name, spy)
 
     spied(backbone, "run_layers", lambda hidden_Md, nodes, cache, begin, end: end)
-    spied(Forward, "_run_layer", lambda forward, index, *rest: index + 1)
+    spied(Forward, "run_layer", lambda forward, index, *rest: index + 1)
     for where, name in ((backbone, "logits"), (Forward, "most_probable_next")):
         spied(where, name, lambda *args: -1)
     for taps, layers in (((1,), {1}), ((), set()), ((1, 2, FINAL_NORM), set())):  # all is there by now

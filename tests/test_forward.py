@@ -140,8 +140,8 @@ def test_a_state_does_not_depend_on_which_others_are_asked_for(case: tuple[Model
 
 def test_layers_above_the_highest_tap_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     forward, ran = Forward(Model({"model_type": "llama", **SIZES}).build()), list[int]()
-    run = forward._run_layer
-    monkeypatch.setattr(forward, "_run_layer", lambda index, *rest: (ran.append(index), run(index, *rest))[1])
+    run = forward.run_layer
+    monkeypatch.setattr(forward, "run_layer", lambda index, *rest: (ran.append(index), run(index, *rest))[1])
     for taps, layers in (([0], []), ([1], [0]), ([2, 0], [0, 1]), ([], []), ([FINAL_NORM], [0, 1, 2])):
         ran.clear()
         forward.states(padded([[1, 2, 3]]), taps)

@@ -49,7 +49,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 # -- the page -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["Bigram", "TwoHeads", "FirstLayers"])
+@pytest.mark.parametrize("name", ["Bigram", "TwoHeads", "FirstLayers", "RowsOfItsOwn"])
 def test_the_drafters_of_the_page_are_exact(tmp_path: Path, name: str) -> None:
     (tmp_path / "page.py").write_text(next(sample for sample in SAMPLES if f"class {name}" in sample))
     assert check_drafter(f"{tmp_path}/page.py:{name}", ("llama", "mistral")) > 1000

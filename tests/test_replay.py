@@ -8,8 +8,12 @@ import decoding
 import pytest
 import torch
 from decoding import Output, decoder_of, finish, plainly
+from test_hidden_transfer import drafter_of as transfer_of
+from test_hidden_transfer import random_steps
 from test_kangaroo import drafter_of as kangaroo_of
 from test_kangaroo import random_adapter
+from test_m2r2 import drafter_of as m2r2_of
+from test_m2r2 import random_stream
 from test_medusa import VOCAB, backbone_of, some_paths
 from toy_drafters import Oracle
 from trainables import trainable
@@ -133,7 +137,7 @@ def test_replay_takes_the_steps_that_the_engine_takes(
 
 
 @pytest.mark.parametrize("lookup", [False, True], ids=["alone", "with lookup"])
-@pytest.mark.parametrize("kind", ["kangaroo", "layerskip", "swift"])
+@pytest.mark.parametrize("kind", ["kangaroo", "layerskip", "swift", "hidden_transfer", "m2r2"])
 def test_replay_runs_the_layers_that_drafting_runs(kind: str, lookup: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kept features are rounded, and so is what an adapter reads of them: its guesses are nearly the engine's."""
     backbone = backbone_of(num_hidden_layers=4)
@@ -141,6 +145,8 @@ def test_replay_runs_the_layers_that_drafting_runs(kind: str, lookup: bool, monk
     own: dict[str, Any] = {
         "kangaroo": lambda: kangaroo_of(backbone, random_adapter(backbone, draft_vocab=0), steps=3),
         "layerskip": lambda: LayerSkip(backbone, None, 3, lambda rows, context, *_: 12, chain=True, steps=4),
+        "hidden_transfer": lambda: transfer_of(backbone, random_steps(backbone, draft_vocab=0, noise=0.02), 12),
+        "m2r2": lambda: m2r2_of(backbone, random_stream(backbone, exit=3, draft_vocab=0, noise=0.02), steps=3),
         "swift": lambda: Swift(backbone, PlanSearch(4, plan=Plan((), (2,)), enabled=False), steps=4, threshold=SURE),
     }
     drafter: Drafter = own[kind]()

@@ -129,7 +129,7 @@ class Inserter(Drafter):
 
     @property
     def extra_nodes(self) -> int:
-        return 2
+        return 2 * self.max_nodes
 
     def reset(self, rows: Sequence[Row]) -> None:
         for row in rows:
@@ -139,7 +139,8 @@ class Inserter(Drafter):
         tokens = [[row.tokens[-1], *self.guesses[row.slot]] for row in rows]
         return Draft([TokenTree((-1, 0, 0)) if len(ids) == 3 else TokenTree() for ids in tokens], tokens)
 
-    def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Nodes) -> tuple[Tensor, Nodes]:
+    def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Nodes, draft: Draft) -> tuple[Tensor, Nodes]:
+        assert nodes.trees == draft.trees
         assert layer == self.cuts[0]
         more, kept_M = nodes.extended([[node for node in range(len(tree)) for _ in (0, 1)] for tree in nodes.trees])
         inserted = torch.ones(len(more), dtype=torch.bool)
@@ -195,8 +196,8 @@ class Checker(Drafter):
     def draft(self, rows: Sequence[Row]) -> Draft:
         return self.inner.draft(rows)
 
-    def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Nodes) -> tuple[Tensor, Nodes]:
-        return self.inner.at_cut(layer, hidden_Md, nodes)
+    def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Nodes, draft: Draft) -> tuple[Tensor, Nodes]:
+        return self.inner.at_cut(layer, hidden_Md, nodes, draft)
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
         self.inner.observe(rows, features)

@@ -28,7 +28,7 @@ from foretell.requests import SamplingParams
 from foretell.trees import TokenTree
 
 if TYPE_CHECKING:
-    from foretell.backbone import Backbone, KVCache
+    from foretell.backbone import Backbone, KVCache, Nodes
 
 FINAL_NORM = -1
 """Tap of the final norm's output: what the output head reads. Tap l >= 0 is the residual stream after l layers."""
@@ -166,7 +166,8 @@ class Features:
     Attributes:
         counts: committed nodes of each row, the old root first; their tokens are known to the rows.
         taps: tap -> hidden states [sum of counts, d] float32, in committed order; they may be kept, not modified.
-        extra: final-norm output of the rows that `at_cut` inserted, float32 [rows inserted, d], or None.
+        extra: final-norm output of the rows that `at_cut` inserted, float32 [rows inserted, d], tree by tree, in the
+            order in which they were inserted; None without any.
         paths: the accepted path of each row (empty while a prompt is prefilled).
     """
 
@@ -237,7 +238,7 @@ class Drafter(ABC):
 
     @property
     def extra_nodes(self) -> int:
-        """The most rows that `at_cut` adds per drafted node."""
+        """The most rows that `at_cut` adds behind one tree: the engine reserves slots for them too."""
         return 0
 
     def attached(self, cache: KVCache) -> Self:
@@ -279,10 +280,15 @@ class Drafter(ABC):
     def observe(self, rows: Sequence[Row], features: Features) -> None:  # noqa: B027
         """Receives what was committed: after every chunk of a prompt, and after every step."""
 
-    def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Any) -> tuple[Tensor, Any]:
+    def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Nodes, draft: Draft) -> tuple[Tensor, Nodes]:
         """Inserts rows after `layer` layers of verification; returns hidden states and nodes that include them.
 
-        `Nodes.extended` appends guesses to each row's tree and returns the new index of the old nodes; an inserted
-        row attends to its ancestors and itself, and no drafted node attends to it.
+        `Nodes.extended` appends rows to each tree and returns the new index of the old nodes; an inserted row attends
+        to its ancestors and itself, no drafted node attends to it, and what it writes to the cache is forgotten.
+
+        Args:
+            nodes: the drafted nodes, followed in each tree by what earlier cuts have inserted.
+            draft: what is verified: what `draft` returned with the guesses of prompt lookup, or roots alone, for which
+                `draft` may not have been called.
         """
         return hidden_Md, nodes

@@ -32,12 +32,14 @@ class Nodes:
         lengths: committed slots of those rows: where their trees begin.
         first: per row the first node to run; earlier nodes have already left their keys and values in the cache.
         positions: [M] int64, if they are not length + depth.
+        shadows: gives every node that runs a second row, behind those of its tree, which reads what the node reads, the
+            node's own key and value included, and writes none.
 
     Attributes:
-        words: sequence, node, cache_rows, lengths, offsets, parents and positions as the kernels read them (`Rows` of
-            native/common.h), int32, one after the other; `table_offsets` says where each begins.
+        words: sequence, node, cache_rows, lengths, offsets, parents, positions and shadow as the kernels read them
+            (`Rows` of native/common.h), int32, one after the other; `table_offsets` says where each begins.
         rows: cache row of each tree; ends: slots that it needs for this pass.
-        counts: nodes of each row that run; last: the greatest position.
+        counts: rows of the pass for each tree; last: the greatest position.
     """
 
     def __init__(
@@ -47,10 +49,13 @@ class Nodes:
         lengths: Sequence[int],
         first: Sequence[int] | None = None,
         positions: Tensor | None = None,
+        shadows: bool = False,
     ):
         self._on: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
         self.trees, self.rows, self.first = list(trees), list(cache_rows), list(first or [0] * len(trees))
-        self.counts = [len(tree) - start for tree, start in zip(trees, self.first, strict=True)]
+        self._turns = 2 if shadows else 1
+        ran = [len(tree) - start for tree, start in zip(trees, self.first, strict=True)]
+        self.counts = [self._turns * count for count in ran]
         self.ends = [length + len(tree) for length, tree in zip(lengths, trees, strict=True)]
         check(min(lengths, default=0) >= 0, "Lengths count committed slots, from 0 on.")
         within = all(0 <= start <= len(tree) for tree, start in zip(trees, self.first, strict=True))
@@ -58,9 +63,15 @@ class Nodes:
         position = positions.tolist() if positions is not None else [p + length for p, length in self._depths(lengths)]
         tables = (
             [b for b, count in enumerate(self.counts) for _ in range(count)],
-            [node for tree, start in zip(trees, self.first, strict=True) for node in range(start, len(tree))],
+            [
+                node
+                for tree, start in zip(trees, self.first, strict=True)
+                for _ in range(self._turns)
+                for node in range(start, len(tree))
+            ],
             cache_rows, lengths, [0, *accumulate(map(len, trees))],
             [parent for tree in trees for parent in tree.parents], position,
+            [turn for count in ran for turn in range(self._turns) for _ in range(count)],
         )  # fmt: skip
         # One array, filled once: after a pass the interpreter's own data has left the caches, and every call costs.
         self.words = np.array(list(chain.from_iterable(tables)), dtype=np.int32)
@@ -69,13 +80,17 @@ class Nodes:
         check(placed, "Every node has a position, from 0 on.")
         self.table_offsets = [0, *accumulate(map(len, tables))]
         split = (self.words[a:b] for a, b in pairwise(self.table_offsets))
-        self.sequence, self.node, self.cache_rows, self.lengths, self.offsets, self.parents, self.positions = split
+        (
+            self.sequence, self.node, self.cache_rows, self.lengths, self.offsets, self.parents, self.positions,
+            self.shadow,
+        ) = split  # fmt: skip
 
     def _depths(self, lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Yields each node's depth and the length of its row."""
+        """Yields the depth of each row's node and the length of its cache row."""
         for tree, start, length in zip(self.trees, self.first, lengths, strict=True):
-            for depth in tree.depths[start:] if start else tree.depths:
-                yield depth, length
+            for _ in range(self._turns):
+                for depth in tree.depths[start:] if start else tree.depths:
+                    yield depth, length
 
     @classmethod
     def chains(cls, cache_rows: Sequence[int], lengths: Sequence[int], counts: Sequence[int]) -> Nodes:
@@ -88,6 +103,7 @@ class Nodes:
         Returns:
             The new nodes, and the index of the old ones among them, int64 [M].
         """
+        check(self._turns == 1, "Nodes with shadows cannot be extended.")
         trees = [TokenTree((*tree.parents, *more)) for tree, more in zip(self.trees, parents, strict=True)]
         nodes = Nodes(trees, self.rows, self.lengths.tolist(), self.first)
         indices = [np.arange(start, start + count) for start, count in zip(nodes.starts(), self.counts, strict=True)]
@@ -105,6 +121,11 @@ class Nodes:
     def slots_M(self) -> Tensor:
         """Slot of each node's own key and value, int64 [M]."""
         return torch.from_numpy((self.lengths[self.sequence] + self.node).astype(np.int64))
+
+    @cached_property
+    def writers(self) -> Tensor | slice:
+        """Selects the rows that write keys and values."""
+        return torch.from_numpy(np.flatnonzero(self.shadow == 0)) if self._turns > 1 else slice(None)
 
     @cached_property
     def paths_MT(self) -> Tensor:

@@ -34,6 +34,11 @@ DRAFTERS: dict[str, tuple[str | type[Drafter], str]] = {
         "Hydra's heads behind a layer that attends to the whole text",
     ),
     "kangaroo": ("foretell.drafters.kangaroo:Kangaroo", "the lower layers draft, through a trained adapter"),
+    "hidden_transfer": (
+        "foretell.drafters.hidden_transfer:HiddenTransfer",
+        "the verifying pass writes the next guesses, in rows of its own",
+    ),
+    "m2r2": ("foretell.drafters.m2r2:M2R2", "a fast stream beside the lower layers drafts"),
     "swift": ("foretell.drafters.swift:Swift", "drafts with sublayers left out, chosen while decoding"),
     "layerskip": ("foretell.drafters.layerskip:LayerSkip", "drafts by leaving the model at an early layer"),
     "del": ("foretell.drafters.dynamic_exit:DEL", "drafts by leaving at the layer with the best recent yield"),

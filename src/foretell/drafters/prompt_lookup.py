@@ -33,7 +33,7 @@ from foretell.trees import Guesses, TokenTree
 from foretell.trees.tree import ROOT, merged
 
 if TYPE_CHECKING:
-    from foretell.backbone import Backbone, KVCache
+    from foretell.backbone import Backbone, KVCache, Nodes
 
 Prices = Callable[[int, int], Sequence[float]]
 """(rows, context) -> cost of a step with 0, 1, 2, ... guesses, over all rows."""
@@ -325,8 +325,8 @@ class WithLookup(Drafter):
     def observe(self, rows: Sequence[Row], features: Features) -> None:
         self.inner.observe(rows, features)
 
-    def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Any) -> tuple[Tensor, Any]:
-        return self.inner.at_cut(layer, hidden_Md, nodes)
+    def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Nodes, draft: Draft) -> tuple[Tensor, Nodes]:
+        return self.inner.at_cut(layer, hidden_Md, nodes, draft)
 
     def draft(self, rows: Sequence[Row]) -> Draft:
         draft, looked_up_by_row = self.inner.draft(rows), self.lookup.all_guesses(rows)

@@ -58,6 +58,7 @@ class Checkpoint:
         paths: rank paths of trees, the most frequent first; any beginning of the list is a tree.
         tokens_per_step: tree size -> tokens per step on held-out text.
         calibration: Platt scale of each head, see `trees.calibration`.
+        fitted: what the method has fitted to held-out guesses besides (`Trainable.fitted`).
         provenance: command, data, figures; free form.
     """
 
@@ -70,6 +71,7 @@ class Checkpoint:
     paths: list[list[int]] = field(default_factory=list)
     tokens_per_step: dict[int, float] = field(default_factory=dict)
     calibration: list[list[float]] = field(default_factory=list)
+    fitted: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 

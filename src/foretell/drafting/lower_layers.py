@@ -19,7 +19,7 @@ from torch import Tensor
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.contracts import Draft, Resume, Row
 from foretell.drafting.protocols import DraftRequest, LowerLayerDrafter
-from foretell.errors import UsageError, is_number
+from foretell.errors import UsageError, check, is_number
 from foretell.trees import TokenTree
 from foretell.trees.calibration import Floats
 from foretell.trees.growing import GrowingTree
@@ -29,6 +29,8 @@ MAX_TREE_NODES = 64
 
 Guess = Callable[[Tensor, Nodes], tuple[Floats, Sequence[Sequence[int]]]]
 """Streams [F, d] of nodes -> log-probabilities and tokens of what comes after each, [F, R], best first."""
+Run = Callable[[Tensor, Nodes, int], Tensor]
+"""Embeddings [F, d] of nodes -> their streams after so many layers."""
 
 
 class EarlyExitTrees:
@@ -38,6 +40,7 @@ class EarlyExitTrees:
         cache: the engine's.
         taps: states of the nodes that run, which are kept for `observe`.
         skip: a plan of sublayers to leave out; verification then runs these layers again.
+        run: runs the layers, and what the method runs beside them; by default the layers alone.
 
     Attributes:
         trees: one per row. Rows with a budget of one token are not expanded.
@@ -45,9 +48,11 @@ class EarlyExitTrees:
 
     def __init__(
         self, backbone: Backbone, cache: KVCache, rows: Sequence[Row], taps: Sequence[int] = (),
-        skip: bytes | None = None,
+        skip: bytes | None = None, run: Run | None = None,
     ):  # fmt: skip
         self._backbone, self._cache, self._rows, self._taps, self._skip = backbone, cache, rows, tuple(taps), skip
+        check(run is None or not taps, "A method that runs the layers itself taps them itself.")
+        self._run = run
         self.trees = [GrowingTree([row.tokens[-1]], [0] if row.budget > 1 else []) for row in rows]
         self._ran: list[list[int]] = [[] for _ in rows]  # nodes in the order in which they ran
         self._positions: list[list[int]] = [[] for _ in rows]  # index of their states among those of all rows
@@ -74,9 +79,13 @@ class EarlyExitTrees:
             self._total += len(tree.frontier)
         slots = [self._rows[i].slot for i in rows]
         nodes = Nodes(parents, slots, [self._cache.lengths[slot] for slot in slots], first)
-        hidden_Fd, tapped = self._backbone.run_layers(
-            self._backbone.embed(torch.tensor(tokens)), nodes, self._cache, 0, layers, skip=self._skip, taps=self._taps
-        )
+        embedded_Fd, tapped = self._backbone.embed(torch.tensor(tokens)), dict[int, Tensor]()
+        if self._run:
+            hidden_Fd = self._run(embedded_Fd, nodes, layers)
+        else:
+            hidden_Fd, tapped = self._backbone.run_layers(
+                embedded_Fd, nodes, self._cache, 0, layers, skip=self._skip, taps=self._taps
+            )
         self._hidden.append(hidden_Fd)
         for tap, states in tapped.items():
             self._tapped[tap].append(states)

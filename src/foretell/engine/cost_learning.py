@@ -29,7 +29,7 @@ class CostLearning:
         self._since = 0  # steps since the last plain one
         self._drafted = False  # whether the drafter drafted in the step before
 
-    def record(self, rows: int, context: int, nodes: int, verifying: float, drafting: float) -> None:
+    def record(self, rows: int, context: int, nodes: float, verifying: float, drafting: float) -> None:
         """Records a step.
 
         Args:

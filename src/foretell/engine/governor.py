@@ -156,11 +156,11 @@ class Governor:
         self.suspended = batch.held and batch.plain_left > 0
         return not batch.plain_left
 
-    def record(self, rows: int, guesses: int, seconds: float, tokens: int) -> None:
+    def record(self, rows: int, guesses: float, seconds: float, tokens: int) -> None:
         """Records one step.
 
         Args:
-            guesses: nodes verified besides the roots, over all rows; 0 for a plain step.
+            guesses: what ran besides the roots, over all rows, inserted rows included; 0 for a plain step.
             seconds: its duration.
             tokens: emitted over all rows.
         """

@@ -171,10 +171,10 @@ class SpeculativeDecoder:
         clock.lap()
         self._observe(rows, features)
         drafting += clock.lap("draft_seconds")
-        guesses, emitted = len(passed.nodes) - len(rows), sum(len(event.tokens) for event in events)
-        self.governor.record(len(rows), guesses, clock.seconds, emitted)
+        emitted = sum(len(event.tokens) for event in events)
+        self.governor.record(len(rows), passed.size - len(rows), clock.seconds, emitted)
         if draft.resume is None:  # else a part of the pass came before
-            self._costs.record(len(rows), context, len(passed.nodes), verifying, 0.0 if draft.held else drafting)
+            self._costs.record(len(rows), context, passed.size, verifying, 0.0 if draft.held else drafting)
         for row in rows:
             if row.finished:
                 self._leave(row)
@@ -195,12 +195,12 @@ class SpeculativeDecoder:
     def _verify(self, rows: list[RowState], draft: Draft) -> tuple[Pass, Verdict, list[list[TokenLogprob]]]:
         """Runs the draft's nodes and compares them with the target; the pass may be of a draft without guesses.
 
-        States that are not finite numbers, even a wrong guess's, spoil the nodes beside them: where any were met, the
-        step is run again without guesses.
+        States that are not finite numbers, even a wrong guess's or an inserted row's, spoil the nodes beside them:
+        where any were met, the step is run again without guesses.
         """
         passed = run_pass(self.backbone, self.drafter, self.cache, rows, draft)
         verdict, reports = self._verdict(rows, passed)
-        if DAMAGED in verdict.bonus and any(len(tree) > 1 for tree in draft.trees):
+        if DAMAGED in verdict.bonus and passed.size > len(rows):
             passed = run_pass(self.backbone, self.drafter, self.cache, rows, _roots(rows))
             verdict, reports = self._verdict(rows, passed)
         return passed, verdict, reports
@@ -257,7 +257,7 @@ class SpeculativeDecoder:
 
     def _join(self, row: RowState) -> None:
         """Gives a request a slot, and reserves all that it may ever write there, drafted nodes included."""
-        nodes = self.drafter.max_nodes * (1 + self.drafter.extra_nodes)
+        nodes = self.drafter.max_nodes + self.drafter.extra_nodes
         slot, reused = self._slot_for(row.tokens)
         row.start(slot, reused)
         row.statistics.exact = self.lossless

@@ -23,14 +23,16 @@ class Pass:
     Attributes:
         states_Md: what the output head reads.
         taps: tap -> states [M, d], for the drafter.
-        inserted: final states of the rows that the drafter's cuts inserted, if it has any.
+        inserted: final states of the rows that the drafter's cuts inserted, if there are any.
+        size: how many nodes ran; an inserted row counts by the share of the layers above its cut.
     """
 
     draft: Draft
     nodes: Nodes
     states_Md: Tensor
     taps: dict[int, Tensor]
-    inserted: Tensor | None = None
+    inserted: Tensor | None
+    size: float
 
     def features(self, paths: list[list[int]]) -> Features:
         """The states of the accepted paths, for `Drafter.observe`."""
@@ -47,14 +49,17 @@ def run_pass(backbone: Backbone, drafter: Drafter, cache: KVCache, rows: Sequenc
     nodes = Nodes(draft.trees, [row.slot for row in rows], [cache.lengths[row.slot] for row in rows])
     layer, hidden_Md, taps = _lower_layers(backbone, cache, rows, draft)
     extended, drafted = nodes, None  # the nodes with those that cuts insert, and where the drafted ones are among them
-    for cut in dict.fromkeys((*drafter.cuts, backbone.config.layers)):
+    size, layers = float(len(nodes)), backbone.config.layers
+    for cut in dict.fromkeys((*drafter.cuts, layers)):
         wanted = [tap for tap in drafter.taps if tap not in taps and layer <= tap <= cut]
         hidden_Md, tapped = backbone.run_layers(hidden_Md, extended, cache, layer, cut, taps=wanted)
         taps |= {tap: states if drafted is None else states[drafted] for tap, states in tapped.items()}
         layer = cut
         if cut in drafter.cuts:
-            hidden_Md, extended = drafter.at_cut(cut, hidden_Md, extended)
-            drafted = _drafted_index(nodes, extended)
+            hidden_Md, wider = drafter.at_cut(cut, hidden_Md, extended, draft)
+            if len(wider) > len(extended):
+                size += (len(wider) - len(extended)) * (layers - cut) / layers
+                extended, drafted = wider, _drafted_index(nodes, wider)
     states_Md, inserted = backbone.norm(hidden_Md), None
     if drafted is not None:
         others = torch.ones(len(extended), dtype=torch.bool)
@@ -62,7 +67,7 @@ def run_pass(backbone: Backbone, drafter: Drafter, cache: KVCache, rows: Sequenc
         states_Md, inserted = states_Md[drafted], states_Md[others]
     if FINAL_NORM in drafter.taps:
         taps[FINAL_NORM] = states_Md
-    return Pass(draft, nodes, states_Md, taps, inserted)
+    return Pass(draft, nodes, states_Md, taps, inserted, size)
 
 
 def _lower_layers(

@@ -6,7 +6,8 @@ Legend: P positions, K heads, R guesses of a head.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ class Report:
         tokens_per_step: tree size -> tokens per step of fixed trees by replay.
         calibration: per head, as `trees.calibration` fits it.
         replayed: the conversations that no tree was searched on.
+        fitted: see `Trainable.fitted`.
     """
 
     loss: dict[str, float]
@@ -43,6 +45,7 @@ class Report:
     tokens_per_step: dict[int, float]
     calibration: list[Scale]
     replayed: list[int]
+    fitted: dict[str, Any] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -75,7 +78,8 @@ def evaluate(module: Trainable, features: Batches, indices: Sequence[int], sizes
         if size <= len(paths) + 1
     }
     calibration = fit(log_probs[searched], ranks[searched])
-    return Report(loss, _accuracy(ranks), paths, tokens_per_step, calibration, list(indices[measured]))
+    fitted = module.fitted(ranks[searched], log_probs[searched], calibration)
+    return Report(loss, _accuracy(ranks), paths, tokens_per_step, calibration, list(indices[measured]), fitted)
 
 
 def _accuracy(ranks: Sequence[Ranks]) -> list[dict[str, float]]:

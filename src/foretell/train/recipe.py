@@ -327,7 +327,7 @@ class Run:
         checkpoint = Checkpoint(
             method=self.cls.method, backbone=model, fingerprint=backbone.fingerprint, hidden=backbone.config.hidden,
             vocab=backbone.config.vocab, arch=arch, paths=[list(path) for path in report.paths],
-            calibration=[list(scale) for scale in report.calibration],
+            calibration=[list(scale) for scale in report.calibration], fitted=report.fitted,
             provenance=self.provenance | {
                 "accuracy": report.accuracy, "loss": report.loss, "seconds": round(trainer.seconds),
                 "skipped_batches": trainer.skipped, "products": trainer.number_type,

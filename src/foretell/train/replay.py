@@ -1,9 +1,10 @@
 """Decoding replayed: the drafter itself, over text whose backbone states are known.
 
 Verification keeps exactly those guesses that the backbone's own text continues with. So the tokens per step on text
-that the backbone wrote can be measured without running the backbone, except for layers that drafting itself runs: the
-drafter observes the states of what was committed, drafts, and observes how far its tree was accepted, as in decoding.
-All of the drafter runs: levels, grown trees, merged lookup, its own caches.
+that the backbone wrote can be measured without running the backbone, except for layers that drafting itself runs (all
+of them, where it inserts rows into the verifying pass): the drafter observes the states of what was committed, drafts,
+and observes how far its tree was accepted, as in decoding. All of the drafter runs: levels, grown trees, merged lookup,
+its own caches.
 
 Legend: T tokens of a conversation.
 """
@@ -20,6 +21,7 @@ import torch
 from foretell.backbone import KVCache, Nodes
 from foretell.contracts import Drafter, Features
 from foretell.drafting.learning.trainable import TrainingBatch
+from foretell.engine.passes import Pass, run_pass
 from foretell.requests import SamplingParams, Statistics
 from foretell.train.features import Batches
 
@@ -57,7 +59,8 @@ def replay(
         What the engine would count of each conversation: steps, tokens, guesses and depths, but no seconds.
     """
     longest = max(len(talk.tokens) for talk in features.data)
-    cache, found = features.backbone.new_cache(1, longest + drafter.max_nodes), list[Statistics]()
+    room = longest + drafter.max_nodes + drafter.extra_nodes
+    cache, found = features.backbone.new_cache(1, room), list[Statistics]()
     drafter.bind(cache)
     for done, index in enumerate(conversations, start=1):
         batch = (batches or {}).get(index) or features.batch([index])
@@ -99,17 +102,21 @@ def _replay(
     drafter.reset([row])
     found = Statistics()
     seen = 0  # tokens whose states the drafter has observed: all but the newest
+    # layers whose keys and values are needed: what it attends to while it drafts, or what its inserted rows attend to
+    depth = backbone.config.layers if drafter.cuts else drafter.depth
 
-    def observe(end: int, paths: list[list[int]]) -> None:
+    def observe(end: int, paths: list[list[int]], passed: Pass | None = None) -> None:
         nonlocal seen
         taps = {tap: batch.states[tap][0, seen:end].float() for tap in drafter.taps}
         row.tokens += text.tokens[len(row.tokens) : end + 1]
-        if end > seen and drafter.depth:  # keys and values that it attends to while it drafts
+        if passed:
+            cache.commit([0], paths)
+        elif end > seen and depth:
             nodes = Nodes.chains([0], [seen], [end - seen])
-            backbone.run_layers(backbone.embed(torch.tensor(row.tokens[seen:end])), nodes, cache, 0, drafter.depth)
+            backbone.run_layers(backbone.embed(torch.tensor(row.tokens[seen:end])), nodes, cache, 0, depth)
             cache.commit([0], [range(end - seen)])
         if end > seen:
-            drafter.observe([row], Features([end - seen], taps, paths=paths))
+            drafter.observe([row], Features([end - seen], taps, passed.inserted if passed else None, paths))
         seen = end
 
     for start, end in text.answers:
@@ -121,6 +128,7 @@ def _replay(
             row.budget = max(end, start + new_tokens) - seen - 1
             draft = drafter.draft([row])
             draft.cut_below(0, row.budget - 1)
+            passed = run_pass(backbone, drafter, cache, [row], draft) if drafter.cuts else None
             tree, tokens, node, path = draft.trees[0], draft.tokens[0], 0, [0]
             while seen + len(path) < end:
                 next_token = text.tokens[seen + len(path)]
@@ -130,6 +138,6 @@ def _replay(
                 node = right[0]
                 path.append(node)
             emitted = min(len(path), end - seen - 1)  # no bonus follows the last token
-            observe(seen + emitted, [path[:emitted]])
+            observe(seen + emitted, [path[:emitted]], passed)
             found.count(tree.height, len(tree) - 1, emitted, accepted=min(len(path) - 1, emitted))
     return found

@@ -115,12 +115,12 @@ class Cache(Described):
 class Rows(Described):
     _fields_ = [
         *_numbers("count sequences"),
-        *_pointers("sequence node cache_row length offset parents position cosine sine"),
+        *_pointers("sequence node cache_row length offset parents position shadow cosine sine"),
     ]  # fmt: skip
 
     @classmethod
     def of(cls, count: int, sequences: int, words: NDArray[np.int32], offsets: Sequence[int], *angles: Tensor) -> Rows:
-        """Describes seven adjacent tables (`Nodes.words`): passing an address each would cost microseconds."""
+        """Describes eight adjacent tables (`Nodes.words`): passing an address each would cost microseconds."""
         begin = _passed(words)
         rows = cls(count, sequences, *(begin + words.itemsize * offset for offset in offsets[:-1]), *angles)
         rows.held = (*rows.held, words)

@@ -159,8 +159,9 @@ class EagerBackbone(Backbone):
         queries_MHD, keys_MGD = rotate(queries_MHD, *rotation), rotate(keys_MGD, *rotation)
         slots_M, paths_MT = nodes.on(self.device, BLOCK)
         values_MGD = values.unflatten(-1, (c.kv_heads, c.head_dim))
-        cache.keys[index][:, starts_M + slots_M] = keys_MGD.to(self.dtype).transpose(0, 1)
-        cache.values[index][:, starts_M + slots_M] = values_MGD.to(self.dtype).transpose(0, 1)
+        at, writers = starts_M + slots_M, nodes.writers
+        cache.keys[index][:, at[writers]] = keys_MGD[writers].to(self.dtype).transpose(0, 1)
+        cache.values[index][:, at[writers]] = values_MGD[writers].to(self.dtype).transpose(0, 1)
         mixed_MHD = attend(
             queries_MHD.to(self.dtype), cache.keys[index], cache.values[index], starts_M, paths_MT, layer.window
         )

@@ -10,7 +10,7 @@ the backbone's own distribution, R guesses of a head.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from foretell.errors import UsageError
+from foretell.trees.calibration import Floats, Scale
+from foretell.trees.search import Ranks
 
 CALIBRATION_TOP_K = 10
 """Guesses of a head whose probabilities are calibrated."""
@@ -100,6 +102,14 @@ class Trainable(nn.Module):
     @abstractmethod
     def guesses(self, batch: TrainingBatch) -> list[HeadGuesses]:
         """Returns the guesses over each conversation."""
+
+    def fitted(self, ranks: Sequence[Ranks], log_probs: Sequence[Floats], scales: Sequence[Scale]) -> dict[str, Any]:
+        """Returns what a method fits to held-out guesses besides calibration and trees (`Checkpoint.fitted`).
+
+        Args:
+            ranks, log_probs: per conversation, as in `HeadGuesses`; scales: calibration of each head.
+        """
+        return {}
 
     @abstractmethod
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -50,7 +50,8 @@ struct Cache {
 };
 
 // The rows of one call. Sequence b owns nodes [offset[b], offset[b+1]) of `parents`; node i of its tree lies at
-// slot length[b] + i, and parents count within the tree (the root's is -1). Rows name (sequence, node), sorted.
+// slot length[b] + i, and parents count within the tree (the root's is -1). Rows name (sequence, node), sorted by sequence;
+// a shadow attends to its node's own key and value in the place of its own, and writes none.
 struct Rows {
     int64_t count, sequences;
     const int32_t* sequence;  // [M]
@@ -60,6 +61,7 @@ struct Rows {
     const int32_t* offset;     // [sequences + 1]
     const int32_t* parents;
     const int32_t* position;   // [M]
+    const int32_t* shadow;     // [M] whether it is one; null if none is
     const float* cosine;       // [positions, D/2]
     const float* sine;
 };

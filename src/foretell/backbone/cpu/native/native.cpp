@@ -294,7 +294,8 @@ static const std::string& described() {
                   FIELD(eps), FIELD(layers)) +
         STRUCTURE(Cache, FIELD(keys), FIELD(values), FIELD(layer_stride), FIELD(starts), FIELD(head_stride)) +
         STRUCTURE(Rows, FIELD(count), FIELD(sequences), FIELD(sequence), FIELD(node), FIELD(cache_row),
-                  FIELD(length), FIELD(offset), FIELD(parents), FIELD(position), FIELD(cosine), FIELD(sine)) +
+                  FIELD(length), FIELD(offset), FIELD(parents), FIELD(position), FIELD(shadow), FIELD(cosine),
+                  FIELD(sine)) +
         STRUCTURE(Span, FIELD(begin), FIELD(end), FIELD(skip), FIELD(taps)) +
         STRUCTURE(Heads, FIELD(heads), FIELD(hidden), FIELD(inputs), FIELD(layers), FIELD(linear), FIELD(outputs),
                   FIELD(choices), FIELD(threads), FIELD(weight), FIELD(bias), FIELD(output)) +

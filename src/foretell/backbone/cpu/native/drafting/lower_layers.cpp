@@ -25,7 +25,7 @@ struct Pass {
     }
     Rows rows(const float* cosine, const float* sine) const {
         return {(int64_t)node.size(), (int64_t)cache_row.size(), sequence.data(), node.data(), cache_row.data(),
-                length.data(), offset.data(), parents.data(), position.data(), cosine, sine};
+                length.data(), offset.data(), parents.data(), position.data(), nullptr, cosine, sine};
     }
 };
 
