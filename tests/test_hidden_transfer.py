@@ -68,9 +68,9 @@ def test_random_projections_change_no_token(kind: dict[str, Any], dtype: torch.d
     backbone = backbone_of(dtype)
     truth = plainly(backbone, requests())
     module = random_steps(backbone, **kind)
-    for nodes in (2, 5, 12, MAX_NODES):
+    for nodes in (2, 9, MAX_NODES):
         drafter = drafter_of(backbone, module, nodes)
-        for each in (drafter, WithLookup(drafter)):
+        for each in (drafter, WithLookup(drafter))[nodes == 2 :]:
             decoder = decoder_of(backbone, each, max_rows=rows)
             assert decoder.lossless
             assert_same(finish(decoder, requests()), truth)

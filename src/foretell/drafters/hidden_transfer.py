@@ -178,8 +178,8 @@ class HiddenTransfer(Drafter):
             1.0, "Share of the loss against the model's whole distribution instead of the written token.", low=0, high=1
         )
         steps: int = option(3, "Tokens ahead that pseudo rows guess.", low=1, high=8)
-        layers: tuple[int, ...] = option(
-            (), "After which layer pseudo rows begin: one, or one for each step; by default half of the layers."
+        layers: tuple[int, ...] | None = option(
+            None, "After which layer pseudo rows begin: one, or one for each step; by default half of the layers."
         )
         rank: int = option(0, "Rank of the projections beside the identity; 0 for whole matrices.", low=0, high=1024)
 
@@ -221,7 +221,7 @@ class HiddenTransfer(Drafter):
         cls, backbone: Backbone, training: Training, counts_V: Tensor, folder: Path | None = None
     ) -> TransferSteps:
         """Returns fresh projections; see `TrainableMethod`."""
-        layers, steps = tuple(training.layers) or (backbone.config.layers // 2,), training.steps
+        layers, steps = tuple(training.layers or [backbone.config.layers // 2]), training.steps
         if len(layers) not in (1, steps):
             raise UsageError(f"layers names {len(layers)} layers for {steps} steps; name one, or {steps} of them.")
         layers = check_layers(layers * steps if len(layers) == 1 else layers, backbone)

@@ -47,8 +47,9 @@ from foretell.drafting.learning.heads import GuessingHeads, HeadTraining, draft_
 from foretell.drafting.learning.losses import weighed
 from foretell.drafting.learning.number_types import number_type, product
 from foretell.drafting.learning.trainable import HeadGuesses, TrainingBatch
-from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, check_exit
+from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, check_exit, grow_in_one_call
 from foretell.drafting.options import option, stored_options
+from foretell.drafting.protocols import LowerLayerDrafting
 from foretell.drafting.tree_size import DEFAULT_NODES, TreeSize, no_guesses, size_for, tree_size
 from foretell.errors import UsageError
 from foretell.trees.calibration import Floats, calibrated
@@ -196,11 +197,13 @@ class M2R2(Drafter):
         shared = arch["output"] == "shared"
         output_Vd = backbone.head_rows(tensors["vocabulary"].long()) if shared else tensors["head"][0]
         self._head = kernels_for(backbone).heads([], [output_Vd])
-        self._adapters = [
-            (backbone.linear(tensors["down"][i].float(), None), backbone.linear(tensors["up"][i].float(), None))
-            for i in range(exit)
-        ]
+        linear = kernels_for(backbone).linear
+        self._adapters = [(linear(tensors["down"][i].float()), linear(tensors["up"][i].float())) for i in range(exit)]
         self._width = 1 if chain else min(WIDTH, len(self._vocabulary_V))
+        self._one_call = kernels_for(backbone).lower_layers(LowerLayerDrafting(
+            self._head, self._width, self._vocabulary_V, None if chain or not self._scales else self._scales[0],
+            beside=self._adapters,
+        ))  # fmt: skip
         self._min_gain = 2 * (exit / backbone.config.layers + OVERHEAD)  # at two tokens per step
         self.parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
         self._cache: KVCache | None = None
@@ -236,13 +239,15 @@ class M2R2(Drafter):
 
     def draft(self, rows: Sequence[Row]) -> Draft:
         assert self._cache is not None, "the engine binds its cache first"
+        count, how = self.steps, dict[str, Any](thresholds=[self.threshold] * len(rows))
+        if not self.chain:
+            count, how = min(size_for(self.size, rows), MAX_TREE_NODES) - 1, {"beam": BEAM, "min_gain": self._min_gain}
+            if not count:
+                return no_guesses(rows)
+        if self._one_call:
+            return grow_in_one_call(self._one_call, self._cache, rows, self.exit, count, self.steps, **how)
         trees = EarlyExitTrees(self._backbone, self._cache, rows, run=self._run)
-        if self.chain:
-            return trees.grow(self.exit, self._guesses, self.steps, self.steps, [self.threshold] * len(rows))
-        count = min(size_for(self.size, rows), MAX_TREE_NODES) - 1
-        if not count:
-            return no_guesses(rows)
-        return trees.grow(self.exit, self._guesses, count, self.steps, beam=BEAM, min_gain=self._min_gain)
+        return trees.grow(self.exit, self._guesses, count, self.steps, **how)
 
     def _run(self, embedded_Fd: Tensor, nodes: Nodes, layers: int) -> Tensor:
         """Runs both streams through the layers; returns the slow one and keeps the fast one."""

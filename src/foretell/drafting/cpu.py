@@ -55,6 +55,9 @@ class CpuKernels:
     def lower_layers(self, drafting: LowerLayerDrafting) -> CpuLowerLayerDrafter:
         return CpuLowerLayerDrafter(self.backbone, drafting)
 
+    def linear(self, weight_NK: Tensor) -> ThreadedLinear:
+        return self.backbone.linear(self._rounded(weight_NK), None)
+
     def layer(self, tensors: Mapping[str, Tensor], norm_d: Tensor | None = None) -> Backbone:
         return self.backbone.layer({name: self._rounded(tensor) for name, tensor in tensors.items()}, norm_d)
 
@@ -126,12 +129,25 @@ class CpuLowerLayerDrafter:
         check(not drafting.skip or adapter, "Only an adapter's sublayers can be skipped.")
         vocabulary_V = np.ascontiguousarray(drafting.vocabulary_V, dtype=np.int64)
         check_ids(torch.from_numpy(vocabulary_V), backbone.embedding.outputs)
+        down, up = self._beside(drafting, config.hidden)
         self._about = library.LowerLayers(
             backbone.about, adapter.about if adapter else None,
             np.frombuffer(drafting.skip, dtype=np.uint8) if drafting.skip else None, reads.norm_weight,
             reads.config.eps, about, drafting.width, vocabulary_V,
             None if drafting.scale is None else np.array(drafting.scale, dtype=np.float32), backbone.embedding.about,
+            table(down), table(up),
         )  # fmt: skip
+
+    def _beside(self, drafting: LowerLayerDrafting, d: int) -> tuple[list[library.Matrix], list[library.Matrix]]:
+        """The matrices of a fast stream, as they are described to the kernels."""
+        self._layers, pairs = len(drafting.beside), [linear for pair in drafting.beside for linear in pair]
+        packed = [linear.packed for linear in pairs if isinstance(linear, ThreadedLinear)]
+        check(len(packed) == len(pairs), "A fast stream's matrices are of these kernels.")
+        for down, up in zip(packed[::2], packed[1::2], strict=True):
+            fits = (down.inputs, up.inputs, up.outputs) == (d, packed[0].outputs, d) and down.outputs == up.inputs
+            check(fits, "A fast stream's matrices have the model's width, and one rank.")
+        check(not packed or drafting.adapter is None, "A fast stream or an adapter drafts, not both.")
+        return [each.matrix.about for each in packed[::2]], [each.matrix.about for each in packed[1::2]]
 
     def grow_through_layers(self, request: DraftRequest, cache: KVCache, own: KVCache | None) -> DraftedTrees:
         backbone, rows, count = self._backbone, len(request.slots), request.count
@@ -181,6 +197,8 @@ class CpuLowerLayerDrafter:
         check(fits and len(request.thresholds) in (0, rows), "Every row has a root, a budget and a threshold, or none.")
         fits = request.layers > 0 and all(0 < tap <= request.layers for tap in request.taps)
         check(fits, f"Only layers 1 to {request.layers}, which run, can be tapped.")
+        fits = not self._layers or (self._layers == request.layers and not request.taps)
+        check(fits, "A fast stream runs beside its own layers, and nothing taps them.")
         check(has_own == (self._adapter is not None), "An adapter has a cache of its own.")
         fits = all(x is None or (x.shape[1:] == (d,) and x.dtype == torch.float32) for x in states)
         check(fits, f"An adapter reads float32 states of {d} numbers.")

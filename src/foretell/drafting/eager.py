@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from foretell.backbone import Backbone
+from foretell.backbone.base import LinearLayer
 from foretell.drafting.heads import DrafterHeads, StackedHeads
 from foretell.drafting.prefix_layer import PrefixLayer
 from foretell.drafting.protocols import LevelDrafting, LowerLayerDrafting
@@ -29,6 +30,9 @@ class EagerKernels:
 
     def lower_layers(self, drafting: LowerLayerDrafting) -> None:
         return None
+
+    def linear(self, weight_NK: Tensor) -> LinearLayer:
+        return self.backbone.linear(weight_NK, None)
 
     def layer(self, tensors: Mapping[str, Tensor], norm_d: Tensor | None = None) -> Backbone:
         return self.backbone.layer(tensors, norm_d)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache
+from foretell.backbone.base import LinearLayer
 from foretell.drafting.heads import DrafterHeads
 from foretell.drafting.prefix_layer import PrefixLayer
 
@@ -66,6 +67,8 @@ class LowerLayerDrafting:
         scale: its calibration (`trees.calibration`); None leaves probabilities unchanged.
         adapter: a layer of the drafter's own before the head, with its final norm; None is the backbone's norm alone.
         skip: of the adapter, see `Backbone.run_layers`.
+        beside: of each layer that drafts, V [r, d] and U [d, r] that draw a fast stream ahead (see `drafters.m2r2`);
+            the head then reads that stream.
     """
 
     head: DrafterHeads
@@ -74,6 +77,7 @@ class LowerLayerDrafting:
     scale: tuple[float, float] | None = None
     adapter: Backbone | None = None
     skip: bytes | None = None
+    beside: Sequence[tuple[LinearLayer, LinearLayer]] = ()
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,10 @@ class DraftKernels(Protocol):
 
     def lower_layers(self, drafting: LowerLayerDrafting) -> LowerLayerDrafter | None:
         """Returns a drafter through lower layers; None if running them level by level is as fast."""
+        ...
+
+    def linear(self, weight_NK: Tensor) -> LinearLayer:
+        """Returns a drafter's own matrix, which may be rounded to eight bits."""
         ...
 
     def layer(self, tensors: Mapping[str, Tensor], norm_d: Tensor | None = None) -> Backbone:

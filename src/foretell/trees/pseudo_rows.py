@@ -106,7 +106,9 @@ def fit_values(
     grown: dict[tuple[int, int, int], RankedPaths] = {}  # they do not depend on values
     for _ in range(ITERATIONS):
         values, _ = _relative_values(*_chain(texts, rows, values, grown))
-    if not values[-1]:  # rows that guess nothing right still have to be written, or nothing would ever be drafted
+    if (
+        values[-1] < LEAST * start_K.sum()
+    ):  # rows that guess nothing right still have to be written, or nothing would ever be drafted
         values = np.concatenate([[0.0], np.cumsum(LEAST * start_K)])
     return values.tolist(), _relative_values(*_chain(texts, rows, values, grown))[1]
 

@@ -159,7 +159,7 @@ class LevelRequest(Described):
 class LowerLayers(Described):
     _fields_ = [
         *_pointers("model adapter skip norm"), ("eps", c_double), *_pointers("head"), *_numbers("width"),
-        *_pointers("vocabulary scale embedding"),
+        *_pointers("vocabulary scale embedding down up"),
     ]  # fmt: skip
 
 

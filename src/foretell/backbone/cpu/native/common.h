@@ -121,7 +121,7 @@ struct LevelRequest {
 };
 
 // The model's own lower layers as a drafter (LowerLayerDrafting in drafting/protocols.py): an adapter over their streams, or
-// none, and the output matrix that reads them after a norm.
+// a fast stream beside them, or neither, and the output matrix that reads the result after a norm.
 struct LowerLayers {
     const Model* model;
     const Model* adapter;  // one layer with a cache of its own, or null
@@ -133,6 +133,7 @@ struct LowerLayers {
     const int64_t* vocabulary;
     const float* scale;       // [2] calibration, or null
     const Matrix* embedding;  // a row per token
+    const Matrix *down, *up;  // [layers] what draws the fast stream ahead of each layer: up·SiLU(down·stream); or null
 };
 
 // Trees to draft with lower layers, at most `count` nodes each besides the root. They grow in at most `steps` levels, and at

@@ -306,7 +306,7 @@ static const std::string& described() {
         STRUCTURE(LevelRequest, FIELD(rows), FIELD(count), FIELD(beam), FIELD(min_gain), FIELD(states), FIELD(roots),
                   FIELD(sizes), FIELD(parents), FIELD(tokens), FIELD(cond_probs)) +
         STRUCTURE(LowerLayers, FIELD(model), FIELD(adapter), FIELD(skip), FIELD(norm), FIELD(eps), FIELD(head),
-                  FIELD(width), FIELD(vocabulary), FIELD(scale), FIELD(embedding)) +
+                  FIELD(width), FIELD(vocabulary), FIELD(scale), FIELD(embedding), FIELD(down), FIELD(up)) +
         STRUCTURE(DraftRequest, FIELD(rows), FIELD(layers), FIELD(count), FIELD(steps), FIELD(room), FIELD(beam),
                   FIELD(min_gain), FIELD(thresholds), FIELD(roots), FIELD(budget), FIELD(cache_row), FIELD(length),
                   FIELD(own_length), FIELD(waiting), FIELD(states), FIELD(cosine), FIELD(sine), FIELD(cache),

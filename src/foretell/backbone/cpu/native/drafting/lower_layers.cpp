@@ -1,5 +1,7 @@
 // Token trees whose nodes pass the model's own lower layers while they grow, in one call: the twin of EarlyExitTrees in
-// drafting/lower_layers.py, with Kangaroo's adapter. Between two levels the interpreter would cost as much as a layer.
+// drafting/lower_layers.py, with Kangaroo's adapter or M2R2's fast stream. Between two levels the interpreter would cost as
+// much as a layer.
+#include <cmath>
 #include <cstring>
 
 #include "drafting/growing_tree.h"
@@ -8,24 +10,26 @@ namespace foretell {
 
 namespace {
 
-// The nodes of one pass over some rows, as the kernels read them.
+// The nodes of one pass over some rows, as the kernels read them; with `shadows`, each has one, behind those of its tree.
 struct Pass {
-    std::vector<int32_t> sequence, node, cache_row, length, offset{0}, parents, position;
+    bool shadows = false;
+    std::vector<int32_t> sequence, node, cache_row, length, offset{0}, parents, position, shadow;
 
     // Adds one row's tree, given by its parents and depths; the nodes from `first` on take part.
     void add(int64_t row, int64_t slots, const std::vector<int32_t>& tree, const std::vector<int32_t>& depth, int64_t first) {
-        for (int64_t i = 0; i < (int64_t)tree.size(); i++) {
-            parents.push_back(tree[i]);
-            if (i < first) continue;
-            sequence.push_back((int32_t)cache_row.size()), node.push_back((int32_t)i);
-            position.push_back((int32_t)slots + depth[i]);
-        }
+        for (int32_t turn = 0; turn <= (int32_t)shadows; turn++)
+            for (int64_t i = first; i < (int64_t)tree.size(); i++) {
+                sequence.push_back((int32_t)cache_row.size()), node.push_back((int32_t)i);
+                position.push_back((int32_t)slots + depth[i]), shadow.push_back(turn);
+            }
+        parents.insert(parents.end(), tree.begin(), tree.end());
         cache_row.push_back((int32_t)row), length.push_back((int32_t)slots);
         offset.push_back((int32_t)parents.size());
     }
     Rows rows(const float* cosine, const float* sine) const {
         return {(int64_t)node.size(), (int64_t)cache_row.size(), sequence.data(), node.data(), cache_row.data(),
-                length.data(), offset.data(), parents.data(), position.data(), nullptr, cosine, sine};
+                length.data(), offset.data(), parents.data(), position.data(), shadows ? shadow.data() : nullptr,
+                cosine, sine};
     }
 };
 
@@ -52,6 +56,35 @@ struct Row {
         }
     }
 };
+
+// Runs the layers over the streams [F, d] in `slow`, in place, and over a fast stream beside each, which begins as the same
+// embedding and is left in `fast`. A shadow's state is drawn ahead of each layer by what it was before.
+void run_beside(const Kernels& build, const LowerLayers& lower, const DraftRequest& request, const Pass& pass, float* slow,
+                std::vector<float>& fast, int bf16) {
+    int64_t d = lower.model->hidden, all = pass.node.size(), nodes = all / 2, threads = lower.model->threads;
+    std::vector<int64_t> at[2];  // of each slow and each fast stream its place among both
+    for (int64_t r = 0; r < all; r++) at[pass.shadow[r]].push_back(r);
+    std::vector<float> both(all * d), normed(nodes * d), low(nodes * lower.down[0].outputs), added(nodes * d);
+    for (auto& places : at)
+        for (int64_t i = 0; i < nodes; i++) memcpy(both.data() + places[i] * d, slow + i * d, d * 4);
+    std::vector<float*> taps(request.layers + 1);
+    for (int64_t l = 0; l < request.layers; l++) {
+        for (int64_t i = 0; i < nodes; i++)
+            build.norm(both.data() + at[1][i] * d, nullptr, 1e-6, 1, d, normed.data() + i * d);
+        build.linear(normed.data(), nodes, lower.down[l], nullptr, low.data(), 0, nullptr, nullptr, 0, threads, bf16);
+        for (float& x : low) x /= 1 + std::exp(-x);
+        build.linear(low.data(), nodes, lower.up[l], nullptr, added.data(), 0, nullptr, nullptr, 0, threads, bf16);
+        Span layer{l, l + 1, nullptr, taps.data()};
+        build.layers(*lower.model, *request.cache, pass.rows(request.cosine, request.sine), layer, both.data(), bf16);
+        for (int64_t i = 0; i < nodes; i++)
+            for (int64_t j = 0; j < d; j++) both[at[1][i] * d + j] += added[i * d + j];
+    }
+    fast.resize(nodes * d);
+    for (int64_t i = 0; i < nodes; i++) {
+        memcpy(slow + i * d, both.data() + at[0][i] * d, d * 4);
+        memcpy(fast.data() + i * d, both.data() + at[1][i] * d, d * 4);
+    }
+}
 
 // Runs the adapter over the streams [F, d] of the frontiers, in place. Before the roots it reads the states that wait since
 // the last commit; these stay in its cache, while the slots of the tree are written over by later passes.
@@ -153,6 +186,7 @@ void grow_through_layers(const Kernels& build, const LowerLayers& lower, const D
     std::vector<float*> taps(request.layers + 1);
     for (int64_t level = 1; level <= request.steps; level++) {
         Pass pass;
+        pass.shadows = lower.down != nullptr;
         ids.clear();
         for (int64_t b = 0; b < request.rows; b++) {
             Row& row = rows[b];
@@ -165,12 +199,16 @@ void grow_through_layers(const Kernels& build, const LowerLayers& lower, const D
         if (!nodes) break;
         float* hidden = request.hidden + total * d;
         build.rows(*lower.embedding, ids.data(), nodes, hidden);
-        for (int64_t l = 0; l <= request.layers; l++)
-            taps[l] = request.tapped && request.tapped[l] ? request.tapped[l] + total * d : nullptr;
-        Span layers{0, request.layers, nullptr, taps.data()};
-        build.layers(*lower.model, *request.cache, pass.rows(request.cosine, request.sine), layers, hidden, bf16);
+        if (pass.shadows) {
+            run_beside(build, lower, request, pass, hidden, stream, bf16);
+        } else {
+            for (int64_t l = 0; l <= request.layers; l++)
+                taps[l] = request.tapped && request.tapped[l] ? request.tapped[l] + total * d : nullptr;
+            Span layers{0, request.layers, nullptr, taps.data()};
+            build.layers(*lower.model, *request.cache, pass.rows(request.cosine, request.sine), layers, hidden, bf16);
+            stream.assign(hidden, hidden + nodes * d);
+        }
         total += nodes;
-        stream.assign(hidden, hidden + nodes * d);
         if (lower.adapter) adapt(build, lower, request, rows, stream, own_length, bf16);
         build.norm(stream.data(), lower.norm, lower.eps, nodes, d, stream.data());
         inputs.clear();
