@@ -77,7 +77,7 @@ def test_untrained_adapters_change_no_token(chained: bool, dtype: torch.dtype, r
         module = random_adapter(backbone, seed=seed, **kind)
         for steps, threshold in ((0, 0.6), (1, 0.0), (3, 0.1), (8, 0.0), (8, 1.0)):
             drafter = drafter_of(backbone, module, 4 + 5 * seed, chain=chained, steps=steps, threshold=threshold)
-            for each in (drafter, WithLookup(drafter))[0 < steps < 3 :]:
+            for each in (drafter, WithLookup(drafter)):
                 decoder = decoder_of(backbone, each, max_rows=rows)
                 assert decoder.lossless
                 assert_same(finish(decoder, requests()), truth)

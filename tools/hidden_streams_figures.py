@@ -19,6 +19,7 @@ from typing import Any
 import core_figures as core
 
 import foretell
+from foretell.drafters.hidden_transfer import TransferSteps
 from foretell.train.recipe import Job, begin
 from foretell.train.trainer import Settings
 
@@ -74,8 +75,8 @@ def section(args: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with begin(jobs, llm, args.data, settings=settings) as begun:
         for run, name in zip(begun.runs, arms, strict=True):
-            if "isolated" in name:
-                run.trainer.module.isolated = True  # type: ignore[assignment]
+            if "isolated" in name and isinstance(module := run.trainer.module, TransferSteps):
+                module.isolated = True
         trainer = begun.runs[0].trainer
         data = trainer.features.data
         began = time.monotonic()

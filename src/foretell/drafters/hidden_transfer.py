@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,6 @@ from foretell.drafting.checkpoint import CheckpointOptions, Loaded, check_shapes
 from foretell.drafting.kernels import kernels_for
 from foretell.drafting.learning.frozen_layers import FrozenLayers
 from foretell.drafting.learning.heads import GuessingHeads, SeveralHeadsTraining, draft_outputs
-from foretell.drafting.learning.number_types import number_type
 from foretell.drafting.learning.pseudo_rows import Blocks
 from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.drafting.options import option
@@ -87,21 +87,17 @@ class TransferSteps(GuessingHeads):
         else:
             self.weight_Kdd = nn.Parameter(torch.zeros(steps, d, d))
         self.bias_Kd = nn.Parameter(torch.zeros(steps, d))
-        self._backbone, self._frozen = backbone, dict[torch.dtype, FrozenLayers]()
+        self._backbone = backbone
 
     def matrices(self) -> Tensor:
         """W_k of each step, [K, d, d]; what is learnt, and stored, is their distance from the identity."""
         learnt_Kdd = self.up_Kdr @ self.down_Krd if self.rank else self.weight_Kdd
         return torch.eye(self.bias_Kd.shape[1], device=learnt_Kdd.device) + learnt_Kdd
 
-    @property
+    @cached_property
     def frozen(self) -> FrozenLayers:
-        """The layers above the first step, multiplied as `number_types` says."""
-        half = self._backbone.dtype == torch.bfloat16
-        dtype = number_type(self._backbone.device) if half else torch.float32
-        if dtype not in self._frozen:
-            self._frozen = {dtype: FrozenLayers(self._backbone, dtype, self.layers[0])}
-        return self._frozen[dtype]
+        """The layers above the first step."""
+        return FrozenLayers(self._backbone, self.layers[0])
 
     def read(self, batch: TrainingBatch, sources_P: Tensor) -> Tensor:
         frozen, matrices_Kdd, tokens = self.frozen, self.matrices(), batch.tokens_BT.shape[1]

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,14 +41,21 @@ from foretell.drafting.kernels import kernels_for
 from foretell.drafting.learning.decoder_layer import DecoderLayer
 from foretell.drafting.learning.heads import GuessingHeads, HeadTraining, draft_outputs
 from foretell.drafting.learning.trainable import TrainingBatch
-from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, check_exit, grow_in_one_call, last_of_each
+from foretell.drafting.lower_layers import (
+    MAX_TREE_NODES,
+    EarlyExitTrees,
+    check_exit,
+    grow_in_one_call,
+    guesses_of,
+    last_of_each,
+)
 from foretell.drafting.options import option, stored_options
 from foretell.drafting.protocols import LowerLayerDrafting
 from foretell.drafting.tree_size import DEFAULT_NODES, TreeSize, no_guesses, size_for, tree_size
 from foretell.drafting.waiting import WaitingStates
 from foretell.errors import UsageError
 from foretell.loading.config import ModelConfig
-from foretell.trees.calibration import Floats, calibrated
+from foretell.trees.calibration import Floats
 
 BEAM, WIDTH = 8, 10
 """Nodes of a level that are expanded, at most, and guesses of each."""
@@ -293,9 +299,5 @@ class Kangaroo(Drafter):
         else:
             lengths = [self._own.lengths[slot] for slot in slots]
             stream_Fd = self._attend(hidden_Fd, Nodes(nodes.trees, slots, lengths, nodes.first))
-        which = np.arange(len(stream_Fd))[:, None].tolist()
-        log_probs_FKR, best_FKR = self._head.top(self._adapter.norm(stream_Fd), which, self._width)
-        log_probs_FR, best_FR = log_probs_FKR[:, 0].cpu().numpy(), best_FKR[:, 0].cpu().numpy()
-        if self._scales and not self.chain:
-            log_probs_FR = calibrated(log_probs_FR, self._scales[0])
-        return log_probs_FR, self._vocabulary_V[best_FR].tolist()
+        scale = None if self.chain or not self._scales else self._scales[0]
+        return guesses_of(self._head, self._adapter.norm(stream_Fd), self._width, self._vocabulary_V, scale)

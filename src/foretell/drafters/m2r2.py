@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,14 @@ from foretell.drafting.kernels import kernels_for
 from foretell.drafting.learning.frozen_layers import FrozenLayers
 from foretell.drafting.learning.heads import GuessingHeads, HeadTraining, draft_outputs
 from foretell.drafting.learning.losses import weighed
-from foretell.drafting.learning.number_types import number_type, product
+from foretell.drafting.learning.number_types import product
 from foretell.drafting.learning.trainable import HeadGuesses, TrainingBatch
-from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, check_exit, grow_in_one_call
+from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, check_exit, grow_in_one_call, guesses_of
 from foretell.drafting.options import option, stored_options
 from foretell.drafting.protocols import LowerLayerDrafting
 from foretell.drafting.tree_size import DEFAULT_NODES, TreeSize, no_guesses, size_for, tree_size
 from foretell.errors import UsageError
-from foretell.trees.calibration import Floats, calibrated
+from foretell.trees.calibration import Floats
 
 BEAM, WIDTH = 8, 10
 """Nodes of a level that are expanded, at most, and guesses of each."""
@@ -84,17 +85,13 @@ class FastStream(GuessingHeads):
         # of each layer's fast stream the one that it is drawn to
         self.ahead_of = [min(layers, round(layers * (i + 1) / exit)) for i in range(exit)] if training.alignment else []
         self.taps = tuple(sorted({0, *self.ahead_of}))
-        self._backbone, self._frozen = backbone, dict[torch.dtype, FrozenLayers]()
+        self._backbone = backbone
         self._streams: list[Tensor] = []
 
-    @property
+    @cached_property
     def frozen(self) -> FrozenLayers:
-        """The layers that draft, multiplied as `number_types` says."""
-        half = self._backbone.dtype == torch.bfloat16
-        dtype = number_type(self._backbone.device) if half else torch.float32
-        if dtype not in self._frozen:
-            self._frozen = {dtype: FrozenLayers(self._backbone, dtype, 0, self.exit)}
-        return self._frozen[dtype]
+        """The layers that draft."""
+        return FrozenLayers(self._backbone, end=self.exit)
 
     def read(self, batch: TrainingBatch, sources_P: Tensor) -> Tensor:
         self._streams = self.streams(batch.states[0].float())
@@ -266,9 +263,5 @@ class M2R2(Drafter):
     def _guesses(self, hidden_Fd: Tensor, nodes: Nodes) -> tuple[Floats, list[list[int]]]:
         """Log-probabilities and tokens of the guesses after nodes that have passed the layers, best first."""
         assert self._fast_Fd is not None, "the layers were run"
-        which = np.arange(len(hidden_Fd))[:, None].tolist()
-        log_probs_FKR, best_FKR = self._head.top(self._backbone.norm(self._fast_Fd), which, self._width)
-        log_probs_FR, best_FR = log_probs_FKR[:, 0].cpu().numpy(), best_FKR[:, 0].cpu().numpy()
-        if self._scales and not self.chain:
-            log_probs_FR = calibrated(log_probs_FR, self._scales[0])
-        return log_probs_FR, self._vocabulary_V[best_FR].tolist()
+        scale = None if self.chain or not self._scales else self._scales[0]
+        return guesses_of(self._head, self._backbone.norm(self._fast_Fd), self._width, self._vocabulary_V, scale)

@@ -18,7 +18,7 @@ from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.contracts import Draft, Drafter, Row
 from foretell.drafting.checkpoint import Loaded, damage_named, find, shipped
 from foretell.drafting.kernels import kernels_for
-from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, check_exit, grow_in_one_call
+from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, check_exit, grow_in_one_call, guesses_of
 from foretell.drafting.protocols import LowerLayerDrafting
 from foretell.drafting.tree_size import TreeSize, no_guesses, size_for
 from foretell.trees.calibration import Floats
@@ -77,8 +77,7 @@ class EarlyExitDrafter(Drafter):
         )
 
     def _guesses(self, hidden_Fd: Tensor, nodes: Nodes) -> tuple[Floats, list[list[int]]]:
-        log_probs_FR, best_FR = (found.cpu().numpy() for found in self._top(hidden_Fd, self._width))
-        return log_probs_FR, self._vocabulary_V[best_FR].tolist()
+        return guesses_of(self._head, self._backbone.norm(hidden_Fd), self._width, self._vocabulary_V)
 
     def _top(self, streams_Fd: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """The head's best guesses at streams: log-probabilities, best first, and their indices in `ids_V`."""

@@ -13,15 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.contracts import Draft, Resume, Row
+from foretell.drafting.heads import DrafterHeads
 from foretell.drafting.protocols import DraftRequest, LowerLayerDrafter
 from foretell.errors import UsageError, check, is_number
 from foretell.trees import TokenTree
-from foretell.trees.calibration import Floats
+from foretell.trees.calibration import Floats, Scale, calibrated
 from foretell.trees.growing import GrowingTree
 
 MAX_TREE_NODES = 64
@@ -199,6 +202,19 @@ def grow_in_one_call(
     trees, tokens, probabilities = zip(*found.trees, strict=True)
     resume = Resume(layers, found.ran, found.hidden_Rd, found.taps) if any(found.ran) else None
     return Draft([TokenTree(tuple(parents)) for parents in trees], list(tokens), list(probabilities), resume)
+
+
+def guesses_of(
+    head: DrafterHeads, states_Fd: Tensor, width: int, vocabulary_V: NDArray[np.int64], scale: Scale | None = None
+) -> tuple[Floats, list[list[int]]]:
+    """Returns what a `Guess` does, of an output matrix that reads normed states.
+
+    Args:
+        scale: its calibration; None leaves probabilities unchanged.
+    """
+    top = head.top(states_Fd, np.arange(len(states_Fd))[:, None].tolist(), width)
+    log_probs_FR, best_FR = (each[:, 0].cpu().numpy() for each in top)
+    return calibrated(log_probs_FR, scale) if scale else log_probs_FR, vocabulary_V[best_FR].tolist()
 
 
 def check_exit(exit: int, backbone: Backbone) -> int:

@@ -39,10 +39,10 @@ class Forward(FrozenLayers):
     """
 
     def __init__(self, backbone: Backbone, number_type: str = ""):
-        dtype = torch.float32
-        if backbone.dtype == torch.bfloat16:
-            dtype = TYPES[number_type or measured(backbone.device.type).fastest]
-        super().__init__(backbone, dtype)
+        bf16 = backbone.dtype == torch.bfloat16
+        super().__init__(
+            backbone, dtype=TYPES[number_type or measured(backbone.device.type).fastest] if bf16 else torch.float32
+        )
         self._embedding_Vd = self.matrix("model.embed_tokens.weight")
         self._head_Vd = self._embedding_Vd if self.config.tied else self.matrix("lm_head.weight")
 

@@ -1,7 +1,7 @@
 """The backbone's layers in plain PyTorch, frozen: gradients pass through them to what runs through them.
 
-They are read from the backbone's files; decoding's own are packed for its kernels. Streams are float32, and products
-are in a number type that the caller chooses.
+They are read from the backbone's files; decoding's own are packed for its kernels. Streams are float32, and weights are
+cast for each product to the number type of the training.
 
 Legend: B conversations, T tokens of the longest, M rows in any arrangement, H query heads, G key/value heads, D head
 width, d hidden width, F MLP width, K inputs.
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foretell.backbone import Backbone
+from foretell.drafting.learning.number_types import number_type
 from foretell.loading.blocks import Blocks
 from foretell.loading.tensors import LAYER
 
@@ -25,17 +26,24 @@ class FrozenLayers:
 
     Args:
         backbone: its `read` gives the weights: a GPU holds them a second time, a processor maps them.
-        dtype: of the products; those of float32 weights are float32.
         begin, end: the layers that are needed; by default all.
+        dtype: of the products; by default what `number_types` says, and float32 for float32 weights.
     """
 
-    def __init__(self, backbone: Backbone, dtype: torch.dtype, begin: int = 0, end: int | None = None):
+    def __init__(
+        self, backbone: Backbone, begin: int = 0, end: int | None = None, dtype: torch.dtype | None = None
+    ):  # fmt: skip
         self.backbone, self.config, self.device = backbone, backbone.config, backbone.device
-        self.dtype = dtype
+        self._dtype = torch.float32 if backbone.dtype == torch.float32 else dtype
         self.layers = {
             index: self._read_layer(index) for index in range(begin, backbone.config.layers if end is None else end)
         }
         self.final_norm_d = self.vector("model.norm.weight")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number type of the products."""
+        return self._dtype or number_type(self.device)
 
     def matrix(self, name: str) -> Tensor:
         """A weight in the backbone's number type; on a CPU it may lie in a file that is mapped into memory."""
