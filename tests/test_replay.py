@@ -196,7 +196,7 @@ def test_each_size_is_replayed_alone_and_the_drafter_is_unchanged(kind: type[Dra
         alone = replay(drafter_of(kind, backbone, data, size), stored, [1, 3])
         assert tokens == pytest.approx(tokens_per_step(alone), abs=1e-4)
     assert len(set(found.values())) > 1
-    assert fractions == pytest.approx([i / 3 for i in range(1, 4)])
+    assert fractions == pytest.approx([i / 6 for i in range(1, 7)])  # two conversations of each size
 
 
 def test_a_batch_is_made_once_for_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

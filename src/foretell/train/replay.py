@@ -79,10 +79,14 @@ def tokens_per_step_by_size(
     """Tokens per step with trees of each size; see `replay`. The drafter itself is left unchanged."""
     found: dict[int, float] = {}
     batches = {index: features.batch([index]) for index in conversations}
-    for number, size in enumerate(sizes, start=1):
-        drafts = replay(sized(drafter, size), features, conversations, batches=batches)
+    steps = len(sizes) * len(conversations)
+    for number, size in enumerate(sizes):
+
+        def of_size(done: int, before: int = number * len(conversations)) -> None:
+            progress((before + done) / steps)
+
+        drafts = replay(sized(drafter, size), features, conversations, of_size, batches)
         found[size] = round(sum(each.new_tokens for each in drafts) / max(1, sum(each.steps for each in drafts)), 4)
-        progress(number / len(sizes))
     return found
 
 
