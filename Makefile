@@ -12,6 +12,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 # only, so `make builds` runs them once more with each lower build in its place. Rules and trees multiply nothing.
 LOWER := from foretell.backbone.cpu.library import BUILDS, find; print(*[name for name in BUILDS if find(name)][1:])
 BUILDS ?=
+CASES ?= 0
 EXACT := $(patsubst %,tests/test_%.py,engine engine_faults native cache breadth medusa hydra kangaroo \
   layerskip swift replay hidden_transfer m2r2)
 
@@ -19,7 +20,7 @@ EXACT := $(patsubst %,tests/test_%.py,engine engine_faults native cache breadth 
 
 help:
 	@echo "make demo   set up, fetch the demo model, answer a question plain and with speculation"
-	@echo "make test   every test, the real model included      make fast   the quick ones"
+	@echo "make test   every test, the real model included      make fast   a case of each quick one"
 	@echo "make builds the exactness tests with each lower build of the kernels as the best one"
 	@echo "make check  ruff and types, generated docs up to date  make docs   regenerate them"
 
@@ -40,13 +41,13 @@ test: venv
 	$(PYTEST)
 
 fast: venv
-	$(PYTEST) -m "not real and not slow"
+	$(PYTEST) -m "not real and not slow" --cases 1
 
 builds: venv
 	lower=$$($(BIN)/python -c "$(LOWER)") || exit 1; for build in $(or $(BUILDS),$$lower); do \
 	  case " $$lower " in *" $$build "*) ;; *) continue;; esac; \
 	  echo "FORETELL_KERNELS=$$build"; \
-	  FORETELL_KERNELS=$$build $(PYTEST) -m "not real and not slow" $(EXACT) || exit 1; done
+	  FORETELL_KERNELS=$$build $(PYTEST) -m "not real" --cases $(CASES) $(EXACT) || exit 1; done
 
 check: venv
 	$(BIN)/ruff check .

@@ -27,8 +27,25 @@ from torch import Tensor
 pytest.register_assert_rewrite("decoding", "random_backbones", "toy_drafters")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "real: needs the demo model, fetched on first use")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", type=int, default=0, help="of each test so many cases, evenly spread; 0 runs all")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out cases of tests over many (number types, builds, methods) where `--cases` asks for few."""
+    if (most := config.getoption("--cases")) < 1:
+        return
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {
+        id(of_test[order * (len(of_test) - 1) // max(1, most - 1)])
+        for of_test in cases.values()
+        for order in range(most)
+    }
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+    items[:] = [item for item in items if id(item) in kept]
 
 
 @pytest.fixture(scope="session", autouse=True)

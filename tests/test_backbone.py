@@ -370,6 +370,7 @@ def test_two_builds_run_side_by_side_in_threads() -> None:
     assert all(same(each, truth[i % 2]) for i, each in enumerate(found))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILED or not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_computes_what_its_parent_did() -> None:
     """The parent's team of threads does not come along."""

@@ -24,6 +24,8 @@ from foretell.errors import ForetellError
 from foretell.loading.cache_dir import cache_folder
 from foretell.train.prompts import read_prompts
 
+pytestmark = pytest.mark.slow
+
 TINY = ("--dtype", "fp32", "--threads", "1")
 DOUBLE = {
     "task_id": "HumanEval/0",

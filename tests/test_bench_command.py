@@ -13,6 +13,8 @@ from foretell.bench.results import read_results
 from foretell.bench.run_folder import ABOUT, RESULTS, ROUNDS
 from foretell.bench.runner import PLAIN
 
+pytestmark = pytest.mark.slow
+
 TINY = ("--dtype", "fp32", "--threads", "1")
 QUESTIONS = [("a", "one", ("first", "and?")), ("b", "two", ("second",)), ("c", "one", ("third", "so?"))]
 

@@ -27,6 +27,8 @@ from foretell.errors import ForetellError, UsageError
 from foretell.loading import ModelFolder
 from foretell.requests import SamplingParams
 
+pytestmark = pytest.mark.slow
+
 TINY = ("--dtype", "fp32", "--threads", "1")
 QUESTIONS = [
     Question("a", "one", ("first", "and?")), Question("b", "two", ("second",)), Question("c", "one", ("third", "so?")),

@@ -95,6 +95,7 @@ def talks(draw: st.DrawFn) -> tuple[str, list[int], list[int]]:
     return kind, draw(st.lists(some, max_size=6)), draw(st.lists(some, max_size=14))
 
 
+@pytest.mark.slow
 @examples(400)
 @given(talks())
 def test_streamed_text_is_that_of_all_ids_beyond_the_prompt(talk: tuple[str, list[int], list[int]]) -> None:

@@ -39,6 +39,8 @@ from foretell.train.distill import (
 )
 from foretell.train.prompts import FOREIGN, LANGUAGES, cut, read_prompts, tasks, user_turn, write_prompts
 
+pytestmark = pytest.mark.slow
+
 END = 256
 """The tiny model's end of turn; its other tokens are bytes, the first 94 of them printable ASCII."""
 READABLE = dict.fromkeys(range(94, END), -100.0)

@@ -45,6 +45,7 @@ def test_links_between_pages_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+@pytest.mark.slow
 def test_benchmarks_among_the_prompts_are_named_and_never_reported() -> None:
     pages = [(ROOT / page).read_text(encoding="utf-8") for page in ("data/BROAD_SOURCES.md", "docs/training.md")]
     lists = [re.search(r"[Nn]ever report.*?on \**(SVAMP.*?)\**[:.]", " ".join(page.split())) for page in pages]

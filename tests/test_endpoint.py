@@ -46,6 +46,8 @@ from foretell.train.endpoint import (
     turn_end,
 )
 
+pytestmark = pytest.mark.slow
+
 END = 256
 TINY = ("--dtype", "fp32", "--threads", "1")
 MODELS, CHAT = "/v1/models", "/v1/chat/completions"

@@ -181,6 +181,7 @@ def test_long_prompts_are_read_in_chunks_beside_decoding_rows(monkeypatch: pytes
     assert_same(finish(decoder_of(backbone, drafter, max_rows=3), requests), truth)
 
 
+@pytest.mark.slow
 def test_a_cache_that_grows_between_requests_keeps_what_it_holds() -> None:
     backbone = tiny(num_hidden_layers=2, max_position_embeddings=2048)
     requests = [

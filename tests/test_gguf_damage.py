@@ -26,6 +26,8 @@ from foretell.loading.gguf_reader import Reader
 from foretell.loading.gguf_tokenizer import write_tokenizer
 from foretell.loading.resolve import resolve
 
+pytestmark = pytest.mark.slow
+
 KINDS, VALUES = gguf.GGMLQuantizationType, gguf.GGUFValueType
 TOOLS = Path(__file__).parents[1] / "tools"
 WIDE: dict[str, Any] = {

@@ -68,13 +68,12 @@ def test_random_projections_change_no_token(kind: dict[str, Any], dtype: torch.d
     backbone = backbone_of(dtype)
     truth = plainly(backbone, requests())
     module = random_steps(backbone, **kind)
-    for nodes in (2, 9, MAX_NODES):
+    for number, nodes in enumerate((2, 5, 9, MAX_NODES)):  # every second time with lookup
         drafter = drafter_of(backbone, module, nodes)
-        for each in (drafter, WithLookup(drafter)):
-            decoder = decoder_of(backbone, each, max_rows=rows)
-            assert decoder.lossless
-            assert_same(finish(decoder, requests()), truth)
-            assert held_like_a_fresh_prefill(decoder) > 0
+        decoder = decoder_of(backbone, WithLookup(drafter) if (number + rows // 2) % 2 else drafter, max_rows=rows)
+        assert decoder.lossless
+        assert_same(finish(decoder, requests()), truth)
+        assert held_like_a_fresh_prefill(decoder) > 0
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -53,6 +53,7 @@ def dynamic(backbone: Backbone, exits: tuple[int, ...] = (1, 2, 4), nodes: int =
 # -- exactness ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_no_exit_changes_a_token(dtype: torch.dtype, rows: int) -> None:
@@ -70,6 +71,7 @@ def test_no_exit_changes_a_token(dtype: torch.dtype, rows: int) -> None:
                 assert held_like_a_fresh_prefill(decoder) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_exits_that_move_change_no_token(dtype: torch.dtype, rows: int) -> None:

@@ -41,7 +41,7 @@ from foretell.train.trainer import Settings, Trainer
 
 VOCAB = DIMENSIONS["vocab_size"]
 HEADS = {"weights.0", "weights.1", "bias_LKd", "head_KVd"}
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 EMBEDDING = "model.embed_tokens.weight"
 
 

@@ -272,10 +272,12 @@ for name, attempt in attempts.items():
 """
 
 
+@pytest.mark.slow
 def test_every_guard_of_memory_raises_also_where_asserts_do_not_run() -> None:
     assert outcome(GUARDS, "-O") == ""  # else the names of what nobody refused
 
 
+@pytest.mark.slow
 def test_fewer_threads_than_wanted_are_enough() -> None:
     """Where no thread starts one works alone; where some do they share; the bits are those of one."""
     found = outcome("""
@@ -295,6 +297,7 @@ print(same(prefilled(many, tokens)[1], alone), tasks() - before)
     assert found.split() == ["0", "True", "True", "True", "True", "8"]
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_is_an_error_and_not_the_end() -> None:
     """In front of the team, and in one of its threads while the others wait for it; afterwards all is as before."""
     found = outcome("""
@@ -329,6 +332,7 @@ print(same(again, run(deep, tokens[:1], last, cache)), bool(again.isfinite().all
     assert found.splitlines() == [sentence, "True", sentence, "True True"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_in_a_native_call_ends_it_and_nothing_else() -> None:
     found = outcome("""
 from decoding import decoder_of, finish
@@ -369,6 +373,7 @@ print(any(int(each, 16) >> (signal.SIGINT - 1) & 1 for each in signals))
     assert found.split() == ["interrupted", "True", "True"]
 
 
+@pytest.mark.slow
 def test_a_fork_in_the_middle_of_a_call_leaves_parent_and_child_right() -> None:
     found = outcome("""
 backbone = model().build("", BF16, 3)
@@ -395,6 +400,7 @@ print(same(batch.together(backbone)[1][0], before))
     assert found.split() == ["0"] * 5 + ["True"]
 
 
+@pytest.mark.slow
 def test_threads_that_share_a_core_become_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two on one core hold each other up at every barrier; alone, one of them computes the same."""
     monkeypatch.delenv("FORETELL_ALL_THREADS")

@@ -234,6 +234,7 @@ def test_a_run_keeps_its_type_unless_another_machine_is_much_slower_at_it(
     assert (last.began_in, last.number_type) == (goes_on, goes_on)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [False, True], ids=["computed", "kept"])
 def test_the_plain_pass_multiplies_in_the_type_of_the_run(
     monkeypatch: pytest.MonkeyPatch, tiny: str, data: list[Distilled], tmp_path: Path, kept: bool

@@ -49,6 +49,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 # -- the page -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Bigram", "TwoHeads", "FirstLayers", "RowsOfItsOwn"])
 def test_the_drafters_of_the_page_are_exact(tmp_path: Path, name: str) -> None:
     (tmp_path / "page.py").write_text(next(sample for sample in SAMPLES if f"class {name}" in sample))
@@ -201,6 +202,7 @@ class Spoiler(EarlyExit):
         return draft
 
 
+@pytest.mark.slow
 def test_the_check_finds_what_changes_a_token() -> None:
     assert check_drafter(lambda backbone: EarlyExit(backbone, 2), LLAMA) > 1000
     with pytest.raises(AssertionError, match=r"request \d+ of llama in float32, 1 rows: token \d+ is .*, but without"):

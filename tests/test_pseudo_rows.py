@@ -113,6 +113,7 @@ def walked(ranks: list, log_probs: list, rows: int, values: list[float]) -> floa
     return tokens / steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [4, 8, 16])
 def test_the_chain_tells_the_tokens_per_step_of_decoding(rows: int) -> None:
     ranks, log_probs = some_texts(rows)
@@ -129,7 +130,7 @@ def test_the_chain_tells_the_tokens_per_step_of_decoding(rows: int) -> None:
 
 
 def test_values_are_of_calibrated_guesses() -> None:
-    ranks, log_probs = some_texts(1, texts=2, length=60)
+    ranks, log_probs = some_texts(1, texts=2, length=24)
     scales = [(0.5, -1.0), (1.5, 0.5), (2.0, 0.0)]
     by_hand = [np.stack([calibrated(each[:, k], scale) for k, scale in enumerate(scales)], 1) for each in log_probs]
     assert fit_values(ranks, log_probs, scales, 8) == fit_values(ranks, by_hand, [], 8)
@@ -138,7 +139,7 @@ def test_values_are_of_calibrated_guesses() -> None:
 
 def test_levels_that_are_never_right_are_worth_next_to_nothing() -> None:
     """But not nothing: a drafter whose rows had no worth would leave none, and never draft again."""
-    ranks, log_probs = some_texts(1, texts=1, length=60)
+    ranks, log_probs = some_texts(1, texts=1, length=24)
     values, tokens = fit_values([np.full_like(each, MISSED) for each in ranks], log_probs, [], 8)
     assert tokens == pytest.approx(1.0)
     assert 0 < values[1] < values[3] < 1e-2

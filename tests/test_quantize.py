@@ -330,6 +330,7 @@ def test_copies_are_listed_and_deleted(
     assert (source / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_command_line_loads_quantized_weights(foretell: Foretell, cache: Path, tmp_path: Path) -> None:
     source = str(tiny_folder(tmp_path / "source"))
     for choice in ("q8_0", "q4_k"):

@@ -154,7 +154,7 @@ def test_every_type_keeps_the_promise(kernel: str, dtype: torch.dtype, kinds: tu
         backbone = of_blocks(kinds, dtype)
         assert backbone.quantized == ", ".join(sorted(kind.lower() for kind in kinds))
         assert probe(backbone) is None
-        requests = mixed_requests(2, CONFIG.vocab)[:: 4 if kernel == "generic" else 2]
+        requests = mixed_requests(2, CONFIG.vocab)[:: 8 if kernel == "generic" else 2]
         truth = plainly(backbone, requests)
         for rows in (1, 4):
             drafter = RandomTrees(CONFIG.vocab, answers=answers(requests, truth), seed=rows)

@@ -70,6 +70,7 @@ def test_a_sweep_has_a_system_for_each_threshold_and_the_exact_one(
     assert (again.code, "holds a finished benchmark; choose another --out" in again.err) == (2, True)
 
 
+@pytest.mark.slow
 def test_without_thresholds_to_compare_there_is_no_such_plot(
     foretell: Foretell, tiny: str, cache: Path, suite: str, tmp_path: Path
 ) -> None:

@@ -29,7 +29,7 @@ from foretell.train.features import ComputedFeatures
 from foretell.train.replay import tokens_per_step_by_size
 from foretell.train.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

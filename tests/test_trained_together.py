@@ -34,7 +34,7 @@ from foretell.train.loop import train
 from foretell.train.recipe import Job, Trained
 from foretell.train.trainer import Settings, Trainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 
 # --- toys ---------------------------------------------------------------------------------------------------

@@ -101,6 +101,7 @@ def assert_same_ends(ours: Trainer, straight: Trainer) -> None:
     assert all(torch.equal(a[i][name], b[i][name]) for i in b for name in b[i])
 
 
+@pytest.mark.slow
 def test_the_optimum_is_reached(trainer: Made) -> None:
     module = Line()
     made = trainer(module=module, epochs=100, batch_tokens=120, learning_rate=0.1, data=some_data(24))
@@ -143,6 +144,7 @@ def test_an_interrupted_run_ends_like_a_straight_one(trainer: Made, accumulate: 
     assert table(final).abs().sum() > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_killed_run_goes_on_from_its_last_state(
     trainer: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, accumulate: int

@@ -346,6 +346,7 @@ def drawn_one_by_one(draft: Draft, states: Sequence[State], keys: Sequence[int],
     return choose
 
 
+@pytest.mark.slow
 @examples(150)
 @given(st.data(), st.lists(drafts(10, VOCAB), min_size=1, max_size=3), st.integers(0, 999))
 def test_the_tokens_after_all_nodes_are_those_chosen_one_by_one(

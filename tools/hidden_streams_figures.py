@@ -63,7 +63,9 @@ def section(args: argparse.Namespace) -> dict[str, Any]:
     llm = foretell.load(MODEL, weights="bf16", threads=args.threads or None)
     c = llm.backbone.config
     arms = transfer_arms(c.layers) if args.section == "transfer" else stream_arms(c.layers, c.hidden, c.kv_width)
-    arms = {name: arm for name, arm in arms.items() if not args.only or any(part in name for part in args.only)}
+    if unknown := set(args.only or []).difference(arms):
+        raise SystemExit(f"There are no arms {sorted(unknown)}; there are: {', '.join(arms)}.")
+    arms = {name: arm for name, arm in arms.items() if not args.only or name in args.only}
     jobs = [
         Job(method=method, out=args.work / name.replace(" ", "_").replace(",", ""), options=VOCABULARY | options)
         for name, (method, options) in arms.items()
@@ -106,7 +108,7 @@ def main() -> None:
         "--data", type=Path, action="append", required=True, help="a folder that `foretell distill` wrote"
     )
     parser.add_argument("--work", type=Path, required=True, help="keeps the trainings")
-    parser.add_argument("--only", action="append", help="arms whose name holds this")
+    parser.add_argument("--only", action="append", help="an arm by its name")
     parser.add_argument("--label", default="", help="appended to the section's name")
     parser.add_argument("--epochs", type=float, default=0.1)
     parser.add_argument("--batch-tokens", type=int, default=2048)
