@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ from random_backbones import (
     using,
 )  # fmt: skip
 from tiny_models import DIMENSIONS, ROPES, VARIANTS, tiny_model
+from torch.nn import functional as F
 
-from foretell.backbone import SKIP_ATTENTION, SKIP_MLP, Backbone, Nodes
+from foretell.backbone import SKIP_ATTENTION, SKIP_MLP, Adapters, Backbone, Beside, Nodes
 from foretell.backbone.cpu import library
 from foretell.backbone.eager.backbone import BLOCK, attend
 from foretell.backbone.probe import probe
@@ -401,3 +403,63 @@ def test_damaged_weights_are_refused_at_load() -> None:
         probe(build(LLAMA.config, weights))
     backbone = build(LLAMA.config, weights)
     assert backbone.argmax(torch.full((2, DIMENSIONS["hidden_size"]), float("nan"))).tolist() == [-1, -1]
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("rank", [5, 40])
+def test_adapters_draw_their_own_rows_ahead_and_no_other(kernel: str, dtype: torch.dtype, rank: int) -> None:
+    """Layer by layer as by hand; the rows that go through none keep their bits, whoever else is in the pass."""
+    with using(kernel):
+        backbone, batch = (
+            LLAMA.build(kernel, dtype),
+            Batch([TokenTree((-1, 0, 0, 1, 2)), chain(3)], [40, 3], [1, 0]),
+        )
+        layers, d = backbone.config.layers, backbone.config.hidden
+        generator = torch.Generator().manual_seed(rank)
+        weights = [[torch.randn(*shape, generator=generator) / 4 for shape in ((rank, d), (d, rank))] for _ in range(2)]
+        linears = [(backbone.linear(down, None), backbone.linear(up, None)) for down, up in weights]
+        adapters = backbone.adapters(linears, layers - 2)
+        rows_N = torch.tensor([3, 4, 8])  # leaves, which nothing attends to
+        nodes, caches = Nodes(batch.trees, batch.slots, batch.lengths), [batch.prefill(backbone) for _ in range(3)]
+        hidden = [torch.randn(len(nodes), d, generator=generator)] * 2
+        plain, _ = backbone.run_layers(hidden[0], nodes, caches[2], layers - 2)
+        ours, taps = backbone.run_layers(
+            hidden[0], nodes, caches[0], layers - 2, taps=[layers - 1], beside=Beside(adapters, rows_N)
+        )
+        for index, (down, up) in zip((layers - 2, layers - 1), linears, strict=True):
+            x_Nd = hidden[1][rows_N]
+            x_Nd = x_Nd / (x_Nd.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+            after, _ = backbone.run_layers(hidden[1], nodes, caches[1], index, index + 1)
+            hidden[1] = after.index_add(0, rows_N, up(F.silu(down(x_Nd))))
+            torch.testing.assert_close(taps.get(index + 1, ours), hidden[1], rtol=2e-2, atol=2e-2)
+        others = torch.ones(len(nodes), dtype=torch.bool)
+        others[rows_N] = False
+        assert same(ours[others], plain[others])
+        assert not torch.allclose(ours[rows_N], plain[rows_N], atol=0.1)
+
+
+@every_kernel
+def test_adapters_that_do_not_fit_are_refused(kernel: str) -> None:
+    with using(kernel):
+        backbone, batch = LLAMA.build(kernel, FP32), Batch([chain(3)], [4], [0])
+        d, layers = backbone.config.hidden, backbone.config.layers
+        nodes, cache, hidden = (
+            Nodes(batch.trees, batch.slots, batch.lengths),
+            batch.prefill(backbone),
+            torch.zeros(4, d),
+        )
+        pair = (backbone.linear(torch.ones(3, d), None), backbone.linear(torch.ones(d, 3), None))
+        run = partial(backbone.run_layers, hidden, nodes, cache, layers - 1)
+        with pytest.raises(ValueError, match=f"Adapters lie beside layers 0 to 1, not {layers - 1} to {layers}"):
+            run(beside=Beside(backbone.adapters([pair]), torch.tensor([3])))
+        for rows in ([4], [-1], [2, 2], [3, 1]):
+            with pytest.raises(ValueError, match="The rows with adapters are those of the pass, ascending"):
+                run(beside=Beside(backbone.adapters([pair] * layers), torch.tensor(rows)))
+        if kernel != "eager":
+            with pytest.raises(ValueError, match=f"An adapter leads from {d} numbers to {d}"):
+                backbone.adapters([pair[::-1]])
+            with pytest.raises(ValueError, match="Adapters are of the backbone's own kernels"):
+                run(beside=Beside(Adapters([pair] * layers, 0), torch.tensor([3])))
+            with pytest.raises(ValueError, match=f"Adapters lie beside the {layers} layers"):
+                backbone.adapters([pair], layers)

@@ -53,7 +53,7 @@ def drafter_of(backbone: Backbone, module: TransferSteps, nodes: int = 12, **opt
 
 KINDS: list[dict[str, Any]] = [
     {}, {"layers": (0,)}, {"layers": (2,), "steps": 1}, {"layers": (0, 1, 2)}, {"layers": (1, 1, 2, 2), "steps": 4},
-    {"rank": 3, "draft_vocab": 0},
+    {"rank": 3, "draft_vocab": 0}, {"layers": (1,), "adapters": 5}, {"layers": (0, 1, 2), "adapters": 33},
 ]  # fmt: skip
 """Pseudo rows after the embedding, after the last but one layer, and after several."""
 
@@ -204,11 +204,12 @@ def test_fresh_projections_are_the_identity() -> None:
     assert torch.equal(whole, low)
 
 
-@pytest.mark.parametrize("rank", [0, 3])
-def test_only_projections_learn_and_they_learn(rank: int) -> None:
-    backbone = backbone_of()
-    module = trainable(HiddenTransfer, backbone, torch.arange(VOCAB).flip(0), draft_vocab=40, rank=rank, layers=(2,))
+@pytest.mark.parametrize(("rank", "adapters"), [(0, 0), (3, 0), (0, 3)])
+def test_only_projections_and_adapters_learn_and_they_learn(rank: int, adapters: int) -> None:
+    backbone, counts = backbone_of(), torch.arange(VOCAB).flip(0)
+    module = trainable(HiddenTransfer, backbone, counts, draft_vocab=40, rank=rank, layers=(2,), adapters=adapters)
     names = {"down_Krd", "up_Kdr", "bias_Kd"} if rank else {"weight_Kdd", "bias_Kd"}
+    names |= {"adapter_down_Lrd", "adapter_up_Ldr"} if adapters else set()
     assert {name for name, each in module.named_parameters() if each.requires_grad} == names
     generator = torch.Generator().manual_seed(0)
     talks = [Distilled(i, torch.randint(VOCAB, (30,), generator=generator).tolist(), [(5, 30)]) for i in range(4)]
@@ -229,7 +230,7 @@ def test_only_projections_learn_and_they_learn(rank: int) -> None:
 def test_gradients_are_those_of_finite_differences() -> None:
     """Through frozen layers, attention to earlier steps, and both forms of the projection."""
     backbone = backbone_of()
-    for kind in ({"layers": (1,)}, {"layers": (1, 2, 2), "rank": 3}):
+    for kind in ({"layers": (1,)}, {"layers": (1, 2, 2), "rank": 3}, {"layers": (0, 1, 2), "adapters": 3}):
         module = random_steps(backbone, **kind)
         batch = text_batch(backbone, [3, 1, 4, 1, 5, 9, 2, 6, 5, 3], module, written=3)
         total = lambda module=module, batch=batch: torch.stack(list(module.losses(batch).values())).sum()  # noqa: E731

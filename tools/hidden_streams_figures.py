@@ -38,6 +38,11 @@ def transfer_arms(layers: int) -> Arms:
         f"after layers {half}, {half + 1}, {half + 2}": ("hidden_transfer", {"layers": (half, half + 1, half + 2)}),
         f"after layer {half}, isolated": ("hidden_transfer", {"layers": (half,)}),
         f"after layer {half}, rank 64": ("hidden_transfer", {"layers": (half,), "rank": 64}),
+        f"after layer {half}, adapters 64": ("hidden_transfer", {"layers": (half,), "adapters": 64}),
+        f"after layer {3 * half // 2}, adapters 128": (
+            "hidden_transfer",
+            {"layers": (3 * half // 2,), "adapters": 128},
+        ),
         "Medusa-1": ("medusa", {"heads": 3, "layers": 1, "taps": 0, "root": False, "output": "shared", "soft": 1.0}),
         "Medusa-1, root": (
             "medusa",

@@ -28,7 +28,7 @@ from foretell.requests import SamplingParams
 from foretell.trees import TokenTree
 
 if TYPE_CHECKING:
-    from foretell.backbone import Backbone, KVCache, Nodes
+    from foretell.backbone import Adapters, Backbone, KVCache, Nodes
 
 FINAL_NORM = -1
 """Tap of the final norm's output: what the output head reads. Tap l >= 0 is the residual stream after l layers."""
@@ -194,6 +194,7 @@ class Drafter(ABC):
     Attributes:
         taps: hidden states to hand to `observe` (see `FINAL_NORM`).
         cuts: layers after which `at_cut` may add rows to the verification pass.
+        adapters: beside all layers above the first cut, for these rows alone; None without any.
         lossless: whether the output equals plain decoding's under exact verification.
         depth: layers of the backbone that drafting runs, in the engine's cache (see `bind`).
         method: its name among measured costs of drafting; empty where these do not choose its trees.
@@ -206,6 +207,7 @@ class Drafter(ABC):
     Options: ClassVar[type[Any]] = NoOptions
     taps: tuple[int, ...] = ()
     cuts: tuple[int, ...] = ()
+    adapters: Adapters | None = None
     lossless: bool = True
     depth: int = 0
     method: str = ""

@@ -13,10 +13,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from foretell.backbone.kv_cache import KVCache
 from foretell.backbone.nodes import Nodes
@@ -39,6 +40,35 @@ class LinearLayer(Protocol):
     def top(self, x_MK: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Returns the `count` greatest outputs of each row, greatest first: values [M, count], indices int64."""
         ...
+
+
+class Adapters:
+    """Adapters beside layers (`Backbone.adapters`): each adds up(SiLU(down(x))) to a stream behind its layer, x being
+    the stream in front of it divided by its root mean square.
+
+    Attributes:
+        begin: the first layer that has one; linears: down [r, d] and up [d, r] of this layer and those above it.
+    """
+
+    def __init__(self, linears: Sequence[tuple[LinearLayer, LinearLayer]], begin: int):
+        self.linears, self.begin = list(linears), begin
+
+    @property
+    def end(self) -> int:
+        """The layers below this one have adapters, from `begin` on."""
+        return self.begin + len(self.linears)
+
+    def beside(self, layer: int, hidden_Nd: Tensor) -> Tensor:
+        """What the adapter of a layer adds behind it, [N, d], given the streams in front of it."""
+        down, up = self.linears[layer - self.begin]
+        return up(F.silu(down(F.rms_norm(hidden_Nd, hidden_Nd.shape[-1:], eps=1e-6))))
+
+
+class Beside(NamedTuple):
+    """Rows of a pass that go through adapters: `rows_N`, int64, ascending."""
+
+    adapters: Adapters
+    rows_N: Tensor
 
 
 def check_ids(ids_M: Tensor, count: int) -> None:
@@ -120,8 +150,9 @@ class Backbone(ABC):
         cache.check(rows, ends)
 
     def check_pass(
-        self, hidden_Md: Tensor, nodes: Nodes, begin: int, end: int, skip: bytes | None, taps: Collection[int]
-    ) -> None:
+        self, hidden_Md: Tensor, nodes: Nodes, begin: int, end: int, skip: bytes | None, taps: Collection[int],
+        beside: Beside | None,
+    ) -> None:  # fmt: skip
         """Refuses what does not fit the nodes or the layers of a pass."""
         layers, shape = self.config.layers, (len(nodes), self.config.hidden)
         check(0 <= begin <= end <= layers, f"Layers {begin} to {end} were requested; the model has {layers}.")
@@ -129,6 +160,16 @@ class Backbone(ABC):
         check(hidden_Md.dtype == torch.float32, f"States are float32, not {hidden_Md.dtype}.", TypeError)
         check(not skip or len(skip) >= end, "A skip plan has a byte for every layer.")
         check(all(begin <= tap <= end for tap in taps), f"Only layers {begin} to {end} can be tapped in this pass.")
+        if beside:
+            adapters, rows_N = beside
+            fits = adapters.begin <= begin and end <= adapters.end
+            check(fits, f"Adapters lie beside layers {adapters.begin} to {adapters.end}, not {begin} to {end}.")
+            within = (
+                rows_N.dtype == torch.int64 and rows_N.is_cpu and bool(((rows_N >= 0) & (rows_N < len(nodes))).all())
+            )
+            check(
+                within and bool((rows_N.diff() > 0).all()), "The rows with adapters are those of the pass, ascending."
+            )
 
     def pad_rows(self, rows: int) -> bool:
         """Pads every linear call to at least `rows` rows; False if that is not how this backbone stays exact."""
@@ -153,6 +194,7 @@ class Backbone(ABC):
         *,
         skip: bytes | None = None,
         taps: Collection[int] = (),
+        beside: Beside | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Runs layers [begin, end) and writes the nodes' keys and values to their slots.
 
@@ -160,6 +202,7 @@ class Backbone(ABC):
             hidden_Md: residual stream after `begin` layers; left as it is.
             skip: sublayers to leave out, one byte of SKIP_ bits per layer; a skipped attention writes no keys.
             taps: layers l in begin..end: the stream after l layers is returned too.
+            beside: rows that go through adapters beside these layers.
 
         Returns:
             The stream after `end` layers [M, d] float32, and the tapped ones.
@@ -179,6 +222,10 @@ class Backbone(ABC):
 
         The weight is cast to the backbone's type and packed once.
         """
+
+    def adapters(self, linears: Sequence[tuple[LinearLayer, LinearLayer]], begin: int = 0) -> Adapters:
+        """Returns adapters beside this backbone's layers, of linear layers of its kernels; see `Adapters`."""
+        return Adapters(linears, begin)
 
     def layer(self, tensors: Mapping[str, Tensor | Blocks], norm_d: Tensor | None = None) -> Backbone:
         """Returns a layer of this backbone's shape and kernels with other weights, as a backbone of one layer.

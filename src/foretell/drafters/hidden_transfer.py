@@ -36,8 +36,8 @@ from torch.nn import functional as F
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.contracts import Draft, Drafter, Features, Row
 from foretell.drafting.checkpoint import CheckpointOptions, Loaded, check_shapes, damage_named, find, read_scales
-from foretell.drafting.kernels import kernels_for
-from foretell.drafting.learning.frozen_layers import FrozenLayers
+from foretell.drafting.kernels import adapters_of, kernels_for
+from foretell.drafting.learning.frozen_layers import FrozenLayers, beside
 from foretell.drafting.learning.heads import GuessingHeads, SeveralHeadsTraining, draft_outputs
 from foretell.drafting.learning.pseudo_rows import Blocks
 from foretell.drafting.learning.trainable import TrainingBatch
@@ -87,6 +87,10 @@ class TransferSteps(GuessingHeads):
         else:
             self.weight_Kdd = nn.Parameter(torch.zeros(steps, d, d))
         self.bias_Kd = nn.Parameter(torch.zeros(steps, d))
+        self.adapters, above = training.adapters, backbone.config.layers - layers[0]
+        if self.adapters:
+            self.adapter_down_Lrd = nn.Parameter(torch.randn(above, self.adapters, d) / d**0.5)
+            self.adapter_up_Ldr = nn.Parameter(torch.zeros(above, d, self.adapters))
         self._backbone = backbone
 
     def matrices(self) -> Tensor:
@@ -111,13 +115,20 @@ class TransferSteps(GuessingHeads):
                 source_XSd = real_BTd[blocks.conversation_X[:, None], blocks.position_XS]
                 begun = [self._projected(source_XSd, matrices_Kdd[k], self.bias_Kd[k], frozen.dtype) for k in begins]
                 pseudo_XSKd = torch.cat([pseudo_XSKd, torch.stack(begun, 2)], 2)
+            added_XSKd = self._drawn(pseudo_XSKd, index - self.layers[0])
             keys_values = frozen.run_layer(index, real_BTd, cosine[:tokens], sine[:tokens])
             places_XSK = blocks.places(pseudo_XSKd.shape[2])
             queried = frozen.projected(index, pseudo_XSKd, cosine[places_XSK], sine[places_XSK])
             mixed = blocks.attend(queried, keys_values, c.windows[index], self.isolated)
-            pseudo_XSKd = frozen.finished(index, pseudo_XSKd, mixed)
+            pseudo_XSKd = frozen.finished(index, pseudo_XSKd, mixed) + added_XSKd
         states_XSKd = frozen.norm(pseudo_XSKd, frozen.final_norm_d).float()
         return states_XSKd[blocks.filled_XS].transpose(0, 1)
+
+    def _drawn(self, pseudo_XSKd: Tensor, layer: int) -> Tensor | float:
+        """What the adapter beside a layer adds to the pseudo streams behind it."""
+        if not self.adapters:
+            return 0.0
+        return beside(pseudo_XSKd, self.adapter_down_Lrd[layer], self.adapter_up_Ldr[layer])
 
     @staticmethod
     def _projected(x: Tensor, weight_dd: Tensor, bias_d: Tensor, dtype: torch.dtype) -> Tensor:
@@ -128,23 +139,25 @@ class TransferSteps(GuessingHeads):
 
     @torch.no_grad()
     def start(self, arch: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        if (arch["layers"], arch["rank"]) != (self.layers, self.rank):
+        if (arch["layers"], arch["rank"], arch["adapters"]) != (self.layers, self.rank, self.adapters):
             layers = ",".join(map(str, arch["layers"]))
             raise UsageError(
-                f"It is made with other options; train with `layers={layers}`, `steps={len(arch['layers'])}` and "
-                f"`rank={arch['rank']}`."
+                f"It is made with other options; train with `layers={layers}`, `steps={len(arch['layers'])}`, "
+                f"`rank={arch['rank']}` and `adapters={arch['adapters']}`."
             )
         for name, weight in self._weights().items():
             weight.copy_(tensors[name])
 
     def _weights(self) -> dict[str, Tensor]:
-        if self.rank:
-            return {"down": self.down_Krd, "up": self.up_Kdr, "bias": self.bias_Kd}
-        return {"weight": self.weight_Kdd, "bias": self.bias_Kd}
+        found: dict[str, Tensor]
+        found = {"down": self.down_Krd, "up": self.up_Kdr} if self.rank else {"weight": self.weight_Kdd}
+        if self.adapters:
+            found |= {"adapter_down": self.adapter_down_Lrd, "adapter_up": self.adapter_up_Ldr}
+        return found | {"bias": self.bias_Kd}
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return self.stored(self._weights()), {
-            "layers": self.layers, "steps": self.heads, "rank": self.rank
+            "layers": self.layers, "steps": self.heads, "rank": self.rank, "adapters": self.adapters
         }  # fmt: skip
 
 
@@ -178,6 +191,9 @@ class HiddenTransfer(Drafter):
             None, "After which layer pseudo rows begin: one, or one for each step; by default half of the layers."
         )
         rank: int = option(0, "Rank of the projections beside the identity; 0 for whole matrices.", low=0, high=1024)
+        adapters: int = option(
+            0, "Rank of an adapter beside each layer, which pseudo rows alone pass; 0 for none.", low=0, high=4096
+        )
 
     def __init__(
         self, backbone: Backbone, arch: dict[str, Any], tensors: dict[str, Tensor], size: TreeSize,
@@ -185,7 +201,7 @@ class HiddenTransfer(Drafter):
         scales: Sequence[Sequence[float]] = (),
     ):  # fmt: skip
         layers, rank, d = check_layers(arch["layers"], backbone), arch["rank"], backbone.config.hidden
-        check_shapes(tensors, _shapes(len(layers), rank, d))
+        check_shapes(tensors, _shapes(len(layers), rank, d, backbone.config.layers - layers[0], arch["adapters"]))
         self.layers, self.cuts, self.size = layers, tuple(dict.fromkeys(layers)), size
         self.tokens_per_step, self._scales = tokens_per_step or {}, read_scales(scales, len(layers))
         self._values = values or {MAX_NODES: [0.5 * step for step in range(len(layers) + 1)]}
@@ -200,6 +216,8 @@ class HiddenTransfer(Drafter):
             cut: backbone.linear(weight_Kdd[steps].flatten(0, 1), tensors["bias"][steps].flatten().float())
             for cut, steps in self._steps.items()
         }
+        if arch["adapters"]:
+            self.adapters = adapters_of(backbone, tensors["adapter_down"], tensors["adapter_up"], layers[0])
         self.parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
         self._clear()
 
@@ -342,10 +360,12 @@ class HiddenTransfer(Drafter):
                 self._states[row.slot] = features.extra[mine]
 
 
-def _shapes(steps: int, rank: int, d: int) -> dict[str, tuple[int, ...]]:
-    """Expected shape of each checkpoint tensor."""
-    matrices = {"down": (steps, rank, d), "up": (steps, d, rank)} if rank else {"weight": (steps, d, d)}
-    return {**matrices, "bias": (steps, d)}
+def _shapes(steps: int, rank: int, d: int, above: int, adapters: int) -> dict[str, tuple[int, ...]]:
+    """Expected shape of each checkpoint tensor; the layers `above` the first step may have adapters."""
+    found = {"down": (steps, rank, d), "up": (steps, d, rank)} if rank else {"weight": (steps, d, d)}
+    if adapters:
+        found |= {"adapter_down": (above, adapters, d), "adapter_up": (above, d, adapters)}
+    return {**found, "bias": (steps, d)}
 
 
 def check_layers(layers: Sequence[int], backbone: Backbone) -> tuple[int, ...]:

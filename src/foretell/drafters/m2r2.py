@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foretell.backbone import Backbone, KVCache, Nodes
+from foretell.backbone import Backbone, Beside, KVCache, Nodes
 from foretell.contracts import Draft, Drafter, Row
 from foretell.drafting.checkpoint import (
     CheckpointOptions,
@@ -41,12 +41,10 @@ from foretell.drafting.checkpoint import (
     output_shape,
     read_scales,
 )
-from foretell.drafting.heads import normed
-from foretell.drafting.kernels import kernels_for
-from foretell.drafting.learning.frozen_layers import FrozenLayers
+from foretell.drafting.kernels import adapters_of, kernels_for
+from foretell.drafting.learning.frozen_layers import FrozenLayers, beside
 from foretell.drafting.learning.heads import GuessingHeads, HeadTraining, draft_outputs
 from foretell.drafting.learning.losses import weighed
-from foretell.drafting.learning.number_types import product
 from foretell.drafting.learning.trainable import HeadGuesses, TrainingBatch
 from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, check_exit, grow_in_one_call, guesses_of
 from foretell.drafting.options import option, stored_options
@@ -104,7 +102,7 @@ class FastStream(GuessingHeads):
         angles = frozen.angles(embedded_BTd.shape[1])
         slow_BTd, fast_BTd, found = embedded_BTd.clone(), embedded_BTd.clone(), list[Tensor]()
         for index in range(self.exit):
-            added_BTd = product(F.silu(product(normed(fast_BTd), self.down_Erd[index])), self.up_Edr[index])
+            added_BTd = beside(fast_BTd, self.down_Erd[index], self.up_Edr[index])
             q = frozen.queries(index, fast_BTd, *angles)
             k, v = frozen.run_layer(index, slow_BTd, *angles)
             fast_BTd = frozen.finished(index, fast_BTd, frozen.attended(index, q, k, v)) + added_BTd
@@ -194,8 +192,7 @@ class M2R2(Drafter):
         shared = arch["output"] == "shared"
         output_Vd = backbone.head_rows(tensors["vocabulary"].long()) if shared else tensors["head"][0]
         self._head = kernels_for(backbone).heads([], [output_Vd])
-        linear = kernels_for(backbone).linear
-        self._adapters = [(linear(tensors["down"][i].float()), linear(tensors["up"][i].float())) for i in range(exit)]
+        self._adapters = adapters_of(backbone, tensors["down"], tensors["up"])
         self._width = 1 if chain else min(WIDTH, len(self._vocabulary_V))
         self._one_call = kernels_for(backbone).lower_layers(LowerLayerDrafting(
             self._head, self._width, self._vocabulary_V, None if chain or not self._scales else self._scales[0],
@@ -253,10 +250,8 @@ class M2R2(Drafter):
         slow_F, fast_F = (torch.from_numpy(np.flatnonzero(both.shadow == which)) for which in (0, 1))
         hidden_Rd = embedded_Fd.new_empty(len(both), embedded_Fd.shape[1])
         hidden_Rd[slow_F] = hidden_Rd[fast_F] = embedded_Fd
-        for index, (down, up) in enumerate(self._adapters):
-            added_Fd = up(F.silu(down(normed(hidden_Rd[fast_F]))))
-            hidden_Rd, _ = self._backbone.run_layers(hidden_Rd, both, self._cache, index, index + 1)
-            hidden_Rd[fast_F] += added_Fd
+        beside = Beside(self._adapters, fast_F)
+        hidden_Rd, _ = self._backbone.run_layers(hidden_Rd, both, self._cache, 0, layers, beside=beside)
         self._fast_Fd = hidden_Rd[fast_F]
         return hidden_Rd[slow_F]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foretell.backbone.base import Backbone, check_ids
 from foretell.backbone.cpu import library
-from foretell.backbone.cpu.backbone import CompiledBackbone
+from foretell.backbone.cpu.backbone import CompiledBackbone, PackedAdapters
 from foretell.backbone.cpu.formats import draft_format
 from foretell.backbone.cpu.library import call, table
 from foretell.backbone.cpu.linear import ThreadedLinear
@@ -129,25 +129,17 @@ class CpuLowerLayerDrafter:
         check(not drafting.skip or adapter, "Only an adapter's sublayers can be skipped.")
         vocabulary_V = np.ascontiguousarray(drafting.vocabulary_V, dtype=np.int64)
         check_ids(torch.from_numpy(vocabulary_V), backbone.embedding.outputs)
-        down, up = self._beside(drafting, config.hidden)
+        beside = drafting.beside if isinstance(drafting.beside, PackedAdapters) else None
+        check(beside is drafting.beside, "A fast stream's adapters are of these kernels.")
+        check(not (beside and adapter), "A fast stream or an adapter drafts, not both.")
+        self._layers = beside.end if beside else 0
         self._about = library.LowerLayers(
             backbone.about, adapter.about if adapter else None,
             np.frombuffer(drafting.skip, dtype=np.uint8) if drafting.skip else None, reads.norm_weight,
             reads.config.eps, about, drafting.width, vocabulary_V,
             None if drafting.scale is None else np.array(drafting.scale, dtype=np.float32), backbone.embedding.about,
-            table(down), table(up),
+            *(beside.tables if beside else (None, None)),
         )  # fmt: skip
-
-    def _beside(self, drafting: LowerLayerDrafting, d: int) -> tuple[list[library.Matrix], list[library.Matrix]]:
-        """The matrices of a fast stream, as they are described to the kernels."""
-        self._layers, pairs = len(drafting.beside), [linear for pair in drafting.beside for linear in pair]
-        packed = [linear.packed for linear in pairs if isinstance(linear, ThreadedLinear)]
-        check(len(packed) == len(pairs), "A fast stream's matrices are of these kernels.")
-        for down, up in zip(packed[::2], packed[1::2], strict=True):
-            fits = (down.inputs, up.inputs, up.outputs) == (d, packed[0].outputs, d) and down.outputs == up.inputs
-            check(fits, "A fast stream's matrices have the model's width, and one rank.")
-        check(not packed or drafting.adapter is None, "A fast stream or an adapter drafts, not both.")
-        return [each.matrix.about for each in packed[::2]], [each.matrix.about for each in packed[1::2]]
 
     def grow_through_layers(self, request: DraftRequest, cache: KVCache, own: KVCache | None) -> DraftedTrees:
         backbone, rows, count = self._backbone, len(request.slots), request.count

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache
-from foretell.backbone.base import LinearLayer
+from foretell.backbone.base import Adapters, LinearLayer
 from foretell.drafting.heads import DrafterHeads
 from foretell.drafting.prefix_layer import PrefixLayer
 
@@ -67,8 +67,8 @@ class LowerLayerDrafting:
         scale: its calibration (`trees.calibration`); None leaves probabilities unchanged.
         adapter: a layer of the drafter's own before the head, with its final norm; None is the backbone's norm alone.
         skip: of the adapter, see `Backbone.run_layers`.
-        beside: of each layer that drafts, V [r, d] and U [d, r] that draw a fast stream ahead (see `drafters.m2r2`);
-            the head then reads that stream.
+        beside: adapters of the layers that draft, which a second stream goes through (see `drafters.m2r2`); the head
+            then reads that stream.
     """
 
     head: DrafterHeads
@@ -77,7 +77,7 @@ class LowerLayerDrafting:
     scale: tuple[float, float] | None = None
     adapter: Backbone | None = None
     skip: bytes | None = None
-    beside: Sequence[tuple[LinearLayer, LinearLayer]] = ()
+    beside: Adapters | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from foretell.backbone import Backbone, KVCache, Nodes
+from foretell.backbone import Backbone, Beside, KVCache, Nodes
 from foretell.contracts import FINAL_NORM, Draft, Drafter, Features, Row
 
 
@@ -48,23 +48,23 @@ def run_pass(backbone: Backbone, drafter: Drafter, cache: KVCache, rows: Sequenc
     """Runs the nodes of a draft, in the cache rows of their sequences."""
     nodes = Nodes(draft.trees, [row.slot for row in rows], [cache.lengths[row.slot] for row in rows])
     layer, hidden_Md, taps = _lower_layers(backbone, cache, rows, draft)
-    extended, drafted = nodes, None  # the nodes with those that cuts insert, and where the drafted ones are among them
+    # the nodes with those that cuts insert, and where the drafted and the inserted ones are among them
+    extended, drafted, inserted_N, beside = nodes, None, None, None
     size, layers = float(len(nodes)), backbone.config.layers
     for cut in dict.fromkeys((*drafter.cuts, layers)):
         wanted = [tap for tap in drafter.taps if tap not in taps and layer <= tap <= cut]
-        hidden_Md, tapped = backbone.run_layers(hidden_Md, extended, cache, layer, cut, taps=wanted)
+        hidden_Md, tapped = backbone.run_layers(hidden_Md, extended, cache, layer, cut, taps=wanted, beside=beside)
         taps |= {tap: states if drafted is None else states[drafted] for tap, states in tapped.items()}
         layer = cut
         if cut in drafter.cuts:
             hidden_Md, wider = drafter.at_cut(cut, hidden_Md, extended, draft)
             if len(wider) > len(extended):
                 size += (len(wider) - len(extended)) * (layers - cut) / layers
-                extended, drafted = wider, _drafted_index(nodes, wider)
+                extended, drafted, inserted_N = wider, *_indices(nodes, wider)
+                beside = Beside(drafter.adapters, inserted_N) if drafter.adapters else None
     states_Md, inserted = backbone.norm(hidden_Md), None
-    if drafted is not None:
-        others = torch.ones(len(extended), dtype=torch.bool)
-        others[drafted] = False
-        states_Md, inserted = states_Md[drafted], states_Md[others]
+    if drafted is not None and inserted_N is not None:
+        states_Md, inserted = states_Md[drafted], states_Md[inserted_N]
     if FINAL_NORM in drafter.taps:
         taps[FINAL_NORM] = states_Md
     return Pass(draft, nodes, states_Md, taps, inserted, size)
@@ -87,7 +87,10 @@ def _lower_layers(
     return resume.layer, resume.hidden_Rd, dict(resume.taps)
 
 
-def _drafted_index(nodes: Nodes, extended: Nodes) -> Tensor:
-    """Index of the drafted nodes once a cut has inserted rows after each tree."""
-    spans = zip(extended.starts(), nodes.counts, strict=True)
-    return torch.cat([torch.arange(start, start + count) for start, count in spans])
+def _indices(nodes: Nodes, extended: Nodes) -> tuple[Tensor, Tensor]:
+    """Where the drafted and the inserted nodes are once cuts have inserted rows after each tree."""
+    of_rows = list(zip(extended.starts(), nodes.counts, extended.counts, strict=True))
+    return (
+        torch.cat([torch.arange(start, start + drafted) for start, drafted, _ in of_rows]),
+        torch.cat([torch.arange(start + drafted, start + count) for start, drafted, count in of_rows]),
+    )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foretell.backbone.base import Backbone
+from foretell.backbone.base import Adapters, Backbone, Beside, LinearLayer
 from foretell.backbone.cpu import library
 from foretell.backbone.cpu.formats import Format, PackedMatrix, format_for
 from foretell.backbone.cpu.library import call, table
@@ -134,15 +134,17 @@ class CompiledBackbone(Backbone):
         *,
         skip: bytes | None = None,
         taps: Collection[int] = (),
+        beside: Beside | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         end = self.config.layers if end is None else end
-        self.check_pass(hidden_Md, nodes, begin, end, skip, taps)
+        self.check_pass(hidden_Md, nodes, begin, end, skip, taps, beside)
         described = self.described(cache, nodes.rows, nodes.ends, end)
         # Copies and edits of streams happen in the kernels: PyTorch would wake a team of its own for them.
         input_Md, out_Md = hidden_Md.contiguous(), torch.empty_like(hidden_Md, memory_format=torch.contiguous_format)
         tapped = {tap: input_Md if tap == begin else torch.empty_like(out_Md) for tap in taps}
         pointers = table([tapped.get(tap) for tap in range(end + 1)]) if tapped else None
-        span = library.Span(begin, end, np.frombuffer(skip, dtype=np.uint8) if skip else None, pointers)
+        adapted = _described(*beside) if beside else None
+        span = library.Span(begin, end, np.frombuffer(skip, dtype=np.uint8) if skip else None, pointers, adapted)
         call("layers", self.build, self.about, described, self._rows(nodes), span, input_Md, out_Md, self.bf16)
         return out_Md, tapped
 
@@ -176,6 +178,9 @@ class CompiledBackbone(Backbone):
         format = format_for(Joined.of(weight_NK), self.dtype)
         return ThreadedLinear(PackedLinear(weight_NK, bias_N, self.build, format), self.threads)
 
+    def adapters(self, linears: Sequence[tuple[LinearLayer, LinearLayer]], begin: int = 0) -> PackedAdapters:
+        return PackedAdapters(linears, begin, self.config)
+
     def _alike(self, config: ModelConfig, weights: Mapping[str, Tensor | Blocks]) -> CompiledBackbone:
         return CompiledBackbone(config, weights.__getitem__, self.dtype, self.threads, self.build)
 
@@ -193,6 +198,33 @@ class CompiledBackbone(Backbone):
     def _rows(self, nodes: Nodes) -> library.Rows:
         angles = self.rotations(nodes.last + 1)
         return library.Rows.of(len(nodes), len(nodes.trees), nodes.words, nodes.table_offsets, *angles)
+
+
+def _described(adapters: Adapters, rows_N: Tensor) -> library.Beside:
+    if not isinstance(adapters, PackedAdapters):
+        raise ValueError("Adapters are of the backbone's own kernels.")
+    return library.Beside(len(rows_N), rows_N.contiguous(), *adapters.tables)
+
+
+class PackedAdapters(Adapters):
+    """See `Adapters`.
+
+    Attributes:
+        tables: their first and their second matrices, layer by layer, as they are described to the kernels.
+    """
+
+    def __init__(self, linears: Sequence[tuple[LinearLayer, LinearLayer]], begin: int, config: ModelConfig):
+        super().__init__(linears, begin)
+        packed = [linear.packed for pair in linears for linear in pair if isinstance(linear, ThreadedLinear)]
+        check(len(packed) == 2 * len(linears), "Adapters are of the backbone's own kernels.")
+        check(begin >= 0 and self.end <= config.layers, f"Adapters lie beside the {config.layers} layers.")
+        d, unused = config.hidden, library.Matrix(None, None, 0, 0, 0, None)
+        for down, up in zip(packed[::2], packed[1::2], strict=True):
+            fits = (down.inputs, up.outputs) == (d, d) and down.outputs == up.inputs
+            check(fits and down.bias is up.bias is None, f"An adapter leads from {d} numbers to {d}, without biases.")
+        self.tables = [
+            table([*[unused] * begin, *(each.matrix.about for each in packed[which::2])]) for which in (0, 1)
+        ]
 
 
 def _checked(read: Tensor | Blocks, shape: tuple[int, ...]) -> Blocks:

@@ -127,8 +127,12 @@ class Rows(Described):
         return rows
 
 
+class Beside(Described):
+    _fields_ = [*_numbers("count"), *_pointers("rows down up")]
+
+
 class Span(Described):
-    _fields_ = [*_numbers("begin end"), *_pointers("skip taps")]
+    _fields_ = [*_numbers("begin end"), *_pointers("skip taps beside")]
 
 
 class Heads(Described):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foretell.backbone.base import SKIP_ATTENTION, SKIP_MLP, Backbone, check_ids
+from foretell.backbone.base import SKIP_ATTENTION, SKIP_MLP, Backbone, Beside, check_ids
 from foretell.backbone.eager.linear import Linear
 from foretell.backbone.kv_cache import KVCache
 from foretell.backbone.nodes import Nodes
@@ -119,21 +119,25 @@ class EagerBackbone(Backbone):
         *,
         skip: bytes | None = None,
         taps: Collection[int] = (),
+        beside: Beside | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         end = self.config.layers if end is None else end
-        self.check_pass(hidden_Md, nodes, begin, end, skip, taps)
+        self.check_pass(hidden_Md, nodes, begin, end, skip, taps, beside)
         self.check_room(cache, nodes.rows, nodes.ends, end)
         rotation = self.rotation(torch.from_numpy(nodes.positions).long())
         starts_M = self._starts(nodes, cache)
         tapped = {begin: hidden_Md} if begin in taps else {}
         for index in range(begin, end):
             layer, plan = self.layers[index], skip[index] if skip else 0
+            added_Nd = beside.adapters.beside(index, hidden_Md[beside.rows_N.to(self.device)]) if beside else None
             if not plan & SKIP_ATTENTION:
                 hidden_Md = hidden_Md + self._attention(layer, index, hidden_Md, nodes, cache, starts_M, rotation)
             if not plan & SKIP_MLP:
                 normed_Md = rms_norm(hidden_Md, layer.mlp_norm, self.config.eps)
                 gate_MF, up_MF = layer.gate_up(normed_Md).chunk(2, dim=-1)
                 hidden_Md = hidden_Md + layer.down(F.silu(gate_MF) * up_MF)
+            if beside and added_Nd is not None:
+                hidden_Md = hidden_Md.index_add(0, beside.rows_N.to(self.device), added_Nd)
             if index + 1 in taps:
                 tapped[index + 1] = hidden_Md
         return hidden_Md, tapped

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foretell.backbone import Backbone
-from foretell.drafting.learning.number_types import number_type
+from foretell.drafting.heads import normed
+from foretell.drafting.learning.number_types import number_type, product
 from foretell.loading.blocks import Blocks
 from foretell.loading.tensors import LAYER
 
@@ -144,6 +145,11 @@ class FrozenLayers:
         gate_MF, up_MF = (self.linear(index, f"mlp.{name}_proj", x_Md) for name in ("gate", "up"))
         active_MF = F.silu(gate_MF, inplace=True).mul_(up_MF) if inplace else F.silu(gate_MF) * up_MF
         return _sum(hidden_Md, self.linear(index, "mlp.down_proj", active_MF), inplace)
+
+
+def beside(hidden_Md: Tensor, down_rd: Tensor, up_dr: Tensor) -> Tensor:
+    """What an adapter beside a layer adds behind it, [.., d], given the stream in front of it."""
+    return product(F.silu(product(normed(hidden_Md), down_rd)), up_dr)
 
 
 def _sum(x: Tensor, y: Tensor, inplace: bool) -> Tensor:

@@ -66,12 +66,21 @@ struct Rows {
     const float* sine;
 };
 
+// Adapters that some rows go through beside the layers: behind layer l their streams grow by up[l]·SiLU(down[l]·x), x
+// being the stream in front of it divided by its root mean square.
+struct Beside {
+    int64_t count;
+    const int64_t* rows;      // [count] among the M
+    const Matrix *down, *up;  // [layers] of the model; those outside the span are not read
+};
+
 // What to run: layers [begin, end); bit 0 of skip[l] skips attention, bit 1 the MLP; taps[l] (may be null)
 // receives the residual stream [M, d] after l layers.
 struct Span {
     int64_t begin, end;
     const uint8_t* skip;
     float* const* taps;
+    const Beside* beside;  // or null
 };
 
 // Draft heads side by side: `layers` residual blocks each (the last without SiLU if `linear`), then an output matrix
@@ -209,6 +218,7 @@ enum Purpose {
     kWidePanel, kProduct, kNormLine,
     // shared: a step
     kNodes, kTasks, kLead, kNormed, kMixed, kActive, kNormedQ8, kMixedQ8, kActiveQ8, kQueries, kQkv,
+    kBeside, kBesideQ8, kLow, kLowQ8,
     // shared: linear layers, draft heads and their best outputs
     kOperand, kOperandQ8, kHeadInputs, kHeadStreams, kHeadOperands, kHeadOperandsQ8, kHeadInt8, kHeadInt8Rows, kBestValues, kBestIndices, kBestMass,
     kBestWild,

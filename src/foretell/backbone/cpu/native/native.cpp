@@ -296,7 +296,8 @@ static const std::string& described() {
         STRUCTURE(Rows, FIELD(count), FIELD(sequences), FIELD(sequence), FIELD(node), FIELD(cache_row),
                   FIELD(length), FIELD(offset), FIELD(parents), FIELD(position), FIELD(shadow), FIELD(cosine),
                   FIELD(sine)) +
-        STRUCTURE(Span, FIELD(begin), FIELD(end), FIELD(skip), FIELD(taps)) +
+        STRUCTURE(Beside, FIELD(count), FIELD(rows), FIELD(down), FIELD(up)) +
+        STRUCTURE(Span, FIELD(begin), FIELD(end), FIELD(skip), FIELD(taps), FIELD(beside)) +
         STRUCTURE(Heads, FIELD(heads), FIELD(hidden), FIELD(inputs), FIELD(layers), FIELD(linear), FIELD(outputs),
                   FIELD(choices), FIELD(threads), FIELD(weight), FIELD(bias), FIELD(output)) +
         STRUCTURE(PrefixRequest, FIELD(sequences), FIELD(cache_row), FIELD(length), FIELD(count), FIELD(cosine),

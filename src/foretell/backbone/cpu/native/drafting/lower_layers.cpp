@@ -1,7 +1,6 @@
 // Token trees whose nodes pass the model's own lower layers while they grow, in one call: the twin of EarlyExitTrees in
 // drafting/lower_layers.py, with Kangaroo's adapter or M2R2's fast stream. Between two levels the interpreter would cost as
 // much as a layer.
-#include <cmath>
 #include <cstring>
 
 #include "drafting/growing_tree.h"
@@ -58,27 +57,18 @@ struct Row {
 };
 
 // Runs the layers over the streams [F, d] in `slow`, in place, and over a fast stream beside each, which begins as the same
-// embedding and is left in `fast`. A shadow's state is drawn ahead of each layer by what it was before.
+// embedding and is left in `fast`: a shadow goes through the adapters.
 void run_beside(const Kernels& build, const LowerLayers& lower, const DraftRequest& request, const Pass& pass, float* slow,
                 std::vector<float>& fast, int bf16) {
-    int64_t d = lower.model->hidden, all = pass.node.size(), nodes = all / 2, threads = lower.model->threads;
+    int64_t d = lower.model->hidden, all = pass.node.size(), nodes = all / 2;
     std::vector<int64_t> at[2];  // of each slow and each fast stream its place among both
     for (int64_t r = 0; r < all; r++) at[pass.shadow[r]].push_back(r);
-    std::vector<float> both(all * d), normed(nodes * d), low(nodes * lower.down[0].outputs), added(nodes * d);
+    std::vector<float> both(all * d);
     for (auto& places : at)
         for (int64_t i = 0; i < nodes; i++) memcpy(both.data() + places[i] * d, slow + i * d, d * 4);
-    std::vector<float*> taps(request.layers + 1);
-    for (int64_t l = 0; l < request.layers; l++) {
-        for (int64_t i = 0; i < nodes; i++)
-            build.norm(both.data() + at[1][i] * d, nullptr, 1e-6, 1, d, normed.data() + i * d);
-        build.linear(normed.data(), nodes, lower.down[l], nullptr, low.data(), 0, nullptr, nullptr, 0, threads, bf16);
-        for (float& x : low) x /= 1 + std::exp(-x);
-        build.linear(low.data(), nodes, lower.up[l], nullptr, added.data(), 0, nullptr, nullptr, 0, threads, bf16);
-        Span layer{l, l + 1, nullptr, taps.data()};
-        build.layers(*lower.model, *request.cache, pass.rows(request.cosine, request.sine), layer, both.data(), bf16);
-        for (int64_t i = 0; i < nodes; i++)
-            for (int64_t j = 0; j < d; j++) both[at[1][i] * d + j] += added[i * d + j];
-    }
+    Beside beside{nodes, at[1].data(), lower.down, lower.up};
+    Span layers{0, request.layers, nullptr, nullptr, &beside};
+    build.layers(*lower.model, *request.cache, pass.rows(request.cosine, request.sine), layers, both.data(), bf16);
     fast.resize(nodes * d);
     for (int64_t i = 0; i < nodes; i++) {
         memcpy(slow + i * d, both.data() + at[0][i] * d, d * 4);
@@ -114,7 +104,7 @@ void adapt(const Kernels& build, const LowerLayers& lower, const DraftRequest& r
         begin += count;
     }
     float* taps[2] = {};
-    Span layer{0, 1, lower.skip, taps};
+    Span layer{0, 1, lower.skip, taps, nullptr};
     build.layers(*lower.adapter, *request.own, pass.rows(request.cosine, request.sine), layer, states.data(), bf16);
     for (int64_t i = 0; i < begin; i++) memcpy(stream.data() + i * d, states.data() + index[i] * d, d * 4);
 }
@@ -204,7 +194,7 @@ void grow_through_layers(const Kernels& build, const LowerLayers& lower, const D
         } else {
             for (int64_t l = 0; l <= request.layers; l++)
                 taps[l] = request.tapped && request.tapped[l] ? request.tapped[l] + total * d : nullptr;
-            Span layers{0, request.layers, nullptr, taps.data()};
+            Span layers{0, request.layers, nullptr, taps.data(), nullptr};
             build.layers(*lower.model, *request.cache, pass.rows(request.cosine, request.sine), layers, hidden, bf16);
             stream.assign(hidden, hidden + nodes * d);
         }

@@ -38,7 +38,7 @@ void run_prefix_layer(const Kernels& build, const Model& model, const Cache& cac
     Rows rows{count, request.sequences, sequence.data(), node.data(), cache_row.data(), length.data(), offset.data(),
               parents.data(), position.data(), nullptr, request.cosine, request.sine};
     float* taps[2] = {};
-    build.layers(model, cache, rows, Span{0, 1, nullptr, taps}, hidden, bf16);
+    build.layers(model, cache, rows, Span{0, 1, nullptr, taps, nullptr}, hidden, bf16);
 }
 
 }  // namespace foretell
