@@ -364,15 +364,21 @@ def saved(backbone: Backbone, module: TransferSteps, folder: Path, **changes: An
 
 def test_a_checkpoint_is_read_back(tmp_path: Path) -> None:
     backbone = backbone_of(BF16)
-    for rank in (0, 3):
-        module = random_steps(backbone, rank=rank)
-        folder = saved(backbone, module, tmp_path / str(rank))
+    for rank, adapters in ((0, 0), (3, 0), (0, 4)):
+        module = random_steps(backbone, rank=rank, adapters=adapters)
+        folder = saved(backbone, module, tmp_path / f"{rank} {adapters}")
         drafter = drafters.build("hidden_transfer", backbone, checkpoint=folder, nodes=8)
         assert_same(finish(decoder_of(backbone, drafter), requests()), plainly(backbone, requests()))
-        again = trainable(HiddenTransfer, backbone, torch.arange(VOCAB).flip(0), draft_vocab=40, rank=rank)
+        options = {"draft_vocab": 40, "rank": rank, "adapters": adapters}
+        again = trainable(HiddenTransfer, backbone, torch.arange(VOCAB).flip(0), **options)
         tensors, arch = module.checkpoint()
         again.start(arch, tensors)
         assert torch.equal(again.matrices(), module.matrices())
+        assert same_tensors(again.checkpoint()[0], tensors)
+
+
+def same_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.parametrize(
@@ -381,9 +387,10 @@ def test_a_checkpoint_is_read_back(tmp_path: Path) -> None:
         ({"fitted": {}}, "is damaged (at 'values')"),
         ({"fitted": {"values": {8: [0.0, 1.0]}}}, "is damaged (at values)"),
         ({"fitted": {"values": {"eight": [0.0, 1.0, 2.0, 3.0]}}}, "is damaged"),
-        ({"arch": {"layers": [1, 1], "rank": 0}}, "is damaged (at 'weight')"),
-        ({"arch": {"layers": [1, 1, 1], "rank": 5}}, "is damaged (at 'down')"),
-        ({"arch": {"layers": [1, 1, 99], "rank": 0}}, "Pseudo rows begin after layers 1, 1, 99"),
+        ({"arch": {"layers": [1, 1], "rank": 0, "adapters": 0}}, "is damaged (at 'weight')"),
+        ({"arch": {"layers": [1, 1, 1], "rank": 5, "adapters": 0}}, "is damaged (at 'down')"),
+        ({"arch": {"layers": [1, 1, 1], "rank": 0, "adapters": 5}}, "is damaged (at 'adapter_down')"),
+        ({"arch": {"layers": [1, 1, 99], "rank": 0, "adapters": 0}}, "Pseudo rows begin after layers 1, 1, 99"),
         ({"hidden": WIDTH + 1}, "was trained for a model of width"),
         ({"fingerprint": "other"}, "was trained for tiny (fingerprint other), not for this model"),
         ({"method": "medusa"}, "holds a medusa drafter, not hidden_transfer"),
