@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import core_figures as core
+import gated_lora
 
 import foretell
 from foretell.drafters.hidden_transfer import TransferSteps
+from foretell.loading.config import ModelConfig
 from foretell.train.recipe import Job, begin
 from foretell.train.trainer import Settings
 
@@ -39,6 +41,7 @@ def transfer_arms(layers: int) -> Arms:
         f"after layer {half}, isolated": ("hidden_transfer", {"layers": (half,)}),
         f"after layer {half}, rank 64": ("hidden_transfer", {"layers": (half,), "rank": 64}),
         f"after layer {half}, adapters 64": ("hidden_transfer", {"layers": (half,), "adapters": 64}),
+        f"after layer {half}, LoRA 7": ("hidden_transfer_lora", {"layers": (half,), "lora": 7}),
         f"after layer {3 * half // 2}, adapters 128": (
             "hidden_transfer",
             {"layers": (3 * half // 2,), "adapters": 128},
@@ -52,22 +55,24 @@ def transfer_arms(layers: int) -> Arms:
     return arms
 
 
-def stream_arms(layers: int, hidden: int, kv_width: int) -> Arms:
+def stream_arms(c: ModelConfig) -> Arms:
     """M2R2 at every exit, with and without alignment, beside Kangaroo's adapter of as many parameters."""
-    adapter = 2 * hidden * hidden + 2 * hidden * kv_width
+    adapter = 2 * c.hidden * c.q_width + 2 * c.hidden * c.kv_width
     arms: Arms = {}
     for exit in (2, 3, 4, 5, 7):
-        rank = round(adapter / (2 * hidden * exit))
+        rank = round(adapter / (2 * c.hidden * exit))
         arms[f"M2R2, exit {exit}"] = ("m2r2", {"exit": exit, "rank": rank})
         arms[f"Kangaroo, exit {exit}"] = ("kangaroo", {"exit": exit, "output": "shared"})
-    arms["M2R2, exit 3, aligned"] = ("m2r2", {"exit": 3, "rank": round(adapter / (6 * hidden)), "alignment": 0.5})
+    a_rank = 2 * (c.hidden + c.q_width) + 3 * (c.hidden + c.mlp)  # parameters of LoRA, of one layer
+    arms["M2R2, exit 3, LoRA"] = ("m2r2_lora", {"exit": 3, "rank": 1, "lora": round(adapter / (3 * a_rank))})
+    arms["M2R2, exit 3, aligned"] = ("m2r2", {"exit": 3, "rank": round(adapter / (6 * c.hidden)), "alignment": 0.5})
     return arms
 
 
 def section(args: argparse.Namespace) -> dict[str, Any]:
     llm = foretell.load(MODEL, weights="bf16", threads=args.threads or None)
     c = llm.backbone.config
-    arms = transfer_arms(c.layers) if args.section == "transfer" else stream_arms(c.layers, c.hidden, c.kv_width)
+    arms = transfer_arms(c.layers) if args.section == "transfer" else stream_arms(c)
     if unknown := set(args.only or []).difference(arms):
         raise SystemExit(f"There are no arms {sorted(unknown)}; there are: {', '.join(arms)}.")
     arms = {name: arm for name, arm in arms.items() if not args.only or name in args.only}
@@ -121,6 +126,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=float, default=0.003, help="share of the conversations")
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
+    gated_lora.register()
     core.RESULTS = core.RESULTS.with_name("hidden_streams.json")
     core.save(" ".join(filter(None, [args.section, args.label])), section(args))
 

@@ -135,7 +135,11 @@ class TransferSteps(GuessingHeads):
         return F.linear(x.to(dtype), weight_dd.to(dtype)).float() + bias_d
 
     def fitted(self, ranks: Sequence[Ranks], log_probs: Sequence[Floats], scales: Sequence[Scale]) -> dict[str, Any]:
-        return {"values": {rows: fit_values(ranks, log_probs, scales, rows)[0] for rows in VALUED}}
+        found = {rows: fit_values(ranks, log_probs, scales, rows) for rows in VALUED}
+        return {
+            "values": {rows: values for rows, (values, _) in found.items()},
+            "tokens_per_step": {rows: round(tokens, 4) for rows, (_, tokens) in found.items()},  # by the chain
+        }
 
     @torch.no_grad()
     def start(self, arch: dict[str, Any], tensors: dict[str, Tensor]) -> None:
