@@ -40,9 +40,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     kept = {
-        id(of_test[order * (len(of_test) - 1) // max(1, most - 1)])
-        for of_test in cases.values()
-        for order in range(most)
+        id(of_test[(2 * order + 1) * len(of_test) // (2 * most)]) for of_test in cases.values() for order in range(most)
     }
     config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
     items[:] = [item for item in items if id(item) in kept]

@@ -43,6 +43,7 @@ from foretell.backbone import SKIP_ATTENTION, SKIP_MLP, Adapters, Backbone, Besi
 from foretell.backbone.cpu import library
 from foretell.backbone.eager.backbone import BLOCK, attend
 from foretell.backbone.probe import probe
+from foretell.drafting.kernels import adapters_of
 from foretell.errors import ForetellError
 from foretell.loading.families import model_config
 from foretell.trees import TokenTree, chain
@@ -407,32 +408,32 @@ def test_damaged_weights_are_refused_at_load() -> None:
 
 @every_kernel
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("rank", [5, 40])
+@pytest.mark.parametrize("rank", [5, 64])
 def test_adapters_draw_their_own_rows_ahead_and_no_other(kernel: str, dtype: torch.dtype, rank: int) -> None:
-    """Layer by layer as by hand; the rows that go through none keep their bits, whoever else is in the pass."""
+    """Layer by layer as by hand; the rows that go through none keep their bits, whoever else is in the pass.
+
+    More rows than a tile has, and matrices in eight bits where drafts have them so.
+    """
     with using(kernel):
-        backbone, batch = (
-            LLAMA.build(kernel, dtype),
-            Batch([TokenTree((-1, 0, 0, 1, 2)), chain(3)], [40, 3], [1, 0]),
-        )
+        star = TokenTree((-1, *[0] * 40))
+        backbone, batch = LLAMA.build(kernel, dtype), Batch([star, chain(3)], [40, 3], [1, 0])
         layers, d = backbone.config.layers, backbone.config.hidden
         generator = torch.Generator().manual_seed(rank)
-        weights = [[torch.randn(*shape, generator=generator) / 4 for shape in ((rank, d), (d, rank))] for _ in range(2)]
-        linears = [(backbone.linear(down, None), backbone.linear(up, None)) for down, up in weights]
-        adapters = backbone.adapters(linears, layers - 2)
-        rows_N = torch.tensor([3, 4, 8])  # leaves, which nothing attends to
+        down_Lrd, up_Ldr = (torch.randn(2, *of, generator=generator) / 4 for of in ((rank, d), (d, rank)))
+        adapters = adapters_of(backbone, down_Lrd, up_Ldr, layers - 2)
+        rows_N = torch.tensor([*range(3, 41), 44])  # leaves, which nothing attends to
         nodes, caches = Nodes(batch.trees, batch.slots, batch.lengths), [batch.prefill(backbone) for _ in range(3)]
-        hidden = [torch.randn(len(nodes), d, generator=generator)] * 2
-        plain, _ = backbone.run_layers(hidden[0], nodes, caches[2], layers - 2)
+        entered = by_hand = torch.randn(len(nodes), d, generator=generator)
+        plain, _ = backbone.run_layers(entered, nodes, caches[2], layers - 2)
         ours, taps = backbone.run_layers(
-            hidden[0], nodes, caches[0], layers - 2, taps=[layers - 1], beside=Beside(adapters, rows_N)
+            entered, nodes, caches[0], layers - 2, taps=[layers - 1], beside=Beside(adapters, rows_N)
         )
-        for index, (down, up) in zip((layers - 2, layers - 1), linears, strict=True):
-            x_Nd = hidden[1][rows_N]
+        for index, (down, up) in zip((layers - 2, layers - 1), adapters.linears, strict=True):
+            x_Nd = by_hand[rows_N]
             x_Nd = x_Nd / (x_Nd.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-            after, _ = backbone.run_layers(hidden[1], nodes, caches[1], index, index + 1)
-            hidden[1] = after.index_add(0, rows_N, up(F.silu(down(x_Nd))))
-            torch.testing.assert_close(taps.get(index + 1, ours), hidden[1], rtol=2e-2, atol=2e-2)
+            after, _ = backbone.run_layers(by_hand, nodes, caches[1], index, index + 1)
+            by_hand = after.index_add(0, rows_N, up(F.silu(down(x_Nd))))
+            torch.testing.assert_close(taps.get(index + 1, ours), by_hand, rtol=2e-2, atol=5e-2)
         others = torch.ones(len(nodes), dtype=torch.bool)
         others[rows_N] = False
         assert same(ours[others], plain[others])
@@ -453,13 +454,35 @@ def test_adapters_that_do_not_fit_are_refused(kernel: str) -> None:
         run = partial(backbone.run_layers, hidden, nodes, cache, layers - 1)
         with pytest.raises(ValueError, match=f"Adapters lie beside layers 0 to 1, not {layers - 1} to {layers}"):
             run(beside=Beside(backbone.adapters([pair]), torch.tensor([3])))
-        for rows in ([4], [-1], [2, 2], [3, 1]):
+        for rows in ([4], [-1], [2, 2], [3, 1], [[2], [2]], [1.0]):
             with pytest.raises(ValueError, match="The rows with adapters are those of the pass, ascending"):
                 run(beside=Beside(backbone.adapters([pair] * layers), torch.tensor(rows)))
-        if kernel != "eager":
-            with pytest.raises(ValueError, match=f"An adapter leads from {d} numbers to {d}"):
-                backbone.adapters([pair[::-1]])
+
+
+@compiled_only
+def test_adapters_of_other_shapes_and_kernels_are_refused(kernel: str) -> None:
+    """Native code cannot see that a matrix is larger than it should be."""
+    with using(kernel):
+        backbone, other = LLAMA.build(kernel, FP32), LLAMA.build(kernel, FP32)
+        d, layers = backbone.config.hidden, backbone.config.layers
+        pairs = [(backbone.linear(torch.ones(r, d), None), backbone.linear(torch.ones(d, r), None)) for r in (3, 4)]
+        rounded = LLAMA.build(kernel, BF16).linear(torch.ones(3, d), None), pairs[0][1]
+        biased = backbone.linear(torch.ones(3, d), torch.ones(3)), pairs[0][1]
+        for odd in ([pairs[0][::-1]], pairs, [biased]):
+            with pytest.raises(ValueError, match=f"Adapters lead from {d} numbers to one rank and back, unbiased"):
+                backbone.adapters(odd)
+        for foreign in ([rounded], [(None, None)]):
             with pytest.raises(ValueError, match="Adapters are of the backbone's own kernels"):
-                run(beside=Beside(Adapters([pair] * layers, 0), torch.tensor([3])))
-            with pytest.raises(ValueError, match=f"Adapters lie beside the {layers} layers"):
-                backbone.adapters([pair], layers)
+                backbone.adapters(foreign)
+        for begin, some in ((layers, pairs[:1]), (-1, pairs[:1]), (0, [])):
+            with pytest.raises(ValueError, match=f"Adapters lie beside some of the {layers} layers"):
+                backbone.adapters(some, begin)
+        batch = Batch([chain(3)], [4], [0])
+        nodes, cache, hidden = (
+            Nodes(batch.trees, batch.slots, batch.lengths),
+            batch.prefill(backbone),
+            torch.zeros(4, d),
+        )
+        for theirs in (other.adapters(pairs[:1] * layers), Adapters(pairs[:1] * layers, 0)):
+            with pytest.raises(ValueError, match="Adapters are of the backbone that runs"):
+                backbone.run_layers(hidden, nodes, cache, beside=Beside(theirs, torch.tensor([3])))

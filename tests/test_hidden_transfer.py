@@ -129,6 +129,24 @@ def test_pseudo_rows_of_decoding_are_those_of_training(kind: dict[str, Any], win
     assert compared > 10
 
 
+def test_lookup_beside_it_leaves_its_pseudo_rows_as_they_are() -> None:
+    """Through the adapters too: each step's are those of training, after the text so far."""
+    backbone = backbone_of(FP32)
+    module, compared = random_steps(backbone, layers=(1,), adapters=5), 0
+    decoder = decoder_of(backbone, WithLookup(drafter_of(backbone, module)))
+    drafter = cast(Any, decoder.drafter).inner
+    decoder.submit([1, 2, 3, 4, 5, 6], SamplingParams(max_new_tokens=60, ignore_eos=True))
+    for _ in range(12):
+        decoder.step()
+        if 0 in drafter._states:
+            tokens, states_Sd = list(decoder._rows[0].tokens), drafter._states[0]
+            with torch.no_grad():
+                x_KPd = module.read(text_batch(backbone, tokens, module), torch.tensor([len(tokens) - 2]))
+            torch.testing.assert_close(states_Sd, x_KPd[: len(states_Sd), 0], rtol=1e-3, atol=1e-3)
+            compared += len(states_Sd)
+    assert compared > 10
+
+
 def test_what_is_drafted_is_what_the_levels_say() -> None:
     """Each node's token and probability, against the output matrix and the calibration by hand."""
     backbone = backbone_of()

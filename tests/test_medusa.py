@@ -107,7 +107,7 @@ def test_untrained_heads_change_no_token(
     module = random_heads(backbone, heads, layers, output, 40, **reads)
     for seed in range(4):  # every second time with lookup
         drafter = drafter_of(backbone, module, some_paths(heads, 6, seed), 12 + 10 * seed)
-        decoder = decoder_of(backbone, WithLookup(drafter) if (seed + rows) % 2 else drafter, max_rows=rows)
+        decoder = decoder_of(backbone, WithLookup(drafter) if (seed + rows // 2) % 2 else drafter, max_rows=rows)
         assert decoder.lossless
         assert_same(finish(decoder, requests()), truth)
         assert held_like_a_fresh_prefill(decoder) > 0

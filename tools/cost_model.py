@@ -3,13 +3,14 @@
 A step of a large model is bound by reading its weights, with one node or sixteen, and calls cost nothing in comparison.
 Then a level of drafts costs the share c of a step's bytes that it reads, and with t tokens and n levels per step, as
 measured on the demo model, the speed-up is t / (1 + n · c). Conversely: the accuracy that single guesses need, at the
-best length of chains, for a given speed-up. For docs/own-layers.md.
+best length of chains, for a given speed-up. For docs/own-layers.md and docs/hidden-streams.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,15 @@ class Size:
     def kangaroo(self) -> float:
         """Returns the cost of a level: the lower layers, an adapter of a layer's size, 8,192 output rows."""
         return (self.exit * self.layer + self.layer + 8192 * self.hidden) / self.all_weights
+
+    def beside(self, layers: float, rank: int) -> float:
+        """Returns the cost of a level of M2R2: layers, adapters beside them in eight bits, 8,192 output rows."""
+        return (layers * (self.layer + 2 * self.hidden * rank) + 8192 * self.hidden) / self.all_weights
+
+    def transfer(self, layers: float, rank: int, steps: int = 3) -> float:
+        """Returns what Hidden Transfer reads besides a step: projections, adapters of `layers`, 8,192 output rows."""
+        own = steps * 2 * self.hidden**2 + layers * 2 * self.hidden * rank
+        return (own + 8192 * self.hidden) / self.all_weights
 
     def leaving(self, layers: float) -> float:
         """Returns the cost of a token from an exit: its layers and as many rows."""
@@ -83,6 +93,37 @@ def table(tokens: float, levels: float) -> list[str]:
         ("a token of `del` from a fifth of the layers", lambda size: f"{size.leaving(size.layers / 5):.0%}"),
         ("it must be right for 2×", lambda size: _share(needed(2.0, size.leaving(size.layers / 5)))),
     ]
+    return _markdown(rows)
+
+
+def hidden_streams(transfer_tokens: float, stream_tokens: float, levels: float) -> list[str]:
+    """Returns Markdown, given the measured tokens per step of Hidden Transfer, and those and the levels of M2R2."""
+    rows: list[tuple[str, Callable[[Size], str]]] = [
+        ("`hidden_transfer` with this page's tokens", lambda s: f"{gain(transfer_tokens, 1, _transfer(s)):.2f}×"),
+        ("tokens per step that it needs for 1.9×", lambda s: f"{1.9 * (1 + _transfer(s)):.2f}"),
+        ("tokens per step that it needs for 3×", lambda s: f"{3 * (1 + _transfer(s)):.2f}"),
+        ("a level of `m2r2` from a tenth of the layers", lambda s: f"{s.beside(s.layers / 10, s.hidden // 2):.1%}"),
+        (
+            "`m2r2` with this page's tokens and levels",
+            lambda s: f"{gain(stream_tokens, levels, s.beside(s.layers / 10, s.hidden // 2)):.2f}×",
+        ),
+        *(
+            (f"a guess of {name} of the layers must be right for 2.8×", partial(_right_for, 2.8, part))
+            for name, part in (("a quarter", 4), ("an eighth", 8), ("a sixteenth", 16))
+        ),
+    ]
+    return _markdown(rows)
+
+
+def _transfer(size: Size) -> float:
+    return size.transfer(size.layers / 2, size.hidden // 9)
+
+
+def _right_for(aim: float, part: int, size: Size) -> str:
+    return _share(needed(aim, size.beside(size.layers / part, size.hidden // 2)))
+
+
+def _markdown(rows: list[tuple[str, Callable[[Size], str]]]) -> list[str]:
     lines = ["| | " + " | ".join(size.name for size in SIZES) + " |", "|---" * (len(SIZES) + 1) + "|"]
     return [*lines, *(f"| {name} | {' | '.join(map(cell, SIZES))} |" for name, cell in rows)]
 
@@ -92,4 +133,4 @@ def _share(p: float) -> str:
 
 
 if __name__ == "__main__":
-    print("\n".join(table(2.08, 2.5)))
+    print("\n".join([*table(2.08, 2.5), "", *hidden_streams(1.8, 2.0, 2.3)]))

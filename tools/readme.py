@@ -10,6 +10,7 @@ from typing import Any
 
 import breadth_tables
 import cost_model
+import hidden_streams_tables
 import layer_tables
 import never_slower_table
 import stored_table
@@ -215,6 +216,14 @@ def own_layers(folder: Path) -> list[str]:
     return lines
 
 
+def hidden_streams(folder: Path) -> list[str]:
+    """Returns the figures of streams that draft inside the verifying pass and beside it."""
+    lines = ["## Measured", ""]
+    for each in sorted(folder.glob("hidden_streams*/results.json")):
+        lines += [*measured(each.parent), *hidden_streams_tables.at_other_sizes(read_results(each.parent))]
+    return lines + hidden_streams_tables.sweeps(_json(folder / "hidden_streams.json"))
+
+
 def ablation(section: dict[str, Any]) -> list[str]:
     """Returns the effect of each option of Hydra++ after the same training."""
     runs = section["result"]
@@ -294,6 +303,7 @@ def pages() -> dict[Path, str]:
             *never_slower_table.table(_json(folder / "never_slower.json")),
         ],
         ROOT / "docs/own-layers.md": own_layers(folder),
+        ROOT / "docs/hidden-streams.md": hidden_streams(folder),
         ROOT / "docs/training.md": [
             *head, *trained(),
             *breadth_tables.tables(_json(folder / "breadth.json")),

@@ -164,12 +164,9 @@ class Backbone(ABC):
             adapters, rows_N = beside
             fits = adapters.begin <= begin and end <= adapters.end
             check(fits, f"Adapters lie beside layers {adapters.begin} to {adapters.end}, not {begin} to {end}.")
-            within = (
-                rows_N.dtype == torch.int64 and rows_N.is_cpu and bool(((rows_N >= 0) & (rows_N < len(nodes))).all())
-            )
-            check(
-                within and bool((rows_N.diff() > 0).all()), "The rows with adapters are those of the pass, ascending."
-            )
+            fits = rows_N.dtype == torch.int64 and rows_N.is_cpu and rows_N.dim() == 1
+            fits = fits and bool(((rows_N >= 0) & (rows_N < len(nodes))).all() and (rows_N.diff() > 0).all())
+            check(fits, "The rows with adapters are those of the pass, ascending.")
 
     def pad_rows(self, rows: int) -> bool:
         """Pads every linear call to at least `rows` rows; False if that is not how this backbone stays exact."""

@@ -87,10 +87,10 @@ class TransferSteps(GuessingHeads):
         else:
             self.weight_Kdd = nn.Parameter(torch.zeros(steps, d, d))
         self.bias_Kd = nn.Parameter(torch.zeros(steps, d))
-        self.adapters, above = training.adapters, backbone.config.layers - layers[0]
-        if self.adapters:
-            self.adapter_down_Lrd = nn.Parameter(torch.randn(above, self.adapters, d) / d**0.5)
-            self.adapter_up_Ldr = nn.Parameter(torch.zeros(above, d, self.adapters))
+        self.adapter_rank, above = training.adapters, backbone.config.layers - layers[0]
+        if self.adapter_rank:
+            self.adapter_down_Lrd = nn.Parameter(torch.randn(above, self.adapter_rank, d) / d**0.5)
+            self.adapter_up_Ldr = nn.Parameter(torch.zeros(above, d, self.adapter_rank))
         self._backbone = backbone
 
     def matrices(self) -> Tensor:
@@ -115,20 +115,19 @@ class TransferSteps(GuessingHeads):
                 source_XSd = real_BTd[blocks.conversation_X[:, None], blocks.position_XS]
                 begun = [self._projected(source_XSd, matrices_Kdd[k], self.bias_Kd[k], frozen.dtype) for k in begins]
                 pseudo_XSKd = torch.cat([pseudo_XSKd, torch.stack(begun, 2)], 2)
-            added_XSKd = self._drawn(pseudo_XSKd, index - self.layers[0])
+            entered_XSKd = pseudo_XSKd
             keys_values = frozen.run_layer(index, real_BTd, cosine[:tokens], sine[:tokens])
             places_XSK = blocks.places(pseudo_XSKd.shape[2])
             queried = frozen.projected(index, pseudo_XSKd, cosine[places_XSK], sine[places_XSK])
             mixed = blocks.attend(queried, keys_values, c.windows[index], self.isolated)
-            pseudo_XSKd = frozen.finished(index, pseudo_XSKd, mixed) + added_XSKd
+            pseudo_XSKd = frozen.finished(index, pseudo_XSKd, mixed)
+            if self.adapter_rank:
+                adapter = index - self.layers[0]
+                pseudo_XSKd = pseudo_XSKd + beside(
+                    entered_XSKd, self.adapter_down_Lrd[adapter], self.adapter_up_Ldr[adapter]
+                )
         states_XSKd = frozen.norm(pseudo_XSKd, frozen.final_norm_d).float()
         return states_XSKd[blocks.filled_XS].transpose(0, 1)
-
-    def _drawn(self, pseudo_XSKd: Tensor, layer: int) -> Tensor | float:
-        """What the adapter beside a layer adds to the pseudo streams behind it."""
-        if not self.adapters:
-            return 0.0
-        return beside(pseudo_XSKd, self.adapter_down_Lrd[layer], self.adapter_up_Ldr[layer])
 
     @staticmethod
     def _projected(x: Tensor, weight_dd: Tensor, bias_d: Tensor, dtype: torch.dtype) -> Tensor:
@@ -143,7 +142,7 @@ class TransferSteps(GuessingHeads):
 
     @torch.no_grad()
     def start(self, arch: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        if (arch["layers"], arch["rank"], arch["adapters"]) != (self.layers, self.rank, self.adapters):
+        if (arch["layers"], arch["rank"], arch["adapters"]) != (self.layers, self.rank, self.adapter_rank):
             layers = ",".join(map(str, arch["layers"]))
             raise UsageError(
                 f"It is made with other options; train with `layers={layers}`, `steps={len(arch['layers'])}`, "
@@ -155,13 +154,13 @@ class TransferSteps(GuessingHeads):
     def _weights(self) -> dict[str, Tensor]:
         found: dict[str, Tensor]
         found = {"down": self.down_Krd, "up": self.up_Kdr} if self.rank else {"weight": self.weight_Kdd}
-        if self.adapters:
+        if self.adapter_rank:
             found |= {"adapter_down": self.adapter_down_Lrd, "adapter_up": self.adapter_up_Ldr}
         return found | {"bias": self.bias_Kd}
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return self.stored(self._weights()), {
-            "layers": self.layers, "steps": self.heads, "rank": self.rank, "adapters": self.adapters
+            "layers": self.layers, "steps": self.heads, "rank": self.rank, "adapters": self.adapter_rank
         }  # fmt: skip
 
 

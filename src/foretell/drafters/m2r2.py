@@ -250,8 +250,8 @@ class M2R2(Drafter):
         slow_F, fast_F = (torch.from_numpy(np.flatnonzero(both.shadow == which)) for which in (0, 1))
         hidden_Rd = embedded_Fd.new_empty(len(both), embedded_Fd.shape[1])
         hidden_Rd[slow_F] = hidden_Rd[fast_F] = embedded_Fd
-        beside = Beside(self._adapters, fast_F)
-        hidden_Rd, _ = self._backbone.run_layers(hidden_Rd, both, self._cache, 0, layers, beside=beside)
+        through = Beside(self._adapters, fast_F)
+        hidden_Rd, _ = self._backbone.run_layers(hidden_Rd, both, self._cache, 0, layers, beside=through)
         self._fast_Fd = hidden_Rd[fast_F]
         return hidden_Rd[slow_F]
 

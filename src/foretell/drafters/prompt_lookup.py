@@ -296,7 +296,7 @@ class WithLookup(Drafter):
         self.inner, self.lookup = inner, PromptLookup(**lookup)
         self._cache: KVCache | None = None
         self.taps, self.cuts, self.lossless, self.depth = inner.taps, inner.cuts, inner.lossless, inner.depth
-        self.parameters, self.tokens_per_step = inner.parameters, inner.tokens_per_step
+        self.adapters, self.parameters, self.tokens_per_step = inner.adapters, inner.parameters, inner.tokens_per_step
         self.method, self.usual_cost = inner.method, inner.usual_cost
 
     @property

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foretell.backbone.base import Backbone, check_ids
 from foretell.backbone.cpu import library
-from foretell.backbone.cpu.backbone import CompiledBackbone, PackedAdapters
+from foretell.backbone.cpu.backbone import CompiledBackbone
 from foretell.backbone.cpu.formats import draft_format
 from foretell.backbone.cpu.library import call, table
 from foretell.backbone.cpu.linear import ThreadedLinear
@@ -129,16 +129,15 @@ class CpuLowerLayerDrafter:
         check(not drafting.skip or adapter, "Only an adapter's sublayers can be skipped.")
         vocabulary_V = np.ascontiguousarray(drafting.vocabulary_V, dtype=np.int64)
         check_ids(torch.from_numpy(vocabulary_V), backbone.embedding.outputs)
-        beside = drafting.beside if isinstance(drafting.beside, PackedAdapters) else None
-        check(beside is drafting.beside, "A fast stream's adapters are of these kernels.")
-        check(not (beside and adapter), "A fast stream or an adapter drafts, not both.")
+        beside = backbone.own_adapters(drafting.beside) if drafting.beside else None
+        check(not (beside and (adapter or beside.begin)), "A fast stream begins below all layers, without an adapter.")
         self._layers = beside.end if beside else 0
         self._about = library.LowerLayers(
             backbone.about, adapter.about if adapter else None,
             np.frombuffer(drafting.skip, dtype=np.uint8) if drafting.skip else None, reads.norm_weight,
             reads.config.eps, about, drafting.width, vocabulary_V,
             None if drafting.scale is None else np.array(drafting.scale, dtype=np.float32), backbone.embedding.about,
-            *(beside.tables if beside else (None, None)),
+            *((beside.rank, *beside.tables) if beside else (0, None, None)),
         )  # fmt: skip
 
     def grow_through_layers(self, request: DraftRequest, cache: KVCache, own: KVCache | None) -> DraftedTrees:

@@ -60,10 +60,10 @@ def run_pass(backbone: Backbone, drafter: Drafter, cache: KVCache, rows: Sequenc
             hidden_Md, wider = drafter.at_cut(cut, hidden_Md, extended, draft)
             if len(wider) > len(extended):
                 size += (len(wider) - len(extended)) * (layers - cut) / layers
-                extended, drafted, inserted_N = wider, *_indices(nodes, wider)
+                extended, drafted, inserted_N = wider, *_drafted_and_inserted(nodes, wider)
                 beside = Beside(drafter.adapters, inserted_N) if drafter.adapters else None
     states_Md, inserted = backbone.norm(hidden_Md), None
-    if drafted is not None and inserted_N is not None:
+    if inserted_N is not None:
         states_Md, inserted = states_Md[drafted], states_Md[inserted_N]
     if FINAL_NORM in drafter.taps:
         taps[FINAL_NORM] = states_Md
@@ -87,7 +87,7 @@ def _lower_layers(
     return resume.layer, resume.hidden_Rd, dict(resume.taps)
 
 
-def _indices(nodes: Nodes, extended: Nodes) -> tuple[Tensor, Tensor]:
+def _drafted_and_inserted(nodes: Nodes, extended: Nodes) -> tuple[Tensor, Tensor]:
     """Where the drafted and the inserted nodes are once cuts have inserted rows after each tree."""
     of_rows = list(zip(extended.starts(), nodes.counts, extended.counts, strict=True))
     return (

@@ -143,7 +143,10 @@ class CompiledBackbone(Backbone):
         input_Md, out_Md = hidden_Md.contiguous(), torch.empty_like(hidden_Md, memory_format=torch.contiguous_format)
         tapped = {tap: input_Md if tap == begin else torch.empty_like(out_Md) for tap in taps}
         pointers = table([tapped.get(tap) for tap in range(end + 1)]) if tapped else None
-        adapted = _described(*beside) if beside else None
+        adapted = None
+        if beside:
+            adapters, rows_N = self.own_adapters(beside.adapters), beside.rows_N.contiguous()
+            adapted = library.Beside(len(rows_N), adapters.rank, rows_N, *adapters.tables)
         span = library.Span(begin, end, np.frombuffer(skip, dtype=np.uint8) if skip else None, pointers, adapted)
         call("layers", self.build, self.about, described, self._rows(nodes), span, input_Md, out_Md, self.bf16)
         return out_Md, tapped
@@ -179,7 +182,13 @@ class CompiledBackbone(Backbone):
         return ThreadedLinear(PackedLinear(weight_NK, bias_N, self.build, format), self.threads)
 
     def adapters(self, linears: Sequence[tuple[LinearLayer, LinearLayer]], begin: int = 0) -> PackedAdapters:
-        return PackedAdapters(linears, begin, self.config)
+        return PackedAdapters(linears, begin, self)
+
+    def own_adapters(self, adapters: Adapters) -> PackedAdapters:
+        """Returns the same adapters; refuses those of another backbone, whose matrices may be of another shape."""
+        if not isinstance(adapters, PackedAdapters) or adapters.backbone is not self:
+            raise ValueError("Adapters are of the backbone that runs.")
+        return adapters
 
     def _alike(self, config: ModelConfig, weights: Mapping[str, Tensor | Blocks]) -> CompiledBackbone:
         return CompiledBackbone(config, weights.__getitem__, self.dtype, self.threads, self.build)
@@ -200,28 +209,29 @@ class CompiledBackbone(Backbone):
         return library.Rows.of(len(nodes), len(nodes.trees), nodes.words, nodes.table_offsets, *angles)
 
 
-def _described(adapters: Adapters, rows_N: Tensor) -> library.Beside:
-    if not isinstance(adapters, PackedAdapters):
-        raise ValueError("Adapters are of the backbone's own kernels.")
-    return library.Beside(len(rows_N), rows_N.contiguous(), *adapters.tables)
-
-
 class PackedAdapters(Adapters):
     """See `Adapters`.
 
     Attributes:
+        backbone: whose layers they lie beside.
+        rank: of all of them.
         tables: their first and their second matrices, layer by layer, as they are described to the kernels.
     """
 
-    def __init__(self, linears: Sequence[tuple[LinearLayer, LinearLayer]], begin: int, config: ModelConfig):
+    def __init__(self, linears: Sequence[tuple[LinearLayer, LinearLayer]], begin: int, backbone: CompiledBackbone):
         super().__init__(linears, begin)
+        self.backbone, d, layers = backbone, backbone.config.hidden, backbone.config.layers
         packed = [linear.packed for pair in linears for linear in pair if isinstance(linear, ThreadedLinear)]
-        check(len(packed) == 2 * len(linears), "Adapters are of the backbone's own kernels.")
-        check(begin >= 0 and self.end <= config.layers, f"Adapters lie beside the {config.layers} layers.")
-        d, unused = config.hidden, library.Matrix(None, None, 0, 0, 0, None)
+        own = all(each.build == backbone.build and each.matrix.activations in (None, backbone.dtype) for each in packed)
+        check(own and len(packed) == 2 * len(linears), "Adapters are of the backbone's own kernels.")
+        check(0 <= begin < self.end <= layers, f"Adapters lie beside some of the {layers} layers.")
+        self.rank = packed[0].outputs
         for down, up in zip(packed[::2], packed[1::2], strict=True):
-            fits = (down.inputs, up.outputs) == (d, d) and down.outputs == up.inputs
-            check(fits and down.bias is up.bias is None, f"An adapter leads from {d} numbers to {d}, without biases.")
+            fits = (down.inputs, down.outputs, up.inputs, up.outputs) == (d, self.rank, self.rank, d)
+            check(
+                fits and down.bias is up.bias is None, f"Adapters lead from {d} numbers to one rank and back, unbiased."
+            )
+        unused = library.Matrix(None, None, 0, 0, 0, None)
         self.tables = [
             table([*[unused] * begin, *(each.matrix.about for each in packed[which::2])]) for which in (0, 1)
         ]

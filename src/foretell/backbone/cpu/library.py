@@ -128,7 +128,7 @@ class Rows(Described):
 
 
 class Beside(Described):
-    _fields_ = [*_numbers("count"), *_pointers("rows down up")]
+    _fields_ = [*_numbers("count rank"), *_pointers("rows down up")]
 
 
 class Span(Described):
@@ -163,7 +163,7 @@ class LevelRequest(Described):
 class LowerLayers(Described):
     _fields_ = [
         *_pointers("model adapter skip norm"), ("eps", c_double), *_pointers("head"), *_numbers("width"),
-        *_pointers("vocabulary scale embedding down up"),
+        *_pointers("vocabulary scale embedding"), *_numbers("rank"), *_pointers("down up"),
     ]  # fmt: skip
 
 

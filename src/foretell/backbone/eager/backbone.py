@@ -127,17 +127,18 @@ class EagerBackbone(Backbone):
         rotation = self.rotation(torch.from_numpy(nodes.positions).long())
         starts_M = self._starts(nodes, cache)
         tapped = {begin: hidden_Md} if begin in taps else {}
+        rows_N = beside.rows_N.to(self.device) if beside else None
         for index in range(begin, end):
             layer, plan = self.layers[index], skip[index] if skip else 0
-            added_Nd = beside.adapters.beside(index, hidden_Md[beside.rows_N.to(self.device)]) if beside else None
+            added_Nd = beside.adapters.beside(index, hidden_Md[rows_N]) if beside else None
             if not plan & SKIP_ATTENTION:
                 hidden_Md = hidden_Md + self._attention(layer, index, hidden_Md, nodes, cache, starts_M, rotation)
             if not plan & SKIP_MLP:
                 normed_Md = rms_norm(hidden_Md, layer.mlp_norm, self.config.eps)
                 gate_MF, up_MF = layer.gate_up(normed_Md).chunk(2, dim=-1)
                 hidden_Md = hidden_Md + layer.down(F.silu(gate_MF) * up_MF)
-            if beside and added_Nd is not None:
-                hidden_Md = hidden_Md.index_add(0, beside.rows_N.to(self.device), added_Nd)
+            if rows_N is not None and added_Nd is not None:
+                hidden_Md = hidden_Md.index_add(0, rows_N, added_Nd)
             if index + 1 in taps:
                 tapped[index + 1] = hidden_Md
         return hidden_Md, tapped

@@ -69,7 +69,7 @@ struct Rows {
 // Adapters that some rows go through beside the layers: behind layer l their streams grow by up[l]·SiLU(down[l]·x), x
 // being the stream in front of it divided by its root mean square.
 struct Beside {
-    int64_t count;
+    int64_t count, rank;
     const int64_t* rows;      // [count] among the M
     const Matrix *down, *up;  // [layers] of the model; those outside the span are not read
 };
@@ -142,7 +142,8 @@ struct LowerLayers {
     const int64_t* vocabulary;
     const float* scale;       // [2] calibration, or null
     const Matrix* embedding;  // a row per token
-    const Matrix *down, *up;  // [layers] what draws the fast stream ahead of each layer: up·SiLU(down·stream); or null
+    int64_t rank;
+    const Matrix *down, *up;  // [layers] adapters that the fast stream goes through (Beside); or null
 };
 
 // Trees to draft with lower layers, at most `count` nodes each besides the root. They grow in at most `steps` levels, and at

@@ -296,7 +296,7 @@ static const std::string& described() {
         STRUCTURE(Rows, FIELD(count), FIELD(sequences), FIELD(sequence), FIELD(node), FIELD(cache_row),
                   FIELD(length), FIELD(offset), FIELD(parents), FIELD(position), FIELD(shadow), FIELD(cosine),
                   FIELD(sine)) +
-        STRUCTURE(Beside, FIELD(count), FIELD(rows), FIELD(down), FIELD(up)) +
+        STRUCTURE(Beside, FIELD(count), FIELD(rank), FIELD(rows), FIELD(down), FIELD(up)) +
         STRUCTURE(Span, FIELD(begin), FIELD(end), FIELD(skip), FIELD(taps), FIELD(beside)) +
         STRUCTURE(Heads, FIELD(heads), FIELD(hidden), FIELD(inputs), FIELD(layers), FIELD(linear), FIELD(outputs),
                   FIELD(choices), FIELD(threads), FIELD(weight), FIELD(bias), FIELD(output)) +
@@ -307,7 +307,8 @@ static const std::string& described() {
         STRUCTURE(LevelRequest, FIELD(rows), FIELD(count), FIELD(beam), FIELD(min_gain), FIELD(states), FIELD(roots),
                   FIELD(sizes), FIELD(parents), FIELD(tokens), FIELD(cond_probs)) +
         STRUCTURE(LowerLayers, FIELD(model), FIELD(adapter), FIELD(skip), FIELD(norm), FIELD(eps), FIELD(head),
-                  FIELD(width), FIELD(vocabulary), FIELD(scale), FIELD(embedding), FIELD(down), FIELD(up)) +
+                  FIELD(width), FIELD(vocabulary), FIELD(scale), FIELD(embedding), FIELD(rank),
+                  FIELD(down), FIELD(up)) +
         STRUCTURE(DraftRequest, FIELD(rows), FIELD(layers), FIELD(count), FIELD(steps), FIELD(room), FIELD(beam),
                   FIELD(min_gain), FIELD(thresholds), FIELD(roots), FIELD(budget), FIELD(cache_row), FIELD(length),
                   FIELD(own_length), FIELD(waiting), FIELD(states), FIELD(cosine), FIELD(sine), FIELD(cache),

@@ -66,7 +66,7 @@ void run_beside(const Kernels& build, const LowerLayers& lower, const DraftReque
     std::vector<float> both(all * d);
     for (auto& places : at)
         for (int64_t i = 0; i < nodes; i++) memcpy(both.data() + places[i] * d, slow + i * d, d * 4);
-    Beside beside{nodes, at[1].data(), lower.down, lower.up};
+    Beside beside{nodes, lower.rank, at[1].data(), lower.down, lower.up};
     Span layers{0, request.layers, nullptr, nullptr, &beside};
     build.layers(*lower.model, *request.cache, pass.rows(request.cosine, request.sine), layers, both.data(), bf16);
     fast.resize(nodes * d);

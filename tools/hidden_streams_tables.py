@@ -1,0 +1,81 @@
+"""The tables of docs/hidden-streams.md, from docs/results/hidden_streams.json and a benchmark's results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import cost_model
+import layer_tables
+
+LAYERS, WIDTH = 30, 576
+"""Of the demo model."""
+ROWS = ("4", "8", "16")
+SWEEPS = {
+    "transfer": "Hidden Transfer by the layer after which pseudo rows begin, and Medusa's heads in the paper's form",
+    "transfer adapted": "Hidden Transfer's pseudo rows with weights of their own in the layers that they pass",
+    "transfer forms": "Other forms of Hidden Transfer",
+    "streams": "M2R2 and Kangaroo in the paper's form by their exit, with about as many parameters",
+}
+
+
+def sweeps(found: dict[str, Any]) -> list[str]:
+    """Returns the forms that were trained side by side, at equal data."""
+    return [line for name, title in SWEEPS.items() if name in found for line in _sweep(title, found[name])]
+
+
+def _sweep(title: str, section: dict[str, Any]) -> list[str]:
+    r = section["result"]
+    transfer = "transfer" in title.lower()
+    lines = [
+        f"{title}: all trained at once on the same {r['tokens'] / 1e3:.0f} thousand tokens (prompts included; learning "
+        f"rate {r['settings']['learning_rate']:g}, batches of {r['settings']['batch_tokens']:,} tokens; commit "
+        f"{section['commit']}, `{section['command']}`), measured on {r['held_out_conversations']} held-out "
+        "conversations. A guess is right if it is the written token.",
+        "",
+        "| | trained parameters | guess 1 | 2 | 3 | cost of a pseudo row | tokens per step, 8 rows | 16 |"
+        if transfer
+        else "| | trained parameters | first guess right | among five | tokens per step, 8 nodes | 16 |",
+        "|---|---|---|---|---|---|---|---|" if transfer else "|---|---|---|---|---|---|",
+    ]
+    for name, arm in r["arms"].items():
+        lines.append(f"| {name} | {' | '.join((_transfer if transfer else _stream)(arm))} |")
+    return [*lines, ""]
+
+
+def _transfer(arm: dict[str, Any]) -> list[str]:
+    right = [f"{level['top1']:.1%}" for level in arm["accuracy"]]
+    layers = arm["options"].get("layers")
+    if layers is None:
+        cost, tokens = "", {size: arm["tokens_per_step_of_fixed_trees"].get(size) for size in ROWS}
+    else:
+        cost, tokens = f"{1 - layers[0] / LAYERS:.0%} of a row", arm.get("tokens_per_step", {})
+    return [f"{arm['parameters'] / 1e6:.2f} M", *right, cost, *_tokens(tokens)]
+
+
+def _stream(arm: dict[str, Any]) -> list[str]:
+    (level,) = arm["accuracy"]
+    return [
+        f"{arm['parameters'] / 1e6:.2f} M", f"{level['top1']:.1%}", f"{level['top5']:.1%}",
+        *_tokens(arm["tokens_per_step_of_fixed_trees"]),
+    ]  # fmt: skip
+
+
+def _tokens(of_sizes: dict[str, float | None]) -> Sequence[str]:
+    return [f"{tokens:.2f}" if (tokens := of_sizes.get(size)) else "" for size in ROWS[1:]]
+
+
+def at_other_sizes(results: dict[str, Any]) -> list[str]:
+    """Returns what the tokens per step of a benchmark would gain where a step costs the reading of its weights."""
+    rows = {row["contender"]: row for row in results["table"]}
+    if not {"hidden_transfer", "m2r2"} <= rows.keys():
+        return []
+    transfer, stream = rows["hidden_transfer"], rows["m2r2"]
+    return [
+        "At other sizes (`python tools/cost_model.py`): what this page's tokens per step would gain where a step costs "
+        "exactly the reading of its weights, and what the papers' ratios need there.",
+        "",
+        *cost_model.hidden_streams(transfer["tokens_per_step"], stream["tokens_per_step"], stream["levels_per_step"]),
+        "",
+        *layer_tables.step_costs(results),
+    ]
