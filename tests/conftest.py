@@ -1,7 +1,7 @@
 """What every test file may ask for.
 
 Tests marked `real` need the demo model (`smollm2-135m`): it is fetched once into the cache that
-FORETELL_CACHE names, or the default one. `pytest -m "not real"` runs without a network and in seconds.
+FORETELL_CACHE names, or the default one. `make fast` runs without a network, one case of each test that is not `slow`.
 """
 
 import os
