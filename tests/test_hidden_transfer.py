@@ -53,7 +53,8 @@ def drafter_of(backbone: Backbone, module: TransferSteps, nodes: int = 12, **opt
 
 KINDS: list[dict[str, Any]] = [
     {}, {"layers": (0,)}, {"layers": (2,), "steps": 1}, {"layers": (0, 1, 2)}, {"layers": (1, 1, 2, 2), "steps": 4},
-    {"rank": 3, "draft_vocab": 0}, {"layers": (1,), "adapters": 5}, {"layers": (0, 1, 2), "adapters": 33},
+    {"rank": 3, "draft_vocab": 0, "output": "tied"}, {"layers": (1,), "adapters": 5},
+    {"layers": (0, 1, 2), "adapters": 33},
 ]  # fmt: skip
 """Pseudo rows after the embedding, after the last but one layer, and after several."""
 
@@ -382,13 +383,13 @@ def saved(backbone: Backbone, module: TransferSteps, folder: Path, **changes: An
 
 def test_a_checkpoint_is_read_back(tmp_path: Path) -> None:
     backbone = backbone_of(BF16)
-    for rank, adapters in ((0, 0), (3, 0), (0, 4)):
-        module = random_steps(backbone, rank=rank, adapters=adapters)
-        folder = saved(backbone, module, tmp_path / f"{rank} {adapters}")
+    for number, (rank, adapters, output) in enumerate(((0, 0, "shared"), (3, 0, "tied"), (0, 4, "shared"))):
+        options = {"rank": rank, "adapters": adapters, "output": output}
+        module = random_steps(backbone, **options)
+        folder = saved(backbone, module, tmp_path / str(number))
         drafter = drafters.build("hidden_transfer", backbone, checkpoint=folder, nodes=8)
         assert_same(finish(decoder_of(backbone, drafter), requests()), plainly(backbone, requests()))
-        options = {"draft_vocab": 40, "rank": rank, "adapters": adapters}
-        again = trainable(HiddenTransfer, backbone, torch.arange(VOCAB).flip(0), **options)
+        again = trainable(HiddenTransfer, backbone, torch.arange(VOCAB).flip(0), draft_vocab=40, **options)
         tensors, arch = module.checkpoint()
         again.start(arch, tensors)
         assert torch.equal(again.matrices(), module.matrices())
@@ -405,10 +406,17 @@ def same_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
         ({"fitted": {}}, "is damaged (at 'values')"),
         ({"fitted": {"values": {8: [0.0, 1.0]}}}, "is damaged (at values)"),
         ({"fitted": {"values": {"eight": [0.0, 1.0, 2.0, 3.0]}}}, "is damaged"),
-        ({"arch": {"layers": [1, 1], "rank": 0, "adapters": 0}}, "is damaged (at 'weight')"),
-        ({"arch": {"layers": [1, 1, 1], "rank": 5, "adapters": 0}}, "is damaged (at 'down')"),
-        ({"arch": {"layers": [1, 1, 1], "rank": 0, "adapters": 5}}, "is damaged (at 'adapter_down')"),
-        ({"arch": {"layers": [1, 1, 99], "rank": 0, "adapters": 0}}, "Pseudo rows begin after layers 1, 1, 99"),
+        ({"arch": {"layers": [1, 1], "rank": 0, "adapters": 0, "output": "shared"}}, "is damaged (at 'weight')"),
+        ({"arch": {"layers": [1, 1, 1], "rank": 5, "adapters": 0, "output": "shared"}}, "is damaged (at 'down')"),
+        (
+            {"arch": {"layers": [1, 1, 1], "rank": 0, "adapters": 5, "output": "shared"}},
+            "is damaged (at 'adapter_down')",
+        ),
+        (
+            {"arch": {"layers": [1, 1, 99], "rank": 0, "adapters": 0, "output": "shared"}},
+            "Pseudo rows begin after layers 1, 1, 99",
+        ),
+        ({"arch": {"heads": 3, "layers": [1, 1, 1], "rank": 0, "adapters": 0, "output": "tied"}}, "(at 'head')"),
         ({"hidden": WIDTH + 1}, "was trained for a model of width"),
         ({"fingerprint": "other"}, "was trained for tiny (fingerprint other), not for this model"),
         ({"method": "medusa"}, "holds a medusa drafter, not hidden_transfer"),

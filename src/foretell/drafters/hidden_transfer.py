@@ -35,7 +35,15 @@ from torch.nn import functional as F
 
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.contracts import Draft, Drafter, Features, Row
-from foretell.drafting.checkpoint import CheckpointOptions, Loaded, check_shapes, damage_named, find, read_scales
+from foretell.drafting.checkpoint import (
+    CheckpointOptions,
+    Loaded,
+    check_shapes,
+    damage_named,
+    find,
+    output_shape,
+    read_scales,
+)
 from foretell.drafting.kernels import adapters_of, kernels_for
 from foretell.drafting.learning.frozen_layers import FrozenLayers, beside
 from foretell.drafting.learning.heads import GuessingHeads, SeveralHeadsTraining, draft_outputs
@@ -78,7 +86,7 @@ class TransferSteps(GuessingHeads):
         self, head_Vd: Tensor, vocabulary_V: Tensor, vocab_size: int, training: HiddenTransfer.Training, *,
         layers: Sequence[int], backbone: Backbone,
     ):  # fmt: skip
-        super().__init__(head_Vd, vocabulary_V, vocab_size, training, heads=len(layers), output="shared")
+        super().__init__(head_Vd, vocabulary_V, vocab_size, training, heads=len(layers), output=training.output)
         d, steps, self.rank = head_Vd.shape[1], len(layers), training.rank
         self.layers, self.taps, self.isolated = list(layers), (layers[0],), False
         if self.rank:
@@ -150,6 +158,7 @@ class TransferSteps(GuessingHeads):
             )
         for name, weight in self._weights().items():
             weight.copy_(tensors[name])
+        self.start_outputs(tensors)
 
     def _weights(self) -> dict[str, Tensor]:
         found: dict[str, Tensor]
@@ -159,9 +168,8 @@ class TransferSteps(GuessingHeads):
         return found | {"bias": self.bias_Kd}
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return self.stored(self._weights()), {
-            "layers": self.layers, "steps": self.heads, "rank": self.rank, "adapters": self.adapter_rank
-        }  # fmt: skip
+        sizes = {"rank": self.rank, "adapters": self.adapter_rank, "output": self.output}
+        return self.stored(self._weights()), {"heads": self.heads, "layers": self.layers, **sizes}
 
 
 class HiddenTransfer(Drafter):
@@ -197,6 +205,9 @@ class HiddenTransfer(Drafter):
         adapters: int = option(
             0, "Rank of an adapter beside each layer, which pseudo rows alone pass; 0 for none.", low=0, high=4096
         )
+        output: str = option(
+            "shared", "Output matrix: the model's own, as in the paper, or a trained copy.", choices=("shared", "tied")
+        )
 
     def __init__(
         self, backbone: Backbone, arch: dict[str, Any], tensors: dict[str, Tensor], size: TreeSize,
@@ -204,14 +215,17 @@ class HiddenTransfer(Drafter):
         scales: Sequence[Sequence[float]] = (),
     ):  # fmt: skip
         layers, rank, d = check_layers(arch["layers"], backbone), arch["rank"], backbone.config.hidden
-        check_shapes(tensors, _shapes(len(layers), rank, d, backbone.config.layers - layers[0], arch["adapters"]))
+        shapes = _shapes(len(layers), rank, d, backbone.config.layers - layers[0], arch["adapters"])
+        check_shapes(tensors, shapes | output_shape(arch, d, len(tensors["vocabulary"])))
         self.layers, self.cuts, self.size = layers, tuple(dict.fromkeys(layers)), size
         self.tokens_per_step, self._scales = tokens_per_step or {}, read_scales(scales, len(layers))
         self._values = values or {MAX_NODES: [0.5 * step for step in range(len(layers) + 1)]}
         if not all(len(each) == len(layers) + 1 and all(map(math.isfinite, each)) for each in self._values.values()):
             raise ValueError("values")
         self._vocabulary_V = tensors["vocabulary"].long().numpy()
-        self._head = kernels_for(backbone).heads([], [backbone.head_rows(tensors["vocabulary"].long())])
+        shared = arch["output"] == "shared"
+        output_Vd = backbone.head_rows(tensors["vocabulary"].long()) if shared else tensors["head"][0]
+        self._head = kernels_for(backbone).heads([], [output_Vd])
         learnt_Kdd = tensors["up"].float() @ tensors["down"].float() if rank else tensors["weight"].float()
         weight_Kdd = torch.eye(d) + learnt_Kdd
         self._steps = {cut: [k for k, layer in enumerate(layers) if layer == cut] for cut in self.cuts}
