@@ -59,7 +59,7 @@ class Adapters:
         return self.begin + len(self.linears)
 
     def beside(self, layer: int, hidden_Nd: Tensor) -> Tensor:
-        """What the adapter of a layer adds behind it, [N, d], given the streams in front of it."""
+        """Returns what a layer's adapter adds behind it, [N, d], given the streams in front of it."""
         down, up = self.linears[layer - self.begin]
         return up(F.silu(down(F.rms_norm(hidden_Nd, hidden_Nd.shape[-1:], eps=1e-6))))
 

@@ -88,7 +88,7 @@ def _lower_layers(
 
 
 def _drafted_and_inserted(nodes: Nodes, extended: Nodes) -> tuple[Tensor, Tensor]:
-    """Where the drafted and the inserted nodes are once cuts have inserted rows after each tree."""
+    """Indices of the drafted and of the inserted nodes, once cuts have inserted rows after each tree."""
     of_rows = list(zip(extended.starts(), nodes.counts, extended.counts, strict=True))
     return (
         torch.cat([torch.arange(start, start + drafted) for start, drafted, _ in of_rows]),

@@ -148,7 +148,7 @@ class FrozenLayers:
 
 
 def beside(hidden_Md: Tensor, down_rd: Tensor, up_dr: Tensor) -> Tensor:
-    """What an adapter beside a layer adds behind it, [.., d], given the stream in front of it."""
+    """Returns what an adapter beside a layer adds behind it, [.., d], given the stream in front of it."""
     return product(F.silu(product(normed(hidden_Md), down_rd)), up_dr)
 
 
