@@ -305,7 +305,7 @@ def test_without_pseudo_rows_it_is_plain_decoding() -> None:
     """It never drafts, and leaves the cache that plain decoding leaves."""
     backbone = backbone_of()
     drafter = drafter_of(backbone, random_steps(backbone))
-    put(drafter, "at_cut", lambda layer, hidden_Md, nodes, draft: (drafter._place(nodes, draft), (hidden_Md, nodes))[1])
+    put(drafter, "at_cut", lambda layer, hidden_Md, nodes, draft: drafter._place(nodes, draft))
     decoder = decoder_of(backbone, drafter)
     outputs = finish(decoder, requests())
     assert_same(outputs, plainly(backbone, requests()))

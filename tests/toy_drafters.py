@@ -13,7 +13,7 @@ from random_backbones import same
 from torch import Tensor
 
 from foretell.backbone import Backbone, KVCache, Nodes
-from foretell.contracts import FINAL_NORM, Draft, Drafter, Features, Resume, Row
+from foretell.contracts import FINAL_NORM, Draft, Drafter, Features, Insertion, Resume, Row
 from foretell.trees import Guesses, TokenTree, chain, from_paths, most_probable
 
 Answers = dict[tuple[int, ...], list[int]]
@@ -139,17 +139,12 @@ class Inserter(Drafter):
         tokens = [[row.tokens[-1], *self.guesses[row.slot]] for row in rows]
         return Draft([TokenTree((-1, 0, 0)) if len(ids) == 3 else TokenTree() for ids in tokens], tokens)
 
-    def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Nodes, draft: Draft) -> tuple[Tensor, Nodes]:
+    def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Nodes, draft: Draft) -> Insertion:
         assert nodes.trees == draft.trees
         assert layer == self.cuts[0]
-        more, kept_M = nodes.extended([[node for node in range(len(tree)) for _ in (0, 1)] for tree in nodes.trees])
-        inserted = torch.ones(len(more), dtype=torch.bool)
-        inserted[kept_M] = False
-        wider_Md = torch.empty(len(more), hidden_Md.shape[1])
-        wider_Md[kept_M] = hidden_Md
-        wider_Md[inserted] = (hidden_Md[:, None] + self.embeddings_2d).flatten(0, 1)
         self.nodes = nodes
-        return wider_Md, more
+        parents = [[node for node in range(len(tree)) for _ in (0, 1)] for tree in nodes.trees]
+        return Insertion(parents, (hidden_Md[:, None] + self.embeddings_2d).flatten(0, 1))
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
         if features.extra is None:
@@ -196,7 +191,7 @@ class Checker(Drafter):
     def draft(self, rows: Sequence[Row]) -> Draft:
         return self.inner.draft(rows)
 
-    def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Nodes, draft: Draft) -> tuple[Tensor, Nodes]:
+    def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Nodes, draft: Draft) -> Insertion | None:
         return self.inner.at_cut(layer, hidden_Md, nodes, draft)
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -177,6 +177,16 @@ class Features:
     paths: list[list[int]] = field(default_factory=list)
 
 
+class Insertion(NamedTuple):
+    """Rows to insert behind trees: the parents of each tree's new rows, and their streams [N, d], tree by tree.
+
+    A parent is a node of the tree, or a new row before its child.
+    """
+
+    parents: Sequence[Sequence[int]]
+    streams_Nd: Tensor
+
+
 @dataclass(frozen=True)
 class NoOptions:
     """Options of a drafter that has none."""
@@ -282,15 +292,16 @@ class Drafter(ABC):
     def observe(self, rows: Sequence[Row], features: Features) -> None:  # noqa: B027
         """Receives what was committed: after every chunk of a prompt, and after every step."""
 
-    def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Nodes, draft: Draft) -> tuple[Tensor, Nodes]:
-        """Inserts rows after `layer` layers of verification; returns hidden states and nodes that include them.
+    def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Nodes, draft: Draft) -> Insertion | None:
+        """Returns rows to insert after `layer` layers of verification; None for none.
 
-        `Nodes.extended` appends rows to each tree and returns the new index of the old nodes; an inserted row attends
-        to its ancestors and itself, no drafted node attends to it, and what it writes to the cache is forgotten.
+        They follow the nodes of their tree. An inserted row attends to its ancestors and itself, no drafted node
+        attends to it, and what it writes to the cache is forgotten.
 
         Args:
+            hidden_Md: streams of all nodes, not to be modified.
             nodes: the drafted nodes, followed in each tree by what earlier cuts have inserted.
             draft: what is verified: what `draft` returned with the guesses of prompt lookup, or roots alone, for which
                 `draft` may not have been called.
         """
-        return hidden_Md, nodes
+        return None

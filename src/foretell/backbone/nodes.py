@@ -97,17 +97,17 @@ class Nodes:
         """Returns chains of `counts[b]` tokens after the committed ones: a chunk of a prompt each."""
         return cls([chain_of(count - 1) for count in counts], cache_rows, lengths)
 
-    def extended(self, parents: Sequence[Sequence[int]]) -> tuple[Nodes, Tensor]:
+    def extended(self, parents: Sequence[Sequence[int]]) -> tuple[Nodes, Tensor, Tensor]:
         """Appends nodes to each tree, given their parents within it.
 
         Returns:
-            The new nodes, and the index of the old ones among them, int64 [M].
+            All nodes, and where the old and the new ones are among them, int64 [M] and [N].
         """
         check(self._turns == 1, "Nodes with shadows cannot be extended.")
         trees = [TokenTree((*tree.parents, *more)) for tree, more in zip(self.trees, parents, strict=True)]
         nodes = Nodes(trees, self.rows, self.lengths.tolist(), self.first)
-        indices = [np.arange(start, start + count) for start, count in zip(nodes.starts(), self.counts, strict=True)]
-        return nodes, torch.from_numpy(np.concatenate(indices))
+        split = [start + count for start, count in zip(nodes.starts(), self.counts, strict=True)]
+        return nodes, _joined(nodes.starts(), split), _joined(split, [*nodes.starts()[1:], len(nodes)])
 
     def __len__(self) -> int:
         return len(self.sequence)
@@ -150,3 +150,8 @@ class Nodes:
     def starts(self) -> list[int]:
         """Returns the index among the M nodes of each row's first."""
         return [0, *accumulate(self.counts[:-1])]
+
+
+def _joined(begins: Sequence[int], ends: Sequence[int]) -> Tensor:
+    """One index after the other of some ranges, int64."""
+    return torch.from_numpy(np.concatenate([np.arange(*each) for each in zip(begins, ends, strict=True)]))

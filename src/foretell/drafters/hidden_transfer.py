@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foretell.backbone import Backbone, KVCache, Nodes
-from foretell.contracts import Draft, Drafter, Features, Row
+from foretell.contracts import Draft, Drafter, Features, Insertion, Row
 from foretell.drafting.checkpoint import (
     CheckpointOptions,
     Loaded,
@@ -321,7 +321,7 @@ class HiddenTransfer(Drafter):
 
     # -- pseudo rows ------------------------------------------------------------------------------------------------
 
-    def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Nodes, draft: Draft) -> tuple[Tensor, Nodes]:
+    def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Nodes, draft: Draft) -> Insertion | None:
         if layer == self.cuts[0]:
             self._place(nodes, draft)
         steps = self._steps[layer]
@@ -338,15 +338,7 @@ class HiddenTransfer(Drafter):
                     sources.append(start + node)
                     places.append(place)
                     inserted.append(node)
-        if not sources:
-            return hidden_Md, nodes
-        begun_Nd = self._begun(layer, hidden_Md, sources, places)
-        wider, kept_M = nodes.extended(parents)
-        inserted_R = torch.ones(len(wider), dtype=torch.bool)
-        inserted_R[kept_M] = False
-        wider_Rd = hidden_Md.new_empty(len(wider), hidden_Md.shape[1])
-        wider_Rd[kept_M], wider_Rd[inserted_R] = hidden_Md, begun_Nd
-        return wider_Rd, wider
+        return Insertion(parents, self._begun(layer, hidden_Md, sources, places)) if sources else None
 
     def _place(self, nodes: Nodes, draft: Draft) -> None:
         """Chooses how many pseudo rows each node gets, of those that drafting has left; prompt lookup may have changed
@@ -362,10 +354,10 @@ class HiddenTransfer(Drafter):
 
     def _begun(self, layer: int, hidden_Md: Tensor, sources: Sequence[int], places: Sequence[int]) -> Tensor:
         """Streams [N, d] with which pseudo rows begin: of each source one of the steps that begin at this layer."""
-        nodes = list(dict.fromkeys(sources))
-        index = {node: i for i, node in enumerate(nodes)}
-        every_step = self._project[layer](hidden_Md[nodes]).unflatten(1, (len(self._steps[layer]), -1))
-        return every_step[[index[node] for node in sources], list(places)]
+        steps, index = len(self._steps[layer]), {node: i for i, node in enumerate(dict.fromkeys(sources))}
+        every_step = self._project[layer](hidden_Md[torch.tensor(list(index))]).view(-1, hidden_Md.shape[1])
+        rows_N = [index[node] * steps + place for node, place in zip(sources, places, strict=True)]
+        return every_step[torch.tensor(rows_N)]
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
         self.reset(rows)

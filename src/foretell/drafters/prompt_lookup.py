@@ -25,7 +25,7 @@ import numpy as np
 from torch import Tensor
 
 from foretell.backbone.step_costs import step_costs
-from foretell.contracts import Draft, Drafter, Features, Row
+from foretell.contracts import Draft, Drafter, Features, Insertion, Row
 from foretell.drafting.options import option
 from foretell.drafting.tree_size import left_by_sampling
 from foretell.errors import UsageError
@@ -325,7 +325,7 @@ class WithLookup(Drafter):
     def observe(self, rows: Sequence[Row], features: Features) -> None:
         self.inner.observe(rows, features)
 
-    def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Nodes, draft: Draft) -> tuple[Tensor, Nodes]:
+    def at_cut(self, layer: int, hidden_Md: Tensor, nodes: Nodes, draft: Draft) -> Insertion | None:
         return self.inner.at_cut(layer, hidden_Md, nodes, draft)
 
     def draft(self, rows: Sequence[Row]) -> Draft:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from foretell.backbone import Backbone, Beside, KVCache, Nodes
-from foretell.contracts import FINAL_NORM, Draft, Drafter, Features, Row
+from foretell.contracts import FINAL_NORM, Draft, Drafter, Features, Insertion, Row
 
 
 @dataclass
@@ -56,12 +56,12 @@ def run_pass(backbone: Backbone, drafter: Drafter, cache: KVCache, rows: Sequenc
         hidden_Md, tapped = backbone.run_layers(hidden_Md, extended, cache, layer, cut, taps=wanted, beside=beside)
         taps |= {tap: states if drafted is None else states[drafted] for tap, states in tapped.items()}
         layer = cut
-        if cut in drafter.cuts:
-            hidden_Md, wider = drafter.at_cut(cut, hidden_Md, extended, draft)
-            if len(wider) > len(extended):
-                size += (len(wider) - len(extended)) * (layers - cut) / layers
-                extended, drafted, inserted_N = wider, *_drafted_and_inserted(nodes, wider)
-                beside = Beside(drafter.adapters, inserted_N) if drafter.adapters else None
+        insertion = drafter.at_cut(cut, hidden_Md, extended, draft) if cut in drafter.cuts else None
+        if insertion:
+            extended, hidden_Md = _with(insertion, extended, hidden_Md)
+            size += len(insertion.streams_Nd) * (layers - cut) / layers
+            drafted, inserted_N = _drafted_and_inserted(nodes, extended)
+            beside = Beside(drafter.adapters, inserted_N) if drafter.adapters else None
     states_Md, inserted = backbone.norm(hidden_Md), None
     if inserted_N is not None:
         states_Md, inserted = states_Md[drafted], states_Md[inserted_N]
@@ -85,6 +85,14 @@ def _lower_layers(
         hidden_Od, taps = backbone.run_layers(embedded, nodes, cache, 0, resume.layer, taps=list(resume.taps))
         resume = resume.joined(nodes.counts, hidden_Od, taps)
     return resume.layer, resume.hidden_Rd, dict(resume.taps)
+
+
+def _with(insertion: Insertion, nodes: Nodes, hidden_Md: Tensor) -> tuple[Nodes, Tensor]:
+    """Nodes and their streams, the inserted ones among them."""
+    wider, old_M, new_N = nodes.extended(insertion.parents)
+    wider_Rd = hidden_Md.new_empty(len(wider), hidden_Md.shape[1])
+    wider_Rd[old_M], wider_Rd[new_N] = hidden_Md, insertion.streams_Nd
+    return wider, wider_Rd
 
 
 def _drafted_and_inserted(nodes: Nodes, extended: Nodes) -> tuple[Tensor, Tensor]:
