@@ -30,8 +30,10 @@ from foretell.drafters.prompt_lookup import WithLookup
 from foretell.drafting.checkpoint import Checkpoint
 from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.errors import ForetellError, UsageError
-from foretell.train.data import Distilled
+from foretell.train.data import ConversationStore, Distilled
 from foretell.train.features import ComputedFeatures
+from foretell.train.forward import Forward
+from foretell.train.recipe import features_of
 from foretell.trees import TokenTree, chain
 from foretell.trees.calibration import calibrated
 
@@ -285,6 +287,27 @@ def test_the_alignment_is_to_the_layers_that_the_rate_names() -> None:
         for i, layer in enumerate((2, 3))
     ]
     assert float(terms["alignment"]) == pytest.approx(float(sum(apart)) / 2, rel=1e-4)
+
+
+def test_hard_targets_need_no_layers_above_the_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `soft=0` the teacher's distribution is left out; losses and gradients are those beside it."""
+    backbone, talks = backbone_of(), [Distilled(0, [3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [(2, 10)])]
+    store, modules = ConversationStore(Path("data"), {}, talks), [random_stream(backbone, soft=s) for s in (0, 0, 0.5)]
+    assert [module.taught for module in modules] == [False, False, True]
+    alone, together = features_of(backbone, [store], modules[:1], False), features_of(backbone, [store], modules, False)
+    with monkeypatch.context() as patch:
+        patch.setattr(Forward, "run_layer", lambda *arguments: pytest.fail("no layer is needed"))
+        untaught = alone.batch([0])
+    taught = together.batch([0])
+    assert not untaught.teacher_p_BTm.any()
+    assert taught.teacher_p_BTm.any()
+    losses = [module.losses(batch)["head 1"] for module, batch in zip(modules, (untaught, taught, taught), strict=True)]
+    assert losses[0].item() == losses[1].item() != losses[2].item()
+    torch.stack(losses).sum().backward()
+    for ours, beside, other in zip(*(module.parameters() for module in modules), strict=True):
+        assert ours.grad is not None
+        assert torch.equal(ours.grad, beside.grad)
+        assert not torch.equal(ours.grad, other.grad)
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------

@@ -81,6 +81,7 @@ class EarlyExitTraining(GuessingHeads):
     ):  # fmt: skip
         super().__init__(head_Vd, vocabulary_V, vocab_size, training, heads=1, output="shared")
         self.student, self.exits, self.exit = TrainableBackbone(model, folder), list(exits), exit
+        self.taught = True  # it stays near what it was, whatever its exits learn from
         self.dropped = drop_rates(layers, training.dropout)
         self.scales = exit_scales(layers, training.scale, training.shape)
         self.curriculum, self.period, self.hold = training.curriculum, training.period, training.hold

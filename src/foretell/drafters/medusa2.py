@@ -53,6 +53,7 @@ class JointHeads(MedusaHeads):
     ):  # fmt: skip
         super().__init__(head_Vd, vocabulary_V, vocab_size, training, **rest)
         self.student = TrainableBackbone(model, folder)
+        self.taught = True  # it stays near what it was, whatever its heads learn from
         self.weight, self.schedule = training.weight, training.schedule
         self.slower, self.warm = training.slower, training.warm
         self._done = 0.0

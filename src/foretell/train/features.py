@@ -106,12 +106,16 @@ class ComputedFeatures(Batches):
 
     Args:
         data: the conversations; sets: index ranges of those that were distilled together, by default all of them.
+        teacher: leaves its distribution zero if false, and the layers above the highest tap out.
     """
 
-    def __init__(self, backbone: Backbone, data: Sequence[Distilled], taps: Sequence[int], sets: Sequence[range] = ()):
+    def __init__(
+        self, backbone: Backbone, data: Sequence[Distilled], taps: Sequence[int], sets: Sequence[range] = (),
+        teacher: bool = True,
+    ):  # fmt: skip
         if not data:
             raise UsageError("The data holds no conversations; distill some first.")
-        self.backbone, self.data, self.taps = backbone, data, tuple(taps)
+        self.backbone, self.data, self.taps, self.teacher = backbone, data, tuple(taps), teacher
         self.sets = list(sets) or [range(len(data))]
         self._number_type = ""
         self._forward: Forward | None = None
@@ -136,9 +140,9 @@ class ComputedFeatures(Batches):
         return self._forward
 
     def batch(self, indices: Sequence[int]) -> TrainingBatch:
-        if self.by_decoding:
+        if self.by_decoding and self.teacher:
             return super().batch(indices)
-        return self._padded([self.data[i] for i in indices], self.taps, True)
+        return self._padded([self.data[i] for i in indices], self.taps, self.teacher)
 
     def tensors(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
         return list(self.each([self.data[i] for i in indices], self.taps, True))

@@ -354,7 +354,8 @@ def features_of(
     if not keep:
         data = [talk for store in stores for talk in store.conversations]
         ends = list(accumulate(len(store.conversations) for store in stores))
-        return ComputedFeatures(backbone, data, taps, [range(*each) for each in pairwise([0, *ends])])
+        sets = [range(*each) for each in pairwise([0, *ends])]
+        return ComputedFeatures(backbone, data, taps, sets, any(module.taught for module in modules))
     name = f"features-{backbone.fingerprint}-{'-'.join(map(str, taps)) or 'teacher'}"
     kept = [FeatureStore(backbone, store.conversations, taps, store.folder / name) for store in stores]
     return JoinedFeatures(kept) if len(kept) > 1 else kept[0]

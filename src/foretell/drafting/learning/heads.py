@@ -106,7 +106,7 @@ class GuessingHeads(Trainable):
     ):  # fmt: skip
         super().__init__()
         self.heads, self.output = heads, output
-        self.soft, self.acceptance = training.soft, training.acceptance
+        self.soft, self.acceptance, self.taught = training.soft, training.acceptance, training.soft > 0
         self.dynamic = isinstance(training, SeveralHeadsTraining) and training.position_weights == "dynamic"
         if output == "shared":
             self.register_buffer("head_Vd", head_Vd.float(), persistent=False)

@@ -69,9 +69,11 @@ class Trainable(nn.Module):
 
     Attributes:
         taps: backbone states that `losses` reads.
+        taught: whether it reads the teacher's distribution, for which all layers are run.
     """
 
     taps: tuple[int, ...] = ()
+    taught: bool = True
 
     def begin(self, done: float) -> None:
         """Called before each step with training progress in [0, 1]."""
