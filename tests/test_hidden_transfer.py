@@ -22,7 +22,7 @@ from foretell import drafters
 from foretell.backbone import Backbone, Nodes
 from foretell.drafters.hidden_transfer import DECAY, MAX_NODES, HiddenTransfer, TransferSteps
 from foretell.drafters.prompt_lookup import WithLookup
-from foretell.drafting.checkpoint import Checkpoint
+from foretell.drafting.checkpoint import Checkpoint, load
 from foretell.drafting.learning.pseudo_rows import Blocks
 from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.errors import ForetellError, UsageError
@@ -30,6 +30,7 @@ from foretell.requests import SamplingParams
 from foretell.train.data import Distilled
 from foretell.train.features import ComputedFeatures
 from foretell.train.replay import ReplayedRow
+from foretell.train.start import inherited
 from foretell.trees.calibration import calibrated
 
 
@@ -396,8 +397,23 @@ def test_a_checkpoint_is_read_back(tmp_path: Path) -> None:
         assert same_tensors(again.checkpoint()[0], tensors)
 
 
+def test_a_start_gives_its_own_steps(tmp_path: Path) -> None:
+    """What is not said of a training is as the checkpoint that it starts with has it."""
+    backbone = backbone_of(BF16)
+    module = random_steps(backbone, layers=(1, 2), steps=2, adapters=4, output="tied")
+    options = inherited(HiddenTransfer, *load(Path(saved(backbone, module, tmp_path))))
+    again = trainable(HiddenTransfer, backbone, torch.arange(VOCAB).flip(0), **options)
+    tensors, arch = module.checkpoint()
+    again.start(arch, tensors)
+    assert again.checkpoint()[1] == arch
+    assert same_tensors(again.checkpoint()[0], tensors)
+
+
 def same_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+ARCH = {"heads": 3, "layers": [1, 1, 1], "rank": 0, "adapters": 0, "output": "shared"}
 
 
 @pytest.mark.parametrize(
@@ -406,17 +422,11 @@ def same_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
         ({"fitted": {}}, "is damaged (at 'values')"),
         ({"fitted": {"values": {8: [0.0, 1.0]}}}, "is damaged (at values)"),
         ({"fitted": {"values": {"eight": [0.0, 1.0, 2.0, 3.0]}}}, "is damaged"),
-        ({"arch": {"layers": [1, 1], "rank": 0, "adapters": 0, "output": "shared"}}, "is damaged (at 'weight')"),
-        ({"arch": {"layers": [1, 1, 1], "rank": 5, "adapters": 0, "output": "shared"}}, "is damaged (at 'down')"),
-        (
-            {"arch": {"layers": [1, 1, 1], "rank": 0, "adapters": 5, "output": "shared"}},
-            "is damaged (at 'adapter_down')",
-        ),
-        (
-            {"arch": {"layers": [1, 1, 99], "rank": 0, "adapters": 0, "output": "shared"}},
-            "Pseudo rows begin after layers 1, 1, 99",
-        ),
-        ({"arch": {"heads": 3, "layers": [1, 1, 1], "rank": 0, "adapters": 0, "output": "tied"}}, "(at 'head')"),
+        ({"arch": ARCH | {"heads": 2, "layers": [1, 1]}}, "is damaged (at 'weight')"),
+        ({"arch": ARCH | {"rank": 5}}, "is damaged (at 'down')"),
+        ({"arch": ARCH | {"adapters": 5}}, "is damaged (at 'adapter_down')"),
+        ({"arch": ARCH | {"output": "tied"}}, "is damaged (at 'head')"),
+        ({"arch": ARCH | {"layers": [1, 1, 99]}}, "Pseudo rows begin after layers 1, 1, 99"),
         ({"hidden": WIDTH + 1}, "was trained for a model of width"),
         ({"fingerprint": "other"}, "was trained for tiny (fingerprint other), not for this model"),
         ({"method": "medusa"}, "holds a medusa drafter, not hidden_transfer"),

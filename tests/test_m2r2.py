@@ -25,6 +25,7 @@ from trainables import trainable
 
 from foretell import drafters
 from foretell.backbone import Backbone, KVCache, Nodes
+from foretell.backbone.cpu.backbone import CompiledBackbone
 from foretell.drafters.m2r2 import M2R2, FastStream
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.drafting.checkpoint import Checkpoint
@@ -289,14 +290,17 @@ def test_the_alignment_is_to_the_layers_that_the_rate_names() -> None:
     assert float(terms["alignment"]) == pytest.approx(float(sum(apart)) / 2, rel=1e-4)
 
 
-def test_hard_targets_need_no_layers_above_the_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_decoding", [False, True])
+def test_hard_targets_need_no_layers_above_the_exit(by_decoding: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With `soft=0` the teacher's distribution is left out; losses and gradients are those beside it."""
+    monkeypatch.setattr(ComputedFeatures, "by_decoding", by_decoding)
     backbone, talks = backbone_of(), [Distilled(0, [3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [(2, 10)])]
     store, modules = ConversationStore(Path("data"), {}, talks), [random_stream(backbone, soft=s) for s in (0, 0, 0.5)]
     assert [module.taught for module in modules] == [False, False, True]
     alone, together = features_of(backbone, [store], modules[:1], False), features_of(backbone, [store], modules, False)
     with monkeypatch.context() as patch:
-        patch.setattr(Forward, "run_layer", lambda *arguments: pytest.fail("no layer is needed"))
+        for kind, name in ((Forward, "run_layer"), (CompiledBackbone, "logits")):
+            patch.setattr(kind, name, lambda *arguments: pytest.fail("no layer is needed"))
         untaught = alone.batch([0])
     taught = together.batch([0])
     assert not untaught.teacher_p_BTm.any()

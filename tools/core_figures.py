@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -50,7 +51,7 @@ def save(section: str, result: Any, shown: bool = True) -> None:
     """Adds one section to the results, with its command, commit and machine, and prints it if it is to be shown."""
     whole = read()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    command = "python " + " ".join(["tools/" + Path(sys.argv[0]).name, *map(without_folders, sys.argv[1:])])
+    command = "python " + shlex.join(["tools/" + Path(sys.argv[0]).name, *map(without_folders, sys.argv[1:])])
     whole[section] = {"command": command, "commit": commit, "machine": machine(), "result": result}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(whole, indent=1) + "\n")

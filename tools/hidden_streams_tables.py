@@ -8,7 +8,7 @@ from typing import Any
 import cost_model
 import layer_tables
 
-LAYERS, WIDTH = 30, 576
+LAYERS = 30
 """Of the demo model."""
 ROWS = ("4", "8", "16")
 SWEEPS = {
@@ -27,11 +27,17 @@ def sweeps(found: dict[str, Any]) -> list[str]:
 def _sweep(title: str, section: dict[str, Any]) -> list[str]:
     r = section["result"]
     transfer = "transfer" in title.lower()
+    tokens = (
+        "Tokens per step of Hidden Transfer are those of the chain of states (`trees/pseudo_rows.py`) on the half of "
+        "the conversations to which it was fitted; of Medusa, those of fixed trees on the other half."
+        if transfer
+        else "Tokens per step are those of fixed trees, searched on half of the conversations, on the other half."
+    )
     lines = [
         f"{title}: all trained at once on the same {r['tokens'] / 1e3:.0f} thousand tokens (prompts included; learning "
         f"rate {r['settings']['learning_rate']:g}, batches of {r['settings']['batch_tokens']:,} tokens; commit "
         f"{section['commit']}, `{section['command']}`), measured on {r['held_out_conversations']} held-out "
-        "conversations. A guess is right if it is the written token.",
+        f"conversations. A guess is right if it is the written token. {tokens}",
         "",
         "| | trained parameters | guess 1 | 2 | 3 | cost of a pseudo row | tokens per step, 8 rows | 16 |"
         if transfer

@@ -168,8 +168,8 @@ class TransferSteps(GuessingHeads):
         return found | {"bias": self.bias_Kd}
 
     def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        sizes = {"rank": self.rank, "adapters": self.adapter_rank, "output": self.output}
-        return self.stored(self._weights()), {"heads": self.heads, "layers": self.layers, **sizes}
+        options = {"steps": self.heads, "rank": self.rank, "adapters": self.adapter_rank, "output": self.output}
+        return self.stored(self._weights()), {"heads": self.heads, "layers": self.layers, **options}
 
 
 class HiddenTransfer(Drafter):

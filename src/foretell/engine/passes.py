@@ -14,6 +14,7 @@ from torch import Tensor
 
 from foretell.backbone import Backbone, Beside, KVCache, Nodes
 from foretell.contracts import FINAL_NORM, Draft, Drafter, Features, Insertion, Row
+from foretell.errors import check
 
 
 @dataclass
@@ -57,7 +58,7 @@ def run_pass(backbone: Backbone, drafter: Drafter, cache: KVCache, rows: Sequenc
         taps |= {tap: states if drafted is None else states[drafted] for tap, states in tapped.items()}
         layer = cut
         insertion = drafter.at_cut(cut, hidden_Md, extended, draft) if cut in drafter.cuts else None
-        if insertion:
+        if insertion and any(insertion.parents):
             extended, hidden_Md = _with(insertion, extended, hidden_Md)
             size += len(insertion.streams_Nd) * (layers - cut) / layers
             drafted, inserted_N = _drafted_and_inserted(nodes, extended)
@@ -90,6 +91,8 @@ def _lower_layers(
 def _with(insertion: Insertion, nodes: Nodes, hidden_Md: Tensor) -> tuple[Nodes, Tensor]:
     """Nodes and their streams, the inserted ones among them."""
     wider, old_M, new_N = nodes.extended(insertion.parents)
+    shape = (len(new_N), hidden_Md.shape[1])
+    check(insertion.streams_Nd.shape == shape, f"Inserted rows need streams {shape}.")
     wider_Rd = hidden_Md.new_empty(len(wider), hidden_Md.shape[1])
     wider_Rd[old_M], wider_Rd[new_N] = hidden_Md, insertion.streams_Nd
     return wider, wider_Rd

@@ -93,9 +93,9 @@ class Batches(ABC):
         tokens_BT, supervised_BT = side_by_side(data)
         padded = {name: _pad([tensors[name] for tensors in found], tokens_BT.shape[1]) for name in found[0]}
         states = {tap: padded[f"states.{tap}"] for tap in self.taps}
-        return TrainingBatch(
-            tokens_BT, supervised_BT, states, padded["teacher_ids"].long(), padded["teacher_p"].float()
-        )
+        nothing_BT0 = tokens_BT.new_zeros(*tokens_BT.shape, 0)
+        ids_BTm, p_BTm = (padded.get(name, nothing_BT0) for name in _TEACHING)
+        return TrainingBatch(tokens_BT, supervised_BT, states, ids_BTm.long(), p_BTm.float())
 
 
 class ComputedFeatures(Batches):
@@ -106,7 +106,7 @@ class ComputedFeatures(Batches):
 
     Args:
         data: the conversations; sets: index ranges of those that were distilled together, by default all of them.
-        teacher: leaves its distribution zero if false, and the layers above the highest tap out.
+        teacher: leaves its distribution empty if false, and the layers above the highest tap out.
     """
 
     def __init__(
@@ -140,12 +140,12 @@ class ComputedFeatures(Batches):
         return self._forward
 
     def batch(self, indices: Sequence[int]) -> TrainingBatch:
-        if self.by_decoding and self.teacher:
+        if self.by_decoding:
             return super().batch(indices)
         return self._padded([self.data[i] for i in indices], self.taps, self.teacher)
 
     def tensors(self, indices: Sequence[int]) -> list[dict[str, Tensor]]:
-        return list(self.each([self.data[i] for i in indices], self.taps, True))
+        return list(self.each([self.data[i] for i in indices], self.taps, self.teacher))
 
     def each(self, data: Sequence[Distilled], taps: Collection[int], teacher: bool) -> Iterator[dict[str, Tensor]]:
         """Yields what is asked for of each conversation, in order, by its names in a shard."""
@@ -161,7 +161,7 @@ class ComputedFeatures(Batches):
         padding_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) >= lengths_B[:, None]
         wanted = {*taps, FINAL_NORM} if teacher else set(taps)
         states = self.forward.states(tokens_BT, wanted)
-        m = min(TEACHER, self.backbone.config.vocab)
+        m = min(TEACHER, self.backbone.config.vocab) if teacher else 0
         ids_BTm = tokens_BT.new_zeros(*tokens_BT.shape, m)
         p_BTm = torch.zeros(*tokens_BT.shape, m, device=tokens_BT.device)
         if teacher:
