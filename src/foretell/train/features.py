@@ -43,7 +43,6 @@ PASS = {"cpu": 1 << 10, "cuda": 1 << 14}
 """Tokens of one pass of the backbone, likewise, where conversations are not taken batch by batch; padding counts."""
 
 _TEACHING = ("teacher_ids", "teacher_p")
-
 NOT_KEPT = "leave out `keep_features=True`"
 NATIVE = ("amx", "avx512bf16")
 """Compiled kernels that multiply bfloat16 by units of their own."""
@@ -93,19 +92,18 @@ class Batches(ABC):
         tokens_BT, supervised_BT = side_by_side(data)
         padded = {name: _pad([tensors[name] for tensors in found], tokens_BT.shape[1]) for name in found[0]}
         states = {tap: padded[f"states.{tap}"] for tap in self.taps}
-        nothing_BT0 = tokens_BT.new_zeros(*tokens_BT.shape, 0)
-        ids_BTm, p_BTm = (padded.get(name, nothing_BT0) for name in _TEACHING)
+        ids_BTm, p_BTm = (padded.get(name, tokens_BT[..., None][..., :0]) for name in _TEACHING)
         return TrainingBatch(tokens_BT, supervised_BT, states, ids_BTm.long(), p_BTm.float())
 
 
 class ComputedFeatures(Batches):
     """Features that are computed when they are asked for.
 
-    Compiled kernels with units for bfloat16 run decoding's own passes faster than PyTorch runs its layers. Everywhere
-    else a `Forward` computes, whose states differ from decoding's by what the number type rounds.
+    Compiled kernels with units for bfloat16 run decoding's own passes faster than PyTorch runs its layers. Elsewhere a
+    `Forward` computes, whose states differ from decoding's by what the number type rounds.
 
     Args:
-        data: the conversations; sets: index ranges of those that were distilled together, by default all of them.
+        data, sets: see `Batches`; by default all were distilled together.
         teacher: leaves its distribution empty if false, and the layers above the highest tap out.
     """
 
@@ -135,8 +133,7 @@ class ComputedFeatures(Batches):
     @property
     def forward(self) -> Forward:
         """The pass in plain PyTorch, made when it is needed first."""
-        if self._forward is None:
-            self._forward = Forward(self.backbone, self._number_type)
+        self._forward = self._forward or Forward(self.backbone, self._number_type)
         return self._forward
 
     def batch(self, indices: Sequence[int]) -> TrainingBatch:
