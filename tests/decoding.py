@@ -92,6 +92,20 @@ def decoder_of(backbone: Backbone, drafter: Drafter, tokenizer: Any = None, **op
     return SpeculativeDecoder(backbone, drafter, tokenizer, **({"adapt": False} | options))
 
 
+STEPS_AND_THRESHOLDS = ((0, 0.6), (1, 0.0), (3, 0.1), (8, 0.0), (8, 1.0))
+"""Levels of a draft that lower layers grow, and how sure a chain must be to go on."""
+
+
+def assert_changes_no_token(
+    backbone: Backbone, drafter: Drafter, requests: Sequence[Request], truth: Sequence[Output], rows: int
+) -> None:
+    """Whatever it drafts: the same ids and log-probabilities, and a cache as a fresh prefill leaves it."""
+    decoder = decoder_of(backbone, drafter, max_rows=rows)
+    assert decoder.lossless
+    assert_same(finish(decoder, requests), truth)
+    assert held_like_a_fresh_prefill(decoder) > 0
+
+
 def put(owner: Any, name: str, value: Any) -> None:
     """Replaces a method of one object."""
     setattr(owner, name, value)

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from decoding import (
+    STEPS_AND_THRESHOLDS,
+    assert_changes_no_token,
     assert_same,
     decoder_of,
     drafts_of,
@@ -77,14 +79,10 @@ def test_untrained_adapters_change_no_token(kind: dict[str, Any], chained: bool,
     backbone, seed = backbone_of(dtype), KINDS.index(kind)
     truth = plainly(backbone, requests())
     module = random_adapter(backbone, seed=seed, **kind)
-    for number, (steps, threshold) in enumerate(((0, 0.6), (1, 0.0), (3, 0.1), (8, 0.0), (8, 1.0))):
+    for number, (steps, threshold) in enumerate(STEPS_AND_THRESHOLDS):
         drafter = drafter_of(backbone, module, 4 + 5 * seed, chain=chained, steps=steps, threshold=threshold)
-        decoder = decoder_of(
-            backbone, WithLookup(drafter) if (number + seed + rows // 2) % 2 else drafter, max_rows=rows
-        )
-        assert decoder.lossless
-        assert_same(finish(decoder, requests()), truth)
-        assert held_like_a_fresh_prefill(decoder) > 0
+        each = WithLookup(drafter) if (number + seed + rows // 2) % 2 else drafter
+        assert_changes_no_token(backbone, each, requests(), truth, rows)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -166,7 +166,7 @@ class Checker(Drafter):
         self.inner, self.backbone, self.always, self.checked = inner, backbone, always, 0
         self.rows: dict[int, Row] = {}
         self.taps = (0, 1, backbone.config.layers, FINAL_NORM)  # type: ignore[misc]
-        self.cuts, self.adapters = inner.cuts, inner.adapters  # type: ignore[misc]
+        self.cuts, self.adapters = inner.cuts, inner.adapters
         self.seen: dict[int, dict[int, list[Tensor]]] = {}
 
     def attached(self, cache: KVCache) -> "Checker":

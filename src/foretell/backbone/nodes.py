@@ -97,17 +97,16 @@ class Nodes:
         """Returns chains of `counts[b]` tokens after the committed ones: a chunk of a prompt each."""
         return cls([chain_of(count - 1) for count in counts], cache_rows, lengths)
 
-    def extended(self, parents: Sequence[Sequence[int]]) -> tuple[Nodes, Tensor, Tensor]:
-        """Appends nodes to each tree, given their parents within it.
-
-        Returns:
-            All nodes, and where the old and the new ones are among them, int64 [M] and [N].
-        """
+    def extended(self, parents: Sequence[Sequence[int]]) -> Nodes:
+        """Returns these nodes and, behind those of each tree, new ones, given their parents within it."""
         check(self._turns == 1, "Nodes with shadows cannot be extended.")
         trees = [TokenTree((*tree.parents, *more)) for tree, more in zip(self.trees, parents, strict=True)]
-        nodes = Nodes(trees, self.rows, self.lengths.tolist(), self.first)
-        split = [start + count for start, count in zip(nodes.starts(), self.counts, strict=True)]
-        return nodes, _joined(nodes.starts(), split), _joined(split, [*nodes.starts()[1:], len(nodes)])
+        return Nodes(trees, self.rows, self.lengths.tolist(), self.first)
+
+    def parted(self, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Indices, int64, of the first `counts[b]` nodes that run of each tree, and of the others."""
+        first_M = np.concatenate([np.arange(ran) < count for ran, count in zip(self.counts, counts, strict=True)])
+        return torch.from_numpy(np.flatnonzero(first_M)), torch.from_numpy(np.flatnonzero(~first_M))
 
     def __len__(self) -> int:
         return len(self.sequence)
@@ -150,8 +149,3 @@ class Nodes:
     def starts(self) -> list[int]:
         """Returns the index among the M nodes of each row's first."""
         return [0, *accumulate(self.counts[:-1])]
-
-
-def _joined(begins: Sequence[int], ends: Sequence[int]) -> Tensor:
-    """One index after the other of some ranges, int64."""
-    return torch.from_numpy(np.concatenate([np.arange(*each) for each in zip(begins, ends, strict=True)]))

@@ -61,7 +61,7 @@ def run_pass(backbone: Backbone, drafter: Drafter, cache: KVCache, rows: Sequenc
         if insertion and any(insertion.parents):
             extended, hidden_Md = _with(insertion, extended, hidden_Md)
             size += len(insertion.streams_Nd) * (layers - cut) / layers
-            drafted, inserted_N = _drafted_and_inserted(nodes, extended)
+            drafted, inserted_N = extended.parted(nodes.counts)
             beside = Beside(drafter.adapters, inserted_N) if drafter.adapters else None
     states_Md, inserted = backbone.norm(hidden_Md), None
     if inserted_N is not None:
@@ -90,18 +90,10 @@ def _lower_layers(
 
 def _with(insertion: Insertion, nodes: Nodes, hidden_Md: Tensor) -> tuple[Nodes, Tensor]:
     """Nodes and their streams, the inserted ones among them."""
-    wider, old_M, new_N = nodes.extended(insertion.parents)
+    wider = nodes.extended(insertion.parents)
+    old_M, new_N = wider.parted(nodes.counts)
     shape = (len(new_N), hidden_Md.shape[1])
     check(insertion.streams_Nd.shape == shape, f"Inserted rows need streams {shape}.")
     wider_Rd = hidden_Md.new_empty(len(wider), hidden_Md.shape[1])
     wider_Rd[old_M], wider_Rd[new_N] = hidden_Md, insertion.streams_Nd
     return wider, wider_Rd
-
-
-def _drafted_and_inserted(nodes: Nodes, extended: Nodes) -> tuple[Tensor, Tensor]:
-    """Indices of the drafted and of the inserted nodes, once cuts have inserted rows after each tree."""
-    of_rows = list(zip(extended.starts(), nodes.counts, extended.counts, strict=True))
-    return (
-        torch.cat([torch.arange(start, start + drafted) for start, drafted, _ in of_rows]),
-        torch.cat([torch.arange(start + drafted, start + count) for start, drafted, count in of_rows]),
-    )
