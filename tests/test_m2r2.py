@@ -32,6 +32,7 @@ from foretell.drafters.prompt_lookup import WithLookup
 from foretell.drafting.checkpoint import Checkpoint
 from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.errors import ForetellError, UsageError
+from foretell.requests import SamplingParams
 from foretell.train.data import ConversationStore, Distilled
 from foretell.train.features import ComputedFeatures
 from foretell.train.forward import Forward
@@ -249,6 +250,47 @@ def test_guesses_of_the_last_layer_are_always_right() -> None:
         assert output.statistics.accepted >= output.statistics.drafted - 3  # the last may lie past the end
 
 
+# -- leaving at the exit, which is lossy ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.usefixtures("in_float32")
+def test_where_every_guess_is_trusted_the_fast_stream_writes_the_text(rows: int) -> None:
+    """Each accepted token is the learning form's best after the text before it; each other token is the model's."""
+    backbone = backbone_of()
+    module = random_stream(backbone, exit=2, draft_vocab=0)
+    decoder = decoder_of(backbone, drafter_of(backbone, module, chain=True, steps=3, trust=0.0), max_rows=rows)
+    assert not decoder.lossless
+    asked = [(ids, params) for ids, params in requests() if not params.temperature]
+    for (ids, _), output in zip(asked, finish(decoder, asked), strict=True):
+        assert not output.statistics.exact
+        assert sum(output.drafted) >= 0.7 * len(output.ids)  # three of four, but for the first and the last step
+        text = [*ids]
+        for token, drafted in zip(output.ids, output.drafted, strict=True):
+            if drafted:
+                assert token == module.vocabulary_V[log_probs_after(backbone, module, text).argmax()]
+            else:
+                (alone,) = plainly(backbone, [(text, SamplingParams(max_new_tokens=1, temperature=0.0))])
+                assert token == alone.ids[0]
+            text.append(token)
+
+
+@pytest.mark.parametrize("chained", [True, False], ids=["chain", "tree"])
+def test_what_is_not_trusted_is_verified(chained: bool) -> None:
+    """Above 1 nothing is, and rows that draw their tokens or edit logits never leave early; with lookup too."""
+    backbone, truth = backbone_of(), plainly(backbone_of(), requests())
+    for trust in (0.0, 1.0):
+        drafter = drafter_of(backbone, random_stream(backbone, exit=2), chain=chained, trust=trust)
+        for each in (drafter, WithLookup(drafter)):
+            assert each.trust == trust
+            outputs = finish(decoder_of(backbone, each, max_rows=3), requests())
+            assert_same(outputs[1::2], truth[1::2])  # those that draw
+            if trust == 1:
+                assert_same(outputs, truth)
+            else:
+                assert all(one.ids != other.ids for one, other in zip(outputs[::2], truth[::2], strict=True))
+
+
 # -- training -------------------------------------------------------------------------------------------------------
 
 
@@ -330,6 +372,10 @@ def test_a_checkpoint_is_read_back(tmp_path: Path) -> None:
     seen = drafts_of(drafter)
     assert_same(finish(decoder_of(backbone, drafter), requests()), plainly(backbone, requests()))
     assert any(len(draft.trees[0]) > 1 for draft in seen)
+    lossy = drafters.build("m2r2", backbone, checkpoint=str(tmp_path / "made"), exit=0.9)
+    assert (drafter.lossless, drafter.trust, lossy.lossless, lossy.trust) == (True, None, False, 0.9)
+    with pytest.raises(UsageError, match="exit is 2; it must lie between 0 and 1"):
+        drafters.build("m2r2", backbone, checkpoint=str(tmp_path / "made"), exit=2)
     again = random_stream(backbone, exit=2, output="tied", seed=1)
     tensors, arch = module.checkpoint()
     again.start(arch, tensors)

@@ -126,6 +126,36 @@ def test_an_oracle_gets_the_height_and_an_adversary_the_root(tree: TokenTree) ->
     assert walk(draft, [[-1] * len(tree)]) == Verdict([[0]], [-1])
 
 
+@examples(150)
+@given(drafts(24, VOCAB), st.integers(0, 3), st.sampled_from([0.0, 0.3, 0.6, 1.0]))
+def test_a_guess_that_is_trusted_is_taken_whatever_the_target_says(draft: Draft, mood: int, least: float) -> None:
+    """Per row; the slow twin asks at each node whether its best guess is trusted, and else what the target says."""
+    draft.probabilities = [[uniform(3, node, mood) for node in range(len(tree))] for tree in draft.trees]
+    trust = [least if row != 1 else None for row in range(len(draft.trees))]
+    chosen = everywhere(draft, lambda row, path: hashed(row, mood, *path))
+    verdict = walk(draft, chosen, trust)
+    for row, (tree, tokens, p_N) in enumerate(zip(draft.trees, draft.tokens, draft.probabilities, strict=True)):
+        path = [0]
+        while children := tree.children[path[-1]]:
+            best = sorted(children, key=lambda child: (-p_N[child], child))[0]
+            held = [child for child in children if tokens[child] == chosen[row][path[-1]]]
+            if row != 1 and p_N[best] > least:
+                path.append(best)
+            elif held:
+                path.append(held[0])
+            else:
+                break
+        assert (verdict.paths[row], verdict.bonus[row]) == (path, chosen[row][path[-1]])
+    if least == 1:
+        assert verdict == walk(draft, chosen)
+
+
+def test_what_is_trusted_says_how_probable_it_is() -> None:
+    assert walk(Draft([chain(0)], [[4]]), [[2]], [0.5]) == Verdict([[0]], [2])
+    with pytest.raises(ValueError, match=r"^A drafter whose guesses are trusted says how probable they are\.$"):
+        walk(Draft([chain(1)], [[4, 1]]), [[2, 2]], [0.5])
+
+
 def test_padding_is_never_accepted() -> None:
     """The target wants token 0 after a short leaf, where padded implementations hold a 0 that nobody guessed."""
     tree, tokens = TokenTree((-1, 0, 0, 2, 3)), [7, 1, 2, 0, 0]

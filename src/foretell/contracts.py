@@ -206,6 +206,8 @@ class Drafter(ABC):
         cuts: layers after which `at_cut` may add rows to the verification pass.
         adapters: beside all layers above the first cut, for these rows alone; None without any.
         lossless: whether the output equals plain decoding's under exact verification.
+        trust: the probability above which its guesses are accepted unverified in greedy rows, which is lossy; None
+            verifies all.
         depth: layers of the backbone that drafting runs, in the engine's cache (see `bind`).
         method: its name among measured costs of drafting; empty where these do not choose its trees.
         usual_cost: cost of drafting as a share of a plain step, used until it is measured on this machine.
@@ -219,6 +221,7 @@ class Drafter(ABC):
     cuts: tuple[int, ...] = ()
     adapters: Adapters | None = None
     lossless: bool = True
+    trust: float | None = None
     depth: int = 0
     method: str = ""
     usual_cost: float = 0.15

@@ -13,6 +13,10 @@ other draft heads against the model's distribution, and `alignment` · (1 - cos)
 model's after layer min(L, round(L·i / E)). Trees grow as Kangaroo's do: M2R2 has its adapter beside the layers, where
 Kangaroo has it behind them.
 
+With `exit` decoding is lossy: where the fast stream is sure, the text leaves the model at layer E. Such a token's upper
+layers are run all the same, with those of the next nodes: later tokens attend to them. The paper decides by attention
+across the depths of the fast stream (ARLA); here the probability of the guess decides.
+
 Legend: B conversations, T tokens, L layers, E of them that draft, F frontier nodes of all rows, P positions, d hidden
 width, r rank, V draft vocabulary, R guesses of a node.
 """
@@ -151,6 +155,7 @@ class M2R2(Drafter):
         steps: γ, most tokens of a chain and levels of a tree.
         threshold: a chain ends after a token less probable than this.
         scales: calibration of the fast stream, used when trees grow.
+        trust: see `Drafter`.
     """
 
     method, usual_cost = "m2r2", 0.35
@@ -162,6 +167,9 @@ class M2R2(Drafter):
             6, "How often the lower layers are run for a draft, at most.", low=0, high=MAX_TREE_NODES - 1
         )
         threshold: float = option(0.0, "A chain ends after a token less probable than this; 0 never.", low=0, high=1)
+        exit: float | None = option(
+            None, "Lossy: accept guesses more probable than this unverified (greedy decoding).", low=0, high=1
+        )
 
     @dataclass(frozen=True)
     class Training(HeadTraining):
@@ -180,7 +188,7 @@ class M2R2(Drafter):
     def __init__(
         self, backbone: Backbone, arch: dict[str, Any], tensors: dict[str, Tensor], size: TreeSize,
         tokens_per_step: dict[int, float] | None = None, chain: bool = False, steps: int = 6, threshold: float = 0.0,
-        scales: Sequence[Sequence[float]] = (),
+        scales: Sequence[Sequence[float]] = (), trust: float | None = None,
     ):  # fmt: skip
         d, rank, exit = backbone.config.hidden, arch["rank"], check_exit(arch["exit"], backbone)
         shapes: dict[str, tuple[int, ...]] = {"down": (exit, rank, d), "up": (exit, d, rank)}
@@ -188,6 +196,7 @@ class M2R2(Drafter):
         self.depth, self.exit, self._backbone, self.size = exit, exit, backbone, size
         self.tokens_per_step, self._scales = tokens_per_step or {}, read_scales(scales, 1)
         self.chain, self.steps, self.threshold = chain, steps, threshold
+        self.trust, self.lossless = trust, trust is None
         self._vocabulary_V = tensors["vocabulary"].long().numpy()
         shared = arch["output"] == "shared"
         output_Vd = backbone.head_rows(tensors["vocabulary"].long()) if shared else tensors["head"][0]
@@ -212,7 +221,7 @@ class M2R2(Drafter):
         with damage_named(options.checkpoint or f"The {cls.method} drafter that ships with foretell"):
             return cls(
                 backbone, found.arch, tensors, size, found.tokens_per_step, options.chain, options.steps,
-                options.threshold, found.calibration,
+                options.threshold, found.calibration, options.exit,
             )  # fmt: skip
 
     @classmethod

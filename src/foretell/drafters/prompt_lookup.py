@@ -295,9 +295,9 @@ class WithLookup(Drafter):
     def __init__(self, inner: Drafter, **lookup: Any):
         self.inner, self.lookup = inner, PromptLookup(**lookup)
         self._cache: KVCache | None = None
-        self.taps, self.cuts, self.lossless, self.depth = inner.taps, inner.cuts, inner.lossless, inner.depth
+        self.taps, self.cuts, self.depth, self.lossless = inner.taps, inner.cuts, inner.depth, inner.lossless
         self.adapters, self.parameters, self.tokens_per_step = inner.adapters, inner.parameters, inner.tokens_per_step
-        self.method, self.usual_cost = inner.method, inner.usual_cost
+        self.trust, self.method, self.usual_cost = inner.trust, inner.method, inner.usual_cost
 
     @property
     def max_nodes(self) -> int:

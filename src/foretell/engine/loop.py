@@ -32,7 +32,7 @@ from foretell.engine.governor import Governor
 from foretell.engine.passes import Pass, run_pass
 from foretell.engine.row_state import RowState
 from foretell.engine.text_stream import Decodes, TextStream
-from foretell.errors import ForetellError, UsageError
+from foretell.errors import ForetellError, UsageError, check
 from foretell.requests import Event, SamplingParams, TokenLogprob
 from foretell.trees.tree import ROOT
 from foretell.verify import DAMAGED, Typical, by_row, logprobs, path_logits, targets, typical, walk
@@ -68,6 +68,7 @@ class SpeculativeDecoder:
     ):
         if max_rows < 1:
             raise UsageError(f"The batch needs at least one row, not {max_rows}.")
+        check(drafter.trust is None or not drafter.lossless, "A drafter whose guesses are trusted is not lossless.")
         self.backbone, self.tokenizer, self.rule = backbone, tokenizer, rule
         self.lossless = drafter.lossless and rule is None and backbone.nondeterminism is None
         self.max_rows = max_rows
@@ -209,19 +210,25 @@ class SpeculativeDecoder:
         """Returns the accepted path of each row and the log-probabilities that rows request."""
         draft, greedy = passed.draft, all(row.params.plain_greedy for row in rows) and self.rule is None
         if greedy:
-            verdict = walk(draft, by_row(draft, self.backbone.argmax(passed.states_Md).tolist()))
+            verdict = walk(draft, by_row(draft, self.backbone.argmax(passed.states_Md).tolist()), self._trust(rows))
             if all(row.params.logprobs is None for row in rows):
                 return verdict, [[] for _ in rows]
         logits = self.backbone.logits(passed.states_Md).split(passed.nodes.counts)
         if self.rule is not None:
             verdict = typical(draft, path_logits(draft, rows, logits), self.rule)
         elif not greedy:
-            verdict = walk(draft, targets(draft, rows, [row.key for row in rows], logits))
+            chosen = targets(draft, rows, [row.key for row in rows], logits)
+            verdict = walk(draft, chosen, self._trust(rows))
         reports = []
         for i, (row, path, bonus) in enumerate(zip(rows, verdict.paths, verdict.bonus, strict=True)):
             tokens = [*(draft.tokens[i][node] for node in path[1:]), bonus]
             reports.append(logprobs(logits[i], path, tokens, row.params.logprobs))
         return verdict, reports
+
+    def _trust(self, rows: list[RowState]) -> list[float | None]:
+        """A guess that is trusted is the likeliest token: rows that draw theirs, or edit logits, are verified."""
+        trust = self.drafter.trust
+        return [trust if row.params.plain_greedy else None for row in rows] if trust is not None else []
 
     def _emit(self, row: RowState, draft: Draft, verdict: Verdict, i: int, report: list[TokenLogprob]) -> Event:
         """Emits row i's accepted guesses and bonus; a failure ends that request with an event, and no other."""
