@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from foretell.contracts import Draft, Verdict
 from foretell.errors import check
+from foretell.verify.target import DAMAGED
 
 
 def walk(draft: Draft, targets: Sequence[Sequence[int]], trust: Sequence[float | None] = ()) -> Verdict:
@@ -29,11 +30,11 @@ def walk(draft: Draft, targets: Sequence[Sequence[int]], trust: Sequence[float |
     paths, bonus = [], []
     for row, (tree, tokens, target) in enumerate(zip(draft.trees, draft.tokens, targets, strict=True)):
         trusted = _trusted(draft, row, trust[row]) if trust else {}
-        path = [0]
-        while child := trusted.get(path[-1]) or _holding(target[path[-1]], tree.children[path[-1]], tokens):
+        path, token = [0], DAMAGED
+        while child := trusted.get(node := path[-1]) or _holding(token := target[node], tree.children[node], tokens):
             path.append(child)
         paths.append(path)
-        bonus.append(target[path[-1]])
+        bonus.append(token)
     return Verdict(paths, bonus)
 
 
