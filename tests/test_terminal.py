@@ -1,4 +1,4 @@
-"""Every verb in a real terminal: wide, narrow, one that can only append, and one whose owner wants no colours.
+"""Every verb in a real terminal: wide, narrow without colours, and one that can only append.
 
 A pipe shows none of what a terminal does: bars that are drawn over, keys that interrupt. Progress is what most verbs
 show for most of their time, so an error in it ends all of them.
@@ -7,7 +7,6 @@ show for most of their time, so an error in it ends all of them.
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pseudo_terminal import ONE, SEVERAL, Shown, Terminal
@@ -20,9 +19,8 @@ pytestmark = pytest.mark.slow
 
 SETTINGS: dict[str, tuple[int, dict[str, str]]] = {
     "wide": (200, {}),
-    "narrow": (40, {}),
+    "narrow, no colour": (40, {"NO_COLOR": "1"}),
     "dumb": (100, {"TERM": "dumb"}),
-    "no colour": (100, {"NO_COLOR": "1"}),
 }
 TINY = ("--dtype", "fp32", "--threads", "1")
 FEW = ("--epochs", "2", "--batch-tokens", "300", "-o", "heads=2", "-o", "draft_vocab=100")
@@ -65,27 +63,23 @@ def commands(model: str, gguf: str, prompts: str, folder: Path) -> dict[str, tup
     }  # fmt: skip
 
 
-VERBS = tuple(commands("", "", "", Path()))
-Screens = dict[tuple[str, str], tuple[int, Shown]]
+Screens = dict[str, tuple[int, Shown]]
 
 
-@pytest.fixture(scope="module")
-def screens(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Screens:
-    """What each verb showed in each setting, and how it left; all in one process with a terminal of its own."""
-    folder = tmp_path_factory.mktemp("terminal")
-    gguf, prompts = write_gguf(folder / "tiny.gguf", tiny_model("llama")), folder / "prompts.jsonl"
+@pytest.fixture
+def screens(tiny: str, tmp_path: Path, setting: str) -> Screens:
+    """What each verb showed, and how it left; all in one process with a terminal of its own."""
+    columns, environment = SETTINGS[setting]
+    gguf, prompts = write_gguf(tmp_path / "tiny.gguf", tiny_model("llama")), tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": word}) + "\n" for word in ("one", "two", "three")))
-    asked: dict[tuple[str, str], Any] = {}
-    for setting, (columns, environment) in SETTINGS.items():
-        (folder / setting).mkdir()
-        for verb, (arguments, out) in commands(tiny, str(gguf), str(prompts), folder / setting).items():
-            asked[setting, verb] = (arguments, columns, environment, out)
-    terminal = Terminal(SEVERAL, [json.dumps([*asked.values()])], 80, {"FORETELL_CACHE": str(folder / "cache")})
+    asked = commands(tiny, str(gguf), str(prompts), tmp_path)
+    each = [(arguments, columns, environment, out) for arguments, out in asked.values()]
+    terminal = Terminal(SEVERAL, [json.dumps(each)], 80, {"FORETELL_CACHE": str(tmp_path / "cache")})
     found: Screens = {}
-    for number, which in enumerate(asked):
+    for number, verb in enumerate(asked):
         terminal.wait_for(f"<begin {number}>")
         shown = terminal.wait_for(f"<end {number}: ")
-        found[which] = int(terminal.wait_for(">").text), shown
+        found[verb] = int(terminal.wait_for(">").text), shown
     assert terminal.leave()[0] == 0
     return found
 
@@ -96,35 +90,33 @@ def progress(verb: str, shown: Shown) -> list[str]:
     return [line for line in shown.lines if re.match(rf"({named})[ :].*(\d+/(\d+|\?)|\d%)", line)]
 
 
-@pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_every_verb_works_in_a_terminal(screens: Screens, setting: str, verb: str) -> None:
-    code, shown = screens[setting, verb]
-    assert "Traceback" not in shown.text, shown.text
-    assert code == 0, shown.text
-    if setting == "dumb":
-        assert not shown.escapes
-    if setting == "no colour":
-        assert not shown.colours
+def test_every_verb_works_in_a_terminal(screens: Screens, setting: str) -> None:
+    """What takes long says how far it is: to its end, and without a line that breaks or is cut where it counts."""
+    for verb, (code, shown) in screens.items():
+        assert "Traceback" not in shown.text, (verb, shown.text)
+        assert code == 0, (verb, shown.text)
+        if setting == "dumb":
+            assert not shown.escapes, verb
+        if "no colour" in setting:
+            assert not shown.colours, verb
+    for verb in PROGRESS:
+        assert_says_how_far(verb, setting, screens[verb][1])
 
 
-@pytest.mark.parametrize("verb", PROGRESS)
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_what_takes_long_says_how_far_it_is(screens: Screens, setting: str, verb: str) -> None:
-    """To its end, without a line that breaks, or one that is cut where it counts."""
-    shown = screens[setting, verb][1]
+def assert_says_how_far(verb: str, setting: str, shown: Shown) -> None:
     if setting == "dumb" and verb in ("convert", "answer"):
         assert ("converting ..." in shown.lines) == (verb == "convert")
         return
     lines = progress(verb, shown)
     for name in PROGRESS[verb]:
         ends = [line for line in lines if line.startswith(name) and re.search(r"\b(\d+)/\1\b|100%", line)]
-        assert ends, shown.text
-    assert max(map(len, lines)) <= SETTINGS[setting][0]
-    assert "…" not in "".join(lines)
+        assert ends, (verb, shown.text)
+    assert max(map(len, lines)) <= SETTINGS[setting][0], verb
+    assert "…" not in "".join(lines), verb
     if setting == "wide":
-        assert shown.colours
-        assert "━" in "".join(lines)
+        assert shown.colours, verb
+        assert "━" in "".join(lines), verb
 
 
 def test_rm_asks_in_a_terminal(tmp_path: Path) -> None:

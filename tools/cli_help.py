@@ -6,6 +6,7 @@
 Help is taken as a pipe of fixed width sees it, so that no terminal, colour setting or CI service changes it.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -54,24 +55,38 @@ _FIXED |= {"FORETELL_CONFIG": os.devnull, "_TYPER_FORCE_DISABLE_TERMINAL": "1"}
 _FORCING = {"FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "CLICOLOR_FORCE"}
 
 
-def help_text(*verb: str) -> str:
-    """What `foretell VERB --help` prints, without trailing spaces."""
+ASK = """
+import contextlib, io, json
+from foretell.cli import VERBS, load_verb, main
+
+asked = [[]]
+for verb in VERBS:
+    asked += [[verb], *([verb, name] for name in getattr(load_verb(verb), "commands", ()))]
+texts = []
+for words in asked:
+    with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+        main([*words, "--help"])
+    texts.append((" ".join(words), shown.getvalue()))
+print(json.dumps(texts))
+"""
+"""All verbs in one process, which imports what they share once."""
+
+
+def help_texts() -> dict[str, str]:
+    """What `foretell VERB --help` prints, for each verb and for none, without trailing spaces."""
     environment = {name: value for name, value in os.environ.items() if name not in _FORCING} | _FIXED
     environment["PYTHONPATH"] = str(ROOT / "src")
-    command = [sys.executable, "-m", "foretell", *verb, "--help"]
+    command = [sys.executable, "-c", ASK]
     out = subprocess.run(command, env=environment, capture_output=True, check=True, encoding="utf-8").stdout
-    return "\n".join(line.rstrip() for line in out.strip("\n").splitlines()).strip("\n")
+    trimmed = {verb: "\n".join(line.rstrip() for line in text.splitlines()) for verb, text in json.loads(out)}
+    return {verb: text.strip("\n") for verb, text in trimmed.items()}
 
 
 def page() -> str:
     """The whole page."""
-    sys.path.insert(0, str(ROOT / "src"))
-    from foretell.cli import VERBS, load_verb
-
-    parts = [HEADER, f"```text\n{help_text()}\n```\n"]
-    for verb in VERBS:
-        for words in ((verb,), *((verb, name) for name in getattr(load_verb(verb), "commands", ()))):
-            parts.append(f"## foretell {' '.join(words)}\n\n```text\n{help_text(*words)}\n```\n")
+    texts = help_texts()
+    parts = [HEADER, f"```text\n{texts.pop('')}\n```\n"]
+    parts += [f"## foretell {verb}\n\n```text\n{text}\n```\n" for verb, text in texts.items()]
     return "\n".join(parts)
 
 

@@ -10,7 +10,7 @@ import layer_tables
 
 LAYERS = 30
 """Of the demo model."""
-ROWS = ("4", "8", "16")
+ROWS = ("8", "16")
 SWEEPS = {
     "transfer": "Hidden Transfer by the layer after which pseudo rows begin, and Medusa's heads in the paper's form",
     "transfer adapted": "Hidden Transfer's pseudo rows with weights of their own in the layers that they pass",
@@ -51,11 +51,10 @@ def _sweep(title: str, section: dict[str, Any]) -> list[str]:
 
 def _transfer(arm: dict[str, Any]) -> list[str]:
     right = [f"{level['top1']:.1%}" for level in arm["accuracy"]]
-    layers = arm["options"].get("layers")
-    if layers is None:
-        cost, tokens = "", {size: arm["tokens_per_step_of_fixed_trees"].get(size) for size in ROWS}
+    if arm["method"] == "medusa":
+        cost, tokens = "", arm["tokens_per_step_of_fixed_trees"]
     else:
-        cost, tokens = f"{1 - layers[0] / LAYERS:.0%} of a row", arm.get("tokens_per_step", {})
+        cost, tokens = f"{1 - arm['options']['layers'][0] / LAYERS:.0%} of a row", arm.get("tokens_per_step", {})
     return [f"{arm['parameters'] / 1e6:.2f} M", *right, cost, *_tokens(tokens)]
 
 
@@ -68,7 +67,7 @@ def _stream(arm: dict[str, Any]) -> list[str]:
 
 
 def _tokens(of_sizes: dict[str, float | None]) -> Sequence[str]:
-    return [f"{tokens:.2f}" if (tokens := of_sizes.get(size)) else "" for size in ROWS[1:]]
+    return [f"{tokens:.2f}" if (tokens := of_sizes.get(size)) else "" for size in ROWS]
 
 
 def at_other_sizes(results: dict[str, Any]) -> list[str]:
