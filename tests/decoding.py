@@ -13,6 +13,7 @@ from toy_drafters import Answers
 from foretell.backbone import Backbone, KVCache
 from foretell.contracts import Draft, Drafter, Row
 from foretell.drafters.plain import Plain
+from foretell.drafters.prompt_lookup import WithLookup
 from foretell.engine import SpeculativeDecoder
 from foretell.requests import Event, SamplingParams, Statistics, TokenLogprob
 
@@ -97,10 +98,15 @@ STEPS_AND_THRESHOLDS = ((0, 0.6), (1, 0.0), (3, 0.1), (8, 0.0), (8, 1.0))
 
 
 def assert_changes_no_token(
-    backbone: Backbone, drafter: Drafter, requests: Sequence[Request], truth: Sequence[Output], rows: int
+    backbone: Backbone, drafter: Drafter, requests: Sequence[Request], truth: Sequence[Output], turn: int
 ) -> None:
-    """Whatever it drafts: the same ids and log-probabilities, and a cache as a fresh prefill leaves it."""
-    decoder = decoder_of(backbone, drafter, max_rows=rows)
+    """Whatever it drafts: the same ids and log-probabilities, and a cache as a fresh prefill leaves it.
+
+    One row and three by turns, the drafter alone in two turns and with lookup in the next two: of the many settings of
+    a method each is decoded once.
+    """
+    each = WithLookup(drafter) if turn // 2 % 2 else drafter
+    decoder = decoder_of(backbone, each, max_rows=3 if turn % 2 else 1)
     assert decoder.lossless
     assert_same(finish(decoder, requests), truth)
     assert held_like_a_fresh_prefill(decoder) > 0

@@ -430,5 +430,5 @@ def test_human_evals_own_solutions_pass_and_empty_ones_do_not() -> None:
     lines = gzip.decompress(path.read_bytes()).splitlines()
     solutions = [json.loads(line)["canonical_solution"] for line in lines]
     references = [question.reference for question in questions]
-    assert quality.judge("code", solutions, references) == {"pass_at_1": 1.0}
-    assert quality.judge("code", ["    pass\n"] * 41, references[::4]) == {"pass_at_1": 0.0}
+    assert quality.judge("code", solutions[::3], references[::3]) == {"pass_at_1": 1.0}
+    assert quality.judge("code", ["    pass\n"] * 17, references[::10]) == {"pass_at_1": 0.0}

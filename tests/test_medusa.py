@@ -98,7 +98,6 @@ def requests(count: int = 5) -> list[tuple[list[int], SamplingParams]]:
 # -- exactness ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("output", ["shared", "tied", "own"])
 @pytest.mark.parametrize(
@@ -106,15 +105,14 @@ def requests(count: int = 5) -> list[tuple[list[int], SamplingParams]]:
     [(1, 1, PAPER), (3, 2, PAPER), (3, 2, {"taps": 2}), (5, 1, {"taps": 0}), (2, 1, {"taps": 1, "root": False})],
 )
 def test_untrained_heads_change_no_token(
-    heads: int, layers: int, reads: dict[str, Any], output: str, dtype: torch.dtype, rows: int
+    heads: int, layers: int, reads: dict[str, Any], output: str, dtype: torch.dtype
 ) -> None:
     backbone = backbone_of(dtype, tie_word_embeddings=output == "own")
     truth = plainly(backbone, requests())
     module = random_heads(backbone, heads, layers, output, 40, **reads)
-    for seed in range(4):  # every second time with lookup
+    for seed in range(4):
         drafter = drafter_of(backbone, module, some_paths(heads, 6, seed), 12 + 10 * seed)
-        each = WithLookup(drafter) if (seed + rows // 2) % 2 else drafter
-        assert_changes_no_token(backbone, each, requests(), truth, rows)
+        assert_changes_no_token(backbone, drafter, requests(), truth, seed + heads + (dtype == BF16))
 
 
 def test_what_is_drafted_is_what_the_heads_say(request: pytest.FixtureRequest) -> None:

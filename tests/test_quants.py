@@ -38,6 +38,7 @@ from foretell.train.start import new_module
 
 compiled_only = pytest.mark.parametrize("kernel", COMPILED)
 MIXED = ("Q4_K", "Q6_K", "Q5_0", "Q8_0", "Q4_1", "Q5_K", "Q4_0", "Q5_1")
+KINDS = [*((name,) for name in QUANTS), MIXED]
 SIZES = DIMENSIONS | {"hidden_size": 256, "intermediate_size": 256, "head_dim": 32, "max_position_embeddings": 512}
 CONFIG = model_config({"model_type": "llama", **SIZES})
 
@@ -147,20 +148,23 @@ def of_blocks(kinds: tuple[str, ...], dtype: torch.dtype, kernel: str = "", seed
 
 @compiled_only
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("kinds", [*((name,) for name in QUANTS), MIXED], ids=lambda kinds: "+".join(kinds))
+@pytest.mark.parametrize("kinds", KINDS, ids=lambda kinds: "+".join(kinds))
 def test_every_type_keeps_the_promise(kernel: str, dtype: torch.dtype, kinds: tuple[str, ...]) -> None:
-    """Any trees, ragged batches, any sampling: what plain decoding writes, token for token, and its cache's bytes."""
+    """Any trees, any sampling: what plain decoding writes, token for token, and its cache's bytes.
+
+    Each type alone in one number type, and in ragged batches in the other.
+    """
     with using(kernel):
         backbone = of_blocks(kinds, dtype)
         assert backbone.quantized == ", ".join(sorted(kind.lower() for kind in kinds))
         assert probe(backbone) is None
         requests = mixed_requests(2, CONFIG.vocab)[:: 8 if kernel == "generic" else 2]
         truth = plainly(backbone, requests)
-        for rows in (1, 4):
-            drafter = RandomTrees(CONFIG.vocab, answers=answers(requests, truth), seed=rows)
-            decoder = decoder_of(backbone, drafter, max_rows=rows)
-            assert_same(finish(decoder, requests), truth)
-            assert held_like_a_fresh_prefill(decoder) > 0
+        rows = 1 if (KINDS.index(kinds) + (dtype == BF16)) % 2 else 4
+        drafter = RandomTrees(CONFIG.vocab, answers=answers(requests, truth), seed=rows)
+        decoder = decoder_of(backbone, drafter, max_rows=rows)
+        assert_same(finish(decoder, requests), truth)
+        assert held_like_a_fresh_prefill(decoder) > 0
 
 
 @compiled_only

@@ -78,9 +78,9 @@ MADE_FOR = {
 }
 """What comes with foretell, and the model that it drafts for."""
 for method in MADE_FOR:
-    TOYS[method] = lambda backbone, right, name=method: drafters.build(name, backbone, nodes=16)
+    TOYS[method] = lambda backbone, right, name=method: drafters.build(name, backbone, nodes=8)
     TOYS[f"{method}, lookup"] = lambda backbone, right, name=method: drafters.build(
-        name, backbone, nodes=24, lookup=True
+        name, backbone, nodes=12, lookup=True
     )
 TOYS |= {
     "kangaroo, chain": lambda backbone, right: drafters.build("kangaroo", backbone, chain=True, threshold=0.3),
@@ -137,7 +137,7 @@ def test_every_kernel_keeps_the_promise(demo_folder: Path, dtype: str, kernel: s
     backbone = backbone_of(demo_folder, dtype, kernel)
     assert backbone.kernels == kernel
     assert backbone.nondeterminism is None
-    rows, tokens, most = (1, 6, 6) if kernel in ("generic", "eager") else (2, 16, 24)
+    rows, tokens, most = (1, 6, 6) if kernel in ("generic", "eager") else (2, 10, 16)
     ask = [(ids, SamplingParams(max_new_tokens=tokens, logprobs=1)) for ids in prompts(demo_folder)[:rows]]
     right = plainly(backbone, ask)
     decoder = decoder_of(backbone, RandomTrees(49152, most, answers=answers(ask, right)), max_rows=rows)
