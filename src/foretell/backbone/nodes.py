@@ -105,6 +105,9 @@ class Nodes:
 
     def parted(self, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Indices, int64, of the first `counts[b]` nodes that run of each tree, and of the others."""
+        if len(self.trees) == 1:
+            every = torch.arange(len(self))
+            return every[: counts[0]], every[counts[0] :]
         first_M = np.concatenate([np.arange(ran) < count for ran, count in zip(self.counts, counts, strict=True)])
         return torch.from_numpy(np.flatnonzero(first_M)), torch.from_numpy(np.flatnonzero(~first_M))
 

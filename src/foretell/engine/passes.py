@@ -91,9 +91,9 @@ def _lower_layers(
 def _with(insertion: Insertion, nodes: Nodes, hidden_Md: Tensor) -> tuple[Nodes, Tensor]:
     """Nodes and their streams, the inserted ones among them."""
     wider = nodes.extended(insertion.parents)
-    old_M, new_N = wider.parted(nodes.counts)
-    shape = (len(new_N), hidden_Md.shape[1])
+    shape = (len(wider) - len(nodes), hidden_Md.shape[1])
     check(insertion.streams_Nd.shape == shape, f"Inserted rows need streams {shape}.")
-    wider_Rd = hidden_Md.new_empty(len(wider), hidden_Md.shape[1])
-    wider_Rd[old_M], wider_Rd[new_N] = hidden_Md, insertion.streams_Nd
-    return wider, wider_Rd
+    streams_Rd = torch.cat([hidden_Md, insertion.streams_Nd])
+    if len(nodes.trees) > 1:  # the new rows of each tree follow its own
+        streams_Rd = torch.empty_like(streams_Rd).index_copy_(0, torch.cat(wider.parted(nodes.counts)), streams_Rd)
+    return wider, streams_Rd

@@ -16,8 +16,11 @@ Legend: N nodes, the most probable first, K levels, S of them that a step has, R
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from heapq import heappop, heappush
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,16 +68,22 @@ def drafted_nodes(parents: Sequence[int], path_p: Sequence[float], rows: int, va
     Args:
         path_p: the probability of each node's path, falling.
     """
-    count = min(rows, len(parents))
-    p_N, above_N, nodes_N = np.array(path_p[:count]), np.array(parents[:count]), np.arange(count)
-    # row n of the matrices is the tree of the first n + 1 nodes
-    taken_NN = np.zeros((count, count))
-    taken_NN[nodes_N[1:], above_N[1:]] = p_N[1:]
-    leaves_NN = np.maximum(np.tril(np.broadcast_to(p_N, (count, count))) - np.cumsum(taken_NN, 0), 0.0)
-    worth = -np.sort(-(leaves_NN[:, :, None] * np.diff(values)).reshape(count, -1), axis=1)
-    sums = np.concatenate([np.zeros((count, 1)), np.cumsum(worth, 1)], 1)
-    pseudo_N = np.minimum(rows - 1 - nodes_N, sums.shape[1] - 1)
-    return int(np.argmax(np.cumsum(p_N) + sums[nodes_N, pseudo_N])) + 1
+    gains = [float(more - less) for less, more in pairwise(values)]
+    leaves, worth = list[float](), list[float]()  # probabilities of ending at each node; of all pseudo rows, ascending
+    drafted, best, chosen = 0.0, -math.inf, 0
+    for node, (parent, p) in enumerate(zip(parents[:rows], path_p, strict=False)):
+        if node:
+            for gain in gains:
+                del worth[bisect_left(worth, leaves[parent] * gain)]
+            leaves[parent] = max(0.0, leaves[parent] - p)
+        leaves.append(p)
+        for changed in (node, parent) if node else (node,):
+            for gain in gains:
+                insort(worth, leaves[changed] * gain)
+        drafted, left = drafted + p, rows - 1 - node
+        if (tokens := drafted + sum(worth[-left:] if left else ())) > best:
+            best, chosen = tokens, node + 1
+    return chosen
 
 
 def pseudo_rows(parents: Sequence[int], path_p: Sequence[float], rows: int, values: Values) -> list[int]:
@@ -83,12 +92,14 @@ def pseudo_rows(parents: Sequence[int], path_p: Sequence[float], rows: int, valu
     Args:
         parents, path_p: as `drafted_nodes` takes them, in any order.
     """
-    gains_K, leaves_N = np.diff(values), np.array(path_p, dtype=np.float64)
-    np.subtract.at(leaves_N, np.array(parents[1:], dtype=np.int64), path_p[1:])
-    worth = (np.maximum(leaves_N, 0.0)[:, None] * gains_K).ravel()
-    best = np.argsort(-worth, kind="stable")[:rows]
-    best = best[worth[best] > 0.0]
-    return np.bincount(best // len(gains_K), minlength=len(leaves_N)).tolist()
+    leaves, counts = list(path_p), [0] * len(parents)
+    for node, parent in enumerate(parents[1:], start=1):
+        leaves[parent] -= path_p[node]
+    gains = [float(more - less) for less, more in pairwise(values)]
+    worth = [(-p * gain, node) for node, p in enumerate(leaves) for gain in gains if p * gain > 0]
+    for _, node in sorted(worth)[:rows]:
+        counts[node] += 1
+    return counts
 
 
 def fit_values(
