@@ -84,8 +84,8 @@ def test_untrained_heads_change_no_token(grown: bool, plus: bool, dtype: torch.d
     for seed, options in enumerate([*every, {"fuse_prefix": True}] if plus else every):
         module = random_hydra(backbone, plus, seed=seed, **options)
         drafter = drafter_of(backbone, module, None if grown else some_paths(3, 6, seed), 12 + 14 * seed)
-        for turn in (seed + (dtype == BF16), seed + (dtype == BF16) + 2):
-            assert_changes_no_token(backbone, drafter, requests(), truth, turn)
+        for turn in (0, 2):
+            assert_changes_no_token(backbone, drafter, requests(), truth, turn + seed + grown + (dtype == BF16))
 
 
 def test_however_far_heads_are_believed_no_token_changes() -> None:

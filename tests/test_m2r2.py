@@ -14,6 +14,7 @@ from decoding import (
     decoder_of,
     drafts_of,
     finish,
+    held_like_a_fresh_prefill,
     plainly,
     put,
     texts_and_drafts,
@@ -28,7 +29,6 @@ from foretell import drafters
 from foretell.backbone import Backbone, KVCache, Nodes
 from foretell.backbone.cpu.backbone import CompiledBackbone
 from foretell.drafters.m2r2 import M2R2, FastStream
-from foretell.drafters.prompt_lookup import WithLookup
 from foretell.drafting.checkpoint import Checkpoint
 from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.errors import ForetellError, UsageError
@@ -39,6 +39,7 @@ from foretell.train.forward import Forward
 from foretell.train.recipe import features_of
 from foretell.trees import TokenTree, chain
 from foretell.trees.calibration import calibrated
+from foretell.verify import Typical
 
 
 def random_stream(backbone: Backbone, noise: float = 0.15, seed: int = 0, **options: Any) -> FastStream:
@@ -275,18 +276,22 @@ def test_where_every_guess_is_trusted_the_fast_stream_writes_the_text(rows: int)
 
 @pytest.mark.parametrize("chained", [True, False], ids=["chain", "tree"])
 def test_what_is_not_trusted_is_verified(chained: bool) -> None:
-    """Above 1 nothing is, and rows that draw their tokens or edit logits never leave early; with lookup too."""
-    backbone, truth = backbone_of(), plainly(backbone_of(), requests())
+    """Above 1 nothing is trusted, and rows that draw their tokens or edit logits never leave early."""
+    backbone, asked = backbone_of(), requests()
+    asked += [(asked[2][0], SamplingParams(max_new_tokens=20, **each)) for each in ({}, {"repetition_penalty": 1.3})]
+    truth = plainly(backbone, asked)
+    leave = {number for number, (_, params) in enumerate(asked) if params.plain_greedy}
+    assert leave == {0, 2, 4, 5}
     for trust in (0.0, 1.0):
-        drafter = drafter_of(backbone, random_stream(backbone, exit=2), chain=chained, trust=trust)
-        for each in (drafter, WithLookup(drafter)):
-            assert each.trust == trust
-            outputs = finish(decoder_of(backbone, each, max_rows=3), requests())
-            assert_same(outputs[1::2], truth[1::2])  # those that draw
-            if trust == 1:
-                assert_same(outputs, truth)
+        module = random_stream(backbone, exit=2)
+        decoder = decoder_of(backbone, drafter_of(backbone, module, chain=chained, trust=trust), max_rows=3)
+        outputs = finish(decoder, asked)
+        assert held_like_a_fresh_prefill(decoder) > 0
+        for number, (ours, right) in enumerate(zip(outputs, truth, strict=True)):
+            if trust == 1 or number not in leave:
+                assert_same([ours], [right])
             else:
-                assert all(one.ids != other.ids for one, other in zip(outputs[::2], truth[::2], strict=True))
+                assert ours.ids != right.ids
 
 
 # -- training -------------------------------------------------------------------------------------------------------
@@ -370,10 +375,14 @@ def test_a_checkpoint_is_read_back(tmp_path: Path) -> None:
     seen = drafts_of(drafter)
     assert_same(finish(decoder_of(backbone, drafter), requests()), plainly(backbone, requests()))
     assert any(len(draft.trees[0]) > 1 for draft in seen)
-    lossy = drafters.build("m2r2", backbone, checkpoint=str(tmp_path / "made"), exit=0.9)
+    lossy = drafters.build("m2r2", backbone, checkpoint=str(tmp_path / "made"), trust=0.9)
     assert (drafter.lossless, drafter.trust, lossy.lossless, lossy.trust) == (True, None, False, 0.9)
-    with pytest.raises(UsageError, match="exit is 2; it must lie between 0 and 1"):
-        drafters.build("m2r2", backbone, checkpoint=str(tmp_path / "made"), exit=2)
+    with pytest.raises(UsageError, match="trust is 2; it must lie between 0 and 1"):
+        drafters.build("m2r2", backbone, checkpoint=str(tmp_path / "made"), trust=2)
+    with pytest.raises(UsageError, match=r"takes none of lookup's; leave it out\.$"):
+        drafters.build("m2r2", backbone, checkpoint=str(tmp_path / "made"), trust=0.9, lookup=True)
+    with pytest.raises(UsageError, match="^Typical acceptance verifies every guess; leave it out, or"):
+        decoder_of(backbone, lossy, rule=Typical())
     again = random_stream(backbone, exit=2, output="tied", seed=1)
     tensors, arch = module.checkpoint()
     again.start(arch, tensors)

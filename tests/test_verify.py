@@ -148,6 +148,8 @@ def test_a_guess_that_is_trusted_is_taken_whatever_the_target_says(draft: Draft,
         assert (verdict.paths[row], verdict.bonus[row]) == (path, chosen[row][path[-1]])
     if least == 1:
         assert verdict == walk(draft, chosen)
+    damaged = [[DAMAGED] * len(tree) for tree in draft.trees]  # nothing is accepted after states that are no numbers
+    assert walk(draft, damaged, trust) == Verdict([[0]] * len(trust), [DAMAGED] * len(trust))
 
 
 def test_what_is_trusted_says_how_probable_it_is() -> None:

@@ -64,8 +64,12 @@ for verb in VERBS:
     asked += [[verb], *([verb, name] for name in getattr(load_verb(verb), "commands", ()))]
 texts = []
 for words in asked:
-    with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
-        main([*words, "--help"])
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        try:
+            main([*words, "--help"])
+        except SystemExit as left:
+            if left.code:
+                raise
     texts.append((" ".join(words), shown.getvalue()))
 print(json.dumps(texts))
 """

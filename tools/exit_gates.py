@@ -1,17 +1,18 @@
 """When to leave the model at M2R2's exit: attention across depths of the fast stream beside the guess's probability.
 
-    python tools/exit_gates.py --checkpoint FOLDER --data FOLDER [--learn 600] [--held-out 100]
+    python tools/exit_gates.py --checkpoint FOLDER --data FOLDER [--held-out 100]
 
 The gate of the paper (ARLA, arXiv 2502.02040) attends across depths for one token; its equations could not be read.
 Ours: a query from the last fast stream, keys and values from all of them, each divided by its root mean square, and a
 logistic output; it learns by binary cross-entropy whether the guess is the written token. The drafter's own gate is the
-probability of its guess. Both are measured on conversations that neither has seen, and so is a logistic function of
-both. Results: docs/results/hidden_streams.json, "gates".
+probability of its guess. Of the conversations that the drafter's training held out, the gate learns from most; both are
+measured on the others, and so is a logistic function of both. Results: docs/results/hidden_streams.json, "gates".
 """
 
 from __future__ import annotations
 
 import argparse
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from foretell.drafting.options import parse
 from foretell.train.data import ConversationStore
 from foretell.train.features import ComputedFeatures
 from foretell.train.start import initialise
+from foretell.train.trainer import Settings, held_out_of
 
 MODEL, LATENT = "smollm2-135m", 64
 PRECISIONS = (0.99, 0.98, 0.95, 0.9)
@@ -49,10 +51,10 @@ class Arla(nn.Module):
 
 
 @torch.no_grad()
-def read(module: FastStream, features: ComputedFeatures, count: int, first: int) -> tuple[Tensor, Tensor, Tensor]:
+def read(module: FastStream, features: ComputedFeatures, which: range) -> tuple[Tensor, Tensor, Tensor]:
     """Streams [P, E + 1, d] at each written position, log-odds [P] of the guess there, and whether it is right [P]."""
     streams, odds, right = list[Tensor](), list[Tensor](), list[Tensor]()
-    for index in range(first, first + count):
+    for index in which:
         batch = features.batch([index])
         targets_P1, sources_P = targets(batch, 1, 1)
         if not len(sources_P):
@@ -99,8 +101,7 @@ def _kept(precision_P: Tensor, least: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a folder of a trained m2r2")
-    parser.add_argument("--data", type=Path, required=True, help="a folder that `foretell distill` wrote")
-    parser.add_argument("--learn", type=int, default=600, help="conversations to learn from")
+    parser.add_argument("--data", type=Path, required=True, help="a folder that it was trained on")
     parser.add_argument("--held-out", type=int, default=100, help="conversations to measure on")
     parser.add_argument("--epochs", type=int, default=6)
     args = parser.parse_args()
@@ -112,30 +113,35 @@ def main() -> None:
     counts_V[tensors["vocabulary"].long()] = 1
     module = M2R2.trainable(llm.backbone, options, counts_V)
     initialise(module, str(args.checkpoint), found, tensors)
-    talks = ConversationStore.open(args.data).conversations[-args.learn - args.held_out :]
+    store = ConversationStore.open(args.data).conversations
+    settings = Settings(**{name: found.provenance["settings"][name] for name in ("held_out", "seed")})
+    talks = [store[i] for i in held_out_of(store, range(len(store)), settings)]
     features = ComputedFeatures(llm.backbone, talks, module.taps, teacher=False)
     print(f"reading {len(talks)} conversations ...", flush=True)
-    streams, odds, right = read(module, features, args.learn, 0)
-    held_streams, held_odds, held_right = read(module, features, args.held_out, args.learn)
+    ends = [0, *(round(share * (len(talks) - args.held_out)) for share in (0.8, 1)), len(talks)]
+    gate_read, both_read, held = (read(module, features, range(*each)) for each in pairwise(ends))
     torch.manual_seed(0)
-    gate, both = Arla(streams.shape[-1]), nn.Linear(2, 1)
-    learn(gate, streams, right, args.epochs, 1e-3)
+    gate, both = Arla(held[0].shape[-1]), nn.Linear(2, 1)
+    learn(gate, gate_read[0], gate_read[2], args.epochs, 1e-3)
+
+    @torch.no_grad()
+    def odds_of(streams_PEd: Tensor) -> Tensor:
+        return torch.cat([gate(part.float()) for part in streams_PEd.split(4096)])
+
+    ours_P = odds_of(held[0])
+    learn(both, torch.stack([both_read[1], odds_of(both_read[0])], 1), both_read[2], args.epochs, 1e-2)
     with torch.no_grad():
-        ours = torch.cat([gate(part.float()) for part in streams.split(4096)])
-        held_ours = torch.cat([gate(part.float()) for part in held_streams.split(4096)])
-    learn(both, torch.stack([odds, ours], 1), right, args.epochs, 1e-2)
-    with torch.no_grad():
-        together = both(torch.stack([held_odds, held_ours], 1))[:, 0]
+        together_P = both(torch.stack([held[1], ours_P], 1))[:, 0]
     core.RESULTS = core.RESULTS.with_name("hidden_streams.json")
     core.save(
         "gates",
         {
-            "exit": found.arch["exit"], "learnt_from": len(right), "measured_on": len(held_right),
-            "right": round(float(held_right.double().mean()), 4),
+            "exit": found.arch["exit"], "learnt_from": len(gate_read[1]), "measured_on": len(held[1]),
+            "right": round(float(held[2].double().mean()), 4),
             "parameters": sum(p.numel() for p in gate.parameters()),
             "gates": {
-                "probability of the guess": figures(held_odds, held_right), "ARLA": figures(held_ours, held_right),
-                "both": figures(together, held_right),
+                "probability of the guess": figures(held[1], held[2]), "ARLA": figures(ours_P, held[2]),
+                "both": figures(together_P, held[2]),
             },
         },
     )  # fmt: skip

@@ -117,7 +117,7 @@ class Draft:
         trees: one per row.
         tokens: ids node by node, one list per row; the root holds the row's newest token.
         probabilities: per row how probable each node is given its parent (1 for the root), or None where that is
-            not known. Verification never needs them; trees that are merged or cut keep the most probable guesses.
+            not known. Exact verification never needs them; trees that are merged or cut keep the most probable guesses.
         resume: given when the drafter has already run lower layers over some of the nodes.
         held: whether the drafter guessed nothing because no tree pays at what steps cost here, or for what is left.
     """

@@ -13,9 +13,9 @@ other draft heads against the model's distribution, and `alignment` · (1 - cos)
 model's after layer min(L, round(L·i / E)). Trees grow as Kangaroo's do: M2R2 has its adapter beside the layers, where
 Kangaroo has it behind them.
 
-With `exit` decoding is lossy: where the fast stream is sure, the text leaves the model at layer E. Such a token's upper
+With `trust` decoding is lossy: where the fast stream is sure, the text leaves the model at layer E. That token's upper
 layers are run all the same, with those of the next nodes: later tokens attend to them. The paper decides by attention
-across the depths of the fast stream (ARLA); here the probability of the guess decides.
+across the depths of the fast stream (ARLA); here the calibrated probability of the guess decides.
 
 Legend: B conversations, T tokens, L layers, E of them that draft, F frontier nodes of all rows, P positions, d hidden
 width, r rank, V draft vocabulary, R guesses of a node.
@@ -167,7 +167,7 @@ class M2R2(Drafter):
             6, "How often the lower layers are run for a draft, at most.", low=0, high=MAX_TREE_NODES - 1
         )
         threshold: float = option(0.0, "A chain ends after a token less probable than this; 0 never.", low=0, high=1)
-        exit: float | None = option(
+        trust: float | None = option(
             None, "Lossy: accept guesses more probable than this unverified (greedy decoding).", low=0, high=1
         )
 
@@ -197,6 +197,8 @@ class M2R2(Drafter):
         self.tokens_per_step, self._scales = tokens_per_step or {}, read_scales(scales, 1)
         self.chain, self.steps, self.threshold = chain, steps, threshold
         self.trust, self.lossless = trust, trust is None
+        uncalibrated = chain and trust is None  # as in the paper, whose threshold is of the probability as it stands
+        self._scale = None if uncalibrated or not self._scales else self._scales[0]
         self._vocabulary_V = tensors["vocabulary"].long().numpy()
         shared = arch["output"] == "shared"
         output_Vd = backbone.head_rows(tensors["vocabulary"].long()) if shared else tensors["head"][0]
@@ -204,8 +206,7 @@ class M2R2(Drafter):
         self._adapters = adapters_of(backbone, tensors["down"], tensors["up"])
         self._width = 1 if chain else min(WIDTH, len(self._vocabulary_V))
         self._one_call = kernels_for(backbone).lower_layers(LowerLayerDrafting(
-            self._head, self._width, self._vocabulary_V, None if chain or not self._scales else self._scales[0],
-            beside=self._adapters,
+            self._head, self._width, self._vocabulary_V, self._scale, beside=self._adapters
         ))  # fmt: skip
         self._min_gain = 2 * (exit / backbone.config.layers + OVERHEAD)  # at two tokens per step
         self.parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
@@ -221,7 +222,7 @@ class M2R2(Drafter):
         with damage_named(options.checkpoint or f"The {cls.method} drafter that ships with foretell"):
             return cls(
                 backbone, found.arch, tensors, size, found.tokens_per_step, options.chain, options.steps,
-                options.threshold, found.calibration, options.exit,
+                options.threshold, found.calibration, options.trust,
             )  # fmt: skip
 
     @classmethod
@@ -267,5 +268,4 @@ class M2R2(Drafter):
     def _guesses(self, hidden_Fd: Tensor, nodes: Nodes) -> tuple[Floats, list[list[int]]]:
         """Log-probabilities and tokens of the guesses after nodes that have passed the layers, best first."""
         assert self._fast_Fd is not None, "the layers were run"
-        scale = None if self.chain or not self._scales else self._scales[0]
-        return guesses_of(self._head, self._backbone.norm(self._fast_Fd), self._width, self._vocabulary_V, scale)
+        return guesses_of(self._head, self._backbone.norm(self._fast_Fd), self._width, self._vocabulary_V, self._scale)

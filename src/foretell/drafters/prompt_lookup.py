@@ -293,11 +293,13 @@ class WithLookup(Drafter):
     """
 
     def __init__(self, inner: Drafter, **lookup: Any):
+        if inner.trust is not None:
+            raise UsageError("A drafter whose guesses are accepted unverified takes none of lookup's; leave it out.")
         self.inner, self.lookup = inner, PromptLookup(**lookup)
         self._cache: KVCache | None = None
         self.taps, self.cuts, self.depth, self.lossless = inner.taps, inner.cuts, inner.depth, inner.lossless
         self.adapters, self.parameters, self.tokens_per_step = inner.adapters, inner.parameters, inner.tokens_per_step
-        self.trust, self.method, self.usual_cost = inner.trust, inner.method, inner.usual_cost
+        self.method, self.usual_cost = inner.method, inner.usual_cost
 
     @property
     def max_nodes(self) -> int:

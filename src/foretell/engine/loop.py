@@ -69,6 +69,8 @@ class SpeculativeDecoder:
         if max_rows < 1:
             raise UsageError(f"The batch needs at least one row, not {max_rows}.")
         check(drafter.trust is None or not drafter.lossless, "A drafter whose guesses are trusted is not lossless.")
+        if drafter.trust is not None and rule is not None:
+            raise UsageError("Typical acceptance verifies every guess; leave it out, or the drafter's `trust`.")
         self.backbone, self.tokenizer, self.rule = backbone, tokenizer, rule
         self.lossless = drafter.lossless and rule is None and backbone.nondeterminism is None
         self.max_rows = max_rows

@@ -113,7 +113,7 @@ class Trainer:
         self.device = features.backbone.device
         self.module, self.features, self.folder = module.to(self.device), features, folder
         self.settings, self.options, self.migrate = settings, options or {}, migrate
-        self.held_out = [i for members in features.sets for i in _held_out(features.data, members, settings)]
+        self.held_out = [i for members in features.sets for i in held_out_of(features.data, members, settings)]
         self.training = sorted(set(range(len(features.data))).difference(self.held_out))
         self._data = features.digest
         self.steps_per_epoch = len(self._epoch(0)) / settings.accumulate
@@ -345,7 +345,7 @@ def _system_errors() -> Iterator[None]:
         raise
 
 
-def _held_out(data: Sequence[Distilled], members: range, settings: Settings) -> list[int]:
+def held_out_of(data: Sequence[Distilled], members: range, settings: Settings) -> list[int]:
     """The held-out conversations of one folder of data.
 
     They are the same whatever folders lie beside it, since a drafter that `--start` names may have learnt the rest.

@@ -22,7 +22,8 @@ def walk(draft: Draft, targets: Sequence[Sequence[int]], trust: Sequence[float |
 
     Args:
         targets: per row, the target's token after each node, or `DAMAGED`, which no child holds.
-        trust: per row, the probability above which a guess is accepted unverified, or None to verify all; none verify.
+        trust: per row, the probability above which a guess is accepted unverified, or None, which verifies that row;
+            without any every row is verified.
 
     Returns:
         Per row the accepted path (at least the root) and the bonus token that follows it, or `DAMAGED`.
@@ -30,16 +31,16 @@ def walk(draft: Draft, targets: Sequence[Sequence[int]], trust: Sequence[float |
     paths, bonus = [], []
     for row, (tree, tokens, target) in enumerate(zip(draft.trees, draft.tokens, targets, strict=True)):
         trusted = _trusted(draft, row, trust[row]) if trust else {}
-        path, token = [0], DAMAGED
-        while child := trusted.get(node := path[-1]) or _holding(token := target[node], tree.children[node], tokens):
+        path, token = [0], target[0]
+        while token != DAMAGED:
+            held = next((child for child in tree.children[path[-1]] if tokens[child] == token), 0)
+            if not (child := trusted.get(path[-1], held)):
+                break
             path.append(child)
+            token = target[child]
         paths.append(path)
         bonus.append(token)
     return Verdict(paths, bonus)
-
-
-def _holding(token: int, children: Sequence[int], tokens: Sequence[int]) -> int:
-    return next((child for child in children if tokens[child] == token), 0)
 
 
 def _trusted(draft: Draft, row: int, least: float | None) -> dict[int, int]:
