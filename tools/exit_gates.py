@@ -129,7 +129,7 @@ def main() -> None:
         return torch.cat([gate(part.float()) for part in streams_PEd.split(4096)])
 
     ours_P = odds_of(held[0])
-    learn(both, torch.stack([both_read[1], odds_of(both_read[0])], 1), both_read[2], args.epochs, 1e-2)
+    learn(both, torch.stack([both_read[1], odds_of(both_read[0])], 1), both_read[2], 10 * args.epochs, 3e-2)
     with torch.no_grad():
         together_P = both(torch.stack([held[1], ours_P], 1))[:, 0]
     core.RESULTS = core.RESULTS.with_name("hidden_streams.json")

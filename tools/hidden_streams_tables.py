@@ -21,7 +21,8 @@ SWEEPS = {
 
 def sweeps(found: dict[str, Any]) -> list[str]:
     """Returns the forms that were trained side by side, at equal data."""
-    return [line for name, title in SWEEPS.items() if name in found for line in _sweep(title, found[name])]
+    lines = [line for name, title in SWEEPS.items() if name in found for line in _sweep(title, found[name])]
+    return lines + (_gates(found["gates"]) if "gates" in found else [])
 
 
 def _sweep(title: str, section: dict[str, Any]) -> list[str]:
@@ -64,6 +65,23 @@ def _stream(arm: dict[str, Any]) -> list[str]:
         f"{arm['parameters'] / 1e6:.2f} M", f"{level['top1']:.1%}", f"{level['top5']:.1%}",
         *_tokens(arm["tokens_per_step_of_fixed_trees"]),
     ]  # fmt: skip
+
+
+def _gates(section: dict[str, Any]) -> list[str]:
+    r = section["result"]
+    precisions = list(next(iter(r["gates"].values()))["share_at_precision"])
+    lines = [
+        f"When to leave the model at M2R2's exit ({r['exit']}): {r['right']:.1%} of its guesses are right, of "
+        f"{r['measured_on']:,} held-out ones; attention across depths (ARLA, {r['parameters'] / 1e6:.2f} M parameters) "
+        f"learnt from {r['learnt_from']:,} others (commit {section['commit']}, `{section['command']}`).",
+        "",
+        f"| gate | area under ROC | {' | '.join(f'leaves, {float(p):.0%} right' for p in precisions)} |",
+        f"|{'---|' * (2 + len(precisions))}",
+    ]
+    for name, gate in r["gates"].items():
+        shares = [f"{share:.1%}" for share in gate["share_at_precision"].values()]
+        lines.append(f"| {name} | {gate['area_under_roc']:.3f} | {' | '.join(shares)} |")
+    return [*lines, ""]
 
 
 def _tokens(of_sizes: dict[str, float | None]) -> Sequence[str]:
