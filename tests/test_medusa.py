@@ -379,6 +379,9 @@ def test_of_other_draft_vocabularies_the_tokens_that_both_have_are_taken() -> No
             theirs = learnt.head_KVd[0, token] if token < 20 else before[0, i]
             for k in range(3):
                 assert torch.equal(fresh.head(k)[i], theirs)
+    shared = trainable(Medusa, backbone, counts, heads=3, layers=1, output="shared", draft_vocab=20)
+    with pytest.raises(UsageError, match=r"^It has learnt output matrices; train with `output='tied'`\.$"):
+        shared.start(arch, tensors)
 
 
 @pytest.mark.parametrize(

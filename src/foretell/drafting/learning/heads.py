@@ -217,8 +217,11 @@ class GuessingHeads(Trainable):
 
     def start_outputs(self, tensors: dict[str, Tensor]) -> None:
         """Copies a checkpoint's output matrices for the tokens of both draft vocabularies."""
-        if self.output == "shared" or "head" not in tensors:
+        if "head" not in tensors:
             return
+        if self.output == "shared":
+            kind = "tied" if len(tensors["head"]) == 1 else "own"
+            raise UsageError(f"It has learnt output matrices; train with `output={kind!r}`.")
         index_D = index_in(tensors["vocabulary"].long(), len(self.index_V))[self.vocabulary_V.cpu()]
         if len(tensors["head"]) not in (1, len(self.head_KVd)):
             raise UsageError("It has an output matrix for each head; train with `output='own'` and as many heads.")
