@@ -245,7 +245,7 @@ def test_guesses_of_the_last_layer_are_always_right() -> None:
     chained = drafter_of(backbone, module, chain=True, steps=3)
     chained._one_call = None
     for output in finish(decoder_of(backbone, chained), requests())[::2]:  # the greedy ones
-        assert output.statistics.accepted > 10
+        assert output.statistics.accepted > 8
         assert output.statistics.accepted >= output.statistics.drafted - 3  # the last may lie past the end
 
 

@@ -91,7 +91,7 @@ def requests(count: int = 5) -> list[tuple[list[int], SamplingParams]]:
     out = []
     for i in range(count):
         ids = torch.randint(VOCAB, (1 + 5 * i,), generator=generator).tolist()
-        out.append((ids, SamplingParams(max_new_tokens=30 + i, temperature=float(i % 2), seed=i, logprobs=1)))
+        out.append((ids, SamplingParams(max_new_tokens=14 + 3 * i, temperature=float(i % 2), seed=i, logprobs=1)))
     return out
 
 

