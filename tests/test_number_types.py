@@ -315,7 +315,7 @@ def test_a_command_says_what_it_multiplies_in_and_goes_on_elsewhere(
     command = ["train", "medusa", *ours, "--data", talks, "--out", str(heads), "--batch-tokens", "99", "-o", "heads=2"]
     machine(monkeypatch, float32=1.0, bfloat16=0.25)
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "evaluate", lambda trainer: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(Trainer, "evaluate", lambda *_, **rest: (_ for _ in ()).throw(KeyboardInterrupt))
         ran = foretell(*command)
     assert (ran.code, "multiplies in bfloat16, 4.0 times as fast here as float32\n" in ran.err) == (130, True)
     machine(monkeypatch, float32=1.0, bfloat16=40.0)

@@ -29,7 +29,7 @@ PROGRESS: dict[str, list[str]] = {
     "convert": ["converting"],
     "answer": ["answering"],
     "distill": ["writing prompts", "answering"],
-    "train": ["training medusa", "replaying, %"],
+    "train": ["training medusa", "measuring, %"],
     "tune": ["measuring steps, %", "measuring drafting"],
     "bench": ["measuring"],
     "sweep": ["measuring"],

@@ -392,6 +392,22 @@ def test_batches_hold_alike_lengths_in_a_new_order_each_epoch() -> None:
     assert [max(lengths[i] for i in batch) for batch in first] != sorted(max(lengths[i] for i in b) for b in first)
 
 
+def test_what_is_measured_is_spread_over_what_was_held_out(trainer: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer(module=Told(), data=told(*[[0] * 12] * 20), held_out=0.5)
+    seen, shares = list[int](), list[float]()
+    batch = made.features.batch
+    monkeypatch.setattr(made.features, "batch", lambda members: (seen.extend(members), batch(members))[1])
+    assert len(made.held_out) > 3
+    for most in (2, 400):
+        monkeypatch.setattr("foretell.train.trainer.MAX_MEASURED", most)
+        made.evaluate((2,), shares.append)
+        assert seen == (made.held_out if most == 400 else [made.held_out[0], made.held_out[len(made.held_out) // 2]])
+        assert shares == sorted(shares)
+        assert shares[-1] == 1
+        seen.clear()
+        shares.clear()
+
+
 def test_at_most_four_hundred_conversations_are_held_out() -> None:
     made = planned([1] * 2000, held_out=0.5)
     assert len(made.held_out) == 400

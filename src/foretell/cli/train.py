@@ -72,7 +72,7 @@ def train(
         names = ", ".join(job.method for job in jobs)
         with job_progress(f"training {names}", "") as progress, interruptible() as caught:
             begun.train(lambda done, total: progress(done, total, 0), stop=lambda: caught)
-        with job_progress("replaying, %", "") as progress:
+        with job_progress("measuring, %", "") as progress:
             found = begun.publish(lambda done, total: progress(done, total, 0))
     for job, trained in zip(jobs, found, strict=True):
         if len(jobs) > 1:

@@ -5,7 +5,7 @@ Legend: P positions, K heads, R guesses of a head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,8 +48,17 @@ class Report:
     fitted: dict[str, Any] = field(default_factory=dict)
 
 
+def spread(indices: Sequence[int], most: int) -> list[int]:
+    """At most so many conversations, evenly spread over those given, and so over all folders of data."""
+    count = min(most, len(indices))
+    return [indices[i * len(indices) // count] for i in range(count)]
+
+
 @torch.no_grad()
-def evaluate(module: Trainable, features: Batches, indices: Sequence[int], sizes: Sequence[int] = SIZES) -> Report:
+def evaluate(
+    module: Trainable, features: Batches, indices: Sequence[int], sizes: Sequence[int] = SIZES,
+    progress: Callable[[float], None] = lambda fraction: None,
+) -> Report:  # fmt: skip
     """Measures a module on some conversations.
 
     Trees are searched, and heads calibrated, on every second conversation; the others measure the trees.
@@ -57,6 +66,7 @@ def evaluate(module: Trainable, features: Batches, indices: Sequence[int], sizes
     Args:
         indices: the conversations, as `features` counts them.
         sizes: of the trees that are measured, root included.
+        progress: called with the share that is done.
     """
     module.eval()
     loss: dict[str, float] = {}
@@ -70,6 +80,7 @@ def evaluate(module: Trainable, features: Batches, indices: Sequence[int], sizes
         for guessed in module.guesses(batch):
             ranks.append(guessed.ranks_PK.numpy())
             log_probs.append(guessed.log_probs_PKR.numpy())
+        progress((begin + len(members)) / len(indices))
     searched, measured = (slice(0, None, 2), slice(1, None, 2)) if len(ranks) > 1 else (slice(None), slice(None))
     paths = nested(ranks[searched], CANDIDATES)
     tokens_per_step = {

@@ -40,7 +40,7 @@ from foretell.errors import UsageError
 from foretell.files import sole_writer
 from foretell.train.checks import Data, check_data, check_out, method_class, open_data
 from foretell.train.data import ConversationStore, Distilled
-from foretell.train.evaluation import SIZES, Report
+from foretell.train.evaluation import SIZES, Report, spread
 from foretell.train.features import Batches, ComputedFeatures, FeatureStore, JoinedFeatures
 from foretell.train.loop import train
 from foretell.train.memory import fits
@@ -313,7 +313,7 @@ class Run:
         """Measures the drafter on held-out text, and writes it; `progress` counts per cent."""
         trainer, module, backbone = self.trainer, self.trainer.module, self.llm.backbone
         progress(0, 100)
-        report = trainer.evaluate()
+        report = trainer.evaluate(progress=lambda fraction: progress(round(fraction * 50), 100))
         figures = {name: value for name, value in asdict(report).items() if name != "replayed"}
         trainer.log({"held_out": {"epoch": trainer.settings.epochs, **figures}})
         tensors, arch = module.checkpoint()
@@ -337,7 +337,7 @@ class Run:
         drafter = self.cls.build(backbone, self.cls.Options(), (checkpoint, tensors))
         sizes = [size for size in SIZES if size <= drafter.max_nodes]
         checkpoint.tokens_per_step = tokens_per_step_by_size(
-            drafter, features, indices, sizes, lambda fraction: progress(round(fraction * 100), 100)
+            drafter, features, indices, sizes, lambda fraction: progress(50 + round(fraction * 50), 100)
         )
         checkpoint.save(self.out / "drafter", tensors)
         return Trained(self.out / "drafter", model, checkpoint, report, bool(trainer.held_out))
@@ -369,5 +369,4 @@ def token_counts(conversations: Iterable[Distilled], vocab_size: int) -> Tensor:
 
 def to_replay(held_out: Sequence[int]) -> list[int]:
     """At most `MAX_REPLAYED` of the held-out conversations, evenly spread over all folders of data."""
-    count = min(MAX_REPLAYED, len(held_out))
-    return [held_out[i * len(held_out) // count] for i in range(count)]
+    return spread(held_out, MAX_REPLAYED)

@@ -31,7 +31,7 @@ from foretell.errors import ForetellError, UsageError, check_numbers
 from foretell.files import atomic_write, complete_lines, one_line, write_errors
 from foretell.loading.catalog import current
 from foretell.train.data import Distilled
-from foretell.train.evaluation import SIZES, Report, evaluate
+from foretell.train.evaluation import SIZES, Report, evaluate, spread
 from foretell.train.features import Batches
 from foretell.train.forward import attention_on
 
@@ -40,6 +40,8 @@ POOL, POOLED_TOKENS = 512, 64
 by length, so that batches carry little padding."""
 MAX_HELD_OUT = 400
 """Conversations of each folder of data."""
+MAX_MEASURED = 400
+"""Conversations of all folders: to measure more would take longer than a short training."""
 SEEDS = "SeedSequence"
 """How seeds of batches are made; states of earlier versions, which do not name it, used Python's hash of a tuple."""
 WITHOUT_EFFECT = ("save_seconds", "started_by")
@@ -326,12 +328,15 @@ class Trainer:
 
     # -- held-out figures -----------------------------------------------------------------------------------------
 
-    def evaluate(self, sizes: Sequence[int] = SIZES) -> Report:
-        """Figures on the held-out conversations (all conversations, where none is held out)."""
+    def evaluate(
+        self, sizes: Sequence[int] = SIZES, progress: Callable[[float], None] = lambda fraction: None
+    ) -> Report:
+        """Figures on at most `MAX_MEASURED` held-out conversations, or on learnt ones where none is held out."""
         self.module.begin(self.done)
         self.features.multiply_in(self.number_type)
         with number_types.multiply_in(self.number_type), attention_on(self.device):
-            return evaluate(self.module, self.features, self.held_out or self.training, sizes)
+            measured = spread(self.held_out or self.training, MAX_MEASURED)
+            return evaluate(self.module, self.features, measured, sizes, progress)
 
 
 @contextmanager
