@@ -117,7 +117,7 @@ def test_the_states_are_those_that_the_features_keep(backbone: Backbone, folder:
     module = learning(backbone, folder).eval()
     batch = batch_of(backbone, module)
     with torch.no_grad():
-        now = module._with_states(batch).states
+        now = module.prepared(batch).states
     lengths_B = torch.tensor([len(each.tokens) for each in DATA])
     there_BT = torch.arange(batch.tokens_BT.shape[1]) < lengths_B[:, None]
 
@@ -142,7 +142,7 @@ def test_at_the_start_nothing_pulls_at_the_model(backbone: Backbone, folder: Pat
     module = learning(backbone, folder, dropout=0.0).train()
     batch = batch_of(backbone, module)
     logits_BTV = (
-        module._with_states(batch).states[FINAL_NORM].detach() @ causal(module.model).get_output_embeddings().weight.T
+        module.prepared(batch).states[FINAL_NORM].detach() @ causal(module.model).get_output_embeddings().weight.T
     )
     p_BTm, ids_BTm = logits_BTV.detach().softmax(-1).topk(TEACHER)
     itself = replace(batch, teacher_ids_BTm=ids_BTm, teacher_p_BTm=p_BTm)
@@ -167,7 +167,7 @@ def test_the_backbones_loss_is_the_divergence_written_out(
         sums = batch.teacher_p_BTm.sum(-1, keepdim=True).clamp(min=1e-9)
         batch = replace(batch, teacher_p_BTm=batch.teacher_p_BTm / sums * sum_of_p)
     with torch.no_grad():
-        states_BTd = module._with_states(batch).states[FINAL_NORM].double()
+        states_BTd = module.prepared(batch).states[FINAL_NORM].double()
         weight_Vd = causal(module.model).get_output_embeddings().weight.double()
     terms = []
     for b, talk in enumerate(DATA):
@@ -454,7 +454,7 @@ def test_adapters_drop_what_they_read_while_they_learn(backbone: Backbone, folde
     def states(module: JointHeads, seed: int) -> Tensor:
         torch.manual_seed(seed)
         with torch.no_grad():
-            return module._with_states(batch).states[FINAL_NORM]
+            return module.prepared(batch).states[FINAL_NORM]
 
     plain, module = (perturbed(learning(backbone, folder, dropout=dropout)) for dropout in (0.0, 0.3))
     batch = batch_of(backbone, module)

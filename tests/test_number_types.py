@@ -183,6 +183,18 @@ def test_everything_that_learns_multiplies_in_the_chosen_type(llm: LLM, data: li
     assert (rounded - gradient).norm() < 0.03 * gradient.norm()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_measuring_gives_the_losses_and_guesses_of_each_alone(llm: LLM, data: list[Distilled], method: str) -> None:
+    module = learning(llm, method).eval()
+    batch = ComputedFeatures(llm.backbone, data, module.taps).batch(range(len(data)))
+    with torch.no_grad():
+        losses, guesses = module.measured(batch)
+        assert losses == module.losses(batch)
+    for found, alone in zip(guesses, module.guesses(batch), strict=True):
+        assert torch.equal(found.ranks_PK, alone.ranks_PK)
+        assert torch.equal(found.log_probs_PKR, alone.log_probs_PKR)
+
+
 # -- a run keeps to its type ----------------------------------------------------------------------------------------
 
 

@@ -35,7 +35,7 @@ from foretell.drafting.learning.finetune import ADAPTATIONS, trainable_model
 from foretell.drafting.learning.heads import GuessingHeads, HeadTraining, draft_outputs
 from foretell.drafting.learning.losses import targets, weighed
 from foretell.drafting.learning.student import TrainableBackbone
-from foretell.drafting.learning.trainable import TrainingBatch
+from foretell.drafting.learning.trainable import HeadGuesses, TrainingBatch
 from foretell.drafting.lower_layers import MAX_TREE_NODES, check_exit
 from foretell.drafting.options import option
 from foretell.drafting.threshold import AcceptanceTracker, Threshold
@@ -123,6 +123,9 @@ class EarlyExitTraining(GuessingHeads):
             kl = self.student.kl_to_original(replace(batch, states={FINAL_NORM: states[FINAL_NORM]}))
             out["backbone"] = weighed(kl, last / (hold if exits else 1.0))
         return out
+
+    def measured(self, batch: TrainingBatch) -> tuple[dict[str, Tensor], list[HeadGuesses]]:
+        return self.losses(batch), self.guesses(batch)  # they read other exits
 
     def read(self, batch: TrainingBatch, sources_P: Tensor) -> Tensor:
         states = self.student.states(batch.tokens_BT, [self.exit])

@@ -49,7 +49,7 @@ from foretell.drafting.kernels import adapters_of, kernels_for
 from foretell.drafting.learning.frozen_layers import FrozenLayers, beside
 from foretell.drafting.learning.heads import GuessingHeads, HeadTraining, draft_outputs
 from foretell.drafting.learning.losses import weighed
-from foretell.drafting.learning.trainable import HeadGuesses, TrainingBatch
+from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.drafting.lower_layers import MAX_TREE_NODES, EarlyExitTrees, check_exit, grow_in_one_call, guesses_of
 from foretell.drafting.options import option, stored_options
 from foretell.drafting.protocols import LowerLayerDrafting
@@ -113,9 +113,11 @@ class FastStream(GuessingHeads):
             found.append(fast_BTd)
         return found
 
-    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        terms = super().losses(batch)
-        if terms and self.ahead_of:
+    def losses_at(
+        self, batch: TrainingBatch, x_KPd: Tensor, targets_PK: Tensor, sources_P: Tensor
+    ) -> dict[str, Tensor]:
+        terms = super().losses_at(batch, x_KPd, targets_PK, sources_P)
+        if self.ahead_of:
             written_BT = batch.supervised_BT
             apart = [
                 1 - F.cosine_similarity(fast_BTd[written_BT], batch.states[layer][written_BT].float(), dim=-1).mean()
@@ -124,12 +126,6 @@ class FastStream(GuessingHeads):
             terms["alignment"] = weighed(torch.stack(apart).mean(), self.options.alignment)
         self._streams = []
         return terms
-
-    @torch.no_grad()
-    def guesses(self, batch: TrainingBatch) -> list[HeadGuesses]:
-        found = super().guesses(batch)
-        self._streams = []
-        return found
 
     @torch.no_grad()
     def start(self, arch: dict[str, Any], tensors: dict[str, Tensor]) -> None:

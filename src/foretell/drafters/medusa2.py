@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from foretell.backbone import Backbone
@@ -28,7 +27,7 @@ from foretell.drafting.learning.finetune import ADAPTATIONS, trainable_model
 from foretell.drafting.learning.heads import draft_outputs, evenly_spread
 from foretell.drafting.learning.losses import weighed
 from foretell.drafting.learning.student import TrainableBackbone
-from foretell.drafting.learning.trainable import HeadGuesses, TrainingBatch
+from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.drafting.options import option
 from foretell.errors import ForetellError
 
@@ -93,21 +92,20 @@ class JointHeads(MedusaHeads):
         rise = math.sin(math.pi / 2 * self._done) if self.schedule == "sine" else 1.0
         return self.weight * rise
 
-    def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        if not (self.training and self.alone):  # else the stored states hold
-            batch = self._with_states(batch)
-        terms = {name: weighed(term, self.heads_weight()) for name, term in super().losses(batch).items()}
-        if terms and not (self.training and self.alone):
+    def prepared(self, batch: TrainingBatch) -> TrainingBatch:
+        if self.training and self.alone:
+            return batch  # the stored states hold
+        # padding comes last and is not attended to
+        return replace(batch, states=self.student.states(batch.tokens_BT, self.taps))
+
+    def losses_at(
+        self, batch: TrainingBatch, x_KPd: Tensor, targets_PK: Tensor, sources_P: Tensor
+    ) -> dict[str, Tensor]:
+        found = super().losses_at(batch, x_KPd, targets_PK, sources_P)
+        terms = {name: weighed(term, self.heads_weight()) for name, term in found.items()}
+        if not (self.training and self.alone):
             terms["backbone"] = self.student.kl_to_original(batch)
         return terms
-
-    def guesses(self, batch: TrainingBatch) -> list[HeadGuesses]:
-        with torch.no_grad():
-            return super().guesses(self._with_states(batch))
-
-    def _with_states(self, batch: TrainingBatch) -> TrainingBatch:
-        """The batch with the states that the backbone computes now; padding comes last and is not attended to."""
-        return replace(batch, states=self.student.states(batch.tokens_BT, self.taps))
 
     # -- the result -------------------------------------------------------------------------------------------------
 

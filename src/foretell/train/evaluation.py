@@ -75,9 +75,10 @@ def evaluate(
     for begin in range(0, len(indices), BATCH):
         members = indices[begin : begin + BATCH]
         batch = features.batch(members).to(features.backbone.device)
-        for name, term in module.losses(batch).items():
+        losses, guesses = module.measured(batch)
+        for name, term in losses.items():
             loss[name] = loss.get(name, 0.0) + term.item() * len(members) / len(indices)
-        for guessed in module.guesses(batch):
+        for guessed in guesses:
             ranks.append(guessed.ranks_PK.numpy())
             log_probs.append(guessed.log_probs_PKR.numpy())
         progress((begin + len(members)) / len(indices))

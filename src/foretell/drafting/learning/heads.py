@@ -129,11 +129,34 @@ class GuessingHeads(Trainable):
             return self.head_Vd
         return self.head_KVd[k if self.output == "own" else 0]
 
+    def prepared(self, batch: TrainingBatch) -> TrainingBatch:
+        """The batch with the states that `read` needs; those of a backbone that changes are computed now."""
+        return batch
+
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        batch = self.prepared(batch)
         targets_PK, sources_P = targets(batch, self.heads, self.ahead)
-        if not len(sources_P):
-            return {}
-        x_KPd, live_KP = self.read(batch, sources_P), targets_PK.T >= 0
+        return self.losses_at(batch, self.read(batch, sources_P), targets_PK, sources_P) if len(sources_P) else {}
+
+    @torch.no_grad()
+    def guesses(self, batch: TrainingBatch) -> list[HeadGuesses]:
+        batch = self.prepared(batch)
+        targets_PK, sources_P = targets(batch, self.heads, self.ahead)
+        return self.guesses_at(batch, self.read(batch, sources_P), targets_PK, sources_P)
+
+    @torch.no_grad()
+    def measured(self, batch: TrainingBatch) -> tuple[dict[str, Tensor], list[HeadGuesses]]:
+        batch = self.prepared(batch)
+        targets_PK, sources_P = targets(batch, self.heads, self.ahead)
+        x_KPd = self.read(batch, sources_P)
+        losses = self.losses_at(batch, x_KPd, targets_PK, sources_P) if len(sources_P) else {}
+        return losses, self.guesses_at(batch, x_KPd, targets_PK, sources_P)
+
+    def losses_at(
+        self, batch: TrainingBatch, x_KPd: Tensor, targets_PK: Tensor, sources_P: Tensor
+    ) -> dict[str, Tensor]:
+        """The loss of each head that has tokens to guess, from what `read` returned."""
+        live_KP = targets_PK.T >= 0
         if self.dynamic and torch.is_grad_enabled():
             weights_KP = self.dynamic_weights(x_KPd, targets_PK)
         else:
@@ -195,10 +218,11 @@ class GuessingHeads(Trainable):
         p_KPm = p_KPm * ((index_KPm >= 0) & live_KP[..., None])  # tokens outside the draft vocabulary are not learnt
         return index_KPm.clamp(min=0), p_KPm
 
-    @torch.no_grad()
-    def guesses(self, batch: TrainingBatch) -> list[HeadGuesses]:
-        targets_PK, sources_P = targets(batch, self.heads, self.ahead)
-        x_KPd, ranks_PK = self.read(batch, sources_P), torch.full_like(targets_PK, MISSED)
+    def guesses_at(
+        self, batch: TrainingBatch, x_KPd: Tensor, targets_PK: Tensor, sources_P: Tensor
+    ) -> list[HeadGuesses]:
+        """The guesses over each conversation, from what `read` returned."""
+        ranks_PK = torch.full_like(targets_PK, MISSED)
         log_probs_PKR = x_KPd.new_zeros(*targets_PK.shape, min(CALIBRATION_TOP_K, len(self.vocabulary_V)))
         chunk = chunk_size(len(self.vocabulary_V), x_KPd.device)
         for k in range(self.heads):

@@ -105,6 +105,10 @@ class Trainable(nn.Module):
     def guesses(self, batch: TrainingBatch) -> list[HeadGuesses]:
         """Returns the guesses over each conversation."""
 
+    def measured(self, batch: TrainingBatch) -> tuple[dict[str, Tensor], list[HeadGuesses]]:
+        """Returns both; a module whose losses and guesses read the same computes that once."""
+        return self.losses(batch), self.guesses(batch)
+
     def fitted(self, ranks: Sequence[Ranks], log_probs: Sequence[Floats], scales: Sequence[Scale]) -> dict[str, Any]:
         """Returns what a method fits to held-out guesses besides calibration and trees (`Checkpoint.fitted`).
 
