@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from command_line import Foretell
+from decoding import decoder_of, finish
 from toy_drafters import EarlyExit
 
 import foretell as package
@@ -17,6 +18,7 @@ from foretell import drafters
 from foretell.contracts import Draft, Drafter, Row
 from foretell.drafting.from_file import split
 from foretell.errors import ForetellError, UsageError
+from foretell.requests import SamplingParams
 from foretell.testing import MODELS, check_drafter, random_backbone
 
 PAGE = Path(__file__).parent.parent / "docs" / "adding-a-drafter.md"
@@ -57,6 +59,16 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 def test_the_drafters_of_the_page_are_exact(tmp_path: Path, name: str, model: str) -> None:
     (tmp_path / "page.py").write_text(next(sample for sample in SAMPLES if f"class {name}" in sample))
     assert check_drafter(f"{tmp_path}/page.py:{name}", (model,)) > 1000
+
+
+@pytest.mark.parametrize("name", ["Bigram", "TwoHeads", "FirstLayers", "RowsOfItsOwn"])
+def test_the_drafters_of_the_page_draft_once_plain_steps_are_timed(tmp_path: Path, name: str) -> None:
+    """A governor that never met a plain step would wait for one for ever."""
+    (tmp_path / "page.py").write_text(next(sample for sample in SAMPLES if f"class {name}" in sample))
+    cls, backbone = drafters.drafter_class(f"{tmp_path}/page.py:{name}"), random_backbone(MODELS["llama"])
+    decoder = decoder_of(backbone, cls.build(backbone, cls.Options()), adapt=True)
+    (output,) = finish(decoder, [([5, 6, 7] * 5, SamplingParams(max_new_tokens=16, ignore_eos=True))])
+    assert output.statistics.drafted > 0
 
 
 def test_the_other_samples_of_the_page_run(

@@ -119,7 +119,8 @@ class Draft:
         probabilities: per row how probable each node is given its parent (1 for the root), or None where that is
             not known. Exact verification never needs them; trees that are merged or cut keep the most probable guesses.
         resume: given when the drafter has already run lower layers over some of the nodes.
-        held: whether the drafter guessed nothing because no tree pays at what steps cost here, or for what is left.
+        held: whether the drafter guessed nothing because no tree pays at what steps cost here, or for what is left, or
+            was not asked; such a step inserts no rows either.
     """
 
     trees: list[TokenTree]
@@ -304,7 +305,7 @@ class Drafter(ABC):
         Args:
             hidden_Md: streams of all nodes, not to be modified.
             nodes: the drafted nodes, followed in each tree by what earlier cuts have inserted.
-            draft: what is verified: what `draft` returned with the guesses of prompt lookup, or roots alone, for which
-                `draft` may not have been called.
+            draft: what is verified: what `draft` returned, less what no budget is left for, with the guesses of prompt
+                lookup. Steps whose draft is `held` insert nothing.
         """
         return None

@@ -345,7 +345,7 @@ class HiddenTransfer(Drafter):
         the trees since."""
         self._counts, self._tails, self._inserted = [], [list(range(len(tree))) for tree in draft.trees], []
         for i, (slot, tree) in enumerate(zip(nodes.rows, draft.trees, strict=True)):
-            rows, counts = self._left.pop(slot, 0), [0] * len(tree)
+            rows, counts = self._left[slot], [0] * len(tree)
             if rows and draft.probabilities:
                 guesses = Guesses(tree, draft.tokens[i], draft.probabilities[i])
                 counts = pseudo_rows(tree.parents, guesses.path_probabilities(), rows, self._values_now)
@@ -361,11 +361,13 @@ class HiddenTransfer(Drafter):
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
         self.reset(rows)
+        if features.extra is None:
+            return
         begin = 0
-        for row, path, inserted in zip(rows, features.paths, self._inserted, strict=False):  # no paths in a prompt
+        for row, path, inserted in zip(rows, features.paths, self._inserted, strict=True):
             mine = [begin + order for order, node in enumerate(inserted) if node == path[-1]]
             begin += len(inserted)
-            if mine and features.extra is not None:
+            if mine:
                 self._states[row.slot] = features.extra[mine]
 
 

@@ -348,7 +348,7 @@ class SpeculativeDecoder:
 
 def _roots(rows: Sequence[RowState]) -> Draft:
     """A draft without guesses: a plain step."""
-    return Draft([ROOT] * len(rows), [[row.tokens[-1]] for row in rows])
+    return Draft([ROOT] * len(rows), [[row.tokens[-1]] for row in rows], held=True)
 
 
 def _common(one: list[int], other: list[int]) -> int:

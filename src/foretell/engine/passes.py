@@ -52,12 +52,13 @@ def run_pass(backbone: Backbone, drafter: Drafter, cache: KVCache, rows: Sequenc
     # the nodes with those that cuts insert, and where the drafted and the inserted ones are among them
     extended, drafted, inserted_N, beside = nodes, None, None, None
     size, layers = float(len(nodes)), backbone.config.layers
-    for cut in dict.fromkeys((*drafter.cuts, layers)):
+    cuts = () if draft.held else drafter.cuts
+    for cut in dict.fromkeys((*cuts, layers)):
         wanted = [tap for tap in drafter.taps if tap not in taps and layer <= tap <= cut]
         hidden_Md, tapped = backbone.run_layers(hidden_Md, extended, cache, layer, cut, taps=wanted, beside=beside)
         taps |= {tap: states if drafted is None else states[drafted] for tap, states in tapped.items()}
         layer = cut
-        insertion = drafter.at_cut(cut, hidden_Md, extended, draft) if cut in drafter.cuts else None
+        insertion = drafter.at_cut(cut, hidden_Md, extended, draft) if cut in cuts else None
         if insertion and any(insertion.parents):
             extended, hidden_Md = _with(insertion, extended, hidden_Md)
             size += len(insertion.streams_Nd) * (layers - cut) / layers
@@ -95,5 +96,6 @@ def _with(insertion: Insertion, nodes: Nodes, hidden_Md: Tensor) -> tuple[Nodes,
     check(insertion.streams_Nd.shape == shape, f"Inserted rows need streams {shape}.")
     streams_Rd = torch.cat([hidden_Md, insertion.streams_Nd])
     if len(nodes.trees) > 1:  # the new rows of each tree follow its own
-        streams_Rd = torch.empty_like(streams_Rd).index_copy_(0, torch.cat(wider.parted(nodes.counts)), streams_Rd)
+        places_R = torch.cat(wider.parted(nodes.counts)).to(streams_Rd.device)
+        streams_Rd = torch.empty_like(streams_Rd).index_copy_(0, places_R, streams_Rd)
     return wider, streams_Rd
