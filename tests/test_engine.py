@@ -498,6 +498,17 @@ def test_a_draft_that_breaks_the_contract_is_refused(draft: Draft, sentence: str
         finish(decoder, [([1, 2, 3], SamplingParams(max_new_tokens=9))])
 
 
+def test_rows_beyond_those_that_were_announced_are_refused() -> None:
+    """The cache may have no slots for them."""
+
+    class Surprising(Inserter):
+        extra_nodes = 1
+
+    backbone = tiny()
+    with pytest.raises(UsageError, match=r"inserted 2 rows behind a tree; its extra_nodes allows 1\."):
+        finish(decoder_of(backbone, Surprising(backbone, 1)), [([1, 2, 3], SamplingParams(max_new_tokens=9))])
+
+
 def test_a_lossy_drafter_is_not_governed_by_the_clock() -> None:
     class Lossy(RandomTrees):
         lossless = False

@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 from decoding import (
+    Request,
     assert_changes_no_token,
     assert_same,
     decoder_of,
@@ -29,6 +30,7 @@ from trainables import trainable
 
 from foretell import drafters
 from foretell.backbone import Backbone, Nodes
+from foretell.contracts import Draft, Row
 from foretell.drafters.hidden_transfer import DECAY, MAX_NODES, HiddenTransfer, TransferSteps
 from foretell.drafters.prompt_lookup import WithLookup
 from foretell.drafting.checkpoint import Checkpoint, load
@@ -281,8 +283,9 @@ def weighed_total(module: TransferSteps, batch: TrainingBatch) -> float:
 # -- rows of a step -------------------------------------------------------------------------------------------------
 
 
-def test_a_step_runs_no_more_rows_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And each emits from one token to one more than there are steps."""
+@pytest.mark.parametrize("lookup", [False, True])
+def test_a_step_runs_no_more_rows_than_it_may(monkeypatch: pytest.MonkeyPatch, lookup: bool) -> None:
+    """And each emits from one token to one more than there are steps, unless lookup adds to the tree."""
     backbone, sizes = backbone_of(), list[int]()
     module = random_steps(backbone, layers=(1,))
     ran = backbone.run_layers
@@ -292,18 +295,44 @@ def test_a_step_runs_no_more_rows_than_it_may(monkeypatch: pytest.MonkeyPatch) -
         return ran(hidden, nodes, *rest, **options)
 
     for nodes in (2, 5, 12):
-        drafter = drafter_of(backbone, module, nodes)
-        decoder = decoder_of(backbone, drafter)
-        decoder.submit([1, 2, 3, 4], SamplingParams(max_new_tokens=40, ignore_eos=True))
+        transfer = drafter_of(backbone, module, nodes)
+        decoder = decoder_of(backbone, WithLookup(transfer, nodes=nodes) if lookup else transfer)
+        decoder.submit([1, 2, 3, 4] * 5, SamplingParams(max_new_tokens=40, ignore_eos=True))
         decoder.step()
         monkeypatch.setattr(backbone, "run_layers", counted)
         sizes.clear()
         while decoder.busy:
             for event in decoder.step():
-                assert 1 <= len(event.tokens) <= 4
+                assert 1 <= len(event.tokens) <= (nodes if lookup else 4)
         monkeypatch.undo()
         assert max(sizes) <= nodes
         assert max(sizes) == nodes or nodes == 5  # the root alone with three levels may be worth more than a guess
+
+
+def test_a_batch_drafts_what_each_of_its_rows_drafts_alone() -> None:
+    """No row drafts from the pseudo rows of another; exactness would not notice."""
+    backbone = backbone_of()
+    module = random_steps(backbone, layers=(0, 1, 2), adapters=5)
+
+    def drafted(together: Sequence[Request]) -> list[list[tuple[int, list[int]]]]:
+        """Of each request its trees: the length of the text, and the tokens."""
+        drafter, found = drafter_of(backbone, module, 9), dict[int, list[tuple[int, list[int]]]]()
+        draft = drafter.draft
+
+        def noted(rows: Sequence[Row]) -> Draft:
+            result = draft(rows)
+            for row, tokens in zip(rows, result.tokens, strict=True):
+                found.setdefault(row.tokens[0], []).append((len(row.tokens), tokens))
+            return result
+
+        put(drafter, "draft", noted)
+        finish(decoder_of(backbone, drafter, max_rows=3), together)
+        return [found[prompt[0]] for prompt, _ in together]
+
+    texts = [([i, 7 + i, 5, 4, 3][: 3 + i % 3], SamplingParams(max_new_tokens=12 + 3 * i)) for i in range(5)]
+    alone = [drafted([text])[0] for text in texts]
+    assert drafted(texts) == alone
+    assert sum(len(tokens) > 1 for trees in alone for _, tokens in trees) > 20
 
 
 def test_without_pseudo_rows_it_is_plain_decoding() -> None:
@@ -330,7 +359,6 @@ def test_plain_steps_insert_nothing() -> None:
     put(decoder.governor, "speculate", lambda rows: False)
     decoder.step()
     assert not drafter._states
-    assert drafter._inserted == [[]]
     put(decoder.governor, "speculate", lambda rows: True)
     decoder.step()
     assert len(drafter._states[0]) == 3

@@ -34,6 +34,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "hydra++": {"heads": 2, "linear_tail": True, "fuse_prefix": True},
     "kangaroo": {"exit": 1, "mlp": True, "output": "tied"},
     "medusa2": {"heads": 2, "rank": 4, "warm": 0.0},
+    "hidden_transfer": {"steps": 2, "adapters": 3},
+    "m2r2": {"exit": 2, "rank": 4, "output": "tied"},
     "layerskip": {"exit": 1, "stride": 1, "rank": 4, "period": 1, "hold": 1.0, "dropout": 0.0},
 }
 CPU = torch.device("cpu")

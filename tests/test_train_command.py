@@ -272,6 +272,26 @@ def test_what_is_not_said_of_a_start_is_as_it_has_it(
 
 
 @pytest.mark.parametrize(
+    ("method", "options"), [("hidden_transfer", ["steps=2", "adapters=3"]), ("m2r2", ["exit=1", "rank=4"])]
+)
+def test_what_drafts_in_hidden_streams_trains_and_drafts(
+    foretell: Foretell, tiny: str, data: str, tmp_path: Path, method: str, options: list[str]
+) -> None:
+    """From data to trees whose size follows from what training measured: no option of decoding is given."""
+    given = [word for option in options for word in ("-o", option)]
+    ours = ["-m", tiny, *TINY, "--data", data, "--out", str(tmp_path / "out"), "--epochs", "3", "--lr", "0.01"]
+    ran = foretell("train", method, *ours, *given, "-o", "output=tied")
+    assert ran.code == 0, ran.err
+    found = checkpoint.load(tmp_path / "out/drafter")[0]
+    assert max(found.tokens_per_step.values()) > 1
+    drafts = ["-d", method, "-o", f"checkpoint={tmp_path / 'out' / 'drafter'}", "--no-adapt"]
+    say = ["generate", "hi", "-m", tiny, *TINY, "--json", "-n", "24", "--ignore-eos"]
+    fast, plain = foretell(*say, *drafts), foretell(*say)
+    assert fast.lines[0]["ids"] == plain.lines[0]["ids"]
+    assert fast.lines[0]["steps"] < 24
+
+
+@pytest.mark.parametrize(
     ("has", "given", "made"), [(100, None, 100), (257, None, 257), (100, 0, 257), (100, 120, 120), (100, 99, None)]
 )
 def test_a_draft_vocabulary_that_is_not_given_is_that_of_the_start(

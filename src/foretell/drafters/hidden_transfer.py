@@ -272,7 +272,7 @@ class HiddenTransfer(Drafter):
 
     def _clear(self) -> None:
         self._states: dict[int, Tensor] = {}  # slot -> of the pseudo rows behind the last accepted node, [S, d]
-        self._left: dict[int, int] = {}  # slot -> pseudo rows of the step that was drafted
+        self._rows: dict[int, int] = {}  # slot -> of the step that was drafted, at most: drafted nodes and pseudo rows
         self._values_now: list[float] = []
         # per tree of the pass: pseudo rows of each node, the newest row behind each, and each pseudo row's node
         self._counts: list[list[int]] = []
@@ -286,7 +286,7 @@ class HiddenTransfer(Drafter):
     # -- guesses ----------------------------------------------------------------------------------------------------
 
     def draft(self, rows: Sequence[Row]) -> Draft:
-        self._left = {}
+        self._rows = {}
         nodes = size_for(self.size, rows)
         if nodes == 1:
             return no_guesses(rows)
@@ -295,7 +295,7 @@ class HiddenTransfer(Drafter):
         for row, (log_probs_SR, ids_SR) in zip(rows, self._guesses(rows), strict=True):
             parents, guesses, path_p = most_probable_paths(log_probs_SR, nodes)
             count = drafted_nodes(parents, path_p, nodes, self._values_now)
-            self._left[row.slot] = nodes - count if row.budget > 1 else 0
+            self._rows[row.slot] = nodes if row.budget > 1 else 0
             trees.append(TokenTree(tuple(parents[:count])))
             tokens.append([row.tokens[-1], *(ids_SR[level][rank] for level, rank in guesses[1:count])])
             probabilities.append([1.0, *(math.exp(log_probs_SR[level][rank]) for level, rank in guesses[1:count])])
@@ -341,12 +341,11 @@ class HiddenTransfer(Drafter):
         return Insertion(parents, self._begun(layer, hidden_Md, sources, places)) if sources else None
 
     def _place(self, nodes: Nodes, draft: Draft) -> None:
-        """Chooses how many pseudo rows each node gets, of those that drafting has left; prompt lookup may have changed
-        the trees since."""
+        """Chooses how many pseudo rows each node gets, of those that the tree leaves; lookup may have enlarged it."""
         self._counts, self._tails, self._inserted = [], [list(range(len(tree))) for tree in draft.trees], []
         for i, (slot, tree) in enumerate(zip(nodes.rows, draft.trees, strict=True)):
-            rows, counts = self._left[slot], [0] * len(tree)
-            if rows and draft.probabilities:
+            rows, counts = self._rows[slot] - len(tree), [0] * len(tree)
+            if rows > 0 and draft.probabilities:
                 guesses = Guesses(tree, draft.tokens[i], draft.probabilities[i])
                 counts = pseudo_rows(tree.parents, guesses.path_probabilities(), rows, self._values_now)
             self._counts.append(counts)

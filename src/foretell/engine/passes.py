@@ -14,7 +14,7 @@ from torch import Tensor
 
 from foretell.backbone import Backbone, Beside, KVCache, Nodes
 from foretell.contracts import FINAL_NORM, Draft, Drafter, Features, Insertion, Row
-from foretell.errors import check
+from foretell.errors import UsageError, check
 
 
 @dataclass
@@ -61,6 +61,10 @@ def run_pass(backbone: Backbone, drafter: Drafter, cache: KVCache, rows: Sequenc
         insertion = drafter.at_cut(cut, hidden_Md, extended, draft) if cut in cuts else None
         if insertion and any(insertion.parents):
             extended, hidden_Md = _with(insertion, extended, hidden_Md)
+            most = max(len(now) - len(tree) for now, tree in zip(extended.trees, draft.trees, strict=True))
+            if most > drafter.extra_nodes:
+                allows = f"its extra_nodes allows {drafter.extra_nodes}"
+                raise UsageError(f"The drafter inserted {most} rows behind a tree; {allows}.")
             size += len(insertion.streams_Nd) * (layers - cut) / layers
             drafted, inserted_N = extended.parted(nodes.counts)
             beside = Beside(drafter.adapters, inserted_N) if drafter.adapters else None
