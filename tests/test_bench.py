@@ -163,10 +163,10 @@ def test_the_turns_of_a_question_make_one_rate() -> None:
 
 
 def test_answers_without_a_guess_count_as_steps_too() -> None:
-    known = {"steps": 2, "drafted": 4, "accepted": 2}, {"steps": 3, "drafted": 0, "accepted": 0}, {}
+    known = {"steps": 2, "drafted": 4, "accepted": 2, "inserted": 6}, {"steps": 3, "drafted": 0, "accepted": 0}, {}
     mine = [record("peer", i, 1.0, [(4, 1.0)], **more) for i, more in enumerate(known)]
     found = figures(mine, mine)
-    assert (found["tokens_per_step"], found["accepted_share"]) == (8 / 5, 0.5)
+    assert (found["tokens_per_step"], found["accepted_share"], found["rows_per_step"]) == (8 / 5, 0.5, 3)
 
 
 def test_tokens_that_arrive_together_are_no_time_apart() -> None:

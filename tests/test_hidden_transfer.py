@@ -37,7 +37,7 @@ from foretell.drafting.checkpoint import Checkpoint, load
 from foretell.drafting.learning.pseudo_rows import Blocks
 from foretell.drafting.learning.trainable import TrainingBatch
 from foretell.errors import ForetellError, UsageError
-from foretell.requests import SamplingParams
+from foretell.requests import SamplingParams, Statistics
 from foretell.train.data import Distilled
 from foretell.train.features import ComputedFeatures
 from foretell.train.replay import ReplayedRow
@@ -299,13 +299,16 @@ def test_a_step_runs_no_more_rows_than_it_may(monkeypatch: pytest.MonkeyPatch, l
         decoder = decoder_of(backbone, WithLookup(transfer, nodes=nodes) if lookup else transfer)
         decoder.submit([1, 2, 3, 4] * 5, SamplingParams(max_new_tokens=40, ignore_eos=True))
         decoder.step()
+        found = Statistics()
         monkeypatch.setattr(backbone, "run_layers", counted)
         sizes.clear()
         while decoder.busy:
             for event in decoder.step():
                 assert 1 <= len(event.tokens) <= (nodes if lookup else 4)
+                found = event.statistics or found
         monkeypatch.undo()
         assert max(sizes) <= nodes
+        assert 0 < found.inserted <= nodes * found.steps - found.drafted - found.steps
         assert max(sizes) == nodes or nodes == 5  # the root alone with three levels may be worth more than a guess
 
 

@@ -65,7 +65,10 @@ def drafting(rows: list[dict[str, Any]]) -> list[str]:
     ]
     if not figures:
         return []
+    ran = [f"{row['contender']} {row['rows_per_step']:.1f}" for row in rows if "rows_per_step" in row]
+    ran_sentence = [f"Rows a step, inserted ones counted: {'; '.join(ran)}.", ""] if ran else []
     return [
+        *ran_sentence,
         "Drafting's share of the time, and, of the steps with a guess at depth 1, 2, ..., the share that accepted one: "
         f"{'; '.join(figures)}.",
         "",

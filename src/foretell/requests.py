@@ -164,7 +164,8 @@ class Statistics:
         seed: fixed the draws of sampling.
         exact: whether the output is plain decoding's, token for token: drafter and rule are lossless, and a probe
             found this machine's arithmetic canonical.
-        drafted: guesses verified; accepted: guesses kept, budget and stops applied.
+        drafted: guesses verified; accepted: guesses kept, budget and stops applied; inserted: rows that the drafter ran
+            in the same passes to draft from, some layers of them.
         draft_seconds, verify_seconds: parts of the steps; the drafter's `observe` counts as drafting. The rest of
             `seconds` is prefill, commit and text.
         by_depth: (steps that drafted a guess at this depth, steps that accepted one) for depth 1, 2, ...
@@ -180,6 +181,7 @@ class Statistics:
     exact: bool = True
     drafted: int = 0
     accepted: int = 0
+    inserted: int = 0
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
@@ -208,13 +210,14 @@ class Statistics:
             f"{held_back if self.suspended_steps else ''}"
         )
 
-    def count(self, height: int, nodes: int, emitted: int, accepted: int) -> None:
+    def count(self, height: int, nodes: int, emitted: int, accepted: int, inserted: int = 0) -> None:
         """Adds one step that verified a tree of `nodes` guesses, `height` deep, and emitted `emitted` tokens."""
         self.steps += 1
         self.plain_steps += nodes == 0
         self.drafted += nodes
         self.new_tokens += emitted
         self.accepted += accepted
+        self.inserted += inserted
         self.by_depth += [(0, 0)] * (height - len(self.by_depth))
         for depth in range(height):
             offered, kept = self.by_depth[depth]

@@ -76,6 +76,7 @@ def histogram(by_depth: Sequence[Sequence[int]], steps: int) -> list[int]:
 def _steps(own: Sequence[Record], seconds: float) -> dict[str, Any]:
     """Returns the figures of speculation, for systems that report steps.
 
+    `rows_per_step` are those of a sequence: its root, its guesses, and what was inserted to draft from.
     `suspended_steps` are those that the governor took plain: they count among `steps`, with one token each.
     """
     stepped = [r for r in own if r.get("steps")]
@@ -87,6 +88,7 @@ def _steps(own: Sequence[Record], seconds: float) -> dict[str, Any]:
         out["suspended_steps"] = sum(r.get("suspended_steps", 0) for r in stepped)
     if drafted := sum(r.get("drafted", 0) for r in own):
         out["accepted_share"] = sum(r.get("accepted", 0) for r in own) / drafted
+        out["rows_per_step"] = 1 + (drafted + sum(r.get("inserted", 0) for r in own)) / steps
     depths = [r["by_depth"] for r in own if r.get("by_depth")]
     if depths:
         deepest = max(map(len, depths))

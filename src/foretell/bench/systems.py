@@ -138,8 +138,9 @@ def _thresholds(typical: bool | float) -> Typical | None:
 
 
 def _counts(statistics: Statistics) -> dict[str, Any]:
-    names = ("steps", "plain_steps", "suspended_steps", "drafted", "accepted", "draft_seconds", "verify_seconds")
-    return {name: getattr(statistics, name) for name in names} | {"by_depth": statistics.by_depth}
+    names = ("steps", "plain_steps", "suspended_steps", "drafted", "accepted", "inserted")
+    seconds = ("draft_seconds", "verify_seconds")
+    return {name: getattr(statistics, name) for name in (*names, *seconds)} | {"by_depth": statistics.by_depth}
 
 
 def default_specs(backbone: Backbone) -> tuple[list[str], str]:

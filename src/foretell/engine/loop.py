@@ -168,7 +168,7 @@ class SpeculativeDecoder:
         context = sum(self.cache.lengths[row.slot] for row in rows) // len(rows)
         passed, verdict, reports = self._verify(rows, draft)
         verifying = clock.lap("verify_seconds")
-        events = [self._emit(row, passed.draft, verdict, i, reports[i]) for i, row in enumerate(rows)]
+        events = [self._emit(row, passed, verdict, i, reports[i]) for i, row in enumerate(rows)]
         self.cache.commit([row.slot for row in rows], verdict.paths)
         features = passed.features(verdict.paths)
         clock.lap()
@@ -232,15 +232,15 @@ class SpeculativeDecoder:
         trust = self.drafter.trust
         return [trust if row.params.plain_greedy else None for row in rows] if trust is not None else []
 
-    def _emit(self, row: RowState, draft: Draft, verdict: Verdict, i: int, report: list[TokenLogprob]) -> Event:
+    def _emit(self, row: RowState, passed: Pass, verdict: Verdict, i: int, report: list[TokenLogprob]) -> Event:
         """Emits row i's accepted guesses and bonus; a failure ends that request with an event, and no other."""
-        path, tree, bonus = verdict.paths[i], draft.trees[i], verdict.bonus[i]
-        accepted = [draft.tokens[i][node] for node in path[1:]]
+        path, tree, bonus = verdict.paths[i], passed.draft.trees[i], verdict.bonus[i]
+        accepted = [passed.draft.tokens[i][node] for node in path[1:]]
         event = row.event(accepted, None if bonus == DAMAGED else bonus, report)
         tokens, outbox, finished = row.tokens + event.tokens, [*self._outbox, event], bool(event.finish_reason)
         # assigned with no call between, so that an interrupt finds all of it done, or nothing
         row.tokens, row.finished, self._outbox = tokens, finished, outbox
-        row.statistics.count(tree.height, len(tree) - 1, len(event.tokens), sum(event.drafted))
+        row.statistics.count(tree.height, len(tree) - 1, len(event.tokens), sum(event.drafted), passed.inserted_B[i])
         return event
 
     def _observe(self, rows: list[RowState], features: Features) -> None:

@@ -24,7 +24,8 @@ class Pass:
     Attributes:
         states_Md: what the output head reads.
         taps: tap -> states [M, d], for the drafter.
-        inserted: final states of the rows that the drafter's cuts inserted, if there are any.
+        inserted: final states of the rows that the drafter's cuts inserted, if there are any; inserted_B: how many
+            behind each tree.
         size: how many nodes ran; an inserted row counts by the share of the layers above its cut.
     """
 
@@ -33,6 +34,7 @@ class Pass:
     states_Md: Tensor
     taps: dict[int, Tensor]
     inserted: Tensor | None
+    inserted_B: list[int]
     size: float
 
     def features(self, paths: list[list[int]]) -> Features:
@@ -51,7 +53,7 @@ def run_pass(backbone: Backbone, drafter: Drafter, cache: KVCache, rows: Sequenc
     layer, hidden_Md, taps = _lower_layers(backbone, cache, rows, draft)
     # the nodes with those that cuts insert, and where the drafted and the inserted ones are among them
     extended, drafted, inserted_N, beside = nodes, None, None, None
-    size, layers = float(len(nodes)), backbone.config.layers
+    size, layers, inserted_B = float(len(nodes)), backbone.config.layers, [0] * len(rows)
     cuts = () if draft.held else drafter.cuts
     for cut in dict.fromkeys((*cuts, layers)):
         wanted = [tap for tap in drafter.taps if tap not in taps and layer <= tap <= cut]
@@ -61,8 +63,8 @@ def run_pass(backbone: Backbone, drafter: Drafter, cache: KVCache, rows: Sequenc
         insertion = drafter.at_cut(cut, hidden_Md, extended, draft) if cut in cuts else None
         if insertion and any(insertion.parents):
             extended, hidden_Md = _with(insertion, extended, hidden_Md)
-            most = max(len(now) - len(tree) for now, tree in zip(extended.trees, draft.trees, strict=True))
-            if most > drafter.extra_nodes:
+            inserted_B = [len(now) - len(tree) for now, tree in zip(extended.trees, draft.trees, strict=True)]
+            if (most := max(inserted_B)) > drafter.extra_nodes:
                 allows = f"its extra_nodes allows {drafter.extra_nodes}"
                 raise UsageError(f"The drafter inserted {most} rows behind a tree; {allows}.")
             size += len(insertion.streams_Nd) * (layers - cut) / layers
@@ -73,7 +75,7 @@ def run_pass(backbone: Backbone, drafter: Drafter, cache: KVCache, rows: Sequenc
         states_Md, inserted = states_Md[drafted], states_Md[inserted_N]
     if FINAL_NORM in drafter.taps:
         taps[FINAL_NORM] = states_Md
-    return Pass(draft, nodes, states_Md, taps, inserted, size)
+    return Pass(draft, nodes, states_Md, taps, inserted, inserted_B, size)
 
 
 def _lower_layers(
