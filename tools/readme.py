@@ -253,10 +253,7 @@ def trained() -> list[str]:
         made, name = json.loads(config.read_text())["provenance"], config.parent.name
         data = made["data"] if isinstance(made["data"], list) else [made["data"]]  # one, at first
         written, talks = (sum(each["counts"][what] for each in data) for what in ("written", "conversations"))
-        sources = ", ".join(
-            f"`{each['command']}`" if "command" in each else f"answers to [broad prompts](../{each['prompts']})"
-            for each in data
-        )
+        sources = ", ".join(dict.fromkeys(map(_source, data)))
         begun = f" (started from the result of {_commands(made['started_by'])})" if "started_by" in made else ""
         heads = ", ".join(f"{head['top1']:.0%} / {head['top5']:.0%}" for head in made["accuracy"])
         minutes = [
@@ -279,6 +276,15 @@ def trained() -> list[str]:
             "", *curves,
         ]  # fmt: skip
     return lines
+
+
+def _source(data: dict[str, Any]) -> str:
+    """How one folder of data was made: by the command line, or, on an accelerator, by a loop of its own."""
+    command = data.get("command", "")
+    if command.startswith("foretell"):
+        return f"`{command}`"
+    answers = "answers to [broad prompts](../data/BROAD_SOURCES.md)"
+    return f"{answers}, by {command}" if command else answers
 
 
 def _commands(run: list[str]) -> str:
