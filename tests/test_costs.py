@@ -143,6 +143,15 @@ def test_dearer_nodes_make_smaller_trees() -> None:
     assert step.best_size(1, 128, {4: 1.6}, drafting=4.0) == 1
 
 
+def test_nodes_that_pass_some_layers_only_are_priced_so() -> None:
+    """Eight nodes of half a cost are as dear as four and a half."""
+    step, tokens_per_step = StepCosts(TABLE), {4: 1.6, 8: 1.8, 16: 2.2}
+    halved = step.rates(1, 128, tokens_per_step, node_cost=0.5)
+    assert halved == {n: tokens / step.of(1, 128, (n + 1) / 2) for n, tokens in tokens_per_step.items()}
+    assert step.best_size(1, 128, tokens_per_step, node_cost=0.5) == max(halved, key=halved.__getitem__)
+    assert step.best_size(1, 128, {4: 1.3}, node_cost=0.01) == 4
+
+
 def test_what_is_saved_is_loaded(tmp_path_factory: pytest.TempPathFactory) -> None:
     @examples(25)
     @given(tables)

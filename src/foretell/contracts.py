@@ -212,6 +212,8 @@ class Drafter(ABC):
         depth: layers of the backbone that drafting runs, in the engine's cache (see `bind`).
         method: its name among measured costs of drafting; empty where these do not choose its trees.
         usual_cost: cost of drafting as a share of a plain step, used until it is measured on this machine.
+        node_cost: what a node of a step costs besides the root, on average, as a share of one that runs through all
+            layers: less than 1 where rows are inserted.
         parameters: number of parameters that it adds to the model.
         tokens_per_step: number of nodes of a tree -> tokens per step on held-out text, where that was measured.
         backbone, options: the arguments of `build`.
@@ -226,6 +228,7 @@ class Drafter(ABC):
     depth: int = 0
     method: str = ""
     usual_cost: float = 0.15
+    node_cost: float = 1.0
     parameters: int = 0
     tokens_per_step: Mapping[int, float] = MappingProxyType({})
 

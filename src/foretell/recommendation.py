@@ -59,7 +59,8 @@ def recommend(backbone: Backbone) -> Recommendation:
     drafting = {method: slower * usual[method] for method in folders} | drafting
 
     def gain(method: str) -> float:
-        rates = costs.rates(1, CONTEXT, tokens_per_step(folders[method]), drafting[method])
+        node_cost = drafter_class(method).node_cost
+        rates = costs.rates(1, CONTEXT, tokens_per_step(folders[method]), drafting[method], node_cost)
         return plain * max(rates.values(), default=0.0)
 
     gains = dict(sorted(((method, gain(method)) for method in folders), key=lambda pair: -pair[1]))

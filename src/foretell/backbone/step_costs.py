@@ -89,24 +89,32 @@ class StepCosts:
         nearest = min(known, key=lambda r: abs(r - rows))
         return known[nearest] * self.of(rows, context, SMALL) / self.of(nearest, context, SMALL)
 
-    def best_size(self, rows: int, context: int, tokens_per_step: Mapping[int, float], drafting: float = 0.0) -> int:
+    def best_size(
+        self, rows: int, context: int, tokens_per_step: Mapping[int, float], drafting: float = 0.0,
+        node_cost: float = 1.0,
+    ) -> int:  # fmt: skip
         """Returns the tree size of the most tokens per second, given the tokens per step of each size.
 
         It is 1, the root alone, where plain steps give at least as many.
         """
-        rates = self.rates(rows, context, tokens_per_step, drafting)
+        rates = self.rates(rows, context, tokens_per_step, drafting, node_cost)
         best = max(rates, key=rates.__getitem__)
         return best if rates[best] > self.rate(rows, context, 1, 1.0) else 1
 
     def rates(
-        self, rows: int, context: int, tokens_per_step: Mapping[int, float], drafting: float = 0.0
-    ) -> dict[int, float]:
-        """Returns tokens per second by tree size, of the sizes up to the largest measured one, or of all if none is."""
+        self, rows: int, context: int, tokens_per_step: Mapping[int, float], drafting: float = 0.0,
+        node_cost: float = 1.0,
+    ) -> dict[int, float]:  # fmt: skip
+        """Returns tokens per second by tree size, of the sizes up to the largest measured one, or of all if none is.
+
+        Args:
+            node_cost: of the nodes besides the root, on average, as a share of one that runs through all layers.
+        """
         most = max(nodes for at in self.seconds.values() for sizes in at.values() for nodes in sizes)
         known = {n: tokens for n, tokens in tokens_per_step.items() if n <= most} or tokens_per_step
-        return {n: self.rate(rows, context, n, tokens, drafting) for n, tokens in known.items()}
+        return {n: self.rate(rows, context, 1 + (n - 1) * node_cost, tokens, drafting) for n, tokens in known.items()}
 
-    def rate(self, rows: int, context: int, nodes: int, tokens: float, drafting: float = 0.0) -> float:
+    def rate(self, rows: int, context: int, nodes: float, tokens: float, drafting: float = 0.0) -> float:
         """Returns tokens per second of a row, given tokens per step and seconds of drafting per step."""
         return tokens / (self.of(rows, context, nodes) + drafting)
 

@@ -51,10 +51,10 @@ def tune(
         before = recommend(llm.backbone).name if older else ""
     costs.over(older).save(path)  # an interruption from here on loses the times of drafting only
     llm.backbone.costs = None  # drafters built now guess, whether that pays or not
-    tokens_per_step = llm.drafter.tokens_per_step
+    tokens_per_step, node_cost = llm.drafter.tokens_per_step, llm.drafter.node_cost
     own = _measure_drafting(llm, loading, costs)
     costs.over(older).save(path)
-    _print_table(costs, own, tokens_per_step)
+    _print_table(costs, own, tokens_per_step, node_cost)
     note(f"Kept in {path}; -o nodes=N overrides it.")
     llm.backbone.costs = path
     after = recommend(llm.backbone)
@@ -91,7 +91,7 @@ def _drafting(llm: LLM, drafter: Drafter) -> float:
     return statistics.draft_seconds / max(1, statistics.steps)
 
 
-def _print_table(costs: StepCosts, drafting: float, tokens_per_step: Mapping[int, float]) -> None:
+def _print_table(costs: StepCosts, drafting: float, tokens_per_step: Mapping[int, float], node_cost: float) -> None:
     """Prints milliseconds of a step by nodes; for a drafter that has trees, its best size and what it should gain."""
     from rich.console import Console
     from rich.table import Table
@@ -109,7 +109,8 @@ def _print_table(costs: StepCosts, drafting: float, tokens_per_step: Mapping[int
                 *(f"{seconds[n] / seconds[1]:.2f}" if n in seconds else "" for n in sizes[1:]),
             ]
             if tokens_per_step:
-                rates = costs.rates(rows, context, tokens_per_step, own.drafting_of("own", rows, context) or 0.0)
+                seconds_of_drafting = own.drafting_of("own", rows, context) or 0.0
+                rates = costs.rates(rows, context, tokens_per_step, seconds_of_drafting, node_cost)
                 gains = {nodes: rate * seconds[1] for nodes, rate in rates.items()}
                 best = max(gains, key=gains.__getitem__)
                 if gains[best] <= 1:

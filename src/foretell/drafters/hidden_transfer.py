@@ -184,6 +184,7 @@ class HiddenTransfer(Drafter):
     """
 
     method, usual_cost = "hidden_transfer", 0.1
+    node_cost = 0.7  # three rows of five besides the root are inserted, half-way up by default
 
     @dataclass(frozen=True)
     class Options(CheckpointOptions):
@@ -242,7 +243,9 @@ class HiddenTransfer(Drafter):
     def build(cls, backbone: Backbone, options: Options, loaded: Loaded | None = None) -> HiddenTransfer:
         """See `Drafter.build`, and `TrainableMethod.build` for `loaded`."""
         found, tensors = loaded or find(cls.method, backbone, options.checkpoint, options.any_backbone)
-        size = tree_size(backbone, options.nodes, found.tokens_per_step, cls.method, cls.usual_cost, MAX_NODES)
+        size = tree_size(
+            backbone, options.nodes, found.tokens_per_step, cls.method, cls.usual_cost, MAX_NODES, cls.node_cost
+        )
         with damage_named(options.checkpoint or f"The {cls.method} drafter that ships with foretell"):
             values = {int(rows): list(map(float, each)) for rows, each in found.fitted["values"].items()}
             return cls(backbone, found.arch, tensors, size, found.tokens_per_step, values, found.calibration)

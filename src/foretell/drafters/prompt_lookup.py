@@ -299,7 +299,7 @@ class WithLookup(Drafter):
         self._cache: KVCache | None = None
         self.taps, self.cuts, self.depth, self.lossless = inner.taps, inner.cuts, inner.depth, inner.lossless
         self.adapters, self.parameters, self.tokens_per_step = inner.adapters, inner.parameters, inner.tokens_per_step
-        self.method, self.usual_cost = inner.method, inner.usual_cost
+        self.method, self.usual_cost, self.node_cost = inner.method, inner.usual_cost, inner.node_cost
 
     @property
     def max_nodes(self) -> int:

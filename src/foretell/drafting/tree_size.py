@@ -38,8 +38,9 @@ class TreeSize(Protocol):
 
 
 def tree_size(
-    backbone: Backbone, nodes: int, tokens_per_step: Mapping[int, float], method: str, usual_cost: float, max_nodes: int
-) -> TreeSize:
+    backbone: Backbone, nodes: int, tokens_per_step: Mapping[int, float], method: str, usual_cost: float,
+    max_nodes: int, node_cost: float = 1.0,
+) -> TreeSize:  # fmt: skip
     """Returns the rule by which a drafter chooses how large its trees are.
 
     The size is `nodes` if given, else the one with the most tokens per second at the step costs of this machine, and 1
@@ -51,6 +52,7 @@ def tree_size(
         tokens_per_step: of each size, greedy; if empty, modest ones are assumed, and that no tree pays is not believed.
         method: its measured drafting time counts too; usual_cost: in plain steps, until it is measured.
         max_nodes: the largest tree.
+        node_cost: see `Drafter`.
 
     Raises:
         UsageError: `nodes` is more than the drafter's trees have.
@@ -74,10 +76,10 @@ def tree_size(
         if drafting is None:
             drafting = usual_cost * costs.of(rows, context, 1)
         tokens = {size: 1 + share * (greedy - 1) for size, greedy in (tokens_per_step or modest).items()}
-        rates = costs.rates(rows, context, tokens, drafting)
+        rates = costs.rates(rows, context, tokens, drafting, node_cost)
         nodes = max(rates, key=rates.__getitem__)
         if tokens_per_step:
-            nodes = costs.best_size(rows, context, tokens, drafting)
+            nodes = costs.best_size(rows, context, tokens, drafting, node_cost)
         saved = 1 / costs.rate(rows, context, 1, 1.0) - 1 / rates[nodes] if nodes > 1 else 0.0  # seconds a token
         return nodes, costs.node(rows, context) / backbone.config.layers / saved if saved > 0 else 0.0
 
