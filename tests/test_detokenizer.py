@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from random_backbones import examples
 from tokenizers import AddedToken, decoders, models
@@ -104,6 +104,7 @@ def test_streamed_text_is_that_of_all_ids_beyond_the_prompt(talk: tuple[str, lis
 
 
 @examples(250)
+@example(("whole", [], [11, 23, 23]), ["x"])  # text with U+FFFD that is held back to the end
 @given(
     talks(), st.lists(st.sampled_from(["\n", " ", "the", " the", "é", "x", " a", "is x", "  "]), min_size=1, max_size=2)
 )

@@ -68,7 +68,7 @@ class TextStream:
             return text
         text = self._text.push(token)
         ahead = self._text.pending() if self._stops else ""
-        return self._release(text, "" if "\ufffd" in ahead else ahead)
+        return self._release(text, ahead.rstrip("\ufffd"))  # which may still become a character
 
     def finish(self) -> str:
         """Ends the output and returns the text that was held back."""
