@@ -152,11 +152,10 @@ def test_the_heads_that_come_with_foretell_foretell(method: str) -> None:
     backbone = backbone_of(folder, "bf16")
     asked = [(ids, SamplingParams(max_new_tokens=40)) for ids in prompts(folder)]
     assert MADE_FOR[recommend(backbone).name] == MADE_FOR[method]
-    drafter = drafters.build(method, backbone, nodes=16)
-    outputs = finish(decoder_of(backbone, drafter), asked)
+    outputs = finish(decoder_of(backbone, drafters.build(method, backbone, nodes=16)), asked)
     tokens, steps = (sum(getattr(out.statistics, name) for out in outputs) for name in ("new_tokens", "steps"))
-    gained = drafter.tokens_per_step[16] - 1  # on held-out text; without heads 0
-    assert tokens / steps > min(1.6, 1 + 0.6 * gained)
+    all_guess = drafters.drafter_class(method).node_cost == 1  # else over half of the 16 are inserted, and no guesses
+    assert tokens / steps > (1.6 if all_guess else 1.4)  # without heads 1
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
