@@ -32,8 +32,8 @@ from toy_drafters import Answers, Checker, EarlyExit, Inserter, Oracle, RandomTr
 
 from foretell import drafters
 from foretell.api import LLM
-from foretell.backbone import Backbone
-from foretell.contracts import Draft, Drafter
+from foretell.backbone import Backbone, Nodes
+from foretell.contracts import Draft, Drafter, Insertion
 from foretell.conversations import Conversation, converse
 from foretell.drafters.plain import Plain
 from foretell.drafters.prompt_lookup import PromptLookup, WithLookup
@@ -507,6 +507,18 @@ def test_rows_beyond_those_that_were_announced_are_refused() -> None:
     backbone = tiny()
     with pytest.raises(UsageError, match=r"inserted 2 rows behind a tree; its extra_nodes allows 1\."):
         finish(decoder_of(backbone, Surprising(backbone, 1)), [([1, 2, 3], SamplingParams(max_new_tokens=9))])
+
+
+def test_inserted_rows_without_streams_are_refused() -> None:
+    class Short(Inserter):
+        def at_cut(self, layer: int, hidden_Md: torch.Tensor, nodes: Nodes, draft: Draft) -> Insertion:
+            whole = super().at_cut(layer, hidden_Md, nodes, draft)
+            return Insertion(whole.parents, whole.streams_Nd[:-1])
+
+    backbone = tiny()
+    width = backbone.config.hidden
+    with pytest.raises(ValueError, match=rf"^Inserted rows need streams \(2, {width}\)\.$"):
+        finish(decoder_of(backbone, Short(backbone, 1)), [([1, 2, 3], SamplingParams(max_new_tokens=9))])
 
 
 def test_a_lossy_drafter_is_not_governed_by_the_clock() -> None:

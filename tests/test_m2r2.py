@@ -31,6 +31,7 @@ from foretell.backbone.cpu.backbone import CompiledBackbone
 from foretell.drafters.m2r2 import M2R2, FastStream
 from foretell.drafting.checkpoint import Checkpoint
 from foretell.drafting.learning.trainable import TrainingBatch
+from foretell.drafting.lower_layers import MAX_TREE_NODES
 from foretell.errors import ForetellError, UsageError
 from foretell.requests import SamplingParams
 from foretell.train.data import ConversationStore, Distilled
@@ -126,6 +127,12 @@ def assert_written_alike(caches: list[KVCache], nodes: Nodes) -> None:
     for row, end in zip(nodes.rows, nodes.ends, strict=True):
         for one, other in zip(caches[0].room(row), caches[1].room(row), strict=True):
             assert same(one[:, :, :end], other[:, :, :end])
+
+
+def test_rows_cannot_be_inserted_behind_shadows() -> None:
+    """Which of its two rows an inserted one would follow is not said."""
+    with pytest.raises(ValueError, match=r"^Nodes with shadows cannot be extended\.$"):
+        Nodes([chain(1)], [0], [5], shadows=True).extended([[1]])
 
 
 def test_a_stream_without_adapters_is_the_slow_one() -> None:
@@ -379,6 +386,8 @@ def test_a_checkpoint_is_read_back(tmp_path: Path) -> None:
     assert (drafter.lossless, drafter.trust, lossy.lossless, lossy.trust) == (True, None, False, 0.9)
     with pytest.raises(UsageError, match="trust is 2; it must lie between 0 and 1"):
         drafters.build("m2r2", backbone, checkpoint=str(tmp_path / "made"), trust=2)
+    with pytest.raises(UsageError, match=f"Its trees have 2 to {MAX_TREE_NODES} nodes, not 99"):
+        drafters.build("m2r2", backbone, checkpoint=str(tmp_path / "made"), nodes=99)
     with pytest.raises(UsageError, match=r"takes none of lookup's; leave it out\.$"):
         drafters.build("m2r2", backbone, checkpoint=str(tmp_path / "made"), trust=0.9, lookup=True)
     with pytest.raises(UsageError, match="^Typical acceptance verifies every guess; leave it out, or"):

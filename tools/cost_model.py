@@ -99,12 +99,12 @@ def table(tokens: float, levels: float) -> list[str]:
 def hidden_streams(transfer_tokens: float, stream_tokens: float, levels: float) -> list[str]:
     """Returns Markdown, given the measured tokens per step of Hidden Transfer, and those and the levels of M2R2."""
     rows: list[tuple[str, Callable[[Size], str]]] = [
-        ("`hidden_transfer` with this page's tokens", lambda s: f"{gain(transfer_tokens, 1, _transfer(s)):.2f}×"),
+        ("`hidden_transfer` with these tokens", lambda s: f"{gain(transfer_tokens, 1, _transfer(s)):.2f}×"),
         ("tokens per step that it needs for 1.9×", lambda s: f"{1.9 * (1 + _transfer(s)):.2f}"),
         ("tokens per step that it needs for 3×", lambda s: f"{3 * (1 + _transfer(s)):.2f}"),
         ("a level of `m2r2` from a tenth of the layers", lambda s: f"{s.beside(s.layers / 10, s.hidden // 2):.1%}"),
         (
-            "`m2r2` with this page's tokens and levels",
+            "`m2r2` with these tokens and levels",
             lambda s: f"{gain(stream_tokens, levels, s.beside(s.layers / 10, s.hidden // 2)):.2f}×",
         ),
         *(

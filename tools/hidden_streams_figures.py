@@ -21,6 +21,7 @@ import gated_lora
 
 import foretell
 from foretell.drafters.hidden_transfer import TransferSteps
+from foretell.drafters.m2r2 import FastStream
 from foretell.loading.config import ModelConfig
 from foretell.train.recipe import Job, begin
 from foretell.train.trainer import Settings
@@ -56,7 +57,7 @@ def transfer_arms(layers: int) -> Arms:
 
 
 def stream_arms(c: ModelConfig) -> Arms:
-    """M2R2 at every exit, with and without alignment, beside Kangaroo's adapter of as many parameters."""
+    """M2R2 at every exit, aligned and without adapters too, beside Kangaroo's adapter of as many parameters."""
     adapter = 2 * c.hidden * c.q_width + 2 * c.hidden * c.kv_width
     arms: Arms = {}
     for exit in (2, 3, 4, 5, 7):
@@ -66,6 +67,7 @@ def stream_arms(c: ModelConfig) -> Arms:
     a_rank = 2 * (c.hidden + c.q_width) + 3 * (c.hidden + c.mlp)  # parameters of LoRA, of one layer
     arms["M2R2, exit 3, LoRA"] = ("m2r2_lora", {"exit": 3, "rank": 1, "lora": round(adapter / (3 * a_rank))})
     arms["M2R2, exit 3, aligned"] = ("m2r2", {"exit": 3, "rank": round(adapter / (6 * c.hidden)), "alignment": 0.5})
+    arms["no adapters, exit 3"] = ("m2r2", {"exit": 3, "rank": 1})
     return arms
 
 
@@ -96,6 +98,9 @@ def section(args: argparse.Namespace) -> dict[str, Any]:
         print()
         for run, name in zip(begun.runs, arms, strict=True):
             print(f"measuring {name} ...", flush=True)
+            if "no adapters" in name and isinstance(module := run.trainer.module, FastStream):
+                module.up_Edr.requires_grad_(False).zero_()  # what it learnt is undone: the model's own lower layers
+                module.down_Erd.requires_grad_(False)
             report = run.trainer.evaluate()
             found[name] = {
                 "method": run.cls.method, "options": arms[name][1],

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import cost_model
-import layer_tables
 
 LAYERS = 30
 """Of the demo model."""
@@ -16,6 +15,7 @@ SWEEPS = {
     "transfer adapted": "Hidden Transfer's pseudo rows with weights of their own in the layers that they pass",
     "transfer forms": "Other forms of Hidden Transfer",
     "streams": "M2R2 and Kangaroo in the paper's form by their exit, with about as many parameters",
+    "streams none": "The same exit without adapters: the output matrix reads the model's own layer",
 }
 
 
@@ -89,16 +89,15 @@ def _tokens(of_sizes: dict[str, float | None]) -> Sequence[str]:
 
 
 def at_other_sizes(results: dict[str, Any]) -> list[str]:
-    """Returns what the tokens per step of a benchmark would gain where a step costs the reading of its weights."""
+    """Returns what the tokens per step of a benchmark without the governor would gain at other sizes of model."""
     rows = {row["contender"]: row for row in results["table"]}
-    if not {"hidden_transfer", "m2r2"} <= rows.keys():
+    transfer, stream = (rows.get(f"{method}:adapt=false") for method in ("hidden_transfer", "m2r2"))
+    if not (transfer and stream):
         return []
-    transfer, stream = rows["hidden_transfer"], rows["m2r2"]
     return [
-        "At other sizes (`python tools/cost_model.py`): what this page's tokens per step would gain where a step costs "
+        "At other sizes (`python tools/cost_model.py`): what these tokens per step would gain where a step costs "
         "exactly the reading of its weights, and what the papers' ratios need there.",
         "",
         *cost_model.hidden_streams(transfer["tokens_per_step"], stream["tokens_per_step"], stream["levels_per_step"]),
         "",
-        *layer_tables.step_costs(results),
     ]

@@ -223,7 +223,10 @@ def hidden_streams(folder: Path) -> list[str]:
     """Returns the figures of streams that draft inside the verifying pass and beside it."""
     lines = ["## Measured", ""]
     for each in sorted(folder.glob("hidden_streams*/results.json")):
-        lines += [*measured(each.parent), *hidden_streams_tables.at_other_sizes(read_results(each.parent))]
+        results = read_results(each.parent)
+        lines += measured(each.parent)
+        if len(sections(results)) == 1:  # of one batch size and temperature
+            lines += layer_tables.step_costs(results) + hidden_streams_tables.at_other_sizes(results)
     return lines + hidden_streams_tables.sweeps(_json(folder / "hidden_streams.json"))
 
 
