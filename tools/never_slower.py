@@ -1,6 +1,6 @@
 """Checks that speculation is never slower than plain decoding, untuned: docs/results/never_slower.json.
 
-    python tools/never_slower.py --questions FILE [--model M] [--weights W] [--kernel K] [--runs R ...] [--batches B]
+    python tools/never_slower.py --questions FILE [--model M] [--weights W] [--kernel K] [--runs R ...] [--batches B] [--label L]
 
 Nothing is known of the machine's costs at first; all runs learn one table, as drafters in one process do. They decode
 the same questions at once, a step of each in turn, so that whatever slows the machine slows all of them: on a busy one,
@@ -30,7 +30,7 @@ from foretell.requests import SamplingParams
 
 RESULTS = Path(core.__file__).parents[1] / "docs/results/never_slower.json"
 PLAIN, CONTROL, GATE = "plain", "control", 0.97
-HEADS = ("medusa", "hydra", "hydra++", "kangaroo")
+HEADS = ("medusa", "hydra", "hydra++", "kangaroo", "hidden_transfer", "m2r2")
 GROUPS = 6
 """Of questions, at least, in each cell: a batch of eight would be judged by two otherwise."""
 RUNS = ["prompt_lookup", *HEADS, *(f"{name}:lookup" for name in HEADS)]
@@ -76,9 +76,10 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8])
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0, 1])
     parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--label", default="", help="appended to the section's name")
     args = parser.parse_args()
     core.RESULTS = RESULTS
-    section = f"{args.model} {args.weights} {args.kernel or 'best build'}"
+    section = " ".join(filter(None, [args.model, args.weights, args.kernel or "best build", args.label]))
     llm = foretell.load(args.model, weights=args.weights, kernel=args.kernel or None)
     llm.backbone.costs = costs_file(llm.backbone).with_suffix(".untuned")
     llm.backbone.costs.unlink(missing_ok=True)
