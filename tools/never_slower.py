@@ -1,6 +1,6 @@
 """Checks that speculation is never slower than plain decoding, untuned: docs/results/never_slower.json.
 
-    python tools/never_slower.py --questions FILE [--model M] [--weights W] [--kernel K] [--runs R ...] [--batches B] [--label L]
+    python tools/never_slower.py --questions FILE [--model M] [--weights W] [--kernel K] [--runs R ...] [--batches B]
 
 Nothing is known of the machine's costs at first; all runs learn one table, as drafters in one process do. They decode
 the same questions at once, a step of each in turn, so that whatever slows the machine slows all of them: on a busy one,
