@@ -91,7 +91,7 @@ def _tokens(of_sizes: dict[str, float | None]) -> Sequence[str]:
 def at_other_sizes(results: dict[str, Any]) -> list[str]:
     """Returns what the tokens per step of a benchmark without the governor would gain at other sizes of model."""
     rows = {row["contender"]: row for row in results["table"]}
-    transfer, stream = (rows.get(f"{method}:adapt=false") for method in ("hidden_transfer", "m2r2"))
+    transfer, stream = (rows.get(f"{method}:nodes=8,adapt=false") for method in ("hidden_transfer", "m2r2"))
     if not (transfer and stream):
         return []
     return [
