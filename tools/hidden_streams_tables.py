@@ -15,13 +15,13 @@ SWEEPS = {
     "transfer adapted": "Hidden Transfer's pseudo rows with weights of their own in the layers that they pass",
     "transfer forms": "Other forms of Hidden Transfer",
     "streams": "M2R2 and Kangaroo in the paper's form by their exit, with about as many parameters",
-    "streams none": "The same exit without adapters: the output matrix reads the model's own layer",
 }
 
 
 def sweeps(found: dict[str, Any]) -> list[str]:
     """Returns the forms that were trained side by side, at equal data."""
     lines = [line for name, title in SWEEPS.items() if name in found for line in _sweep(title, found[name])]
+    lines += _without_adapters(found["streams none"]) if "streams none" in found else []
     return lines + (_gates(found["gates"]) if "gates" in found else [])
 
 
@@ -65,6 +65,17 @@ def _stream(arm: dict[str, Any]) -> list[str]:
         f"{arm['parameters'] / 1e6:.2f} M", f"{level['top1']:.1%}", f"{level['top5']:.1%}",
         *_tokens(arm["tokens_per_step_of_fixed_trees"]),
     ]  # fmt: skip
+
+
+def _without_adapters(section: dict[str, Any]) -> list[str]:
+    (arm,) = section["result"]["arms"].values()
+    first, among = _stream(arm)[1:3]
+    return [
+        f"Without adapters, where the output matrix reads the model's own stream after layer {arm['options']['exit']}, "
+        f"{first} of the first guesses are right, and {among} among five (commit {section['commit']}, "
+        f"`{section['command']}`).",
+        "",
+    ]
 
 
 def _gates(section: dict[str, Any]) -> list[str]:
