@@ -110,6 +110,14 @@ def test_a_machine_that_becomes_slower_or_faster_deceives_nobody(slower: float, 
         assert later.emitted / later.seconds * slower > share * max(1.0, tokens / 1.5)
 
 
+@pytest.mark.parametrize("slower", [1.3, 1.5])
+def test_cold_plain_steps_at_the_start_deceive_nobody_for_long(slower: float) -> None:
+    """Before anything has run, caches are cold: speculation that costs more than it earns looks as if it paid."""
+    governor = Governor()
+    Machine(slower, 1.8, varied(1.4, 0)).run(governor, PLAIN)
+    assert Machine(1.0, 1.8, varied(1.4, 1)).run(governor, 70).count(True) <= 2 * TRIAL
+
+
 def test_a_machine_that_is_busy_now_and_then_deceives_nobody() -> None:
     governor, seconds, emitted = Governor(), 0.0, 0
     for turn in range(60):

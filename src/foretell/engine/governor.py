@@ -22,6 +22,8 @@ CLEAR_TRIAL, TRIAL = 4, 12
 """Speculative steps after which a trial may end that clearly loses, and after which any may."""
 CLEAR = 0.75
 """Speculation clearly loses below this share of the plain rate."""
+CLEAR_WIN = 1.4
+"""And clearly wins above this one."""
 RECENT = 32
 """Latest speculative steps, of this trial on, whose tokens count."""
 PRIOR = 8
@@ -51,7 +53,8 @@ class _Batch:
         run: speculative steps since the last decision.
         opening: seconds of the first of them, in which the drafter reads what was committed since it drafted last.
         since_plain: speculative steps since the last plain one.
-        patience: most of these before plain steps are timed again; doubled each time.
+        patience: most of these before plain steps are timed again; doubled each time. Short at first, unless it clearly
+            wins: the very first plain steps find caches cold.
         plain_left: plain steps until speculation goes on.
         doubted: how many speculative steps found that it loses; plain steps taken just after them confirm it, or not.
         held: whether plain steps are taken because it loses, not to measure.
@@ -66,7 +69,7 @@ class _Batch:
     run: int = 0
     opening: float = 0.0
     since_plain: int = 0
-    patience: int = SHORTEST
+    patience: int = TRIAL
     plain_left: int = PLAIN
     doubted: int = 0
     held: bool = False
@@ -114,6 +117,8 @@ class _Batch:
         if len(self.plain) < PLAIN or self.run < CLEAR_TRIAL or not min(median(self.plain), median(self.speculative)):
             return
         earned, cost = self._rates()
+        if earned > CLEAR_WIN * cost:
+            self.patience = max(self.patience, SHORTEST)
         clear = earned < CLEAR * cost and fmean(self.tokens) < cost
         if clear or (earned < cost and self.run % TRIAL == 0):
             self.doubted = min(self.run, TRIAL)
