@@ -208,7 +208,8 @@ def test_the_page_of_help_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 FIELDS = {
     "finish_reason", "acceptance_length", "prompt_tokens", "new_tokens", "reused_tokens",
-    "steps", "plain_steps", "suspended_steps", "drafted", "accepted", "inserted", "prefill_seconds",
+    "steps", "plain_steps", "suspended_steps", "drafted", "accepted", "inserted", "slots",
+    "prefill_seconds",
     "draft_seconds", "verify_seconds", "seconds", "tokens_per_second", "exact",
 }  # fmt: skip
 ANSWER = {"prompt", "text", "ids"}

@@ -75,7 +75,7 @@ def test_drivers_share_a_decoder(backbone: Backbone, truth: list[list[int]]) -> 
 def test_a_prompt_is_read_in_steps_that_emit_nothing(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # a caller may stop between them
-    monkeypatch.setattr("foretell.engine.loop.PREFILL_NODES", 16)
+    monkeypatch.setattr("foretell.engine.batch.PREFILL_NODES", 16)
     decoder = decoder_of(backbone, Plain())
     with Driver[int](decoder) as driver:
         driver.submit(0, Request([1] * 100, PARAMS))

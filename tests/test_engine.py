@@ -172,7 +172,7 @@ def poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 
 
 def test_long_prompts_are_read_in_chunks_beside_decoding_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foretell.engine.loop.PREFILL_NODES", 16)
+    monkeypatch.setattr("foretell.engine.batch.PREFILL_NODES", 16)
     backbone, rng = tiny(BF16), random.Random(0)
     lengths = [1, 16, 17, 18, 100, 2, 33]
     requests = [([rng.randrange(64) for _ in range(n)], SamplingParams(max_new_tokens=12, logprobs=1)) for n in lengths]

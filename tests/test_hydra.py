@@ -429,8 +429,8 @@ def test_one_call_is_the_layer_verb_by_verb(kernel: str, dtype: torch.dtype, tie
         fuse = module.fuse.to(dtype) if module.fuse is not None else None
         kernels = kernels_for(backbone)
         ours, alone = (kernels.prefix_layer(tensors, fuse) for _ in range(2))
-        twin = PrefixLayer(backbone, kernels.layer(tensors), None if fuse is None else kernels._rounded(fuse))
-        unrounded = PrefixLayer(backbone, backbone.layer(tensors), fuse)
+        twin = PrefixLayer(backbone, kernels.own_layers([tensors]), None if fuse is None else kernels._rounded(fuse))
+        unrounded = PrefixLayer(backbone, backbone.own_layers([tensors]), fuse)
         assert type(ours) is not PrefixLayer
         generator = torch.Generator().manual_seed(3)
         for layer in (ours, alone, twin, unrounded):

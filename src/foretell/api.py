@@ -21,7 +21,7 @@ from foretell.backbone import Backbone, assemble
 from foretell.backbone.load import default_weights
 from foretell.backbone.step_costs import costs_file
 from foretell.contracts import Drafter
-from foretell.engine import SpeculativeDecoder, run
+from foretell.engine import BatchDecoder, decoder_for, run
 from foretell.errors import ForetellError, UsageError
 from foretell.loading import ModelFolder, Tokenizer, resolve
 from foretell.loading.resolve import is_offline
@@ -47,7 +47,7 @@ class LLM:
     def __init__(self, backbone: Backbone, tokenizer: Tokenizer, drafter: Drafter, folder: ModelFolder | None = None):
         self.backbone, self.tokenizer, self.drafter, self.folder = backbone, tokenizer, drafter, folder
         self.loading: dict[str, Any] = {}  # how `load` was called, so that another model can be loaded alike
-        self._decoder: SpeculativeDecoder | None = None
+        self._decoder: BatchDecoder | None = None
         self._decoder_options: tuple[int, Typical | None, bool] | None = None
         self._lock = threading.Lock()
 
@@ -83,17 +83,17 @@ class LLM:
             raise UsageError(f"The prompt holds {odd[0]!r}, which is no token id; give text, or nothing but ids.")
         return [int(token) for token in items]
 
-    def decoder(self, max_rows: int = 1, rule: Typical | None = None, adapt: bool = True) -> SpeculativeDecoder:
+    def decoder(self, max_rows: int = 1, rule: Typical | None = None, adapt: bool = True) -> BatchDecoder:
         """Returns the engine behind `generate`.
 
         The last decoder is kept for its cache, which the next turn of a conversation reuses. A call with other
         arguments replaces it, while calls in progress finish on the old one. Two threads that alternate between batch
-        sizes would replace it at every call: give each a `SpeculativeDecoder` of its own.
+        sizes would replace it at every call: give each a `decoder_for` of its own.
         """
         with self._lock:
             if self._decoder is None or self._decoder_options != (max_rows, rule, adapt):
                 self._decoder = None  # frees the old cache before the new one is allocated
-                self._decoder = SpeculativeDecoder(
+                self._decoder = decoder_for(
                     self.backbone, self.drafter, self.tokenizer, max_rows=max_rows, rule=rule, adapt=adapt
                 )
                 self._decoder_options = max_rows, rule, adapt

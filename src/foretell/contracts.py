@@ -193,6 +193,48 @@ class NoOptions:
     """Options of a drafter that has none."""
 
 
+class MicroSteps(Protocol):
+    """The micro steps of one macro step of B rows."""
+
+    def run(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Returns what the output head reads after the newest token of some of the B rows, [R, d]."""
+        ...
+
+
+class Fused(Protocol):
+    """Grafts that let a model write several tokens a step and keep them in one slot (`engine.fused`).
+
+    Attributes:
+        taps: the states that micro steps read; the last is `FINAL_NORM`.
+        most: tokens of a macro step, at most.
+        confidence: micro steps go on while the probability that they should is at least this.
+    """
+
+    taps: tuple[int, ...]
+    most: int
+    confidence: float
+
+    def fuse(self, segments: Sequence[Sequence[int]]) -> Tensor:
+        """Returns the vector of each segment of tokens, [G, d] float32; of one token its embedding."""
+        ...
+
+    def new_cache(self) -> KVCache:
+        """Returns a cache for the micro steps of one engine."""
+        ...
+
+    def begin(self, features_BFd: Tensor, cache: KVCache) -> MicroSteps:
+        """Begins a macro step of B rows, whose states these are, in the order of `taps`.
+
+        Args:
+            cache: what it holds is forgotten.
+        """
+        ...
+
+    def stops(self, states_Rd: Tensor) -> list[float]:
+        """Returns how probable it is that the token that follows each state is the last of its macro step."""
+        ...
+
+
 class Drafter(ABC):
     """One method: a file under `drafters/` and a row in its table, or a class of the user's own.
 
@@ -207,6 +249,7 @@ class Drafter(ABC):
         cuts: layers after which `at_cut` may add rows to the verification pass.
         adapters: beside all layers above the first cut, for these rows alone; None without any.
         lossless: whether the output equals plain decoding's under exact verification.
+        fused: what writes macro steps, for a method that verifies nothing; it then never drafts.
         trust: the probability above which its guesses are accepted unverified in greedy rows, which is lossy; None
             verifies all.
         depth: layers of the backbone that drafting runs, in the engine's cache (see `bind`).
@@ -224,6 +267,7 @@ class Drafter(ABC):
     cuts: tuple[int, ...] = ()
     adapters: Adapters | None = None
     lossless: bool = True
+    fused: Fused | None = None
     trust: float | None = None
     depth: int = 0
     method: str = ""

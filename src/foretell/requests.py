@@ -166,6 +166,7 @@ class Statistics:
             found this machine's arithmetic canonical.
         drafted: guesses verified; accepted: guesses kept, budget and stops applied; inserted: rows that the drafter ran
             in the same passes to draft from, some layers of them.
+        slots: keys and values that the answer took in the cache: one a token, or fewer where some share one.
         draft_seconds, verify_seconds: parts of the steps; the drafter's `observe` counts as drafting. The rest of
             `seconds` is prefill, commit and text.
         by_depth: (steps that drafted a guess at this depth, steps that accepted one) for depth 1, 2, ...
@@ -182,6 +183,7 @@ class Statistics:
     drafted: int = 0
     accepted: int = 0
     inserted: int = 0
+    slots: int = 0
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
@@ -203,21 +205,31 @@ class Statistics:
         """Share of the steps in which speculation was held back because it does not pay here."""
         return self.suspended_steps / self.steps if self.steps else 0.0
 
+    @property
+    def sharing(self) -> str:
+        """Text on how many slots a token took, where tokens shared some; else empty."""
+        shared = 0 < self.slots < self.new_tokens
+        return f", {self.slots / self.new_tokens:.2f} slots per token" if shared else ""
+
     def __str__(self) -> str:
         held_back = f", speculation held back in {self.suspended_steps} of {self.steps} steps"
         return (
             f"{self.tokens_per_second:.1f} tokens/s, {self.acceptance_length:.2f} tokens per step"
-            f"{held_back if self.suspended_steps else ''}"
+            f"{held_back if self.suspended_steps else ''}{self.sharing}"
         )
 
-    def count(self, height: int, nodes: int, emitted: int, accepted: int, inserted: int = 0) -> None:
-        """Adds one step that verified a tree of `nodes` guesses, `height` deep, and emitted `emitted` tokens."""
+    def count(
+        self, height: int, nodes: int, emitted: int, accepted: int, inserted: int = 0, slots: int | None = None
+    ) -> None:
+        """Adds one step with a tree of `nodes` guesses, `height` deep, which emitted `emitted` tokens in so many slots,
+        by default as many."""
         self.steps += 1
         self.plain_steps += nodes == 0
         self.drafted += nodes
         self.new_tokens += emitted
         self.accepted += accepted
         self.inserted += inserted
+        self.slots += emitted if slots is None else slots
         self.by_depth += [(0, 0)] * (height - len(self.by_depth))
         for depth in range(height):
             offered, kept = self.by_depth[depth]

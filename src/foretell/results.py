@@ -8,7 +8,7 @@ from typing import Any
 
 from foretell.requests import Event, Statistics, TokenLogprob, shortened
 
-_TOKENS = ("prompt_tokens", "new_tokens", "reused_tokens", "drafted", "accepted", "inserted")
+_TOKENS = ("prompt_tokens", "new_tokens", "reused_tokens", "drafted", "accepted", "inserted", "slots")
 _STEPS = ("steps", "plain_steps", "suspended_steps")
 _SECONDS = ("prefill_seconds", "draft_seconds", "verify_seconds", "seconds")
 

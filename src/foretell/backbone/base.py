@@ -224,23 +224,28 @@ class Backbone(ABC):
         """Returns adapters beside this backbone's layers, of linear layers of its kernels; see `Adapters`."""
         return Adapters(linears, begin)
 
-    def layer(self, tensors: Mapping[str, Tensor | Blocks], norm_d: Tensor | None = None) -> Backbone:
-        """Returns a layer of this backbone's shape and kernels with other weights, as a backbone of one layer.
+    def own_layers(self, layers: Sequence[Mapping[str, Tensor | Blocks]], norm_d: Tensor | None = None) -> Backbone:
+        """Returns layers of this backbone's shape and kernels with other weights, as a backbone of these layers.
 
         Args:
-            tensors: by their names in a checkpoint, without "model.layers.0.". No biases, no norms within heads.
-                Without those of the MLP it is attention alone, and `run_layers` has to `skip` the MLP.
-            norm_d: weight of its own final norm.
+            layers: of each the tensors by their names in a checkpoint, without "model.layers.0.". No biases, no norms
+                within heads. Without those of the MLP it is attention alone, and `run_layers` has to `skip` the MLP.
+            norm_d: weight of a final norm of their own.
         """
         c = self.config
-        mlp = any(name.startswith("mlp.") for name in tensors)
+        mlp = any(name.startswith("mlp.") for name in layers[0])
         shapes = layer_shapes(bare(c), LAYER if mlp else ATTENTION)
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         norm_d = torch.ones(c.hidden) if norm_d is None else norm_d
-        if found != shapes or norm_d.shape != (c.hidden,):
+        fits = all({name: tuple(tensor.shape) for name, tensor in layer.items()} == shapes for layer in layers)
+        if not fits or norm_d.shape != (c.hidden,):
             raise UsageError("The drafter's own layer has not this model's shape; train a drafter for this model.")
-        config = replace(bare(c), layers=1, vocab=32, tied=True, windows=(0,), mlp=c.mlp if mlp else 32)
-        weights: dict[str, Tensor | Blocks] = {f"model.layers.0.{name}": tensor for name, tensor in tensors.items()}
+        windows = (0,) * len(layers)
+        config = replace(bare(c), layers=len(layers), vocab=32, tied=True, windows=windows, mlp=c.mlp if mlp else 32)
+        weights: dict[str, Tensor | Blocks] = {
+            f"model.layers.{index}.{name}": tensor
+            for index, layer in enumerate(layers)
+            for name, tensor in layer.items()
+        }
         weights["model.norm.weight"] = norm_d
         for name, shape in weight_shapes(config).items():  # the rest is not used, but must exist, and is small
             weights.setdefault(name, torch.zeros(shape))

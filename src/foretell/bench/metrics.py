@@ -78,6 +78,7 @@ def _steps(own: Sequence[Record], seconds: float) -> dict[str, Any]:
 
     `rows_per_step` are those of a sequence: its root, its guesses, and what was inserted to draft from.
     `suspended_steps` are those that the governor took plain: they count among `steps`, with one token each.
+    `slots_per_token` is there where tokens share keys and values.
     """
     stepped = [r for r in own if r.get("steps")]
     if not stepped:
@@ -86,6 +87,8 @@ def _steps(own: Sequence[Record], seconds: float) -> dict[str, Any]:
     out: dict[str, Any] = {"steps": steps, "tokens_per_step": tokens / steps}
     if any("suspended_steps" in r for r in stepped):
         out["suspended_steps"] = sum(r.get("suspended_steps", 0) for r in stepped)
+    if 0 < (slots := sum(r.get("slots", 0) for r in stepped)) < tokens:
+        out["slots_per_token"] = slots / tokens
     if drafted := sum(r.get("drafted", 0) for r in own):
         out["accepted_share"] = sum(r.get("accepted", 0) for r in own) / drafted
         out["rows_per_step"] = 1 + (drafted + sum(r.get("inserted", 0) for r in own)) / steps

@@ -19,7 +19,7 @@ from foretell import drafters
 from foretell.api import LLM
 from foretell.backbone import Backbone
 from foretell.bench.memory import peak_bytes, reset_peak
-from foretell.engine import SpeculativeDecoder, run
+from foretell.engine import BatchDecoder, decoder_for, run
 from foretell.errors import ForetellError
 from foretell.recommendation import recommend
 from foretell.requests import Request, SamplingParams, Statistics
@@ -90,7 +90,7 @@ class ForetellSystem:
             "typical": self.typical and {"epsilon": self.typical.epsilon, "delta": self.typical.delta},
             "added_parameters": self.drafter.parameters, "exact": self.lossless and llm.backbone.nondeterminism is None,
         }  # fmt: skip
-        self._decoders: dict[tuple[int, float], SpeculativeDecoder] = {}
+        self._decoders: dict[tuple[int, float], BatchDecoder] = {}
         self._peak = 0
 
     def answer(self, prompts: Sequence[list[int]], params: SamplingParams, keys: Sequence[int]) -> list[Answer]:
@@ -114,11 +114,11 @@ class ForetellSystem:
         self._peak = peak_bytes(self.llm.backbone.device)
         return answers
 
-    def _decoder(self, rows: int, temperature: float) -> SpeculativeDecoder:
+    def _decoder(self, rows: int, temperature: float) -> BatchDecoder:
         """The decoder of this batch size, kept between calls so that its governor keeps its measurements."""
         if (rows, temperature) not in self._decoders:
             rule = replace(self.typical, temperature=temperature) if self.typical and temperature else self.typical
-            self._decoders[rows, temperature] = SpeculativeDecoder(
+            self._decoders[rows, temperature] = decoder_for(
                 self.llm.backbone, self.drafter, self.llm.tokenizer, max_rows=rows, rule=rule, adapt=self.adapt
             )
         return self._decoders[rows, temperature]
@@ -138,7 +138,7 @@ def _thresholds(typical: bool | float) -> Typical | None:
 
 
 def _counts(statistics: Statistics) -> dict[str, Any]:
-    names = ("steps", "plain_steps", "suspended_steps", "drafted", "accepted", "inserted")
+    names = ("steps", "plain_steps", "suspended_steps", "drafted", "accepted", "inserted", "slots")
     seconds = ("draft_seconds", "verify_seconds")
     return {name: getattr(statistics, name) for name in (*names, *seconds)} | {"by_depth": statistics.by_depth}
 

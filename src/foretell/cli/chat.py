@@ -30,7 +30,7 @@ from foretell.results import Result, total
 
 if TYPE_CHECKING:
     from foretell.api import LLM, Message
-    from foretell.engine import SpeculativeDecoder
+    from foretell.requests import Decoder
 
 COMMANDS = {
     "/system": ("[TEXT]", 'show or set the system prompt; "" removes it'),
@@ -128,7 +128,7 @@ class Chat:
     """
 
     def __init__(
-        self, llm: LLM, decoder: SpeculativeDecoder, reader: TurnReader, params: SamplingParams, *, shrinks: bool
+        self, llm: LLM, decoder: Decoder, reader: TurnReader, params: SamplingParams, *, shrinks: bool
     ) -> None:
         self.llm, self.decoder, self.reader, self.params, self.shrinks = llm, decoder, reader, params, shrinks
         self.system: str | None = None

@@ -94,7 +94,8 @@ def _note_speed(llm: LLM, finished: Sequence[Result], seconds: float, stats: boo
     if stats:
         note(
             f"{sums.new_tokens} tokens in {seconds:.2f} s, prompts included: {sums.new_tokens / seconds:.1f} "
-            f"tokens/s, {sums.acceptance_length:.2f} tokens per step" + ("" if seed is None else f"; seed {seed}")
+            f"tokens/s, {sums.acceptance_length:.2f} tokens per step{sums.sharing}"
+            + ("" if seed is None else f"; seed {seed}")
         )
     if stats or (sums.held_back > 0.5 and sys.stdout.isatty()):
         note_held_back(sums, llm.backbone)

@@ -39,6 +39,10 @@ DRAFTERS: dict[str, tuple[str | type[Drafter], str]] = {
         "the verifying pass writes the next guesses, in rows of its own",
     ),
     "m2r2": ("foretell.drafters.m2r2:M2R2", "a fast stream beside the lower layers drafts"),
+    "hamburger": (
+        "foretell.drafters.hamburger.drafter:HAMburger",
+        "a small decoder writes the tokens after the next from four of the model's states",
+    ),
     "swift": ("foretell.drafters.swift:Swift", "drafts with sublayers left out, chosen while decoding"),
     "layerskip": ("foretell.drafters.layerskip:LayerSkip", "drafts by leaving the model at an early layer"),
     "del": ("foretell.drafters.dynamic_exit:DEL", "drafts by leaving at the layer with the best recent yield"),

@@ -156,7 +156,7 @@ class Kangaroo(Drafter):
         self.chain, self.steps, self.threshold, self._scales = chain, steps, threshold, read_scales(scales, 1)
         self._vocabulary_V = tensors["vocabulary"].long().numpy()
         layer = {name[8:]: tensor for name, tensor in tensors.items() if name.startswith("adapter.")}
-        self._adapter = kernels_for(backbone).layer(layer, tensors["norm"].float())
+        self._adapter = kernels_for(backbone).own_layers([layer], tensors["norm"].float())
         self._skip = None if arch["mlp"] else bytes([SKIP_MLP])
         shared = arch["output"] == "shared"
         self._head = kernels_for(backbone).heads(

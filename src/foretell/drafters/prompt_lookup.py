@@ -293,6 +293,10 @@ class WithLookup(Drafter):
     """
 
     def __init__(self, inner: Drafter, **lookup: Any):
+        if inner.fused:
+            raise UsageError(
+                "Fused decoding verifies no guesses, so prompt lookup cannot add any; leave one of both out."
+            )
         if inner.trust is not None:
             raise UsageError("A drafter whose guesses are accepted unverified takes none of lookup's; leave it out.")
         self.inner, self.lookup = inner, PromptLookup(**lookup)

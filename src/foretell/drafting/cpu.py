@@ -58,12 +58,13 @@ class CpuKernels:
     def linear(self, weight_NK: Tensor) -> ThreadedLinear:
         return self.backbone.linear(self._rounded(weight_NK), None)
 
-    def layer(self, tensors: Mapping[str, Tensor], norm_d: Tensor | None = None) -> Backbone:
-        return self.backbone.layer({name: self._rounded(tensor) for name, tensor in tensors.items()}, norm_d)
+    def own_layers(self, layers: Sequence[Mapping[str, Tensor]], norm_d: Tensor | None = None) -> Backbone:
+        rounded = [{name: self._rounded(tensor) for name, tensor in layer.items()} for layer in layers]
+        return self.backbone.own_layers(rounded, norm_d)
 
     def prefix_layer(self, tensors: Mapping[str, Tensor], fuse_dP: Tensor | None) -> CpuPrefixLayer:
         fuse = None if fuse_dP is None else self._rounded(fuse_dP)
-        return CpuPrefixLayer(self.backbone, self.layer(tensors), fuse)
+        return CpuPrefixLayer(self.backbone, self.own_layers([tensors]), fuse)
 
     def _rounded(self, weight: Tensor) -> Tensor | Blocks:
         """Rounds a matrix to blocks of eight bits where these are multiplied faster; guesses need not be exact."""

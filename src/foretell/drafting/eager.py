@@ -34,8 +34,8 @@ class EagerKernels:
     def linear(self, weight_NK: Tensor) -> LinearLayer:
         return self.backbone.linear(weight_NK, None)
 
-    def layer(self, tensors: Mapping[str, Tensor], norm_d: Tensor | None = None) -> Backbone:
-        return self.backbone.layer(tensors, norm_d)
+    def own_layers(self, layers: Sequence[Mapping[str, Tensor]], norm_d: Tensor | None = None) -> Backbone:
+        return self.backbone.own_layers(layers, norm_d)
 
     def prefix_layer(self, tensors: Mapping[str, Tensor], fuse_dP: Tensor | None) -> PrefixLayer:
-        return PrefixLayer(self.backbone, self.backbone.layer(tensors), fuse_dP)
+        return PrefixLayer(self.backbone, self.backbone.own_layers([tensors]), fuse_dP)

@@ -27,7 +27,7 @@ class PrefixLayer:
 
     Args:
         backbone: its embedding and its kernels are used.
-        layer: the layer, as `Backbone.layer` gives it.
+        layer: the layer, as `Backbone.own_layers` gives it.
         fuse_dP: W [d, P·d] of a fused layer, else None.
     """
 

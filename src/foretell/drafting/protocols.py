@@ -162,14 +162,14 @@ class DraftKernels(Protocol):
         """Returns a drafter's own matrix, which may be rounded to eight bits."""
         ...
 
-    def layer(self, tensors: Mapping[str, Tensor], norm_d: Tensor | None = None) -> Backbone:
-        """Returns a drafter's own layer, see `Backbone.layer`; its matrices may be rounded to eight bits."""
+    def own_layers(self, layers: Sequence[Mapping[str, Tensor]], norm_d: Tensor | None = None) -> Backbone:
+        """Returns a drafter's own layers, see `Backbone.own_layers`; their matrices may be rounded to eight bits."""
         ...
 
     def prefix_layer(self, tensors: Mapping[str, Tensor], fuse_dP: Tensor | None) -> PrefixLayer:
         """Returns a drafter's own layer over the committed states.
 
         Args:
-            tensors: see `Backbone.layer`; fuse_dP: see `PrefixLayer`.
+            tensors: see `Backbone.own_layers`; fuse_dP: see `PrefixLayer`.
         """
         ...

@@ -21,6 +21,8 @@ class RowState:
         slot: of the cache; -1 while the request waits.
         reused: leading tokens whose cache the slot had before; observed: tokens whose states the drafter has got.
         finished: its last event was emitted.
+        segments: tokens that share a slot, of the last prompt token and what follows it: all 1 but in fused decoding,
+            which alone keeps them; ends: tokens that end the output.
     """
 
     def __init__(
@@ -38,7 +40,8 @@ class RowState:
         self.reused = self.observed = 0
         self.finished = False
         self.statistics = Statistics(prompt_tokens=len(prompt))
-        self._ends, self._stream_of = ends, stream_of
+        self.segments, self.ends = [1], ends
+        self._stream_of = stream_of
         self._stream: tuple[TextStream, int] | None = None  # with the number of tokens pushed to it
         self._started = 0.0
 
@@ -52,23 +55,22 @@ class RowState:
         self.slot, self.reused, self.observed, self._started = slot, reused, reused, time.perf_counter()
         self.statistics.reused_tokens = reused
 
-    def event(self, accepted: list[int], bonus: int | None, logprobs: list[TokenLogprob]) -> Event:
+    def event(self, tokens: list[tuple[int, bool]], damaged: bool, logprobs: list[TokenLogprob]) -> Event:
         """The event of one step: its tokens up to the first that ends the output. The row itself is not changed.
 
         Args:
-            accepted: accepted guesses.
-            bonus: the token after them; None where the logits are not finite, which ends the output with an error.
+            tokens: with each, whether it was guessed.
+            damaged: the logits after them are not finite, which ends the output with an error.
             logprobs: of all these tokens, or empty.
         """
         event, before = Event(self.request, [], [], ""), len(self.tokens) - self.prompt_length
-        tokens = [(token, True) for token in accepted] + ([] if bonus is None else [(bonus, False)])
         try:
             stream = self._stream_after(before)
             for token, drafted in tokens:
                 self._append(event, stream, token, drafted)
                 if event.finish_reason:
                     break
-            if bonus is None and not event.finish_reason:
+            if damaged and not event.finish_reason:
                 event.finish_reason, event.error = "error", f"After {len(self.tokens) + len(event.tokens)} {NOT_FINITE}"
             if event.finish_reason:
                 self._append_rest(event, stream)
@@ -96,7 +98,7 @@ class RowState:
     def _append(self, event: Event, stream: TextStream, token: int, drafted: bool) -> None:
         event.tokens.append(token)
         event.drafted.append(drafted)
-        ended = token in self._ends
+        ended = token in self.ends
         event.pieces.append(("" if ended else stream.push(token), drafted))
         if ended or stream.stopped:
             event.finish_reason = "stop"

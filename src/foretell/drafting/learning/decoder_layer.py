@@ -20,7 +20,7 @@ from foretell.loading.tensors import ATTENTION, LAYER, bare, layer_shapes
 class DecoderLayer(nn.Module):
     """A decoder layer of the backbone's shape; it starts as the identity.
 
-    Its tensors have the names that `Backbone.layer` reads. Float32, multiplied as `number_types` says.
+    Its tensors have the names that `Backbone.own_layers` reads. Float32, multiplied as `number_types` says.
 
     Args:
         rotation: of the backbone: positions -> cosine and sine.

@@ -56,6 +56,22 @@ class TrainableBackbone(nn.Module):
         Args:
             dropped: per layer the probability that a conversation skips it.
         """
+        return self._states({"input_ids": tokens_BT}, taps, dropped)
+
+    def states_of(
+        self, input_BCd: Tensor, position_BC: Tensor, there_BC: Tensor, taps: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """The same of inputs that are no tokens, or do not stand one after the other.
+
+        Args:
+            there_BC: false on padding. It is given to transformers, which takes positions with gaps for several texts.
+        """
+        given = {"inputs_embeds": input_BCd, "position_ids": position_BC, "attention_mask": there_BC.long()}
+        return self._states(given, taps)
+
+    def _states(
+        self, given: dict[str, Tensor], taps: Sequence[int], dropped: Sequence[float] = ()
+    ) -> dict[int, Tensor]:
         seen: dict[int, Tensor] = {}
 
         def after(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -73,9 +89,9 @@ class TrainableBackbone(nn.Module):
         hooks = [each.register_forward_hook(after(layer)) for layer, each in enumerate(model.layers)]
         try:
             model.config.num_hidden_layers = every if FINAL_NORM in taps else max(taps)  # as many as transformers runs
-            dtype = number_type(tokens_BT.device)
-            with torch.autocast(tokens_BT.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                final_BTd = model(input_ids=tokens_BT, use_cache=False).last_hidden_state
+            device = next(iter(given.values())).device
+            with torch.autocast(device.type, torch.bfloat16, enabled=number_type(device) == torch.bfloat16):
+                final_BTd = model(**given, use_cache=False).last_hidden_state
         finally:
             model.config.num_hidden_layers = every
             for hook in hooks:

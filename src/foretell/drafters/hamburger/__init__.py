@@ -1,0 +1,1 @@
+"""HAMburger: macro steps that write several tokens from one state."""

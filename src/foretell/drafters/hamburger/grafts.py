@@ -1,0 +1,167 @@
+"""HAMburger's grafts at work: what merges the tokens of a segment, and what writes those of a macro step.
+
+The micro-step decoder is a small model of its own: it reads a macro step's four features as a text of four tokens, and
+the step's tokens after them. Its keys and values are forgotten with the step. All products go through the backbone's
+kernels, and a segment's attention is computed by itself: no row depends on the others of its batch.
+
+Legend: B rows, G segments, S tokens of a segment, F features, M nodes, d hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from foretell.backbone import Backbone, KVCache, Nodes
+from foretell.contracts import MicroSteps
+from foretell.drafting.kernels import kernels_for
+
+
+def shapes(arch: Mapping[str, int], d: int, fused: bool) -> dict[str, tuple[int, ...]]:
+    """Expected shape of each tensor in a checkpoint but those of the blocks, which are checked where they are made."""
+    wide = d + d // 2
+    found: dict[str, tuple[int, ...]] = {}
+    if fused:
+        found = {"merger.pos_Sp": (arch["most"], d // 2)}
+        for name, inputs in (("q", d), ("k", wide), ("v", wide), ("out", d)):
+            found |= {f"merger.{name}.weight": (d, inputs), f"merger.{name}.bias": (d,)}
+        for name, outputs in (("first", d), ("second", d), ("third", 1)):
+            found |= {f"stop.{name}.weight": (outputs, d), f"stop.{name}.bias": (outputs,)}
+    return found
+
+
+class MicroDecoder:
+    """The blocks that write a macro step.
+
+    Args:
+        tensors: of a checkpoint; blocks: how many it has.
+    """
+
+    def __init__(self, backbone: Backbone, tensors: Mapping[str, Tensor], blocks: int):
+        layers = [
+            {name.removeprefix(f"micro.{index}."): tensor for name, tensor in tensors.items()
+             if name.startswith(f"micro.{index}.")}
+            for index in range(blocks)
+        ]  # fmt: skip
+        self.blocks = kernels_for(backbone).own_layers(layers)
+
+    def new_cache(self) -> KVCache:
+        return self.blocks.new_cache(0, 0)
+
+    def begin(self, cache: KVCache, rows: Sequence[int], features_BFd: Tensor, room: int) -> None:
+        """Reads the features of these rows' macro steps, in place of what the cache holds of them.
+
+        Args:
+            room: slots for the tokens after them.
+        """
+        features = features_BFd.shape[1]
+        cache.reserve(dict.fromkeys(rows, features + room))
+        for row in rows:
+            cache.rollback(row, 0)
+        nodes = Nodes.chains(rows, [0] * len(rows), [features] * len(rows))
+        self.blocks.run_layers(features_BFd.flatten(0, 1), nodes, cache)
+        cache.commit(rows, [range(features)] * len(rows))
+
+    def run(self, embedded_Md: Tensor, nodes: Nodes, cache: KVCache) -> Tensor:
+        """Returns what the output head reads after these tokens, [M, d]."""
+        return self.blocks.run_layers(embedded_Md, nodes, cache)[0]
+
+
+class FusedGrafts:
+    """Grafts for fused decoding; see `contracts.Fused`.
+
+    Args:
+        arch, tensors: of a checkpoint of the model with its grafts.
+        taps: see `learning.features_of`.
+        heads: of the merger.
+        micro: their micro-step decoder.
+    """
+
+    def __init__(
+        self, backbone: Backbone, arch: Mapping[str, int], tensors: Mapping[str, Tensor], taps: tuple[int, ...],
+        micro: MicroDecoder, heads: int, confidence: float,
+    ):  # fmt: skip
+        self.taps, self.most, self.confidence = taps, arch["most"], confidence
+        self.fuse, self.stops = Merger(backbone, tensors, heads), StopHead(backbone, tensors)
+        self._micro, self._embed = micro, backbone.embed
+
+    def new_cache(self) -> KVCache:
+        return self._micro.new_cache()
+
+    def begin(self, features_BFd: Tensor, cache: KVCache) -> MicroSteps:
+        return _Steps(self._micro, self._embed, cache, features_BFd, self.most)
+
+
+class _Steps:
+    """Micro steps whose first run reads the features too, of the rows that go on."""
+
+    def __init__(
+        self, micro: MicroDecoder, embed: Callable[[Tensor], Tensor], cache: KVCache, features_BFd: Tensor, most: int
+    ):  # fmt: skip
+        self._micro, self._embed, self._cache, self._features_BFd = micro, embed, cache, features_BFd
+        rows, features, _ = features_BFd.shape
+        cache.reserve(dict.fromkeys(range(rows), features + most))
+        for row in range(rows):
+            cache.rollback(row, 0)
+
+    def run(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        input_RNd = self._embed(torch.tensor(tokens))[:, None]
+        if not self._cache.lengths[rows[0]]:
+            input_RNd = torch.cat([self._features_BFd[list(rows)], input_RNd], 1)
+        counts = [input_RNd.shape[1]] * len(rows)
+        nodes = Nodes.chains(rows, [self._cache.lengths[row] for row in rows], counts)
+        out_Md = self._micro.run(input_RNd.flatten(0, 1), nodes, self._cache)
+        self._cache.commit(rows, list(map(range, counts)))
+        return out_Md.unflatten(0, (len(rows), -1))[:, -1]
+
+
+class Merger:
+    """Makes one vector of a segment (`learning.Merger`)."""
+
+    def __init__(self, backbone: Backbone, tensors: Mapping[str, Tensor], head: int):
+        self._pos_Sp = tensors["merger.pos_Sp"].float()
+        self._linear = {
+            name: backbone.linear(tensors[f"merger.{name}.weight"].float(), tensors[f"merger.{name}.bias"].float())
+            for name in ("q", "k", "v", "out")
+        }
+        self._embed, self._heads = backbone.embed, head
+
+    def __call__(self, segments: Sequence[Sequence[int]]) -> Tensor:
+        """Returns the vectors [G, d] of segments of tokens; of one token it is its embedding."""
+        sizes = list(map(len, segments))
+        embedded_Td = self._embed(torch.tensor([token for tokens in segments for token in tokens]))
+        if max(sizes) == 1:
+            return embedded_Td
+        each = embedded_Td.split(sizes)
+        mean_Gd = torch.stack([x_Sd[0] if len(x_Sd) == 1 else x_Sd.mean(0) for x_Sd in each])
+        several = [g for g, size in enumerate(sizes) if size > 1]
+        read = torch.cat([torch.cat([each[g], self._pos_Sp[: sizes[g]]], 1) for g in several])
+        q = self._linear["q"](mean_Gd[several])
+        k, v = (self._linear[name](read).split([sizes[g] for g in several]) for name in "kv")
+        mixed = torch.stack([self._mixed(*of_g) for of_g in zip(q, k, v, strict=True)])
+        return mean_Gd.index_add(0, torch.tensor(several), self._linear["out"](mixed))
+
+    def _mixed(self, q_d: Tensor, k_Sd: Tensor, v_Sd: Tensor) -> Tensor:
+        q_Hh, k_SHh, v_SHh = (x.unflatten(-1, (self._heads, -1)) for x in (q_d, k_Sd, v_Sd))
+        weight_SH = ((q_Hh * k_SHh).sum(-1) / q_Hh.shape[-1] ** 0.5).softmax(0)
+        return (weight_SH[..., None] * v_SHh).sum(0).flatten()
+
+
+class StopHead:
+    """Says how probable it is that a token ends its macro step (`learning.StopHead`)."""
+
+    def __init__(self, backbone: Backbone, tensors: Mapping[str, Tensor]):
+        self._layers = [
+            backbone.linear(tensors[f"stop.{name}.weight"].float(), tensors[f"stop.{name}.bias"].float())
+            for name in ("first", "second", "third")
+        ]
+
+    def __call__(self, states_Bd: Tensor) -> list[float]:
+        x = self._layers[0](states_Bd)
+        for layer in self._layers[1:]:
+            x = layer(F.silu(x))
+        probabilities: list[float] = x[:, 0].sigmoid().tolist()
+        return probabilities
