@@ -14,7 +14,7 @@ LOWER := from foretell.backbone.cpu.library import BUILDS, find; print(*[name fo
 BUILDS ?=
 CASES ?= 0
 EXACT := $(patsubst %,tests/test_%.py,engine engine_faults native cache breadth medusa hydra kangaroo \
-  layerskip swift replay hidden_transfer m2r2)
+  layerskip swift replay hidden_transfer m2r2 hamburger fused)
 
 .PHONY: help venv demo test fast builds check docs clean
 

@@ -355,6 +355,7 @@ SHARED = [
     "hydra++",
     "kangaroo",
     "layerskip",
+    "hamburger",
     "del",
     "swift",
     "early exit",
@@ -363,6 +364,8 @@ SHARED = [
 
 
 def shared_drafter(name: str, backbone: Backbone) -> Drafter:
+    from test_hamburger import drafter_of as hamburger_of
+    from test_hamburger import random_grafts
     from test_hydra import drafter_of as hydra_of
     from test_hydra import random_hydra
     from test_kangaroo import drafter_of as kangaroo_of
@@ -380,6 +383,7 @@ def shared_drafter(name: str, backbone: Backbone) -> Drafter:
         "layerskip": lambda: drafters.build("layerskip", backbone, exit=2),
         "del": lambda: drafters.build("del", backbone, stride=1),
         "swift": lambda: drafters.build("swift", backbone, window=4, threshold=0.0),
+        "hamburger": lambda: hamburger_of(backbone, random_grafts(backbone)),
         "early exit": lambda: EarlyExit(backbone, 1),
         "lookup": lambda: WithLookup(EarlyExit(backbone, 2)),
     }
@@ -425,7 +429,7 @@ def test_engines_that_share_a_drafter_draft_as_if_alone(name: str) -> None:
             assert [(d.trees, d.tokens) for d in ours] == [(d.trees, d.tokens) for d in theirs]
 
 
-@pytest.mark.parametrize("name", ["hydra++", "layerskip", "kangaroo", "swift", "lookup"])
+@pytest.mark.parametrize("name", ["hydra++", "layerskip", "kangaroo", "hamburger", "swift", "lookup"])
 def test_threads_may_share_a_model(name: str) -> None:
     """Two threads on one LLM, of the same and of different batch sizes: each gets what it would get alone."""
     backbone = tiny(num_hidden_layers=4)

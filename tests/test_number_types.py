@@ -37,6 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "hidden_transfer": {"steps": 2, "adapters": 3},
     "m2r2": {"exit": 2, "rank": 4, "output": "tied"},
     "layerskip": {"exit": 1, "stride": 1, "rank": 4, "period": 1, "hold": 1.0, "dropout": 0.0},
+    "hamburger": {"adapt": "lora", "rank": 4, "blocks": 1},
 }
 CPU = torch.device("cpu")
 

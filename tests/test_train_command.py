@@ -272,7 +272,12 @@ def test_what_is_not_said_of_a_start_is_as_it_has_it(
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [("hidden_transfer", ["steps=2", "adapters=3"]), ("m2r2", ["exit=1", "rank=4"])]
+    ("method", "options"),
+    [
+        ("hidden_transfer", ["steps=2", "adapters=3", "output=tied"]),
+        ("m2r2", ["exit=1", "rank=4", "output=tied"]),
+        ("hamburger", ["blocks=1", "positions=1"]),
+    ],
 )
 def test_what_drafts_in_hidden_streams_trains_and_drafts(
     foretell: Foretell, tiny: str, data: str, tmp_path: Path, method: str, options: list[str]
@@ -280,7 +285,7 @@ def test_what_drafts_in_hidden_streams_trains_and_drafts(
     """From data to trees whose size follows from what training measured: no option of decoding is given."""
     given = [word for option in options for word in ("-o", option)]
     ours = ["-m", tiny, *TINY, "--data", data, "--out", str(tmp_path / "out"), "--epochs", "3", "--lr", "0.01"]
-    ran = foretell("train", method, *ours, *given, "-o", "output=tied")
+    ran = foretell("train", method, *ours, *given)
     assert ran.code == 0, ran.err
     found = checkpoint.load(tmp_path / "out/drafter")[0]
     assert max(found.tokens_per_step.values()) > 1

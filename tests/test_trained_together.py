@@ -223,6 +223,7 @@ JOBS: dict[str, dict[str, Any]] = {
     "kangaroo": {"exit": 1},
     "medusa2": {"heads": 2, "rank": 4, "warm": 0.3},
     "layerskip": {"exit": 1, "stride": 1, "rank": 4, "period": 1},
+    "hamburger": {"adapt": "lora", "rank": 4, "blocks": 1},
 }
 BEGUN = ["medusa", "hydra", "hydra++", "kangaroo"]
 """Those whose weights others of their kind may begin with, for the same model."""
