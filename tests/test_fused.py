@@ -84,7 +84,8 @@ def test_events_add_up_to_the_answer(fused: Any) -> None:
     [whole] = finish(fused(tokenizer=Letters()), [(PROMPT, OPEN)])
     assert whole.text == Letters().decode(whole.ids)
     assert len(whole.drafted) == len(whole.ids)
-    assert sum(whole.drafted) == len(whole.ids) - whole.statistics.steps == whole.statistics.accepted
+    assert sum(whole.drafted) == len(whole.ids) - whole.statistics.steps
+    assert (whole.statistics.drafted, whole.statistics.accepted, whole.statistics.by_depth) == (0, 0, [])
 
 
 def test_the_next_turn_reuses_the_prompt(fused: Any) -> None:

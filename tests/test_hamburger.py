@@ -35,6 +35,7 @@ from foretell.drafting.checkpoint import Checkpoint
 from foretell.engine import FusedDecoder, decoder_for
 from foretell.errors import UsageError
 from foretell.requests import SamplingParams
+from foretell.trees import chain
 from foretell.verify import Typical
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -176,9 +177,11 @@ def test_drafts_are_the_guesses_of_training(backbone: Backbone, module: MacroSte
     features_PFd = torch.stack([taps[tap] for tap in module.taps], 1)
     for p in range(0, learnt.shape[1], 5):
         own = drafter._micro.new_cache()
-        drafter._micro.begin(own, [0], features_PFd[p : p + 1], 8)
         after = backbone.embed(torch.tensor(tokens[p + 1 : p + 1 + module.heads]))
-        out = drafter._micro.run(after, Nodes.chains([0], [len(module.taps)], [module.heads]), own)
+        own.reserve({0: 16})
+        first = drafter._micro.begin(own, [0], features_PFd[p : p + 1], after[:1])
+        nodes = Nodes([chain(module.heads - 1)], [0], [len(module.taps)], [1])
+        out = torch.cat([first, drafter._micro.run(after[1:], nodes, own)])
         assert torch.allclose(out, learnt[:, p], atol=0.05, rtol=0.02)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import breadth_tables
 import cost_model
+import hamburger_tables
 import hidden_streams_tables
 import layer_tables
 import never_slower_table
@@ -230,6 +231,14 @@ def hidden_streams(folder: Path) -> list[str]:
     return lines + hidden_streams_tables.sweeps(_json(folder / "hidden_streams.json"))
 
 
+def hamburger(folder: Path) -> list[str]:
+    """Returns the figures of macro steps, verified and fused."""
+    lines = ["## Measured", ""]
+    for each in sorted(folder.glob("hamburger*/results.json")):
+        lines += measured(each.parent)
+    return lines + hamburger_tables.tables(_json(folder / "hamburger.json"))
+
+
 def ablation(section: dict[str, Any]) -> list[str]:
     """Returns the effect of each option of Hydra++ after the same training."""
     runs = section["result"]
@@ -316,6 +325,7 @@ def pages() -> dict[Path, str]:
         ],
         ROOT / "docs/own-layers.md": own_layers(folder),
         ROOT / "docs/hidden-streams.md": hidden_streams(folder),
+        ROOT / "docs/hamburger.md": hamburger(folder),
         ROOT / "docs/training.md": [
             *head, *trained(),
             *breadth_tables.tables(_json(folder / "breadth.json")),

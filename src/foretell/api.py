@@ -88,7 +88,7 @@ class LLM:
 
         The last decoder is kept for its cache, which the next turn of a conversation reuses. A call with other
         arguments replaces it, while calls in progress finish on the old one. Two threads that alternate between batch
-        sizes would replace it at every call: give each a `decoder_for` of its own.
+        sizes would replace it at every call: give each one of its own (`engine.decoder_for`).
         """
         with self._lock:
             if self._decoder is None or self._decoder_options != (max_rows, rule, adapt):

@@ -218,22 +218,26 @@ class Statistics:
             f"{held_back if self.suspended_steps else ''}{self.sharing}"
         )
 
-    def count(
-        self, height: int, nodes: int, emitted: int, accepted: int, inserted: int = 0, slots: int | None = None
-    ) -> None:
-        """Adds one step with a tree of `nodes` guesses, `height` deep, which emitted `emitted` tokens in so many slots,
-        by default as many."""
+    def count(self, height: int, nodes: int, emitted: int, accepted: int, inserted: int = 0) -> None:
+        """Adds one step that verified a tree of `nodes` guesses, `height` deep, and emitted `emitted` tokens."""
         self.steps += 1
         self.plain_steps += nodes == 0
         self.drafted += nodes
         self.new_tokens += emitted
         self.accepted += accepted
         self.inserted += inserted
-        self.slots += emitted if slots is None else slots
+        self.slots += emitted
         self.by_depth += [(0, 0)] * (height - len(self.by_depth))
         for depth in range(height):
             offered, kept = self.by_depth[depth]
             self.by_depth[depth] = (offered + 1, kept + (depth < accepted))
+
+    def count_fused(self, emitted: int) -> None:
+        """Adds one step whose tokens, none of them verified, share a slot."""
+        self.steps += 1
+        self.plain_steps += emitted == 1
+        self.new_tokens += emitted
+        self.slots += 1
 
 
 @dataclass(repr=False)

@@ -286,7 +286,7 @@ class Chat:
         sums, stopped = total(self.results), sum(not result.finish_reason for result in self.results)
         note(
             f"answers: {len(self.results)}{f' ({stopped} stopped)' if stopped else ''}, tokens: {sums.new_tokens} at "
-            f"{sums.tokens_per_second:.1f}/s, {sums.acceptance_length:.2f} tokens per step; in the cache already: "
+            f"{sums.tokens_per_second:.1f}/s, {sums.acceptance_length:.2f} tokens per step{sums.sharing}; in the cache already: "
             f"{sums.reused_tokens} of {sums.prompt_tokens} prompt tokens"
         )
         if reason := held_back(sums, self.llm.backbone):
@@ -298,5 +298,5 @@ class Chat:
         held = f"; held back in {stats.suspended_steps} of {stats.steps} steps" if stats.suspended_steps else ""
         return (
             f"({stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, "
-            f"{stats.acceptance_length:.2f} tokens per step{held})"
+            f"{stats.acceptance_length:.2f} tokens per step{stats.sharing}{held})"
         )

@@ -157,8 +157,7 @@ class FusedDecoder(BatchDecoder):
         outbox, finished = [*self._outbox, event], bool(event.finish_reason)
         # assigned with no call between, so that an interrupt finds all of it done, or nothing
         row.tokens, row.segments, row.finished, self._outbox = tokens, segments, finished, outbox
-        trusted = max(0, len(event.tokens) - 1)
-        row.statistics.count(trusted, trusted, len(event.tokens), trusted, slots=1)
+        row.statistics.count_fused(len(event.tokens))
 
     # -- rows join and leave ----------------------------------------------------------------------------------------
 

@@ -90,6 +90,7 @@ class HAMburger(Drafter):
         self.parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
         self._cache = self._micro.new_cache()
         self._newest: dict[int, tuple[list[Tensor], int]] = {}  # slot -> streams, and the place of the newest in them
+        self._features_RFd: Tensor | None = None  # of the rows whose first level is drafted next
 
     @classmethod
     def build(cls, backbone: Backbone, options: Options, loaded: Loaded | None = None) -> HAMburger:
@@ -143,17 +144,22 @@ class HAMburger(Drafter):
             if row.slot not in self._newest:  # after a prompt of one token
                 tree.frontier = []
         slots = [rows[i].slot for i in trees.active_rows]
+        self._cache.reserve(dict.fromkeys(slots, len(self.taps) + MAX_TREE_NODES))
+        for slot in slots:
+            self._cache.rollback(slot, 0)
         if slots:
             newest = [[stream_Nd[at] for stream_Nd in streams] for streams, at in map(self._newest.__getitem__, slots)]
-            features_BFd = torch.stack([torch.stack(states) for states in newest])
-            self._micro.begin(self._cache, slots, features_BFd, MAX_TREE_NODES)
+            self._features_RFd = torch.stack([torch.stack(states) for states in newest])
         return trees.grow(self._blocks, self._guesses, count, self.most - 1, beam=BEAM, min_gain=MIN_GAIN)
 
     def _run(self, embedded_Fd: Tensor, nodes: Nodes, layers: int) -> Tensor:
-        return self._micro.run(embedded_Fd, nodes, self._cache)
+        features_RFd, self._features_RFd = self._features_RFd, None
+        if features_RFd is None:
+            return self._micro.run(embedded_Fd, nodes, self._cache)
+        return self._micro.begin(self._cache, nodes.rows, features_RFd, embedded_Fd)
 
     def _guesses(self, hidden_Fd: Tensor, nodes: Nodes) -> tuple[Floats, list[list[int]]]:
-        level = int(nodes.positions.max()) - len(self.taps)
+        level = max(0, int(nodes.positions.max()) - len(self.taps))  # roots are run with their features before them
         scale = self._scales[level] if self._scales else None
         return guesses_of(self._head, hidden_Fd, self._width, self._vocabulary_V, scale)
 

@@ -51,19 +51,18 @@ class MicroDecoder:
     def new_cache(self) -> KVCache:
         return self.blocks.new_cache(0, 0)
 
-    def begin(self, cache: KVCache, rows: Sequence[int], features_BFd: Tensor, room: int) -> None:
-        """Reads the features of these rows' macro steps, in place of what the cache holds of them.
+    def begin(self, cache: KVCache, rows: Sequence[int], features_RFd: Tensor, embedded_Rd: Tensor) -> Tensor:
+        """Begins macro steps in empty rows of the cache: reads their features, and commits them, and first tokens.
 
-        Args:
-            room: slots for the tokens after them.
+        Returns:
+            What the output head reads after the first token, [R, d]; that is the root of a tree.
         """
-        features = features_BFd.shape[1]
-        cache.reserve(dict.fromkeys(rows, features + room))
-        for row in rows:
-            cache.rollback(row, 0)
-        nodes = Nodes.chains(rows, [0] * len(rows), [features] * len(rows))
-        self.blocks.run_layers(features_BFd.flatten(0, 1), nodes, cache)
-        cache.commit(rows, [range(features)] * len(rows))
+        count, features = len(rows), features_RFd.shape[1]
+        nodes = Nodes.chains(rows, [0] * count, [features + 1] * count)
+        input_Md = torch.cat([features_RFd, embedded_Rd[:, None]], 1).flatten(0, 1)
+        out_Md = self.run(input_Md, nodes, cache)
+        cache.commit(rows, [range(features)] * count)
+        return out_Md.unflatten(0, (count, -1))[:, -1].contiguous()
 
     def run(self, embedded_Md: Tensor, nodes: Nodes, cache: KVCache) -> Tensor:
         """Returns what the output head reads after these tokens, [M, d]."""
@@ -102,20 +101,23 @@ class _Steps:
         self, micro: MicroDecoder, embed: Callable[[Tensor], Tensor], cache: KVCache, features_BFd: Tensor, most: int
     ):  # fmt: skip
         self._micro, self._embed, self._cache, self._features_BFd = micro, embed, cache, features_BFd
+        self._begun = False
         rows, features, _ = features_BFd.shape
         cache.reserve(dict.fromkeys(range(rows), features + most))
         for row in range(rows):
             cache.rollback(row, 0)
 
     def run(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        input_RNd = self._embed(torch.tensor(tokens))[:, None]
-        if not self._cache.lengths[rows[0]]:
-            input_RNd = torch.cat([self._features_BFd[list(rows)], input_RNd], 1)
-        counts = [input_RNd.shape[1]] * len(rows)
-        nodes = Nodes.chains(rows, [self._cache.lengths[row] for row in rows], counts)
-        out_Md = self._micro.run(input_RNd.flatten(0, 1), nodes, self._cache)
-        self._cache.commit(rows, list(map(range, counts)))
-        return out_Md.unflatten(0, (len(rows), -1))[:, -1]
+        embedded_Rd = self._embed(torch.tensor(tokens))
+        if self._begun:
+            nodes = Nodes.chains(rows, [self._cache.lengths[row] for row in rows], [1] * len(rows))
+            out_Rd = self._micro.run(embedded_Rd, nodes, self._cache)
+        else:
+            features_RFd = self._features_BFd[list(rows)]
+            out_Rd = self._micro.begin(self._cache, rows, features_RFd, embedded_Rd)
+        self._begun = True
+        self._cache.commit(rows, [[0]] * len(rows))
+        return out_Rd
 
 
 class Merger:
