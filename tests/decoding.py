@@ -14,7 +14,7 @@ from foretell.backbone import Backbone, KVCache
 from foretell.contracts import Draft, Drafter, Row
 from foretell.drafters.plain import Plain
 from foretell.drafters.prompt_lookup import WithLookup
-from foretell.engine import SpeculativeDecoder
+from foretell.engine import BatchDecoder, SpeculativeDecoder
 from foretell.requests import Event, SamplingParams, Statistics, TokenLogprob
 
 Request = tuple[list[int], SamplingParams]
@@ -42,7 +42,7 @@ class Output:
         self.error = event.error
 
 
-def finish(decoder: SpeculativeDecoder, requests: Sequence[Request], keys: Sequence[int] = ()) -> list[Output]:
+def finish(decoder: BatchDecoder, requests: Sequence[Request], keys: Sequence[int] = ()) -> list[Output]:
     """Submits all, steps until all are done; `keys` fix the noise (by default the order of the requests)."""
     keys = keys or range(len(requests))
     numbers = [
@@ -54,6 +54,39 @@ def finish(decoder: SpeculativeDecoder, requests: Sequence[Request], keys: Seque
         for event in decoder.step():
             outputs[event.request].add(event)
     return list(outputs.values())
+
+
+def finish_in_spite_of(
+    error: type[BaseException], place: str, decoder: BatchDecoder, requests: Sequence[Request], every: int = 7
+) -> tuple[list[Output], int]:
+    """As `finish`, while one call in `every` of a method ("cache.commit") of the decoder raises; counts the errors."""
+    holder: Any = decoder
+    *path, name = place.split(".")
+    for each in path:
+        holder = getattr(holder, each)
+    usual, calls, raised = getattr(holder, name), [0], 0
+
+    def sometimes(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] % every == every - 2:
+            raise error("disk")
+        return usual(*args, **kwargs)
+
+    put(holder, name, sometimes)
+    numbers = [decoder.submit(ids, params, key) for key, (ids, params) in enumerate(requests)]
+    outputs = {number: Output() for number in numbers}
+    try:
+        for _ in range(2000):
+            if not decoder.busy:
+                break
+            try:
+                for event in decoder.step():
+                    outputs[event.request].add(event)
+            except error:
+                raised += 1
+    finally:
+        put(holder, name, usual)
+    return list(outputs.values()), raised
 
 
 def plainly(backbone: Backbone, requests: Sequence[Request], tokenizer: Any = None) -> list[Output]:

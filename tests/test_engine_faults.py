@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from decoding import Output, answers, assert_same, decoder_of, finish, held_like_a_fresh_prefill, plainly, put, shared
+from decoding import (
+    Output,
+    answers,
+    assert_same,
+    decoder_of,
+    finish,
+    finish_in_spite_of,
+    held_like_a_fresh_prefill,
+    plainly,
+    put,
+    shared,
+)
 from random_backbones import Model
 from test_engine import Letters, mixed_requests, tiny
 from tiny_models import DIMENSIONS
@@ -159,35 +170,10 @@ def test_an_error_anywhere_in_a_step_changes_no_answer(place: str, error: type[B
         "inserter": lambda: Inserter(backbone, 1),
     }
     decoder = decoder_of(backbone, make[toy](), max_rows=3)
-    holder: Any = decoder
-    *path, name = place.split(".")
-    for each in path:
-        holder = getattr(holder, each)
-    usual, calls = getattr(holder, name), [0]
-
-    def sometimes(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] % 7 == 5:
-            raise error("disk")
-        return usual(*args, **kwargs)
-
-    put(holder, name, sometimes)
-    numbers = [decoder.submit(ids, params, key) for key, (ids, params) in enumerate(requests)]
-    outputs, raised = {number: Output() for number in numbers}, 0
-    try:
-        for _ in range(2000):
-            if not decoder.busy:
-                break
-            try:
-                for event in decoder.step():
-                    outputs[event.request].add(event)
-            except error:
-                raised += 1
-    finally:
-        put(holder, name, usual)
+    outputs, raised = finish_in_spite_of(error, place, decoder, requests)
     assert raised > 0
     assert not decoder.busy
-    for output, right in zip(outputs.values(), truth, strict=True):
+    for output, right in zip(outputs, truth, strict=True):
         assert output.ids == right.ids
         assert (output.text, output.finish_reason) == (right.text, right.finish_reason)
     held_like_a_fresh_prefill(decoder)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoding import Output, finish, put
+from decoding import Output, finish, finish_in_spite_of, put
 from test_engine import Letters
 from test_hamburger import drafter_of, ragged, random_grafts, same_outputs
 from tiny_models import save_tiny
@@ -103,32 +103,9 @@ def test_the_next_turn_reuses_the_prompt(fused: Any) -> None:
 def test_an_error_anywhere_in_a_step_changes_no_answer(fused: Any, place: str, error: type[BaseException]) -> None:
     truth, decoder = finish(fused(), ragged()[:1]), fused(rows=2)
     truth += finish(fused(), ragged()[1:2], [1])
-    holder: Any = decoder
-    *path, name = place.split(".")
-    for each in path:
-        holder = getattr(holder, each)
-    usual, calls = getattr(holder, name), [0]
-
-    def sometimes(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] % 5 == 3:
-            raise error("disk")
-        return usual(*args, **kwargs)
-
-    put(holder, name, sometimes)
-    numbers = [decoder.submit(ids, params, key) for key, (ids, params) in enumerate(ragged()[:2])]
-    outputs, raised = {number: Output() for number in numbers}, 0
-    try:
-        while decoder.busy:
-            try:
-                for event in decoder.step():
-                    outputs[event.request].add(event)
-            except error:
-                raised += 1
-    finally:
-        put(holder, name, usual)
+    outputs, raised = finish_in_spite_of(error, place, decoder, ragged()[:2], every=5)
     assert raised > 0
-    same_outputs(list(outputs.values()), truth)
+    same_outputs(outputs, truth)
 
 
 def test_a_row_can_be_cancelled_in_mid_answer(fused: Any) -> None:

@@ -286,8 +286,8 @@ class Chat:
         sums, stopped = total(self.results), sum(not result.finish_reason for result in self.results)
         note(
             f"answers: {len(self.results)}{f' ({stopped} stopped)' if stopped else ''}, tokens: {sums.new_tokens} at "
-            f"{sums.tokens_per_second:.1f}/s, {sums.acceptance_length:.2f} tokens per step{sums.sharing}; in the cache already: "
-            f"{sums.reused_tokens} of {sums.prompt_tokens} prompt tokens"
+            f"{sums.tokens_per_second:.1f}/s, {sums.acceptance_length:.2f} tokens per step{sums.sharing}; in the cache "
+            f"already: {sums.reused_tokens} of {sums.prompt_tokens} prompt tokens"
         )
         if reason := held_back(sums, self.llm.backbone):
             note(reason)
