@@ -145,7 +145,9 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("kind", [{}, {"blocks": 1, "most": 7, "draft_vocab": 0}, {"most": 2}], ids=str)
+@pytest.mark.parametrize(
+    "kind", [{}, {"blocks": 1, "most": 7, "draft_vocab": 0}, {"most": 2, "output": "tied"}], ids=str
+)
 def test_random_grafts_change_no_token(kind: dict[str, Any], dtype: torch.dtype) -> None:
     backbone = backbone_of(dtype)
     truth, module = plainly(backbone, requests()), random_grafts(backbone, **kind)
@@ -416,6 +418,11 @@ def test_grafts_of_a_frozen_model_cannot_be_fused(backbone: Backbone) -> None:
     frozen = random_grafts(backbone)
     with pytest.raises(UsageError, match=r"was trained on a frozen model, which cannot read fused tokens; train one"):
         drafter_of(backbone, frozen, mode="fused")
+
+
+def test_a_model_that_learns_has_no_other_output_matrix(backbone: Backbone, folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"^A model that is trained writes with its own output matrix: leave"):
+        random_grafts(backbone, folder, output="tied")
 
 
 def test_what_needs_verification_is_refused(backbone: Backbone, module: MacroSteps) -> None:

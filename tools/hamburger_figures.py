@@ -139,7 +139,11 @@ def figures(args: argparse.Namespace) -> dict[str, Any]:
         for key in ("turns", "reference"):
             if isinstance(question.get(key), str):
                 question[key] = json.loads(question[key])
-    human = [(base.encode(q["turns"][0]), q["reference"][0]) for q in questions if q.get("reference")]
+    human = [
+        (base.encode(q["turns"][0]), q["reference"][0])
+        for q in questions
+        if isinstance((q.get("reference") or [0])[0], str)
+    ]
     texts = {
         "held_out_answers": held_out(args.data, found.provenance, args.texts),
         "human_texts": [

@@ -236,7 +236,9 @@ def hamburger(folder: Path) -> list[str]:
     lines = ["## Measured", ""]
     for each in sorted(folder.glob("hamburger*/results.json")):
         lines += measured(each.parent)
-    return lines + hamburger_tables.tables(_json(folder / "hamburger.json"))
+    if (folder / "hamburger.json").exists():
+        lines += hamburger_tables.tables(_json(folder / "hamburger.json"))
+    return lines if len(lines) > 2 else ["No grafts that were trained for long enough have been measured yet."]
 
 
 def ablation(section: dict[str, Any]) -> list[str]:

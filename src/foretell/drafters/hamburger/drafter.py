@@ -32,7 +32,15 @@ from foretell.drafters.hamburger.learning import (
     features_of,
     merger_heads,
 )
-from foretell.drafting.checkpoint import CheckpointOptions, Loaded, check_shapes, damage_named, find, read_scales
+from foretell.drafting.checkpoint import (
+    CheckpointOptions,
+    Loaded,
+    check_shapes,
+    damage_named,
+    find,
+    output_shape,
+    read_scales,
+)
 from foretell.drafting.kernels import kernels_for
 from foretell.drafting.learning.finetune import trainable_model
 from foretell.drafting.learning.heads import draft_outputs
@@ -73,7 +81,8 @@ class HAMburger(Drafter):
     def __init__(self, backbone: Backbone, options: Options, loaded: Loaded):
         found, tensors = loaded
         arch, d = found.arch, backbone.config.hidden
-        check_shapes(tensors, shapes(arch, d, "merger.q.weight" in tensors))
+        expected = shapes(arch, d, "merger.q.weight" in tensors)
+        check_shapes(tensors, expected | output_shape(arch, d, len(tensors["vocabulary"])))
         self.tokens_per_step, self._scales = found.tokens_per_step, read_scales(found.calibration, arch["heads"])
         self.size = tree_size(
             backbone, options.nodes, found.tokens_per_step, self.method, self.usual_cost, MAX_TREE_NODES
@@ -85,7 +94,9 @@ class HAMburger(Drafter):
             self.fused = _fused(backbone, options, loaded, self.taps, self._micro)
         self._blocks = arch["blocks"]
         self._vocabulary_V = tensors["vocabulary"].long().numpy()
-        self._head = kernels_for(backbone).heads([], [backbone.head_rows(tensors["vocabulary"].long())])
+        shared = arch["output"] == "shared"
+        output_Vd = backbone.head_rows(tensors["vocabulary"].long()) if shared else tensors["head"][0]
+        self._head = kernels_for(backbone).heads([], [output_Vd])
         self._width = min(WIDTH, len(self._vocabulary_V))
         self.parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
         self._cache = self._micro.new_cache()
@@ -107,6 +118,8 @@ class HAMburger(Drafter):
         outputs = draft_outputs(backbone, counts_V, training.draft_vocab)
         if training.adapt == "none":
             return MicroDrafts(*outputs, training, backbone=backbone)
+        if training.output != "shared":
+            raise UsageError("A model that is trained writes with its own output matrix: leave `output` out.")
         if folder is None:
             raise ForetellError("HAMburger changes the backbone, and needs the folder of its files.")
         model = trainable_model(folder, training.adapt, training.rank, 0.0)

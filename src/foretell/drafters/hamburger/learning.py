@@ -55,6 +55,10 @@ class HAMburgerTraining(HeadTraining):
     slower: float = option(0.5, "Learning rate of the model relative to the grafts'.", low=0, high=100)
     most: int = option(4, "Tokens of a macro step, at most.", low=2, high=16, stored=True)
     blocks: int = option(4, "Blocks of the micro-step decoder.", low=1, high=64, stored=True)
+    output: str = option(
+        "shared", "Output matrix of drafts: the model's own, or a trained copy (with none of the model).",
+        choices=("shared", "tied"), stored=True,
+    )  # fmt: skip
     rule: str = option("falling", "How texts are cut into segments.", choices=RULES)
     positions: float = option(
         0.25, "With none of the model: share of the written positions that learn in a step.", low=0.01, high=1
@@ -134,7 +138,7 @@ class MicroDrafts(GuessingHeads):
         self, head_Vd: Tensor, vocabulary_V: Tensor, vocab_size: int, training: HAMburgerTraining, *,
         backbone: Backbone,
     ):  # fmt: skip
-        super().__init__(head_Vd, vocabulary_V, vocab_size, training, heads=training.most - 1, output="shared")
+        super().__init__(head_Vd, vocabulary_V, vocab_size, training, heads=training.most - 1, output=training.output)
         self.options, self.taps, self.most = training, features_of(backbone.config.layers), training.most
         self.embed: Callable[[Tensor], Tensor] = backbone.embed
         blocks = [DecoderLayer(backbone.config, backbone.rotation) for _ in range(training.blocks)]
@@ -185,6 +189,7 @@ class MicroDrafts(GuessingHeads):
         for name, weight in self.parts().items():
             if name in tensors:  # those of a frozen model have no merger and no stop head
                 weight.copy_(tensors[name])
+        self.start_outputs(tensors)
 
 
 @dataclass
