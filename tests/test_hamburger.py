@@ -35,6 +35,7 @@ from foretell.drafting.checkpoint import Checkpoint
 from foretell.engine import FusedDecoder, decoder_for
 from foretell.errors import UsageError
 from foretell.requests import SamplingParams
+from foretell.train.features import TEACHER
 from foretell.trees import chain
 from foretell.verify import Typical
 
@@ -105,9 +106,10 @@ def random_grafts(backbone: Backbone, folder: Path | None = None, **options: Any
     return noisy(trainable(HAMburger, backbone, torch.arange(backbone.config.vocab).flip(0), folder, **given))
 
 
-def drafter_of(backbone: Backbone, module: MicroDrafts, nodes: int = 16, **options: Any) -> HAMburger:
+def drafter_of(backbone: Backbone, module: MicroDrafts, nodes: int | None = None, **options: Any) -> HAMburger:
     tensors, arch = module.checkpoint()
     found = Checkpoint("hamburger", "tiny", backbone.fingerprint, WIDTH, VOCAB, arch)
+    nodes = (0 if options.get("mode") == "fused" else 16) if nodes is None else nodes
     return watched(HAMburger(backbone, HAMburger.Options(nodes=nodes, **options), (found, tensors)))
 
 
@@ -262,11 +264,12 @@ def test_slots_and_tokens_are_counted(backbone: Backbone, module: MacroSteps) ->
 
 def test_a_lower_confidence_never_shortens_a_step(backbone: Backbone, module: MacroSteps) -> None:
     """At the same state, and the first token is the model's own."""
-    first = [
-        [decoder.step() for _ in range(2)][-1][0].tokens
-        for decoder in (fused(backbone, module, confidence=c) for c in (1.01, 0.7, 0.5, 0.3, 0.0))
-        if decoder.submit([5, 9, 2], SamplingParams(max_new_tokens=9, ignore_eos=True)) == 0
-    ]
+    params, first = SamplingParams(max_new_tokens=9, ignore_eos=True), list[list[int]]()
+    for confidence in (1.01, 0.7, 0.55, 0.5, 0.45, 0.3, 0.0):
+        decoder = fused(backbone, module, confidence=confidence)
+        decoder.submit([5, 9, 2], params)
+        first.append(decoder.step()[0].tokens)  # the prompt is read in the same step
+    assert first[0] == plainly(backbone, [([5, 9, 2], params)])[0].ids[:1]
     for shorter, longer in itertools.pairwise(first):
         assert longer[: len(shorter)] == shorter
     assert (len(first[0]), len(first[-1])) == (1, 4)
@@ -373,7 +376,40 @@ def test_the_first_token_is_the_models_own(backbone: Backbone, module: MacroStep
     assert not torch.allclose(before[~first_P], after[~first_P])
 
 
+def taught(backbone: Backbone, tokens: list[int]) -> Tensor:
+    """The most probable next tokens with their probabilities, as features keep them, [V]."""
+    states = backbone.forward(
+        torch.tensor(tokens), Nodes.chains([0], [0], [len(tokens)]), backbone.new_cache(1, 100)
+    )  # fmt: skip
+    p_V = backbone.logits(states[-1:])[0].softmax(-1)
+    best = p_V.topk(TEACHER)
+    return torch.zeros_like(p_V).scatter_(0, best.indices, best.values)
+
+
 # --- learning -------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_answer_is_cut_by_what_the_frozen_model_knew(backbone: Backbone, module: MacroSteps) -> None:
+    """By the entropy of the distribution of each token of it; everything before it is a slot for each token."""
+    module.options, rule = replace(module.options, rule="sure"), module.options
+    batch = batch_of(backbone, module)
+    given = []
+    for talk in DATA:
+        nodes = Nodes.chains([0], [0], [len(talk.tokens)])
+        states = backbone.forward(torch.tensor(talk.tokens), nodes, backbone.new_cache(1, 100))
+        log_p = backbone.logits(states).log_softmax(-1)
+        given.append((-(log_p.exp() * log_p).sum(-1)).tolist())
+    middle = sorted(entropy for each in given for entropy in each)[sum(map(len, given)) // 2]
+    module.least, least = middle, module.least
+    segments = module.segments(batch)
+    module.options, module.least = rule, least
+    for b, (talk, entropy) in enumerate(zip(DATA, given, strict=True)):
+        begin, end = talk.answers[-1]
+        right = segment([entropy[t - 1] for t in range(begin, end)], module.most, "sure", middle)
+        own = segments.conversation_G == b
+        assert segments.size_G[own].tolist() == [1] * begin + right
+        assert segments.written_G[own].tolist() == [False] * begin + [True] * len(right)
+    assert segments.size_G.max() > 1
 
 
 def test_features_are_spread_over_the_layers() -> None:
@@ -383,20 +419,30 @@ def test_features_are_spread_over_the_layers() -> None:
 
 
 @pytest.mark.usefixtures("cut")
-def test_the_loss_is_that_of_its_tokens(backbone: Backbone, module: MacroSteps) -> None:
-    """Cross-entropy over the whole vocabulary, and of where segments end."""
-    module.soft = 0.0
+@pytest.mark.parametrize("soft", [0.0, 0.5, 1.0])
+def test_the_loss_is_that_of_its_tokens(
+    backbone: Backbone, module: MacroSteps, soft: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cross-entropy over the whole vocabulary, against the token and what the frozen model says in its place; and of
+    where segments end."""
+    monkeypatch.setattr(module, "soft", soft)
     batch = batch_of(backbone, module)
     segments = module.segments(batch)
     with torch.no_grad():
         terms = module.losses(batch)
         x_Pd, place_P, last_P = module.steps(batch.tokens_BT, segments)
         right_P = batch.tokens_BT.flatten()[place_P]
-        text = torch.nn.functional.cross_entropy(x_Pd @ module.output_Vd.float().T, right_P)
+        log_q_PV = (x_Pd @ module.output_Vd.float().T).log_softmax(-1)
+        told_PV = torch.zeros_like(log_q_PV)
+        for p, place in enumerate(place_P.tolist()):
+            b, t = divmod(place, batch.tokens_BT.shape[1])
+            told_PV[p, right_P[p]] += 1 - soft
+            told_PV[p] += soft * taught(backbone, DATA[b].tokens[:t])
+        text = -(told_PV * log_q_PV).sum(-1).mean()
         stop = torch.nn.functional.binary_cross_entropy_with_logits(module.stop(x_Pd), last_P.float())
     assert terms["text"].item() == pytest.approx(text.item(), rel=0.02)
     assert terms["stop"].item() == pytest.approx(stop.item(), rel=1e-4)
-    assert int(batch.supervised_BT[:, 1:].sum()) == len(place_P)
+    assert len(place_P) == sum(end - begin for begin, end in (talk.answers[-1] for talk in DATA))
 
 
 # --- mistakes -------------------------------------------------------------------------------------------------------
@@ -420,9 +466,25 @@ def test_grafts_of_a_frozen_model_cannot_be_fused(backbone: Backbone) -> None:
         drafter_of(backbone, frozen, mode="fused")
 
 
-def test_a_model_that_learns_has_no_other_output_matrix(backbone: Backbone, folder: Path) -> None:
-    with pytest.raises(UsageError, match=r"^A model that is trained writes with its own output matrix: leave"):
-        random_grafts(backbone, folder, output="tied")
+def test_joint_training_begins_with_grafts_of_the_frozen_model(backbone: Backbone, folder: Path) -> None:
+    """The micro-step decoder goes on; an output matrix that only drafts had is left behind."""
+    frozen = random_grafts(backbone, output="tied")
+    tensors, arch = frozen.checkpoint()
+    joint = random_grafts(backbone, folder, output="tied")
+    joint.start(arch, tensors)
+    for name, weight in frozen.parts().items():
+        assert torch.equal(joint.parts()[name], weight)
+    assert joint.checkpoint()[1]["output"] == "shared"
+    with pytest.raises(UsageError, match=r"^It is made with other options; train with `most=4` and `blocks=2`\.$"):
+        random_grafts(backbone, blocks=1).start(arch, tensors)
+
+
+def test_fused_decoding_has_no_trees(backbone: Backbone, module: MacroSteps) -> None:
+    with pytest.raises(UsageError, match=r"^Fused decoding drafts no trees; leave `nodes=8` out"):
+        drafter_of(backbone, module, mode="fused", nodes=8)
+    drafter = drafter_of(backbone, module, mode="fused")
+    with pytest.raises(ValueError, match=r"^A drafter that writes macro steps is for `engine\.decoder_for`\.$"):
+        decoder_of(backbone, drafter)
 
 
 def test_what_needs_verification_is_refused(backbone: Backbone, module: MacroSteps) -> None:

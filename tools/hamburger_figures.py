@@ -28,7 +28,7 @@ import foretell
 from foretell.api import LLM
 from foretell.backbone import Nodes
 from foretell.contracts import FINAL_NORM, Fused
-from foretell.drafters.hamburger.segments import segment
+from foretell.drafters.hamburger.segments import SURE, entropy_at, segment
 from foretell.drafting import checkpoint
 from foretell.train.data import ConversationStore
 
@@ -58,7 +58,7 @@ def fused_log_p(llm: LLM, fused: Fused, tokens: Sequence[int], start: int, sizes
     hidden, taps = backbone.run_layers(fused.fuse(segments), nodes, cache, taps=layers)
     taps[FINAL_NORM] = backbone.norm(hidden)
     features = torch.stack([taps[tap] for tap in fused.taps], 1)
-    own, found = fused.new_cache(), list[float]()
+    own, found = fused.new_cache(1), list[float]()
     for index, written in enumerate(segments[start:]):
         states: Tensor = features[start - 1 + index : start + index, -1]
         micro = fused.begin(features[start - 1 + index : start + index], own)
@@ -69,12 +69,13 @@ def fused_log_p(llm: LLM, fused: Fused, tokens: Sequence[int], start: int, sizes
     return found
 
 
-def perplexities(base: LLM, changed: LLM, texts: Sequence[tuple[list[int], int]]) -> dict[str, float]:
+def perplexities(base: LLM, changed: LLM, texts: Sequence[tuple[list[int], int]], rule: str) -> dict[str, float]:
     """Returns the perplexity of the end of each text, from the index given on, in three ways."""
     assert changed.drafter.fused
     sums, count, segments = dict.fromkeys(("base", "changed", "fused"), 0.0), 0, 0
     for tokens, start in texts:
-        sizes = segment(entropies(base, tokens, start), changed.drafter.fused.most)
+        least = entropy_at(SURE, base.backbone.config.vocab)
+        sizes = segment(entropies(base, tokens, start), changed.drafter.fused.most, rule, least)
         sums["base"] += log_p_and_best(base.backbone, tokens, start)[0]
         sums["changed"] += log_p_and_best(changed.backbone, tokens, start)[0]
         sums["fused"] += math.fsum(fused_log_p(changed, changed.drafter.fused, tokens, start, sizes))
@@ -130,7 +131,8 @@ def figures(args: argparse.Namespace) -> dict[str, Any]:
     found, _ = checkpoint.load(
         args.checkpoint / "drafter" if (args.checkpoint / "drafter").is_dir() else args.checkpoint
     )
-    base = foretell.load(found.backbone.partition("+")[0], weights="bf16")
+    base = foretell.load(args.base, weights="bf16")
+    rule = found.provenance["options"]["rule"]
     given = {"checkpoint": str(args.checkpoint), "mode": "fused"}
     changed = foretell.load(found.backbone, "hamburger", **given)
     assert changed.drafter.fused
@@ -152,7 +154,7 @@ def figures(args: argparse.Namespace) -> dict[str, Any]:
         ][: args.texts],
     }  # fmt: skip
     out: dict[str, Any] = {"model": found.backbone, "perplexity": {
-        name: perplexities(base, changed, those) for name, those in texts.items()
+        name: perplexities(base, changed, those, rule) for name, those in texts.items()
     }}  # fmt: skip
     print(json.dumps(out, indent=1), flush=True)
     out["confidence"] = {}
@@ -167,6 +169,7 @@ def figures(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a folder that `foretell train hamburger` wrote")
+    parser.add_argument("--base", default="smollm2-135m", help="the model before its training")
     parser.add_argument("--data", type=Path, required=True, help="the data that it was trained on")
     parser.add_argument("--questions", type=Path, required=True, help="JSON lines with turns, category and reference")
     parser.add_argument("--every", type=int, default=5)

@@ -218,8 +218,8 @@ class Fused(Protocol):
         """Returns the vector of each segment of tokens, [G, d] float32; of one token its embedding."""
         ...
 
-    def new_cache(self) -> KVCache:
-        """Returns a cache for the micro steps of one engine."""
+    def new_cache(self, rows: int) -> KVCache:
+        """Returns a cache for the micro steps of one engine, with room for so many rows."""
         ...
 
     def begin(self, features_BFd: Tensor, cache: KVCache) -> MicroSteps:

@@ -74,7 +74,7 @@ class FusedDecoder(BatchDecoder):
         if rule is not None:
             raise UsageError("Typical acceptance judges guesses, and fused decoding verifies none; leave it out.")
         super().__init__(backbone, tokenizer, max_rows)
-        self.fused, self._micro_cache = fused, fused.new_cache()
+        self.fused, self._micro_cache = fused, fused.new_cache(max_rows)
         self._layers = [tap for tap in fused.taps if tap != FINAL_NORM]
 
     # -- one step ---------------------------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ class SpeculativeDecoder(BatchDecoder):
         check(drafter.trust is None or not drafter.lossless, "A drafter whose guesses are trusted is not lossless.")
         if drafter.trust is not None and rule is not None:
             raise UsageError("Typical acceptance verifies every guess; leave it out, or the drafter's `trust`.")
+        check(drafter.fused is None, "A drafter that writes macro steps is for `engine.decoder_for`.")
         super().__init__(backbone, tokenizer, max_rows)
         self.rule, self.taps = rule, drafter.taps
         self.lossless = drafter.lossless and rule is None and backbone.nondeterminism is None

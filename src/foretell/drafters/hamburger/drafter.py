@@ -15,7 +15,7 @@ Legend: B rows, K levels, F frontier nodes of all rows, M nodes, d hidden width,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -83,22 +83,21 @@ class HAMburger(Drafter):
         arch, d = found.arch, backbone.config.hidden
         expected = shapes(arch, d, "merger.q.weight" in tensors)
         check_shapes(tensors, expected | output_shape(arch, d, len(tensors["vocabulary"])))
+        self.parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
+        self.taps, self.most, self._backbone = features_of(backbone.config.layers), arch["most"], backbone
+        if options.mode == "fused":
+            self.lossless, self.fused = False, _fused(backbone, options, loaded, self.taps)
+            return  # it never drafts
         self.tokens_per_step, self._scales = found.tokens_per_step, read_scales(found.calibration, arch["heads"])
         self.size = tree_size(
             backbone, options.nodes, found.tokens_per_step, self.method, self.usual_cost, MAX_TREE_NODES
         )
-        self.taps, self.most, self._backbone = features_of(backbone.config.layers), arch["most"], backbone
-        self._micro = MicroDecoder(backbone, tensors, arch["blocks"])
-        if options.mode == "fused":
-            self.lossless = False
-            self.fused = _fused(backbone, options, loaded, self.taps, self._micro)
-        self._blocks = arch["blocks"]
+        self._micro, self._blocks = MicroDecoder(backbone, tensors, arch["blocks"], guesses=True), arch["blocks"]
         self._vocabulary_V = tensors["vocabulary"].long().numpy()
         shared = arch["output"] == "shared"
         output_Vd = backbone.head_rows(tensors["vocabulary"].long()) if shared else tensors["head"][0]
         self._head = kernels_for(backbone).heads([], [output_Vd])
         self._width = min(WIDTH, len(self._vocabulary_V))
-        self.parameters = sum(tensor.numel() for name, tensor in tensors.items() if name != "vocabulary")
         self._cache = self._micro.new_cache()
         self._newest: dict[int, tuple[list[Tensor], int]] = {}  # slot -> streams, and the place of the newest in them
         self._features_RFd: Tensor | None = None  # of the rows whose first level is drafted next
@@ -118,12 +117,10 @@ class HAMburger(Drafter):
         outputs = draft_outputs(backbone, counts_V, training.draft_vocab)
         if training.adapt == "none":
             return MicroDrafts(*outputs, training, backbone=backbone)
-        if training.output != "shared":
-            raise UsageError("A model that is trained writes with its own output matrix: leave `output` out.")
         if folder is None:
             raise ForetellError("HAMburger changes the backbone, and needs the folder of its files.")
         model = trainable_model(folder, training.adapt, training.rank, 0.0)
-        return MacroSteps(model, folder, *outputs, training, backbone=backbone)
+        return MacroSteps(model, folder, *outputs, replace(training, output="shared"), backbone=backbone)
 
     @property
     def max_nodes(self) -> int:
@@ -141,6 +138,7 @@ class HAMburger(Drafter):
     def reset(self, rows: Sequence[Row]) -> None:
         for row in rows:
             self._newest.pop(row.slot, None)
+        self._cache.reserve({row.slot: len(self.taps) + MAX_TREE_NODES for row in rows})
 
     def observe(self, rows: Sequence[Row], features: Features) -> None:
         streams, end = [features.taps[tap] for tap in self.taps], 0
@@ -157,7 +155,6 @@ class HAMburger(Drafter):
             if row.slot not in self._newest:  # after a prompt of one token
                 tree.frontier = []
         slots = [rows[i].slot for i in trees.active_rows]
-        self._cache.reserve(dict.fromkeys(slots, len(self.taps) + MAX_TREE_NODES))
         for slot in slots:
             self._cache.rollback(slot, 0)
         if slots:
@@ -178,17 +175,23 @@ class HAMburger(Drafter):
 
 
 def _fused(
-    backbone: Backbone, options: HAMburger.Options, loaded: Loaded, taps: tuple[int, ...], micro: MicroDecoder
+    backbone: Backbone, options: HAMburger.Options, loaded: Loaded, taps: tuple[int, ...]
 ) -> FusedGrafts:  # fmt: skip
     """Returns the grafts for fused decoding; refuses those of a model that never learnt to read segments."""
     found, tensors = loaded
     if not 0 < options.confidence <= 1:
         raise UsageError(f"confidence is {options.confidence}; it must lie above 0, and be at most 1.")
+    if options.nodes:
+        raise UsageError(
+            f"Fused decoding drafts no trees; leave `nodes={options.nodes}` out, or set `mode='verified'`."
+        )
     if "merger.q.weight" not in tensors:
         raise UsageError(
             f"{options.checkpoint or 'The drafter that ships'} was trained on a frozen model, which cannot read fused "
             "tokens; train one with `adapt='lora'`, or decode with `mode='verified'`."
         )
-    return FusedGrafts(
-        backbone, found.arch, tensors, taps, micro, merger_heads(backbone.config.hidden), options.confidence
+    micro, heads = (
+        MicroDecoder(backbone, tensors, found.arch["blocks"], guesses=False),
+        merger_heads(backbone.config.hidden),
     )
+    return FusedGrafts(backbone, found.arch, tensors, taps, micro, heads, options.confidence)

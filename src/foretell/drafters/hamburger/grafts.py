@@ -2,13 +2,14 @@
 
 The micro-step decoder is a small model of its own: it reads a macro step's four features as a text of four tokens, and
 the step's tokens after them. Its keys and values are forgotten with the step. All products go through the backbone's
-kernels, and a segment's attention is computed by itself: no row depends on the others of its batch.
+kernels, and a segment's attention is computed by itself: where kernels are compiled, no row depends on the others.
 
 Legend: B rows, G segments, S tokens of a segment, F features, M nodes, d hidden width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -38,18 +39,19 @@ class MicroDecoder:
 
     Args:
         tensors: of a checkpoint; blocks: how many it has.
+        guesses: what it writes is verified, so that its matrices may be rounded to eight bits.
     """
 
-    def __init__(self, backbone: Backbone, tensors: Mapping[str, Tensor], blocks: int):
+    def __init__(self, backbone: Backbone, tensors: Mapping[str, Tensor], blocks: int, guesses: bool):
         layers = [
             {name.removeprefix(f"micro.{index}."): tensor for name, tensor in tensors.items()
              if name.startswith(f"micro.{index}.")}
             for index in range(blocks)
         ]  # fmt: skip
-        self.blocks = kernels_for(backbone).own_layers(layers)
+        self.blocks = (kernels_for(backbone) if guesses else backbone).own_layers(layers)
 
-    def new_cache(self) -> KVCache:
-        return self.blocks.new_cache(0, 0)
+    def new_cache(self, rows: int = 0, slots: int = 0) -> KVCache:
+        return self.blocks.new_cache(rows, slots)
 
     def begin(self, cache: KVCache, rows: Sequence[int], features_RFd: Tensor, embedded_Rd: Tensor) -> Tensor:
         """Begins macro steps in empty rows of the cache: reads their features, and commits them, and first tokens.
@@ -87,24 +89,22 @@ class FusedGrafts:
         self.fuse, self.stops = Merger(backbone, tensors, heads), StopHead(backbone, tensors)
         self._micro, self._embed = micro, backbone.embed
 
-    def new_cache(self) -> KVCache:
-        return self._micro.new_cache()
+    def new_cache(self, rows: int) -> KVCache:
+        return self._micro.new_cache(rows, len(self.taps) + self.most)
 
     def begin(self, features_BFd: Tensor, cache: KVCache) -> MicroSteps:
-        return _Steps(self._micro, self._embed, cache, features_BFd, self.most)
+        return _Steps(self._micro, self._embed, cache, features_BFd)
 
 
 class _Steps:
     """Micro steps whose first run reads the features too, of the rows that go on."""
 
     def __init__(
-        self, micro: MicroDecoder, embed: Callable[[Tensor], Tensor], cache: KVCache, features_BFd: Tensor, most: int
+        self, micro: MicroDecoder, embed: Callable[[Tensor], Tensor], cache: KVCache, features_BFd: Tensor
     ):  # fmt: skip
         self._micro, self._embed, self._cache, self._features_BFd = micro, embed, cache, features_BFd
         self._begun = False
-        rows, features, _ = features_BFd.shape
-        cache.reserve(dict.fromkeys(range(rows), features + most))
-        for row in range(rows):
+        for row in range(len(features_BFd)):
             cache.rollback(row, 0)
 
     def run(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
@@ -123,13 +123,13 @@ class _Steps:
 class Merger:
     """Makes one vector of a segment (`learning.Merger`)."""
 
-    def __init__(self, backbone: Backbone, tensors: Mapping[str, Tensor], head: int):
-        self._pos_Sp = tensors["merger.pos_Sp"].float()
+    def __init__(self, backbone: Backbone, tensors: Mapping[str, Tensor], heads: int):
+        self._pos_Sp = tensors["merger.pos_Sp"].float().to(backbone.device)
         self._linear = {
             name: backbone.linear(tensors[f"merger.{name}.weight"].float(), tensors[f"merger.{name}.bias"].float())
             for name in ("q", "k", "v", "out")
         }
-        self._embed, self._heads = backbone.embed, head
+        self._embed, self._heads = backbone.embed, heads
 
     def __call__(self, segments: Sequence[Sequence[int]]) -> Tensor:
         """Returns the vectors [G, d] of segments of tokens; of one token it is its embedding."""
@@ -144,7 +144,7 @@ class Merger:
         q = self._linear["q"](mean_Gd[several])
         k, v = (self._linear[name](read).split([sizes[g] for g in several]) for name in "kv")
         mixed = torch.stack([self._mixed(*of_g) for of_g in zip(q, k, v, strict=True)])
-        return mean_Gd.index_add(0, torch.tensor(several), self._linear["out"](mixed))
+        return mean_Gd.index_add(0, torch.tensor(several, device=mean_Gd.device), self._linear["out"](mixed))
 
     def _mixed(self, q_d: Tensor, k_Sd: Tensor, v_Sd: Tensor) -> Tensor:
         q_Hh, k_SHh, v_SHh = (x.unflatten(-1, (self._heads, -1)) for x in (q_d, k_Sd, v_Sd))
@@ -165,5 +165,4 @@ class StopHead:
         x = self._layers[0](states_Bd)
         for layer in self._layers[1:]:
             x = layer(F.silu(x))
-        probabilities: list[float] = x[:, 0].sigmoid().tolist()
-        return probabilities
+        return [1 / (1 + math.exp(-max(logit, -700.0))) for logit in x[:, 0].tolist()]

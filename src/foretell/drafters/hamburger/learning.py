@@ -6,7 +6,9 @@ frozen model's entropies, a segment enters as one vector at the position of its 
 has to write its tokens and say which one ends it: CE(all tokens) + 0.5 · BCE(stop) (HAMburger, arXiv 2505.20438).
 
 Ours: the blocks and the merger's output start at zero, so that a fresh micro step repeats its token and a fresh segment
-is the mean of its tokens; a share of the cross-entropy is against the frozen model's own distribution.
+is the mean of its tokens; a share of the cross-entropy is against the frozen model's own distribution; embedding and
+output matrix stay as they are; the model learns by low-rank adapters, unless it learns whole; of a conversation of
+several turns the last answer alone is cut, as decoding reads earlier ones again, token by token.
 
 Legend: B conversations, T tokens of the longest, C segments of the longest, G segments of all, S tokens of a segment, d
 hidden width, P positions, K heads, m most probable tokens.
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,7 +58,7 @@ class HAMburgerTraining(HeadTraining):
     most: int = option(4, "Tokens of a macro step, at most.", low=2, high=16, stored=True)
     blocks: int = option(4, "Blocks of the micro-step decoder.", low=1, high=64, stored=True)
     output: str = option(
-        "shared", "Output matrix of drafts: the model's own, or a trained copy (with none of the model).",
+        "shared", "Output matrix of drafts of a frozen model: its own, or a trained copy. One that learns has its own.",
         choices=("shared", "tied"), stored=True,
     )  # fmt: skip
     rule: str = option("falling", "How texts are cut into segments.", choices=RULES)
@@ -253,6 +255,9 @@ class MacroSteps(MicroDrafts):
         grafts = [p for p in self.parameters() if p.requires_grad and id(p) not in of_model]
         return [(grafts, lambda done: 1.0), (list(self.student.learns), lambda done: self.options.slower)]
 
+    def start_outputs(self, tensors: dict[str, Tensor]) -> None:
+        """Leaves a copy that grafts of the frozen model have learnt: what they write goes through the model's own."""
+
     def prepared(self, batch: TrainingBatch) -> TrainingBatch:
         return replace(batch, states=self.student.states(batch.tokens_BT, self.taps))
 
@@ -262,7 +267,10 @@ class MacroSteps(MicroDrafts):
     # -- segments ---------------------------------------------------------------------------------------------------
 
     def segments(self, batch: TrainingBatch) -> Segments:
-        """Cuts what the model wrote by the entropies of the frozen model, whose states the batch holds."""
+        """Cuts the last answer of each conversation by the entropies of the frozen model, whose states the batch holds.
+
+        What comes before it is a prompt, as in decoding: a slot for each token, and none of them learns.
+        """
         written_BT = batch.supervised_BT.clone()
         written_BT[:, 0] = False  # nothing comes before it
         places = written_BT.nonzero()
@@ -271,16 +279,11 @@ class MacroSteps(MicroDrafts):
         entropy_BT[places[:, 0], places[:, 1]] = entropies(before_Pd, self.output_Vd)
         sizes, written = list[list[int]](), list[list[bool]]()
         for entropy_T, written_T in zip(entropy_BT.tolist(), written_BT.tolist(), strict=True):
-            sizes.append([])
-            written.append([])
-            last = max((t for t, wrote in enumerate(written_T) if wrote), default=-1)
-            for wrote, run in groupby(range(last + 1), key=written_T.__getitem__):
-                span = list(run)
-                cut = [1] * len(span)
-                if wrote:
-                    cut = segment([entropy_T[t] for t in span], self.most, self.options.rule, self.least)
-                sizes[-1] += cut
-                written[-1] += [wrote] * len(cut)
+            end = max((t + 1 for t, wrote in enumerate(written_T) if wrote), default=0)
+            begin = next((t + 1 for t in range(end - 1, -1, -1) if not written_T[t]), 0)
+            cut = segment(entropy_T[begin:end], self.most, self.options.rule, self.least)
+            sizes.append([1] * begin + cut)
+            written.append([False] * begin + [True] * len(cut))
         return Segments.of(batch.tokens_BT, sizes, written)
 
     def fused(self, tokens_BT: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
@@ -337,7 +340,9 @@ class MacroSteps(MicroDrafts):
             torch.full((len(place_P), 1), 1 - self.soft, device=x_Pd.device),
             self.soft * batch.teacher_p_BTm.flatten(0, 1)[place_P - 1],
         ], 1)  # fmt: skip
-        text, _ = draft_loss(x_Pd, self.output_Vd, ids_Pm, p_Pm, torch.full_like(p_Pm[:, 0], 1 / len(p_Pm)))
+        scale_P = torch.full_like(p_Pm[:, 0], 1 / len(p_Pm))
+        text, _ = draft_loss(x_Pd, self.output_Vd, ids_Pm, p_Pm, scale_P, self.acceptance)
+        text = text + self.acceptance  # as in `GuessingHeads`: what cannot be accepted counts as rejected
         stop = F.binary_cross_entropy_with_logits(self.stop(x_Pd), last_P.float())
         return {"text": text, "stop": weighed(stop, STOP_WEIGHT)}
 
