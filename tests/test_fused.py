@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from decoding import Output, finish, finish_in_spite_of, put
+from decoding import Output, finish, finish_in_spite_of
 from test_engine import Letters
 from test_hamburger import drafter_of, ragged, random_grafts, same_outputs
 from tiny_models import save_tiny
@@ -120,7 +120,9 @@ def test_a_row_can_be_cancelled_in_mid_answer(fused: Any) -> None:
     assert not decoder.busy
 
 
-def test_logits_that_are_no_numbers_end_that_request(fused: Any, backbone: Backbone) -> None:
+def test_logits_that_are_no_numbers_end_that_request(
+    fused: Any, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decoder, steps = fused(rows=2), [0]
     usual = backbone.argmax
 
@@ -131,11 +133,9 @@ def test_logits_that_are_no_numbers_end_that_request(fused: Any, backbone: Backb
             tokens[0] = -1
         return tokens
 
-    put(backbone, "argmax", damaged)
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(backbone, "argmax", damaged)
         [first, second] = finish(decoder, [(PROMPT, OPEN), ([1, 2], replace(OPEN, max_new_tokens=2))])
-    finally:
-        del backbone.argmax  # type: ignore[method-assign]
     assert first.finish_reason == "error"
     assert "the model's logits are not finite numbers" in first.error
     assert first.ids == finish(fused(), [(PROMPT, OPEN)])[0].ids[: len(first.ids)]

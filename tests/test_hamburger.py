@@ -412,6 +412,18 @@ def test_the_last_answer_is_cut_by_what_the_frozen_model_knew(backbone: Backbone
     assert segments.size_G.max() > 1
 
 
+def test_conversations_without_an_answer_teach_nothing(backbone: Backbone, module: MacroSteps) -> None:
+    """Beside others they change no loss; alone there is none."""
+    silent = replace(DATA[0], answers=[])
+    assert module.losses(batch_of(backbone, module, [silent])) == {}
+    one = module.segments(batch_of(backbone, module, [DATA[-1]]))
+    both = module.segments(batch_of(backbone, module, [silent, DATA[-1]]))
+    assert torch.equal(one.size_G, both.size_G)
+    assert set(both.conversation_G.tolist()) == {1}
+    whole = replace(DATA[-1], answers=[(0, len(DATA[-1].tokens))])
+    assert not module.segments(batch_of(backbone, module, [whole])).written_G[0]  # nothing comes before it
+
+
 def test_features_are_spread_over_the_layers() -> None:
     assert features_of(30) == (8, 15, 23, FINAL_NORM)
     assert features_of(16) == (4, 8, 12, FINAL_NORM)

@@ -113,11 +113,8 @@ class FusedDecoder(BatchDecoder):
 
     def _write(self, steps: list[_Step], features_BFd: Tensor) -> None:
         """Writes the tokens of a macro step: the first from the model's own state, the others by micro steps."""
-        micro, going, states_Rd = (
-            self.fused.begin(features_BFd, self._micro_cache),
-            list(range(len(steps))),
-            features_BFd[:, -1],
-        )
+        micro = self.fused.begin(features_BFd, self._micro_cache)
+        going, states_Rd = list(range(len(steps))), features_BFd[:, -1]
         for index in range(self.fused.most):
             self._choose([steps[i] for i in going], states_Rd)
             if index + 1 == self.fused.most:

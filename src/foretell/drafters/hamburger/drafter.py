@@ -190,8 +190,6 @@ def _fused(
             f"{options.checkpoint or 'The drafter that ships'} was trained on a frozen model, which cannot read fused "
             "tokens; train one with `adapt='lora'`, or decode with `mode='verified'`."
         )
-    micro, heads = (
-        MicroDecoder(backbone, tensors, found.arch["blocks"], guesses=False),
-        merger_heads(backbone.config.hidden),
-    )
+    micro = MicroDecoder(backbone, tensors, found.arch["blocks"], guesses=False)
+    heads = merger_heads(backbone.config.hidden)
     return FusedGrafts(backbone, found.arch, tensors, taps, micro, heads, options.confidence)

@@ -271,17 +271,13 @@ class MacroSteps(MicroDrafts):
 
         What comes before it is a prompt, as in decoding: a slot for each token, and none of them learns.
         """
-        written_BT = batch.supervised_BT.clone()
-        written_BT[:, 0] = False  # nothing comes before it
-        places = written_BT.nonzero()
-        before_Pd = batch.states[FINAL_NORM][places[:, 0], places[:, 1] - 1]
-        entropy_BT = torch.zeros(written_BT.shape, device=written_BT.device)
-        entropy_BT[places[:, 0], places[:, 1]] = entropies(before_Pd, self.output_Vd)
         sizes, written = list[list[int]](), list[list[bool]]()
-        for entropy_T, written_T in zip(entropy_BT.tolist(), written_BT.tolist(), strict=True):
+        for final_Td, written_T in zip(batch.states[FINAL_NORM], batch.supervised_BT.tolist(), strict=True):
             end = max((t + 1 for t, wrote in enumerate(written_T) if wrote), default=0)
             begin = next((t + 1 for t in range(end - 1, -1, -1) if not written_T[t]), 0)
-            cut = segment(entropy_T[begin:end], self.most, self.options.rule, self.least)
+            begin = min(max(begin, 1), end)  # nothing comes before the first token
+            entropy_P = entropies(final_Td[max(begin - 1, 0) : max(end - 1, 0)], self.output_Vd)
+            cut = segment(entropy_P.tolist(), self.most, self.options.rule, self.least)
             sizes.append([1] * begin + cut)
             written.append([False] * begin + [True] * len(cut))
         return Segments.of(batch.tokens_BT, sizes, written)
@@ -329,10 +325,9 @@ class MacroSteps(MicroDrafts):
         return x_GSd[within_GS], place_GS[within_GS], (step_S == size_G[:, None] - 1)[within_GS]
 
     def losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
-        segments = self.segments(batch)
-        if not segments.written_G.any():
+        if not batch.supervised_BT[:, 1:].any():
             return {}
-        x_Pd, place_P, last_P = self.steps(batch.tokens_BT, segments)
+        x_Pd, place_P, last_P = self.steps(batch.tokens_BT, self.segments(batch))
         ids_Pm = torch.cat([
             batch.tokens_BT.flatten()[place_P, None], batch.teacher_ids_BTm.flatten(0, 1)[place_P - 1]
         ], 1)  # fmt: skip
